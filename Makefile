@@ -1,0 +1,40 @@
+# make demo   the whole job on the built-in model, in an environment of its own
+# make test   all CPU tests
+# make check  linter, formatter and type checker
+#
+# PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+TRANSFORMERS ?= 5.23.0
+TORCH ?= 2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-sample check clean
+
+# torch goes first and alone, so that no other package chooses its build.
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[dev]" transformers==$(TRANSFORMERS)
+	touch $@
+
+demo: $(VENV)/.ready
+	rm -rf demo-out
+	$(BIN)/gemq demo -o demo-out
+
+# One thread a process: two processes share two cores, and waiting threads would only get into each other's way.
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+# What also runs on the oldest supported Transformers.
+test-sample: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "sample and not gpu"
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .venv-* demo-out

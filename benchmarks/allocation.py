@@ -1,0 +1,104 @@
+"""How long does the global program take at the size of Kimi-K2: 60 layers of 384 experts?
+
+Synthetic costs: log-normal importance of experts and of layers, 4^-bits with log-normal noise. Appends a row
+for each ladder and rule to results/allocation.csv: seconds of ``allocate`` alone and the largest gap.
+
+    python benchmarks/allocation.py [--layers 60] [--experts 384] [--bits 2.0] [--runs 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy
+
+import gemq
+from gemq.allocate import Budget, Problem, allocate
+from gemq.quant.widths import Width, matrix_bytes, nominal_bits
+
+RESULTS = Path(__file__).parent / "results" / "allocation.csv"
+LADDERS: tuple[tuple[Width, ...], ...] = ((1, 2, 3), (1, 1.6, 2, 3), (1, 1.6, 2, 3, 4))
+HIDDEN, INTERMEDIATE, GROUP = 7168, 2048, 128  # Kimi-K2
+
+
+def synthetic(layers: int, experts: int, widths: tuple[Width, ...], seed: int) -> Problem:
+    draw = np.random.default_rng(seed)
+    n = layers * experts
+    importance = draw.normal(0, 2, n) + draw.normal(0, 1, layers).repeat(experts)
+    errors = 4.0 ** -np.array([nominal_bits(w) for w in widths])
+    stored = [
+        2 * matrix_bytes(INTERMEDIATE, HIDDEN, w, GROUP) + matrix_bytes(HIDDEN, INTERMEDIATE, w, GROUP) for w in widths
+    ]
+    return Problem(
+        widths=widths,
+        layer=np.arange(layers).repeat(experts),
+        costs=np.exp(importance[:, None] + draw.normal(0, 0.2, (n, len(widths)))) * errors,
+        weights=np.full(n, 3 * HIDDEN * INTERMEDIATE),
+        bytes=np.tile(stored, (n, 1)),
+        counts=draw.integers(1, 1000, n),
+    )
+
+
+def commit() -> str:
+    """Short hash of the checkout, ``+`` if it has changes; empty without one."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return ""
+    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changes.stdout else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--experts", type=int, default=384)
+    parser.add_argument("--bits", type=float, default=2.0, help="budget, mean nominal bits per expert weight")
+    parser.add_argument("--runs", type=int, default=10, help="each with costs of its own")
+    args = parser.parse_args()
+    for widths in LADDERS:
+        for rule in (False, True):
+            seconds, gaps = [], []
+            for seed in range(args.runs):
+                problem = synthetic(args.layers, args.experts, widths, seed)
+                start = time.perf_counter()
+                found = allocate(problem, Budget("bits", args.bits), layer_rule=rule)
+                seconds.append(time.perf_counter() - start)
+                gaps.append(found.gap or 0.0)
+            p20, p50, p80 = np.percentile(seconds, (20, 50, 80))
+            row = {
+                "layers": args.layers,
+                "experts": args.experts,
+                "widths": "/".join(f"{w:g}" for w in widths),
+                "bits": args.bits,
+                "layer_rule": int(rule),
+                "runs": args.runs,
+                "seconds_p20": f"{p20:.4f}",
+                "seconds_p50": f"{p50:.4f}",
+                "seconds_p80": f"{p80:.4f}",
+                "gap": f"{max(gaps):.2e}",
+                "cpus": os.cpu_count(),
+                "gemq": gemq.__version__,
+                "scipy": scipy.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+                "commit": commit(),
+            }
+            print(", ".join(f"{key} {value}" for key, value in row.items()))
+            new = not RESULTS.exists()
+            with RESULTS.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

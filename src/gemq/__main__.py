@@ -1,0 +1,16 @@
+"""``python -m gemq`` and the ``gemq`` command: exit codes and one-line errors."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 failed or interrupted, 2 bad usage or bad input."""
+    from gemq.cli import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Calibration activations, one layer at a time: what a layer receives, and the second moments of its linears' inputs.
+
+Used by every stage that walks the layers forward. Knows models and moments, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemq.data.windows import Windows
+from gemq.models.experts import apply_first, expert_weight, route, watch_experts
+from gemq.models.stream import Call, Replay
+from gemq.models.structure import Linear
+from gemq.quant.hessian import Moments
+
+
+@dataclass
+class Activations:
+    """Calibration windows on their way through the layers, in micro-batches fixed by the recipe.
+
+    ids:    per micro-batch [B, S] int64
+    source: per micro-batch [B] int64, which calibration source each window came from
+    calls:  per micro-batch, one call per layer
+    hidden: per micro-batch [B, S, H], the input of the layer to run next
+    """
+
+    ids: list[Tensor]
+    source: list[Tensor]
+    calls: list[list[Call]]
+    hidden: list[Tensor]
+
+    @classmethod
+    def start(cls, replay: Replay, windows: Windows, batch_tokens: int) -> Activations:
+        """The hidden states in front of the first layer."""
+        ids, source, calls, hidden = [], [], [], []
+        for part in windows.batches(batch_tokens):
+            tokens = windows.tokens[part].to(replay.device)
+            first, call = replay.inputs(tokens)
+            ids.append(tokens)
+            source.append(windows.source[part].to(replay.device))
+            calls.append(call)
+            hidden.append(first)
+        return cls(ids, source, calls, hidden)
+
+    @torch.no_grad()
+    def advance(self, replay: Replay, index: int) -> None:
+        """Runs layer ``index`` on everything."""
+        self.hidden = [replay.run(index, h, c[index]) for h, c in zip(self.hidden, self.calls, strict=True)]
+
+
+@dataclass
+class LayerMoments:
+    """Second moments of one layer.
+
+    linears: by module path; linears that receive the same tensor share one object
+    experts: of the two matrices of the routed experts, or None in a dense layer
+    """
+
+    linears: dict[str, Moments]
+    experts: tuple[Moments, Moments] | None
+
+
+@torch.no_grad()
+def layer_moments(
+    replay: Replay, index: int, activations: Activations, linears: Sequence[Linear], with_experts: bool
+) -> tuple[LayerMoments, list[Tensor]]:
+    """Runs layer ``index`` on everything and collects moments. Returns them with the layer's outputs."""
+    layer = replay.structure.layers[index]
+    experts = layer.experts if with_experts else None
+    found = LayerMoments({}, None)
+    outputs = []
+    with ExitStack() as stack:
+        _watch_linears(stack, replay.model, linears, found.linears)
+        module = replay.model.get_submodule(experts.path) if experts else None
+        watched = stack.enter_context(watch_experts(module)) if module is not None else []
+        if experts:
+            first, down = experts.matrices
+            found.experts = (
+                Moments(experts.count, first.columns, replay.device),
+                Moments(experts.count, down.columns, replay.device),
+            )
+        for hidden, calls in zip(activations.hidden, activations.calls, strict=True):
+            outputs.append(replay.run(index, hidden, calls[index]))
+            for call in watched:
+                assert experts is not None
+                assert found.experts is not None
+                routed = route(call.top_k_index, call.top_k_weights, experts.count)
+                x = call.hidden[routed.token]
+                found.experts[0].add(x, routed.counts)
+                weight = expert_weight(module, experts.matrices[0].name)
+                found.experts[1].add(apply_first(module, experts, weight, x, routed), routed.counts)
+            watched.clear()
+    return found, outputs
+
+
+def _watch_linears(stack: ExitStack, model: nn.Module, linears: Iterable[Linear], moments: dict[str, Moments]) -> None:
+    """Hooks that add up the moments of linears' inputs. Query, key and value receive one tensor: it is added once."""
+    last: dict[str, Any] = {"tensor": None, "path": None}
+
+    def watch(linear: Linear) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x is last["tensor"]:
+                moments[linear.path] = moments[last["path"]]
+                return
+            last.update(tensor=x, path=linear.path)
+            if linear.path not in moments:
+                moments[linear.path] = Moments(1, linear.columns, x.device)
+            rows = x.reshape(-1, linear.columns)
+            moments[linear.path].add(rows, [len(rows)])
+
+        module = model.get_submodule(linear.path)
+        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    for linear in linears:
+        watch(linear)

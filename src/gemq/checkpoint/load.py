@@ -1,0 +1,258 @@
+"""Loading packed checkpoints into Transformers.
+
+Transformers asks the quantizer registered as ``gemq`` to prepare the empty model, fills tensors by name,
+and calls back when done. Three steps follow: check all packed tensors against the files' headers
+(Transformers would leave missing ones uninitialised), hang placeholders into the model for it to fill, and
+afterwards move each layer's experts into flat buffers. ``docs/checkpoint-format.md`` describes what is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import build_glob_alternation
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gemq.checkpoint.format import (
+    PARTS,
+    QUANT_METHOD,
+    PackedFormat,
+    TensorSpec,
+    read_header,
+    read_quantization_config,
+    verify,
+)
+from gemq.checkpoint.names import saved_names
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.errors import UserError
+from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
+from gemq.quant.widths import Width, group_size_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TORCH_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
+
+
+def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+    """The model of a packed checkpoint, in eval mode.
+
+    path:   a directory that gemq wrote, or the hub id of one
+    device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the GPU when there is one
+    dtype:  of activations and unquantized weights; ``auto`` takes the checkpoint's
+    kwargs: go to ``from_pretrained`` (``revision``, ``device_map``, ``trust_remote_code`` ...)
+    Raises UserError when it is not a gemq checkpoint, or when anything is missing or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    PackedFormat.from_dict(_quantization_config(path, kwargs))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: use device='cpu'")
+    kwargs = {"device_map": device, **kwargs, "dtype": dtype, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    model, report = loaded
+    if absent := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise UserError(
+            f"{len(absent)} tensors are missing or have the wrong shape, first: {absent[0]}: copy the checkpoint again"
+        )
+    return model.eval()
+
+
+def _quantization_config(path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if Path(path).is_dir():
+        return read_quantization_config(Path(path))
+    from transformers import AutoConfig
+
+    known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(path, **known)
+    except OSError as error:
+        raise UserError(f"{path} is neither a directory nor a model on the hub that can be reached") from error
+    values = getattr(config, "quantization_config", None)
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        raise UserError(f"{path} is not a gemq checkpoint: load it with Transformers alone")
+    return values
+
+
+class GemqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed checkpoint, as Transformers passes it around."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.packed_format = PackedFormat.from_dict({"quant_method": QUANT_METHOD, **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.packed_format.to_dict()
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+class GemqQuantizer(HfQuantizer):
+    """Prepares the empty model for packed tensors and packs its experts densely when they have arrived."""
+
+    quantization_config: GemqConfig
+
+    def __init__(self, quantization_config: GemqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise UserError("gemq does not quantize while loading: run gemq quantize, then load its output")
+        self._format = quantization_config.packed_format
+        # Known once the empty model is: dtype asked for, dtypes by parameter, shapes of packed matrices.
+        self._dtype = torch.float32
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        packed = self._format
+        self._dtype = dtype
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+        self._shapes = matrix_shapes(model, packed)
+        expected = packed.expected(self._shapes)
+        _verify_files(model, expected, checkpoint_files)
+        for path, projections in packed.experts.items():
+            _hang_placeholders(model.get_submodule(path), path, projections, expected)
+        for path, width in packed.linears.items():
+            rows, columns = self._shapes[path]
+            bias = cast(nn.Linear, model.get_submodule(path)).bias
+            linear = PackedLinear(rows, columns, width, self._group_size(path), bias, device="meta")
+            model.set_submodule(path, linear)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for path, projections in self._format.experts.items():
+            experts = model.get_submodule(path)
+            for proj, widths in projections.items():
+                matrices = [_take(experts, e, proj) for e in range(len(widths))]
+                setattr(experts, proj, PackedMatrices(matrices, widths, self._group_size(f"{path}.{proj}")))
+        for path in self._format.linears:
+            cast(PackedLinear, model.get_submodule(path)).seal()
+        self._settle_dtypes(model)
+
+    def _group_size(self, kind: str) -> int:
+        return group_size_for(self._shapes[kind][1], self._format.group_size)
+
+    def _settle_dtypes(self, model: PreTrainedModel) -> None:
+        """Casts what Transformers 5.17 leaves in the file's dtype: tensors that it renames."""
+        kept = model._get_dtype_plan(self._dtype)  # modules that a family keeps in float32
+        kept_names = build_glob_alternation(list(kept))[0] if kept else None
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted and not (kept_names and kept_names.search(name)):
+                parameter.data = parameter.data.to(wanted)
+
+
+class _Placeholder(nn.Module):
+    """Empty buffers of one expert's matrix on the meta device, for Transformers to fill by name."""
+
+    def __init__(self, specs: dict[str, TensorSpec]) -> None:
+        super().__init__()
+        for part, spec in specs.items():
+            self.register_buffer(part, torch.empty(spec.shape, dtype=_TORCH_DTYPES[spec.dtype], device="meta"))
+
+
+def _hang_placeholders(
+    experts: nn.Module,
+    path: str,
+    projections: Mapping[str, tuple[Width, ...]],
+    expected: dict[str, TensorSpec],
+) -> None:
+    make_packed(experts, list(projections))
+    # A family's weight initialisation would look for the 3-D parameters.
+    experts._is_hf_initialized = True  # type: ignore[assignment]
+    for e in range(len(projections["down_proj"])):
+        expert = nn.Module()
+        for proj in projections:
+            specs = {part: expected[f"{path}.{e}.{proj}.{part}"] for part in PARTS}
+            expert.add_module(proj, _Placeholder(specs))
+        experts.add_module(str(e), expert)
+
+
+def _take(experts: nn.Module, e: int, proj: str) -> PackedMatrix:
+    """The loaded matrix of one expert; its placeholder goes."""
+    expert = experts.get_submodule(str(e))
+    placeholder = expert.get_submodule(proj)
+    delattr(expert, proj)
+    if not expert._modules:
+        delattr(experts, str(e))
+    matrix = PackedMatrix(*(placeholder.get_buffer(part) for part in PARTS))
+    if matrix.codes.is_meta:
+        raise UserError("packed experts cannot be offloaded: load without offload_buffers, or on device='cpu'")
+    return matrix
+
+
+def matrix_shapes(model: nn.Module, packed_format: PackedFormat) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every packed matrix kind, from a full-precision model (may be on the meta device).
+
+    Raises UserError where the model does not have what the format lists.
+    """
+    shapes = {}
+    for path, projections in packed_format.experts.items():
+        experts = _submodule(model, path)
+        for proj, widths in projections.items():
+            weight = getattr(experts, proj, None)
+            if not isinstance(weight, Tensor) or weight.dim() != 3:
+                raise UserError(f"{path} of {type(model).__name__} has no fused {proj}: upgrade Transformers or gemq")
+            if weight.shape[0] != len(widths):
+                raise UserError(
+                    f"config.json lists {len(widths)} widths for the {weight.shape[0]} experts of {path}: "
+                    "copy the checkpoint again"
+                )
+            rows, columns = weight.shape[1:]
+            transposed = getattr(experts, "is_transposed", False)
+            shapes[f"{path}.{proj}"] = (columns, rows) if transposed else (rows, columns)
+    for path in packed_format.linears:
+        linear = _submodule(model, path)
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"{path} of {type(model).__name__} is not a linear layer: upgrade Transformers or gemq")
+        shapes[path] = (linear.out_features, linear.in_features)
+    return shapes
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UserError(f"{type(model).__name__} has no {path}: load with AutoModelForCausalLM") from error
+
+
+def _verify_files(model: PreTrainedModel, expected: dict[str, TensorSpec], files: list[str] | None) -> None:
+    """Checks all packed tensors against the headers before any weight is read."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise UserError("a gemq checkpoint is loaded from its safetensors files: give from_pretrained its directory")
+    found: dict[str, TensorSpec] = {}
+    for file in files:
+        found.update(read_header(Path(file)))
+    if not expected.keys() <= found.keys():  # save_pretrained uses the family's hub names for packed tensors as well
+        aliases = {saved: name for name, saved in saved_names(model, expected).items()}
+        found = {aliases.get(name, name): spec for name, spec in found.items()}
+    verify(expected, found)
+
+
+def register() -> None:
+    """Makes Transformers know gemq checkpoints. Calling it again does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(GemqConfig)
+        register_quantizer(QUANT_METHOD)(GemqQuantizer)

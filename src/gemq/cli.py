@@ -1,0 +1,368 @@
+"""The command line: flags in, plain function calls, tables or JSON out. Imports torch only inside commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from gemq.errors import UserError
+from gemq.recipe import Recipe, parse_size
+
+if TYPE_CHECKING:
+    from gemq.progress import Monitor
+
+app = typer.Typer(
+    help="Shrinks Mixture-of-Experts language models: every expert gets its own bit-width.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Local directory or hub id of a Transformers MoE model.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")]
+Bits = Annotated[float | None, typer.Option(help="Budget: average bits per expert weight (default 2.0).")]
+StoredBits = Annotated[float | None, typer.Option(help="Budget with scales and offsets counted.")]
+Size = Annotated[str | None, typer.Option(help="Budget: size of the whole checkpoint, such as 12GB.")]
+Allocate = Annotated[str | None, typer.Option(help="global, uniform, random, layerwise or frequency.")]
+AllocationFile = Annotated[Path | None, typer.Option("--allocation", help="JSON file with a width for every expert.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures as JSON; - prints them instead of tables.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", help="YAML file of recipe keys; flags go before it.")]
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(help="Text or JSONL file, data set id, or self (the model writes it); may be repeated."),
+]
+Windows = Annotated[int | None, typer.Option(help="Calibration windows from all sources together.")]
+Window = Annotated[int | None, typer.Option(help="Tokens per calibration window.")]
+Widths = Annotated[str | None, typer.Option(help="Candidate widths, such as 1,1.6,2,3.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale and an offset.")]
+AttentionBits = Annotated[int | None, typer.Option(help="Width of attention and dense linears; 16: unquantized.")]
+Effort = Annotated[str | None, typer.Option(help="How much is computed: low trains nothing.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute type: auto, float32 or bfloat16.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeFile = None,
+    bits: Bits = None,
+    stored_bits: StoredBits = None,
+    size: Size = None,
+    effort: Effort = None,
+    calib: Calib = None,
+    windows: Windows = None,
+    window: Window = None,
+    widths: Widths = None,
+    group_size: GroupSize = None,
+    attention_bits: AttentionBits = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_file: Json = None,
+) -> None:
+    """Dry run from the configuration alone: sizes, memory, disk and time."""
+    keys = _given(locals(), Recipe)
+    chosen = _recipe(recipe, keys)
+    from gemq.models.source import Source, pick_device
+    from gemq.plan import plan as make_plan
+    from gemq.summary import print_plan
+
+    source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    found = make_plan(source, chosen, pick_device(device))
+    if not _write_json(json_file, found.to_dict()):
+        print_plan(_console(), found)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Out,
+    recipe: RecipeFile = None,
+    bits: Bits = None,
+    stored_bits: StoredBits = None,
+    size: Size = None,
+    effort: Effort = None,
+    calib: Calib = None,
+    windows: Windows = None,
+    window: Window = None,
+    allocate: Allocate = None,
+    allocation: AllocationFile = None,
+    widths: Widths = None,
+    group_size: GroupSize = None,
+    attention_bits: AttentionBits = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    work: Annotated[Path | None, typer.Option(help="Directory of intermediate results; default: OUT.work.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted job.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Quantizes a model into a packed checkpoint."""
+    chosen = _recipe(recipe, _given(locals(), Recipe))
+    from gemq.pipeline import quantize as run_quantize
+    from gemq.summary import print_result
+
+    try:
+        result = run_quantize(
+            model,
+            chosen,
+            out=out,
+            work=work,
+            resume=resume,
+            allocation=allocation,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            monitor=_monitor(quiet or _to_stdout(json_file)),
+        )
+    except KeyboardInterrupt:
+        where = work or out.with_name(out.name + ".work")
+        print(
+            f"\nInterrupted. Nothing is lost: the same command with --resume goes on from {where}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
+    if not _write_json(json_file, result.to_dict()) and not quiet:
+        print_result(_console(), result)
+
+
+@app.command()
+def export(
+    work: Annotated[Path, typer.Argument(help="Work directory of quantize, or with --dense a packed checkpoint.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write; must not exist.")] = None,
+    bits: Bits = None,
+    stored_bits: StoredBits = None,
+    size: Size = None,
+    allocate: Allocate = None,
+    allocation: AllocationFile = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Refine at the new widths, as quantize does.")] = False,
+    dense: Annotated[
+        Path | None, typer.Option(help="Write a packed checkpoint as plain bfloat16 to this directory.")
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Another budget from the same work directory, in seconds; or the plain twin of a packed checkpoint."""
+    if dense is not None:
+        from gemq.checkpoint.twin import write_dense_twin
+
+        if out is not None:
+            raise UserError("--dense names the output: leave -o out")
+        write_dense_twin(work, dense)
+        if not quiet:
+            _console().print(f"Saved {dense}: plain bfloat16, for tools that know no quantized format.")
+        return
+    if out is None:
+        raise UserError("export needs an output: add -o OUT")
+    changes = {k: v for k, v in _given(locals(), Recipe).items() if k in ("bits", "stored_bits", "size", "allocate")}
+    from gemq.pipeline import export as run_export
+    from gemq.summary import print_result
+
+    result = run_export(
+        work,
+        out=out,
+        changes=changes,
+        finish=finish,
+        allocation=allocation,
+        device=device,
+        monitor=_monitor(quiet or _to_stdout(json_file)),
+    )
+    if not _write_json(json_file, result.to_dict()) and not quiet:
+        print_result(_console(), result)
+        if not finish:
+            _console().print(
+                "Assembled from the ladder, which was calibrated on full-precision activations; "
+                "--finish refines at the new widths."
+            )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    reference: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text file; may be repeated. Default: the built-in texts.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Perplexity and, with --reference, KL, top-1 and routing agreement."""
+    if window < 2:
+        raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
+    from gemq.evaluate import evaluate_paths
+    from gemq.summary import print_evaluation
+
+    values = evaluate_paths(
+        model,
+        reference=reference,
+        texts=text,
+        window=window,
+        max_windows=max_windows,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        monitor=_monitor(quiet or _to_stdout(json_file)),
+    )
+    if not _write_json(json_file, values) and not quiet:
+        print_evaluation(_console(), values)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Streams text that a model writes."""
+    _quiet_libraries()
+    from gemq.evaluate import open_model
+    from gemq.generate import generate as write
+
+    opened = open_model(model, dtype, device, trust_remote_code)
+    write(
+        opened.model,
+        opened.tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=raw,
+        stream=True,
+    )
+
+
+@app.command()
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
+    """What a packed checkpoint holds: widths by layer, bytes, format."""
+    from gemq.inspect import inspect_checkpoint
+    from gemq.summary import print_contents
+
+    contents = inspect_checkpoint(checkpoint)
+    if not _write_json(json_file, contents.to_dict()):
+        print_contents(_console(), contents)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the results.")] = Path("demo-out"),
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """The whole job on the built-in model: quantize, compare, write."""
+    _quiet_libraries()
+    from gemq.demo import run_demo
+
+    _write_json(json_file, run_demo(out, device, _console()))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line and returns its exit code. A user's mistake is one line on stderr."""
+    try:
+        code = app(arguments, prog_name="gemq", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        return _fail(str(error))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "gemq"
+        return _fail(f"{error.format_message().rstrip('.')}: see {command} --help")
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        print("\nInterrupted.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str) -> int:
+    print(f"gemq: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _given(values: dict[str, Any], recipe: type[Recipe]) -> dict[str, Any]:
+    """The recipe keys among a command's arguments that the user gave."""
+    keys = {k: v for k, v in values.items() if k in recipe.__dataclass_fields__ and v is not None}
+    if "size" in keys:
+        keys["size"] = parse_size(keys["size"])
+    return keys
+
+
+def _recipe(file: str | None, flags: dict[str, Any]) -> Recipe:
+    base = Recipe.from_yaml(file) if file is not None else Recipe()
+    checked = {
+        k: getattr(Recipe.from_dict({k: v}, origin="--" + k.replace("_", "-")), k)
+        for k, v in flags.items()
+        if k != "bits"
+    }
+    if "bits" in flags:
+        checked["bits"] = flags["bits"]
+    return base.replace(**checked) if checked else base
+
+
+def _monitor(quiet: bool) -> Monitor:
+    from gemq.progress import Monitor
+
+    _quiet_libraries()
+    return Monitor(None if quiet else Console(stderr=True))
+
+
+def _quiet_libraries() -> None:
+    """Our own bars tell what happens; Transformers' would only interrupt them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, highlight=False)
+
+
+def _to_stdout(path: Path | None) -> bool:
+    return path is not None and str(path) == "-"
+
+
+def _write_json(path: Path | None, values: dict[str, Any]) -> bool:
+    """Writes figures to ``path``. True when they went to stdout, where tables would spoil them."""
+    if path is None:
+        return False
+    if _to_stdout(path):
+        print(json.dumps(values, indent=1))
+        return True
+    from gemq.files import write_json
+
+    write_json(path, values)
+    return False

@@ -1,0 +1,1 @@
+"""Windows of tokens: from texts, from data sets, and written by the model itself."""

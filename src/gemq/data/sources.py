@@ -1,0 +1,195 @@
+"""Calibration windows from what ``--calib`` names: text and JSONL files, data set ids, and the model itself.
+
+Every source is packed into non-overlapping windows and drawn from by seed. Of a file the draw is over all of
+its windows; a data set is streamed and may have no end, so there it is over the first ones read (``POOL``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemq.data.windows import (
+    Windows,
+    check_length,
+    cut_windows,
+    from_parts,
+    pack_documents,
+    read_text,
+    tokenize_text,
+)
+from gemq.errors import UserError
+
+SELF = "self"
+POOL = 8
+"""A data set is read until it has filled this many times the windows asked for in total."""
+
+DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]*){0,2}")
+FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
+
+
+def calibration_windows(
+    sources: Sequence[str],
+    *,
+    tokenizer: Any,
+    window: int,
+    count: int,
+    seed: int,
+    generate: Callable[[int], Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Windows:
+    """``count`` windows of ``window`` tokens from all sources together.
+
+    A source is ``self`` (``generate(n)`` writes int64 [n, window]), a file (``.jsonl`` and ``.json`` hold one
+    JSON object a line, anything else is one document of UTF-8 text), or a data set id
+    ``id[:config[:split]]``. Windows are shared out evenly, the remainder to the first sources; what one
+    source lacks the others give. Drawn by ``seed`` without replacement, then kept in the order of their
+    positions. Fewer than ``count`` come back when the sources hold no more: see ``Windows.counts``.
+    ``progress(done, total)`` counts windows.
+
+    Raises UserError for a source that cannot be used.
+    """
+    _refuse_repeats(sources)
+    names = _unique_names(sources)
+    streams = [None if source == SELF else _stream(source, tokenizer, window, count) for source in sources]
+    pools = [None if stream is None else cut_windows(stream, window) for stream in streams]
+
+    shares = share_out(count, [None if pool is None else len(pool) for pool in pools])
+    parts, available = [], []
+    for index, (stream, pool, share) in enumerate(zip(streams, pools, shares, strict=True)):
+        if stream is None or pool is None:
+            if generate is None:
+                raise UserError("no model is at hand to write the windows of self: give a text file")
+            part = generate(share).to("cpu", torch.int64)
+            assert part.shape == (share, window)
+            available.append(part.numel())
+        else:
+            drawn = np.random.default_rng([seed, index]).permutation(len(pool))[:share]
+            part = pool[torch.from_numpy(np.sort(drawn))]
+            available.append(len(stream))
+        parts.append(part)
+        if progress:
+            progress(sum(map(len, parts)), sum(shares))
+    return from_parts(parts, names, available)
+
+
+def share_out(count: int, available: Sequence[int | None]) -> list[int]:
+    """Windows to take from each source: as even as its ``available`` windows (None: no limit) allow, first
+    ones first."""
+    shares = [0] * len(available)
+    while rest := count - sum(shares):
+        open_ = [i for i, limit in enumerate(available) if limit is None or shares[i] < limit]
+        if not open_:
+            break
+        for place, i in enumerate(open_):
+            wanted = shares[i] + rest // len(open_) + (place < rest % len(open_))
+            limit = available[i]
+            shares[i] = wanted if limit is None else min(wanted, limit)
+    return shares
+
+
+def _refuse_repeats(sources: Sequence[str]) -> None:
+    if not sources:
+        raise UserError("no calibration source is given: name a text file, a data set id or self")
+    seen: set[str] = set()
+    for source in sources:
+        key = str(Path(source).resolve()) if source != SELF and Path(source).exists() else source
+        if key in seen:
+            raise UserError(f"calibration source {source} is given twice: name it once")
+        seen.add(key)
+
+
+def _unique_names(sources: Sequence[str]) -> list[str]:
+    """The stem of a file, the id of a data set, ``self``; a repeated name gets a number."""
+    names: list[str] = []
+    for source in sources:
+        base = Path(source).stem if source != SELF and Path(source).exists() else source
+        candidates = chain([base], (f"{base}-{number}" for number in range(2, len(sources) + 2)))
+        names.append(next(name for name in candidates if name not in names))
+    return names
+
+
+def _stream(source: str, tokenizer: Any, window: int, count: int) -> Tensor:
+    """All tokens of a file, or the first of a data set, documents joined: int64 [T], at least one window."""
+    path = Path(source)
+    if path.exists() or not _may_be_dataset(source):
+        limit = None
+        if path.suffix in (".jsonl", ".json"):
+            documents = _json_lines(path, read_text(path))
+        else:
+            documents = iter([read_text(path)])
+    else:
+        limit = POOL * count * window
+        documents = _dataset(source)
+
+    tokens: list[list[int]] = []
+    total = 0
+    for document in documents:
+        tokens.append(tokenize_text(tokenizer, document))
+        total += len(tokens[-1])
+        if limit is not None and total >= limit:
+            break
+    stream = pack_documents(tokens, separator=tokenizer.eos_token_id)
+    check_length(source, len(stream), window)
+    return stream
+
+
+def _json_lines(path: Path, text: str) -> Iterator[str]:
+    """The documents of a JSONL file: the field ``text`` of each object, else its first string."""
+    # Not splitlines(): JSON strings may hold characters such as U+2028 that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f'{path} line {number} is not JSON ({error.msg}): write one object a line, such as {{"text": "..."}}'
+            ) from error
+        yield _text_of(row, f"{path} line {number}")
+
+
+def _text_of(row: Any, where: str) -> str:
+    if not isinstance(row, dict):
+        raise UserError(f'{where} is not an object: write one object a line, such as {{"text": "..."}}')
+    strings = [row.get("text"), *row.values()]
+    text = next((value for value in strings if isinstance(value, str)), None)
+    if text is None:
+        raise UserError(f'{where} has no string field: name the text\'s field "text"')
+    return text
+
+
+def _may_be_dataset(source: str) -> bool:
+    """Whether a source that is no file can be a data set id: ``name`` or ``owner/name`` without a file's
+    suffix."""
+    return bool(DATASET_ID.fullmatch(source)) and source[0] != "." and not FILE_SUFFIX.search(source)
+
+
+def _dataset(source: str) -> Iterator[str]:
+    """The documents of a Hugging Face data set, streamed."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"there is no file {source}; if it is a data set id, pip install gemq[datasets]")
+    import datasets  # optional, and slow to import
+
+    name, config, split = (*source.split(":"), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            yield _text_of(row, f"data set {source}")
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{source} is neither a file nor a data set that can be read ({reason}): "
+            "check the path, or write the data set as id:config:split"
+        ) from error

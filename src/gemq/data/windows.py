@@ -1,0 +1,170 @@
+"""Windows of tokens: packing, micro-batches, storage, and the evaluation windows.
+
+A window is a run of ``window`` consecutive tokens of one source. Nothing here adds special tokens to a text:
+the only ones are the end tokens that separate documents. Knows nothing of models or of where calibration
+texts come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gemq.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of equal length, those of one source next to each other."""
+
+    tokens: Tensor
+    """int64 [N, window]"""
+    source: Tensor
+    """int64 [N]: index into ``names``"""
+    names: tuple[str, ...]
+    """Name of each source, unique."""
+    tokens_available: tuple[int, ...]
+    """Tokens that each source had, whether or not a window took them."""
+
+    def __post_init__(self) -> None:
+        assert self.tokens.dtype == self.source.dtype == torch.int64
+        assert self.tokens.dim() == 2
+        assert self.source.shape == self.tokens.shape[:1]
+        assert len(set(self.names)) == len(self.names) == len(self.tokens_available)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def window(self) -> int:
+        """Tokens per window."""
+        return self.tokens.shape[1]
+
+    def counts(self) -> dict[str, int]:
+        """Windows of each source."""
+        counted = torch.bincount(self.source, minlength=len(self.names)).tolist()
+        return dict(zip(self.names, counted, strict=True))
+
+    def batches(self, batch_tokens: int) -> Iterator[slice]:
+        """Micro-batches as slices of the windows, in stored order.
+
+        ``batch_tokens`` (tokens) alone fixes them, never the memory at hand: sums over micro-batches then
+        round the same way wherever a job runs. A batch holds at least one window.
+        """
+        step = max(1, batch_tokens // self.window)
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
+
+    def to_bytes(self) -> bytes:
+        """The safetensors file; equal windows give equal bytes."""
+        # One metadata key: safetensors writes several in no fixed order.
+        about = json.dumps({"names": self.names, "tokens_available": self.tokens_available})
+        tensors = {"tokens": self.tokens.to("cpu", torch.int32), "source": self.source.to("cpu", torch.int32)}
+        return safetensors.torch.save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"windows": about}
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the file's bytes: what a fingerprint of the calibration set is made of."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Windows:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["windows"])
+            tokens, source = file.get_tensor("tokens").long(), file.get_tensor("source").long()
+        return cls(tokens, source, tuple(about["names"]), tuple(about["tokens_available"]))
+
+
+def tokenize_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text of any length, without special tokens."""
+    # verbose: a text longer than the model's context is no mistake here, so no warning of it.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def pack_documents(documents: Iterable[Sequence[int]], *, separator: int | None) -> Tensor:
+    """Joins documents to one stream int64 [T], the ``separator`` token between two of them unless it is
+    None."""
+    stream: list[int] = []
+    for number, document in enumerate(documents):
+        if number and separator is not None:
+            stream.append(separator)
+        stream.extend(document)
+    return torch.tensor(stream, dtype=torch.int64)
+
+
+def cut_windows(stream: Tensor, window: int) -> Tensor:
+    """Non-overlapping windows int64 [T // window, window] of a stream int64 [T]; the remainder is dropped."""
+    count = len(stream) // window
+    return stream[: count * window].view(count, window)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises UserError when it is missing, a directory, empty, binary or not UTF-8."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a text file in it")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: check the path") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions") from error
+    if b"\0" in data:
+        raise UserError(f"{path} is a binary file: give a text file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty: give a file with text in it")
+    return text
+
+
+def check_length(name: str, tokens: int, window: int) -> None:
+    """Raises UserError when a text's ``tokens`` do not fill one window."""
+    if tokens < window:
+        raise UserError(
+            f"{name} has {tokens} tokens, fewer than a window of {window}: give a longer text or a smaller --window"
+        )
+
+
+def eval_windows(tokenizer: Any, files: Sequence[str | Path], window: int, max_windows: int | None = None) -> Windows:
+    """The non-overlapping windows of each file, in order, named by the file's stem.
+
+    A file is tokenized as a whole; tokens beyond its last full window are dropped. ``max_windows`` takes the
+    first so many windows of each file. Raises UserError for files that cannot be used and for two files of
+    one stem.
+    """
+    paths: dict[str, Path] = {}
+    for path in map(Path, files):
+        if path.stem in paths:
+            raise UserError(f"{paths[path.stem]} and {path} share the stem {path.stem!r}: rename one of them")
+        paths[path.stem] = path
+    if not paths:
+        raise UserError("no text to evaluate on: give at least one text file")
+
+    windows, available = [], []
+    for path in paths.values():
+        stream = torch.tensor(tokenize_text(tokenizer, read_text(path)), dtype=torch.int64)
+        check_length(str(path), len(stream), window)
+        windows.append(cut_windows(stream, window)[:max_windows])
+        available.append(len(stream))
+    return from_parts(windows, tuple(paths), available)
+
+
+def from_parts(parts: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
+    """Windows from each source's own int64 [n, window], and the tokens that each had."""
+    source = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]))
+    return Windows(torch.cat(list(parts)), source, tuple(names), tuple(available))

@@ -1,0 +1,116 @@
+"""What a packed checkpoint holds, from its headers alone: no weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemq.checkpoint.format import (
+    PackedFormat,
+    TensorSpec,
+    read_header,
+    read_quantization_config,
+    weight_files,
+)
+from gemq.quant.widths import Width, nominal_bits, width_name
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A packed checkpoint in figures.
+
+    layers: per experts module its path and the widths of its experts' first matrix
+    """
+
+    path: Path
+    model_type: str
+    group_size: int
+    layers: tuple[tuple[str, tuple[Width, ...]], ...]
+    linears: dict[str, int]
+    expert_bytes: int
+    linear_bytes: int
+    other_bytes: int
+    expert_weights: int
+    expert_bits_nominal: float
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.expert_bytes + self.linear_bytes + self.other_bytes
+
+    @property
+    def expert_bits_stored(self) -> float:
+        return self.expert_bytes * 8 / self.expert_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": str(self.path),
+            "model_type": self.model_type,
+            "group_size": self.group_size,
+            "stored_bytes": self.stored_bytes,
+            "expert_bytes": self.expert_bytes,
+            "linear_bytes": self.linear_bytes,
+            "other_bytes": self.other_bytes,
+            "expert_bits_nominal": self.expert_bits_nominal,
+            "expert_bits_stored": self.expert_bits_stored,
+            "allocation": [list(widths) for _, widths in self.layers],
+            "linears": self.linears,
+        }
+
+
+def inspect_checkpoint(path: str | Path) -> Contents:
+    """Reads a packed checkpoint's configuration and tensor headers. Raises UserError when it is not one."""
+    path = Path(path)
+    packed = PackedFormat.from_dict(read_quantization_config(path))
+    headers: dict[str, TensorSpec] = {}
+    for file in weight_files(path):
+        headers.update(read_header(file))
+    sizes = {name: _bytes(spec) for name, spec in headers.items()}
+    expert_bytes = linear_bytes = weights = 0
+    bits = 0.0
+    listed = set()
+    expert_paths = tuple(packed.experts)
+    for matrix in packed.matrices():
+        names = [f"{matrix.name}.{part}" for part in ("codes", "scales", "offsets")]
+        taken = sum(sizes.get(n, 0) for n in names)
+        listed.update(names)
+        if matrix.kind.startswith(expert_paths):
+            rows, groups = headers[names[1]].shape
+            count = rows * _columns(headers[names[0]], groups, matrix.width)
+            expert_bytes += taken
+            weights += count
+            bits += nominal_bits(matrix.width) * count
+        else:
+            linear_bytes += taken
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return Contents(
+        path,
+        str(config.get("model_type")),
+        packed.group_size,
+        tuple((p, next(iter(projections.values()))) for p, projections in packed.experts.items()),
+        dict(Counter(width_name(w) for w in packed.linears.values())),
+        expert_bytes,
+        linear_bytes,
+        sum(size for name, size in sizes.items() if name not in listed),
+        weights,
+        bits / max(weights, 1),
+    )
+
+
+def _bytes(spec: TensorSpec) -> int:
+    count = 1
+    for n in spec.shape:
+        count *= n
+    return count * ITEM_BYTES.get(spec.dtype, 1)
+
+
+def _columns(codes: TensorSpec, groups: int, width: Width) -> int:
+    """Input columns of a packed matrix from the bytes of its rows."""
+    per_group = codes.shape[1] // groups
+    if width == 1.6:  # the last of five codes a byte may be padding: groups are powers of two
+        return groups * (1 << ((per_group * 5).bit_length() - 1))
+    return groups * per_group * 8 // int(width)

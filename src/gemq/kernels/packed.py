@@ -1,0 +1,247 @@
+"""Modules that hold packed weights.
+
+The experts of one layer lie in flat buffers with a table, so that one kernel launch serves experts of
+different widths. ``state_dict`` still shows the names and shapes of the checkpoint format, one entry an
+expert.
+
+Scales and offsets are float16 but kept as int16 views: ``model.to(dtype)`` casts every floating buffer and
+would round them. Knows nothing of Transformers: an experts module is known by the attributes that its
+forward uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemq import kernels
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.quant.grid import dequantize
+from gemq.quant.widths import LEVELS, Width, bytes_per_group
+
+ALIGNMENT = 16
+"""Each expert's codes start at a multiple of this many bytes: the widest load of a GPU thread."""
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class PackedMatrices(nn.Module):
+    """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
+
+    codes:   uint8, experts one after the other, each [rows, groups * bytes_per_group], aligned scales:
+    int16 views of float16, [experts, rows, groups] flat offsets: as scales table:   [experts, 3] int64: the
+    width's levels (2, 3, 4, 8, 16, 256), first byte in codes, first in scales
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor
+    table: Tensor
+
+    def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> None:
+        """Copies the experts' matrices, all on one device, one after the other."""
+        super().__init__()
+        self.widths = tuple(widths)
+        self.group_size = group_size
+        self.rows, self.groups = matrices[0].scales.shape
+        self.columns = self.groups * group_size
+        device = matrices[0].codes.device
+
+        starts, end = [], 0
+        for width in self.widths:
+            starts.append(end)
+            code_bytes = self.rows * self.groups * bytes_per_group(width, group_size)
+            end += -(-code_bytes // ALIGNMENT) * ALIGNMENT
+        self._starts = starts
+        per_expert = self.rows * self.groups
+        table = [
+            [LEVELS[w], start, e * per_expert] for e, (w, start) in enumerate(zip(self.widths, starts, strict=True))
+        ]
+        self.register_buffer("codes", torch.zeros(end, dtype=torch.uint8, device=device), persistent=False)
+        for name in ("scales", "offsets"):
+            flat = torch.empty(self.num_experts * per_expert, dtype=torch.int16, device=device)
+            self.register_buffer(name, flat, persistent=False)
+        self.register_buffer("table", torch.tensor(table, dtype=torch.int64, device=device), persistent=False)
+        for e, matrix in enumerate(matrices):
+            self.set_matrix(e, matrix)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.widths)
+
+    def matrix(self, expert: int) -> PackedMatrix:
+        """One expert in the layout of the checkpoint. Views: nothing is copied."""
+        groups, width = self.rows * self.groups, self.widths[expert]
+        start = self._starts[expert]
+        codes = self.codes[start : start + groups * bytes_per_group(width, self.group_size)]
+        scales, offsets = (
+            flat[expert * groups : (expert + 1) * groups].view(torch.float16).view(self.rows, self.groups)
+            for flat in (self.scales, self.offsets)
+        )
+        return PackedMatrix(codes.view(self.rows, -1), scales, offsets)
+
+    def set_matrix(self, expert: int, matrix: PackedMatrix) -> None:
+        for mine, given in zip(self.matrix(expert), matrix, strict=True):
+            if mine.shape != given.shape or mine.dtype != given.dtype:
+                raise ValueError(
+                    f"expert {expert}: {given.dtype} {list(given.shape)}, not {mine.dtype} {list(mine.shape)}"
+                )
+            mine.copy_(given)
+
+    def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Weights of one expert: [rows, columns] in ``dtype``."""
+        return dequantize(self.matrix(expert).unpack(self.widths[expert], self.group_size), dtype)
+
+    def extra_repr(self) -> str:
+        size = f"rows={self.rows}, columns={self.columns}, group_size={self.group_size}"
+        return f"experts={self.num_experts}, {size}"
+
+
+class PackedExperts(nn.Module):
+    """Mixin for a family's experts class: packed projections; activation, clamps and biases stay its own."""
+
+    has_gate: bool
+    has_bias: bool
+    # Attributes of the family's class that kernels use; nn.Module would type them as Tensor | Module.
+    gate_up_proj: Any
+    up_proj: Any
+    down_proj: Any
+    gate_up_proj_bias: Any
+    up_proj_bias: Any
+    down_proj_bias: Any
+    post_expert_norm: Any
+    act_fn: Any
+    _apply_gate: Any
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return kernels.experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def _packed(self) -> dict[str, PackedMatrices]:
+        modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
+        return {name: module for name, module in modules if isinstance(module, PackedMatrices)}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for proj, matrices in self._packed().items():
+            for e in range(matrices.num_experts):
+                destination.update(matrices.matrix(e).named(f"{prefix}{e}.{proj}"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = dict(state_dict)
+        for proj, matrices in self._packed().items():
+            for e in range(matrices.num_experts):
+                given = {name: rest.pop(name, None) for name in matrices.matrix(e).named(f"{prefix}{e}.{proj}")}
+                absent = [name for name, tensor in given.items() if tensor is None]
+                missing_keys += absent
+                if absent:
+                    continue
+                try:
+                    matrices.set_matrix(e, PackedMatrix(*given.values()))
+                except ValueError as error:
+                    error_msgs.append(f"{prefix}{e}.{proj}: {error}")
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+_packed_classes: dict[type[nn.Module], type[nn.Module]] = {}  # family's class -> its packed subclass
+
+
+def _packed_class(experts_class: type[nn.Module]) -> type[nn.Module]:
+    if experts_class not in _packed_classes:
+        name = f"Packed{experts_class.__name__}"
+        _packed_classes[experts_class] = type(name, (PackedExperts, experts_class), {})
+    return _packed_classes[experts_class]
+
+
+def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
+    """Turns an experts module into a PackedExperts in place and drops its 3-D parameters.
+
+    The instance stays, so that what a family sets on it (limits, activations, biases, its gate) survives.
+    The projections are then to be set as PackedMatrices.
+    """
+    for name in projections:
+        delattr(experts, name)
+    experts.__class__ = _packed_class(type(experts))
+
+
+class PackedLinear(nn.Module):
+    """``y = x W^T + bias`` with W [rows, columns] packed at one width.
+
+    codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups], int16 views of float16.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        width: Width,
+        group_size: int,
+        bias: nn.Parameter | None,
+        device: Any = None,
+    ) -> None:
+        """Empty: load float16 scales and offsets into the buffers, then call ``seal``."""
+        super().__init__()
+        self.in_features, self.out_features = columns, rows
+        self.width, self.group_size = width, group_size
+        groups = columns // group_size
+        code_bytes = groups * bytes_per_group(width, group_size)
+        self.register_buffer("codes", torch.empty(rows, code_bytes, dtype=torch.uint8, device=device))
+        for name in ("scales", "offsets"):
+            self.register_buffer(name, torch.empty(rows, groups, dtype=torch.float16, device=device))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, matrix: PackedMatrix, width: Width, group_size: int) -> PackedLinear:
+        """The packed replacement of ``linear``; keeps its bias."""
+        packed = cls(linear.out_features, linear.in_features, width, group_size, linear.bias, device="meta")
+        packed.codes, packed.scales, packed.offsets = matrix
+        packed.seal()
+        return packed
+
+    def seal(self) -> None:
+        """Turns float16 scales and offsets into int16 views, which no later cast touches."""
+        self.scales, self.offsets = self.scales.view(torch.int16), self.offsets.view(torch.int16)
+
+    def matrix(self) -> PackedMatrix:
+        return PackedMatrix(self.codes, self.scales.view(torch.float16), self.offsets.view(torch.float16))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Weights: [rows, columns] in ``dtype``."""
+        return dequantize(self.matrix().unpack(self.width, self.group_size), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear_forward(self, x)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.scales.dtype == torch.int16:
+            destination.update(self.matrix().named(prefix.removesuffix(".")))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rest = dict(state_dict)
+        if self.scales.dtype == torch.int16:  # copying float16 into int16 would convert values, not bits
+            for name in (f"{prefix}scales", f"{prefix}offsets"):
+                if name in rest and rest[name].dtype == torch.float16:
+                    rest[name] = rest[name].view(torch.int16)
+        super()._load_from_state_dict(rest, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, width={self.width:g}, group_size={self.group_size}"
+        )

@@ -1,0 +1,121 @@
+"""The routed experts' arithmetic, step by step and with any weights.
+
+Transformers' own experts modules compute a whole block with their own weights. Calibration needs more: the input of
+``down_proj`` for its Hessian, and every routed pair's output with other weights. Everything a family adds (clamps,
+biases, interleaved gates, a norm behind each expert) is taken from the module itself.
+
+Shapes: T tokens, K experts a token, P = T * K routed pairs sorted by expert, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemq.models.structure import Experts
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The routed pairs of one call of an experts module, sorted by expert.
+
+    token:  [P] int64, row of the call's hidden states
+    expert: [P] int64
+    weight: [P] routing weight, differentiable where the call's was
+    counts: pairs of each expert (a list, so that slicing needs no further synchronisation)
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    counts: list[int]
+
+
+def route(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Routed:
+    """Sorts a call's routing (index and weights [T, K]) by expert. Indices past the last expert are dropped."""
+    flat = top_k_index.reshape(-1)
+    expert, order = torch.sort(flat, stable=True)
+    counts = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
+    pairs = sum(counts)
+    order = order[:pairs]
+    return Routed(order // top_k_index.shape[-1], expert[:pairs], top_k_weights.reshape(-1)[order], counts)
+
+
+@dataclass
+class ExpertsCall:
+    """What one forward pass of a layer gave to its experts module and got back."""
+
+    hidden: Tensor
+    """[T, H]"""
+    top_k_index: Tensor
+    """[T, K] int64"""
+    top_k_weights: Tensor
+    """[T, K]"""
+    output: Tensor
+    """[T, H]"""
+
+
+@contextmanager
+def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
+    """Collects the calls of an experts module while the context is open.
+
+    The arguments come from the call itself, never from the router's output, whose order differs between families.
+    """
+    calls: list[ExpertsCall] = []
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        hidden, index, weights = (*args, *kwargs.values())[:3]
+        if index.is_floating_point():  # a family that passes weights before indices
+            index, weights = weights, index
+        calls.append(ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def expert_weight(module: Any, name: str) -> Tensor:
+    """An experts module's weight as [E, rows, columns]: outputs by inputs, whatever the family's layout."""
+    weight = getattr(module, name).detach()
+    return weight.transpose(1, 2) if module.is_transposed else weight
+
+
+@torch.no_grad()
+def set_expert_weight(module: Any, name: str, weight: Tensor) -> None:
+    """Overwrites an experts module's weight with [E, rows, columns], cast to its dtype."""
+    getattr(module, name).copy_(weight.transpose(1, 2) if module.is_transposed else weight)
+
+
+def apply_first(module: Any, experts: Experts, weight: Tensor, x: Tensor, routed: Routed) -> Tensor:
+    """Inputs x [P, H] and first weights [E, rows, H] -> what ``down_proj`` receives, [P, I]."""
+    name = experts.matrices[0].name
+    out = _grouped(x, weight, _bias(module, name), routed)
+    return module._apply_gate(out) if module.has_gate else module.act_fn(out)
+
+
+def apply_down(module: Any, weight: Tensor, h: Tensor, routed: Routed) -> Tensor:
+    """Intermediates h [P, I] and down weights [E, H, I] -> each pair's output [P, H], not yet times its weight."""
+    out = _grouped(h, weight, _bias(module, "down_proj"), routed)
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+
+
+def _bias(module: Any, name: str) -> Tensor | None:
+    return getattr(module, f"{name}_bias") if module.has_bias else None
+
+
+def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
+    """One linear per expert over its slice of the sorted pairs: [P, columns] -> [P, rows]."""
+    parts = [
+        F.linear(rows, weight[e], None if bias is None else bias[e])
+        for e, rows in enumerate(x.split(routed.counts))
+        if len(rows)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])

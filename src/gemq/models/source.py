@@ -1,0 +1,185 @@
+"""Where a model comes from: a local directory or a hub id, its fingerprint, and loading it.
+
+Every way in which that can fail for a reason the user can mend ends in a UserError. Knows no experts and no stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from gemq.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files on the local disk."""
+
+    path: Path
+    trust_remote_code: bool = False
+
+    @classmethod
+    def resolve(
+        cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+    ) -> Source:
+        """A local directory as it is; a hub id is downloaded (or found in the cache), no pickled weights.
+
+        weights: False leaves the weights on the hub and fetches only what describes the model
+        """
+        path = Path(model).expanduser()
+        if not path.exists():
+            if model.startswith((".", "/", "~")) or model.count("/") != 1:
+                raise UserError(f"model {model} does not exist: give a directory or a hub id such as org/name")
+            return cls(_download(model, revision, weights), trust_remote_code)
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model} holds no config.json: give the directory of a Transformers checkpoint")
+        if revision is not None:
+            raise UserError(f"--revision goes with a hub id, and {model} is a local directory: leave it out")
+        return cls(path, trust_remote_code)
+
+    def config(self) -> Any:
+        """The model's configuration. Raises UserError when it is unreadable or already quantized."""
+        try:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{self.path} brings its own code: read it, then allow it with --trust-remote-code"
+                ) from error
+            raise UserError(f"cannot read the configuration of {self.path}: {_first_line(error)}") from error
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is None:
+            quantization = getattr(config.get_text_config(), "quantization_config", None)
+        if quantization is not None:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            raise UserError(f"{self.path} is quantized already ({method}): give the full-precision model")
+        return config
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: shapes without weights."""
+        config = self.config()
+        with torch.device("meta"):
+            return _build(
+                lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code),
+                self.path,
+            )
+
+    def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+        """The model on ``device`` and the type in which each parameter is stored.
+
+        dtype: of all floating-point parameters; None leaves them as they are stored
+        """
+        self.config()
+        if not any(self.path.glob("*.safetensors")):
+            raise UserError(f"{self.path} holds no safetensors weights: convert it, gemq reads no pickled files")
+        model = _build(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                self.path, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
+            ),
+            self.path,
+        )
+        stored = {name: p.dtype for name, p in model.named_parameters()}
+        model.to(device)
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+            if dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        # the default, grouped_mm, is many times slower than a plain loop on CPU
+        model.set_experts_implementation("eager" if device.type == "cpu" else "grouped_mm")
+        return model.eval(), stored
+
+    def tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot read the tokenizer of {self.path}: {_first_line(error)}") from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        if not (self.path / "generation_config.json").is_file():
+            return None
+        return GenerationConfig.from_pretrained(self.path)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration, the tokenizer and every byte of the weights."""
+        files = sorted([*self.path.glob("*.safetensors"), *self.path.glob("tokenizer*"), self.path / "config.json"])
+        with ThreadPoolExecutor(4) as pool:
+            parts = pool.map(_file_digest, files)
+            whole = {f.name: part for f, part in zip(files, parts, strict=True)}
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises UserError when that device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"there is no device {name!r}: give auto, cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not there ({torch.cuda.device_count()} GPUs found): give --device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type that a recipe's ``dtype`` means on ``device``."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def longest_window(config: Any) -> int:
+    """Most tokens that the model takes at once."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+def _build(make: Any, path: Path) -> Any:
+    try:
+        return make()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"cannot load {path} as a causal language model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [
+            "*.json",
+            "*.txt",
+            "*.model",
+            "*.jinja",
+            "*.py",
+            "*.tiktoken",
+            *(["*.safetensors"] if weights else []),
+        ]
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model {model} is no local directory and cannot be had from the hub: check the name and the network"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"model {model} is no local directory and the hub refuses it ({_first_line(error)}): check the name"
+        ) from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

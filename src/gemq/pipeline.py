@@ -1,0 +1,342 @@
+"""``quantize`` and ``export``: the stages in order, from a model to a checkpoint.
+
+Windows, ladder, scores, allocation, refine, save. Each stage's result stays in the work directory, so that a job goes
+on where it was stopped and another budget costs only the stages that depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemq.allocate import Allocation, Budget, allocate
+from gemq.checkpoint.format import PackedFormat, read_quantization_config
+from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.errors import UserError
+from gemq.files import check_free_space, write_json, write_text
+from gemq.job import Job, source_digest
+from gemq.models.source import Source, pick_device
+from gemq.models.stream import Replay
+from gemq.models.structure import Structure
+from gemq.progress import Monitor
+from gemq.quant.widths import Width, width_name
+from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
+from gemq.stages import assembled, digest, load_ladder, make_problem, run_ladder, run_refine, run_scores
+from gemq.workdir import Stage, WorkDir
+
+JOB_FILE = "job.json"
+SCORED = ("global", "layerwise")
+"""Allocation methods that need scores."""
+
+
+@dataclass
+class Result:
+    """What ``quantize`` and ``export`` give back; ``to_dict`` is the JSON of the command line."""
+
+    out: Path
+    work: Path
+    complete_before: bool
+    """The output was there already, made by this very job."""
+    budget: str
+    method: str
+    predicted_cost: float | None
+    allocation: list[list[Width]]
+    parameters: dict[str, int]
+    quantized_share: float
+    original_bytes: int
+    stored_bytes: int
+    expert_bits_nominal: float
+    expert_bits_stored: float
+    window: int
+    windows: dict[str, int]
+    fallbacks: dict[str, int]
+    work_bytes: int = 0
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def quantize(
+    model: str,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path,
+    work: str | Path | None = None,
+    resume: bool = False,
+    allocation: str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    monitor: Monitor | None = None,
+) -> Result:
+    """Quantizes ``model`` (a local directory or a hub id) by ``recipe`` into the checkpoint directory ``out``.
+
+    work:       directory of intermediate results, ``out`` with ``.work`` added by default
+    resume:     go on with an interrupted job instead of refusing its work directory
+    allocation: JSON file with a width for every expert, instead of solving for one
+    Raises UserError when something cannot be done, before anything is lost or half written.
+    """
+    recipe = recipe or Recipe()
+    out = Path(out)
+    work_path = Path(work) if work is not None else out.with_name(out.name + ".work")
+    if allocation is not None and not Path(allocation).is_file():
+        raise UserError(f"allocation {allocation} is not a file: give the allocation.json of a work directory")
+    if not resume:
+        _refuse_existing(out)
+    picked = pick_device(device)
+    source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
+    fingerprint = source.fingerprint()
+    with WorkDir(work_path, resume=resume) as directory:
+        _record_job(directory, source, recipe, fingerprint)
+        job = Job(source, recipe, directory, picked, monitor or Monitor(), fingerprint)
+        return _run(job, out, allocation, finish=recipe.refine)
+
+
+def export(
+    work: str | Path,
+    *,
+    out: str | Path,
+    changes: dict[str, Any] | None = None,
+    finish: bool = False,
+    allocation: str | Path | None = None,
+    device: str = "auto",
+    monitor: Monitor | None = None,
+) -> Result:
+    """Another budget from the work directory of ``quantize``, in seconds: weights are picked from its ladder.
+
+    changes: recipe keys of the budget and the allocation, such as ``{"bits": 1.5}`` or ``{"allocate": "uniform"}``
+    finish:  refine at the new widths, as ``quantize`` does, rather than take the ladder's weights
+    """
+    out = Path(out)
+    _refuse_existing(out)
+    with WorkDir.existing(Path(work)) as directory:
+        recorded = _read_job(directory)
+        recipe = Recipe.from_dict(recorded["recipe"], origin=str(work)).replace(**(changes or {}))
+        kept = tuple(recorded["ladder_widths"])
+        if recipe.ladder_widths != kept:
+            recipe = recipe.replace(widths=kept)
+        source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
+        if not source.path.exists():
+            raise UserError(
+                f"{source.path}, the model of {work}, is gone: put it back, its unquantized parts are needed"
+            )
+        fingerprint = source.fingerprint()
+        if fingerprint != recorded["fingerprint"]:
+            raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
+        job = Job(source, recipe, directory, pick_device(device), monitor or Monitor(), fingerprint)
+        return _run(job, out, allocation, finish=finish)
+
+
+def _run(job: Job, out: Path, allocation_file: str | Path | None, finish: bool) -> Result:
+    replay, stored = job.load()
+    structure = replay.structure
+    job.draw_windows(replay)
+    ladder = run_ladder(job, replay)
+    _count_fallbacks(job, structure, ladder)
+    scores = None
+    if allocation_file is None and job.recipe.allocate in SCORED:
+        scores = run_scores(job, replay, ladder)
+    problem = make_problem(job, structure, ladder, scores)
+    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
+    if allocation_file is not None:
+        chosen = Allocation.from_json(_read_text(allocation_file), problem, origin=str(allocation_file))
+    else:
+        with job.monitor.stage("allocate", 1) as tick:
+            budget = _budget(job.recipe, fixed_bytes)
+            rule, seed = job.recipe.layer_rule, job.recipe.seed
+            chosen = allocate(problem, budget, job.recipe.allocate, layer_rule=rule, seed=seed)
+            tick()
+    write_text(job.work.path / "allocation.json", chosen.to_json())
+    result = Result(
+        out=out,
+        work=job.work.path,
+        complete_before=False,
+        budget=chosen.method if allocation_file else job.recipe.budget_text,
+        method=str(allocation_file or chosen.method),
+        predicted_cost=chosen.predicted_cost if scores is not None else None,
+        allocation=chosen.by_layer,
+        parameters=structure.parameters,
+        quantized_share=quantized_share(structure, job.recipe),
+        original_bytes=sum(p.numel() * stored[name].itemsize for name, p in replay.model.named_parameters()),
+        stored_bytes=fixed_bytes + chosen.stored_bytes,
+        expert_bits_nominal=chosen.nominal_bits,
+        expert_bits_stored=chosen.stored_bits,
+        window=job.windows.window,
+        windows=job.windows.counts(),
+        fallbacks=job.fallbacks,
+    )
+    packed_format = _packed_format(job, structure, chosen.by_layer, finish)
+    if not _is_complete(out, packed_format):
+        check_free_space(out, result.stored_bytes)
+        shards = run_refine(job, replay, chosen) if finish else assembled(job, structure, ladder, chosen)
+        with job.monitor.stage("save", len(structure.layers)) as tick:
+            _save(job, replay, stored, packed_format, _counted(shards, tick), result)
+    else:
+        result.complete_before = True
+    result.work_bytes = job.work.size()
+    result.stages = {name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()}
+    return result
+
+
+# Before anything is computed
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists: name another output, or delete it first")
+
+
+def _is_complete(out: Path, packed_format: PackedFormat) -> bool:
+    """Whether this very result stands in ``out`` already. An output appears by one rename: it is never half there."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = read_quantization_config(out).get("fingerprint")
+    except UserError:
+        found = None
+    if found != packed_format.fingerprint:
+        raise UserError(f"{out} exists and holds something else: name another output, or delete it first")
+    return True
+
+
+def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str) -> None:
+    """Writes what the work directory is for, or refuses to go on with another job in it."""
+    record = {
+        "model": str(source.path.resolve()),
+        "trust_remote_code": source.trust_remote_code,
+        "fingerprint": fingerprint,
+        "recipe": recipe.to_dict(),
+        "ladder_widths": list(recipe.ladder_widths),
+        "calibration": [source_digest(s) for s in recipe.calib],
+    }
+    path = work.path / JOB_FILE
+    if not path.exists():
+        write_json(path, record)
+        return
+    before = _read_job(work)
+    for key, value in recipe.to_dict().items():
+        if before["recipe"].get(key) != value:
+            raise UserError(
+                f"{work.path} was made with {key} {_show(before['recipe'].get(key))} and is now asked for "
+                f"{_show(value)}: resume with the same, or start anew with another --work"
+            )
+    for key, what in (("fingerprint", "model"), ("calibration", "calibration text")):
+        if before[key] != record[key]:
+            raise UserError(
+                f"{work.path} was made from another {what}, which has changed since: "
+                "start anew with another --work, or delete this one"
+            )
+
+
+def _read_job(work: WorkDir) -> dict[str, Any]:
+    try:
+        return json.loads((work.path / JOB_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{work.path} holds no job yet: run gemq quantize first") from error
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(width_name(v) if isinstance(v, float) else str(v) for v in value)
+    return "unset" if value is None else f"{value}"
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: give the allocation.json of a work directory") from error
+
+
+# Sizes
+
+
+def _budget(recipe: Recipe, fixed_bytes: int) -> Budget:
+    if recipe.size is not None:
+        if recipe.size <= fixed_bytes:
+            raise UserError(
+                f"{recipe.size / 1e9:g} GB is less than the {fixed_bytes / 1e9:.3g} GB outside the experts: give more"
+            )
+        return Budget("bytes", recipe.size - fixed_bytes)
+    if recipe.stored_bits is not None:
+        return Budget("stored_bits", recipe.stored_bits)
+    return Budget("bits", DEFAULT_BITS if recipe.bits is None else recipe.bits)
+
+
+# Checkpoint
+
+
+def _packed_format(job: Job, structure: Structure, widths: list[list[Width]], finish: bool) -> PackedFormat:
+    experts = {}
+    for i, layer in structure.moe_layers:
+        assert layer.experts is not None
+        experts[layer.experts.path] = {m.name: tuple(widths[i]) for m in layer.experts.matrices}
+    bits = job.recipe.attention_bits
+    linears = {x.path: bits for layer in structure.layers for x in layer.linears} if bits < 16 else {}
+    made_from = job.refine_inputs() if finish else job.ladder_inputs()
+    fingerprint = digest({**made_from, "allocation": widths, "refined": finish})
+    return PackedFormat(experts, linears, job.recipe.group_size, fingerprint)
+
+
+def _save(
+    job: Job,
+    replay: Replay,
+    stored: dict[str, torch.dtype],
+    packed_format: PackedFormat,
+    layers: Iterator[dict[str, Tensor]],
+    result: Result,
+) -> None:
+    def shards() -> Iterator[dict[str, Tensor]]:
+        yield from layers
+        own = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in replay.model.state_dict().items()}
+        yield dense_state(replay.model, packed_format, own)
+
+    facts = (
+        f"Experts: {result.expert_bits_nominal:.3f} bits per weight on average "
+        f"({result.expert_bits_stored:.3f} stored, scales and offsets included), allocation: {result.method}. "
+        f"Attention and other linears: {job.recipe.attention_bits} bits. "
+        f"{result.quantized_share:.1%} of {replay.structure.total_parameters / 1e6:.1f} million parameters quantized."
+    )
+    write_checkpoint(
+        result.out,
+        config=job.source.config(),
+        packed_format=packed_format,
+        shards=shards(),
+        source=job.source.path,
+        generation_config=None,
+        model_card=model_card(facts=facts),
+    )
+
+
+def _counted(shards: Iterator[dict[str, Tensor]], tick: Any) -> Iterator[dict[str, Tensor]]:
+    for shard in shards:
+        yield shard
+        tick()
+
+
+def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
+    """Counts what was not done as asked: never silent."""
+    none = few = retries = 0
+    for i, layer in enumerate(structure.layers):
+        found = load_ladder(job, structure, ladder, i)
+        retries += found.retries
+        if layer.experts is not None:
+            none += int((found.counts == 0).sum())
+            few += int(((found.counts > 0) & (found.counts < layer.experts.matrices[0].columns)).sum())
+    job.fallbacks.update(
+        experts_without_tokens=none,
+        experts_with_few_tokens=few,
+        hessians_damped_more=retries,
+        matrices_in_smaller_groups=smaller_groups(structure, job.recipe.group_size),
+        linears_not_quantized=len(structure.kept_linears),
+    )

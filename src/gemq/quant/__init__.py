@@ -1,0 +1,1 @@
+"""Quantization mathematics: pure functions on tensors, no models, no files."""

@@ -1,0 +1,127 @@
+"""GPTQ on batches of matrices, every width at once.
+
+For each column in turn (Frantar et al., arXiv:2210.17323): round it to its group's grid, then spread the rounding
+error over the columns still to come, in proportion to the rows of the Cholesky factor of the inverse Hessian. Rows are
+independent given the factor, and so are experts and widths: all of them go through one loop over columns.
+
+Shapes: W widths, E experts, R rows, C columns, G group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gemq.quant.grid import Quantized
+from gemq.quant.widths import LEVELS, Width
+
+LLOYD_ROUNDS = 6
+"""Rounds of rounding to the grid and fitting the grid to the rounding. More changes nothing that can be measured."""
+
+FP16_MAX = 65504.0
+
+
+def gptq(weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
+    """Quantizes matrices at several widths with error feedback.
+
+    weight: [E, R, C], any float dtype
+    upper:  [E, C, C] float32, from ``hessian.factorize``
+
+    Returns codes [W, E, R, C] uint8 with scales and offsets [W, E, R, C / G] float16.
+    """
+    with _one_thread(weight.device):
+        return _gptq(weight, upper, widths, group_size)
+
+
+def _gptq(weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
+    experts, rows, columns = weight.shape
+    highest = _highest_codes(widths, weight.device)
+    w = weight.float().expand(len(widths), experts, rows, columns).clone()
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(*w.shape[:3], columns // group_size, dtype=torch.float16, device=w.device)
+    offsets = torch.empty_like(scales)
+    for start in range(0, columns, group_size):
+        stop = start + group_size
+        block = w[..., start:stop].clone()
+        triangle = upper[:, start:stop, start:stop]
+        pivots = triangle.diagonal(dim1=-2, dim2=-1)  # [E, G]
+        # a column's rounding error costs (error / pivot)^2: what the grid should fit
+        importance = pivots.square().reciprocal().unsqueeze(1)  # [E, 1, G]
+        scale, offset = fit_grid(block, highest, importance)
+        scales[..., start // group_size], offsets[..., start // group_size] = scale, offset
+        scale, offset = scale.float(), offset.float()
+        step = torch.where(scale > 0, scale, torch.ones_like(scale))
+        errors = torch.empty_like(block)
+        for j in range(group_size):
+            column = block[..., j]
+            code = ((column - offset) / step).round_().clamp_(highest.new_zeros(()), highest.view(-1, 1, 1))
+            codes[..., start + j] = code.to(torch.uint8)
+            error = (column - torch.addcmul(offset, code, scale)) / pivots[:, j].unsqueeze(-1)
+            errors[..., j] = error
+            if j + 1 < group_size:
+                block[..., j + 1 :] -= error.unsqueeze(-1) * triangle[:, None, j, j + 1 :]
+        if stop < columns:
+            w[..., stop:] -= errors @ upper[:, start:stop, stop:]
+    return Quantized(codes, scales, offsets)
+
+
+def round_to_nearest(weight: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
+    """Rounds matrices [E, R, C] to grids fitted to the weights alone. Returns what ``gptq`` returns."""
+    highest = _highest_codes(widths, weight.device)
+    experts, rows, columns = weight.shape
+    w = weight.float().view(1, experts, rows, columns // group_size, group_size)
+    w = w.expand(len(widths), -1, -1, -1, -1)
+    highest = highest.view(-1, 1, 1, 1, 1)
+    scale, offset = fit_grid(w, highest.squeeze(-1).squeeze(-1), None)
+    step = torch.where(scale > 0, scale, torch.ones_like(scale)).float().unsqueeze(-1)
+    codes = ((w - offset.float().unsqueeze(-1)) / step).round_().clamp_(highest.new_zeros(()), highest)
+    return Quantized(codes.to(torch.uint8).reshape(len(widths), *weight.shape), scale, offset)
+
+
+def fit_grid(w: Tensor, highest: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and offset (float16) of each group of weights w [W, E, R, ..., G], for codes 0 .. ``highest`` [W].
+
+    Starts from the smallest and largest weight, then alternates rounding with a least-squares fit of the line through
+    (code, weight) pairs, weighted by ``importance``. With two levels this is k-means with two free centres.
+    """
+    highest = highest.view(-1, *[1] * (w.dim() - 1))
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    scale, offset = (high - low) / highest, low
+    weights = torch.ones_like(w[..., :1]) if importance is None else importance
+    weights = weights / weights.sum(-1, keepdim=True) if importance is not None else weights / w.shape[-1]
+    mean_w = (weights * w).sum(-1, keepdim=True)
+    for _ in range(LLOYD_ROUNDS):
+        step = torch.where(scale > 0, scale, torch.ones_like(scale))
+        code = ((w - offset) / step).round_().clamp_(highest.new_zeros(()), highest)
+        mean_code = (weights * code).sum(-1, keepdim=True)
+        spread = code - mean_code
+        variance = (weights * spread.square()).sum(-1, keepdim=True)
+        slope = (weights * spread * w).sum(-1, keepdim=True) / variance.clamp_min(1e-20)
+        # a group whose codes are all alike has no slope: its scale stays
+        scale = torch.where((variance > 1e-12) & (slope > 0), slope, scale)
+        offset = mean_w - scale * mean_code
+    return (
+        scale.squeeze(-1).clamp(max=FP16_MAX).to(torch.float16),
+        offset.squeeze(-1).clamp(-FP16_MAX, FP16_MAX).to(torch.float16),
+    )
+
+
+def _highest_codes(widths: tuple[Width, ...], device: torch.device) -> Tensor:
+    return torch.tensor([LEVELS[w] - 1.0 for w in widths], device=device)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On CPU, one thread: the column loop is thousands of small steps, and waiting for a second thread at the end of
+    each costs more than it gains (150 times more where another process keeps that core busy)."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if device.type == "cpu":
+            torch.set_num_threads(threads)

@@ -1,0 +1,243 @@
+"""The recipe: everything that decides the bytes of a result, in one validated dataclass.
+
+YAML files and command-line flags both end here. What only decides where and how fast a job runs (device, memory
+bounds, work directory) is not part of it. Knows nothing of models, stages or files of a job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemq.errors import UserError
+from gemq.quant.widths import LEVELS, SMALLEST_GROUP, Width, nominal_bits, parse_width, width_name
+
+DEFAULT_BITS = 2.0
+DEFAULT_WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)
+CHOICES = {
+    "effort": ("low",),
+    "quantizer": ("gptq", "rtn"),
+    "score_form": ("token", "elementwise"),
+    "score_labels": ("sampled", "data"),
+    "score_weights": ("ladder", "rtn"),
+    "allocate": ("global", "uniform", "random", "layerwise", "frequency"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One quantization job. At most one of ``bits``, ``stored_bits`` and ``size`` sets the budget (default 2.0 bits).
+
+    Raises UserError when a value cannot be used, with what would do.
+    """
+
+    # Budget
+    bits: float | None = None
+    """Average nominal bits per expert weight."""
+    stored_bits: float | None = None
+    """Average stored bits per expert weight: scales and offsets included."""
+    size: int | None = None
+    """Bytes of all the checkpoint's tensors."""
+
+    effort: str = "low"
+    """How much is computed; ``low`` trains nothing."""
+
+    # Calibration
+    calib: tuple[str, ...] = ("self",)
+    """Sources: text or JSONL files, data set ids, or ``self`` for windows that the model itself writes."""
+    windows: int = 128
+    """Windows taken from all sources together."""
+    window: int | None = None
+    """Tokens per window; None is 2048, or the longest that the model takes."""
+    seed: int = 0
+
+    # Grids
+    widths: tuple[Width, ...] | None = None
+    """Candidate widths of the experts; None is 1, 1.6, 2, 3, and 4 for budgets above 2.5 bits."""
+    group_size: int = 128
+    attention_bits: int = 4
+    """Width of attention and every other linear outside the routed experts; 16 leaves them unquantized."""
+    quantizer: str = "gptq"
+    """``gptq``, or ``rtn`` for round to nearest."""
+    damping: float = 0.01
+    """Added to the diagonal of a Hessian, as a fraction of its mean."""
+    hessian_shrink: float = 0.1
+    """Weight of the layer's mean Hessian in every expert's, as a fraction of an expert's mean token count."""
+
+    # Scores and allocation
+    score_form: str = "token"
+    """``token``: (g . D)^2 of each token; ``elementwise``: sum of (g * D)^2, as in the paper."""
+    score_labels: str = "sampled"
+    """Labels of the loss: ``sampled`` from the model's own prediction, or the next tokens of the ``data``."""
+    score_weights: str = "ladder"
+    """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
+    smoothing: float = 2.0
+    """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
+    allocate: str = "global"
+    layer_rule: bool = False
+    """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""
+
+    # Finish
+    refine: bool = True
+    """Quantize again at the chosen widths, layer by layer, on the activations of the quantized layers before."""
+
+    # Numerics
+    batch_tokens: int = 4096
+    """Tokens in a micro-batch. Fixes the order of sums, so that results do not depend on memory."""
+    dtype: str = "auto"
+    """Compute type of the full-precision model: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU)."""
+
+    def __post_init__(self) -> None:
+        budgets = [name for name in ("bits", "stored_bits", "size") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise UserError(f"{' and '.join(budgets)} each set the budget: give only one of them")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} cannot be {getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if self.widths is not None:
+            widths = tuple(sorted({parse_width(w) for w in self.widths}))
+            if not widths:
+                raise UserError("widths is empty: name at least one, such as 2")
+            object.__setattr__(self, "widths", widths)
+        if self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1):
+            raise UserError(f"group_size {self.group_size} is not a power of two from {SMALLEST_GROUP} up: try 128")
+        if self.attention_bits not in (2, 3, 4, 8, 16):
+            raise UserError(f"attention_bits cannot be {self.attention_bits}: choose 2, 3, 4, 8, or 16 for unquantized")
+        if not self.calib:
+            raise UserError("calib names no source: give a text file, a data set id or self")
+        for name, least in (("windows", 1), ("batch_tokens", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} cannot be {getattr(self, name)}: the least is {least}")
+        if self.window is not None and self.window < 2:
+            raise UserError(f"window cannot be {self.window}: a window has at least 2 tokens")
+        for name in ("damping", "hessian_shrink", "smoothing"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} cannot be negative (it is {getattr(self, name)})")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Nominal budgets must lie within the widths. Stored and total bytes are checked when shapes are known."""
+        low, high = nominal_bits(min(self.ladder_widths)), nominal_bits(max(self.ladder_widths))
+        if self.bits is not None and not low <= self.bits <= high:
+            advice = f"give --bits from {low:g} to {high:g}"
+            if self.bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= self.bits]):
+                names = ",".join(width_name(w) for w in (*self.ladder_widths, wider[0]))
+                advice += f", or allow a wider width with --widths {names}"
+            raise UserError(f"no allocation of widths {self.width_names} has {self.bits:g} bits: {advice}")
+        for name in ("stored_bits", "size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} must be positive (it is {value})")
+
+    @property
+    def ladder_widths(self) -> tuple[Width, ...]:
+        """The candidate widths, defaults filled in, in ascending order."""
+        if self.widths is not None:
+            return self.widths
+        return (*DEFAULT_WIDTHS, 4) if self.size or (self.bits or self.stored_bits or 0) > 2.5 else DEFAULT_WIDTHS
+
+    @property
+    def width_names(self) -> str:
+        return ", ".join(width_name(w) for w in self.ladder_widths)
+
+    @property
+    def budget_text(self) -> str:
+        """``2 bits``, ``2.25 stored bits`` or ``12 GB``: how the summary names the budget."""
+        if self.size is not None:
+            return f"{self.size / 1e9:g} GB"
+        if self.stored_bits is not None:
+            return f"{self.stored_bits:g} stored bits"
+        return f"{self.bits if self.bits is not None else DEFAULT_BITS:g} bits"
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some keys changed. A new budget replaces the old one, whatever its kind."""
+        if any(changes.get(name) is not None for name in ("bits", "stored_bits", "size")):
+            changes = {"bits": None, "stored_bits": None, "size": None, **changes}
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON and YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
+        """A recipe from plain values. Raises UserError for unknown keys and for values of the wrong kind."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        clean: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in fields:
+                near = difflib.get_close_matches(str(key), fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+                raise UserError(f"{origin}: unknown key {key!r}: {hint}")
+            clean[key] = _convert(key, value, str(fields[key].type), origin)
+        return cls(**clean)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """A recipe from a YAML file of ``key: value`` lines. Raises UserError when it cannot be read."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}"
+            ) from error
+        except yaml.YAMLError as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"{path} is not valid YAML ({line}): write lines such as 'bits: 2.0'") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds no keys: write lines such as 'bits: 2.0'")
+        return cls.from_dict(values, origin=str(path))
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``12GB``, ``800 MB`` or ``1.5e9``. GB is 1e9 bytes. Raises UserError when it is none of these."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match.group(1)) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise UserError(f"{text!r} is not a size: write it like 12GB or 800MB")
+    return int(number * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match.group(2).upper()])
+
+
+def _convert(key: str, value: Any, kind: str, origin: str) -> Any:
+    """A YAML value as the type that a field's annotation names."""
+    if value is None and "None" in kind:
+        return None
+    try:
+        if kind.startswith("tuple[str"):
+            return tuple(str(v) for v in (value if isinstance(value, list | tuple) else [value]))
+        if kind.startswith("tuple[Width"):
+            if isinstance(value, str):
+                value = value.split(",")
+            return tuple(parse_width(v) for v in (value if isinstance(value, list | tuple) else [value]))
+        if kind.startswith("bool"):
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if kind.startswith("int"):
+            if key == "size" and isinstance(value, str):
+                return parse_size(value)
+            if isinstance(value, bool) or float(value) != int(value):
+                raise TypeError
+            return int(value)
+        if kind.startswith("float"):
+            if isinstance(value, bool):
+                raise TypeError
+            return float(value)
+        return str(value)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        plain = kind.split("|")[0].strip()
+        raise UserError(f"{origin}: {key} cannot be {value!r}: it takes a value of type {plain}") from error

@@ -1,0 +1,159 @@
+"""Scores: what giving an expert a width costs, estimated from one reverse pass over the calibration windows.
+
+GEMQ (arXiv:2605.23078), importance by quantization-error analysis. With g[t] the gradient of the loss at the output of
+a layer's experts and D[t] = w[t, e] (f_{e,b}(x[t]) - f_e(x[t])) the change that width b makes, the cost is a sum over
+the tokens routed to e: of (g[t, d] D[t, d])^2 over dimensions d in the paper (``elementwise``), or of (g[t] . D[t])^2
+(``token``), which counts the change of the loss that dimensions make together.
+
+The reverse pass walks the layers from the last to the first and keeps no gradient but the one at hand.
+Knows one layer at a time, no files. Shapes: B windows, S tokens, T = B * S, P routed pairs, E experts, W widths,
+N calibration sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemq.calibrate import Activations
+from gemq.models.experts import (
+    ExpertsCall,
+    Routed,
+    apply_down,
+    apply_first,
+    expert_weight,
+    route,
+    watch_experts,
+)
+from gemq.models.stream import Replay
+from gemq.models.structure import Experts
+from gemq.quant.widths import Width
+
+ExpertWeights = tuple[Tensor, Tensor]
+"""All experts' two matrices [E, rows, columns]."""
+
+
+@dataclass
+class LayerScores:
+    """Scores of one layer, kept apart by calibration source.
+
+    costs:  [N, E, W] float64
+    tokens: [N, E] int64, routed pairs
+    """
+
+    costs: Tensor
+    tokens: Tensor
+
+
+def loss_gradients(replay: Replay, activations: Activations, labels: str, seed: int) -> list[Tensor]:
+    """Gradients [B, S, H] of the summed next-token loss at the last layer's outputs (``activations.hidden``).
+
+    ``labels`` is ``data`` (the windows' own next tokens) or ``sampled`` (drawn from the model's own prediction, which
+    makes the expected squared gradient the Fisher information).
+    """
+    generator = torch.Generator(replay.device).manual_seed(seed)
+    gradients = []
+    for ids, hidden in zip(activations.ids, activations.hidden, strict=True):
+        leaf = hidden.detach().requires_grad_()
+        logits = replay.logits(ids, leaf).float()
+        if labels == "sampled":
+            with torch.no_grad():
+                probabilities = logits.flatten(0, 1).softmax(-1)
+                target = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
+        else:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    return gradients
+
+
+def reverse_layer(
+    replay: Replay, index: int, activations: Activations, gradients: list[Tensor]
+) -> Iterator[tuple[int, ExpertsCall | None, Tensor | None]]:
+    """Passes gradients [B, S, H] through layer ``index``, whose inputs are ``activations.hidden``, in place.
+
+    Yields, per micro-batch, its number, the call of the experts module and the gradient [T, H] at its output (both
+    None in a dense layer).
+    """
+    experts = replay.structure.layers[index].experts
+    module = replay.model.get_submodule(experts.path) if experts else None
+    for i, hidden in enumerate(activations.hidden):
+        leaf = hidden.detach().requires_grad_()
+        if module is None:
+            output = replay.run(index, leaf, activations.calls[i][index])
+            (gradients[i],) = torch.autograd.grad(output, leaf, gradients[i])
+            yield i, None, None
+            continue
+        with watch_experts(module) as watched:
+            output = replay.run(index, leaf, activations.calls[i][index])
+        (call,) = watched
+        below, at_experts = torch.autograd.grad(output, (leaf, call.output), gradients[i])
+        gradients[i] = below
+        detached = ExpertsCall(
+            call.hidden.detach(), call.top_k_index, call.top_k_weights.detach(), call.output.detach()
+        )
+        yield i, detached, at_experts.reshape(detached.hidden.shape)
+
+
+@torch.no_grad()
+def pair_costs(
+    module: Any,
+    experts: Experts,
+    call: ExpertsCall,
+    gradient: Tensor,
+    rungs: Sequence[ExpertWeights],
+    form: str,
+) -> tuple[Routed, Tensor]:
+    """Each routed pair's cost at each width: (routing, [P, W] float64).
+
+    gradient: [T, H] at the experts' output; ``rungs`` gives all experts' weights at one width after another.
+    """
+    routed = route(call.top_k_index, call.top_k_weights, experts.count)
+    x = call.hidden[routed.token]
+    g = gradient[routed.token].float() * routed.weight.float().unsqueeze(1)
+
+    def outputs(first: Tensor, down: Tensor) -> Tensor:
+        h = apply_first(module, experts, first.to(x.dtype), x, routed)
+        return apply_down(module, down.to(x.dtype), h, routed).float()
+
+    exact = outputs(*(expert_weight(module, m.name) for m in experts.matrices))
+    columns = []
+    for weights in rungs:
+        product = g * (outputs(*weights) - exact)
+        columns.append(product.sum(1).square() if form == "token" else product.square().sum(1))
+    return routed, torch.stack(columns, 1).double()
+
+
+def add_costs(scores: LayerScores, routed: Routed, costs: Tensor, source: Tensor) -> None:
+    """Adds pairs' costs [P, W] to ``scores``; ``source`` [T] is each token's calibration source."""
+    sources, experts, widths = scores.costs.shape
+    slot = source[routed.token] * experts + routed.expert
+    scores.costs.view(-1, widths).index_add_(0, slot, costs)
+    scores.tokens += torch.bincount(slot, minlength=sources * experts).view(sources, experts)
+
+
+def empty_scores(sources: int, experts: int, widths: tuple[Width, ...], device: torch.device) -> LayerScores:
+    return LayerScores(
+        torch.zeros(sources, experts, len(widths), dtype=torch.float64, device=device),
+        torch.zeros(sources, experts, dtype=torch.int64, device=device),
+    )
+
+
+def smooth_usage(costs: Tensor, tokens: Tensor, k: float) -> Tensor:
+    """Usage smoothing: costs [E, W] as they would be if token counts [E] were drawn towards their mean.
+
+    A cost is multiplied by (n + k mean n) / ((1 + k) n). Experts that saw no token get the layer's mean cost per token.
+    """
+    n = tokens.double()
+    mean = n.mean()
+    if mean == 0:
+        return costs
+    per_token = torch.where(
+        (n > 0).unsqueeze(1), costs / n.clamp_min(1).unsqueeze(1), (costs.sum(0) / n.sum()).unsqueeze(0)
+    )
+    return per_token * ((n + k * mean) / (1 + k)).unsqueeze(1)

@@ -1,0 +1,183 @@
+"""What the user reads: tables on the terminal, from plain results. Computes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gemq.inspect import Contents
+from gemq.pipeline import Result
+from gemq.plan import Plan
+from gemq.quant.widths import Width, nominal_bits, width_name
+
+FALLBACKS = {
+    "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
+    "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
+    "hessians_damped_more": "Hessians were singular and got more damping",
+    "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
+    "linears_not_quantized": "linears were left unquantized: gates, or inputs that no group size divides",
+    "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
+    "chat_template_failures": "self-generated windows went without the chat template, which could not be applied",
+}
+
+
+def print_result(console: Console, result: Result) -> None:
+    """After ``quantize`` and ``export``: widths by layer, bytes, stages, fallbacks."""
+    if result.complete_before:
+        console.print(f"[green]{result.out} is complete already[/]: nothing was left to do.")
+    print_widths(console, [(str(i), row) for i, row in enumerate(result.allocation) if row])
+    share = result.stored_bytes / result.original_bytes
+    console.print(
+        f"[bold]{_size(result.original_bytes)} -> {_size(result.stored_bytes)}[/] ({share:.1%}), "
+        f"{result.quantized_share:.1%} of the parameters quantized; expert weights: "
+        f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
+        f"(budget {result.budget}, allocation {result.method})"
+    )
+    sources = ", ".join(f"{count} {name}" for name, count in result.windows.items())
+    tokens = sum(result.windows.values()) * result.window
+    console.print(f"Calibration: {tokens:,} tokens in windows of {result.window}: {sources}")
+    print_stages(console, result.stages)
+    for name, count in result.fallbacks.items():
+        if count:
+            console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")
+    if not any(result.fallbacks.values()):
+        console.print("No fallbacks.")
+    console.print(
+        f"Work directory: {result.work} ({_size(result.work_bytes)}). `gemq export {result.work}` makes other "
+        "budgets from it in seconds; it may be deleted."
+    )
+    console.print(f'[green]Saved {result.out}[/]. Try: gemq generate {result.out} -p "Once"')
+
+
+def print_widths(console: Console, layers: list[tuple[str, list[Width]]]) -> None:
+    """A table of layers with the number of experts at each width."""
+    widths = sorted({w for _, row in layers for w in row})
+    table = Table(title="Experts at each width", title_justify="left")
+    table.add_column("layer", justify="right")
+    for width in widths:
+        table.add_column(f"{width_name(width)} bit", justify="right")
+    table.add_column("mean bits", justify="right")
+    total: Counter[Width] = Counter()
+    for name, row in layers:
+        counts = Counter(row)
+        total += counts
+        table.add_row(name, *(str(counts[w] or "·") for w in widths), f"{_mean_bits(counts):.2f}")
+    table.add_section()
+    table.add_row("all", *(str(total[w]) for w in widths), f"{_mean_bits(total):.2f}", style="bold")
+    console.print(table)
+
+
+def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
+    table = Table(title="Stages of this run", title_justify="left")
+    with_gpu = any(s["peak_gpu_bytes"] for s in stages.values())
+    for column in ("stage", "seconds", *(["peak GPU memory"] if with_gpu else []), "peak host memory"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, cost in stages.items():
+        gpu = [_size(cost["peak_gpu_bytes"])] if with_gpu else []
+        table.add_row(name, f"{cost['seconds']:.1f}", *gpu, _size(cost["peak_host_bytes"]))
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(s['seconds'] for s in stages.values()):.1f}",
+        *([""] if with_gpu else []),
+        "",
+        style="bold",
+    )
+    console.print(table)
+
+
+def print_evaluation(console: Console, values: dict[str, Any]) -> None:
+    """After ``eval``: one row per text."""
+    compared = "mean_kl" in values
+    table = Table(title=str(values["model"]), title_justify="left")
+    columns = ["text", "tokens", "perplexity", *(["KL", "top-1", "routing"] if compared else [])]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "text" else "right")
+
+    def add(name: str, row: dict[str, Any], **style: Any) -> None:
+        more = []
+        if compared:
+            routing = row["routing_agreement"]
+            more = [
+                f"{row['mean_kl']:.4f}",
+                f"{row['top1_agreement']:.1%}",
+                "-" if routing is None else f"{routing:.1%}",
+            ]
+        table.add_row(name, f"{row['tokens']:,}", f"{row['perplexity']:.3f}", *more, **style)
+
+    for name, row in values["texts"].items():
+        add(name, row)
+    table.add_section()
+    add("all", values, style="bold")
+    console.print(table)
+    if values["stored_bytes"]:
+        bits = values["expert_bits_stored"]
+        text = f"{_size(values['stored_bytes'])}" + (f", {bits:.3f} stored bits per expert weight" if bits else "")
+        console.print(text)
+    if values["layers"]:
+        console.print("Routing agreement by layer: " + " ".join(f"{x:.3f}" for x in values["layers"]))
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """After ``plan``."""
+    table = Table(title=plan.model, title_justify="left")
+    table.add_column("parameters")
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    total = sum(plan.parameters.values())
+    for kind, count in plan.parameters.items():
+        if count:
+            table.add_row(kind, f"{count / 1e6:,.1f} M", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("all", f"{total / 1e6:,.1f} M", f"{plan.quantized_share:.1%} quantized", style="bold")
+    console.print(table)
+    console.print(f"{plan.experts} experts in {plan.moe_layers} of {plan.layers} layers")
+    sizes = Table(title=f"Checkpoint size (now {_size(plan.original_bytes)})", title_justify="left")
+    sizes.add_column("bits per expert weight", justify="right")
+    sizes.add_column("size", justify="right")
+    for bits, size in plan.sizes.items():
+        sizes.add_row(bits, _size(size))
+    console.print(sizes)
+    seconds = ", ".join(f"{name} {_duration(s)}" for name, s in plan.seconds.items())
+    console.print(
+        f"Job: budget {plan.budget}, {plan.windows} windows of {plan.window} tokens. Estimates on {plan.device}: about "
+        f"{_size(plan.memory_bytes)} of memory, {_size(plan.work_bytes)} of disk for the work directory, "
+        f"{_duration(sum(plan.seconds.values()))} ({seconds})."
+    )
+    if plan.linears_not_quantized:
+        console.print(
+            f"{len(plan.linears_not_quantized)} linears stay unquantized: {', '.join(plan.linears_not_quantized[:4])}"
+        )
+
+
+def print_contents(console: Console, contents: Contents) -> None:
+    """After ``inspect``."""
+    print_widths(console, [(path, list(widths)) for path, widths in contents.layers])
+    linears = ", ".join(f"{count} at {bits} bits" for bits, count in contents.linears.items()) or "none quantized"
+    console.print(
+        f"{contents.path} ({contents.model_type}, groups of {contents.group_size}): "
+        f"{_size(contents.stored_bytes)} = experts {_size(contents.expert_bytes)} + "
+        f"linears {_size(contents.linear_bytes)} + other {_size(contents.other_bytes)}"
+    )
+    console.print(
+        f"Expert weights: {contents.expert_bits_nominal:.3f} bits, {contents.expert_bits_stored:.3f} stored. "
+        f"Dense linears: {linears}."
+    )
+
+
+def _mean_bits(counts: Counter[Width]) -> float:
+    return sum(nominal_bits(w) * n for w, n in counts.items()) / max(counts.total(), 1)
+
+
+def _size(count: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,130 @@
+"""The work directory: each stage's results, written atomically beside a fingerprint of what they were made from.
+
+A stage is a directory. Its ``stage.json`` names its inputs; a resumed job whose inputs differ is refused, with the
+input that changed. Only one process works in a directory at a time. Knows nothing of what stages compute.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from gemq.errors import UserError
+from gemq.files import disk_errors, write_json, write_tensors
+
+MARKER = "gemq-work.json"
+"""Names the directory as ours, so that nothing else is ever taken for a work directory."""
+
+
+class WorkDir:
+    """A work directory, locked while open. Use as a context manager.
+
+    Raises UserError when the directory exists and ``resume`` is False, is not ours, or is in use.
+    """
+
+    def __init__(self, path: Path, *, resume: bool):
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is not a directory: name another with --work")
+        if path.exists() and any(path.iterdir()):
+            if not (path / MARKER).exists() and not _only_leftovers(path):
+                raise UserError(f"{path} exists and is not a work directory of gemq: name another with --work")
+            if not resume:
+                raise UserError(f"{path} exists: go on with --resume, or delete it, or name another with --work")
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: TextIO = open(path / ".lock", "w")  # noqa: SIM115 - held as long as the directory is open
+        try:
+            # the kernel lets go of the lock when a process dies, however it dies
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise UserError(
+                f"{path} is in use by another gemq process: wait for it, or name another with --work"
+            ) from error
+        if not (path / MARKER).exists():
+            write_json(path / MARKER, {"format_version": 1})
+
+    @classmethod
+    def existing(cls, path: Path) -> WorkDir:
+        """Opens a work directory that must be there already."""
+        if not (path / MARKER).is_file():
+            raise UserError(f"{path} is not a work directory of gemq: give the one that quantize made (OUT.work)")
+        return cls(path, resume=True)
+
+    def __enter__(self) -> WorkDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
+        """The stage ``name`` made from ``inputs`` (plain values), begun or gone on with.
+
+        Raises UserError naming the first input that differs from those of the results already there.
+        """
+        directory = self.path / name
+        inputs = json.loads(json.dumps(inputs))
+        recorded = directory / "stage.json"
+        if recorded.exists():
+            before = json.loads(recorded.read_text(encoding="utf-8"))
+            for key in [*inputs, *before]:
+                if before.get(key) != inputs.get(key):
+                    raise UserError(
+                        f"{self.path} was made with another {key.replace('_', ' ')} "
+                        f"({_short(before.get(key))}, now {_short(inputs.get(key))}): "
+                        "use the same, or start anew with another --work"
+                    )
+        else:
+            write_json(recorded, inputs)
+        return Stage(directory)
+
+    def size(self) -> int:
+        """Bytes of everything in the directory."""
+        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+
+
+class Stage:
+    """One stage's results: named JSON values and named sets of tensors."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def has(self, name: str) -> bool:
+        """Whether the result ``name`` (with its suffix) is there. What is there is whole."""
+        return (self.directory / name).is_file()
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        write_tensors(self.directory / name, tensors)
+
+    def load_tensors(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.directory / name, device=device)
+
+    def save_json(self, name: str, value: Any) -> None:
+        write_json(self.directory / name, value)
+
+    def load_json(self, name: str) -> Any:
+        return json.loads((self.directory / name).read_text(encoding="utf-8"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _only_leftovers(path: Path) -> bool:
+    """A directory in which a killed job had not yet written anything but its lock and temporary files."""
+    return all(f.name.startswith(".") for f in path.iterdir())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 40 else text[:37] + "..."

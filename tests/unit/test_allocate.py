@@ -1,0 +1,276 @@
+"""Allocation: the optimum against brute force, the baselines' shares, and the file that users edit."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from gemq.allocate import (
+    METHODS,
+    Allocation,
+    Budget,
+    Problem,
+    allocate,
+    linear_constraint,
+    pareto_curve,
+    smallest_budget,
+)
+from gemq.errors import UserError
+from gemq.quant.widths import matrix_bytes, nominal_bits
+
+LADDER = (1, 1.6, 2, 3)
+
+
+def make(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noise=0.3) -> Problem:
+    """A problem with ``sizes`` experts a layer and log-normal costs. ``shapes``: (rows, columns) to draw."""
+    draw = np.random.default_rng(seed)
+    layer = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(layer)
+    drawn = [(shapes or [(64, 256)])[i] for i in draw.integers(0, len(shapes or [0]), n)]
+    quality = 4.0 ** -np.array([nominal_bits(w) for w in widths])
+    return Problem(
+        widths=tuple(widths),
+        layer=layer,
+        costs=np.exp(draw.normal(0, spread, (n, 1)) + draw.normal(0, noise, (n, len(widths)))) * quality,
+        weights=np.array([r * c for r, c in drawn]),
+        bytes=np.array([[matrix_bytes(r, c, w, 128) for w in widths] for r, c in drawn]),
+        counts=draw.integers(1, 1000, n),
+        layers=len(sizes),
+    )
+
+
+def amount(problem: Problem, budget: Budget, found: Allocation) -> tuple[int, int]:
+    """What an allocation takes, and the limit, in the constraint's integers."""
+    amounts, limit = linear_constraint(problem, budget)
+    return sum(int(amounts[i, problem.widths.index(w)]) for i, w in enumerate(found.widths)), limit
+
+
+def keeps_rule(problem: Problem, choice) -> bool:
+    high = len(problem.widths) - 1
+    chosen = np.array(choice)
+    return all({high, high - 1} <= set(chosen[rows]) for rows in problem.by_layer if rows.start < rows.stop)
+
+
+def brute_force(problem: Problem, budget: Budget, rule: bool) -> float:
+    amounts, limit = linear_constraint(problem, budget)
+    experts = range(len(problem.layer))
+    return min(
+        sum(problem.costs[i, w] for i, w in zip(experts, choice, strict=True))
+        for choice in itertools.product(range(len(problem.widths)), repeat=len(problem.layer))
+        if sum(amounts[i, w] for i, w in zip(experts, choice, strict=True)) <= limit
+        and (not rule or keeps_rule(problem, choice))
+    )
+
+
+@pytest.mark.parametrize("rule", [False, True])
+@pytest.mark.parametrize("kind", ["bits", "stored_bits", "bytes"])
+@pytest.mark.parametrize("shapes", [[(64, 256)], [(64, 256), (40, 128), (24, 384)]])
+def test_global_is_the_optimum(kind, rule, shapes):
+    for seed, share in itertools.product(range(3), (0.2, 0.55, 0.9)):
+        problem = make([3, 0, 3], (1, 2, 3) if seed else LADDER, seed, shapes=shapes)
+        low = smallest_budget(problem, kind, layer_rule=rule).value
+        high = {"bits": 3, "stored_bits": 3.25, "bytes": int(problem.bytes[:, -1].sum())}[kind]
+        value = low + share * (high - low)
+        budget = Budget(kind, int(value) if kind == "bytes" else value)
+        found = allocate(problem, budget, layer_rule=rule, gap=0)
+        assert found.predicted_cost == pytest.approx(brute_force(problem, budget, rule), rel=1e-9)
+        used, limit = amount(problem, budget, found)
+        assert used <= limit
+        assert found.gap is not None and found.gap < 1e-9  # noqa: PT018
+
+
+def test_the_gap_is_proven():
+    problem = make([64] * 4, LADDER, spread=1)
+    loose, tight = (allocate(problem, Budget("bits", 2.1), gap=gap) for gap in (1e-2, 1e-7))
+    assert loose.gap is not None and loose.gap <= 1e-2  # noqa: PT018
+    assert tight.gap is not None and tight.gap <= 1e-7  # noqa: PT018
+    assert tight.predicted_cost <= loose.predicted_cost
+    assert loose.predicted_cost * (1 - loose.gap) <= tight.predicted_cost
+
+
+def test_more_budget_never_costs_more():
+    problem = make([16, 0, 24, 8], LADDER)
+    budgets = [Budget("bits", b) for b in np.linspace(1, 3, 21).round(2)]
+    costs = [allocate(problem, b, gap=0).predicted_cost for b in budgets]
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(costs))
+    curve = pareto_curve(problem, budgets)
+    for point, cost in zip(curve, costs, strict=True):
+        assert cost * (1 - 1e-9) <= point.predicted_cost <= cost * 1.01  # the curve leaves out the last step
+
+
+def test_whole_range_of_each_budget():
+    problem = make([4, 4], LADDER)
+    assert set(allocate(problem, Budget("bits", 1)).widths) == {1}
+    top = dataclasses.replace(problem, costs=np.sort(problem.costs, axis=1)[:, ::-1])
+    for budget in (Budget("bits", 3), Budget("stored_bits", 9), Budget("bytes", 10**9)):
+        for method in METHODS:
+            assert set(allocate(top, budget, method).widths) == {3}
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
+def test_units_of_cost_do_not_matter(factor):
+    """HiGHS compares with absolute tolerances near 1e-7; these costs span 1e-12 to 1e6 besides."""
+    problem = make([16] * 4, LADDER, spread=6)
+    assert problem.costs.max() / problem.costs.min() > 1e12
+    scaled = dataclasses.replace(problem, costs=problem.costs * factor)
+    for rule, gap in itertools.product((False, True), (1e-4, 0)):
+        expected = allocate(problem, Budget("bits", 2.1), layer_rule=rule, gap=gap)
+        assert allocate(scaled, Budget("bits", 2.1), layer_rule=rule, gap=gap).widths == expected.widths
+
+
+def test_cheap_experts_are_told_apart_beside_huge_ones():
+    """Among experts that cost 1e-12, the width still goes to the one that gains most from it."""
+    costs = np.array([[1e6, 1.0], [1e6, 1.0], [3e-12, 1e-13], [9e-12, 1e-13], [5e-12, 1e-13]])
+    ones = np.ones(5, np.int64)
+    problem = Problem((1, 2), ones * 0, costs, ones * 128, ones[:, None] * [20, 36], ones)
+    assert allocate(problem, Budget("bits", 1.6)).widths == (2, 2, 1, 2, 1)
+
+
+def test_unused_experts_and_equal_experts():
+    """Zero costs everywhere, or the same costs everywhere: the budget is still spent."""
+    problem = make([8, 8])
+    for costs in (np.zeros((16, 3)), np.tile([4.0, 2.0, 1.0], (16, 1))):
+        found = allocate(dataclasses.replace(problem, costs=costs), Budget("bits", 2))
+        assert found.nominal_bits == 2
+
+
+def test_layer_rule():
+    problem = make([6, 0, 6, 6])
+    problem.costs[:6] *= 1e-6  # without the rule, layer 0 gets 1 bit throughout
+    plain, ruled = (allocate(problem, Budget("bits", 1.7), layer_rule=rule) for rule in (False, True))
+    assert set(plain.by_layer[0]) == {1}
+    assert all({2, 3} <= set(row) for row in ruled.by_layer if row)
+    assert ruled.by_layer[1] == []
+    assert ruled.predicted_cost >= plain.predicted_cost
+    with pytest.raises(UserError, match="layer 1 has one expert"):
+        allocate(make([4, 1]), Budget("bits", 2), layer_rule=True)
+
+
+def test_layerwise_gives_each_layer_the_same_budget():
+    problem = make([16, 0, 16, 16], spread=1)
+    problem.costs[:16] *= 1e6
+    found = allocate(problem, Budget("bits", 1.5), "layerwise")
+    assert [sum(row) / 16 for row in found.by_layer if row] == [1.5, 1.5, 1.5]
+    assert found.predicted_cost > allocate(problem, Budget("bits", 1.5)).predicted_cost
+
+
+def test_frequency_prefers_frequent_experts():
+    problem = make([8, 8])
+    found = allocate(problem, Budget("bits", 1.5), "frequency")
+    for rows, widths in zip(problem.by_layer, found.by_layer, strict=True):
+        ranked = [widths[i] for i in np.argsort(problem.counts[rows])]
+        assert ranked == sorted(ranked)
+    problem.counts[:8] *= 1000  # shares within a layer count, not tokens
+    assert allocate(problem, Budget("bits", 1.5), "frequency").widths == found.widths
+
+
+def test_uniform():
+    problem = make([8, 0, 8], LADDER)
+    assert set(allocate(problem, Budget("bits", 2), "uniform").widths) == {2}
+    assert set(allocate(problem, Budget("stored_bits", 2.25), "uniform").widths) == {2}
+    assert set(allocate(problem, Budget("bits", 1.625), "uniform").widths) == {1.6}
+    mixed = allocate(problem, Budget("bits", 2.5), "uniform")
+    assert [sorted(row) for row in mixed.by_layer] == [[2] * 4 + [3] * 4, [], [2] * 4 + [3] * 4]
+    assert mixed == allocate(problem, Budget("bits", 2.5), "uniform")
+    assert mixed.widths != allocate(problem, Budget("bits", 2.5), "uniform", seed=1).widths
+    only_ternary_below = make([8], (1.6, 2, 3))
+    assert set(allocate(only_ternary_below, Budget("bits", 1.9), "uniform").widths) == {1.6, 2}
+
+
+def test_random():
+    problem = make([9, 0, 9, 12], LADDER)
+    shares = {1.5: {1: 15, 2: 15}, 2.0: {1: 10, 2: 10, 3: 10}, 2.5: {2: 15, 3: 15}, 1.625: {1.6: 30}}
+    for bits, expected in shares.items():
+        found = allocate(problem, Budget("bits", bits), "random")
+        assert {w: found.widths.count(w) for w in sorted(set(found.widths))} == expected
+        assert found.nominal_bits == bits
+    third = allocate(problem, Budget("stored_bits", 2.25), "random")
+    assert third.widths == allocate(problem, Budget("bits", 2), "random").widths
+    assert third.widths != allocate(problem, Budget("bits", 2), "random", seed=1).widths
+    assert len({tuple(sorted(row)) for row in third.by_layer}) > 2  # over the model, not within layers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_exceeds_a_budget(method):
+    """Experts of different sizes: random and uniform are fair baselines at equal bytes."""
+    problem = make([40, 0, 56], (1, 1.6, 2, 3, 4), shapes=[(64, 256), (40, 128), (24, 384)])
+    total = int(problem.bytes[:, 2].sum())
+    budgets = [Budget("bits", b) for b in (1.3, 2, 2.1, 3)]
+    budgets += [Budget("stored_bits", 2.3), Budget("stored_bits", 3.25), Budget("bytes", total)]
+    for budget in budgets:
+        used, limit = amount(problem, budget, allocate(problem, budget, method))
+        assert 0.97 * limit < used <= limit
+
+
+def test_figures():
+    problem = make([2, 2], LADDER)
+    found = allocate(problem, Budget("bits", 1.625), "uniform")
+    assert found.nominal_bits == 1.625
+    assert found.stored_bytes == 4 * matrix_bytes(64, 256, 1.6, 128)
+    assert found.stored_bits == found.stored_bytes * 8 / (4 * 64 * 256)
+    assert found.predicted_cost == pytest.approx(problem.costs[:, 1].sum())
+
+
+@pytest.mark.parametrize("rule", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["bits", "stored_bits", "bytes"])
+def test_infeasible_budgets_name_one_that_works(kind, method, rule):
+    problem = make([5, 0, 3], shapes=[(64, 256), (40, 128)], seed=3)
+    smallest = smallest_budget(problem, kind, method, layer_rule=rule and method not in ("uniform", "random"))
+    allocate(problem, smallest, method, layer_rule=rule)
+    with pytest.raises(UserError, match="give at least") as caught:
+        allocate(problem, Budget(kind, smallest.value * 0.99), method, layer_rule=rule)
+    assert str(smallest) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_mistakes():
+    problem = make([4])
+    with pytest.raises(UserError, match="has 4 bits: give at most 3"):
+        allocate(problem, Budget("bits", 4))
+    with pytest.raises(UserError, match="no allocation method 'best'"):
+        allocate(problem, Budget("bits", 2), "best")
+    with pytest.raises(UserError, match="positive number"):
+        Budget("bits", float("nan"))
+
+
+def test_json_round_trip():
+    problem = make([3, 0, 2, 0], LADDER)
+    for budget in (Budget("bits", 2.0), Budget("bytes", 20_000)):
+        found = allocate(problem, budget)
+        text = found.to_json()
+        assert Allocation.from_json(text, problem) == found
+        assert json.loads(text)["widths"] == found.by_layer
+    assert allocate(problem, Budget("bits", 1.625), "uniform").to_json() == (
+        '{\n  "budget": {"bits": 1.625},\n  "method": "uniform",\n'
+        '  "widths": [\n    [1.6, 1.6, 1.6],\n    [],\n    [1.6, 1.6],\n    []\n  ]\n}\n'
+    )
+    edited = Allocation.from_json('{"widths": [[1, 2, 3], [], [1, 1.6], []]}', problem)
+    assert (edited.widths, edited.method, edited.budget) == ((1, 2, 3, 1, 1.6), "file", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "a.json is not valid JSON"),
+        ("[]", 'a.json has no list "widths"'),
+        ('{"widths": 2}', 'a.json has no list "widths"'),
+        ('{"widths": [], "bits": 2}', "unknown key 'bits'"),
+        ('{"widths": [[1, 2]]}', "a.json has 1 layers, the model 2"),
+        ('{"widths": [[1, 2, 3], []]}', "layer 0 has 2 experts, not 3 widths"),
+        ('{"widths": [[1, 2], [2]]}', "layer 1 has 0 experts, not 1 widths"),
+        ('{"widths": [2, []]}', "layer 0 has 2 experts, not 2: "),
+        ('{"widths": [[1, 4], []]}', "layer 0, expert 1 cannot have width 4: choose from 1, 2, 3"),
+        ('{"widths": [[5, 1], []]}', "layer 0, expert 0 cannot have width 5"),
+        ('{"widths": [[null, 1], []]}', "layer 0, expert 0 cannot have width None"),
+        ('{"widths": [[1, 2], []], "budget": 2}', "budget cannot be 2"),
+        ('{"widths": [[1, 2], []], "budget": {"bit": 2}}', "budget cannot be"),
+    ],
+)
+def test_bad_files(text, message):
+    with pytest.raises(UserError) as caught:
+        Allocation.from_json(text, make([2, 0]), origin="a.json")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

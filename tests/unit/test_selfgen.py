@@ -1,0 +1,240 @@
+"""Windows that a model writes itself."""
+
+import types
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicCache
+
+from gemq.data.selfgen import generate_windows, sample
+from gemq.errors import UserError
+
+BOS, EOS, PAD, TURN = 0, 1, 2, 3
+WORDS = 16
+ROWS = 24  # of the embedding: eight of them padding
+WINDOW = 32
+# Some templates write today's date into the conversation.
+TEMPLATE = (
+    "{% for m in messages %}user {{ m.content }} <turn>{% endfor %}"
+    "{% if add_generation_prompt %} model {{ strftime_now('%d %b %Y') }}{% endif %}"
+)
+
+
+def make_tokenizer(**special):
+    names = ["<bos>", "<eos>", "<pad>", "<turn>", "user", "model", "01"]
+    vocabulary = {name: i for i, name in enumerate([*names, *(f"w{i}" for i in range(len(names), WORDS))])}
+    plain = Tokenizer(WordLevel(vocabulary, unk_token="w15"))
+    plain.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, extra_special_tokens=["<turn>"], **special)
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+class FixedLogits(torch.nn.Module):
+    """A model whose next token never depends on anything."""
+
+    def __init__(self, logits, **tokens):
+        super().__init__()
+        self.logits = logits
+        values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
+        self.config = types.SimpleNamespace(vocab_size=len(logits), **values)
+        self.config.get_text_config = lambda: self.config
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        return types.SimpleNamespace(logits=self.logits.expand(len(input_ids), 1, -1), past_key_values=cache)
+
+
+def fixed(weights, **tokens):
+    """A FixedLogits model of unnormalised probabilities {token: weight}; the other tokens have none."""
+    logits = torch.full((ROWS,), -torch.inf)
+    for token, weight in weights.items():
+        logits[token] = torch.tensor(float(weight)).log()
+    return FixedLogits(logits, **tokens)
+
+
+@pytest.fixture(scope="module")
+def olmoe():
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=ROWS,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.5,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return OlmoeForCausalLM(config).eval()
+
+
+def write(model, tokenizer, count=6, seed=0, window=WINDOW, **more):
+    return generate_windows(model, tokenizer, count=count, window=window, seed=seed, **more)
+
+
+def test_shape_bos_and_masked_tokens(olmoe, tokenizer):
+    made = write(olmoe, tokenizer, count=40)
+    assert made.tokens.shape == (40, WINDOW)
+    assert made.tokens.dtype == torch.int64
+    assert (made.tokens[:, 0] == BOS).all()
+    assert made.tokens.max() < WORDS
+    assert PAD not in made.tokens
+    assert (made.chat_windows, made.chat_fallbacks) == (0, 0)
+
+
+def test_padding_rows_are_never_sampled_however_likely(tokenizer):
+    made = write(fixed({4: 1, 5: 1, PAD: 1e6, WORDS: 1e6, ROWS - 1: 1e6}, pad_token_id=PAD), tokenizer)
+    assert set(made.tokens[:, 1:].unique().tolist()) == {4, 5}
+
+
+def test_pad_that_ends_documents_is_sampled(tokenizer):
+    made = write(fixed({4: 1, PAD: 1}, bos_token_id=BOS, eos_token_id=PAD, pad_token_id=PAD), tokenizer)
+    assert PAD in made.tokens
+
+
+def test_seed_decides_and_global_state_does_not(olmoe, tokenizer):
+    torch.manual_seed(1)
+    first = write(olmoe, tokenizer, count=6, batch=4)
+    torch.manual_seed(2)
+    again = write(olmoe, tokenizer, count=8, batch=4)
+    assert torch.equal(first.tokens[:4], again.tokens[:4])  # batch i is fixed by (seed, i)
+    assert torch.equal(first.tokens, write(olmoe, tokenizer, count=6, batch=4).tokens)
+    assert not torch.equal(first.tokens[:2], first.tokens[4:])
+    assert not torch.equal(first.tokens, write(olmoe, tokenizer, count=6, batch=4, seed=1).tokens)
+
+
+def test_model_is_left_as_it_was(olmoe, tokenizer):
+    olmoe.set_experts_implementation("eager")
+    olmoe.generation_config.forced_eos_token_id = 9
+    olmoe.generation_config.suppress_tokens = [4, 5, 6, 7]
+    olmoe.train()
+    try:
+        made = write(olmoe, tokenizer, count=20)
+        assert olmoe.training
+        assert olmoe.config._experts_implementation == "eager"
+        assert {4, 5, 6, 7} <= set(made.tokens.unique().tolist())  # the generation config bends nothing
+    finally:
+        olmoe.eval()
+        olmoe.generation_config.forced_eos_token_id = olmoe.generation_config.suppress_tokens = None
+        olmoe.set_experts_implementation("grouped_mm")
+
+
+def test_cached_steps_see_what_a_full_forward_sees(olmoe, tokenizer):
+    steps = []
+    hook = olmoe.lm_head.register_forward_hook(lambda module, args, out: steps.append(out[:, -1].clone()))
+    try:
+        made = write(olmoe, tokenizer, count=3)
+    finally:
+        hook.remove()
+    with torch.no_grad():
+        full = olmoe(made.tokens).logits[:, :-1]
+    torch.testing.assert_close(torch.stack(steps, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_bos_follows_an_end_token(tokenizer):
+    # Both ends of the list count, and the tokenizer's own.
+    ends = [EOS, 9]
+    made = write(fixed({4: 5, EOS: 1, 9: 1}, bos_token_id=BOS, eos_token_id=[9]), tokenizer)
+    before, after = made.tokens[:, :-1], made.tokens[:, 1:]
+    ended = torch.isin(before, torch.tensor(ends))
+    assert ended.any()
+    assert torch.equal(after == BOS, ended)
+    assert made.documents == 6 + int(ended.sum())
+
+
+def test_end_token_that_is_bos_is_the_next_beginning():
+    tokenizer = make_tokenizer(bos_token="<eos>", eos_token="<eos>", pad_token="<pad>")
+    made = write(fixed({EOS: 1}, eos_token_id=EOS), tokenizer)
+    assert (made.tokens == EOS).all()  # nothing is put in after it
+    assert made.documents == 6 * (WINDOW - 1)  # one that ends a window begins nothing
+
+
+def test_without_bos_documents_begin_with_a_random_plain_token():
+    tokenizer = make_tokenizer(eos_token="<eos>", pad_token="<pad>")
+    made = write(fixed({EOS: 1}, eos_token_id=EOS), tokenizer, count=50)
+    assert (made.tokens[:, 1::2] == EOS).all()
+    starts = made.tokens[:, 0::2]
+    assert set(starts.unique().tolist()) == set(range(WORDS)) - {EOS, PAD, TURN}
+    assert made.documents == 50 * WINDOW // 2
+    assert not torch.equal(starts, write(fixed({EOS: 1}), tokenizer, count=50, seed=1).tokens[:, 0::2])
+
+
+def test_every_second_window_opens_with_the_chat_template(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    model = fixed({10: 4, TURN: 1}, bos_token_id=BOS, eos_token_id=[EOS, TURN])
+    made = write(model, tokenizer, count=7, batch=3)
+    user, answer = (tokenizer.convert_tokens_to_ids(word) for word in ("user", "model"))
+    assert made.tokens[:, 0].tolist() == [BOS, user, BOS, user, BOS, user, BOS]
+    assert (made.chat_windows, made.chat_fallbacks) == (3, 0)
+    for row, tokens in enumerate(made.tokens.tolist()):
+        turns = [i for i, token in enumerate(tokens[:-4]) if token == TURN]
+        assert turns
+        for number, i in enumerate(turns):
+            # The first end of a chat window ends the user's turn, the later ones the conversation.
+            follow = [answer, 6, WORDS - 1, WORDS - 1] if row % 2 and number == 0 else [BOS]
+            assert tokens[i + 1 : i + 1 + len(follow)] == follow
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content.nothing.at_all }}",
+        "no message",
+        "{{ messages[0].content }} first",
+        "{% for i in range(40) %}user {% endfor %}{{ messages[0].content }}",
+    ],
+)
+def test_unusable_chat_templates_are_counted(tokenizer, template):
+    tokenizer.chat_template = template
+    made = write(fixed({4: 1}, bos_token_id=BOS), tokenizer, count=5)
+    assert (made.tokens[:, 0] == BOS).all()
+    assert (made.chat_windows, made.chat_fallbacks) == (0, 2)
+
+
+def test_model_without_cache_is_refused(tokenizer):
+    model = fixed({4: 1})
+    model.forward = lambda **inputs: types.SimpleNamespace(logits=torch.zeros(6, 1, ROWS), past_key_values=None)
+    with pytest.raises(UserError, match="give --calib FILE"):
+        write(model, tokenizer)
+
+
+def test_progress_counts_tokens(tokenizer):
+    seen = []
+    write(fixed({4: 1}), tokenizer, count=3, batch=2, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (3 * WINDOW, 3 * WINDOW)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_sampling_follows_the_distribution(tokenizer):
+    weights = {4: 0.5, 5: 0.3, 6: 0.15, 7: 0.04, 8: 0.01}
+    made = write(fixed(weights), tokenizer, count=200, window=201)
+    drawn = made.tokens[:, 1:]
+    total = drawn.numel()
+    chi_square = sum(
+        (int((drawn == token).sum()) - total * weight) ** 2 / (total * weight) for token, weight in weights.items()
+    )
+    assert chi_square < 23.5  # the 0.9999 quantile at 4 degrees of freedom
+    # Neighbours in a window are independent: the chance of a pair is the product.
+    pairs = ((drawn[:, :-1] == 4) & (drawn[:, 1:] == 5)).double().mean().item()
+    assert abs(pairs - 0.15) < 0.01
+
+
+def test_sample_never_takes_what_has_no_probability():
+    logits = torch.full((5000, 9), -torch.inf)
+    logits[:, [2, 5]] = torch.tensor([0.0, -12.0])
+    drawn = sample(logits, torch.Generator().manual_seed(0))
+    assert set(drawn.unique().tolist()) <= {2, 5}
