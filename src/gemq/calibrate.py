@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.data.windows import Windows
-from gemq.models.experts import apply_first, expert_weight, route, watch_experts
+from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route, watch_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Linear
 from gemq.quant.hessian import Moments
@@ -36,14 +36,15 @@ class Activations:
     hidden: list[Tensor]
 
     @classmethod
-    def start(cls, replay: Replay, windows: Windows, batch_tokens: int) -> Activations:
-        """The hidden states in front of the first layer."""
+    def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
+        """The hidden states in front of the first layer. A micro-batch mixes the sources, in an order set by seed."""
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         ids, source, calls, hidden = [], [], [], []
         for part in windows.batches(batch_tokens):
-            tokens = windows.tokens[part].to(replay.device)
+            tokens = windows.tokens[order[part]].to(replay.device)
             first, call = replay.inputs(tokens)
             ids.append(tokens)
-            source.append(windows.source[part].to(replay.device))
+            source.append(windows.source[order[part]].to(replay.device))
             calls.append(call)
             hidden.append(first)
         return cls(ids, source, calls, hidden)
@@ -68,9 +69,17 @@ class LayerMoments:
 
 @torch.no_grad()
 def layer_moments(
-    replay: Replay, index: int, activations: Activations, linears: Sequence[Linear], with_experts: bool
+    replay: Replay,
+    index: int,
+    activations: Activations,
+    linears: Sequence[Linear],
+    with_experts: bool,
+    kept: list[ExpertsCall] | None = None,
 ) -> tuple[LayerMoments, list[Tensor]]:
-    """Runs layer ``index`` on everything and collects moments. Returns them with the layer's outputs."""
+    """Runs layer ``index`` on everything and collects moments. Returns them with the layer's outputs.
+
+    kept: receives the calls of the experts module, one per micro-batch, for those who train on them
+    """
     layer = replay.structure.layers[index]
     experts = layer.experts if with_experts else None
     found = LayerMoments({}, None)
@@ -94,7 +103,9 @@ def layer_moments(
                 x = call.hidden[routed.token]
                 found.experts[0].add(x, routed.counts)
                 weight = expert_weight(module, experts.matrices[0].name)
-                found.experts[1].add(apply_first(module, experts, weight, x, routed), routed.counts)
+                found.experts[1].add(apply_first(module, experts.matrices[0].name, weight, x, routed), routed.counts)
+            if kept is not None:
+                kept.extend(watched)
             watched.clear()
     return found, outputs
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -18,11 +18,14 @@ from gemq.recipe import Recipe, parse_size
 if TYPE_CHECKING:
     from gemq.progress import Monitor
 
+# from typer: some of its versions use the package click, others carry their own copy
+ClickException: Any = typer.BadParameter.__mro__[2]
+
 app = typer.Typer(
     help="Shrinks Mixture-of-Experts language models: every expert gets its own bit-width.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # what is no user's mistake is a bug: a plain traceback is the better report
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -74,7 +77,7 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     json_file: Json = None,
 ) -> None:
-    """Dry run from the configuration alone: sizes, memory, disk and time."""
+    """Dry run without weights: sizes, memory, disk and time."""
     keys = _given(locals(), Recipe)
     chosen = _recipe(recipe, keys)
     from gemq.models.source import Source, pick_device
@@ -160,7 +163,11 @@ def export(
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Another budget from the same work directory, in seconds; or the plain twin of a packed checkpoint."""
+    """Another budget from a work directory, or a plain twin.
+
+    Other budgets take seconds: nothing is quantized again. The plain twin (--dense) is an ordinary bfloat16
+    checkpoint of the same weights, for tools that know no quantized format.
+    """
     if dense is not None:
         from gemq.checkpoint.twin import write_dense_twin
 
@@ -209,7 +216,7 @@ def evaluate(
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Perplexity and, with --reference, KL, top-1 and routing agreement."""
+    """Perplexity, and how far a model is from its reference."""
     if window < 2:
         raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
@@ -264,7 +271,7 @@ def generate(
 
 @app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
-    """What a packed checkpoint holds: widths by layer, bytes, format."""
+    """What a packed checkpoint holds: widths, bytes, format."""
     from gemq.inspect import inspect_checkpoint
     from gemq.summary import print_contents
 
@@ -289,16 +296,16 @@ def demo(
 def run(arguments: list[str]) -> int:
     """Runs the command line and returns its exit code. A user's mistake is one line on stderr."""
     try:
-        code = app(arguments, prog_name="gemq", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="gemq", standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _fail(str(error))
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "gemq"
+    except ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "gemq"
         return _fail(f"{error.format_message().rstrip('.')}: see {command} --help")
-    except click.ClickException as error:
-        return _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("\nInterrupted.", file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -341,14 +348,20 @@ def _monitor(quiet: bool) -> Monitor:
 
 def _quiet_libraries() -> None:
     """Our own bars tell what happens; Transformers' would only interrupt them."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1; see ``run``
 
 
 def _console() -> Console:
-    return Console(soft_wrap=True, highlight=False)
+    return _Console(soft_wrap=True, highlight=False)
 
 
 def _to_stdout(path: Path | None) -> bool:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,14 +85,22 @@ def _explain(code: int | None, path: str, text: str) -> UserError:
     return UserError(f"cannot write {path} ({text}): name another directory")
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a path, there or not, below whose nearest existing directory nothing can be made."""
+    with disk_errors(path):
+        os.rmdir(tempfile.mkdtemp(prefix=".gemq-", dir=_existing(path.parent)))
+
+
 def check_free_space(directory: Path, needed: int) -> None:
     """Refuses when the disk that holds ``directory`` has fewer than ``needed`` bytes free."""
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
         raise UserError(
             f"{directory} needs about {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
             "free some space or name another disk"
         )
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or its nearest parent that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

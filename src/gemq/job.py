@@ -18,17 +18,15 @@ from gemq.calibrate import Activations
 from gemq.data.selfgen import generate_windows
 from gemq.data.sources import calibration_windows
 from gemq.data.windows import Windows
-from gemq.errors import UserError
 from gemq.files import replacing
 from gemq.ladder import Quantizer
-from gemq.models.source import Source, longest_window, pick_dtype
+from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
 from gemq.progress import Monitor
 from gemq.recipe import Recipe
+from gemq.reconstruct import Training
 from gemq.workdir import WorkDir
-
-DEFAULT_WINDOW = 2048
 
 
 @dataclass
@@ -59,14 +57,9 @@ class Job:
     @cached_property
     def window(self) -> int:
         """Tokens per calibration window."""
-        longest = longest_window(self.source.config())
-        if self.recipe.window is None:
-            return min(DEFAULT_WINDOW, longest)
-        if self.recipe.window > longest:
-            raise UserError(f"window {self.recipe.window} is longer than the model takes: give at most {longest}")
-        return self.recipe.window
+        return calibration_window(self.source.config(), self.recipe.window)
 
-    def draw_windows(self, replay: Replay | None) -> Windows:
+    def draw_windows(self, replay: Replay) -> Windows:
         """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``."""
         recipe = self.recipe
         stage = self.work.stage("windows", self._window_inputs())
@@ -76,17 +69,12 @@ class Job:
             with self.monitor.stage("calibration windows", recipe.windows) as tick:
                 tokenizer = self.source.tokenizer()
 
-                def generate(count: int) -> Tensor:
-                    assert replay is not None
+                def generate(count: int, seed: int, openings: Tensor | None = None) -> Tensor:
+                    model, window = replay.model, self.window
                     made = generate_windows(
-                        replay.model,
-                        tokenizer,
-                        count=count,
-                        window=self.window,
-                        seed=recipe.seed,
-                        progress=tick,
+                        model, tokenizer, count=count, window=window, seed=seed, openings=openings, progress=tick
                     )
-                    notes["chat_template_failures"] = made.chat_fallbacks
+                    notes["chat_template_failures"] += made.chat_fallbacks
                     return made.tokens
 
                 windows = calibration_windows(
@@ -95,24 +83,37 @@ class Job:
                     window=self.window,
                     count=recipe.windows,
                     seed=recipe.seed,
-                    generate=generate,
+                    generate=lambda count: generate(count, recipe.seed),
                 )
+                missing = recipe.windows - len(windows)
+                added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
+                if added:
+                    # another seed: these are windows beside those that the source ``self`` may have given
+                    more = generate(added, recipe.seed + 1, openings=windows.tokens.flatten())
+                    windows = windows.extended("self", more)
+            notes["calibration_windows_missing"] = missing
             stage.save_json("notes.json", notes)
             with replacing(path) as temporary:
                 windows.save(temporary)
         windows = Windows.load(path)
         self.fallbacks.update(stage.load_json("notes.json"))
-        self.fallbacks["calibration_windows_missing"] = recipe.windows - len(windows)
         self.windows = windows
         return windows
 
     def start_activations(self, replay: Replay) -> Activations:
-        return Activations.start(replay, self.windows, self.recipe.batch_tokens)
+        return Activations.start(replay, self.windows, self.recipe.batch_tokens, self.recipe.seed)
 
     @property
     def quantizer(self) -> Quantizer:
         r = self.recipe
         return Quantizer(r.quantizer, r.group_size, r.damping, r.hessian_shrink)
+
+    def training(self, epochs: int, codes: bool = True) -> Training | None:
+        """How ``epochs`` epochs train, None when there are none. ``codes`` False trains everything but codes."""
+        r = self.recipe
+        if epochs == 0:
+            return None
+        return Training(epochs, r.rate_codes if codes else 0.0, r.rate_grids, r.rate_tuned, r.held_out, r.seed)
 
     # Fingerprints: each names only what the stage's own results depend on
 
@@ -123,13 +124,14 @@ class Job:
             "calibration": [source_digest(s) for s in r.calib],
             "windows": r.windows,
             "window": self.window,
+            "total_tokens": r.total_tokens,
             "seed": r.seed,
         }
 
-    def refine_inputs(self) -> dict[str, Any]:
+    def _quantizer_inputs(self) -> dict[str, Any]:
         """What codes depend on beside the widths."""
         r = self.recipe
-        keys = ("group_size", "attention_bits", "quantizer", "damping", "hessian_shrink", "batch_tokens")
+        keys = ("group_size", "attention_bits", "quantizer", "damping", "hessian_shrink", "batch_tokens", "seed")
         return {
             "model": self.fingerprint,
             "calibration": self.windows.digest()[:16],
@@ -138,7 +140,22 @@ class Job:
         }
 
     def ladder_inputs(self) -> dict[str, Any]:
-        return {**self.refine_inputs(), "widths": list(self.recipe.ladder_widths)}
+        training = self._training_inputs(self.recipe.ladder_epochs)
+        return {**self._quantizer_inputs(), "widths": list(self.recipe.ladder_widths), **training}
+
+    def refine_inputs(self) -> dict[str, Any]:
+        return {**self._quantizer_inputs(), **self._training_inputs(self.recipe.layer_epochs)}
+
+    def distil_inputs(self) -> dict[str, Any]:
+        r = self.recipe
+        how = {"distil_loss": r.distil_loss, "distil_sets": list(r.distil_sets)} if r.distil_epochs else {}
+        return {**self.refine_inputs(), **how, "distil_epochs": self._training_inputs(r.distil_epochs)}
+
+    def _training_inputs(self, epochs: int | None) -> dict[str, Any]:
+        if not epochs:
+            return {"epochs": 0}
+        keys = ("rate_codes", "rate_grids", "rate_tuned", "held_out")
+        return {"epochs": epochs, **{key: getattr(self.recipe, key) for key in keys}}
 
     def score_inputs(self) -> dict[str, Any]:
         keys = ("score_form", "score_labels", "score_weights", "seed")

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from gemq.calibrate import Activations, LayerMoments, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.models.experts import expert_weight
+from gemq.models.experts import ExpertsCall, expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
-from gemq.quant.gptq import gptq, round_to_nearest
+from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
+from gemq.reconstruct import Training, train_rungs
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,40 @@ class Quantizer:
     damping: float
     shrink: float
 
-    def __call__(self, weight: Tensor, hessians: Tensor, widths: tuple[Width, ...]) -> tuple[list[PackedMatrix], int]:
-        """Weights [E, R, C] with their inputs' Hessians [E, C, C] -> a packed batch per width, and Hessians retried."""
-        group = group_size_for(weight.shape[-1], self.group_size)
-        retries = 0
+    @property
+    def trains(self) -> bool:
+        """Whether what it gives is a start for training: rounding to nearest keeps no latents."""
+        return self.method == "gptq"
+
+    def every_width(
+        self, weight: Tensor, hessians: Tensor, widths: tuple[Width, ...], latents: Tensor | None = None
+    ) -> tuple[Quantized, int]:
+        """Weights [E, R, C] with their inputs' Hessians [E, C, C] -> grids [W, E, ...], and Hessians retried.
+
+        latents: [W, E, R, C], filled with the codes before rounding
+        """
+        group = self.group(weight.shape[-1])
         if self.method == "rtn":
-            q = round_to_nearest(weight, widths, group)
-        else:
-            factor = factorize(hessians, self.damping)
-            q, retries = gptq(weight, factor.upper, widths, group), factor.retries
-        rungs = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
-        return rungs, retries
+            return round_to_nearest(weight, widths, group), 0
+        factor = factorize(hessians, self.damping)
+        return gptq(weight, factor.upper, widths, group, latents), factor.retries
+
+    def own_width(
+        self, weight: Tensor, hessians: Tensor, widths: Sequence[Width], latents: Tensor | None = None
+    ) -> tuple[Quantized, int]:
+        """As ``every_width``, with one width for each expert: grids [E, ...]."""
+        group = self.group(weight.shape[-1])
+        if self.method == "rtn":
+            distinct = tuple(sorted(set(widths)))
+            q = round_to_nearest(weight, distinct, group)
+            pick = torch.tensor([distinct.index(w) for w in widths], device=weight.device)
+            return Quantized(*(t[pick, torch.arange(len(widths), device=weight.device)] for t in q)), 0
+        factor = factorize(hessians, self.damping)
+        return gptq_mixed(weight, factor.upper, widths, group, latents), factor.retries
+
+    def group(self, columns: int) -> int:
+        """Group size of a matrix with so many inputs."""
+        return group_size_for(columns, self.group_size)
 
 
 @dataclass
@@ -62,9 +86,11 @@ class LayerLadder:
     experts: dict[str, dict[Width, PackedMatrix]] = field(default_factory=dict)
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     retries: int = 0
+    untrained: int = 0
+    """Experts and widths whose training did not lower their held-out error, so that GPTQ's codes were kept."""
 
     def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"counts": self.counts, "retries": torch.tensor(self.retries)}
+        tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.untrained])}
         for path, packed in self.linears.items():
             tensors.update(packed.named(f"linear:{path}"))
         for name, rungs in self.experts.items():
@@ -82,7 +108,7 @@ class LayerLadder:
             {x.path: packed(f"linear:{x.path}") for x in layer.linears if f"linear:{x.path}.codes" in tensors},
             {n: {w: packed(f"expert:{n}:{width_name(w)}") for w in widths} for n in names},
             tensors["counts"],
-            int(tensors["retries"]),
+            *tensors["notes"].tolist(),
         )
 
 
@@ -93,14 +119,40 @@ def build_layer(
     quantizer: Quantizer,
     widths: tuple[Width, ...],
     dense_bits: int,
+    training: Training | None = None,
 ) -> tuple[LayerLadder, list[Tensor]]:
-    """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs."""
+    """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs.
+
+    training: trains every expert at every width on its own after GPTQ (the trained ladder)
+    """
     layer = replay.structure.layers[index]
     linears = layer.linears if dense_bits < 16 else ()
-    moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True)
+    calls: list[ExpertsCall] = []
+    kept = calls if training is not None and layer.experts is not None else None
+    moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
     ladder = LayerLadder()
     quantize_linears(replay.model, linears, moments, quantizer, dense_bits, ladder)
-    quantize_experts(replay.model, layer, moments, quantizer, widths, ladder)
+    if layer.experts is None or moments.experts is None:
+        return ladder, outputs
+    module = replay.model.get_submodule(layer.experts.path)
+    grids: list[Quantized] = []
+    latents: list[Tensor] = []
+    for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
+        weight = expert_weight(module, matrix.name)
+        if training is not None:
+            latents.append(weight.new_empty(len(widths), *weight.shape, dtype=torch.float32))
+        hessians = moment.hessians(quantizer.shrink)
+        q, retries = quantizer.every_width(weight, hessians, widths, latents[-1] if latents else None)
+        grids.append(q)
+        ladder.retries += retries
+    if training is not None:
+        grids, ladder.untrained = train_rungs(module, layer.experts, calls, grids, latents, widths, training, index)
+    for matrix, q in zip(layer.experts.matrices, grids, strict=True):
+        group = quantizer.group(matrix.columns)
+        ladder.experts[matrix.name] = {
+            width: PackedMatrix.pack(Quantized(*(t[i] for t in q)), width, group) for i, width in enumerate(widths)
+        }
+    ladder.counts = moments.experts[0].counts.cpu()
     return ladder, outputs
 
 
@@ -116,30 +168,10 @@ def quantize_linears(
     for linear in linears:
         if linear.path not in moments.linears:  # a branch that no calibration token took
             moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
-        weight = model.get_submodule(linear.path).weight.detach()
-        hessians = moments.linears[linear.path].hessians(0.0)
-        (packed,), retries = quantizer(weight.unsqueeze(0), hessians, (bits,))
-        ladder.linears[linear.path] = packed
+        weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
+        q, retries = quantizer.own_width(weight, moments.linears[linear.path].hessians(0.0), (bits,))
+        ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))
         ladder.retries += retries
-
-
-def quantize_experts(
-    model: Any,
-    layer: Layer,
-    moments: LayerMoments,
-    quantizer: Quantizer,
-    widths: tuple[Width, ...],
-    ladder: LayerLadder,
-) -> None:
-    """Quantizes a layer's routed experts at ``widths`` into ``ladder``."""
-    if layer.experts is None or moments.experts is None:
-        return
-    module = model.get_submodule(layer.experts.path)
-    for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-        rungs, retries = quantizer(expert_weight(module, matrix.name), moment.hessians(quantizer.shrink), widths)
-        ladder.experts[matrix.name] = dict(zip(widths, rungs, strict=True))
-        ladder.retries += retries
-    ladder.counts = moments.experts[0].counts.cpu()
 
 
 def rung_weight(ladder: LayerLadder, name: str, width: Width, columns: int, group_size: int) -> Tensor:

@@ -16,20 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.allocate import Allocation, Budget, allocate
+from gemq.allocate import allocate
 from gemq.checkpoint.format import PackedFormat, read_quantization_config
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
 from gemq.files import check_free_space, write_json, write_text
+from gemq.finish import run_finish
 from gemq.job import Job, source_digest
 from gemq.models.source import Source, pick_device
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
-from gemq.progress import Monitor
+from gemq.preflight import check_job, check_output, expert_budget, read_allocation
+from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
-from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.refine import RefinedLayer
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
-from gemq.stages import assembled, digest, load_ladder, make_problem, run_ladder, run_refine, run_scores
+from gemq.stages import assembled, digest, load_ladder, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
 
 JOB_FILE = "job.json"
@@ -58,6 +61,8 @@ class Result:
     window: int
     windows: dict[str, int]
     fallbacks: dict[str, int]
+    gains: dict[str, float] = field(default_factory=dict)
+    """Held-out errors before and after training: of layers' outputs (relative) and of distillation (nats)."""
     work_bytes: int = 0
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -89,12 +94,12 @@ def quantize(
     recipe = recipe or Recipe()
     out = Path(out)
     work_path = Path(work) if work is not None else out.with_name(out.name + ".work")
-    if allocation is not None and not Path(allocation).is_file():
-        raise UserError(f"allocation {allocation} is not a file: give the allocation.json of a work directory")
-    if not resume:
-        _refuse_existing(out)
+    allocation = None if allocation is None else Path(allocation)
+    WorkDir.check(work_path, resume=resume)
+    check_output(out, resume=resume)
     picked = pick_device(device)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
+    check_job(source, recipe, out, work_path, allocation, new=not resume)
     fingerprint = source.fingerprint()
     with WorkDir(work_path, resume=resume) as directory:
         _record_job(directory, source, recipe, fingerprint)
@@ -118,7 +123,8 @@ def export(
     finish:  refine at the new widths, as ``quantize`` does, rather than take the ladder's weights
     """
     out = Path(out)
-    _refuse_existing(out)
+    allocation = None if allocation is None else Path(allocation)
+    check_output(out, resume=False)
     with WorkDir.existing(Path(work)) as directory:
         recorded = _read_job(directory)
         recipe = Recipe.from_dict(recorded["recipe"], origin=str(work)).replace(**(changes or {}))
@@ -130,6 +136,7 @@ def export(
             raise UserError(
                 f"{source.path}, the model of {work}, is gone: put it back, its unquantized parts are needed"
             )
+        check_job(source, recipe, out, directory.path, allocation, new=False)
         fingerprint = source.fingerprint()
         if fingerprint != recorded["fingerprint"]:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
@@ -137,7 +144,7 @@ def export(
         return _run(job, out, allocation, finish=finish)
 
 
-def _run(job: Job, out: Path, allocation_file: str | Path | None, finish: bool) -> Result:
+def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool) -> Result:
     replay, stored = job.load()
     structure = replay.structure
     job.draw_windows(replay)
@@ -149,10 +156,10 @@ def _run(job: Job, out: Path, allocation_file: str | Path | None, finish: bool) 
     problem = make_problem(job, structure, ladder, scores)
     fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
-        chosen = Allocation.from_json(_read_text(allocation_file), problem, origin=str(allocation_file))
+        chosen = read_allocation(allocation_file, problem)
     else:
         with job.monitor.stage("allocate", 1) as tick:
-            budget = _budget(job.recipe, fixed_bytes)
+            budget = expert_budget(job.recipe, fixed_bytes, problem)
             rule, seed = job.recipe.layer_rule, job.recipe.seed
             chosen = allocate(problem, budget, job.recipe.allocate, layer_rule=rule, seed=seed)
             tick()
@@ -178,9 +185,12 @@ def _run(job: Job, out: Path, allocation_file: str | Path | None, finish: bool) 
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
     if not _is_complete(out, packed_format):
         check_free_space(out, result.stored_bytes)
-        shards = run_refine(job, replay, chosen) if finish else assembled(job, structure, ladder, chosen)
+        layers, tuned = assembled(job, structure, ladder, chosen), {}
+        if finish:
+            finished = run_finish(job, replay, stored, chosen)
+            layers, tuned, result.gains = finished.layers(), finished.tuned(), finished.gains
         with job.monitor.stage("save", len(structure.layers)) as tick:
-            _save(job, replay, stored, packed_format, _counted(shards, tick), result)
+            _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result)
     else:
         result.complete_before = True
     result.work_bytes = job.work.size()
@@ -189,11 +199,6 @@ def _run(job: Job, out: Path, allocation_file: str | Path | None, finish: bool) 
 
 
 # Before anything is computed
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists: name another output, or delete it first")
 
 
 def _is_complete(out: Path, packed_format: PackedFormat) -> bool:
@@ -251,28 +256,6 @@ def _show(value: Any) -> str:
     return "unset" if value is None else f"{value}"
 
 
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: give the allocation.json of a work directory") from error
-
-
-# Sizes
-
-
-def _budget(recipe: Recipe, fixed_bytes: int) -> Budget:
-    if recipe.size is not None:
-        if recipe.size <= fixed_bytes:
-            raise UserError(
-                f"{recipe.size / 1e9:g} GB is less than the {fixed_bytes / 1e9:.3g} GB outside the experts: give more"
-            )
-        return Budget("bytes", recipe.size - fixed_bytes)
-    if recipe.stored_bits is not None:
-        return Budget("stored_bits", recipe.stored_bits)
-    return Budget("bits", DEFAULT_BITS if recipe.bits is None else recipe.bits)
-
-
 # Checkpoint
 
 
@@ -283,7 +266,7 @@ def _packed_format(job: Job, structure: Structure, widths: list[list[Width]], fi
         experts[layer.experts.path] = {m.name: tuple(widths[i]) for m in layer.experts.matrices}
     bits = job.recipe.attention_bits
     linears = {x.path: bits for layer in structure.layers for x in layer.linears} if bits < 16 else {}
-    made_from = job.refine_inputs() if finish else job.ladder_inputs()
+    made_from = job.distil_inputs() if finish else job.ladder_inputs()
     fingerprint = digest({**made_from, "allocation": widths, "refined": finish})
     return PackedFormat(experts, linears, job.recipe.group_size, fingerprint)
 
@@ -294,11 +277,13 @@ def _save(
     stored: dict[str, torch.dtype],
     packed_format: PackedFormat,
     layers: Iterator[dict[str, Tensor]],
+    tuned: dict[str, Tensor],
     result: Result,
 ) -> None:
     def shards() -> Iterator[dict[str, Tensor]]:
         yield from layers
-        own = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in replay.model.state_dict().items()}
+        state = {**replay.model.state_dict(), **tuned}
+        own = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         yield dense_state(replay.model, packed_format, own)
 
     facts = (
@@ -318,9 +303,9 @@ def _save(
     )
 
 
-def _counted(shards: Iterator[dict[str, Tensor]], tick: Any) -> Iterator[dict[str, Tensor]]:
-    for shard in shards:
-        yield shard
+def _counted(layers: Iterator[RefinedLayer], tick: Tick) -> Iterator[dict[str, Tensor]]:
+    for layer in layers:
+        yield layer.tensors
         tick()
 
 

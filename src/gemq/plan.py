@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gemq.models.source import Source, longest_window, pick_dtype
+from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
@@ -55,14 +55,12 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     """The plan for a model and a recipe. Needs no weights. Raises UserError when the model cannot be quantized."""
     model = source.skeleton()
     structure = find_structure(model)
-    stored = getattr(model.config.get_text_config(), "dtype", None) or torch.bfloat16
-    fixed = other_bytes(model, structure, recipe, {name: stored for name, _ in model.named_parameters()})
-    fixed += linear_bytes(structure, recipe)
+    stored = configured_types(model)
+    fixed = other_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
     wanted = sorted({*BUDGETS, recipe.bits or DEFAULT_BITS})
     low, high = (nominal_bits(f(recipe.ladder_widths)) for f in (min, max))
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
-    longest = longest_window(model.config)
-    window = recipe.window or min(2048, longest)
+    window = calibration_window(model.config, recipe.window)
     tokens = recipe.windows * window
     compute = pick_dtype(recipe.dtype, device)
     hidden = model.config.get_text_config().hidden_size
@@ -78,7 +76,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         moe_layers=len(structure.moe_layers),
         layers=len(structure.layers),
         experts=sum(x.experts.count for _, x in structure.moe_layers if x.experts),
-        original_bytes=structure.total_parameters * stored.itemsize,
+        original_bytes=sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters()),
         sizes=sizes,
         budget=recipe.budget_text,
         window=window,

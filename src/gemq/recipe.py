@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,23 @@ from gemq.quant.widths import LEVELS, SMALLEST_GROUP, Width, nominal_bits, parse
 DEFAULT_BITS = 2.0
 DEFAULT_WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)
 CHOICES = {
-    "effort": ("low",),
+    "effort": ("low", "medium", "high"),
     "quantizer": ("gptq", "rtn"),
     "score_form": ("token", "elementwise"),
     "score_labels": ("sampled", "data"),
     "score_weights": ("ladder", "rtn"),
     "allocate": ("global", "uniform", "random", "layerwise", "frequency"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "distil_loss": ("kl", "next_token"),
 }
+FROM_EFFORT = -1
+TUNABLE = ("routers", "norms", "grids")
+EFFORTS: dict[str, dict[str, int]] = {
+    "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
+    "medium": {"total_tokens": 524_288, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+    "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
+}
+"""What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ class Recipe:
     size: int | None = None
     """Bytes of all the checkpoint's tensors."""
 
-    effort: str = "low"
-    """How much is computed; ``low`` trains nothing."""
+    effort: str = "medium"
+    """How much is computed. Sets ``total_tokens`` and epochs where they are not given; ``low`` trains nothing."""
 
     # Calibration
     calib: tuple[str, ...] = ("self",)
@@ -56,6 +66,8 @@ class Recipe:
     """Windows taken from all sources together."""
     window: int | None = None
     """Tokens per window; None is 2048, or the longest that the model takes."""
+    total_tokens: int = FROM_EFFORT
+    """Self-generated windows are added until calibration has this many tokens."""
     seed: int = 0
 
     # Grids
@@ -88,6 +100,26 @@ class Recipe:
     refine: bool = True
     """Quantize again at the chosen widths, layer by layer, on the activations of the quantized layers before."""
 
+    # Training
+    ladder_epochs: int = FROM_EFFORT
+    """Epochs in which each expert is trained on its own at every width; 0 keeps GPTQ's ladder."""
+    layer_epochs: int = FROM_EFFORT
+    """Epochs in which each layer is trained at the chosen widths; needs ``refine``."""
+    distil_epochs: int = FROM_EFFORT
+    """Epochs of distillation of the whole quantized model."""
+    distil_loss: str = "kl"
+    """``kl`` from the full-precision model, or ``next_token`` as in the paper."""
+    distil_sets: tuple[str, ...] = TUNABLE
+    """What distillation trains: any of routers, norms and grids (the experts' scales and offsets)."""
+    rate_codes: float = 5e-3
+    """Learning rate of codes, in codes a step."""
+    rate_grids: float = 2e-3
+    """Learning rate of scales and offsets, relative."""
+    rate_tuned: float = 1e-3
+    """Learning rate of routers and norms."""
+    held_out: float = 0.05
+    """Share of the micro-batches that training does not see and is judged on."""
+
     # Numerics
     batch_tokens: int = 4096
     """Tokens in a micro-batch. Fixes the order of sums, so that results do not depend on memory."""
@@ -101,6 +133,12 @@ class Recipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} cannot be {getattr(self, name)!r}: choose from {', '.join(choices)}")
+        for name, value in EFFORTS[self.effort].items():
+            if getattr(self, name) == FROM_EFFORT:
+                object.__setattr__(self, name, value)
+        for name in self.distil_sets:
+            if name not in TUNABLE:
+                raise UserError(f"distil_sets cannot have {name!r}: choose from {', '.join(TUNABLE)}")
         if self.widths is not None:
             widths = tuple(sorted({parse_width(w) for w in self.widths}))
             if not widths:
@@ -112,14 +150,24 @@ class Recipe:
             raise UserError(f"attention_bits cannot be {self.attention_bits}: choose 2, 3, 4, 8, or 16 for unquantized")
         if not self.calib:
             raise UserError("calib names no source: give a text file, a data set id or self")
-        for name, least in (("windows", 1), ("batch_tokens", 1), ("seed", 0)):
+        for name, least in (
+            ("windows", 1),
+            ("batch_tokens", 1),
+            ("seed", 0),
+            ("total_tokens", 0),
+            ("ladder_epochs", 0),
+            ("layer_epochs", 0),
+            ("distil_epochs", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} cannot be {getattr(self, name)}: the least is {least}")
         if self.window is not None and self.window < 2:
             raise UserError(f"window cannot be {self.window}: a window has at least 2 tokens")
-        for name in ("damping", "hessian_shrink", "smoothing"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} cannot be negative (it is {getattr(self, name)})")
+        for name in ("damping", "hessian_shrink", "smoothing", "rate_codes", "rate_grids", "rate_tuned", "held_out"):
+            if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
+                raise UserError(f"{name} must be a number from 0 up (it is {getattr(self, name)})")
+        if self.quantizer == "rtn" and (self.ladder_epochs or self.layer_epochs):
+            raise UserError("quantizer rtn gives no start for training: set ladder_epochs and layer_epochs to 0")
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -133,8 +181,8 @@ class Recipe:
             raise UserError(f"no allocation of widths {self.width_names} has {self.bits:g} bits: {advice}")
         for name in ("stored_bits", "size"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name} must be positive (it is {value})")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be a positive number (it is {value})")
 
     @property
     def ladder_widths(self) -> tuple[Width, ...]:
@@ -157,7 +205,11 @@ class Recipe:
         return f"{self.bits if self.bits is not None else DEFAULT_BITS:g} bits"
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some keys changed. A new budget replaces the old one, whatever its kind."""
+        """A copy with some keys changed. A new budget replaces the old one, whatever its kind, and a new effort the
+        keys that the old one had set."""
+        if "effort" in changes:
+            old = {name: FROM_EFFORT for name, value in EFFORTS[self.effort].items() if getattr(self, name) == value}
+            changes = {**old, **changes}
         if any(changes.get(name) is not None for name in ("bits", "stored_bits", "size")):
             changes = {"bits": None, "stored_bits": None, "size": None, **changes}
         return dataclasses.replace(self, **changes)
@@ -186,7 +238,8 @@ class Recipe:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}"
+                f"cannot read recipe {path} ({getattr(error, 'strerror', None) or 'not a text file'}): "
+                "give a YAML file of lines such as 'bits: 2.0'"
             ) from error
         except yaml.YAMLError as error:
             line = str(error).splitlines()[0]
@@ -238,6 +291,6 @@ def _convert(key: str, value: Any, kind: str, origin: str) -> Any:
         return str(value)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         plain = kind.split("|")[0].strip()
         raise UserError(f"{origin}: {key} cannot be {value!r}: it takes a value of type {plain}") from error

@@ -6,23 +6,67 @@ Either way a layer ends as the tensors of the checkpoint. Knows one layer at a t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, LayerMoments, layer_moments
+from gemq.calibrate import Activations, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.ladder import LayerLadder, Quantizer, quantize_linears
 from gemq.models.experts import expert_weight, set_expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
-from gemq.quant.grid import dequantize
+from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import Width, group_size_for
+from gemq.reconstruct import Training, train_layer
+
+TUNED = "tuned:"
 
 
-def assemble_layer(ladder: LayerLadder, layer: Layer, widths: Sequence[Width]) -> dict[str, Tensor]:
-    """A layer's checkpoint tensors with each expert's codes picked from the ladder."""
+@dataclass(frozen=True)
+class Targets:
+    """What reconstruction trains a layer towards, and how.
+
+    hidden: the full-precision layer's outputs [B, S, H], one per micro-batch
+    stored: the type in which each parameter of the model is kept
+    """
+
+    hidden: list[Tensor]
+    stored: dict[str, torch.dtype]
+    training: Training
+
+
+@dataclass
+class RefinedLayer:
+    """A finished layer.
+
+    tensors: as they stand in the checkpoint
+    tuned:   trained routers and norms by their name inside the model, float32
+    retries: Hessians that needed more damping
+    before, after: relative error of the layer's output on held-out windows, without and with training (0 if untrained)
+    """
+
+    tensors: dict[str, Tensor]
+    tuned: dict[str, Tensor] = field(default_factory=dict)
+    retries: int = 0
+    before: float = 0.0
+    after: float = 0.0
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        notes = torch.tensor([self.retries, self.before, self.after], dtype=torch.float64)
+        return {**self.tensors, **{TUNED + name: t for name, t in self.tuned.items()}, "notes": notes}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> RefinedLayer:
+        retries, before, after = tensors.pop("notes").tolist()
+        tuned = {name.removeprefix(TUNED): tensors.pop(name) for name in list(tensors) if name.startswith(TUNED)}
+        return cls(tensors, tuned, int(retries), before, after)
+
+
+def assemble_layer(ladder: LayerLadder, layer: Layer, widths: Sequence[Width]) -> RefinedLayer:
+    """A layer with each expert's codes picked from the ladder."""
     tensors: dict[str, Tensor] = {}
     for path, packed in ladder.linears.items():
         tensors.update(_row(packed, 0).named(path))
@@ -30,7 +74,7 @@ def assemble_layer(ladder: LayerLadder, layer: Layer, widths: Sequence[Width]) -
         assert layer.experts is not None
         for e, width in enumerate(widths):
             tensors.update(_row(rungs[width], e).named(f"{layer.experts.path}.{e}.{name}"))
-    return tensors
+    return RefinedLayer(tensors)
 
 
 def refine_layer(
@@ -40,51 +84,62 @@ def refine_layer(
     quantizer: Quantizer,
     widths: Sequence[Width],
     dense_bits: int,
-) -> tuple[dict[str, Tensor], int]:
+    targets: Targets | None = None,
+) -> RefinedLayer:
     """Quantizes layer ``index`` at its chosen widths on ``activations``, which the quantized layers before it made.
 
-    Attention first; everything behind it then sees the quantized attention's output. Leaves the quantized weights in
-    the model. Returns the checkpoint tensors and the number of Hessians that needed more damping.
+    Attention first; everything behind it then sees the quantized attention's output. With ``targets`` the layer is
+    then trained (see ``reconstruct``). Leaves the finished weights in the model.
     """
-    layer = replay.structure.layers[index]
+    layer, model = replay.structure.layers[index], replay.model
     result = LayerLadder()
     linears = layer.linears if dense_bits < 16 else ()
     attention = [x for x in linears if x.kind == "attention"]
     if attention:
         moments, _ = layer_moments(replay, index, activations, attention, with_experts=False)
-        quantize_linears(replay.model, attention, moments, quantizer, dense_bits, result)
-        install_linears(replay.model, attention, result.linears, dense_bits, quantizer.group_size)
+        quantize_linears(model, attention, moments, quantizer, dense_bits, result)
+        install_linears(model, attention, result.linears, dense_bits, quantizer.group_size)
     others = [x for x in linears if x.kind != "attention"]
     moments, _ = layer_moments(replay, index, activations, others, with_experts=True)
-    quantize_linears(replay.model, others, moments, quantizer, dense_bits, result)
-    install_linears(replay.model, others, result.linears, dense_bits, quantizer.group_size)
-    tensors = assemble_layer(result, layer, ())
-    retries = result.retries + _refine_experts(replay.model, layer, moments, quantizer, widths, tensors)
-    return tensors, retries
-
-
-def _refine_experts(
-    model: Any,
-    layer: Layer,
-    moments: LayerMoments,
-    quantizer: Quantizer,
-    widths: Sequence[Width],
-    tensors: dict[str, Tensor],
-) -> int:
-    if layer.experts is None or moments.experts is None:
-        return 0
-    retries = 0
-    module = model.get_submodule(layer.experts.path)
-    for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-        weight, hessians = expert_weight(module, matrix.name), moment.hessians(quantizer.shrink)
-        for width in sorted(set(widths)):
-            members = [e for e, w in enumerate(widths) if w == width]
-            (packed,), again = quantizer(weight[members], hessians[members], (width,))
-            retries += again
-            for i, e in enumerate(members):
-                tensors.update(_row(packed, i).named(f"{layer.experts.path}.{e}.{matrix.name}"))
-    install_experts(model, layer, tensors, widths, quantizer.group_size)
-    return retries
+    quantize_linears(model, others, moments, quantizer, dense_bits, result)
+    install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
+    refined = assemble_layer(result, layer, ())
+    grids: list[Quantized] = []
+    latents: list[Tensor] = []
+    if layer.experts is not None and moments.experts is not None:
+        module = model.get_submodule(layer.experts.path)
+        for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
+            weight = expert_weight(module, matrix.name)
+            if targets is not None:
+                latents.append(torch.empty(weight.shape, device=weight.device))
+            hessians = moment.hessians(quantizer.shrink)
+            q, retries = quantizer.own_width(weight, hessians, widths, latents[-1] if latents else None)
+            grids.append(q)
+            result.retries += retries
+    if targets is not None:
+        trained = train_layer(
+            replay,
+            index,
+            activations.hidden,
+            targets.hidden,
+            activations.calls,
+            grids,
+            latents,
+            widths,
+            targets.training,
+            targets.stored,
+        )
+        grids = trained.grids
+        refined.tuned, refined.before, refined.after = trained.tuned, trained.before, trained.after
+    if layer.experts is not None:
+        for matrix, q in zip(layer.experts.matrices, grids, strict=True):
+            group = quantizer.group(matrix.columns)
+            for e, width in enumerate(widths):
+                packed = PackedMatrix.pack(Quantized(*(t[e] for t in q)), width, group)
+                refined.tensors.update(packed.named(f"{layer.experts.path}.{e}.{matrix.name}"))
+    refined.retries = result.retries
+    install_layer(model, layer, refined, widths, dense_bits, quantizer.group_size)
+    return refined
 
 
 def install_linears(
@@ -112,19 +167,16 @@ def install_experts(
 
 
 def install_layer(
-    model: Any,
-    layer: Layer,
-    tensors: dict[str, Tensor],
-    widths: Sequence[Width],
-    dense_bits: int,
-    group_size: int,
+    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[Width], dense_bits: int, group_size: int
 ) -> None:
-    """Overwrites a whole layer's quantized weights with what its checkpoint tensors mean."""
+    """Overwrites a whole layer's quantized and tuned weights with what its checkpoint tensors mean."""
     if dense_bits < 16:
-        packed = {x.path: _named(tensors, x.path) for x in layer.linears}
+        packed = {x.path: _named(refined.tensors, x.path) for x in layer.linears}
         install_linears(model, layer.linears, packed, dense_bits, group_size)
     if layer.experts is not None:
-        install_experts(model, layer, tensors, widths, group_size)
+        install_experts(model, layer, refined.tensors, widths, group_size)
+    for name, tensor in refined.tuned.items():
+        model.get_parameter(name).data.copy_(tensor)
 
 
 def _named(tensors: dict[str, Tensor], name: str) -> PackedMatrix:

@@ -118,7 +118,7 @@ def pair_costs(
     g = gradient[routed.token].float() * routed.weight.float().unsqueeze(1)
 
     def outputs(first: Tensor, down: Tensor) -> Tensor:
-        h = apply_first(module, experts, first.to(x.dtype), x, routed)
+        h = apply_first(module, experts.matrices[0].name, first.to(x.dtype), x, routed)
         return apply_down(module, down.to(x.dtype), h, routed).float()
 
     exact = outputs(*(expert_weight(module, m.name) for m in experts.matrices))

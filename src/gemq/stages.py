@@ -6,14 +6,13 @@ bytes as an uninterrupted one. What is computed for a layer stands in ``ladder``
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
 from gemq.files import check_free_space
@@ -25,7 +24,8 @@ from gemq.models.structure import Experts, Structure
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import Width, group_size_for
-from gemq.refine import assemble_layer, install_layer, refine_layer
+from gemq.recipe import Recipe
+from gemq.refine import RefinedLayer, assemble_layer
 from gemq.score import (
     ExpertWeights,
     add_costs,
@@ -43,18 +43,25 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     """Every expert at every width: a file per layer."""
     stage = job.work.stage("ladder", job.ladder_inputs())
     layers = range(len(replay.structure.layers))
-    missing = [i for i in layers if not stage.has(_file(i))]
+    missing = [i for i in layers if not stage.has(layer_file(i))]
     if not missing:
         return stage
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
     with job.monitor.stage("ladder", len(layers)) as tick:
         activations = job.start_activations(replay)
+        training = job.training(job.recipe.ladder_epochs)
         for i in layers:
             if i in missing:
                 ladder, activations.hidden = build_layer(
-                    replay, i, activations, job.quantizer, job.recipe.ladder_widths, job.recipe.attention_bits
+                    replay,
+                    i,
+                    activations,
+                    job.quantizer,
+                    job.recipe.ladder_widths,
+                    job.recipe.attention_bits,
+                    training,
                 )
-                stage.save_tensors(_file(i), ladder.to_tensors())
+                stage.save_tensors(layer_file(i), ladder.to_tensors())
             elif i < missing[-1]:
                 activations.advance(replay, i)
             tick()
@@ -62,7 +69,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
 
 
 def load_ladder(job: Job, structure: Structure, stage: Stage, index: int) -> LayerLadder:
-    tensors = stage.load_tensors(_file(index), str(job.device))
+    tensors = stage.load_tensors(layer_file(index), str(job.device))
     return LayerLadder.from_tensors(tensors, structure.layers[index], job.recipe.ladder_widths)
 
 
@@ -70,7 +77,7 @@ def run_scores(job: Job, replay: Replay, ladder: Stage) -> Stage:
     """What each width costs each expert, by calibration source: a file per layer with experts."""
     stage = job.work.stage("scores", job.score_inputs())
     recipe, structure = job.recipe, replay.structure
-    missing = {i for i, _ in structure.moe_layers if not stage.has(_file(i))}
+    missing = {i for i, _ in structure.moe_layers if not stage.has(layer_file(i))}
     if not missing:
         return stage
     with job.monitor.stage("scores", 2 * len(structure.layers)) as tick:
@@ -95,54 +102,13 @@ def run_scores(job: Job, replay: Replay, ladder: Stage) -> Stage:
                     source = activations.source[batch].repeat_interleave(activations.ids[batch].shape[1])
                     add_costs(scores, routed, costs, source)
             if scores is not None:
-                stage.save_tensors(_file(i), {"costs": scores.costs, "tokens": scores.tokens})
+                stage.save_tensors(layer_file(i), {"costs": scores.costs, "tokens": scores.tokens})
             tick()
     return stage
 
 
-def run_refine(job: Job, replay: Replay, chosen: Allocation) -> Iterator[dict[str, Tensor]]:
-    """Quantizes again at the chosen widths, a file per layer, and gives the layers' checkpoint tensors.
-
-    Leaves the quantized weights in ``replay``'s model.
-    """
-    widths = chosen.by_layer
-    inputs = {**job.refine_inputs(), "allocation": digest(widths)}
-    stage = job.work.stage(f"refined-{digest(inputs)[:8]}", inputs)
-    layers = range(len(replay.structure.layers))
-    missing = [i for i in layers if not stage.has(_file(i))]
-    if missing:
-        with job.monitor.stage("refine", len(layers)) as tick:
-            activations = job.start_activations(replay)
-            for i in layers:
-                if i in missing:
-                    tensors, retries = refine_layer(
-                        replay, i, activations, job.quantizer, widths[i], job.recipe.attention_bits
-                    )
-                    stage.save_tensors(_file(i), {**tensors, "retries": torch.tensor(retries)})
-                elif i < missing[-1]:
-                    install_layer(
-                        replay.model,
-                        replay.structure.layers[i],
-                        stage.load_tensors(_file(i), str(job.device)),
-                        widths[i],
-                        job.recipe.attention_bits,
-                        job.recipe.group_size,
-                    )
-                if i < missing[-1]:
-                    activations.advance(replay, i)
-                tick()
-    return _read_layers(job, stage, layers)
-
-
-def _read_layers(job: Job, stage: Stage, layers: range) -> Iterator[dict[str, Tensor]]:
-    for i in layers:
-        tensors = stage.load_tensors(_file(i))
-        retries = int(tensors.pop("retries"))
-        job.fallbacks["hessians_damped_more"] = job.fallbacks.get("hessians_damped_more", 0) + retries
-        yield tensors
-
-
-def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation) -> Iterator[dict[str, Tensor]]:
+def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation) -> Iterator[RefinedLayer]:
+    """The layers of an allocation as the ladder has them."""
     for i, widths in enumerate(chosen.by_layer):
         yield assemble_layer(load_ladder(job, structure, ladder, i), structure.layers[i], widths)
 
@@ -166,30 +132,37 @@ def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts,
 
 def make_problem(job: Job, structure: Structure, ladder: Stage, scores: Stage | None) -> Problem:
     """The allocation problem: costs from ``scores`` (zero without), bytes from shapes, counts from the ladder."""
-    recipe, widths = job.recipe, job.recipe.ladder_widths
-    layer, costs, weights, sizes, counts = [], [], [], [], []
+    problem = shape_problem(structure, job.recipe)
+    costs, counts = [], []
+    for i, _ in structure.moe_layers:
+        counts.append(load_ladder(job, structure, ladder, i).counts.cpu().numpy())
+        if scores is not None:
+            found = scores.load_tensors(layer_file(i))
+            cost = smooth_usage(found["costs"].sum(0), found["tokens"].sum(0), job.recipe.smoothing)
+            costs.append(cost.numpy())
+    return dataclasses.replace(
+        problem,
+        costs=np.concatenate(costs) if costs else problem.costs,
+        counts=np.concatenate(counts).astype(np.int64),
+    )
+
+
+def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
+    """What is known of the allocation problem before anything is computed: zero costs and counts."""
+    widths = recipe.ladder_widths
+    layer, weights, sizes = [], [], []
     for i, info in structure.moe_layers:
         assert info.experts is not None
-        experts = info.experts
-        tokens = load_ladder(job, structure, ladder, i).counts.cpu()
-        if scores is not None:
-            found = scores.load_tensors(_file(i))
-            cost = smooth_usage(found["costs"].sum(0), found["tokens"].sum(0), recipe.smoothing).numpy()
-        else:
-            cost = np.zeros((experts.count, len(widths)))
-        bytes_per_expert = [expert_bytes(experts, w, recipe.group_size) for w in widths]
-        layer += [i] * experts.count
-        costs.append(cost)
-        weights += [experts.weights_per_expert] * experts.count
-        sizes += [bytes_per_expert] * experts.count
-        counts += tokens.tolist()
+        layer += [i] * info.experts.count
+        weights += [info.experts.weights_per_expert] * info.experts.count
+        sizes += [[expert_bytes(info.experts, w, recipe.group_size) for w in widths]] * info.experts.count
     return Problem(
         widths,
         np.array(layer, np.int64),
-        np.concatenate(costs),
+        np.zeros((len(layer), len(widths))),
         np.array(weights, np.int64),
         np.array(sizes, np.int64),
-        np.array(counts, np.int64),
+        np.zeros(len(layer), np.int64),
         layers=len(structure.layers),
     )
 
@@ -199,5 +172,5 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _file(layer: int) -> str:
+def layer_file(layer: int) -> str:
     return f"layer-{layer:03d}.safetensors"

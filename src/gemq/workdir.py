@@ -30,13 +30,8 @@ class WorkDir:
 
     def __init__(self, path: Path, *, resume: bool):
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is not a directory: name another with --work")
-        if path.exists() and any(path.iterdir()):
-            if not (path / MARKER).exists() and not _only_leftovers(path):
-                raise UserError(f"{path} exists and is not a work directory of gemq: name another with --work")
-            if not resume:
-                raise UserError(f"{path} exists: go on with --resume, or delete it, or name another with --work")
+        self.check(path, resume=resume)
+        self._is_new = not path.exists()
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock: TextIO = open(path / ".lock", "w")  # noqa: SIM115 - held as long as the directory is open
@@ -48,8 +43,23 @@ class WorkDir:
             raise UserError(
                 f"{path} is in use by another gemq process: wait for it, or name another with --work"
             ) from error
-        if not (path / MARKER).exists():
-            write_json(path / MARKER, {"format_version": 1})
+        try:
+            if not (path / MARKER).exists():
+                write_json(path / MARKER, {"format_version": 1})
+        except UserError as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    @staticmethod
+    def check(path: Path, *, resume: bool) -> None:
+        """Raises UserError for a path that is not ours, or that is taken and not to be resumed."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is not a directory: name another with --work")
+        if path.exists() and any(path.iterdir()):
+            if not (path / MARKER).exists() and not _only_leftovers(path):
+                raise UserError(f"{path} exists and is not a work directory of gemq: name another with --work")
+            if not resume:
+                raise UserError(f"{path} exists: go on with --resume, or delete it, or name another with --work")
 
     @classmethod
     def existing(cls, path: Path) -> WorkDir:
@@ -64,6 +74,8 @@ class WorkDir:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_new and isinstance(value, UserError) and not any(self.path.rglob("*.safetensors")):
+            shutil.rmtree(self.path, ignore_errors=True)  # a mistake before anything was computed leaves no trace
         self._lock.close()
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:

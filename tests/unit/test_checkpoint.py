@@ -34,6 +34,7 @@ from gemq.checkpoint.load import matrix_shapes
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.checkpoint.twin import write_dense_twin
+from gemq.files import disk_errors
 from gemq.kernels import packed as packed_modules
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import LEVELS, group_size_for, matrix_bytes

@@ -51,7 +51,8 @@ def generate_windows(
     count: int,
     window: int,
     seed: int,
-    batch: int = 64,
+    openings: Tensor | None = None,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """``count`` windows of ``window`` tokens that ``model`` samples from itself.
@@ -61,9 +62,14 @@ def generate_windows(
     user turn, and the end of that turn is followed by the template's opening of the answer. Padding rows of
     the embedding and the pad token are never sampled.
 
-    ``batch`` (windows) are written side by side; batch i depends on (seed, i) and its size alone, not on
-    PyTorch's global random state. ``progress(done, total)`` counts tokens.
+    openings: int64 [n], tokens of which one, drawn at random, opens each window in place of BOS. Windows that
+              begin in the middle of a document are of more kinds than those that begin with BOS, most of which
+              are of the kinds with the shortest documents
+    batch:    windows written side by side; by default what about 4 GB of keys and values hold, 512 at most.
+              Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
+    progress: called with (done, total) tokens
     """
+    batch = batch or _batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
     opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     chat = opening is not None and 0 < len(opening.user) < window
@@ -76,6 +82,8 @@ def generate_windows(
         for number, start in enumerate(range(0, count, batch)):
             rows = min(batch, count - start)
             run = _Batch(vocabulary, rows, window, _generator(seed, number, model.device))
+            if openings is not None:
+                run.open_with(openings)
             if chat:
                 assert opening is not None
                 run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
@@ -141,6 +149,11 @@ class _Batch:
         self.given = torch.full((self.rows, self.window), FREE, device=self.generator.device)
         self.documents = self.rows
         self._open_documents(torch.arange(self.rows, device=self.given.device), 0)
+
+    def open_with(self, openings: Tensor) -> None:
+        """Draws each window's first token from ``openings`` int64 [n]."""
+        drawn = torch.randint(len(openings), (self.rows,), generator=self.generator, device=self.given.device)
+        self.given[:, 0] = openings.to(drawn.device)[drawn]
 
     def open_chats(self, opening: _ChatOpening, rows: Iterable[int]) -> None:
         for row in rows:
@@ -271,6 +284,12 @@ def _chat_opening(tokenizer: Any) -> _ChatOpening:
         return _ChatOpening([], [])
     encode = lambda part: tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
     return _ChatOpening(encode(user), encode(answer))
+
+
+def _batch_size(config: Any, window: int) -> int:
+    """From the configuration alone, so that results do not depend on the machine."""
+    bytes_per_window = config.num_hidden_layers * config.hidden_size * window * 2 * 4
+    return max(1, min(512, 4_000_000_000 // bytes_per_window))
 
 
 def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:

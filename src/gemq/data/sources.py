@@ -82,6 +82,21 @@ def calibration_windows(
     return from_parts(parts, names, available)
 
 
+def check_sources(sources: Sequence[str], tokenizer: Any, window: int) -> None:
+    """Refuses sources that cannot be used, as far as that shows without the network. Raises UserError."""
+    _refuse_repeats(sources)
+    for source in sources:
+        if source == SELF:
+            continue
+        if _is_file(source):
+            documents = list(_file_documents(Path(source)))
+            heads = (document[: 16 * window] for document in documents)  # enough, but for odd texts
+            if sum(len(tokenize_text(tokenizer, head)) for head in heads) < window:
+                _stream(source, tokenizer, window, count=1)
+        else:
+            _require_datasets(source)
+
+
 def share_out(count: int, available: Sequence[int | None]) -> list[int]:
     """Windows to take from each source: as even as its ``available`` windows (None: no limit) allow, first
     ones first."""
@@ -120,13 +135,9 @@ def _unique_names(sources: Sequence[str]) -> list[str]:
 
 def _stream(source: str, tokenizer: Any, window: int, count: int) -> Tensor:
     """All tokens of a file, or the first of a data set, documents joined: int64 [T], at least one window."""
-    path = Path(source)
-    if path.exists() or not _may_be_dataset(source):
+    if _is_file(source):
         limit = None
-        if path.suffix in (".jsonl", ".json"):
-            documents = _json_lines(path, read_text(path))
-        else:
-            documents = iter([read_text(path)])
+        documents = _file_documents(Path(source))
     else:
         limit = POOL * count * window
         documents = _dataset(source)
@@ -141,6 +152,11 @@ def _stream(source: str, tokenizer: Any, window: int, count: int) -> Tensor:
     stream = pack_documents(tokens, separator=tokenizer.eos_token_id)
     check_length(source, len(stream), window)
     return stream
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    text = read_text(path)
+    return _json_lines(path, text) if path.suffix in (".jsonl", ".json") else iter([text])
 
 
 def _json_lines(path: Path, text: str) -> Iterator[str]:
@@ -168,16 +184,21 @@ def _text_of(row: Any, where: str) -> str:
     return text
 
 
-def _may_be_dataset(source: str) -> bool:
-    """Whether a source that is no file can be a data set id: ``name`` or ``owner/name`` without a file's
+def _is_file(source: str) -> bool:
+    """Whether a source is a file, there or not: a data set id is ``name`` or ``owner/name`` without a file's
     suffix."""
-    return bool(DATASET_ID.fullmatch(source)) and source[0] != "." and not FILE_SUFFIX.search(source)
+    is_id = bool(DATASET_ID.fullmatch(source)) and source[0] != "." and not FILE_SUFFIX.search(source)
+    return Path(source).exists() or not is_id
+
+
+def _require_datasets(source: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"there is no file {source}; if it is a data set id, pip install gemq[datasets]")
 
 
 def _dataset(source: str) -> Iterator[str]:
     """The documents of a Hugging Face data set, streamed."""
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"there is no file {source}; if it is a data set id, pip install gemq[datasets]")
+    _require_datasets(source)
     import datasets  # optional, and slow to import
 
     name, config, split = (*source.split(":"), "", "")[:3]

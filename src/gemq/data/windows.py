@@ -54,6 +54,15 @@ class Windows:
         counted = torch.bincount(self.source, minlength=len(self.names)).tolist()
         return dict(zip(self.names, counted, strict=True))
 
+    def extended(self, name: str, tokens: Tensor) -> Windows:
+        """These windows and more, int64 [n, window], from the source ``name``, which may be among ours already."""
+        names = self.names if name in self.names else (*self.names, name)
+        parts = [self.tokens[self.source == i] for i in range(len(names))]
+        parts[names.index(name)] = torch.cat([parts[names.index(name)], tokens])
+        available = [*self.tokens_available, 0][: len(names)]
+        available[names.index(name)] += tokens.numel()
+        return from_parts(parts, names, available)
+
     def batches(self, batch_tokens: int) -> Iterator[slice]:
         """Micro-batches as slices of the windows, in stored order.
 
@@ -121,7 +130,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} does not exist: check the path") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check its permissions") from error
-    if b"\0" in data:
+    # real collections of text hold a stray NUL here and there; binary files and UTF-16 are full of them
+    if data.count(0) * 10 > len(data):
         raise UserError(f"{path} is a binary file: give a text file")
     try:
         text = data.decode("utf-8-sig")

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
+from gemq.models.experts import use_experts_forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,14 @@ class Source:
                 raise UserError(
                     f"{self.path} brings its own code: read it, then allow it with --trust-remote-code"
                 ) from error
-            raise UserError(f"cannot read the configuration of {self.path}: {_first_line(error)}") from error
+            if unknown := re.search(r"model type `(.*?)` but Transformers", str(error)):
+                raise UserError(
+                    f"{self.path} is of type {unknown.group(1)!r}, which Transformers {transformers.__version__} does "
+                    "not know: upgrade Transformers, or allow code that the model brings with --trust-remote-code"
+                ) from error
+            raise UserError(
+                f"cannot read the configuration of {self.path} ({_first_line(error)}): copy the model again"
+            ) from error
         quantization = getattr(config, "quantization_config", None)
         if quantization is None:
             quantization = getattr(config.get_text_config(), "quantization_config", None)
@@ -79,28 +92,48 @@ class Source:
         dtype: of all floating-point parameters; None leaves them as they are stored
         """
         self.config()
-        if not any(self.path.glob("*.safetensors")):
-            raise UserError(f"{self.path} holds no safetensors weights: convert it, gemq reads no pickled files")
-        model = _build(
+        self.check_weights()
+        model, report = _build(
             lambda: AutoModelForCausalLM.from_pretrained(
-                self.path, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
+                self.path,
+                dtype="auto",
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
             ),
             self.path,
         )
+        if absent := sorted(map(str, report["missing_keys"])):  # Transformers would make them up
+            raise UserError(
+                f"{self.path} lacks {len(absent)} of the model's tensors, first: {absent[0]}: copy the checkpoint again"
+            )
         stored = {name: p.dtype for name, p in model.named_parameters()}
         model.to(device)
         for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
             if dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        # the default, grouped_mm, is many times slower than a plain loop on CPU
-        model.set_experts_implementation("eager" if device.type == "cpu" else "grouped_mm")
+        use_experts_forward(model)
         return model.eval(), stored
+
+    def check_weights(self) -> None:
+        """Reads the headers of the weights. Raises UserError when files are missing, pickled or cut short."""
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"{self.path} holds no safetensors weights: gemq reads no pickled files; load the model with "
+                "Transformers and save it again with save_pretrained"
+            )
+        for file in files:
+            read_header(file)
 
     def tokenizer(self) -> Any:
         try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"cannot read the tokenizer of {self.path}: {_first_line(error)}") from error
+        if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # Transformers made an empty one
+            raise UserError(f"{self.path} holds no tokenizer: copy its tokenizer files there")
+        return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
         if not (self.path / "generation_config.json").is_file():
@@ -136,15 +169,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def configured_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The type in which each parameter is stored, as far as the configuration tells: it names one for all."""
+    dtype = getattr(model.config.get_text_config(), "dtype", None) or torch.bfloat16
+    return {name: dtype for name, _ in model.named_parameters()}
+
+
 def longest_window(config: Any) -> int:
     """Most tokens that the model takes at once."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_WINDOW)
+
+
+def calibration_window(config: Any, wanted: int | None) -> int:
+    """Tokens per calibration window: those wanted, by default 2048 or the longest that the model takes."""
+    longest = longest_window(config)
+    if wanted is not None and wanted > longest:
+        raise UserError(f"--window {wanted} is longer than the model takes: give at most {longest}")
+    return min(DEFAULT_WINDOW, longest) if wanted is None else wanted
 
 
 def _build(make: Any, path: Path) -> Any:
     try:
         return make()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load {path} as a causal language model: {_first_line(error)}") from error
 
 

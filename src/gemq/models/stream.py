@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from gemq.errors import UserError
 from gemq.models.structure import Structure
@@ -27,6 +28,10 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+_WRONG_STATE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What model code raises when it is given something else than it expects."""
 
 
 class _AllCaptured(Exception):
@@ -49,18 +54,26 @@ class Replay:
         self._shared: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         if getattr(model.config, "output_router_logits", False):
             model.config.output_router_logits = False  # the auxiliary loss has no meaning in a replay
-        probe = torch.zeros(1, 4, dtype=torch.long, device=self.device)
-        try:
-            self.inputs(probe)
-        except _NotPassedOn:
-            self._tuple_outputs = True
+        self._probe()
+
+    def _probe(self) -> None:
+        """Finds out whether layers return tensors or tuples. Raises UserError when neither can be replayed."""
+        ids = torch.zeros(1, 4, dtype=torch.long, device=self.device)
+        found = ""
+        for self._tuple_outputs in (False, True):
             try:
-                self.inputs(probe)
+                self.inputs(ids)
+                return
+            except (UserError, torch.OutOfMemoryError):
+                raise
             except _NotPassedOn as error:
-                raise UserError(
-                    f"{type(model).__name__} does more between its decoder layers than passing hidden states on "
-                    f"(before layer {error.args[0]}): gemq cannot replay it; this family is not supported yet"
-                ) from None
+                found = found or f"before layer {error.args[0]}"
+            except _WRONG_STATE as error:  # such as unpacking a tensor where the layer returns several
+                found = found or _first_line(error)
+        raise UserError(
+            f"{type(self.model).__name__} does more between its decoder layers than passing hidden states on "
+            f"({found}): gemq cannot replay it; this family is not supported yet"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -91,13 +104,25 @@ class Replay:
             "gemq cannot replay it; this family is not supported yet"
         )
 
-    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """Hidden states [B, S, H] after layer ``index``. Differentiable."""
-        out = self.layers[index](hidden, *call.args, **call.kwargs)
+    def run(self, index: int, hidden: Tensor, call: Call, overrides: dict[str, Tensor] | None = None) -> Tensor:
+        """Hidden states [B, S, H] after layer ``index``. Differentiable.
+
+        overrides: tensors to take in place of the model's parameters, by their name inside the model
+        """
+        layer, args = self.layers[index], (hidden, *call.args)
+        if overrides:
+            prefix = len(self.structure.layers[index].path) + 1
+            own = {name[prefix:]: tensor for name, tensor in overrides.items()}
+            out = functional_call(layer, own, args, call.kwargs)
+        else:
+            out = layer(*args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [B, S, V] from the last layer's hidden states [B, S, H], by the model's own tail. Differentiable."""
+    def logits(self, ids: Tensor, hidden: Tensor, overrides: dict[str, Tensor] | None = None) -> Tensor:
+        """Logits [B, S, V] from the last layer's hidden states [B, S, H], by the model's own tail. Differentiable.
+
+        overrides: tensors to take in place of the tail's parameters, by their name inside the model
+        """
         seen = 0
 
         def substitute(before: Tensor, call: Call) -> Tensor:
@@ -106,22 +131,33 @@ class Replay:
             return hidden if seen == len(self.layers) else before
 
         with self._patched(substitute):
-            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            inputs = {"input_ids": ids.to(self.device), "use_cache": False}
+            return functional_call(self.model, overrides or {}, (), inputs).logits
 
     @torch.no_grad()
     def verify(self, ids: Tensor) -> None:
         """Compares a replay of token ids [B, S] with the model's own forward. Raises UserError when they differ."""
-        hidden, calls = self.inputs(ids)
-        for index, call in enumerate(calls):
-            hidden = self.run(index, hidden, call)
-        replayed = self.logits(ids, hidden).float()
         expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        hidden, calls = self.inputs(ids)
+        other, other_calls = self.inputs(ids[:, :1].expand_as(ids))
+        try:
+            for index, call in enumerate(calls):  # two batches at once: what a layer keeps of one shows in the other
+                hidden = self.run(index, hidden, call)
+                other = self.run(index, other, other_calls[index])
+        except torch.OutOfMemoryError:
+            raise
+        except _WRONG_STATE as error:
+            raise UserError(
+                f"{type(self.model).__name__}'s layers cannot be run on their own ({_first_line(error)}): "
+                "they share state; this family is not supported yet"
+            ) from error
+        replayed = self.logits(ids, hidden).float()
         # the same operations in the same order: equal but for kernels chosen by memory alignment
-        error = (replayed - expected).norm() / expected.norm().clamp_min(1e-12)
-        if not error < 1e-2:
+        difference = (replayed - expected).norm() / expected.norm().clamp_min(1e-12)
+        if not difference < 1e-2:
             raise UserError(
                 f"replaying {type(self.model).__name__} layer by layer gives other logits than its own forward "
-                f"(relative difference {error:.2g}): its layers share state; this family is not supported yet"
+                f"(relative difference {difference:.2g}): its layers share state; this family is not supported yet"
             )
 
     @contextmanager
@@ -139,18 +175,17 @@ class Replay:
             out = function(hidden, Call(rest, kwargs))
             return (out,) if self._tuple_outputs else out
 
+        # accelerate's hooks, where there are any, are such attributes of an instance
+        before = [vars(layer).get("forward") for layer in self.layers]
         for layer in self.layers:
             layer.forward = forward
         try:
             yield
-        except (IndexError, RuntimeError) as error:
-            # a model that unpacks a tensor as a tuple fails in one of these ways
-            if self._tuple_outputs or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise _NotPassedOn(0) from error
         finally:
-            for layer in self.layers:
+            for layer, own in zip(self.layers, before, strict=True):
                 del layer.forward
+                if own is not None:
+                    layer.forward = own
 
     def _share(self, value: Any) -> Any:
         """Replaces tensors by equal ones seen before: masks and positions are alike in nearly all micro-batches."""
@@ -167,6 +202,10 @@ class Replay:
         if isinstance(value, dict):
             return {k: self._share(v) for k, v in value.items()}
         return value
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class _NotPassedOn(Exception):

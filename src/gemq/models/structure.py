@@ -77,7 +77,7 @@ class Structure:
     parameters: dict[str, int]
     """Parameters by kind: experts, attention, shared, dense, router, and other (embeddings, norms, head)."""
     kept_linears: tuple[str, ...]
-    """Linears inside decoder layers that stay unquantized because no group size fits or they are gates."""
+    """Linears in decoder layers that stay unquantized: gates, columns that no group divides, subclasses of Linear."""
 
     @property
     def moe_layers(self) -> tuple[tuple[int, Layer], ...]:
@@ -113,15 +113,17 @@ def find_structure(model: nn.Module) -> Structure:
         inside = [p for p in experts if p.startswith(path + ".")]
         if len(inside) > 1:
             raise UserError(f"layer {path} has several experts modules ({', '.join(inside)}): gemq handles one a layer")
+        _refuse_stacked_weights(path, layer, inside)
         found = _read_experts(inside[0], experts[inside[0]]) if inside else None
         router = _find_router(modules, found) if found else None
         linears = []
         for sub, module in layer.named_modules():
             full = f"{path}.{sub}"
-            if type(module) is not nn.Linear or (router and (full == router or full.startswith(router + "."))):
+            if not isinstance(module, nn.Linear) or (router and f"{full}.".startswith(f"{router}.")):
                 continue
             rows, columns = module.weight.shape
-            if rows < FEWEST_ROWS or columns % SMALLEST_GROUP:
+            own_forward = type(module) is not nn.Linear  # a subclass may compute something else
+            if own_forward or rows < FEWEST_ROWS or columns % SMALLEST_GROUP:
                 kept.append(full)
                 continue
             linears.append(Linear(full, rows, columns, _kind(sub, full, found)))
@@ -151,6 +153,19 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], known: dict[str, nn.M
             raise UserError(
                 f"cannot quantize {path} ({type(module).__name__}): it does not have the experts interface of "
                 "Transformers (3-D down_proj, is_transposed, has_gate); this family is not supported yet"
+            )
+
+
+def _refuse_stacked_weights(path: str, layer: nn.Module, known: list[str]) -> None:
+    """Refuses matrices stacked in one weight that no experts module owns, rather than leaving them out in silence."""
+    for name, parameter in layer.named_parameters():
+        owner = f"{path}.{name}".rpartition(".")[0]
+        # convolution kernels are small in their last dimension and not meant here
+        if parameter.dim() == 3 and min(parameter.shape[1:]) >= SMALLEST_GROUP and owner not in known:
+            kind = type(layer.get_submodule(name.rpartition(".")[0])).__name__
+            raise UserError(
+                f"cannot quantize {owner} ({kind}): its weight {name.rpartition('.')[2]!r} stacks matrices in a form "
+                "that gemq does not know; this family is not supported yet"
             )
 
 

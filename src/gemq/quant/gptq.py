@@ -9,7 +9,7 @@ Shapes: W widths, E experts, R rows, C columns, G group size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,22 +24,42 @@ LLOYD_ROUNDS = 6
 FP16_MAX = 65504.0
 
 
-def gptq(weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
+def gptq(
+    weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int, latents: Tensor | None = None
+) -> Quantized:
     """Quantizes matrices at several widths with error feedback.
 
-    weight: [E, R, C], any float dtype
-    upper:  [E, C, C] float32, from ``hessian.factorize``
+    weight:  [E, R, C], any float dtype
+    upper:   [E, C, C] float32, from ``hessian.factorize``
+    latents: [W, E, R, C], filled with each weight in units of codes before it was rounded, where training starts
 
     Returns codes [W, E, R, C] uint8 with scales and offsets [W, E, R, C / G] float16.
     """
+    return _gptq(weight, upper, highest_codes(widths, weight.device).unsqueeze(1), group_size, latents)
+
+
+def gptq_mixed(
+    weight: Tensor, upper: Tensor, widths: Sequence[Width], group_size: int, latents: Tensor | None = None
+) -> Quantized:
+    """Quantizes matrices with error feedback, each at its own width: one of ``widths`` [E] for each expert.
+
+    As ``gptq``, without the leading dimension of widths.
+    """
+    highest = highest_codes(widths, weight.device).unsqueeze(0)
+    q = _gptq(weight, upper, highest, group_size, None if latents is None else latents.unsqueeze(0))
+    return Quantized(*(t[0] for t in q))
+
+
+def _gptq(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
+    """``highest`` [W or 1, E or 1]: the highest code of each matrix."""
     with _one_thread(weight.device):
-        return _gptq(weight, upper, widths, group_size)
+        return _column_loop(weight, upper, highest.unsqueeze(2), group_size, latents)
 
 
-def _gptq(weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
+def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
     experts, rows, columns = weight.shape
-    highest = _highest_codes(widths, weight.device)
-    w = weight.float().expand(len(widths), experts, rows, columns).clone()
+    lowest = highest.new_zeros(())
+    w = weight.float().expand(len(highest), experts, rows, columns).clone()
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales = torch.empty(*w.shape[:3], columns // group_size, dtype=torch.float16, device=w.device)
     offsets = torch.empty_like(scales)
@@ -48,17 +68,21 @@ def _gptq(weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: 
         block = w[..., start:stop].clone()
         triangle = upper[:, start:stop, start:stop]
         pivots = triangle.diagonal(dim1=-2, dim2=-1)  # [E, G]
-        # a column's rounding error costs (error / pivot)^2: what the grid should fit
-        importance = pivots.square().reciprocal().unsqueeze(1)  # [E, 1, G]
-        scale, offset = fit_grid(block, highest, importance)
+        # a column's rounding error costs (error / pivot)^2: what the grid should fit. Relative to the largest, since
+        # squares of pivots overflow where activations are tiny
+        importance = (pivots.amin(-1, keepdim=True) / pivots).square().unsqueeze(1)  # [E, 1, G]
+        scale, offset = fit_grid(block, highest.unsqueeze(3), importance)
         scales[..., start // group_size], offsets[..., start // group_size] = scale, offset
         scale, offset = scale.float(), offset.float()
         step = torch.where(scale > 0, scale, torch.ones_like(scale))
         errors = torch.empty_like(block)
         for j in range(group_size):
             column = block[..., j]
-            code = ((column - offset) / step).round_().clamp_(highest.new_zeros(()), highest.view(-1, 1, 1))
+            latent = (column - offset) / step
+            code = latent.round().clamp_(lowest, highest)
             codes[..., start + j] = code.to(torch.uint8)
+            if latents is not None:
+                latents[..., start + j] = latent
             error = (column - torch.addcmul(offset, code, scale)) / pivots[:, j].unsqueeze(-1)
             errors[..., j] = error
             if j + 1 < group_size:
@@ -70,24 +94,20 @@ def _gptq(weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: 
 
 def round_to_nearest(weight: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
     """Rounds matrices [E, R, C] to grids fitted to the weights alone. Returns what ``gptq`` returns."""
-    highest = _highest_codes(widths, weight.device)
-    experts, rows, columns = weight.shape
-    w = weight.float().view(1, experts, rows, columns // group_size, group_size)
-    w = w.expand(len(widths), -1, -1, -1, -1)
-    highest = highest.view(-1, 1, 1, 1, 1)
-    scale, offset = fit_grid(w, highest.squeeze(-1).squeeze(-1), None)
+    highest = highest_codes(widths, weight.device).view(-1, 1, 1, 1, 1)
+    w = weight.float().unflatten(-1, (-1, group_size)).expand(len(widths), -1, -1, -1, -1)
+    scale, offset = fit_grid(w, highest, None)
     step = torch.where(scale > 0, scale, torch.ones_like(scale)).float().unsqueeze(-1)
     codes = ((w - offset.float().unsqueeze(-1)) / step).round_().clamp_(highest.new_zeros(()), highest)
     return Quantized(codes.to(torch.uint8).reshape(len(widths), *weight.shape), scale, offset)
 
 
 def fit_grid(w: Tensor, highest: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and offset (float16) of each group of weights w [W, E, R, ..., G], for codes 0 .. ``highest`` [W].
+    """Scale and offset (float16) of each group of weights w [..., G], for codes 0 .. ``highest``, which broadcasts.
 
     Starts from the smallest and largest weight, then alternates rounding with a least-squares fit of the line through
     (code, weight) pairs, weighted by ``importance``. With two levels this is k-means with two free centres.
     """
-    highest = highest.view(-1, *[1] * (w.dim() - 1))
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     scale, offset = (high - low) / highest, low
     weights = torch.ones_like(w[..., :1]) if importance is None else importance
@@ -109,7 +129,8 @@ def fit_grid(w: Tensor, highest: Tensor, importance: Tensor | None) -> tuple[Ten
     )
 
 
-def _highest_codes(widths: tuple[Width, ...], device: torch.device) -> Tensor:
+def highest_codes(widths: Sequence[Width], device: torch.device) -> Tensor:
+    """The highest code of each width: [len(widths)] float32."""
     return torch.tensor([LEVELS[w] - 1.0 for w in widths], device=device)
 
 

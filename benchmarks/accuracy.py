@@ -1,0 +1,210 @@
+"""How accurate is each recipe? Quantizes the reference models by a list of recipes and appends one CSV row for each.
+
+    python benchmarks/accuracy.py --models DIR --texts DIR [--model refmoe-olmoe-23m] [--set main] [--device cuda]
+
+``--models`` holds the reference models, ``--texts`` the files ``calib_*.txt`` and ``val_*.txt``. Calibration takes 26
+windows of 512 tokens from each calib text, with self-generated windows as the recipe says. A row has KL and
+perplexity, in float32, on the first 120 windows of each val text, on windows of the calib texts that calibration did
+not take ("inside"), and seconds a stage. Recipes that agree up to the ladder share one work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gemq.data.windows import Windows, cut_windows, eval_windows, from_parts, tokenize_text
+from gemq.evaluate import evaluate, open_model
+from gemq.models.structure import find_structure
+from gemq.pipeline import export, quantize
+from gemq.progress import Monitor
+from gemq.recipe import Recipe
+
+WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
+RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
+
+FINISH_KEYS = (
+    *("bits", "stored_bits", "size", "allocate", "layer_rule", "smoothing", "refine"),
+    *("layer_epochs", "distil_epochs", "distil_loss", "distil_sets"),
+)
+"""Recipe keys that change neither ladder nor scores: recipes that differ in these alone share a work directory."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe under a name. ``texts`` False calibrates on self-generated windows alone; ``finish`` False assembles."""
+
+    name: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    texts: bool = True
+    finish: bool = True
+
+
+def uniform(bits: float, **keys: Any) -> dict[str, Any]:
+    return {"allocate": "uniform", "bits": bits, **keys}
+
+
+PLAIN = {"effort": "low"}
+SETS: dict[str, list[Experiment]] = {
+    "plain": [
+        Experiment("plain uniform 2", uniform(2, **PLAIN)),
+        Experiment("plain uniform 3", uniform(3, **PLAIN)),
+        Experiment("plain random 2.0", {"allocate": "random", "bits": 2, **PLAIN}),
+        Experiment("plain random 1.5", {"allocate": "random", "bits": 1.5, **PLAIN}),
+        Experiment("plain random 2.5", {"allocate": "random", "bits": 2.5, **PLAIN}),
+        Experiment("low 2.0", {"bits": 2, **PLAIN}),
+    ],
+    "main": [
+        Experiment("gemq 2.0", {"bits": 2}),
+        Experiment("treated uniform 2", uniform(2)),
+        Experiment("assembled 2.0", {"bits": 2}, finish=False),
+        Experiment("gemq 1.5", {"bits": 1.5}),
+        Experiment("treated random 1.5", {"allocate": "random", "bits": 1.5}),
+        Experiment("gemq 2.5", {"bits": 2.5}),
+        Experiment("treated random 2.5", {"allocate": "random", "bits": 2.5}),
+    ],
+    "self": [Experiment("self only 2.0", {"bits": 2}, texts=False)],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--model", default="refmoe-olmoe-23m")
+    parser.add_argument("--set", nargs="+", default=["plain", "main"], choices=SETS)
+    parser.add_argument("--only", nargs="*", help="names of experiments")
+    parser.add_argument("--keys", default="{}", help="JSON of recipe keys for every experiment")
+    parser.add_argument("--label", default="", help="added to every name")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", type=Path, help="keeps work directories here")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="gemq-accuracy-"))
+    bench = Bench(arguments.models / arguments.model, arguments.texts, work, arguments.device, arguments.out)
+    for name in arguments.set:
+        for experiment in SETS[name]:
+            if not arguments.only or experiment.name in arguments.only:
+                bench.run(experiment, json.loads(arguments.keys), arguments.label)
+
+
+class Bench:
+    """One model and its texts."""
+
+    def __init__(self, model: Path, texts: Path, work: Path, device: str, out: Path):
+        self.model, self.work, self.device, self.out = model, work, device, out
+        self.calib = sorted(texts.glob("calib_*.txt"))
+        self.reference = open_model(str(model), "float32", device)
+        self.structure = find_structure(self.reference.model)
+        self.val = eval_windows(self.reference.tokenizer, sorted(texts.glob("val_*.txt")), WINDOW, VAL_WINDOWS)
+
+    def run(self, experiment: Experiment, more: dict[str, Any], label: str) -> None:
+        begin = time.perf_counter()
+        keys = {"window": WINDOW, "windows": PER_TEXT * len(self.calib), "dtype": "float32", **more, **experiment.keys}
+        calib = tuple(str(f) for f in self.calib) if experiment.texts else ("self",)
+        recipe = Recipe.from_dict({**keys, "calib": list(calib)})
+        shared = {k: v for k, v in recipe.to_dict().items() if k not in FINISH_KEYS}
+        work = self.work / hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:12]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            monitor = Monitor()
+            if work.exists():
+                changes = {k: recipe.to_dict()[k] for k in FINISH_KEYS if k in keys or k.endswith("epochs")}
+                result = export(
+                    work, out=out, changes=changes, finish=experiment.finish, device=self.device, monitor=monitor
+                )
+            else:
+                assert experiment.finish, "an assembled experiment comes after one that makes its ladder"
+                result = quantize(str(self.model), recipe, out=out, work=work, device=self.device, monitor=monitor)
+            seconds = time.perf_counter() - begin
+            opened = open_model(str(out), "float32", self.device)
+            val = self.measure(opened.model, self.val)
+            inside = self.measure(opened.model, self.inside(work))
+        row = {
+            "name": experiment.name + label,
+            "model": self.model.name,
+            "bits": f"{result.expert_bits_nominal:.4f}",
+            "stored_bits": f"{result.expert_bits_stored:.4f}",
+            "bytes": result.stored_bytes,
+            "val_kl": f"{val['mean_kl']:.5f}",
+            "val_perplexity": f"{val['perplexity']:.4f}",
+            "inside_kl": f"{inside['mean_kl']:.5f}",
+            "kl_by_text": _short({n: t["mean_kl"] for n, t in val["texts"].items()}),
+            "perplexity_by_text": _short({n: t["perplexity"] for n, t in val["texts"].items()}),
+            "predicted_cost": "" if result.predicted_cost is None else f"{result.predicted_cost:.6g}",
+            "widths": _counts(result.allocation),
+            "gains": _short(result.gains),
+            "seconds": f"{seconds:.1f}",
+            "seconds_by_stage": _short({n: s["seconds"] for n, s in result.stages.items()}),
+            "tokens": sum(result.windows.values()) * result.window,
+            "fallbacks": _short({n: c for n, c in result.fallbacks.items() if c}),
+            **provenance(self.device),
+            "recipe": json.dumps({**more, **experiment.keys}, sort_keys=True),
+        }
+        append(self.out, row)
+        print({k: row[k] for k in list(row)[:15]}, flush=True)
+
+    def measure(self, model: Any, windows: Windows) -> dict[str, Any]:
+        return evaluate(model, windows, reference=self.reference.model, structure=self.structure, batch_tokens=16384)
+
+    def inside(self, work: Path) -> Windows:
+        """Windows of the calib texts that calibration did not take."""
+        taken = {tuple(row) for row in Windows.load(work / "windows" / "windows.safetensors").tokens.tolist()}
+        parts = []
+        for file in self.calib:
+            stream = torch.tensor(tokenize_text(self.reference.tokenizer, file.read_text(encoding="utf-8")))
+            free = [w for w in cut_windows(stream, WINDOW) if tuple(w.tolist()) not in taken]
+            parts.append(torch.stack(free[:INSIDE_WINDOWS]))
+        return from_parts(parts, [f.stem for f in self.calib], [p.numel() for p in parts])
+
+
+def provenance(device: str) -> dict[str, str]:
+    """Where a row was measured."""
+    gpu = torch.cuda.is_available() and device != "cpu"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a CSV file, with a header where it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _short(values: dict[str, float]) -> str:
+    return " ".join(f"{name.removeprefix('val_').replace(' ', '_')}={value:.4g}" for name, value in values.items())
+
+
+def _counts(allocation: Iterable[list[float]]) -> str:
+    widths = [w for row in allocation for w in row]
+    return " ".join(f"{w:g}:{widths.count(w)}" for w in sorted(set(widths)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The finish at chosen widths: every layer refined and trained, then the whole model distilled.
+
+Resumable by layer; distillation, the short last step, starts anew. What is computed stands in ``refine``,
+``reconstruct`` and ``distil``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemq.allocate import Allocation
+from gemq.distil import Distillation, Distilled, distil
+from gemq.job import Job
+from gemq.models.stream import Replay
+from gemq.quant.widths import Width
+from gemq.refine import RefinedLayer, Targets, install_layer, refine_layer
+from gemq.stages import digest, layer_file
+from gemq.workdir import Stage
+
+
+@dataclass
+class Finish:
+    """A finished model, layer by layer from the work directory.
+
+    gains: what training gained on held-out windows, for the summary
+    """
+
+    refined: Stage
+    count: int
+    distilled: Distilled
+    gains: dict[str, float]
+
+    def layers(self) -> Iterator[RefinedLayer]:
+        """The layers with what distillation changed in them."""
+        for i in range(self.count):
+            layer = RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(i)))
+            layer.tensors.update({n: t for n, t in self.distilled.tensors.items() if n in layer.tensors})
+            layer.tuned.update({n: t for n, t in self.distilled.tuned.items() if n in layer.tuned})
+            yield layer
+
+    def tuned(self) -> dict[str, Tensor]:
+        """Every trained router and norm by its name inside the model, float32."""
+        tuned: dict[str, Tensor] = {}
+        for i in range(self.count):
+            tuned.update(RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(i))).tuned)
+        return {**tuned, **self.distilled.tuned}
+
+
+def run_finish(job: Job, replay: Replay, stored: dict[str, torch.dtype], chosen: Allocation) -> Finish:
+    """Refines, trains and distils at the chosen widths. Leaves the quantized weights in ``replay``'s model."""
+    widths = chosen.by_layer
+    inputs = {**job.refine_inputs(), "allocation": digest(widths)}
+    refined = job.work.stage(f"refined-{digest(inputs)[:8]}", inputs)
+    inputs = {**job.distil_inputs(), "allocation": digest(widths)}
+    last = job.work.stage(f"distilled-{digest(inputs)[:8]}", inputs)
+    layers = range(len(replay.structure.layers))
+    distils = bool(job.recipe.distil_epochs) and not last.has(DISTILLED)
+    missing = [i for i in layers if not refined.has(layer_file(i))]
+    if missing or distils:
+        teacher = _refine(job, replay, stored, refined, widths, missing, distils)
+        if distils:
+            _distil(job, replay, stored, refined, last, widths, teacher)
+    distilled = _load_distilled(last) if job.recipe.distil_epochs else Distilled()
+    finish = Finish(refined, len(layers), distilled, {})
+    _describe(job, finish)
+    return finish
+
+
+DISTILLED = "distilled.safetensors"
+
+
+def _refine(
+    job: Job,
+    replay: Replay,
+    stored: dict[str, torch.dtype],
+    stage: Stage,
+    widths: list[list[Width]],
+    missing: list[int],
+    to_the_end: bool,
+) -> list[Tensor]:
+    """Refines the missing layers. Returns the full-precision model's hidden states behind the last layer run.
+
+    to_the_end: install the finished layers behind the last missing one as well, as distillation needs them
+    """
+    recipe, structure = job.recipe, replay.structure
+    training = job.training(recipe.layer_epochs)
+    with_teacher = training is not None or bool(recipe.distil_epochs)
+    end = len(structure.layers) if to_the_end else missing[-1] + 1
+    with job.monitor.stage("reconstruct" if training else "refine", end) as tick:
+        activations = job.start_activations(replay)
+        exact = list(activations.hidden)
+        for i in range(end):
+            if with_teacher:  # before this layer's weights are overwritten
+                with torch.no_grad():
+                    exact = [replay.run(i, h, c[i]) for h, c in zip(exact, activations.calls, strict=True)]
+            if i in missing:
+                targets = Targets(exact, stored, training) if training is not None else None
+                done = refine_layer(replay, i, activations, job.quantizer, widths[i], recipe.attention_bits, targets)
+                stage.save_tensors(layer_file(i), done.to_tensors())
+            else:
+                done = RefinedLayer.from_tensors(stage.load_tensors(layer_file(i), str(job.device)))
+                layer = structure.layers[i]
+                install_layer(replay.model, layer, done, widths[i], recipe.attention_bits, recipe.group_size)
+            if missing and i < missing[-1]:
+                activations.advance(replay, i)
+            tick()
+    return exact
+
+
+def _distil(
+    job: Job,
+    replay: Replay,
+    stored: dict[str, torch.dtype],
+    refined: Stage,
+    stage: Stage,
+    widths: list[list[Width]],
+    teacher: list[Tensor],
+) -> None:
+    recipe = job.recipe
+    training = job.training(recipe.distil_epochs, codes=False)
+    assert training is not None
+    layers = [
+        RefinedLayer.from_tensors(refined.load_tensors(layer_file(i), str(job.device)))
+        for i in range(len(replay.structure.layers))
+    ]
+    with job.monitor.stage("distil", 1) as tick:
+        how = Distillation(training, recipe.distil_loss, recipe.distil_sets)
+        start = job.start_activations(replay)
+        done = distil(replay, layers, widths, start, teacher, how, stored, recipe.group_size, tick)
+    notes = torch.tensor([done.before, done.after], dtype=torch.float64)
+    tuned = {f"tuned:{name}": tensor for name, tensor in done.tuned.items()}
+    stage.save_tensors(DISTILLED, {**done.tensors, **tuned, "notes": notes})
+
+
+def _load_distilled(stage: Stage) -> Distilled:
+    tensors = stage.load_tensors(DISTILLED)
+    before, after = tensors.pop("notes").tolist()
+    tuned = {n.removeprefix("tuned:"): tensors.pop(n) for n in list(tensors) if n.startswith("tuned:")}
+    return Distilled(tensors, tuned, before, after)
+
+
+def _describe(job: Job, finish: Finish) -> None:
+    """Counts and gains for the summary."""
+    retries = kept = 0
+    before = after = 0.0
+    for i in range(finish.count):
+        layer = RefinedLayer.from_tensors(finish.refined.load_tensors(layer_file(i)))
+        retries += layer.retries
+        kept += int(bool(job.recipe.layer_epochs) and layer.after >= layer.before)
+        before += layer.before / finish.count
+        after += layer.after / finish.count
+    job.fallbacks["hessians_damped_more"] = job.fallbacks.get("hessians_damped_more", 0) + retries
+    job.fallbacks["layers_not_improved_by_training"] = kept
+    if job.recipe.layer_epochs:
+        finish.gains.update(reconstruction_before=before, reconstruction_after=after)
+    if job.recipe.distil_epochs:
+        finish.gains.update(distillation_before=finish.distilled.before, distillation_after=finish.distilled.after)
+        job.fallbacks["distillation_dropped"] = int(finish.distilled.after >= finish.distilled.before)

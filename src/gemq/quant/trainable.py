@@ -1,0 +1,100 @@
+"""Codes, scales and offsets that gradients can train: the straight-through step.
+
+Every weight has a latent, a real number in units of codes; the weight in use is ``scale * round(latent) + offset`` and
+the gradient passes the rounding unchanged (Bengio et al., arXiv:1308.3432). Scales and offsets are trained as relative
+changes. The result is again codes, scales and offsets: nothing of this is visible in a checkpoint.
+
+Experts of different widths train side by side, since a width is only the highest code. Knows no models and no files.
+Shapes: E experts, R rows, C columns, G groups a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gemq.quant.grid import Quantized
+
+MARGIN = 0.4
+"""How far a latent may lie outside the codes: less than a rounding, so that it can always come back."""
+
+
+class TrainableMatrices:
+    """E matrices on their grids, trainable.
+
+    latents: [E, R, C] float32; None fixes the codes and trains scales and offsets only
+    q:       where training starts, with the codes that stay when ``latents`` is None
+    highest: [E] float32, the highest code of each matrix
+    """
+
+    def __init__(self, q: Quantized, highest: Tensor, latents: Tensor | None):
+        self.highest = highest.view(-1, 1, 1)
+        self.codes = q.codes
+        self.base_scale, self.base_offset = q.scales.float(), q.offsets.float()
+        self.latents = None
+        if latents is not None:
+            self.latents = latents.float().clamp(torch.tensor(-MARGIN).to(highest), self.highest + MARGIN)
+            self.latents.requires_grad_()
+        self.scale_change = torch.zeros_like(self.base_scale, requires_grad=True)
+        self.offset_change = torch.zeros_like(self.base_offset, requires_grad=True)
+
+    def grids(self) -> list[Tensor]:
+        """The trainable changes of scales and offsets."""
+        return [self.scale_change, self.offset_change]
+
+    def weight(self) -> Tensor:
+        """[E, R, C] float32, as a checkpoint with these codes would mean it; differentiable."""
+        scale, offset = self._grid()
+        codes = self.codes.float() if self.latents is None else _straight_through(self.latents, self._rounded())
+        groups = codes.unflatten(-1, (scale.shape[-1], -1))
+        return torch.addcmul(offset.unsqueeze(-1), groups, scale.unsqueeze(-1)).flatten(-2)
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Brings latents back to where they still matter. Call after every step of the optimizer."""
+        if self.latents is not None:
+            self.latents.clamp_(self.latents.new_tensor(-MARGIN), self.highest + MARGIN)
+
+    @torch.no_grad()
+    def result(self) -> Quantized:
+        """What training arrived at."""
+        scale, offset = self._grid()
+        codes = self.codes if self.latents is None else self._rounded().to(torch.uint8)
+        return Quantized(codes, scale.to(torch.float16), offset.to(torch.float16))
+
+    def _rounded(self) -> Tensor:
+        assert self.latents is not None
+        return self.latents.detach().round().clamp_(self.latents.new_zeros(()), self.highest)
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Scales and offsets, rounded to what float16 holds."""
+        scale = self.base_scale * (1 + self.scale_change)
+        offset = self.base_offset + self.base_scale * self.offset_change
+        return tuple(_straight_through(x, x.detach().to(torch.float16).float()) for x in (scale, offset))  # type: ignore[return-value]
+
+
+def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` with the values that ``dtype`` holds, gradients as if nothing had been rounded."""
+    return _straight_through(x, x.detach().to(dtype).to(x.dtype))
+
+
+def _straight_through(x: Tensor, value: Tensor) -> Tensor:
+    return value + (x - x.detach())
+
+
+def cosine_with_warmup(step: int, steps: int, warmup: float = 0.05) -> float:
+    """Factor of the learning rate at ``step`` of ``steps``: linear to 1, then along a cosine to 0."""
+    ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return (step + 1) / ramp
+    progress = (step - ramp) / max(1, steps - ramp)
+    return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item()))
+
+
+def epochs(count: int, times: int, seed: int) -> Iterator[int]:
+    """Numbers 0 .. count - 1 in a new seeded order for each of ``times`` epochs."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(times):
+        yield from torch.randperm(count, generator=generator).tolist()

@@ -1,0 +1,85 @@
+"""What end-to-end tests share: the command line in this process, files compared, tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemq.assets import builtin_model
+
+SMALL = ("--effort", "low", "--windows", "8", "--window", "64")
+"""Flags of the smallest job that means anything on the built-in model: about 3 seconds."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+def gemq(*arguments: object) -> Ran:
+    """``gemq ARGUMENTS`` in this process, which has imported torch already."""
+    from gemq.cli import run
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([str(a) for a in arguments])
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by its relative path."""
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One small job on the built-in model, made by ``gemq quantize --bits 2``. Not to be changed by a test."""
+
+    model: Path
+    out: Path
+    work: Path
+    figures: dict[str, Any]
+
+
+def make_tiny_model(path: Path, seed: int = 0, **changes: Any) -> Path:
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    values = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    OlmoeForCausalLM(OlmoeConfig(**values)).save_pretrained(path)
+    return add_tokenizer(path)
+
+
+def add_tokenizer(path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(builtin_model() / name, path / name)
+    return path

@@ -1,0 +1,186 @@
+"""What is gathered in one pass over a layer, against hooks on the whole model and sums in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FIVE, MORE, tiny, tokens
+from torch import Tensor, nn
+
+from gemq.calibrate import Activations, layer_moments
+from gemq.data.windows import Windows
+from gemq.models.experts import ExpertsCall
+from gemq.models.stream import Replay
+from gemq.models.structure import find_structure
+
+torch.set_num_threads(1)
+IDS = tokens(7, 10)
+WINDOWS = Windows(IDS, torch.tensor([0, 0, 0, 1, 1, 2, 2]), ("a", "b", "c"), (30, 20, 20))
+
+
+def start(family: str, batch_tokens: int = 30, seed: int = 0) -> tuple[Replay, Activations]:
+    model = tiny(family)
+    replay = Replay(model, find_structure(model))
+    return replay, Activations.start(replay, WINDOWS, batch_tokens, seed)
+
+
+@pytest.mark.sample
+def test_windows_keep_their_sources():
+    """Batches mix sources in an order that the seed fixes; every window is there once, with its own source."""
+    replay, activations = start("olmoe")
+    assert [len(x) for x in activations.ids] == [3, 3, 1]
+    pairs = [
+        (tuple(row.tolist()), int(s))
+        for ids, source in zip(activations.ids, activations.source, strict=True)
+        for row, s in zip(ids, source, strict=True)
+    ]
+    assert sorted(pairs) == sorted((tuple(r.tolist()), int(s)) for r, s in zip(IDS, WINDOWS.source, strict=True))
+    again = Activations.start(replay, WINDOWS, 30, 0)
+    assert all(torch.equal(a, b) for a, b in zip(activations.ids, again.ids, strict=True))
+    other = Activations.start(replay, WINDOWS, 30, 1)
+    assert not all(torch.equal(a, b) for a, b in zip(activations.ids, other.ids, strict=True))
+    assert all(torch.equal(h, replay.inputs(i)[0]) for h, i in zip(activations.hidden, activations.ids, strict=True))
+
+
+def test_the_order_of_windows_leaves_the_global_generator_alone():
+    replay, _ = start("olmoe")
+    before = torch.get_rng_state()
+    Activations.start(replay, WINDOWS, 30, 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("family", [*MORE, "own"])
+def test_moments_are_those_of_the_whole_model(family):
+    """Every linear's and every expert's input over all windows, gathered by hooks on one forward of the model."""
+    replay, activations = start(family)
+    model, structure = replay.model, replay.structure
+    seen: dict[str, Tensor] = {}
+    calls: dict[str, tuple[Any, ...]] = {}
+    handles = []
+    for layer in structure.layers:
+        for linear in layer.linears:
+            hook = lambda _, args, path=linear.path: seen.__setitem__(path, args[0])
+            handles.append(model.get_submodule(linear.path).register_forward_pre_hook(hook))
+        if layer.experts:
+            hook = lambda _, args, path=layer.experts.path: calls.__setitem__(path, args)
+            handles.append(model.get_submodule(layer.experts.path).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+
+    for i, layer in enumerate(structure.layers):
+        moments, outputs = layer_moments(replay, i, activations, layer.linears, with_experts=True)
+        assert set(moments.linears) == {x.path for x in layer.linears}
+        for linear in layer.linears:
+            x = seen[linear.path].reshape(-1, linear.columns).double()
+            found = moments.linears[linear.path]
+            assert found.counts.tolist() == [70]
+            close(found.sums[0], x.T @ x)
+        if layer.experts:
+            assert moments.experts is not None
+            hidden, index, weights = calls[layer.experts.path]
+            if index.is_floating_point():
+                index = weights
+            first, down = moments.experts
+            assert (
+                first.counts.tolist()
+                == down.counts.tolist()
+                == torch.bincount(index.flatten(), minlength=layer.experts.count).tolist()
+            )
+            module = model.get_submodule(layer.experts.path)
+            for e in range(layer.experts.count):
+                x = hidden[(index == e).any(-1)]
+                close(first.sums[e], x.double().T @ x.double())
+                h = inner(module, e, x).double()
+                close(down.sums[e], h.T @ h)
+        else:
+            assert moments.experts is None
+        before = [x.clone() for x in activations.hidden]
+        activations.advance(replay, i)
+        assert all(torch.equal(a, b) for a, b in zip(activations.hidden, outputs, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(activations.hidden, before, strict=True))
+
+
+def inner(module: Any, e: int, x: Tensor) -> Tensor:
+    """What ``down_proj`` of expert e receives, written out."""
+    weight = module.gate_up_proj[e] if module.has_gate else module.up_proj[e]
+    y = x @ (weight if module.is_transposed else weight.T)
+    if module.has_bias:
+        y = y + module.gate_up_proj_bias[e]
+    return module._apply_gate(y) if module.has_gate else module.act_fn(y)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Sums of 70 float32 products, over inputs that float32 layers made in another batch: 1e-4 of the largest."""
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-9)
+
+
+def test_query_key_and_value_share_one_moment():
+    replay, activations = start("olmoe")
+    moments, _ = layer_moments(replay, 0, activations, replay.structure.layers[0].linears, with_experts=False)
+    q, k, v, o = (moments.linears[f"model.layers.0.self_attn.{x}_proj"] for x in "qkvo")
+    assert q is k
+    assert k is v
+    assert o is not q
+    assert q.counts.tolist() == [70]  # added once, not three times
+    assert moments.experts is None
+
+
+def test_two_branches_of_one_linear_are_both_counted():
+    """A linear that is called twice in a layer, with the same tensor in between going to another."""
+    replay, activations = start("olmoe")
+
+    class Twice(nn.Module):
+        def __init__(self, inside: nn.Module):
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.inside(self.inside(hidden, *args, **kwargs), *args, **kwargs)
+
+    linears = replay.structure.layers[0].linears
+    replay.layers[0] = Twice(replay.layers[0])
+    moments, _ = layer_moments(replay, 0, activations, linears, with_experts=True)
+    assert all(moments.linears[x.path].counts.tolist() == [140] for x in linears)
+    assert moments.experts is not None
+    assert int(moments.experts[0].counts.sum()) == 280
+
+
+def test_only_what_is_asked_for():
+    replay, activations = start("qwen2_moe")
+    shared = [x for x in replay.structure.layers[0].linears if x.kind == "shared"]
+    moments, _ = layer_moments(replay, 0, activations, shared, with_experts=False)
+    assert set(moments.linears) == {x.path for x in shared}
+    kept: list[ExpertsCall] = []
+    moments, _ = layer_moments(replay, 0, activations, [], with_experts=True, kept=kept)
+    assert moments.linears == {}
+    assert len(kept) == len(activations.ids)
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_micro_batches_change_sums_only_in_rounding(family):
+    """The routing and the counts do not change at all."""
+    found = []
+    for batch_tokens in (10, 70):
+        replay, activations = start(family, batch_tokens)
+        index = replay.structure.moe_layers[0][0]
+        for i in range(index):
+            activations.advance(replay, i)
+        moments, _ = layer_moments(replay, index, activations, [], with_experts=True)
+        assert moments.experts is not None
+        found.append(moments.experts)
+    for one, whole in zip(*found, strict=True):
+        assert torch.equal(one.counts, whole.counts)
+        close(one.sums, whole.sums.double())
+
+
+def test_hooks_are_gone_afterwards():
+    replay, activations = start("mixtral")
+    layer = replay.structure.layers[0]
+    layer_moments(replay, 0, activations, layer.linears, with_experts=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in replay.model.modules())

@@ -1,0 +1,300 @@
+"""The recipe: defaults, what is refused and how, YAML, and budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gemq import UserError
+from gemq.quant.widths import (
+    LEVELS,
+    bytes_per_group,
+    group_size_for,
+    matrix_bytes,
+    nominal_bits,
+    parse_width,
+    width_name,
+)
+from gemq.recipe import CHOICES, EFFORTS, Recipe, parse_size
+
+
+def refused(match: str, **values: object) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        Recipe(**values)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 250
+
+
+@pytest.mark.sample
+def test_defaults():
+    """As DESIGN.md names them."""
+    recipe = Recipe()
+    assert recipe.bits is recipe.stored_bits is recipe.size is None
+    assert recipe.budget_text == "2 bits"
+    assert (recipe.windows, recipe.window, recipe.seed, recipe.calib) == (128, None, 0, ("self",))
+    assert recipe.ladder_widths == (1, 1.6, 2, 3)
+    assert recipe.width_names == "1, 1.6, 2, 3"
+    assert (recipe.group_size, recipe.attention_bits, recipe.quantizer) == (128, 4, "gptq")
+    assert (recipe.allocate, recipe.layer_rule, recipe.refine) == ("global", False, True)
+    assert recipe.dtype == "auto"
+
+
+def test_recipes_cannot_be_changed_and_compare_by_value():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().seed = 1  # type: ignore[misc]
+    assert Recipe(bits=2) == Recipe(bits=2.0)
+    assert Recipe(widths=(3, 1, 1, 2)) == Recipe(widths=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    for choice in CHOICES[name]:
+        epochs = {"ladder_epochs": 0, "layer_epochs": 0}  # training cannot start from round to nearest
+        assert getattr(Recipe(**{name: choice}, **epochs), name) == choice
+    refused(rf"{name} cannot be 'best': choose from {CHOICES[name][0]}", **{name: "best"})
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"bits": 2.0, "size": 10**9}, "bits and size each set the budget: give only one"),
+        ({"bits": 2.0, "stored_bits": 2.0, "size": 1}, "bits and stored_bits and size each set"),
+        ({"bits": 0.5}, r"no allocation of widths 1, 1\.6, 2, 3 has 0\.5 bits: give --bits from 1 to 3"),
+        ({"bits": 9}, r"has 9 bits: give --bits from 1 to 4$"),
+        ({"bits": 4.5}, r"has 4\.5 bits: give --bits from 1 to 4, or allow a wider width with --widths .*,8$"),
+        ({"bits": 2, "widths": (3, 4)}, r"widths 3, 4 has 2 bits: give --bits from 3 to 4"),
+        ({"bits": 3, "widths": (1.6,)}, r"give --bits from 1\.625 to 1\.625, or allow .* --widths 1\.6,3"),
+        ({"stored_bits": 0.0}, r"stored_bits must be a positive number \(it is 0"),
+        ({"stored_bits": -1.0}, "stored_bits must be a positive number"),
+        ({"size": 0}, "size must be a positive number"),
+        ({"widths": ()}, "widths is empty: name at least one"),
+        ({"widths": (2, 5)}, r"there is no width 5: choose from 1, 1\.6, 2, 3, 4, 8"),
+        ({"widths": ("two",)}, "there is no width 'two': choose from"),
+        ({"group_size": 100}, "group_size 100 is not a power of two from 16 up: try 128"),
+        ({"group_size": 8}, "group_size 8 is not"),
+        ({"group_size": 0}, "group_size 0 is not"),
+        ({"group_size": -16}, "group_size -16 is not"),
+        ({"attention_bits": 1}, "attention_bits cannot be 1: choose 2, 3, 4, 8, or 16 for unquantized"),
+        ({"attention_bits": 5}, "attention_bits cannot be 5"),
+        ({"calib": ()}, "calib names no source: give a text file"),
+        ({"windows": 0}, "windows cannot be 0: the least is 1"),
+        ({"batch_tokens": 0}, "batch_tokens cannot be 0: the least is 1"),
+        ({"seed": -1}, "seed cannot be -1: the least is 0"),
+        ({"window": 1}, "window cannot be 1: a window has at least 2 tokens"),
+        ({"damping": -0.1}, r"damping must be a number from 0 up \(it is -0\.1\)"),
+        ({"hessian_shrink": -1.0}, "hessian_shrink must be a number from 0 up"),
+        ({"smoothing": -1.0}, "smoothing must be a number from 0 up"),
+    ],
+)
+@pytest.mark.sample
+def test_what_is_refused(values, match):
+    refused(match, **values)
+
+
+# Widths of the ladder
+
+
+@pytest.mark.parametrize(
+    ("values", "wide"),
+    [
+        ({"bits": 2.5}, False),
+        ({"bits": 2.51}, True),
+        ({"bits": 4}, True),
+        ({"stored_bits": 2.5}, False),
+        ({"stored_bits": 2.6}, True),
+        ({"size": 10**9}, True),  # nobody knows yet how many bits that is
+        ({}, False),
+    ],
+)
+def test_four_bits_join_above_two_and_a_half(values, wide):
+    assert Recipe(**values).ladder_widths == ((1, 1.6, 2, 3, 4) if wide else (1, 1.6, 2, 3))
+
+
+def test_named_widths_win():
+    assert Recipe(bits=2.9, widths=(8, 2)).ladder_widths == (2, 8)
+    assert Recipe(widths=("1.6", "2")).ladder_widths == (1.6, 2)  # type: ignore[arg-type]
+
+
+# Changes
+
+
+def test_replace_keeps_or_replaces_the_budget():
+    recipe = Recipe(bits=2.0, seed=3)
+    assert recipe.replace(seed=4) == Recipe(bits=2.0, seed=4)
+    assert recipe.replace(size=10**9) == Recipe(size=10**9, seed=3)
+    assert recipe.replace(stored_bits=2.25) == Recipe(stored_bits=2.25, seed=3)
+    assert Recipe(size=5).replace(bits=1.5) == Recipe(bits=1.5)
+    assert recipe.replace(bits=None) == Recipe(seed=3)
+    assert recipe.replace(size=None) == recipe  # a flag that was not given
+    with pytest.raises(UserError, match="each set the budget"):
+        recipe.replace(bits=2.0, size=7)
+    with pytest.raises(UserError, match="no allocation"):
+        recipe.replace(bits=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [({"bits": 1.5}, "1.5 bits"), ({"stored_bits": 2.25}, "2.25 stored bits"), ({"size": 12 * 10**9}, "12 GB")],
+)
+def test_budget_text(values, text):
+    assert Recipe(**values).budget_text == text
+
+
+def test_efforts():
+    """Low trains nothing; a key of the recipe wins over the effort."""
+    assert set(EFFORTS) == set(CHOICES["effort"])
+    for effort, keys in EFFORTS.items():
+        recipe = Recipe(effort=effort)
+        assert {name: getattr(recipe, name) for name in keys} == keys
+    assert not any(EFFORTS["low"].values())
+    assert Recipe(effort="medium", distil_epochs=0).distil_epochs == 0
+
+
+# YAML
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(effort="low", bits=2.25, calib=("a.txt", "self"), widths=(1.6, 2, 4), layer_rule=True, window=512),
+        Recipe(size=12 * 10**9, allocate="random", refine=False, smoothing=0.0, dtype="float32"),
+        Recipe(effort="low", stored_bits=2.5, quantizer="rtn", score_form="elementwise", attention_bits=16),
+    ],
+)
+def test_round_trips(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert Recipe.from_yaml(file) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_values_as_people_write_them(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("size: 12GB\nwidths: 1,1.6,3\ncalib: notes.txt\nwindows: 64.0\ndamping: 1e-3\nlayer_rule: true\n")
+    recipe = Recipe.from_yaml(file)
+    assert recipe.size == 12 * 10**9
+    assert recipe.ladder_widths == (1, 1.6, 3)
+    assert recipe.calib == ("notes.txt",)
+    assert recipe.windows == 64
+    assert isinstance(recipe.windows, int)
+    assert recipe.damping == 1e-3
+    assert recipe.layer_rule is True
+    file.write_text("widths: [2, 3]\ncalib: [a.txt, self]\nbits: 2\nwindow: null\n")
+    recipe = Recipe.from_yaml(file)
+    assert (recipe.widths, recipe.calib, recipe.bits, recipe.window) == ((2, 3), ("a.txt", "self"), 2.0, None)
+    file.write_text("# nothing yet\n")
+    assert Recipe.from_yaml(file) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("bit: 2", "unknown key 'bit': did you mean 'bits'?"),
+        ("colour: red", "unknown key 'colour': known keys: bits, stored_bits"),
+        ("2: 3", "unknown key 2"),
+        ("bits: two", "bits cannot be 'two': it takes a value of type float"),
+        ("bits: true", "bits cannot be True"),
+        ("windows: 1.5", r"windows cannot be 1\.5: it takes a value of type int"),
+        ("windows: true", "windows cannot be True"),
+        ("windows: [1]", r"windows cannot be \[1\]"),
+        ("seed: null", "seed cannot be None"),
+        ("refine: 1", "refine cannot be 1: it takes a value of type bool"),
+        ("refine: 'no'", "refine cannot be 'no'"),
+        ("widths: 2,7", "there is no width '7'"),
+        ("size: huge", "'huge' is not a size: write it like 12GB"),
+        ("- bits", "holds no keys: write lines such as 'bits: 2.0'"),
+        ("just words", "holds no keys"),
+        ("bits: [2", "is not valid YAML .*write lines such as"),
+        ("bits: .inf", "no allocation of widths"),
+        ("bits: .nan", "no allocation of widths"),
+        ("windows: .inf", "windows cannot be inf"),
+        ("windows: .nan", "windows cannot be nan"),
+        ("damping: .nan", "damping must be a number from 0 up"),
+        ("damping: .inf", "damping must be a number from 0 up"),
+        ("stored_bits: .nan", "stored_bits must be a positive number"),
+        ("stored_bits: .inf", "stored_bits must be a positive number"),
+        ("size: .inf", "size cannot be inf"),
+    ],
+)
+def test_yaml_mistakes(text, match, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=match) as caught:
+        Recipe.from_yaml(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read recipe .*No such file"):
+        Recipe.from_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"cannot read recipe .*[Dd]irectory"):
+        Recipe.from_yaml(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"cannot read recipe .*not a text file"):
+        Recipe.from_yaml(tmp_path / "binary")
+
+
+# Sizes and widths as users write them
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GB", 12_000_000_000),
+        ("800 MB", 800_000_000),
+        ("1.5e9", 1_500_000_000),
+        ("1.5gb", 1_500_000_000),
+        ("7k", 7000),
+        ("2T", 2 * 10**12),
+        (" 64 B ", 64),
+        ("123", 123),
+        ("0.5 G", 500_000_000),
+    ],
+)
+def test_parse_size(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "12 GiB", "1.2.3", "0", "1,5GB", "12 PB", "nan", "1e", "twelve"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="is not a size: write it like 12GB or 800MB") as caught:
+        parse_size(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_widths():
+    assert [width_name(w) for w in LEVELS] == ["1", "1.6", "2", "3", "4", "8"]
+    for width in LEVELS:
+        assert parse_width(width_name(width)) == width
+        assert parse_width(float(width)) == width
+        assert type(parse_width(str(width))) is (float if width == 1.6 else int)
+    assert nominal_bits(1.6) == 1.625
+    assert nominal_bits(3) == 3.0
+    for bad in (0, 7, 1.625, None, [], "x", float("nan"), float("inf")):
+        with pytest.raises(UserError, match="there is no width"):
+            parse_width(bad)
+
+
+def test_bytes():
+    """Ternary: 26 bytes a group of 128, 13 of 64. Everything else without waste."""
+    assert [bytes_per_group(w, 128) for w in LEVELS] == [16, 26, 32, 48, 64, 128]
+    assert [bytes_per_group(1.6, g) for g in (64, 32, 16)] == [13, 7, 4]
+    assert matrix_bytes(10, 256, 3, 128) == 10 * 2 * (48 + 4)
+    assert [group_size_for(c, 128) for c in (256, 192, 96, 80, 1408)] == [128, 64, 32, 16, 128]
+    assert group_size_for(256, 32) == 32
+    for columns in (24, 8, 1407):
+        with pytest.raises(UserError, match=f"{columns} input columns cannot be cut"):
+            group_size_for(columns, 128)
+
+
+def test_a_recipe_needs_no_torch():
+    code = "import sys, gemq.recipe; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,132 @@
+"""Bytes from shapes alone, against the bytes of real tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import CONFIGS, FIVE, MORE, OwnConfig, tiny, tokens
+from transformers import AutoModelForCausalLM
+
+from gemq.calibrate import Activations
+from gemq.checkpoint.format import PackedFormat
+from gemq.checkpoint.save import dense_state
+from gemq.data.windows import Windows
+from gemq.ladder import Quantizer, build_layer
+from gemq.models.stream import Replay
+from gemq.models.structure import find_structure
+from gemq.recipe import Recipe
+from gemq.refine import assemble_layer
+from gemq.sizes import (
+    expert_bytes,
+    ladder_bytes,
+    linear_bytes,
+    other_bytes,
+    quantized_share,
+    smaller_groups,
+)
+
+torch.set_num_threads(1)
+
+
+def recipe_of(group_size: int = 32, attention_bits: int = 4) -> Recipe:
+    return Recipe(group_size=group_size, attention_bits=attention_bits, widths=(1, 1.6, 2, 3, 4, 8))
+
+
+def ladders(family: str, recipe: Recipe):
+    model = tiny(family)
+    replay = Replay(model, find_structure(model))
+    w = Windows(tokens(2, 6), torch.zeros(2, dtype=torch.int64), ("text",), (12,))
+    activations = Activations.start(replay, w, 12, 0)
+    rtn = Quantizer("rtn", recipe.group_size, 0.01, 0.1)
+    for i in range(len(replay.structure.layers)):
+        ladder, activations.hidden = build_layer(
+            replay, i, activations, rtn, recipe.ladder_widths, recipe.attention_bits
+        )
+        yield replay.structure.layers[i], ladder
+
+
+def nbytes(packed) -> int:
+    return sum(t.nbytes for t in packed)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("group_size", [16, 64, 128])
+@pytest.mark.parametrize("family", [*MORE, "own"])
+def test_bytes_are_those_of_the_tensors(family, group_size):
+    recipe = recipe_of(group_size)
+    structure = find_structure(tiny(family))
+    total = linears = 0
+    for layer, ladder in ladders(family, recipe):
+        linears += sum(nbytes(x) for x in ladder.linears.values())
+        for width in recipe.ladder_widths if layer.experts else ():
+            found = sum(nbytes(rungs[width]) for rungs in ladder.experts.values())
+            assert found == layer.experts.count * expert_bytes(layer.experts, width, group_size)
+            total += found
+            tensors = assemble_layer(ladder, layer, [width] * layer.experts.count).tensors
+            mine = [t for n, t in tensors.items() if n.startswith(f"{layer.experts.path}.0.")]
+            assert nbytes(mine) == expert_bytes(layer.experts, width, group_size)
+    assert linear_bytes(structure, recipe) == linears
+    assert ladder_bytes(structure, recipe) == total + linears
+
+
+@pytest.mark.parametrize("attention_bits", [4, 16])
+@pytest.mark.parametrize("family", [*MORE, "own"])
+def test_the_rest_of_a_checkpoint(family, attention_bits):
+    recipe = recipe_of(attention_bits=attention_bits)
+    model = tiny(family)
+    structure = find_structure(model)
+    packed = PackedFormat(
+        experts={
+            x.experts.path: {m.name: (2,) * x.experts.count for m in x.experts.matrices}
+            for _, x in structure.moe_layers
+            if x.experts
+        },
+        linears={x.path: 4 for layer in structure.layers for x in layer.linears} if attention_bits < 16 else {},
+        group_size=32,
+    )
+    rest = dense_state(model, packed)
+    assert other_bytes(model, structure, recipe, {}) == nbytes(rest.values())
+    stored = {name: torch.bfloat16 for name, _ in model.named_parameters()}
+    floats = nbytes(rest.values())
+    buffers = sum(t.nbytes for n, t in model.named_buffers() if n in model.state_dict())
+    assert other_bytes(model, structure, recipe, stored) == (floats - buffers) // 2 + buffers
+    assert linear_bytes(structure, recipe) == (0 if attention_bits == 16 else linear_bytes(structure, recipe_of()))
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_plain_sizes_need_no_weights(family):
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    model = tiny(family)
+    structure = find_structure(skeleton)
+    recipe = recipe_of()
+    assert other_bytes(skeleton, structure, recipe, {}) == other_bytes(model, find_structure(model), recipe, {})
+
+
+def test_smaller_groups_are_counted():
+    structure = find_structure(tiny("deepseek_v2"))
+    # 3 layers: kv_b_proj has 16 inputs; the dense layer's down_proj has 96, the shared experts' 64, the experts' 32
+    assert smaller_groups(structure, 16) == 0
+    assert smaller_groups(structure, 32) == 3
+    assert smaller_groups(structure, 64) == 3 + 1 + 12
+    linears = sum(len(x.linears) for x in structure.layers)
+    assert smaller_groups(structure, 128) == linears + 24
+
+
+@pytest.mark.parametrize("family", [*FIVE, "own"])
+def test_quantized_share(family):
+    model = tiny(family)
+    structure = find_structure(model)
+    experts = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3)
+    total = sum(p.numel() for p in model.parameters())
+    assert quantized_share(structure, recipe_of(attention_bits=16)) == experts / total
+    linears = sum(model.get_submodule(x.path).weight.numel() for layer in structure.layers for x in layer.linears)
+    assert quantized_share(structure, recipe_of()) == (experts + linears) / total
+
+
+def test_one_expert_by_hand():
+    """2 x 32 by 64 and 64 by 32 at 3 bits in groups of 32: 12 bytes of codes and 4 of grid a group."""
+    config = OwnConfig()
+    structure = find_structure(AutoModelForCausalLM.from_config(config))
+    experts = structure.layers[0].experts
+    assert expert_bytes(experts, 3, 32) == (64 * 2 + 64 * 1) * (12 + 4)
