@@ -31,7 +31,7 @@ from gemq.evaluate import evaluate, open_model
 from gemq.models.structure import find_structure
 from gemq.pipeline import export, quantize
 from gemq.progress import Monitor
-from gemq.recipe import Recipe
+from gemq.recipe import BUILT_IN, Recipe
 
 WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
@@ -75,6 +75,11 @@ SETS: dict[str, list[Experiment]] = {
         Experiment("treated random 1.5", {"allocate": "random", "bits": 1.5}),
         Experiment("gemq 2.5", {"bits": 2.5}),
         Experiment("treated random 2.5", {"allocate": "random", "bits": 2.5}),
+    ],
+    "paper": [
+        Experiment("paper 2.0", {**BUILT_IN["paper"], "bits": 2}),
+        Experiment("paper 1.5", {**BUILT_IN["paper"], "bits": 1.5}),
+        Experiment("paper 2.5", {**BUILT_IN["paper"], "bits": 2.5}),
     ],
     "self": [Experiment("self only 2.0", {"bits": 2}, texts=False)],
 }

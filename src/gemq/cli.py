@@ -43,7 +43,9 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", help="YAML file of recipe keys; flags go before it.")]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", help="YAML file of recipe keys, or paper; flags go before it.")
+]
 Calib = Annotated[
     list[str] | None,
     typer.Option(help="Text or JSONL file, data set id, or self (the model writes it); may be repeated."),
@@ -79,6 +81,7 @@ def plan(
 ) -> None:
     """Dry run without weights: sizes, memory, disk and time."""
     keys = _given(locals(), Recipe)
+    _check_json(json_file)
     chosen = _recipe(recipe, keys)
     from gemq.models.source import Source, pick_device
     from gemq.plan import plan as make_plan
@@ -119,6 +122,7 @@ def quantize(
 ) -> None:
     """Quantizes a model into a packed checkpoint."""
     chosen = _recipe(recipe, _given(locals(), Recipe))
+    _check_json(json_file)
     from gemq.pipeline import quantize as run_quantize
     from gemq.summary import print_result
 
@@ -160,6 +164,7 @@ def export(
         Path | None, typer.Option(help="Write a packed checkpoint as plain bfloat16 to this directory.")
     ] = None,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
@@ -168,25 +173,29 @@ def export(
     Other budgets take seconds: nothing is quantized again. The plain twin (--dense) is an ordinary bfloat16
     checkpoint of the same weights, for tools that know no quantized format.
     """
+    budget = {k: v for k, v in _given(locals(), Recipe).items() if k in ("bits", "stored_bits", "size", "allocate")}
+    _check_json(json_file)
     if dense is not None:
         from gemq.checkpoint.twin import write_dense_twin
 
         if out is not None:
             raise UserError("--dense names the output: leave -o out")
-        write_dense_twin(work, dense)
+        if budget or allocation is not None or finish:
+            raise UserError("--dense writes a checkpoint as it is: leave --bits and other flags of the budget out")
+        _quiet_libraries()
+        write_dense_twin(work, dense, trust_remote_code=trust_remote_code)
         if not quiet:
             _console().print(f"Saved {dense}: plain bfloat16, for tools that know no quantized format.")
         return
     if out is None:
         raise UserError("export needs an output: add -o OUT")
-    changes = {k: v for k, v in _given(locals(), Recipe).items() if k in ("bits", "stored_bits", "size", "allocate")}
     from gemq.pipeline import export as run_export
     from gemq.summary import print_result
 
     result = run_export(
         work,
         out=out,
-        changes=changes,
+        changes=budget,
         finish=finish,
         allocation=allocation,
         device=device,
@@ -217,6 +226,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Perplexity, and how far a model is from its reference."""
+    _check_json(json_file)
     if window < 2:
         raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
@@ -272,6 +282,7 @@ def generate(
 @app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
     """What a packed checkpoint holds: widths, bytes, format."""
+    _check_json(json_file)
     from gemq.inspect import inspect_checkpoint
     from gemq.summary import print_contents
 
@@ -287,6 +298,7 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """The whole job on the built-in model: quantize, compare, write."""
+    _check_json(json_file)
     _quiet_libraries()
     from gemq.demo import run_demo
 
@@ -328,15 +340,7 @@ def _given(values: dict[str, Any], recipe: type[Recipe]) -> dict[str, Any]:
 
 
 def _recipe(file: str | None, flags: dict[str, Any]) -> Recipe:
-    base = Recipe.from_yaml(file) if file is not None else Recipe()
-    checked = {
-        k: getattr(Recipe.from_dict({k: v}, origin="--" + k.replace("_", "-")), k)
-        for k, v in flags.items()
-        if k != "bits"
-    }
-    if "bits" in flags:
-        checked["bits"] = flags["bits"]
-    return base.replace(**checked) if checked else base
+    return Recipe.from_yaml(file or "default", flags)
 
 
 def _monitor(quiet: bool) -> Monitor:
@@ -366,6 +370,16 @@ def _console() -> Console:
 
 def _to_stdout(path: Path | None) -> bool:
     return path is not None and str(path) == "-"
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuses a file for figures that cannot be written, before they have cost anything."""
+    if path is not None and not _to_stdout(path):
+        from gemq.files import check_writable
+
+        if path.is_dir():
+            raise UserError(f"--json {path} is a directory: name a file")
+        check_writable(path)
 
 
 def _write_json(path: Path | None, values: dict[str, Any]) -> bool:

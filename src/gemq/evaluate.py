@@ -167,6 +167,12 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
     return Opened(model, source.tokenizer(), None, count)
 
 
+def _experts_paths(opened: Opened) -> list[str]:
+    if opened.contents is not None:
+        return [path for path, _ in opened.contents.layers]
+    return [layer.experts.path for _, layer in find_structure(opened.model).moe_layers if layer.experts]
+
+
 def evaluate_paths(
     model: str,
     *,
@@ -193,6 +199,8 @@ def evaluate_paths(
         if other.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
             raise UserError(f"{reference} has another vocabulary than {model}: give the model that it was made from")
         expected, structure = other.model, find_structure(other.model)
+        if _experts_paths(opened) != [layer.experts.path for _, layer in structure.moe_layers if layer.experts]:
+            raise UserError(f"{reference} has other experts than {model}: give the model that it was made from")
     with (monitor or Monitor()).stage("evaluate", len(windows)) as tick:
         values = evaluate(opened.model, windows, reference=expected, structure=structure, progress=tick)
     return {

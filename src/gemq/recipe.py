@@ -32,6 +32,7 @@ CHOICES = {
     "distil_loss": ("kl", "next_token"),
 }
 FROM_EFFORT = -1
+BUDGETS = ("bits", "stored_bits", "size")
 TUNABLE = ("routers", "norms", "grids")
 EFFORTS: dict[str, dict[str, int]] = {
     "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
@@ -39,6 +40,26 @@ EFFORTS: dict[str, dict[str, int]] = {
     "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
 }
 """What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
+
+
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "effort": "low",
+        "widths": [1, 2, 3],
+        "hessian_shrink": 0.0,
+        "score_weights": "rtn",
+        "score_form": "elementwise",
+        "score_labels": "data",
+        "smoothing": 0.0,
+        "layer_rule": True,
+        "distil_epochs": 1,
+        "distil_loss": "next_token",
+        "distil_sets": ["routers"],
+        "rate_tuned": 1e-4,
+    },
+}
+"""GEMQ as published (arXiv:2605.23078), one step of its progressive schedule."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,7 @@ class Recipe:
     """Compute type of the full-precision model: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU)."""
 
     def __post_init__(self) -> None:
-        budgets = [name for name in ("bits", "stored_bits", "size") if getattr(self, name) is not None]
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise UserError(f"{' and '.join(budgets)} each set the budget: give only one of them")
         for name, choices in CHOICES.items():
@@ -210,8 +231,8 @@ class Recipe:
         if "effort" in changes:
             old = {name: FROM_EFFORT for name, value in EFFORTS[self.effort].items() if getattr(self, name) == value}
             changes = {**old, **changes}
-        if any(changes.get(name) is not None for name in ("bits", "stored_bits", "size")):
-            changes = {"bits": None, "stored_bits": None, "size": None, **changes}
+        if any(changes.get(name) is not None for name in BUDGETS):
+            changes = {**dict.fromkeys(BUDGETS), **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,34 +242,20 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
         """A recipe from plain values. Raises UserError for unknown keys and for values of the wrong kind."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        clean: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-                raise UserError(f"{origin}: unknown key {key!r}: {hint}")
-            clean[key] = _convert(key, value, str(fields[key].type), origin)
-        return cls(**clean)
+        return cls(**_clean(values, origin))
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
-        """A recipe from a YAML file of ``key: value`` lines. Raises UserError when it cannot be read."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read recipe {path} ({getattr(error, 'strerror', None) or 'not a text file'}): "
-                "give a YAML file of lines such as 'bits: 2.0'"
-            ) from error
-        except yaml.YAMLError as error:
-            line = str(error).splitlines()[0]
-            raise UserError(f"{path} is not valid YAML ({line}): write lines such as 'bits: 2.0'") from error
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds no keys: write lines such as 'bits: 2.0'")
-        return cls.from_dict(values, origin=str(path))
+    def from_yaml(cls, path: str | Path, flags: dict[str, Any] | None = None) -> Recipe:
+        """A recipe from a YAML file of ``key: value`` lines, or a built-in one (``default``, ``paper``).
+
+        flags: keys that go before the file's; a budget among them replaces the file's, whatever its kind
+        Raises UserError when the file cannot be read.
+        """
+        values = _clean(BUILT_IN[str(path)] if str(path) in BUILT_IN else _read_yaml(path), origin=str(path))
+        flags = flags or {}
+        if any(name in flags for name in BUDGETS):
+            values = {name: value for name, value in values.items() if name not in BUDGETS}
+        return cls(**{**values, **_clean(flags, origin="flag")})
 
 
 def parse_size(text: str) -> int:
@@ -261,6 +268,38 @@ def parse_size(text: str) -> int:
     if match is None or number <= 0:
         raise UserError(f"{text!r} is not a size: write it like 12GB or 800MB")
     return int(number * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match.group(2).upper()])
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read recipe {path} ({getattr(error, 'strerror', None) or 'not a text file'}): "
+            f"give a YAML file of lines such as 'bits: 2.0', or {', '.join(BUILT_IN)}"
+        ) from error
+    except yaml.YAMLError as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path} is not valid YAML ({line}): write lines such as 'bits: 2.0'") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no keys: write lines such as 'bits: 2.0'")
+    return values
+
+
+def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Values of the types that the recipe's fields have. Raises UserError for unknown keys and wrong kinds."""
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    clean: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{origin}: unknown key {key!r}: {hint}")
+        where = "--" + key.replace("_", "-") if origin == "flag" else origin
+        clean[key] = _convert(key, value, str(fields[key].type), where)
+    return clean
 
 
 def _convert(key: str, value: Any, kind: str, origin: str) -> Any:

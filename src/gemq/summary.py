@@ -26,8 +26,6 @@ FALLBACKS = {
 
 def print_result(console: Console, result: Result) -> None:
     """After ``quantize`` and ``export``: widths by layer, bytes, stages, fallbacks."""
-    if result.complete_before:
-        console.print(f"[green]{result.out} is complete already[/]: nothing was left to do.")
     print_widths(console, [(str(i), row) for i, row in enumerate(result.allocation) if row])
     share = result.stored_bytes / result.original_bytes
     console.print(
@@ -49,7 +47,8 @@ def print_result(console: Console, result: Result) -> None:
         f"Work directory: {result.work} ({_size(result.work_bytes)}). `gemq export {result.work}` makes other "
         "budgets from it in seconds; it may be deleted."
     )
-    console.print(f'[green]Saved {result.out}[/]. Try: gemq generate {result.out} -p "Once"')
+    done = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
+    console.print(f'[green]{done}[/]. Try: gemq generate {result.out} -p "Once"')
 
 
 def print_widths(console: Console, layers: list[tuple[str, list[Width]]]) -> None:

@@ -31,7 +31,7 @@ def check_line(ran: Ran, *words: str) -> str:
     assert ran.err.startswith("gemq: "), ran.err
     assert ran.err.endswith("\n")
     assert ran.err.count("\n") == 1, ran.err
-    assert len(ran.err) < 300, ran.err
+    assert len(ran.err) < 600, ran.err
     for word in words:
         assert word in ran.err, ran.err
     assert ran.out == ""
@@ -48,6 +48,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
+    if arguments[0] == "quantize":  # should it not be refused, it fails within seconds
+        arguments = ("quantize", "--effort", "low", "--windows", 4, *arguments[1:])
     before = contents(here.parent)
     line = check_line(gemq(*arguments), *words)
     assert list(here.iterdir()) == []
@@ -63,7 +65,8 @@ def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
     ("flags", "words"),
     [
         (["--bits", 0.5], ("0.5 bits", "give --bits from 1 to 3")),
-        (["--bits", 9], ("9 bits", "give --bits from 1 to 4", "--widths", "8")),
+        (["--bits", 9], ("9 bits", "give --bits from 1 to 4")),
+        (["--bits", 5], ("5 bits", "give --bits from 1 to 4", "--widths 1,1.6,2,3,4,8")),
         (["--bits", 3.5, "--widths", "1,2"], ("3.5 bits", "from 1 to 2")),
         (["--bits", "two"], ("--bits", "gemq quantize --help")),
         (["--bits", 2, "--size", "3MB"], ("bits and size", "only one")),
@@ -115,7 +118,7 @@ def test_no_gpu(here):
         ("widths: [1, 5]\n", ("no width 5",)),
         ("bits: 2\nsize: 3MB\n", ("bits and size", "only one")),
         ("quantizer: awq\n", ("'awq'", "gptq, rtn")),
-        ("damping: -1\n", ("damping", "negative")),
+        ("damping: -1\n", ("damping", "from 0 up")),
         ("- bits\n", ("holds no keys", "bits: 2.0")),
         (": : :\n- [", ("not valid YAML", "bits: 2.0")),
         (b"\xff\xfe\x00", ("not a text file", "YAML")),
@@ -327,7 +330,7 @@ def test_wrong_work_directories(here, tmp_path, finished: Finished, work):
     refused(here, "export", work, words=("-o OUT",))
     refused(here, "export", work, "-o", "x", "--dense", "y", words=("--dense", "leave -o out"))
     refused(here, "export", finished.out, "--dense", "y", "--bits", 2, words=("--dense", "--bits"))
-    refused(here, "export", work, "--dense", "y", words=("not a gemq checkpoint", "config.json"))
+    refused(here, "export", work, "--dense", "y", words=("no readable config.json", "gemq wrote"))
 
 
 def test_export_beyond_the_ladder(here, finished: Finished, work):
@@ -441,7 +444,14 @@ def test_reference_with_another_vocabulary(here, tmp_path, finished: Finished):
 
 
 def test_reference_of_another_shape(here, tiny_model, finished: Finished):
-    refused(here, "eval", finished.out, "--reference", tiny_model, words=("made from",))
+    refused(
+        here,
+        "eval",
+        finished.out,
+        "--reference",
+        tiny_model,
+        words=("other experts", "the model that it was made from"),
+    )
 
 
 def test_damaged_checkpoints(here, tmp_path, finished: Finished):

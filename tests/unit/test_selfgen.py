@@ -44,7 +44,7 @@ class FixedLogits(torch.nn.Module):
         super().__init__()
         self.logits = logits
         values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
-        self.config = types.SimpleNamespace(vocab_size=len(logits), **values)
+        self.config = types.SimpleNamespace(vocab_size=len(logits), num_hidden_layers=1, hidden_size=8, **values)
         self.config.get_text_config = lambda: self.config
         self.device = torch.device("cpu")
 

@@ -1,0 +1,101 @@
+"""Runs jobs in forked children and kills them: started by ``test_resume.py``, talks JSON lines over stdin and stdout.
+
+Everything is imported once and nothing computed, so that a child starts at once and inherits no threads.
+
+A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
+``delay``: after so many seconds, by the parent's SIGKILL
+``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
+The answer holds ``code`` (0 done, 2 refused, -9 killed), ``error``, ``complete_before`` and ``calls``, the names of all writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers.models.olmoe.modeling_olmoe
+
+import gemq.checkpoint.save
+import gemq.files
+import gemq.pipeline
+from gemq.errors import UserError
+from gemq.recipe import Recipe
+
+WRITES = (
+    *((os, name) for name in ("fsync", "replace", "rename")),
+    *((module, "save_file") for module in (safetensors.torch, gemq.checkpoint.save)),
+    *((Path, name) for name in ("write_text", "write_bytes")),
+)
+
+
+class Writes:
+    """Counts every call that changes what is on the disk, and kills the process at one of them."""
+
+    def __init__(self, fatal: int | None, half: bool):
+        self.calls: list[str] = []
+        self.fatal, self.half = fatal, half
+        for owner, name in WRITES:
+            setattr(owner, name, self._watched(getattr(owner, name), name))
+
+    def _watched(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            self.calls.append(name)
+            if len(self.calls) == self.fatal:
+                if self.half:
+                    real(*arguments, **more)
+                    for path in arguments if name.startswith(("write_", "save_")) else ():
+                        if isinstance(path, Path):
+                            os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        return call
+
+
+def child(request: dict[str, Any], answer: int) -> None:
+    writes = Writes(request.get("call"), request.get("half", False))
+    result: dict[str, Any] = {"code": 0}
+    try:
+        recipe = Recipe.from_dict(request["recipe"])
+        done = gemq.pipeline.quantize(
+            request["model"], recipe, out=request["out"], work=request["work"], resume=request["resume"]
+        )
+        result["complete_before"] = done.complete_before
+    except UserError as error:
+        result = {"code": 2, "error": str(error)}
+    os.write(answer, json.dumps({**result, "calls": writes.calls}).encode())
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(request, writer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    if "delay" in request:
+        time.sleep(request["delay"])
+        os.kill(pid, signal.SIGKILL)  # to no effect on a child that has ended, which is not waited for yet
+    with os.fdopen(reader, "rb") as stream:
+        told = stream.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and not told:
+        return {"code": -os.WTERMSIG(status)}
+    return json.loads(told) if told else {"code": 1, "error": "see stderr"}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert transformers.models.olmoe.modeling_olmoe
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)

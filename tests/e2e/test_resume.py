@@ -1,0 +1,258 @@
+"""A job killed at any moment and resumed gives the bytes of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Finished, contents, gemq, make_tiny_model
+
+from gemq.assets import builtin_texts
+from gemq.workdir import WorkDir
+
+TINY = {"effort": "low", "windows": 4, "window": 16, "batch_tokens": 32}
+FLAGS = ("--effort", "low", "--windows", "4", "--window", "16", "--quiet")
+
+
+class Killer:
+    """Jobs in children that can be killed: see ``killer.py``."""
+
+    def __init__(self, model: Path, base: Path, recipe: dict[str, Any]):
+        self.model, self.base, self.recipe = model, base, recipe
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("killer.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        begin = time.perf_counter()
+        self.expected = self.run("expected", resume=False)
+        assert self.expected["code"] == 0, self.expected
+        begin, again = time.perf_counter(), self.run("timed", resume=False)
+        self.seconds = time.perf_counter() - begin
+        assert again["calls"] == self.expected["calls"]
+        self.bytes = contents(base / "expected")
+        assert contents(base / "timed") == self.bytes
+
+    def run(self, name: str, *, resume: bool, **death: Any) -> dict[str, Any]:
+        out, work = str(self.base / name), str(self.base / f"{name}.work")
+        request = {"model": str(self.model), "recipe": self.recipe, "out": out, "work": work, "resume": resume}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps({**request, **death}), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def finish(self, name: str, why: str) -> dict[str, Any]:
+        """Resumes to the end, compares every byte, and removes it all."""
+        done = self.run(name, resume=True)
+        assert done["code"] == 0, (why, done)
+        assert contents(self.base / name) == self.bytes, why
+        work = self.base / f"{name}.work"
+        left = [f for f in [*self.base.rglob("*.tmp"), *self.base.glob(".*.partial")] if f.exists()]
+        assert not left, (why, left)
+        assert_same_work(work, self.base / "expected.work", why)
+        shutil.rmtree(work)
+        shutil.rmtree(self.base / name)
+        return done
+
+
+def assert_same_work(a: Path, b: Path, why: str) -> None:
+    found, expected = contents(a), contents(b)
+    assert found.keys() == expected.keys(), why
+    assert {n for n in found if found[n] != expected[n]} == set(), why
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Killer]:
+    killer = Killer(tiny_model, tmp_path_factory.mktemp("kills"), TINY)
+    yield killer
+    assert killer.process.stdin is not None
+    killer.process.stdin.close()
+    killer.process.wait(10)
+
+
+def test_killed_at_random_moments(killer: Killer):
+    """At least 20 kills, several of them on the way to one result."""
+    seed = time.time_ns()
+    draw = random.Random(seed)
+    kills = rounds = 0
+    while kills < 20:
+        name, attempts = f"random-{rounds}", 0
+        while True:
+            delay = draw.uniform(0.0, 1.1) * killer.seconds
+            ended = killer.run(name, resume=attempts > 0, delay=delay)
+            assert ended["code"] in (0, -signal.SIGKILL), (seed, ended)
+            kills, attempts = kills + (ended["code"] != 0), attempts + 1
+            if ended["code"] == 0 or attempts == 4:
+                break
+        killer.finish(name, f"seed {seed}, round {rounds}")
+        rounds += 1
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["before", "half-written"])
+@pytest.mark.parametrize("part", range(4))
+def test_killed_at_every_write(killer: Killer, half: bool, part: int):
+    """Before every write, flush and rename that a job makes (which is behind the one before), and with every file
+    cut in half."""
+    names = killer.expected["calls"]
+    calls = [n for n, name in enumerate(names, start=1) if not half or name.startswith(("write_", "save_"))]
+    assert len(calls) > (15 if half else 60)
+    for call in calls[part::4]:
+        name = f"call-{call}"
+        ended = killer.run(name, resume=False, call=call, half=half)
+        assert ended["code"] == -signal.SIGKILL, (call, ended)
+        killer.finish(name, f"call {call} of {len(names)}: {names[call - 1]}, half {half}")
+
+
+def test_killed_right_after_the_output_appeared(killer: Killer):
+    """The last write is the flush behind the rename of the output: all is there, and recognised as complete."""
+    ended = killer.run("renamed", resume=False, call=len(killer.expected["calls"]))
+    assert ended["code"] == -signal.SIGKILL
+    assert contents(killer.base / "renamed") == killer.bytes
+    assert killer.finish("renamed", "renamed")["complete_before"]
+
+
+# One process
+
+
+@pytest.fixture
+def job(tiny_model: Path, tmp_path: Path) -> tuple[object, ...]:
+    """The arguments of a job that has ended well, in ``tmp_path``."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copy(builtin_texts()[0], tmp_path / "calib.txt")
+    arguments = ("quantize", tmp_path / "model", "-o", tmp_path / "out", *FLAGS, "--calib", tmp_path / "calib.txt")
+    assert gemq(*arguments).code == 0
+    return arguments
+
+
+def test_resume_of_a_finished_job(job, tmp_path):
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    ran = gemq(*job, "--resume", "--json", tmp_path / "figures.json")
+    assert ran.code == 0
+    loud = gemq(*(a for a in job if a != "--quiet"), "--resume")
+    assert loud.code == 0
+    assert "was complete already" in loud.out
+    assert "Saved" not in loud.out
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == before
+    assert json.loads((tmp_path / "figures.json").read_text())["complete_before"] is True
+
+
+def refused(job: tuple[object, ...], *words: str) -> None:
+    ran = gemq(*job, "--resume")
+    assert ran.code == 2, ran
+    assert ran.err.count("\n") == 1, ran.err
+    for word in (*words, "--work"):
+        assert word in ran.err, ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--windows", 5), ("windows 4", "asked for 5")),
+        (("--bits", 1.5), ("bits unset", "asked for 1.5")),
+        (("--widths", "2,3"), ("widths unset", "asked for 2,3")),
+        (("--attention-bits", 8), ("attention_bits 4", "asked for 8")),
+        (("--seed", 1), ("seed 0", "asked for 1")),
+        (("--calib", "self"), ("calib", "asked for")),
+    ],
+)
+def test_another_recipe_is_refused(job, flags, words):
+    before = contents(Path(str(job[3])))
+    refused((*job, *flags), *words)
+    assert contents(Path(str(job[3]))) == before
+    assert gemq(*job, "--resume").code == 0  # and did no harm
+
+
+def test_a_changed_model_is_refused(job, tmp_path):
+    make_tiny_model(tmp_path / "model", seed=1)
+    refused(job, "another model", "has changed")
+
+
+def test_another_model_is_refused(job, tmp_path):
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    refused((job[0], other, *job[2:]), "another model")
+
+
+def test_a_changed_calibration_text_is_refused(job, tmp_path):
+    with open(tmp_path / "calib.txt", "a") as file:
+        file.write("One more line.\n")
+    refused(job, "another calibration text", "has changed")
+
+
+def test_a_changed_stage_is_named(job, tmp_path):
+    """Should a stage's inputs differ although the job's do not, such as after an upgrade of gemq."""
+    stage = tmp_path / "out.work" / "ladder" / "stage.json"
+    stage.write_text(json.dumps({**json.loads(stage.read_text()), "damping": 0.5}))
+    refused(job, "damping", "0.5", "now 0.01")
+
+
+def test_another_output_from_the_same_work_directory(job, tmp_path):
+    """Deleted outputs are written again, elsewhere too, and nothing is computed for it."""
+    expected = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert gemq(*job, "--resume").code == 0
+    assert contents(tmp_path / "out") == expected
+    elsewhere = ["quantize", job[1], "-o", tmp_path / "new", *job[4:], "--work", tmp_path / "out.work", "--resume"]
+    ran = gemq(*elsewhere, "--json", "-")
+    assert contents(tmp_path / "new") == expected
+    assert not {"ladder", "scores", "refine", "calibration windows"} & ran.json["stages"].keys()
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".gemq-work.json.tmp"]])
+def test_resume_with_nothing_usable_starts_anew(tiny_model, tmp_path, killer, left):
+    work = tmp_path / "w"
+    work.mkdir()
+    for name in left:
+        (work / name).write_text("")
+    arguments = ("quantize", tiny_model, "-o", tmp_path / "out", *FLAGS, "--work", work)
+    if left:
+        assert gemq(*arguments).code == 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("batch_tokens: 32\n")
+    ran = gemq(*arguments, "--resume", "--recipe", recipe)
+    assert ran.code == 0, ran.err
+    assert contents(tmp_path / "out") == killer.bytes
+
+
+@pytest.mark.sample
+def test_resume_without_a_work_directory_starts_anew(tiny_model, tmp_path):
+    assert gemq("quantize", tiny_model, "-o", tmp_path / "out", *FLAGS, "--resume").code == 0
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
+    work = tmp_path / "w"
+    code = (
+        "import os, pathlib, time\nfrom gemq.workdir import WorkDir\n"
+        f"w = WorkDir(pathlib.Path({str(work)!r}), resume=False)\n"
+        "print('locked', flush=True)\ntime.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match="in use by another"):
+        WorkDir(work, resume=True)
+    process.kill()
+    process.wait()
+    with WorkDir(work, resume=True):
+        pass
+
+
+def test_export_of_an_unfinished_job(finished: Finished, work: Path, tmp_path: Path):
+    """It computes what is missing rather than fail or guess."""
+    (work / "ladder" / "layer-005.safetensors").unlink()
+    shutil.rmtree(work / "scores")
+    ran = gemq("export", work, "-o", tmp_path / "out", "--bits", 2, "--finish", "--json", "-")
+    assert ran.code == 0, ran.err
+    assert ran.json["stages"].keys() >= {"ladder", "scores"}
+    assert contents(tmp_path / "out") == contents(finished.out)
