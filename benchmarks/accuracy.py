@@ -31,7 +31,7 @@ from gemq.evaluate import evaluate, open_model
 from gemq.models.structure import find_structure
 from gemq.pipeline import export, quantize
 from gemq.progress import Monitor
-from gemq.recipe import BUILT_IN, Recipe
+from gemq.recipe import BUILT_IN, DEFAULT_BITS, Recipe
 
 WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
@@ -127,7 +127,8 @@ class Bench:
             out = Path(folder) / "out"
             monitor = Monitor()
             if work.exists():
-                changes = {k: recipe.to_dict()[k] for k in FINISH_KEYS if k in keys or k.endswith("epochs")}
+                budget = {} if recipe.bits is not None else {"bits": DEFAULT_BITS}
+                changes = {**{k: getattr(recipe, k) for k in FINISH_KEYS}, **budget}
                 result = export(
                     work, out=out, changes=changes, finish=experiment.finish, device=self.device, monitor=monitor
                 )

@@ -34,28 +34,36 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must
 Bits = Annotated[float | None, typer.Option(help="Budget: average bits per expert weight (default 2.0).")]
 StoredBits = Annotated[float | None, typer.Option(help="Budget with scales and offsets counted.")]
 Size = Annotated[str | None, typer.Option(help="Budget: size of the whole checkpoint, such as 12GB.")]
-Allocate = Annotated[str | None, typer.Option(help="global, uniform, random, layerwise or frequency.")]
+Allocate = Annotated[str | None, typer.Option(help="global (default), uniform, random, layerwise or frequency.")]
 AllocationFile = Annotated[Path | None, typer.Option("--allocation", help="JSON file with a width for every expert.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Write the figures as JSON; - prints them instead of tables.")
+    Path | None, typer.Option("--json", help="File for the figures as JSON; - prints them instead of tables.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", help="YAML file of recipe keys, or paper; flags go before it.")
+    str | None, typer.Option("--recipe", help="YAML file of recipe keys, or paper; flags override it.")
 ]
 Calib = Annotated[
     list[str] | None,
     typer.Option(help="Text or JSONL file, data set id, or self (the model writes it); may be repeated."),
 ]
-Windows = Annotated[int | None, typer.Option(help="Calibration windows from all sources together.")]
-Window = Annotated[int | None, typer.Option(help="Tokens per calibration window.")]
-Widths = Annotated[str | None, typer.Option(help="Candidate widths, such as 1,1.6,2,3.")]
-GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale and an offset.")]
-AttentionBits = Annotated[int | None, typer.Option(help="Width of attention and dense linears; 16: unquantized.")]
-Effort = Annotated[str | None, typer.Option(help="How much is computed: low trains nothing.")]
+Windows = Annotated[int | None, typer.Option(help="Calibration windows from all sources together (default 128).")]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens per calibration window (default 2048, or the most that the model takes).")
+]
+Widths = Annotated[
+    str | None, typer.Option(help="Candidate widths of experts (default 1,1.6,2,3, and 4 above 2.5 bits).")
+]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale and an offset (default 128).")]
+AttentionBits = Annotated[
+    int | None, typer.Option(help="Width of attention and dense linears (default 4; 16: unquantized).")
+]
+Effort = Annotated[
+    str | None, typer.Option(help="How much is computed: low (trains nothing), medium (default) or high.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute type: auto, float32 or bfloat16.")]
 
@@ -365,7 +373,9 @@ class _Console(Console):
 
 
 def _console() -> Console:
-    return _Console(soft_wrap=True, highlight=False)
+    console = _Console(highlight=False)
+    console.soft_wrap = not console.is_terminal  # whole lines for pipes and files, whole words for people
+    return console
 
 
 def _to_stdout(path: Path | None) -> bool:

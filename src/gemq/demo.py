@@ -18,7 +18,7 @@ from gemq.progress import Monitor
 from gemq.recipe import Recipe
 from gemq.summary import print_result
 
-WINDOWS, WINDOW = 64, 256
+WINDOWS, WINDOW, TOKENS = 32, 256, 32_768
 """Fewer and shorter calibration windows than the defaults: the demo is to end within minutes on two cores."""
 
 PROMPT = "The configuration file"
@@ -47,7 +47,7 @@ def run_demo(out: Path, device: str, console: Console) -> dict[str, Any]:
     console.print(
         f"Built-in model {model.name}: quantizing to 2.0 bits, calibrated on {WINDOWS} windows that it writes itself."
     )
-    recipe = Recipe(bits=2.0, windows=WINDOWS, window=WINDOW)
+    recipe = Recipe(bits=2.0, windows=WINDOWS, window=WINDOW, total_tokens=TOKENS)
     main = out / "gemq-2.0"
     result = quantize(str(model), recipe, out=main, work=out / "work", device=device, monitor=monitor)
     print_result(console, result)

@@ -128,6 +128,10 @@ class Job:
             "seed": r.seed,
         }
 
+    def guard_inputs(self) -> dict[str, Any]:
+        """What the guard's windows depend on: they are those that calibration did not take."""
+        return {**self._window_inputs(), "taken": self.windows.digest()[:16]}
+
     def _quantizer_inputs(self) -> dict[str, Any]:
         """What codes depend on beside the widths."""
         r = self.recipe

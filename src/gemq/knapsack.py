@@ -10,8 +10,13 @@ Arrays only: knows nothing of experts or bits. Shapes: N rows, W choices a row; 
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,14 +127,14 @@ def solve(costs: Floats, amounts: Ints, limit: int, rule: list[slice], gap: floa
     for rows, width in itertools.product(rule, range(costs.shape[1])[-2:]):
         due = (experts >= rows.start) & (experts < rows.stop) & (widths == width)
         constraints.append(LinearConstraint(csr_array([np.append(due, 0.0)]), 1, np.inf))
-    solution = milp(
-        np.append(saved, cost / excess),
-        integrality=1,
-        bounds=Bounds(np.append(np.zeros(n), 1), 1),
-        constraints=constraints,
-        # Presolve gains nothing here, and with it SciPy 1.17's HiGHS prints stray lines far more often.
-        options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": False},
-    )
+    with _silent_stdout():
+        solution = milp(
+            np.append(saved, cost / excess),
+            integrality=1,
+            bounds=Bounds(np.append(np.zeros(n), 1), 1),
+            constraints=constraints,
+            options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": False},  # presolve gains nothing here
+        )
     if solution.x is None:
         return ours, excess / cost
     chosen = solution.x[:n] > 0.5
@@ -142,3 +147,26 @@ def solve(costs: Floats, amounts: Ints, limit: int, rule: list[slice], gap: floa
         return ours, min(excess / cost, float(solution.mip_gap))
     proven = max(excess - gain, 0.0) / (cost - gain) if cost > gain else 0.0
     return choice, min(proven, float(solution.mip_gap))
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drops what C code prints. SciPy 1.17's HiGHS prints stray lines whatever its options say (HiGHS.jl issue 312),
+    and they would end up in the JSON that a script reads from our standard output."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing to keep clean
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush  # C's own buffer, which Python does not see
+    sys.stdout.flush()
+    flush(None)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -22,6 +22,7 @@ from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
 from gemq.files import check_free_space, write_json, write_text
 from gemq.finish import run_finish
+from gemq.guard import run_guard
 from gemq.job import Job, source_digest
 from gemq.models.source import Source, pick_device
 from gemq.models.stream import Replay
@@ -63,6 +64,8 @@ class Result:
     fallbacks: dict[str, int]
     gains: dict[str, float] = field(default_factory=dict)
     """Held-out errors before and after training: of layers' outputs (relative) and of distillation (nats)."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """The guard's verdict on the allocation, or why it was ``skipped``: see ``guard``."""
     work_bytes: int = 0
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -104,7 +107,7 @@ def quantize(
     with WorkDir(work_path, resume=resume) as directory:
         _record_job(directory, source, recipe, fingerprint)
         job = Job(source, recipe, directory, picked, monitor or Monitor(), fingerprint)
-        return _run(job, out, allocation, finish=recipe.refine)
+        return _run(job, out, allocation, finish=recipe.refine, guarded=True)
 
 
 def export(
@@ -141,10 +144,10 @@ def export(
         if fingerprint != recorded["fingerprint"]:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
         job = Job(source, recipe, directory, pick_device(device), monitor or Monitor(), fingerprint)
-        return _run(job, out, allocation, finish=finish)
+        return _run(job, out, allocation, finish=finish, guarded=finish)
 
 
-def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool) -> Result:
+def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
     replay, stored = job.load()
     structure = replay.structure
     job.draw_windows(replay)
@@ -163,6 +166,9 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool) -> Res
             rule, seed = job.recipe.layer_rule, job.recipe.seed
             chosen = allocate(problem, budget, job.recipe.allocate, layer_rule=rule, seed=seed)
             tick()
+    guard: dict[str, Any] = {"skipped": _why_unguarded(job.recipe, allocation_file, guarded)}
+    if not guard["skipped"]:
+        chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen)
     write_text(job.work.path / "allocation.json", chosen.to_json())
     result = Result(
         out=out,
@@ -181,6 +187,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool) -> Res
         window=job.windows.window,
         windows=job.windows.counts(),
         fallbacks=job.fallbacks,
+        guard=guard,
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
     if not _is_complete(out, packed_format):
@@ -199,6 +206,15 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool) -> Res
 
 
 # Before anything is computed
+
+
+def _why_unguarded(recipe: Recipe, allocation_file: Path | None, guarded: bool) -> str:
+    """Why the allocation is not judged; empty if it is."""
+    if allocation_file is not None or recipe.allocate not in SCORED:
+        return "it judges the allocations that scores make"
+    if not recipe.guard:
+        return "switched off in the recipe"
+    return "" if guarded else "a plain export takes seconds; --finish runs it"
 
 
 def _is_complete(out: Path, packed_format: PackedFormat) -> bool:

@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "score_labels": "data",
         "smoothing": 0.0,
         "layer_rule": True,
+        "guard": False,
         "distil_epochs": 1,
         "distil_loss": "next_token",
         "distil_sets": ["routers"],
@@ -116,6 +117,9 @@ class Recipe:
     allocate: str = "global"
     layer_rule: bool = False
     """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""
+
+    guard: bool = True
+    """Judge the allocation against uniform of the same budget on held-out windows, and soften it if it fails."""
 
     # Finish
     refine: bool = True

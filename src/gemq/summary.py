@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gemq.guard import describe
 from gemq.inspect import Contents
 from gemq.pipeline import Result
 from gemq.plan import Plan
@@ -20,6 +21,7 @@ FALLBACKS = {
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
     "linears_not_quantized": "linears were left unquantized: gates, or inputs that no group size divides",
     "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
+    "guard_windows_missing": "held-out windows fewer than the guard takes: the sources hold no more text",
     "chat_template_failures": "self-generated windows went without the chat template, which could not be applied",
 }
 
@@ -37,6 +39,7 @@ def print_result(console: Console, result: Result) -> None:
     sources = ", ".join(f"{count} {name}" for name, count in result.windows.items())
     tokens = sum(result.windows.values()) * result.window
     console.print(f"Calibration: {tokens:,} tokens in windows of {result.window}: {sources}")
+    console.print(f"Guard: {describe(result.guard)}")
     print_stages(console, result.stages)
     for name, count in result.fallbacks.items():
         if count:
@@ -129,9 +132,9 @@ def print_plan(console: Console, plan: Plan) -> None:
     total = sum(plan.parameters.values())
     for kind, count in plan.parameters.items():
         if count:
-            table.add_row(kind, f"{count / 1e6:,.1f} M", f"{count / total:.1%}")
+            table.add_row(kind, _count(count), f"{count / total:.1%}")
     table.add_section()
-    table.add_row("all", f"{total / 1e6:,.1f} M", f"{plan.quantized_share:.1%} quantized", style="bold")
+    table.add_row("all", _count(total), f"{plan.quantized_share:.1%} quantized", style="bold")
     console.print(table)
     console.print(f"{plan.experts} experts in {plan.moe_layers} of {plan.layers} layers")
     sizes = Table(title=f"Checkpoint size (now {_size(plan.original_bytes)})", title_justify="left")
@@ -169,6 +172,10 @@ def print_contents(console: Console, contents: Contents) -> None:
 
 def _mean_bits(counts: Counter[Width]) -> float:
     return sum(nominal_bits(w) * n for w, n in counts.items()) / max(counts.total(), 1)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:,.1f} k"
 
 
 def _size(count: float) -> str:

@@ -5,7 +5,8 @@ Everything is imported once and nothing computed, so that a child starts at once
 A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
 ``delay``: after so many seconds, by the parent's SIGKILL
 ``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
-The answer holds ``code`` (0 done, 2 refused, -9 killed), ``error``, ``complete_before`` and ``calls``, the names of all writes.
+The answer holds ``code`` (0 done, 2 refused, -9 killed), ``error``, ``complete_before`` and ``calls``, the names of
+all writes.
 """
 
 from __future__ import annotations

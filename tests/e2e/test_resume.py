@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from gemq.assets import builtin_texts
 from gemq.workdir import WorkDir
 
 TINY = {"effort": "low", "windows": 4, "window": 16, "batch_tokens": 32}
+TRAINED = {**TINY, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1, "total_tokens": 128}
 FLAGS = ("--effort", "low", "--windows", "4", "--window", "16", "--quiet")
 
 
@@ -36,7 +38,6 @@ class Killer:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        begin = time.perf_counter()
         self.expected = self.run("expected", resume=False)
         assert self.expected["code"] == 0, self.expected
         begin, again = time.perf_counter(), self.run("timed", resume=False)
@@ -66,6 +67,11 @@ class Killer:
         shutil.rmtree(self.base / name)
         return done
 
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(10)
+
 
 def assert_same_work(a: Path, b: Path, why: str) -> None:
     found, expected = contents(a), contents(b)
@@ -75,15 +81,20 @@ def assert_same_work(a: Path, b: Path, why: str) -> None:
 
 @pytest.fixture(scope="module")
 def killer(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Killer]:
-    killer = Killer(tiny_model, tmp_path_factory.mktemp("kills"), TINY)
-    yield killer
-    assert killer.process.stdin is not None
-    killer.process.stdin.close()
-    killer.process.wait(10)
+    with contextlib.closing(Killer(tiny_model, tmp_path_factory.mktemp("kills"), TINY)) as killer:
+        yield killer
 
 
-def test_killed_at_random_moments(killer: Killer):
-    """At least 20 kills, several of them on the way to one result."""
+@pytest.fixture
+def trainer(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
+    with contextlib.closing(Killer(tiny_model, tmp_path, TRAINED)) as killer:
+        yield killer
+
+
+@pytest.mark.parametrize("kind", ["killer", "trainer"])
+def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str):
+    """At least 20 kills, several of them on the way to one result; with training and without."""
+    killer: Killer = request.getfixturevalue(kind)
     seed = time.time_ns()
     draw = random.Random(seed)
     kills = rounds = 0
@@ -103,11 +114,12 @@ def test_killed_at_random_moments(killer: Killer):
 @pytest.mark.parametrize("half", [False, True], ids=["before", "half-written"])
 @pytest.mark.parametrize("part", range(4))
 def test_killed_at_every_write(killer: Killer, half: bool, part: int):
-    """Before every write, flush and rename that a job makes (which is behind the one before), and with every file
-    cut in half."""
+    """Before every write and rename that a job makes, which is behind the one before, and with every file cut in
+    half. Flushes change nothing that a killed process could leave; the last one is behind the last rename."""
     names = killer.expected["calls"]
-    calls = [n for n, name in enumerate(names, start=1) if not half or name.startswith(("write_", "save_"))]
-    assert len(calls) > (15 if half else 60)
+    wanted = ("write_", "save_") if half else ("write_", "save_", "replace", "rename")
+    calls = [n for n, name in enumerate(names, start=1) if name.startswith(wanted)]
+    assert len(calls) > (15 if half else 30)
     for call in calls[part::4]:
         name = f"call-{call}"
         ended = killer.run(name, resume=False, call=call, half=half)

@@ -58,12 +58,7 @@ def calibration_windows(
 
     Raises UserError for a source that cannot be used.
     """
-    _refuse_repeats(sources)
-    names = _unique_names(sources)
-    streams = [None if source == SELF else _stream(source, tokenizer, window, count) for source in sources]
-    pools = [None if stream is None else cut_windows(stream, window) for stream in streams]
-
-    shares = share_out(count, [None if pool is None else len(pool) for pool in pools])
+    names, streams, pools, shares = _shared_out(sources, tokenizer, window, count)
     parts, available = [], []
     for index, (stream, pool, share) in enumerate(zip(streams, pools, shares, strict=True)):
         if stream is None or pool is None:
@@ -73,12 +68,30 @@ def calibration_windows(
             assert part.shape == (share, window)
             available.append(part.numel())
         else:
-            drawn = np.random.default_rng([seed, index]).permutation(len(pool))[:share]
-            part = pool[torch.from_numpy(np.sort(drawn))]
+            part = _drawn(pool, seed, index, 0, share)
             available.append(len(stream))
         parts.append(part)
         if progress:
             progress(sum(map(len, parts)), sum(shares))
+    return from_parts(parts, names, available)
+
+
+def held_out_windows(
+    sources: Sequence[str], *, tokenizer: Any, window: int, count: int, seed: int, held_out: int
+) -> Windows:
+    """Up to ``held_out`` windows of each source that ``calibration_windows``, asked for ``count``, does not take.
+
+    The draw simply goes on behind the calibration's. ``self`` gets none here, a source without further text fewer.
+    """
+    names, streams, pools, shares = _shared_out(sources, tokenizer, window, count)
+    parts, available = [], []
+    for index, (stream, pool, share) in enumerate(zip(streams, pools, shares, strict=True)):
+        if stream is None or pool is None:
+            parts.append(torch.empty(0, window, dtype=torch.int64))
+            available.append(0)
+        else:
+            parts.append(_drawn(pool, seed, index, share, share + held_out))
+            available.append(len(stream))
     return from_parts(parts, names, available)
 
 
@@ -110,6 +123,24 @@ def share_out(count: int, available: Sequence[int | None]) -> list[int]:
             limit = available[i]
             shares[i] = wanted if limit is None else min(wanted, limit)
     return shares
+
+
+def _shared_out(
+    sources: Sequence[str], tokenizer: Any, window: int, count: int
+) -> tuple[list[str], list[Tensor | None], list[Tensor | None], list[int]]:
+    """Of each source its name, its tokens, its windows (None for ``self``) and how many calibration takes."""
+    _refuse_repeats(sources)
+    names = _unique_names(sources)
+    streams = [None if source == SELF else _stream(source, tokenizer, window, count) for source in sources]
+    pools = [None if stream is None else cut_windows(stream, window) for stream in streams]
+    shares = share_out(count, [None if pool is None else len(pool) for pool in pools])
+    return names, streams, pools, shares
+
+
+def _drawn(pool: Tensor, seed: int, index: int, start: int, stop: int) -> Tensor:
+    """Windows ``start`` to ``stop`` of the source's random order, in the order of their positions in the text."""
+    drawn = np.random.default_rng([seed, index]).permutation(len(pool))[start:stop]
+    return pool[torch.from_numpy(np.sort(drawn))]
 
 
 def _refuse_repeats(sources: Sequence[str]) -> None:

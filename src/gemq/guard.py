@@ -1,0 +1,317 @@
+"""The guard: is the allocation better than uniform widths of the same budget, on windows that chose nothing?
+
+Scores promise more than they keep, above all on text unlike the calibration's. So the allocation and uniform, both
+assembled from the ladder, are compared by their KL to the full-precision model: on windows that calibration left of
+each source, and on fresh ones that the model writes. An allocation that fails moves towards its layers' means
+(``soften``) until it passes; uniform itself is what remains. Knows nothing of refining or of checkpoints.
+
+Shapes: N windows, B windows in a micro-batch, S tokens, H hidden size, E experts, W widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import stdtr
+from torch import Tensor
+
+from gemq.allocate import Allocation, Budget, Problem, allocate
+from gemq.calibrate import Activations
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.data.selfgen import generate_windows
+from gemq.data.sources import SELF, held_out_windows
+from gemq.data.windows import Windows
+from gemq.files import replacing
+from gemq.job import Job
+from gemq.knapsack import Floats, Ints, take
+from gemq.ladder import LayerLadder
+from gemq.models.stream import Replay
+from gemq.models.structure import Layer
+from gemq.progress import Tick
+from gemq.quant.grid import dequantize
+from gemq.quant.widths import Width, group_size_for
+from gemq.reconstruct import expert_overrides
+from gemq.stages import digest, load_ladder
+from gemq.workdir import Stage
+
+PER_SOURCE = 8
+"""Held-out windows of each calibration source."""
+OWN = 16
+"""Windows that the model writes for the guard alone."""
+SEED = 1 << 20
+"""Added to the recipe's seed: the guard's windows are none of calibration's, which take the seed and the next."""
+SOFTENING = (0.25, 0.5, 0.75, 1.0)
+UNIFORM_SEEDS = 3
+"""Uniform between two widths depends on which experts get the wider one: the mean of so many draws is judged."""
+WORSE = 1.03
+"""A source may be worse than uniform by this factor before it counts, and then only if it is significant."""
+SIGNIFICANT = 0.05
+ROWS = 1024
+"""Positions whose logits are compared at once: bounds the memory that a large vocabulary takes."""
+
+
+# Judging: pure functions
+
+
+def judge(allocated: Floats, uniform: Floats, source: Ints, names: Sequence[str]) -> dict[str, Any]:
+    """Compares the KL [N] of an allocation with uniform's on the same windows. ``source`` [N] indexes ``names``.
+
+    Fails when the mean over sources, each counted once, is above uniform's, or when a source is worse by more than
+    3 % with p < 0.05. ``p`` is that of a paired one-sided t test over windows: the chance of a difference at least
+    as large if the allocation were no worse there. A tie passes: equal widths are equal models.
+    """
+    sources = {}
+    for i, name in enumerate(names):
+        own, other = allocated[source == i], uniform[source == i]
+        if len(own):
+            kl, uniform_kl = float(own.mean()), float(other.mean())
+            p = paired_p(own - other)
+            worse = kl > WORSE * uniform_kl and p < SIGNIFICANT
+            sources[name] = {"windows": len(own), "kl": kl, "uniform_kl": uniform_kl, "p": p, "worse": worse}
+            sources[name]["difference"] = kl - uniform_kl
+    mean, uniform_mean = (sum(s[key] for s in sources.values()) / len(sources) for key in ("kl", "uniform_kl"))
+    passed = mean <= uniform_mean and not any(s["worse"] for s in sources.values())
+    return {"passed": passed, "kl": mean, "uniform_kl": uniform_mean, "sources": sources}
+
+
+def paired_p(differences: Floats) -> float:
+    """One-sided p of Student's t that the mean of ``differences`` [n] is above zero; 1 where nothing can be said."""
+    n = len(differences)
+    if n < 2:
+        return 1.0
+    error = differences.std(ddof=1) / math.sqrt(n)
+    if error == 0:
+        return 0.0 if differences[0] > 0 else 1.0
+    return float(stdtr(n - 1, -differences.mean() / error))
+
+
+def soften(problem: Problem, m: float) -> Problem:
+    """Costs moved towards their layer's mean at each width: ``c' = (1 - m) c + m mean``. At 1, experts are alike."""
+    costs = problem.costs.copy()
+    for rows in problem.by_layer:
+        if rows.stop > rows.start:
+            costs[rows] = (1 - m) * costs[rows] + m * costs[rows].mean(axis=0)
+    return dataclasses.replace(problem, costs=costs)
+
+
+def describe(verdict: dict[str, Any]) -> str:
+    """The verdict in one sentence, for the summary."""
+    if "skipped" in verdict:
+        return f"not run ({verdict['skipped']})"
+    windows = sum(s["windows"] for s in verdict["sources"].values())
+    figures = f"{verdict['kl']:.3g} against uniform's {verdict['uniform_kl']:.3g} on {windows} held-out windows"
+    failed = [f"m = {t['m']:g} ({_why(t)})" for t in verdict["tried"] if not t["passed"]]
+    if verdict["m"] is None:
+        return f"failed at {', '.join(failed)}: uniform written"
+    if failed:
+        same = ", which is uniform" if verdict["is_uniform"] else ""
+        return f"failed at {', '.join(failed)}, kept at m = {verdict['m']:g}{same}: {figures}"
+    return f"{figures}: kept"
+
+
+def _why(judged: dict[str, Any]) -> str:
+    """``mean +2.1 %, prose +5.0 %``: what made it fail."""
+    reasons = [("mean", judged)] if judged["kl"] > judged["uniform_kl"] else []
+    reasons += [(name, s) for name, s in judged["sources"].items() if s["worse"]]
+    return ", ".join(f"{name} {x['kl'] / x['uniform_kl'] - 1:+.1%}".replace("%", " %") for name, x in reasons)
+
+
+def decide(
+    problem: Problem,
+    chosen: Allocation,
+    uniform: Sequence[Allocation],
+    solve: Callable[[Problem], Allocation],
+    measure: Callable[[Sequence[Allocation]], list[Floats]],
+    source: Ints,
+    names: Sequence[str],
+) -> tuple[Allocation, dict[str, Any]]:
+    """The first allocation that passes, from ``chosen`` on through softer ones, else ``uniform[0]``; and the verdict.
+
+    solve:   another allocation at the same budget from softened costs
+    measure: the KL [N] of several allocations, on the windows of ``source`` and ``names``
+    """
+    own, *others = measure([chosen, *uniform])
+    baseline = np.mean(others, axis=0)
+    verdict: dict[str, Any] = {"uniform_draws": len(uniform), "tried": []}
+    for m in (0.0, *SOFTENING):
+        if m:
+            chosen = solve(soften(problem, m))
+            choice = np.array([problem.widths.index(w) for w in chosen.widths])
+            # what the unsoftened scores predict, so that predictions compare
+            chosen = dataclasses.replace(chosen, predicted_cost=float(take(problem.costs, choice).sum()))
+            (own,) = measure([chosen])
+        judged = {"m": m, **judge(own, baseline, source, names)}
+        verdict["tried"].append(judged)
+        if judged["passed"]:
+            verdict["is_uniform"] = any(chosen.widths == u.widths for u in uniform)
+            return chosen, {**judged, **verdict}
+    written = judge(others[0], baseline, source, names)
+    return uniform[0], {**written, "m": None, "passed": False, "is_uniform": True, **verdict}
+
+
+# Measuring
+
+
+@torch.no_grad()
+def window_kl(replay: Replay, ids: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(full precision || candidate) per token of each window, in nats: float64 [B], from last hidden states.
+
+    ids: int64 [B, S]; teacher, student: [B, S, H]. The tail is the model's own for both. As in ``evaluate``, what
+    would predict the token behind the window does not count.
+    """
+    expected, logits = replay.logits(ids, teacher), replay.logits(ids, student)
+    positions = ids.shape[1] - 1
+    kl = torch.zeros(len(ids), dtype=torch.float64)
+    for row in range(len(ids)):
+        for start in range(0, positions, ROWS):
+            stop = min(start + ROWS, positions)
+            log_p, log_q = (x[row, start:stop].float().log_softmax(-1) for x in (expected, logits))
+            kl[row] += (log_p.exp() * (log_p - log_q)).sum().item()
+    return kl / positions
+
+
+def layer_overrides(
+    model: Any, layer: Layer, ladder: LayerLadder, widths: Sequence[Width], dense_bits: int, group_size: int
+) -> dict[str, Tensor]:
+    """What an allocation makes of a layer's weights, by their names inside the model. The model stays as it is."""
+    overrides = {}
+    for linear in layer.linears if dense_bits < 16 else ():
+        q = ladder.linears[linear.path].unpack(dense_bits, group_size_for(linear.columns, group_size))
+        weight = model.get_submodule(linear.path).weight
+        overrides[f"{linear.path}.weight"] = dequantize(q).reshape(weight.shape).to(weight.dtype)
+    if layer.experts is None:
+        return overrides
+    weights = []
+    for matrix in layer.experts.matrices:
+        group = group_size_for(matrix.columns, group_size)
+        rungs = ladder.experts[matrix.name]
+        some = rungs[widths[0]].scales
+        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=some.device)
+        for width in set(widths):
+            members = torch.tensor([e for e, w in enumerate(widths) if w == width], device=some.device)
+            weight[members] = dequantize(PackedMatrix(*(t[members] for t in rungs[width])).unpack(width, group))
+        weights.append(weight)
+    return {**overrides, **expert_overrides(model, layer.experts, weights)}
+
+
+@torch.no_grad()
+def candidates_kl(
+    replay: Replay,
+    start: Activations,
+    ladders: Callable[[int], LayerLadder],
+    candidates: Sequence[list[list[Width]]],
+    dense_bits: int,
+    group_size: int,
+    tick: Tick,
+) -> list[Tensor]:
+    """Each candidate's KL per window, float64 [N] in the order of ``start``: all candidates, a layer at a time.
+
+    start:      the windows in front of the first layer
+    ladders:    gives a layer's ladder
+    candidates: widths by layer and expert
+    """
+    exact, states = list(start.hidden), [list(start.hidden) for _ in candidates]
+    for i, layer in enumerate(replay.structure.layers):
+        calls = [c[i] for c in start.calls]
+        exact = [replay.run(i, h, c) for h, c in zip(exact, calls, strict=True)]
+        ladder = ladders(i)
+        for k, by_layer in enumerate(candidates):
+            own = layer_overrides(replay.model, layer, ladder, by_layer[i], dense_bits, group_size)
+            states[k] = [replay.run(i, h, c, own) for h, c in zip(states[k], calls, strict=True)]
+        tick()
+    return [
+        torch.cat([window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)])
+        for state in states
+    ]
+
+
+# In a job
+
+
+def run_guard(
+    job: Job, replay: Replay, ladder: Stage, problem: Problem, budget: Budget, chosen: Allocation
+) -> tuple[Allocation, dict[str, Any]]:
+    """Judges ``chosen``. Returns the allocation to write and the verdict, which is also in the work directory.
+
+    Each candidate's KL is kept, so that a job that goes on measures none twice. ``replay`` must hold the
+    full-precision weights; they are left as they are.
+    """
+    recipe = job.recipe
+    windows = draw_guard_windows(job, replay)
+    stage = job.work.stage("guard", {**job.ladder_inputs(), "windows": windows.digest()[:16]})
+    uniform: dict[tuple[Width, ...], Allocation] = {}
+    for seed in range(recipe.seed, recipe.seed + UNIFORM_SEEDS):
+        drawn = allocate(problem, budget, "uniform", seed=seed)
+        uniform.setdefault(drawn.widths, drawn)  # at an integer width all draws are one
+
+    def solve(softened: Problem) -> Allocation:
+        return allocate(softened, budget, recipe.allocate, layer_rule=recipe.layer_rule, seed=recipe.seed)
+
+    def measure(candidates: Sequence[Allocation]) -> list[Floats]:
+        files = [f"kl-{digest(c.by_layer)}.safetensors" for c in candidates]
+        missing = {f: c.by_layer for f, c in zip(files, candidates, strict=True) if not stage.has(f)}
+        if missing:
+            with job.monitor.stage("guard", len(replay.structure.layers)) as tick:
+                start = Activations.start(replay, windows, recipe.batch_tokens, recipe.seed)
+                load = lambda i: load_ladder(job, replay.structure, ladder, i)
+                found = candidates_kl(
+                    replay, start, load, list(missing.values()), recipe.attention_bits, recipe.group_size, tick
+                )
+                source = torch.cat(start.source).cpu()  # micro-batches mix the sources
+                for file, kl in zip(missing, found, strict=True):
+                    stage.save_tensors(file, {"kl": kl, "source": source})
+        return [stage.load_tensors(f)["kl"].numpy() for f in files]
+
+    draws = list(uniform.values())
+    measure([chosen, *draws])
+    source = stage.load_tensors(f"kl-{digest(chosen.by_layer)}.safetensors")["source"].numpy()
+    kept, verdict = decide(problem, chosen, draws, solve, measure, source, windows.names)
+    stage.save_json(f"verdict-{digest(chosen.by_layer)}.json", verdict)
+    return kept, verdict
+
+
+def draw_guard_windows(job: Job, replay: Replay) -> Windows:
+    """The guard's windows, drawn and written once: they are none of calibration's."""
+    recipe = job.recipe
+    stage = job.work.stage("guard-windows", job.guard_inputs())
+    path = stage.directory / "windows.safetensors"
+    if not stage.has(path.name):
+        with job.monitor.stage("guard windows", OWN) as tick:
+            tokenizer = job.source.tokenizer()
+            windows = held_out_windows(
+                recipe.calib,
+                tokenizer=tokenizer,
+                window=job.window,
+                count=recipe.windows,
+                seed=recipe.seed,
+                held_out=PER_SOURCE,
+            )
+            missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
+            failures = 0
+            # those of the source self open as its calibration windows do, the others as those that an effort adds
+            plans: list[tuple[int, Tensor | None]] = [(OWN, job.windows.tokens.flatten())]
+            if SELF in recipe.calib:
+                plans.insert(0, (PER_SOURCE, None))
+            for number, (count, openings) in enumerate(plans):
+                made = generate_windows(
+                    replay.model,
+                    tokenizer,
+                    count=count,
+                    window=job.window,
+                    seed=recipe.seed + SEED + number,
+                    openings=openings,
+                    progress=tick,
+                )
+                failures += made.chat_fallbacks
+                windows = windows.extended(SELF, made.tokens)
+            stage.save_json("notes.json", {"guard_windows_missing": missing, "chat_template_failures": failures})
+            with replacing(path) as temporary:
+                windows.save(temporary)
+    for name, count in stage.load_json("notes.json").items():
+        job.fallbacks[name] = job.fallbacks.get(name, 0) + count
+    return Windows.load(path)

@@ -1,0 +1,278 @@
+"""The guard: its statistics, what it does with an allocation that fails, and what it leaves of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from families import tiny, tokens
+from rich.console import Console
+from scipy import stats
+
+from gemq.allocate import Allocation, Budget, Problem, allocate
+from gemq.assets import builtin_model, builtin_texts
+from gemq.calibrate import Activations
+from gemq.data.sources import calibration_windows, held_out_windows
+from gemq.data.windows import Windows
+from gemq.guard import SOFTENING, candidates_kl, decide, describe, judge, paired_p, soften
+from gemq.ladder import LayerLadder, Quantizer, build_layer
+from gemq.models.source import Source
+from gemq.models.stream import Replay
+from gemq.models.structure import find_structure
+from gemq.pipeline import export, quantize
+from gemq.recipe import Recipe
+from gemq.refine import assemble_layer, install_layer
+from gemq.summary import print_result
+
+torch.set_num_threads(1)
+WIDTHS = (1, 2, 3)
+NAMES = ("docs", "prose")
+SOURCE = np.repeat([0, 1], 8)
+
+
+# Statistics
+
+
+def test_p_is_that_of_a_paired_t_test():
+    generator = np.random.default_rng(0)
+    for shift in (-0.1, 0.0, 0.02, 0.5):
+        a, b = generator.normal(1 + shift, 0.1, 12), generator.normal(1, 0.1, 12)
+        expected = stats.ttest_rel(a, b, alternative="greater").pvalue
+        assert paired_p(a - b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"), [([], 1), ([9.0], 1), ([0.0, 0.0], 1), ([1.0, 1.0], 0), ([-1.0, -1.0], 1)]
+)
+def test_p_where_a_t_test_has_none(differences, p):
+    assert paired_p(np.array(differences)) == p
+
+
+def kl_of(docs: float, prose: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """KL of 16 windows with these means by source, and noise of its own that does not move them."""
+    own = np.random.default_rng(seed).normal(size=(2, 8))
+    own -= own.mean(axis=1, keepdims=True)
+    return (np.array([docs, prose])[:, None] + noise * own).reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("docs", "prose", "noise", "passed"),
+    [
+        (0.9, 0.9, 0.0, True),
+        (1.0, 1.0, 0.0, True),  # the same widths, the same model
+        (1.01, 1.0, 0.0, False),  # the mean is worse
+        (0.8, 1.029, 0.001, True),  # one source is worse, by less than 3 %
+        (0.8, 1.06, 0.001, False),  # by more
+        (0.8, 1.06, 0.5, True),  # by more, but it may be chance
+    ],
+)
+def test_judge(docs, prose, noise, passed):
+    judged = judge(kl_of(docs, prose, noise), kl_of(1, 1), SOURCE, NAMES)
+    assert judged["passed"] is passed
+    assert judged["kl"] == pytest.approx((docs + prose) / 2)
+    assert judged["sources"]["prose"]["difference"] == pytest.approx(prose - 1)
+    assert judged["sources"]["prose"]["windows"] == 8
+
+
+def test_every_source_counts_once_and_an_empty_one_not_at_all():
+    source = np.array([0, 0, 0, 0, 2])
+    judged = judge(np.array([1.0, 1, 1, 1, 3]), np.array([1.0, 1, 1, 1, 4]), source, ("a", "none left", "b"))
+    assert (judged["kl"], judged["uniform_kl"]) == (2.0, 2.5)
+    assert list(judged["sources"]) == ["a", "b"]
+
+
+# Softening
+
+
+def problem(seed: int = 0) -> Problem:
+    """Two layers of four experts and a dense one between them."""
+    costs = np.random.default_rng(seed).uniform(0.5, 8, (8, 1)) * 4.0 ** -np.array(WIDTHS)
+    layer, weights = np.repeat([0, 2], 4), np.full(8, 100)
+    return Problem(WIDTHS, layer, costs, weights, weights[:, None] * np.array(WIDTHS), np.ones(8, np.int64))
+
+
+def test_soften():
+    p = problem()
+    half, all_ = soften(p, 0.5), soften(p, 1.0)
+    np.testing.assert_array_equal(soften(p, 0.0).costs, p.costs)
+    np.testing.assert_allclose(all_.costs[:4], np.tile(p.costs[:4].mean(0), (4, 1)))
+    np.testing.assert_allclose(half.costs, (p.costs + all_.costs) / 2)
+    assert not np.allclose(all_.costs[0], all_.costs[4])  # layers keep what tells them apart
+
+
+class Truth:
+    """A made-up model: an expert's KL is ``harm`` times 4^-bits, whatever its scores say."""
+
+    def __init__(self, harm: np.ndarray):
+        self.harm, self.measured = harm, 0
+
+    def __call__(self, candidates):
+        self.measured += len(candidates)
+        sums = [float((self.harm * 4.0 ** -np.array(c.widths)).sum()) for c in candidates]
+        return [kl_of(x, x, 1e-6) for x in sums]
+
+
+def run(p: Problem, bits: float, harm: np.ndarray, uniform: list[Allocation] | None = None):
+    budget = Budget("bits", bits)
+    solve = lambda q: allocate(q, budget)
+    uniform = uniform or [allocate(p, budget, "uniform")]
+    return decide(p, solve(p), uniform, solve, Truth(harm), SOURCE, NAMES)
+
+
+def test_a_good_allocation_is_kept():
+    p = problem()
+    kept, verdict = run(p, 2.0, p.costs[:, 0])
+    assert kept == allocate(p, Budget("bits", 2.0))
+    assert (verdict["m"], verdict["passed"], len(verdict["tried"])) == (0.0, True, 1)
+    assert describe(verdict).endswith("on 16 held-out windows: kept")
+
+
+def test_a_bad_allocation_is_refused_and_softened():
+    """Within the first layer scores are the wrong way round; between the layers they are right."""
+    p = problem()
+    costs = np.array([1.0, 2, 8, 9, 20, 20, 20, 20])[:, None] * 4.0 ** -np.array(WIDTHS)
+    p = dataclasses.replace(p, costs=costs)
+    harm = np.array([40.0, 30, 1, 1, 80, 80, 80, 80])
+    first = allocate(p, Budget("bits", 2.0))
+    kept, verdict = run(p, 2.0, harm)
+    assert not verdict["tried"][0]["passed"]
+    assert verdict["passed"]
+    assert verdict["m"] in SOFTENING
+    assert kept.widths != first.widths
+    assert kept.nominal_bits <= 2.0
+    choice = [WIDTHS.index(w) for w in kept.widths]
+    assert kept.predicted_cost == pytest.approx(p.costs[range(8), choice].sum())  # by the scores as they were
+    assert "failed at m = 0 (mean +" in describe(verdict)
+    assert f"kept at m = {verdict['m']:g}" in describe(verdict)
+
+
+def test_uniform_is_what_remains():
+    """Scores are wrong about layers too: no softening helps."""
+    p = problem()
+    p = dataclasses.replace(p, costs=np.repeat([1.0, 20], 4)[:, None] * 4.0 ** -np.array(WIDTHS))
+    kept, verdict = run(p, 2.0, np.repeat([20.0, 1], 4))
+    assert set(kept.widths) == {2}
+    assert kept.method == "uniform"
+    assert verdict["m"] is None
+    assert not verdict["passed"]
+    assert [t["m"] for t in verdict["tried"]] == [0.0, *SOFTENING]
+    assert verdict["kl"] == verdict["uniform_kl"]
+    assert describe(verdict).endswith(": uniform written")
+    assert json.loads(json.dumps(verdict)) == verdict
+
+
+def test_softened_to_uniform():
+    """Layers are alike, so experts alike in each leave uniform: it ties with itself, and the summary says so."""
+    p = problem()
+    p = dataclasses.replace(p, costs=np.tile(p.costs[:4], (2, 1)))
+    kept, verdict = run(p, 2.0, 1 / p.costs[:, 0] ** 2)
+    assert set(kept.widths) == {2}
+    assert verdict["kl"] == verdict["uniform_kl"]
+    assert "which is uniform" in describe(verdict)
+
+
+def test_uniform_at_a_fractional_budget_is_the_mean_of_its_draws():
+    p, harm = problem(), np.linspace(1, 3, 8)
+    draws = [allocate(p, Budget("bits", 2.5), "uniform", seed=s) for s in range(3)]
+    assert len({d.widths for d in draws}) > 1
+    _, verdict = run(p, 2.5, harm, draws)
+    assert verdict["uniform_draws"] == 3
+    assert verdict["uniform_kl"] == pytest.approx(np.mean([kl.mean() for kl in Truth(harm)(draws)]))
+
+
+def test_what_was_not_judged_says_why():
+    assert describe({"skipped": "a reason"}) == "not run (a reason)"
+
+
+# Windows
+
+
+def test_held_out_windows_are_those_that_calibration_left():
+    tokenizer = Source(builtin_model()).tokenizer()
+    how = {"tokenizer": tokenizer, "window": 64, "count": 12, "seed": 3}
+    sources = [*map(str, builtin_texts()[:2]), "self"]
+    taken = calibration_windows(sources, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64), **how)
+    held = held_out_windows(sources, held_out=5, **how)
+    assert list(held.counts().values()) == [5, 5, 0]
+    assert held.names == taken.names
+    seen = {tuple(row) for row in taken.tokens.tolist()}
+    assert not any(tuple(row) in seen for row in held.tokens.tolist())
+    most = held_out_windows(sources[:1], held_out=10**6, **how)
+    assert len(most) + 12 == most.tokens_available[0] // 64  # a text has no more
+
+
+# The model
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe"])
+def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
+    model = tiny(family)
+    replay, group = Replay(model, find_structure(model)), 32
+    windows = Windows(tokens(6, 12, 1), torch.tensor([0, 0, 0, 1, 1, 1]), NAMES, (36, 36))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    activations = Activations.start(replay, windows, 24, 0)
+    ladders: list[LayerLadder] = []
+    for i in range(len(replay.structure.layers)):
+        ladder, activations.hidden = build_layer(replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, 4)
+        ladders.append(ladder)
+    counts = [x.experts.count if x.experts else 0 for x in replay.structure.layers]
+    mixed = [[WIDTHS[(e + i) % 3] for e in range(n)] for i, n in enumerate(counts)]
+    three = [[3] * n for n in counts]
+    start = Activations.start(replay, windows, 24, 0)
+    found = candidates_kl(replay, start, ladders.__getitem__, [mixed, three], 4, group, lambda *_: None)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    (alone,) = candidates_kl(replay, start, ladders.__getitem__, [three], 4, group, lambda *_: None)
+    assert torch.equal(alone, found[1])  # beside others or alone: a resumed job finds the same
+    ids = torch.cat(start.ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        for i, layer in enumerate(replay.structure.layers):
+            install_layer(model, layer, assemble_layer(ladders[i], layer, mixed[i]), mixed[i], 4, group)
+        got = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].mean(1)
+    torch.testing.assert_close(found[0].float(), kl, rtol=1e-4, atol=1e-6)
+    assert (found[0] > 0).all()
+
+
+# A job
+
+
+def test_a_job_with_its_guard(tmp_path):
+    """At low effort, with 16 windows of its own; kept in the work directory, run again by export --finish alone."""
+    text = str(builtin_texts()[0])
+    recipe = Recipe(effort="low", calib=(text,), windows=4, window=32, bits=2.25, refine=False)
+    made = quantize(str(builtin_model()), recipe, out=tmp_path / "out", work=tmp_path / "work")
+    sources = made.guard["tried"][0]["sources"]
+    assert {n: s["windows"] for n, s in sources.items()} == {"c": 8, "self": 16}
+    assert made.guard["uniform_draws"] == 3
+    assert made.guard == json.loads(json.dumps(made.to_dict()))["guard"]
+    assert list((tmp_path / "work" / "guard").glob("verdict-*.json"))
+    console = Console(file=io.StringIO(), width=500)
+    print_result(console, made)
+    assert f"Guard: {describe(made.guard)}\n" in console.file.getvalue()
+    written = Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes()
+
+    again = quantize(str(builtin_model()), recipe, out=tmp_path / "out", work=tmp_path / "work", resume=True)
+    assert again.complete_before
+    assert (again.guard, again.allocation) == (made.guard, made.allocation)
+    assert not {"guard", "guard windows"} & set(again.stages)  # nothing is measured twice
+
+    plain = export(tmp_path / "work", out=tmp_path / "plain", changes={"bits": 2.25})
+    assert "--finish" in plain.guard["skipped"]
+    given = export(tmp_path / "work", out=tmp_path / "given", allocation=tmp_path / "work" / "allocation.json")
+    assert "skipped" in given.guard
+    finished = export(tmp_path / "work", out=tmp_path / "finished", changes={"bits": 2.25}, finish=True)
+    assert (finished.guard, finished.allocation) == (made.guard, made.allocation)
+    assert Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes() == written
+
+
+def test_a_recipe_without_guard(tmp_path):
+    text = str(builtin_texts()[0])
+    recipe = Recipe(effort="low", calib=(text,), windows=2, window=16, refine=False, guard=False)
+    made = quantize(str(builtin_model()), recipe, out=tmp_path / "out")
+    assert made.guard == {"skipped": "switched off in the recipe"}
+    assert not (tmp_path / "out.work" / "guard-windows").exists()

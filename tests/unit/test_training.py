@@ -1,0 +1,214 @@
+"""Training codes, layers and the packed model: it helps where it can, is dropped where it does not, and repeats."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from families import tiny, tokens
+
+from gemq.calibrate import Activations
+from gemq.data.windows import Windows
+from gemq.distil import Distillation, PackedExperts, distil
+from gemq.ladder import LayerLadder, Quantizer, build_layer, rung_weight
+from gemq.models.stream import Replay
+from gemq.models.structure import find_structure
+from gemq.quant.gptq import highest_codes
+from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
+from gemq.reconstruct import Training, tunable_names
+from gemq.refine import RefinedLayer, Targets, refine_layer
+
+torch.set_num_threads(1)
+WINDOWS = 120
+QUANTIZER = Quantizer("gptq", 32, 0.01, 0.1)
+TRAINING = Training(epochs=6, codes=1e-2, grids=2e-3, tuned=1e-3, held_out=0.2, seed=0)
+STILL = replace(TRAINING, codes=1e-30, grids=1e-30, tuned=1e-30)
+"""Rates at which nothing moves: what such training gives is no better than before."""
+
+
+def start(family: str = "olmoe") -> tuple[Replay, Activations]:
+    model = tiny(family)
+    ids = tokens(WINDOWS, 16)
+    windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
+    replay = Replay(model, find_structure(model))
+    return replay, Activations.start(replay, windows, 128, 0)
+
+
+def trainable(latents: bool = True) -> TrainableMatrices:
+    codes = torch.randint(0, 4, (2, 6, 32), dtype=torch.uint8)
+    grid = torch.rand(2, 6, 2, dtype=torch.float16) + 0.5
+    q = Quantized(codes, grid, -grid)
+    jitter = (torch.rand(codes.shape) - 0.5) * 0.9
+    return TrainableMatrices(q, highest_codes([2, 2], codes.device), codes + jitter if latents else None)
+
+
+def test_training_starts_at_the_codes_it_is_given():
+    matrices = trainable()
+    q = matrices.result()
+    assert torch.equal(q.codes, matrices.codes)
+    assert torch.equal(matrices.weight(), dequantize(q))
+
+
+def test_gradients_pass_the_rounding():
+    matrices = trainable()
+    target = torch.randn(2, 6, 32)
+    (matrices.weight() * target).sum().backward()
+    scale = matrices.base_scale.repeat_interleave(16, dim=-1)
+    assert matrices.latents is not None
+    torch.testing.assert_close(matrices.latents.grad, target * scale)
+    assert all(g.grad is not None and g.grad.abs().sum() > 0 for g in matrices.grids())
+
+
+def test_latents_come_back_into_range():
+    matrices = trainable()
+    assert matrices.latents is not None
+    with torch.no_grad():
+        matrices.latents += 100
+    matrices.keep_in_range()
+    assert matrices.latents.max() <= 3 + MARGIN
+    assert matrices.result().codes.max() == 3
+
+
+def test_schedule_and_order():
+    rates = [cosine_with_warmup(step, 100) for step in range(100)]
+    assert max(rates) == rates[4] == 1.0
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[-1] < 0.01
+    order = list(epochs(10, 2, seed=3))
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+    assert order == list(epochs(10, 2, seed=3))
+
+
+def test_rounding_to_bfloat16_keeps_gradients():
+    x = torch.tensor([1.0001], requires_grad=True)
+    y = rounded_to(x, torch.bfloat16)
+    y.backward()
+    assert y.item() == 1.0
+    assert x.grad is not None
+    assert x.grad.item() == 1.0
+
+
+def ladder_of(training: Training | None, family: str = "olmoe") -> LayerLadder:
+    replay, activations = start(family)
+    index = replay.structure.moe_layers[0][0]
+    for i in range(index):
+        activations.advance(replay, i)
+    ladder, _ = build_layer(replay, index, activations, QUANTIZER, (1, 2), 4, training)
+    return ladder
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+def test_trained_ladder_differs_and_is_repeatable(family):
+    plain, trained, again = ladder_of(None, family), ladder_of(TRAINING, family), ladder_of(TRAINING, family)
+    before, after = (rung_weight(x, "gate_up_proj", 1, 64, 32) for x in (plain, trained))
+    assert not torch.equal(before, after)
+    assert plain.untrained == 0
+    assert trained.untrained < 2 * len(trained.counts)
+    pairs = zip(trained.to_tensors().values(), again.to_tensors().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_experts_that_training_does_not_help_keep_gptqs_codes():
+    plain, still = ladder_of(None), ladder_of(STILL)
+    assert still.untrained == 2 * len(plain.counts)
+    for name, rungs in plain.experts.items():
+        for width, packed in rungs.items():
+            assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
+
+
+def refined(training: Training | None) -> tuple[Replay, Activations, list[RefinedLayer], list[torch.Tensor]]:
+    """A whole model refined at mixed widths, and the full-precision model's last hidden states."""
+    replay, activations = start()
+    stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
+    exact = list(activations.hidden)
+    layers = []
+    for i, layer in enumerate(replay.structure.layers):
+        with torch.no_grad():
+            exact = [replay.run(i, h, c[i]) for h, c in zip(exact, activations.calls, strict=True)]
+        targets = Targets(exact, stored, training) if training else None
+        assert layer.experts is not None
+        widths = [(1, 2, 3)[e % 3] for e in range(layer.experts.count)]
+        layers.append(refine_layer(replay, i, activations, QUANTIZER, widths, 4, targets))
+        activations.advance(replay, i)
+    return replay, activations, layers, exact
+
+
+def test_reconstruction_lowers_the_layers_held_out_error():
+    _, _, layers, _ = refined(TRAINING)
+    assert all(layer.after <= layer.before for layer in layers)
+    assert sum(layer.after for layer in layers) < 0.98 * sum(layer.before for layer in layers)
+    assert all(layer.tuned for layer in layers)
+
+
+def test_a_layer_that_training_does_not_help_stays_gptqs():
+    _, _, plain, _ = refined(None)
+    _, _, still, _ = refined(STILL)
+    assert all(torch.equal(t, still[0].tensors[n]) for n, t in plain[0].tensors.items())
+    assert still[0].after == still[0].before > 0
+
+
+def test_refined_layer_round_trip_with_training():
+    _, _, layers, _ = refined(TRAINING)
+    again = RefinedLayer.from_tensors(layers[0].to_tensors())
+    assert (again.before, again.after, again.retries) == (layers[0].before, layers[0].after, layers[0].retries)
+    assert set(again.tuned) == set(layers[0].tuned)
+    assert set(again.tensors) == set(layers[0].tensors)
+
+
+def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("routers", "norms", "grids")):
+    replay, activations, layers, teacher = refined(None)
+    ids = tokens(WINDOWS, 16)
+    windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
+    first = Activations.start(replay, windows, 128, 0)
+    widths = [[(1, 2, 3)[e % 3] for e in range(x.experts.count)] for x in replay.structure.layers if x.experts]
+    stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
+    steps: list[int] = []
+
+    def tick(done: int | None = None, total: int | None = None) -> None:
+        steps.append(done or 0)
+
+    how = Distillation(training, loss, sets)
+    result = distil(replay, layers, widths, first, teacher, how, stored, 32, tick)
+    assert steps
+    return result, layers, replay
+
+
+def test_distillation_lowers_the_held_out_loss():
+    result, layers, replay = run_distil(replace(TRAINING, codes=0.0))
+    assert result.after < result.before
+    names = {n for layer in layers for n in layer.tensors if n.endswith((".scales", ".offsets")) and ".experts." in n}
+    assert set(result.tensors) == names
+    tunable = {n for layer in replay.structure.layers for n in tunable_names(replay, layer)}
+    assert tunable < set(result.tuned)
+    tail = set(result.tuned) - tunable
+    assert tail == {"model.norm.weight"}
+
+
+def test_distillation_that_does_not_help_is_dropped():
+    result, _, _ = run_distil(replace(STILL, codes=0.0))
+    assert result.after == result.before
+    assert not result.tensors
+    assert not result.tuned
+
+
+def test_the_papers_tuning_moves_routers_only():
+    result, layers, replay = run_distil(replace(TRAINING, codes=0.0), "next_token", ("routers",))
+    assert not result.tensors
+    routers = tuple(layer.router for layer in replay.structure.layers if layer.router)
+    assert all(name.startswith(routers) for name in result.tuned)
+
+
+def test_packed_experts_mean_what_their_codes_say():
+    replay, _, layers, _ = refined(None)
+    experts = replay.structure.layers[0].experts
+    assert experts is not None
+    widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
+    before = copy.deepcopy(layers[0].tensors)
+    packed = PackedExperts(layers[0], experts.path, experts.matrices[0], widths, 32)
+    module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
+    torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result().items())
