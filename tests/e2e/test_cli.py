@@ -360,6 +360,7 @@ def test_demo(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "WINDOWS", 8)
     monkeypatch.setattr(demo, "WINDOW", 64)
+    monkeypatch.setattr(demo, "TOKENS", 512)
     for effort in recipe.EFFORTS:
         monkeypatch.setitem(recipe.EFFORTS, effort, recipe.EFFORTS["low"])
     monkeypatch.setattr(evaluate, "builtin_texts", lambda: builtin_texts()[:1])
