@@ -15,8 +15,8 @@ BIN = $(VENV)/bin
 # torch goes first and alone, so that no other package chooses its build.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==$(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[dev]" transformers==$(TRANSFORMERS)
+	$(BIN)/python -m pip install -qq torch==$(TORCH)
+	$(BIN)/python -m pip install -qq -e ".[dev]" transformers==$(TRANSFORMERS)
 	touch $@
 
 demo: $(VENV)/.ready

@@ -61,7 +61,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     low, high = (nominal_bits(f(recipe.ladder_widths)) for f in (min, max))
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
     window = calibration_window(model.config, recipe.window)
-    tokens = recipe.windows * window
+    tokens = max(recipe.windows * window, recipe.total_tokens)
     compute = pick_dtype(recipe.dtype, device)
     hidden = model.config.get_text_config().hidden_size
     # all weights, and every layer's input, which the reverse pass walks back through
@@ -84,7 +84,9 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         work_bytes=ladder_bytes(structure, recipe) + max(sizes.values(), default=0),
         memory_bytes=memory,
         device=str(device),
-        seconds=expected_seconds(structure, recipe, tokens, _experts_per_token(model.config), device, compute),
+        seconds=expected_seconds(
+            structure, recipe, tokens, recipe.windows * window, _experts_per_token(model.config), device, compute
+        ),
     )
 
 
@@ -110,6 +112,7 @@ def expected_seconds(
     structure: Structure,
     recipe: Recipe,
     tokens: int,
+    given: int,
     per_token: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -125,13 +128,17 @@ def expected_seconds(
         moments += per_token * sum(m.columns**2 for m in layer.experts.matrices)
         factors += layer.experts.count * sum(m.columns**3 + m.rows * m.columns**2 for m in layer.experts.matrices)
     forward = 2.0 * active * tokens
+    head = 2.0 * structure.parameters["other"] * tokens  # what is not in a layer is embedding and head
     widths = len(recipe.ladder_widths)
     solve = 4.0 * factors * widths
+    step = 3 * forward  # forward and backward
+    written = 1.0 if "self" in recipe.calib else 1 - given / tokens
     operations = {
-        "calibration windows": forward * 8 if "self" in recipe.calib else 0.0,
-        "ladder": 2 * forward + 2.0 * moments * tokens + solve,
-        "scores": forward * (4 + widths),
-        "refine": 3 * forward + 2.0 * moments * tokens + solve / widths,
+        "calibration windows": 8 * (forward + head) * max(written, 0.0),
+        "ladder": 2 * forward + 2.0 * moments * tokens + solve + recipe.ladder_epochs * widths * step,
+        "scores": forward * (4 + widths) + 3 * head,
+        "refine": 4 * forward + 2.0 * moments * tokens + solve / widths + recipe.layer_epochs * step,
+        "distil": recipe.distil_epochs * (step + 4 * head + forward),
     }
     # small steps (activations, copies, rounding) keep the products at about a third of their rate
     return {name: round(3 * count / rate, 1) for name, count in operations.items()}

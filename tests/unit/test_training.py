@@ -160,7 +160,7 @@ def test_refined_layer_round_trip_with_training():
 
 
 def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("routers", "norms", "grids")):
-    replay, activations, layers, teacher = refined(None)
+    replay, _, layers, teacher = refined(None)
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
     first = Activations.start(replay, windows, 128, 0)
@@ -196,7 +196,7 @@ def test_distillation_that_does_not_help_is_dropped():
 
 
 def test_the_papers_tuning_moves_routers_only():
-    result, layers, replay = run_distil(replace(TRAINING, codes=0.0), "next_token", ("routers",))
+    result, _, replay = run_distil(replace(TRAINING, codes=0.0), "next_token", ("routers",))
     assert not result.tensors
     routers = tuple(layer.router for layer in replay.structure.layers if layer.router)
     assert all(name.startswith(routers) for name in result.tuned)
