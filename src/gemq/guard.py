@@ -104,13 +104,17 @@ def describe(verdict: dict[str, Any]) -> str:
     if "skipped" in verdict:
         return f"not run ({verdict['skipped']})"
     windows = sum(s["windows"] for s in verdict["sources"].values())
-    figures = f"{verdict['kl']:.3g} against uniform's {verdict['uniform_kl']:.3g} on {windows} held-out windows"
-    failed = [f"m = {t['m']:g} ({_why(t)})" for t in verdict["tried"] if not t["passed"]]
+    figures = f"KL {verdict['kl']:.3g} against uniform's {verdict['uniform_kl']:.3g} on {windows} held-out windows"
+    failed = "; ".join(
+        f"{'as scored' if t['m'] == 0 else format(t['m'], '.0%')}: {_why(t)}"
+        for t in verdict["tried"]
+        if not t["passed"]
+    )
     if verdict["m"] is None:
-        return f"failed at {', '.join(failed)}: uniform written"
+        return f"uniform widths written, since no allocation was better on {windows} held-out windows ({failed})"
     if failed:
         same = ", which is uniform" if verdict["is_uniform"] else ""
-        return f"failed at {', '.join(failed)}, kept at m = {verdict['m']:g}{same}: {figures}"
+        return f"{figures}, once scores were drawn {verdict['m']:.0%} towards their layer's mean{same} ({failed})"
     return f"{figures}: kept"
 
 

@@ -146,8 +146,8 @@ def test_a_bad_allocation_is_refused_and_softened():
     assert kept.nominal_bits <= 2.0
     choice = [WIDTHS.index(w) for w in kept.widths]
     assert kept.predicted_cost == pytest.approx(p.costs[range(8), choice].sum())  # by the scores as they were
-    assert "failed at m = 0 (mean +" in describe(verdict)
-    assert f"kept at m = {verdict['m']:g}" in describe(verdict)
+    assert "(as scored: mean +" in describe(verdict)
+    assert f"drawn {verdict['m']:.0%} towards their layer's mean" in describe(verdict)
 
 
 def test_uniform_is_what_remains():
@@ -161,7 +161,7 @@ def test_uniform_is_what_remains():
     assert not verdict["passed"]
     assert [t["m"] for t in verdict["tried"]] == [0.0, *SOFTENING]
     assert verdict["kl"] == verdict["uniform_kl"]
-    assert describe(verdict).endswith(": uniform written")
+    assert describe(verdict).startswith("uniform widths written")
     assert json.loads(json.dumps(verdict)) == verdict
 
 
