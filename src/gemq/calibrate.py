@@ -100,7 +100,7 @@ def layer_moments(
                 assert experts is not None
                 assert found.experts is not None
                 routed = route(call.top_k_index, call.top_k_weights, experts.count)
-                x = call.hidden[routed.token]
+                x = call.hidden.index_select(0, routed.token)
                 found.experts[0].add(x, routed.counts)
                 weight = expert_weight(module, experts.matrices[0].name)
                 found.experts[1].add(apply_first(module, experts.matrices[0].name, weight, x, routed), routed.counts)

@@ -18,7 +18,7 @@ from gemq.progress import Monitor
 from gemq.recipe import Recipe
 from gemq.summary import print_result
 
-WINDOWS, WINDOW, TOKENS = 32, 256, 32_768
+WINDOWS, WINDOW, TOKENS = 32, 256, 24_576
 """Fewer and shorter calibration windows than the defaults: the demo is to end within minutes on two cores."""
 
 PROMPT = "The configuration file"

@@ -111,7 +111,7 @@ def train_rungs(
 
     def pairs(call: ExpertsCall) -> tuple[Routed, Tensor, Tensor]:
         routed = route(call.top_k_index, call.top_k_weights, experts.count)
-        x = call.hidden[routed.token]
+        x = call.hidden.index_select(0, routed.token)
         with torch.no_grad():
             return routed, x, outputs(exact, x, routed)
 

@@ -114,7 +114,7 @@ def pair_costs(
     gradient: [T, H] at the experts' output; ``rungs`` gives all experts' weights at one width after another.
     """
     routed = route(call.top_k_index, call.top_k_weights, experts.count)
-    x = call.hidden[routed.token]
+    x = call.hidden.index_select(0, routed.token)
     g = gradient[routed.token].float() * routed.weight.float().unsqueeze(1)
 
     def outputs(first: Tensor, down: Tensor) -> Tensor:

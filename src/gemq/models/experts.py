@@ -144,7 +144,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     routed = route(top_k_index, top_k_weights, module.down_proj.shape[0])
-    h = apply_first(module, first, oriented(module, first), hidden[routed.token], routed)
+    h = apply_first(module, first, oriented(module, first), hidden.index_select(0, routed.token), routed)
     out = apply_down(module, oriented(module, "down_proj"), h, routed) * routed.weight.unsqueeze(1)
     return torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
 
