@@ -174,8 +174,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         out=out,
         work=job.work.path,
         complete_before=False,
-        budget=chosen.method if allocation_file else job.recipe.budget_text,
-        method=str(allocation_file or chosen.method),
+        budget="of the file" if allocation_file else job.recipe.budget_text,
+        method="from a file" if allocation_file else chosen.method,
         predicted_cost=chosen.predicted_cost if scores is not None else None,
         allocation=chosen.by_layer,
         parameters=structure.parameters,
@@ -327,10 +327,11 @@ def _counted(layers: Iterator[RefinedLayer], tick: Tick) -> Iterator[dict[str, T
 
 def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
     """Counts what was not done as asked: never silent."""
-    none = few = retries = 0
+    none = few = retries = untrained = 0
     for i, layer in enumerate(structure.layers):
         found = load_ladder(job, structure, ladder, i)
         retries += found.retries
+        untrained += found.untrained
         if layer.experts is not None:
             none += int((found.counts == 0).sum())
             few += int(((found.counts > 0) & (found.counts < layer.experts.matrices[0].columns)).sum())
@@ -338,6 +339,7 @@ def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
         experts_without_tokens=none,
         experts_with_few_tokens=few,
         hessians_damped_more=retries,
+        rungs_not_improved_by_training=untrained,
         matrices_in_smaller_groups=smaller_groups(structure, job.recipe.group_size),
         linears_not_quantized=len(structure.kept_linears),
     )

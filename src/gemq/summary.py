@@ -18,6 +18,9 @@ FALLBACKS = {
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more damping",
+    "rungs_not_improved_by_training": "experts at a width did no better trained on held-out windows: GPTQ's codes kept",
+    "layers_not_improved_by_training": "layers did no better trained on held-out windows: GPTQ's codes kept",
+    "distillation_dropped": "distillation dropped: it did no better on held-out windows",
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
     "linears_not_quantized": "linears were left unquantized: gates, or inputs that no group size divides",
     "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
@@ -40,6 +43,10 @@ def print_result(console: Console, result: Result) -> None:
     tokens = sum(result.windows.values()) * result.window
     console.print(f"Calibration: {tokens:,} tokens in windows of {result.window}: {sources}")
     console.print(f"Guard: {describe(result.guard)}")
+    for what, unit in (("reconstruction", "layers' mean relative error"), ("distillation", "loss in nats per token")):
+        if f"{what}_before" in result.gains:
+            before, after = result.gains[f"{what}_before"], result.gains[f"{what}_after"]
+            console.print(f"{what.capitalize()} on held-out windows: {unit} {before:.4g} -> {after:.4g}")
     print_stages(console, result.stages)
     for name, count in result.fallbacks.items():
         if count:
