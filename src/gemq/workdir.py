@@ -44,6 +44,10 @@ class WorkDir:
                 f"{path} is in use by another gemq process: wait for it, or name another with --work"
             ) from error
         try:
+            # what a killed job was writing: our temporary files, and those that safetensors names at random
+            for leftover in path.rglob(".*"):
+                if leftover.is_file() and leftover.name != ".lock":
+                    leftover.unlink()
             if not (path / MARKER).exists():
                 write_json(path / MARKER, {"format_version": 1})
         except UserError as error:
