@@ -36,11 +36,6 @@ class Quantizer:
     damping: float
     shrink: float
 
-    @property
-    def trains(self) -> bool:
-        """Whether what it gives is a start for training: rounding to nearest keeps no latents."""
-        return self.method == "gptq"
-
     def every_width(
         self, weight: Tensor, hessians: Tensor, widths: tuple[Width, ...], latents: Tensor | None = None
     ) -> tuple[Quantized, int]:
