@@ -37,7 +37,8 @@ WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 
 FINISH_KEYS = (
-    *("bits", "stored_bits", "size", "allocate", "layer_rule", "smoothing", "refine"),
+    *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "refine", "guard"),
+    *("score_form", "score_labels"),
     *("layer_epochs", "distil_epochs", "distil_loss", "distil_sets"),
 )
 """Recipe keys that change neither ladder nor scores: recipes that differ in these alone share a work directory."""
@@ -58,6 +59,19 @@ def uniform(bits: float, **keys: Any) -> dict[str, Any]:
 
 
 PLAIN = {"effort": "low"}
+SCORE_KEYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "smoothing 0": {"smoothing": 0},
+    "smoothing 0.5": {"smoothing": 0.5},
+    "smoothing 8": {"smoothing": 8},
+    "smoothing 1e9": {"smoothing": 1e9},
+    "elementwise": {"score_form": "elementwise"},
+    "labels of the text": {"score_labels": "data"},
+    "layer rule": {"layer_rule": True},
+    "layerwise": {"allocate": "layerwise"},
+    "frequency": {"allocate": "frequency"},
+    "uniform": {"allocate": "uniform"},
+}
 SETS: dict[str, list[Experiment]] = {
     "plain": [
         Experiment("plain uniform 2", uniform(2, **PLAIN)),
@@ -80,6 +94,15 @@ SETS: dict[str, list[Experiment]] = {
         Experiment("paper 2.0", {**BUILT_IN["paper"], "bits": 2}),
         Experiment("paper 1.5", {**BUILT_IN["paper"], "bits": 1.5}),
         Experiment("paper 2.5", {**BUILT_IN["paper"], "bits": 2.5}),
+    ],
+    "progressive": [
+        Experiment("gemq 2.0 progressive", {"bits": 2, "progressive": [3.0, 2.5, 2.0]}),
+        Experiment("gemq 1.5 progressive", {"bits": 1.5, "progressive": [2.5, 2.0, 1.5]}),
+    ],
+    "scores": [
+        Experiment(f"assembled {bits} {name}", {"bits": bits, **keys}, finish=False)
+        for bits in (2.0, 1.5, 2.5)
+        for name, keys in SCORE_KEYS.items()
     ],
     "self": [Experiment("self only 2.0", {"bits": 2}, texts=False)],
 }

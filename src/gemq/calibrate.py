@@ -28,12 +28,14 @@ class Activations:
     source: per micro-batch [B] int64, which calibration source each window came from
     calls:  per micro-batch, one call per layer
     hidden: per micro-batch [B, S, H], the input of the layer to run next
+    order:  [N] int64, the windows' places in the set that they come from, in the order of the micro-batches
     """
 
     ids: list[Tensor]
     source: list[Tensor]
     calls: list[list[Call]]
     hidden: list[Tensor]
+    order: Tensor
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
@@ -47,12 +49,12 @@ class Activations:
             source.append(windows.source[order[part]].to(replay.device))
             calls.append(call)
             hidden.append(first)
-        return cls(ids, source, calls, hidden)
+        return cls(ids, source, calls, hidden, order)
 
     @torch.no_grad()
-    def advance(self, replay: Replay, index: int) -> None:
-        """Runs layer ``index`` on everything."""
-        self.hidden = [replay.run(index, h, c[index]) for h, c in zip(self.hidden, self.calls, strict=True)]
+    def advance(self, replay: Replay, index: int, overrides: dict[str, Tensor] | None = None) -> None:
+        """Runs layer ``index`` on everything, with ``overrides`` as in ``Replay.run``."""
+        self.hidden = [replay.run(index, h, c[index], overrides) for h, c in zip(self.hidden, self.calls, strict=True)]
 
 
 @dataclass

@@ -34,6 +34,9 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must
 Bits = Annotated[float | None, typer.Option(help="Budget: average bits per expert weight (default 2.0).")]
 StoredBits = Annotated[float | None, typer.Option(help="Budget with scales and offsets counted.")]
 Size = Annotated[str | None, typer.Option(help="Budget: size of the whole checkpoint, such as 12GB.")]
+Progressive = Annotated[
+    str | None, typer.Option(help="Budgets in bits, such as 3.0,2.5,2.0: scores are computed again after each.")
+]
 Allocate = Annotated[str | None, typer.Option(help="global (default), uniform, random, layerwise or frequency.")]
 AllocationFile = Annotated[Path | None, typer.Option("--allocation", help="JSON file with a width for every expert.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -109,6 +112,7 @@ def quantize(
     bits: Bits = None,
     stored_bits: StoredBits = None,
     size: Size = None,
+    progressive: Progressive = None,
     effort: Effort = None,
     calib: Calib = None,
     windows: Windows = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from gemq.distil import Distillation, Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.quant.widths import Width
-from gemq.refine import RefinedLayer, Targets, install_layer, refine_layer
-from gemq.stages import digest, layer_file
+from gemq.refine import RefinedLayer, Targets, install_layer, layer_overrides, refine_layer
+from gemq.stages import Around, digest, layer_file
 from gemq.workdir import Stage
 
 
@@ -33,14 +34,19 @@ class Finish:
     count: int
     distilled: Distilled
     gains: dict[str, float]
+    made_from: dict[str, Any]
+    computed: bool
+    """Something was computed now, so that the model no longer holds its full-precision weights."""
 
     def layers(self) -> Iterator[RefinedLayer]:
         """The layers with what distillation changed in them."""
-        for i in range(self.count):
-            layer = RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(i)))
-            layer.tensors.update({n: t for n, t in self.distilled.tensors.items() if n in layer.tensors})
-            layer.tuned.update({n: t for n, t in self.distilled.tuned.items() if n in layer.tuned})
-            yield layer
+        return (self.layer(i) for i in range(self.count))
+
+    def layer(self, index: int, device: str = "cpu") -> RefinedLayer:
+        layer = RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(index), device))
+        layer.tensors.update({n: t.to(device) for n, t in self.distilled.tensors.items() if n in layer.tensors})
+        layer.tuned.update({n: t.to(device) for n, t in self.distilled.tuned.items() if n in layer.tuned})
+        return layer
 
     def tuned(self) -> dict[str, Tensor]:
         """Every trained router and norm by its name inside the model, float32."""
@@ -48,6 +54,19 @@ class Finish:
         for i in range(self.count):
             tuned.update(RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(i))).tuned)
         return {**tuned, **self.distilled.tuned}
+
+    def around(self, job: Job, replay: Replay, widths: list[list[Width]]) -> Around:
+        """The finished model as one to compute scores around. ``replay`` holds the full-precision one."""
+        structure, recipe = replay.structure, job.recipe
+
+        def overrides(index: int) -> dict[str, Tensor]:
+            layer = self.layer(index, str(job.device))
+            bits, group = recipe.attention_bits, recipe.group_size
+            return layer_overrides(replay.model, structure.layers[index], layer, widths[index], bits, group)
+
+        inside = structure.layers_path + "."
+        tail = {n: t.to(replay.model.get_parameter(n)) for n, t in self.tuned().items() if not n.startswith(inside)}
+        return Around(self.made_from, overrides, tail)
 
 
 def run_finish(job: Job, replay: Replay, stored: dict[str, torch.dtype], chosen: Allocation) -> Finish:
@@ -65,7 +84,7 @@ def run_finish(job: Job, replay: Replay, stored: dict[str, torch.dtype], chosen:
         if distils:
             _distil(job, replay, stored, refined, last, widths, teacher)
     distilled = _load_distilled(last) if job.recipe.distil_epochs else Distilled()
-    finish = Finish(refined, len(layers), distilled, {})
+    finish = Finish(refined, len(layers), distilled, {}, inputs, computed=bool(missing or distils))
     _describe(job, finish)
     return finish
 

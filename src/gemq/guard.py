@@ -2,8 +2,10 @@
 
 Scores promise more than they keep, above all on text unlike the calibration's. So the allocation and uniform, both
 assembled from the ladder, are compared by their KL to the full-precision model: on windows that calibration left of
-each source, and on fresh ones that the model writes. An allocation that fails moves towards its layers' means
-(``soften``) until it passes; uniform itself is what remains. Knows nothing of refining or of checkpoints.
+each source, and on fresh ones that the model writes. And since users' texts are none of the sources, each source is
+left out in turn: scores without it allocate again, and its windows judge that. An allocation that fails either way
+moves towards its layers' means (``soften``) until it passes; uniform itself is what remains. Knows nothing of refining
+or of checkpoints.
 
 Shapes: N windows, B windows in a micro-batch, S tokens, H hidden size, E experts, W widths.
 """
@@ -22,7 +24,6 @@ from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.calibrate import Activations
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.data.selfgen import generate_windows
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
@@ -31,11 +32,9 @@ from gemq.job import Job
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
 from gemq.models.stream import Replay
-from gemq.models.structure import Layer
 from gemq.progress import Tick
-from gemq.quant.grid import dequantize
-from gemq.quant.widths import Width, group_size_for
-from gemq.reconstruct import expert_overrides
+from gemq.quant.widths import Width
+from gemq.refine import assemble_layer, layer_overrides
 from gemq.stages import digest, load_ladder
 from gemq.workdir import Stage
 
@@ -120,6 +119,8 @@ def describe(verdict: dict[str, Any]) -> str:
 
 def _why(judged: dict[str, Any]) -> str:
     """``mean +2.1 %, prose +5.0 %``: what made it fail."""
+    if "left_out" in judged:
+        return f"with each source left out in turn, {_why(judged['left_out'])}"
     reasons = [("mean", judged)] if judged["kl"] > judged["uniform_kl"] else []
     reasons += [(name, s) for name, s in judged["sources"].items() if s["worse"]]
     return ", ".join(f"{name} {x['kl'] / x['uniform_kl'] - 1:+.1%}".replace("%", " %") for name, x in reasons)
@@ -130,16 +131,28 @@ def decide(
     chosen: Allocation,
     uniform: Sequence[Allocation],
     solve: Callable[[Problem], Allocation],
-    measure: Callable[[Sequence[Allocation]], list[Floats]],
+    measure: Callable[[Sequence[Allocation], int | None], list[Floats]],
     source: Ints,
     names: Sequence[str],
+    without: dict[int, Problem] | None = None,
 ) -> tuple[Allocation, dict[str, Any]]:
     """The first allocation that passes, from ``chosen`` on through softer ones, else ``uniform[0]``; and the verdict.
 
     solve:   another allocation at the same budget from softened costs
-    measure: the KL [N] of several allocations, on the windows of ``source`` and ``names``
+    measure: the KL [N] of several allocations, on all windows or on those of one source, by its index
+    source:  [N] int64, indexes ``names``
+    without: the problem with scores of all sources but one, by that one; none: leaving out is skipped
     """
-    own, *others = measure([chosen, *uniform])
+    without = without or {}
+
+    def unseen(own: Floats, m: float) -> Floats:
+        """The KL [N] with every left-out source's windows under the allocation that did not know it."""
+        kl = own.copy()
+        for s, p in without.items():
+            (kl[source == s],) = measure([solve(soften(p, m))], s)
+        return kl
+
+    own, *others = measure([chosen, *uniform], None)
     baseline = np.mean(others, axis=0)
     verdict: dict[str, Any] = {"uniform_draws": len(uniform), "tried": []}
     for m in (0.0, *SOFTENING):
@@ -148,8 +161,11 @@ def decide(
             choice = np.array([problem.widths.index(w) for w in chosen.widths])
             # what the unsoftened scores predict, so that predictions compare
             chosen = dataclasses.replace(chosen, predicted_cost=float(take(problem.costs, choice).sum()))
-            (own,) = measure([chosen])
+            (own,) = measure([chosen], None)
         judged = {"m": m, **judge(own, baseline, source, names)}
+        if without and judged["passed"]:
+            judged["left_out"] = judge(unseen(own, m), baseline, source, names)
+            judged["passed"] = judged["left_out"]["passed"]
         verdict["tried"].append(judged)
         if judged["passed"]:
             verdict["is_uniform"] = any(chosen.widths == u.widths for u in uniform)
@@ -179,30 +195,6 @@ def window_kl(replay: Replay, ids: Tensor, teacher: Tensor, student: Tensor) -> 
     return kl / positions
 
 
-def layer_overrides(
-    model: Any, layer: Layer, ladder: LayerLadder, widths: Sequence[Width], dense_bits: int, group_size: int
-) -> dict[str, Tensor]:
-    """What an allocation makes of a layer's weights, by their names inside the model. The model stays as it is."""
-    overrides = {}
-    for linear in layer.linears if dense_bits < 16 else ():
-        q = ladder.linears[linear.path].unpack(dense_bits, group_size_for(linear.columns, group_size))
-        weight = model.get_submodule(linear.path).weight
-        overrides[f"{linear.path}.weight"] = dequantize(q).reshape(weight.shape).to(weight.dtype)
-    if layer.experts is None:
-        return overrides
-    weights = []
-    for matrix in layer.experts.matrices:
-        group = group_size_for(matrix.columns, group_size)
-        rungs = ladder.experts[matrix.name]
-        some = rungs[widths[0]].scales
-        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=some.device)
-        for width in set(widths):
-            members = torch.tensor([e for e, w in enumerate(widths) if w == width], device=some.device)
-            weight[members] = dequantize(PackedMatrix(*(t[members] for t in rungs[width])).unpack(width, group))
-        weights.append(weight)
-    return {**overrides, **expert_overrides(model, layer.experts, weights)}
-
-
 @torch.no_grad()
 def candidates_kl(
     replay: Replay,
@@ -213,7 +205,7 @@ def candidates_kl(
     group_size: int,
     tick: Tick,
 ) -> list[Tensor]:
-    """Each candidate's KL per window, float64 [N] in the order of ``start``: all candidates, a layer at a time.
+    """Each candidate's KL per window, float64 [N] in the windows' stored order: all candidates, a layer at a time.
 
     start:      the windows in front of the first layer
     ladders:    gives a layer's ladder
@@ -225,25 +217,33 @@ def candidates_kl(
         exact = [replay.run(i, h, c) for h, c in zip(exact, calls, strict=True)]
         ladder = ladders(i)
         for k, by_layer in enumerate(candidates):
-            own = layer_overrides(replay.model, layer, ladder, by_layer[i], dense_bits, group_size)
+            picked = assemble_layer(ladder, layer, by_layer[i])
+            own = layer_overrides(replay.model, layer, picked, by_layer[i], dense_bits, group_size)
             states[k] = [replay.run(i, h, c, own) for h, c in zip(states[k], calls, strict=True)]
         tick()
-    return [
-        torch.cat([window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)])
-        for state in states
-    ]
+    found = []
+    for state in states:
+        kl = [window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)]
+        found.append(torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, torch.cat(kl)))
+    return found
 
 
 # In a job
 
 
 def run_guard(
-    job: Job, replay: Replay, ladder: Stage, problem: Problem, budget: Budget, chosen: Allocation
+    job: Job,
+    replay: Replay,
+    ladder: Stage,
+    problem: Problem,
+    budget: Budget,
+    chosen: Allocation,
+    leave_out: Callable[[str], Problem],
 ) -> tuple[Allocation, dict[str, Any]]:
     """Judges ``chosen``. Returns the allocation to write and the verdict, which is also in the work directory.
 
     Each candidate's KL is kept, so that a job that goes on measures none twice. ``replay`` must hold the
-    full-precision weights; they are left as they are.
+    full-precision weights; they are left as they are. ``leave_out`` gives the problem without a source's scores.
     """
     recipe = job.recipe
     windows = draw_guard_windows(job, replay)
@@ -256,25 +256,27 @@ def run_guard(
     def solve(softened: Problem) -> Allocation:
         return allocate(softened, budget, recipe.allocate, layer_rule=recipe.layer_rule, seed=recipe.seed)
 
-    def measure(candidates: Sequence[Allocation]) -> list[Floats]:
-        files = [f"kl-{digest(c.by_layer)}.safetensors" for c in candidates]
+    def measure(candidates: Sequence[Allocation], only: int | None) -> list[Floats]:
+        part = "" if only is None else f"-source{only}"
+        files = [f"kl-{digest(c.by_layer)}{part}.safetensors" for c in candidates]
         missing = {f: c.by_layer for f, c in zip(files, candidates, strict=True) if not stage.has(f)}
         if missing:
             with job.monitor.stage("guard", len(replay.structure.layers)) as tick:
-                start = Activations.start(replay, windows, recipe.batch_tokens, recipe.seed)
+                chosen_windows = windows if only is None else windows.of(only)
+                start = Activations.start(replay, chosen_windows, recipe.batch_tokens, recipe.seed)
                 load = lambda i: load_ladder(job, replay.structure, ladder, i)
                 found = candidates_kl(
                     replay, start, load, list(missing.values()), recipe.attention_bits, recipe.group_size, tick
                 )
-                source = torch.cat(start.source).cpu()  # micro-batches mix the sources
                 for file, kl in zip(missing, found, strict=True):
-                    stage.save_tensors(file, {"kl": kl, "source": source})
+                    stage.save_tensors(file, {"kl": kl})
         return [stage.load_tensors(f)["kl"].numpy() for f in files]
 
     draws = list(uniform.values())
-    measure([chosen, *draws])
-    source = stage.load_tensors(f"kl-{digest(chosen.by_layer)}.safetensors")["source"].numpy()
-    kept, verdict = decide(problem, chosen, draws, solve, measure, source, windows.names)
+    # the model's own windows are no text that a user could bring: they stay in
+    given = [n for n in windows.names if n != SELF] if len(windows.names) > 1 else []
+    without = {windows.names.index(name): leave_out(name) for name in given}
+    kept, verdict = decide(problem, chosen, draws, solve, measure, windows.source.numpy(), windows.names, without)
     stage.save_json(f"verdict-{digest(chosen.by_layer)}.json", verdict)
     return kept, verdict
 

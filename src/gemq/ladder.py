@@ -158,13 +158,17 @@ def quantize_linears(
     quantizer: Quantizer,
     bits: int,
     ladder: LayerLadder,
+    latents: dict[str, Tensor] | None = None,
 ) -> None:
-    """Quantizes dense linears into ``ladder``."""
+    """Quantizes dense linears into ``ladder``. ``latents`` receives each one's codes before rounding, [1, R, C]."""
     for linear in linears:
         if linear.path not in moments.linears:  # a branch that no calibration token took
             moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
         weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
-        q, retries = quantizer.own_width(weight, moments.linears[linear.path].hessians(0.0), (bits,))
+        before = None if latents is None else weight.new_empty(weight.shape, dtype=torch.float32)
+        q, retries = quantizer.own_width(weight, moments.linears[linear.path].hessians(0.0), (bits,), before)
+        if latents is not None and before is not None:
+            latents[linear.path] = before
         ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))
         ladder.retries += retries
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.allocate import allocate
+from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat, read_quantization_config
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
@@ -33,7 +33,7 @@ from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
-from gemq.stages import assembled, digest, load_ladder, make_problem, run_ladder, run_scores
+from gemq.stages import FULL_PRECISION, assembled, digest, load_ladder, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
 
 JOB_FILE = "job.json"
@@ -155,7 +155,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     _count_fallbacks(job, structure, ladder)
     scores = None
     if allocation_file is None and job.recipe.allocate in SCORED:
-        scores = run_scores(job, replay, ladder)
+        replay, scores = _scores(job, replay, stored, ladder, progressive=finish)
     problem = make_problem(job, structure, ladder, scores)
     fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
@@ -163,12 +163,12 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     else:
         with job.monitor.stage("allocate", 1) as tick:
             budget = expert_budget(job.recipe, fixed_bytes, problem)
-            rule, seed = job.recipe.layer_rule, job.recipe.seed
-            chosen = allocate(problem, budget, job.recipe.allocate, layer_rule=rule, seed=seed)
+            chosen = _solve(job, problem, budget)
             tick()
     guard: dict[str, Any] = {"skipped": _why_unguarded(job.recipe, allocation_file, guarded)}
     if not guard["skipped"]:
-        chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen)
+        leave_out = lambda name: make_problem(job, structure, ladder, scores, leave_out=name)
+        chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen, leave_out)
     write_text(job.work.path / "allocation.json", chosen.to_json())
     result = Result(
         out=out,
@@ -203,6 +203,28 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     result.work_bytes = job.work.size()
     result.stages = {name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()}
     return result
+
+
+def _solve(job: Job, problem: Problem, budget: Budget) -> Allocation:
+    return allocate(problem, budget, job.recipe.allocate, layer_rule=job.recipe.layer_rule, seed=job.recipe.seed)
+
+
+def _scores(
+    job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool
+) -> tuple[Replay, Stage]:
+    """The scores to allocate by; those of a progressive recipe around its last step's model.
+
+    Returns them with the full-precision model, loaded again where a step has overwritten it.
+    """
+    around = FULL_PRECISION
+    for bits in job.recipe.progressive[:-1] if progressive else ():
+        problem = make_problem(job, replay.structure, ladder, run_scores(job, replay, ladder, around))
+        chosen = _solve(job, problem, Budget("bits", bits))
+        step = run_finish(job, replay, stored, chosen)
+        if step.computed:
+            replay, _ = job.load()
+        around = step.around(job, replay, chosen.by_layer)
+    return replay, run_scores(job, replay, ladder, around)
 
 
 # Before anything is computed

@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "score_labels": "data",
         "smoothing": 0.0,
         "layer_rule": True,
+        "progressive": [3.0, 2.5, 2.0],
         "guard": False,
         "distil_epochs": 1,
         "distil_loss": "next_token",
@@ -60,7 +62,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "rate_tuned": 1e-4,
     },
 }
-"""GEMQ as published (arXiv:2605.23078), one step of its progressive schedule."""
+"""GEMQ as published (arXiv:2605.23078)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class Recipe:
     """Average stored bits per expert weight: scales and offsets included."""
     size: int | None = None
     """Bytes of all the checkpoint's tensors."""
+    progressive: tuple[float, ...] = ()
+    """Budgets in bits on the way to ``bits``, the last of them, in falling order. After each but the last the model is
+    quantized and tuned, and scores are computed again around it."""
 
     effort: str = "medium"
     """How much is computed. Sets ``total_tokens`` and epochs where they are not given; ``low`` trains nothing."""
@@ -155,6 +160,7 @@ class Recipe:
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise UserError(f"{' and '.join(budgets)} each set the budget: give only one of them")
+        self._check_progressive()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} cannot be {getattr(self, name)!r}: choose from {', '.join(choices)}")
@@ -195,15 +201,32 @@ class Recipe:
             raise UserError("quantizer rtn gives no start for training: set ladder_epochs and layer_epochs to 0")
         self._check_budget()
 
+    def _check_progressive(self) -> None:
+        steps = self.progressive
+        if not steps:
+            return
+        text = ",".join(f"{b:g}" for b in steps)
+        if any(a <= b for a, b in pairwise(steps)):
+            raise UserError(f"progressive {text} does not fall: give budgets such as 3.0,2.5,2.0")
+        if self.stored_bits is not None or self.size is not None:
+            raise UserError("progressive goes by --bits: leave out stored_bits and size")
+        if self.bits is None:
+            object.__setattr__(self, "bits", steps[-1])
+        if steps[-1] != self.bits:
+            raise UserError(f"progressive {text} does not end at bits {self.bits:g}: make that its last budget")
+        if not self.refine or self.allocate not in ("global", "layerwise"):
+            raise UserError("progressive needs refine, and allocate global or layerwise: it scores refined models")
+
     def _check_budget(self) -> None:
         """Nominal budgets must lie within the widths. Stored and total bytes are checked when shapes are known."""
         low, high = nominal_bits(min(self.ladder_widths)), nominal_bits(max(self.ladder_widths))
-        if self.bits is not None and not low <= self.bits <= high:
+        budgets = self.progressive or ((self.bits,) if self.bits is not None else ())
+        if bits := next((b for b in budgets if not low <= b <= high), None):
             advice = f"give --bits from {low:g} to {high:g}"
-            if self.bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= self.bits]):
+            if bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= bits]):
                 names = ",".join(width_name(w) for w in (*self.ladder_widths, wider[0]))
                 advice += f", or allow a wider width with --widths {names}"
-            raise UserError(f"no allocation of widths {self.width_names} has {self.bits:g} bits: {advice}")
+            raise UserError(f"no allocation of widths {self.width_names} has {bits:g} bits: {advice}")
         for name in ("stored_bits", "size"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -236,7 +259,8 @@ class Recipe:
             old = {name: FROM_EFFORT for name, value in EFFORTS[self.effort].items() if getattr(self, name) == value}
             changes = {**old, **changes}
         if any(changes.get(name) is not None for name in BUDGETS):
-            changes = {**dict.fromkeys(BUDGETS), **changes}
+            steps = steps_to(changes.get("bits"), self.progressive)
+            changes = {**dict.fromkeys(BUDGETS), "progressive": steps, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,7 +283,15 @@ class Recipe:
         flags = flags or {}
         if any(name in flags for name in BUDGETS):
             values = {name: value for name, value in values.items() if name not in BUDGETS}
+            if values.get("progressive"):
+                values["progressive"] = steps_to(_clean(flags, "flag").get("bits"), values["progressive"])
         return cls(**{**values, **_clean(flags, origin="flag")})
+
+
+def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:
+    """A progressive schedule with another end: its budgets above ``bits``, then ``bits``. Empty where there is none."""
+    above = tuple(b for b in steps if bits is not None and b > bits)
+    return (*above, bits) if above and bits is not None else ()
 
 
 def parse_size(text: str) -> int:
@@ -317,6 +349,9 @@ def _convert(key: str, value: Any, kind: str, origin: str) -> Any:
             if isinstance(value, str):
                 value = value.split(",")
             return tuple(parse_width(v) for v in (value if isinstance(value, list | tuple) else [value]))
+        if kind.startswith("tuple[float"):
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(float(v) for v in (parts if isinstance(parts, list | tuple) else [parts]))
         if kind.startswith("bool"):
             if not isinstance(value, bool):
                 raise TypeError
@@ -335,5 +370,7 @@ def _convert(key: str, value: Any, kind: str, origin: str) -> Any:
     except UserError:
         raise
     except (OverflowError, TypeError, ValueError) as error:
-        plain = kind.split("|")[0].strip()
-        raise UserError(f"{origin}: {key} cannot be {value!r}: it takes a value of type {plain}") from error
+        plain = (
+            "budgets such as 3.0,2.5,2.0" if key == "progressive" else f"a value of type {kind.split('|')[0].strip()}"
+        )
+        raise UserError(f"{origin}: {key} cannot be {value!r}: it takes {plain}") from error

@@ -11,15 +11,17 @@ Shapes: E experts, W widths, P routed pairs, T tokens, B windows, S tokens a win
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gemq.calibrate import Activations
 from gemq.models.experts import ExpertsCall, Routed, apply_down, apply_first, expert_weight, route
-from gemq.models.stream import Call, Replay
+from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Layer
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize
@@ -154,16 +156,31 @@ def train_rungs(
     return chosen, int((~better).sum())
 
 
-@dataclass
-class LayerResult:
+@dataclass(frozen=True)
+class QuantizedParameter:
+    """A parameter of the model on its grid: a layer's experts (one matrix each) or a dense linear (one matrix).
+
+    name:    inside the model
+    widths:  of each matrix
+    q:       [E, ...]
+    latents: [E, R, C] codes before rounding, where training starts; None if it is not to be trained
+    """
+
+    name: str
+    widths: tuple[Width, ...]
+    q: Quantized
+    latents: Tensor | None
+
+
+class LayerResult(NamedTuple):
     """What training a layer gave.
 
-    grids: for each of the experts' two matrices, [E, ...]; empty in a dense layer
-    tuned: routers' and norms' parameters by name inside the model, float32
+    parameters: as given, with their trained grids
+    tuned:      routers' and norms' parameters by name inside the model, float32
     before, after: mean square error of the layer's output on held-out micro-batches, relative to the target's
     """
 
-    grids: list[Quantized]
+    parameters: list[QuantizedParameter]
     tuned: dict[str, Tensor]
     before: float
     after: float
@@ -172,58 +189,53 @@ class LayerResult:
 def train_layer(
     replay: Replay,
     index: int,
-    inputs: list[Tensor],
+    activations: Activations,
     targets: list[Tensor],
-    calls: list[list[Call]],
-    grids: list[Quantized],
-    latents: list[Tensor],
-    widths: Sequence[Width],
+    parameters: list[QuantizedParameter],
     training: Training,
     stored: dict[str, torch.dtype],
 ) -> LayerResult:
-    """Trains layer ``index`` to turn ``inputs`` (quantized model) into ``targets`` (full precision), both [B, S, H].
+    """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
-    The layer's dense linears must hold their quantized weights already. ``stored`` says in which type routers and
-    norms are kept, so that they are trained as they will be. A layer that did not get better keeps GPTQ's codes.
+    ``stored`` says in which type routers and norms are kept, so that they are trained as they will be. A layer that
+    did not get better keeps GPTQ's codes.
     """
-    layer = replay.structure.layers[index]
-    matrices = []
-    if layer.experts is not None:
-        highest = highest_codes(widths, latents[0].device)
-        matrices = [TrainableMatrices(q, highest, v) for q, v in zip(grids, latents, strict=True)]
-    names = tunable_names(replay, layer)
-    tuned = {name: replay.model.get_parameter(name).detach().float().clone() for name in names}
+    inputs, model = activations.hidden, replay.model
+    trainable = [TrainableMatrices(x.q, highest_codes(x.widths, replay.device), x.latents) for x in parameters]
+    names = tunable_names(replay, replay.structure.layers[index])
+    tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
     train, held_out = training.split(len(inputs))
 
-    def run(batch: int, weights: Sequence[Tensor], parameters: dict[str, Tensor]) -> Tensor:
-        overrides = {name: rounded_to(p, stored[name]) for name, p in parameters.items()}
-        if layer.experts is not None:
-            overrides.update(expert_overrides(replay.model, layer.experts, weights))
-        return replay.run(index, inputs[batch], calls[batch][index], overrides)
+    def run(batch: int, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
+        overrides = {name: rounded_to(p, stored[name]) for name, p in tuned.items()}
+        overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
+        return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
 
     @torch.no_grad()
-    def error(weights: Sequence[Tensor], parameters: dict[str, Tensor]) -> float:
-        wrong = sum((run(b, weights, parameters) - targets[b]).float().square().sum().item() for b in held_out)
+    def error(grids: Sequence[Quantized], tuned: dict[str, Tensor]) -> float:
+        weights = [dequantize(q) for q in grids]
+        wrong = sum((run(b, weights, tuned) - targets[b]).float().square().sum().item() for b in held_out)
         return wrong / sum(targets[b].float().square().sum().item() for b in held_out)
 
     original = {name: p.clone() for name, p in tuned.items()}
-    before = error([dequantize(q) for q in grids], original)
-    codes = [m.latents for m in matrices if m.latents is not None]
-    optimizer = training.optimizer(codes, [g for m in matrices for g in m.grids()], list(tuned.values()))
+    before = error([x.q for x in parameters], original)
+    codes = [m.latents for m in trainable if m.latents is not None]
+    optimizer = training.optimizer(codes, [g for m in trainable for g in m.grids()], list(tuned.values()))
     steps = training.epochs * len(train)
     for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
         target = targets[train[batch]].float()
-        out = run(train[batch], [m.weight() for m in matrices], tuned)
+        out = run(train[batch], [m.weight() for m in trainable], tuned)
         energy = target.square().sum(-1).mean().clamp_min(1e-20)
         optimizer.step((out.float() - target).square().sum() / energy, step, steps)
-        for m in matrices:
+        for m in trainable:
             m.keep_in_range()
-    trained = [m.result() for m in matrices]
+    grids = [m.result() for m in trainable]
     tuned = {name: rounded_to(p.detach(), stored[name]) for name, p in tuned.items()}
-    after = error([dequantize(q) for q in trained], tuned)
+    after = error(grids, tuned)
     if after < before:
+        trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)
-    return LayerResult(list(grids), original, before, before)
+    return LayerResult(parameters, original, before, before)
 
 
 def tunable_names(replay: Replay, layer: Layer) -> list[str]:
@@ -239,16 +251,18 @@ def tunable_names(replay: Replay, layer: Layer) -> list[str]:
     return names
 
 
+def as_parameter(model: Any, name: str, weight: Tensor) -> Tensor:
+    """Matrices [E, R, C] in the layout and type of the parameter that they stand for."""
+    parameter = model.get_parameter(name)
+    module = model.get_submodule(name.rpartition(".")[0])
+    if hasattr(module, "is_transposed"):  # an experts module
+        oriented = weight.transpose(1, 2) if module.is_transposed else weight
+    else:
+        oriented = weight.reshape(parameter.shape)
+    return oriented.to(parameter.dtype)
+
+
 def expert_overrides(model: Any, experts: Experts, weights: Sequence[Tensor]) -> dict[str, Tensor]:
     """Experts' weights [E, R, C] under their parameters' names, in their layout and type."""
-    module = model.get_submodule(experts.path)
-    overrides = {}
-    for matrix, weight in zip(experts.matrices, weights, strict=True):
-        parameter = getattr(module, matrix.name)
-        oriented = weight.transpose(1, 2) if module.is_transposed else weight
-        overrides[f"{experts.path}.{matrix.name}"] = oriented.to(parameter.dtype)
-    return overrides
-
-
-def _one(q: Quantized, index: int) -> Quantized:
-    return Quantized(*(t[index] for t in q))
+    names = [f"{experts.path}.{matrix.name}" for matrix in experts.matrices]
+    return {name: as_parameter(model, name, weight) for name, weight in zip(names, weights, strict=True)}

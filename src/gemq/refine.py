@@ -15,12 +15,12 @@ from torch import Tensor
 from gemq.calibrate import Activations, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.ladder import LayerLadder, Quantizer, quantize_linears
-from gemq.models.experts import expert_weight, set_expert_weight
+from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import Width, group_size_for
-from gemq.reconstruct import Training, train_layer
+from gemq.reconstruct import QuantizedParameter, Training, as_parameter, train_layer
 
 TUNED = "tuned:"
 
@@ -94,50 +94,45 @@ def refine_layer(
     layer, model = replay.structure.layers[index], replay.model
     result = LayerLadder()
     linears = layer.linears if dense_bits < 16 else ()
+    latents: dict[str, Tensor] | None = {} if targets is not None else None
     attention = [x for x in linears if x.kind == "attention"]
     if attention:
         moments, _ = layer_moments(replay, index, activations, attention, with_experts=False)
-        quantize_linears(model, attention, moments, quantizer, dense_bits, result)
+        quantize_linears(model, attention, moments, quantizer, dense_bits, result, latents)
         install_linears(model, attention, result.linears, dense_bits, quantizer.group_size)
     others = [x for x in linears if x.kind != "attention"]
     moments, _ = layer_moments(replay, index, activations, others, with_experts=True)
-    quantize_linears(model, others, moments, quantizer, dense_bits, result)
+    quantize_linears(model, others, moments, quantizer, dense_bits, result, latents)
     install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
-    refined = assemble_layer(result, layer, ())
-    grids: list[Quantized] = []
-    latents: list[Tensor] = []
+    found: list[QuantizedParameter] = []
     if layer.experts is not None and moments.experts is not None:
         module = model.get_submodule(layer.experts.path)
         for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
             weight = expert_weight(module, matrix.name)
-            if targets is not None:
-                latents.append(torch.empty(weight.shape, device=weight.device))
-            hessians = moment.hessians(quantizer.shrink)
-            q, retries = quantizer.own_width(weight, hessians, widths, latents[-1] if latents else None)
-            grids.append(q)
+            before = None if targets is None else torch.empty(weight.shape, device=weight.device)
+            q, retries = quantizer.own_width(weight, moment.hessians(quantizer.shrink), widths, before)
+            found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths), q, before))
             result.retries += retries
-    if targets is not None:
-        trained = train_layer(
-            replay,
-            index,
-            activations.hidden,
-            targets.hidden,
-            activations.calls,
-            grids,
-            latents,
-            widths,
-            targets.training,
-            targets.stored,
+    refined = RefinedLayer({}, retries=result.retries)
+    if targets is not None and latents is not None:
+        for linear in linears:
+            q = result.linears[linear.path].unpack(dense_bits, quantizer.group(linear.columns))
+            found.append(QuantizedParameter(f"{linear.path}.weight", (dense_bits,), q, latents[linear.path]))
+        found, refined.tuned, refined.before, refined.after = train_layer(
+            replay, index, activations, targets.hidden, found, targets.training, targets.stored
         )
-        grids = trained.grids
-        refined.tuned, refined.before, refined.after = trained.tuned, trained.before, trained.after
+    grids = {x.name: x.q for x in found}
+    for linear in linears:
+        packed = result.linears[linear.path]
+        if f"{linear.path}.weight" in grids:
+            packed = PackedMatrix.pack(grids[f"{linear.path}.weight"], dense_bits, quantizer.group(linear.columns))
+        refined.tensors.update(_row(packed, 0).named(linear.path))
     if layer.experts is not None:
-        for matrix, q in zip(layer.experts.matrices, grids, strict=True):
-            group = quantizer.group(matrix.columns)
+        for matrix in layer.experts.matrices:
+            q, group = grids[f"{layer.experts.path}.{matrix.name}"], quantizer.group(matrix.columns)
             for e, width in enumerate(widths):
-                packed = PackedMatrix.pack(Quantized(*(t[e] for t in q)), width, group)
-                refined.tensors.update(packed.named(f"{layer.experts.path}.{e}.{matrix.name}"))
-    refined.retries = result.retries
+                one = PackedMatrix.pack(Quantized(*(t[e] for t in q)), width, group)
+                refined.tensors.update(one.named(f"{layer.experts.path}.{e}.{matrix.name}"))
     install_layer(model, layer, refined, widths, dense_bits, quantizer.group_size)
     return refined
 
@@ -152,31 +147,39 @@ def install_linears(
         weight.data.copy_(dequantize(q).reshape(weight.shape))
 
 
-def install_experts(
-    model: Any, layer: Layer, tensors: dict[str, Tensor], widths: Sequence[Width], group_size: int
-) -> None:
-    """Overwrites a layer's routed experts with what the checkpoint tensors mean."""
-    assert layer.experts is not None
-    module = model.get_submodule(layer.experts.path)
-    for matrix in layer.experts.matrices:
+def layer_overrides(
+    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[Width], dense_bits: int, group_size: int
+) -> dict[str, Tensor]:
+    """What a finished layer's tensors make of the model's parameters, by their names inside the model."""
+    overrides = {}
+    for linear in layer.linears if dense_bits < 16 else ():
+        q = _named(refined.tensors, linear.path).unpack(dense_bits, group_size_for(linear.columns, group_size))
+        name = f"{linear.path}.weight"
+        overrides[name] = as_parameter(model, name, dequantize(q).unsqueeze(0))
+    for matrix in layer.experts.matrices if layer.experts is not None else ():
+        assert layer.experts is not None
         group = group_size_for(matrix.columns, group_size)
-        rows = []
-        for e, width in enumerate(widths):
-            rows.append(dequantize(_named(tensors, f"{layer.experts.path}.{e}.{matrix.name}").unpack(width, group)))
-        set_expert_weight(module, matrix.name, torch.stack(rows))
+        name = f"{layer.experts.path}.{matrix.name}"
+        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=model.get_parameter(name).device)
+        for width in set(widths):
+            members = [e for e, w in enumerate(widths) if w == width]
+            packed = [_named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}") for e in members]
+            q = PackedMatrix(*(torch.stack(parts) for parts in zip(*packed, strict=True))).unpack(width, group)
+            weight[torch.tensor(members, device=weight.device)] = dequantize(q).to(weight.device)
+        overrides[name] = as_parameter(model, name, weight)
+    for name, tensor in refined.tuned.items():
+        parameter = model.get_parameter(name)
+        overrides[name] = tensor.to(parameter)
+    return overrides
 
 
+@torch.no_grad()
 def install_layer(
     model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[Width], dense_bits: int, group_size: int
 ) -> None:
     """Overwrites a whole layer's quantized and tuned weights with what its checkpoint tensors mean."""
-    if dense_bits < 16:
-        packed = {x.path: _named(refined.tensors, x.path) for x in layer.linears}
-        install_linears(model, layer.linears, packed, dense_bits, group_size)
-    if layer.experts is not None:
-        install_experts(model, layer, refined.tensors, widths, group_size)
-    for name, tensor in refined.tuned.items():
-        model.get_parameter(name).data.copy_(tensor)
+    for name, tensor in layer_overrides(model, layer, refined, widths, dense_bits, group_size).items():
+        model.get_parameter(name).copy_(tensor)
 
 
 def _named(tensors: dict[str, Tensor], name: str) -> PackedMatrix:

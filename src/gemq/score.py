@@ -50,17 +50,19 @@ class LayerScores:
     tokens: Tensor
 
 
-def loss_gradients(replay: Replay, activations: Activations, labels: str, seed: int) -> list[Tensor]:
+def loss_gradients(
+    replay: Replay, activations: Activations, labels: str, seed: int, overrides: dict[str, Tensor] | None = None
+) -> list[Tensor]:
     """Gradients [B, S, H] of the summed next-token loss at the last layer's outputs (``activations.hidden``).
 
     ``labels`` is ``data`` (the windows' own next tokens) or ``sampled`` (drawn from the model's own prediction, which
-    makes the expected squared gradient the Fisher information).
+    makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
     """
     generator = torch.Generator(replay.device).manual_seed(seed)
     gradients = []
     for ids, hidden in zip(activations.ids, activations.hidden, strict=True):
         leaf = hidden.detach().requires_grad_()
-        logits = replay.logits(ids, leaf).float()
+        logits = replay.logits(ids, leaf, overrides).float()
         if labels == "sampled":
             with torch.no_grad():
                 probabilities = logits.flatten(0, 1).softmax(-1)
@@ -73,24 +75,28 @@ def loss_gradients(replay: Replay, activations: Activations, labels: str, seed: 
 
 
 def reverse_layer(
-    replay: Replay, index: int, activations: Activations, gradients: list[Tensor]
+    replay: Replay,
+    index: int,
+    activations: Activations,
+    gradients: list[Tensor],
+    overrides: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, ExpertsCall | None, Tensor | None]]:
     """Passes gradients [B, S, H] through layer ``index``, whose inputs are ``activations.hidden``, in place.
 
     Yields, per micro-batch, its number, the call of the experts module and the gradient [T, H] at its output (both
-    None in a dense layer).
+    None in a dense layer). ``overrides`` as in ``Replay.run``.
     """
     experts = replay.structure.layers[index].experts
     module = replay.model.get_submodule(experts.path) if experts else None
     for i, hidden in enumerate(activations.hidden):
         leaf = hidden.detach().requires_grad_()
         if module is None:
-            output = replay.run(index, leaf, activations.calls[i][index])
+            output = replay.run(index, leaf, activations.calls[i][index], overrides)
             (gradients[i],) = torch.autograd.grad(output, leaf, gradients[i])
             yield i, None, None
             continue
         with watch_experts(module) as watched:
-            output = replay.run(index, leaf, activations.calls[i][index])
+            output = replay.run(index, leaf, activations.calls[i][index], overrides)
         (call,) = watched
         below, at_experts = torch.autograd.grad(output, (leaf, call.output), gradients[i])
         gradients[i] = below

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
 from gemq.files import check_free_space
@@ -73,30 +75,52 @@ def load_ladder(job: Job, structure: Structure, stage: Stage, index: int) -> Lay
     return LayerLadder.from_tensors(tensors, structure.layers[index], job.recipe.ladder_widths)
 
 
-def run_scores(job: Job, replay: Replay, ladder: Stage) -> Stage:
-    """What each width costs each expert, by calibration source: a file per layer with experts."""
-    stage = job.work.stage("scores", job.score_inputs())
+@dataclass(frozen=True)
+class Around:
+    """The quantized model around which scores are computed: its activations, routing and gradients.
+
+    made_from: names it in fingerprints
+    layer:     index -> what stands in place of that layer's parameters, by their names inside the model
+    tail:      the same for what is behind the layers
+    """
+
+    made_from: dict[str, Any]
+    layer: Callable[[int], dict[str, Tensor]]
+    tail: dict[str, Tensor]
+
+
+FULL_PRECISION = Around({}, lambda index: {}, {})
+
+
+def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PRECISION) -> Stage:
+    """What each width costs each expert, by calibration source: a file per layer with experts.
+
+    Errors of weights are against the full-precision weights, which ``replay`` holds, whatever the model is scored
+    ``around``.
+    """
+    inputs = {**job.score_inputs(), "around": around.made_from}
+    stage = job.work.stage(f"scores-{digest(inputs)[:8]}", inputs)
     recipe, structure = job.recipe, replay.structure
     missing = {i for i, _ in structure.moe_layers if not stage.has(layer_file(i))}
     if not missing:
         return stage
     with job.monitor.stage("scores", 2 * len(structure.layers)) as tick:
         activations = job.start_activations(replay)
-        inputs = []
+        hidden = []
         for i in range(len(structure.layers)):
-            inputs.append(activations.hidden)
-            activations.advance(replay, i)
+            hidden.append(activations.hidden)
+            activations.advance(replay, i, around.layer(i))
             tick()
-        gradients = loss_gradients(replay, activations, recipe.score_labels, recipe.seed)
+        gradients = loss_gradients(replay, activations, recipe.score_labels, recipe.seed, around.tail)
         for i in reversed(range(len(structure.layers))):
-            activations.hidden = inputs.pop()
+            activations.hidden = hidden.pop()
             experts = structure.layers[i].experts
             scores = None
             if experts is not None and i in missing:
                 scores = empty_scores(len(job.windows.names), experts.count, recipe.ladder_widths, job.device)
                 module = replay.model.get_submodule(experts.path)
                 rungs = [_rung(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
-            for batch, call, gradient in reverse_layer(replay, i, activations, gradients):
+            for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):
                 if scores is not None and call is not None and gradient is not None and experts is not None:
                     routed, costs = pair_costs(module, experts, call, gradient, rungs, recipe.score_form)
                     source = activations.source[batch].repeat_interleave(activations.ids[batch].shape[1])
@@ -130,15 +154,21 @@ def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts,
     return rungs[0], rungs[1]
 
 
-def make_problem(job: Job, structure: Structure, ladder: Stage, scores: Stage | None) -> Problem:
-    """The allocation problem: costs from ``scores`` (zero without), bytes from shapes, counts from the ladder."""
+def make_problem(
+    job: Job, structure: Structure, ladder: Stage, scores: Stage | None, leave_out: str | None = None
+) -> Problem:
+    """The allocation problem: costs from ``scores`` (zero without), bytes from shapes, counts from the ladder.
+
+    leave_out: calibration source whose scores do not count
+    """
+    kept = [i for i, name in enumerate(job.windows.names) if name != leave_out]
     problem = shape_problem(structure, job.recipe)
     costs, counts = [], []
     for i, _ in structure.moe_layers:
         counts.append(load_ladder(job, structure, ladder, i).counts.cpu().numpy())
         if scores is not None:
             found = scores.load_tensors(layer_file(i))
-            cost = smooth_usage(found["costs"].sum(0), found["tokens"].sum(0), job.recipe.smoothing)
+            cost = smooth_usage(found["costs"][kept].sum(0), found["tokens"][kept].sum(0), job.recipe.smoothing)
             costs.append(cost.numpy())
     return dataclasses.replace(
         problem,

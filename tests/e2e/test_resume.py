@@ -22,7 +22,14 @@ from gemq.assets import builtin_texts
 from gemq.workdir import WorkDir
 
 TINY = {"effort": "low", "windows": 4, "window": 16, "batch_tokens": 32}
-TRAINED = {**TINY, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1, "total_tokens": 128}
+TRAINED = {
+    **TINY,
+    "progressive": [2.5, 2.0],
+    "ladder_epochs": 1,
+    "layer_epochs": 1,
+    "distil_epochs": 1,
+    "total_tokens": 128,
+}
 FLAGS = ("--effort", "low", "--windows", "4", "--window", "16", "--quiet")
 
 
@@ -263,7 +270,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
 def test_export_of_an_unfinished_job(finished: Finished, work: Path, tmp_path: Path):
     """It computes what is missing rather than fail or guess."""
     (work / "ladder" / "layer-005.safetensors").unlink()
-    shutil.rmtree(work / "scores")
+    shutil.rmtree(next(work.glob("scores-*")))
     ran = gemq("export", work, "-o", tmp_path / "out", "--bits", 2, "--finish", "--json", "-")
     assert ran.code == 0, ran.err
     assert ran.json["stages"].keys() >= {"ladder", "scores"}

@@ -146,6 +146,36 @@ def test_budget_text(values, text):
     assert Recipe(**values).budget_text == text
 
 
+def test_progressive():
+    """The last budget is the recipe's; another one, wherever it comes from, gives the schedule another end."""
+    recipe = Recipe.from_yaml("default", {"progressive": "3.0, 2.5,2"})
+    assert (recipe.progressive, recipe.bits) == ((3.0, 2.5, 2.0), 2.0)
+    assert recipe.replace(bits=1.5).progressive == (3.0, 2.5, 2.0, 1.5)
+    assert recipe.replace(bits=2.5).progressive == (3.0, 2.5)
+    assert recipe.replace(bits=3.0).progressive == ()
+    assert recipe.replace(stored_bits=2.25).progressive == ()
+    assert Recipe.from_yaml("paper").progressive == (3.0, 2.5, 2.0)
+    assert Recipe.from_yaml("paper", {"bits": 1.5}).progressive == (3.0, 2.5, 2.0, 1.5)
+    assert Recipe.from_yaml("paper", {"size": 10**9}).progressive == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"progressive": [2.0, 2.5]}, "does not fall"),
+        ({"progressive": [3.0, 2.0], "bits": 2.5}, "make that its last budget"),
+        ({"progressive": [3.0, 2.0], "size": 10**9}, "leave out stored_bits and size"),
+        ({"progressive": [3.5, 2.0]}, "3.5 bits: give --bits from 1 to 3, or allow a wider width"),
+        ({"progressive": [3.0, 2.0], "refine": False}, "needs refine"),
+        ({"progressive": [3.0, 2.0], "allocate": "uniform"}, "allocate global or layerwise"),
+        ({"progressive": "three"}, "progressive cannot be 'three'"),
+    ],
+)
+def test_progressive_mistakes(values, match):
+    with pytest.raises(UserError, match=match):
+        Recipe.from_dict(values)
+
+
 def test_efforts():
     """Low trains nothing; a key of the recipe wins over the effort."""
     assert set(EFFORTS) == set(CHOICES["effort"])

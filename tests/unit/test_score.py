@@ -98,7 +98,7 @@ def test_reverse_pass_equals_whole_model_autograd(family):
     replay = Replay(model, structure)
     expected = whole_model_gradients(model, structure, next_token_loss)
     hidden, calls = replay.inputs(IDS)
-    activations = Activations([IDS], [WINDOWS.source], [calls], [hidden])
+    activations = Activations([IDS], [WINDOWS.source], [calls], [hidden], torch.arange(len(IDS)))
     inputs = []
     for i in range(len(structure.layers)):
         inputs.append(activations.hidden)

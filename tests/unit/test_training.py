@@ -144,6 +144,13 @@ def test_reconstruction_lowers_the_layers_held_out_error():
     assert all(layer.tuned for layer in layers)
 
 
+def test_reconstruction_trains_attentions_codes_too():
+    _, _, plain, _ = refined(None)
+    _, _, trained, _ = refined(TRAINING)
+    path = "model.layers.0.self_attn.q_proj"
+    assert not torch.equal(plain[0].tensors[f"{path}.codes"], trained[0].tensors[f"{path}.codes"])
+
+
 def test_a_layer_that_training_does_not_help_stays_gptqs():
     _, _, plain, _ = refined(None)
     _, _, still, _ = refined(STILL)

@@ -54,6 +54,11 @@ class Windows:
         counted = torch.bincount(self.source, minlength=len(self.names)).tolist()
         return dict(zip(self.names, counted, strict=True))
 
+    def of(self, source: int) -> Windows:
+        """The windows of one source, by its index."""
+        tokens = self.tokens[self.source == source]
+        return from_parts([tokens], [self.names[source]], [self.tokens_available[source]])
+
     def extended(self, name: str, tokens: Tensor) -> Windows:
         """These windows and more, int64 [n, window], from the source ``name``, which may be among ours already."""
         names = self.names if name in self.names else (*self.names, name)

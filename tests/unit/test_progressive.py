@@ -1,0 +1,71 @@
+"""Progressive: scores computed again around what an earlier, larger budget made of the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemq
+from gemq.assets import builtin_model, builtin_texts
+from gemq.pipeline import Result, export, quantize
+from gemq.recipe import Recipe
+
+torch.set_num_threads(1)
+KEYS = {"effort": "low", "windows": 6, "window": 32, "guard": False}
+
+
+def job(folder: Path, **keys: object) -> Result:
+    recipe = Recipe.from_dict({**KEYS, "calib": [str(builtin_texts()[0])], **keys})
+    return quantize(str(builtin_model()), recipe, out=folder / "out", work=folder / "work")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("progressive")
+    return folder, job(folder, progressive=[2.5, 2.0], distil_epochs=1)
+
+
+def test_every_step_has_its_scores_and_its_finished_model(made):
+    folder, result = made
+    work = folder / "work"
+    assert result.expert_bits_nominal == pytest.approx(2.0, abs=0.02)
+    around = [json.loads((s / "stage.json").read_text())["around"] for s in work.glob("scores-*")]
+    assert sorted(map(bool, around)) == [False, True]  # full precision, then the model of 2.5 bits
+    assert len(list(work.glob("refined-*"))) == len(list(work.glob("distilled-*"))) == 2
+    logits = gemq.load(folder / "out")(input_ids=torch.arange(32).unsqueeze(0)).logits
+    assert logits.isfinite().all()
+
+
+def test_scores_around_a_quantized_model_differ_and_costs_stay_those_of_the_full_weights(made):
+    """The gradients and inputs are others; a width that loses nothing against full precision would still cost 0."""
+    from safetensors.torch import load_file
+
+    work = made[0] / "work"
+    by_kind = {}
+    for stage in work.glob("scores-*"):
+        kind = bool(json.loads((stage / "stage.json").read_text())["around"])
+        by_kind[kind] = load_file(next(iter(sorted(stage.glob("*.safetensors")))))
+    full, around = by_kind[False]["costs"].sum((0, 1)), by_kind[True]["costs"].sum((0, 1))
+    assert not torch.equal(full, around)
+    assert (around[:-1] > around[1:]).all()  # more bits, less cost
+    # measured on the built-in model: within a few percent; errors against the quantized weights would be far off
+    torch.testing.assert_close(around, full, rtol=0.35, atol=0)
+
+
+def test_a_second_run_computes_nothing(made):
+    folder, result = made
+    recipe = Recipe.from_dict(
+        {**KEYS, "calib": [str(builtin_texts()[0])], "progressive": [2.5, 2.0], "distil_epochs": 1}
+    )
+    again = quantize(str(builtin_model()), recipe, out=folder / "out", work=folder / "work", resume=True)
+    assert again.complete_before
+    assert again.allocation == result.allocation
+    assert again.stages.keys() == {"load", "allocate"}
+
+
+def test_a_plain_export_takes_no_steps(made, tmp_path):
+    exported = export(made[0] / "work", out=tmp_path / "out", changes={"bits": 1.5})
+    assert exported.stages.keys() == {"load", "allocate", "save"}
