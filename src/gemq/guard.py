@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.calibrate import Activations
-from gemq.data.selfgen import generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, added_to, generate_windows
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
 from gemq.files import replacing
@@ -300,9 +300,9 @@ def draw_guard_windows(job: Job, replay: Replay) -> Windows:
             missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
             failures = 0
             # those of the source self open as its calibration windows do, the others as those that an effort adds
-            plans: list[tuple[int, Tensor | None]] = [(OWN, job.windows.tokens.flatten())]
+            plans = [(OWN, added_to(job.windows.tokens, job.windows.names == (SELF,)))]
             if SELF in recipe.calib:
-                plans.insert(0, (PER_SOURCE, None))
+                plans.insert(0, (PER_SOURCE, OF_THE_SOURCE))
             for number, (count, openings) in enumerate(plans):
                 made = generate_windows(
                     replay.model,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
-from gemq.data.selfgen import generate_windows
-from gemq.data.sources import calibration_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, generate_windows
+from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
 from gemq.files import replacing
 from gemq.ladder import Quantizer
@@ -69,7 +69,7 @@ class Job:
             with self.monitor.stage("calibration windows", recipe.windows) as tick:
                 tokenizer = self.source.tokenizer()
 
-                def generate(count: int, seed: int, openings: Tensor | None = None) -> Tensor:
+                def generate(count: int, seed: int, openings: Openings = OF_THE_SOURCE) -> Tensor:
                     model, window = replay.model, self.window
                     made = generate_windows(
                         model, tokenizer, count=count, window=window, seed=seed, openings=openings, progress=tick
@@ -89,8 +89,8 @@ class Job:
                 added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
                 if added:
                     # another seed: these are windows beside those that the source ``self`` may have given
-                    more = generate(added, recipe.seed + 1, openings=windows.tokens.flatten())
-                    windows = windows.extended("self", more)
+                    more = generate(added, recipe.seed + 1, added_to(windows.tokens, windows.names == (SELF,)))
+                    windows = windows.extended(SELF, more)
             notes["calibration_windows_missing"] = missing
             stage.save_json("notes.json", notes)
             with replacing(path) as temporary:

@@ -141,8 +141,8 @@ class Recipe:
     """``kl`` from the full-precision model, or ``next_token`` as in the paper."""
     distil_sets: tuple[str, ...] = TUNABLE
     """What distillation trains: any of routers, norms and grids (the experts' scales and offsets)."""
-    rate_codes: float = 5e-3
-    """Learning rate of codes, in codes a step."""
+    rate_codes: float = 1e-2
+    """Learning rate of codes: the share of the range between lowest and highest code that a step moves at most."""
     rate_grids: float = 2e-3
     """Learning rate of scales and offsets, relative."""
     rate_tuned: float = 1e-3

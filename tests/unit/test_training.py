@@ -58,7 +58,7 @@ def test_gradients_pass_the_rounding():
     (matrices.weight() * target).sum().backward()
     scale = matrices.base_scale.repeat_interleave(16, dim=-1)
     assert matrices.latents is not None
-    torch.testing.assert_close(matrices.latents.grad, target * scale)
+    torch.testing.assert_close(matrices.latents.grad, target * scale / 3)  # latents times the highest code
     assert all(g.grad is not None and g.grad.abs().sum() > 0 for g in matrices.grids())
 
 
@@ -66,9 +66,9 @@ def test_latents_come_back_into_range():
     matrices = trainable()
     assert matrices.latents is not None
     with torch.no_grad():
-        matrices.latents += 100
+        matrices.latents.add_(100)
     matrices.keep_in_range()
-    assert matrices.latents.max() <= 3 + MARGIN
+    assert matrices.latents.max().item() == pytest.approx(3 * (3 + MARGIN))
     assert matrices.result().codes.max() == 3
 
 

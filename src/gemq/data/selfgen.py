@@ -31,6 +31,31 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}01 Jan 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True, eq=False)
+class Openings:
+    """How windows begin where a chat template does not say: with BOS, unless something else is asked for here.
+
+    tokens: int64 [n], of which one, drawn at random, opens each window. Windows that begin in the middle of a document
+            are of more kinds than those that begin with BOS, most of which are of the kinds with the shortest documents
+    random: share of the windows that open with a random token of the vocabulary instead
+    """
+
+    tokens: Tensor | None = None
+    random: float = 0.0
+
+
+OF_THE_SOURCE = Openings(random=1.0)
+"""Windows of the source ``self``: measured better than BOS (docs/lab-log.md)."""
+
+
+def added_to(tokens: Tensor, all_own: bool) -> Openings:
+    """Windows added beside windows ``tokens`` int64 [N, S]. ``all_own``: the model wrote those too.
+
+    A text shows what its documents hold; the model's own windows miss kinds, which random tokens find.
+    """
+    return Openings(tokens.flatten(), 0.5 if all_own else 0.0)
+
+
+@dataclass(frozen=True, eq=False)
 class Generated:
     """What the model wrote, and how."""
 
@@ -51,20 +76,18 @@ def generate_windows(
     count: int,
     window: int,
     seed: int,
-    openings: Tensor | None = None,
+    openings: Openings = Openings(),
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """``count`` windows of ``window`` tokens that ``model`` samples from itself.
 
-    A window opens with BOS, or with a random token where the model has none; after an end token the next
-    document opens in the same way. With a chat template every second window opens with the beginning of a
-    user turn, and the end of that turn is followed by the template's opening of the answer. Padding rows of
-    the embedding and the pad token are never sampled.
+    A window opens as ``openings`` says, by default with BOS, or with a random token where the model has none; after an
+    end token the next document opens with BOS or such a token. With a chat template every second window opens with the
+    beginning of a user turn, and the end of that turn is followed by the template's opening of the answer. Padding rows
+    of the embedding and the pad token are never sampled.
 
-    openings: int64 [n], tokens of which one, drawn at random, opens each window in place of BOS. Windows that
-              begin in the middle of a document are of more kinds than those that begin with BOS, most of which
-              are of the kinds with the shortest documents
+    openings: how windows begin
     batch:    windows written side by side; by default what about 4 GB of keys and values hold, 512 at most.
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
@@ -82,8 +105,7 @@ def generate_windows(
         for number, start in enumerate(range(0, count, batch)):
             rows = min(batch, count - start)
             run = _Batch(vocabulary, rows, window, _generator(seed, number, model.device))
-            if openings is not None:
-                run.open_with(openings)
+            run.open_with(openings)
             if chat:
                 assert opening is not None
                 run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
@@ -150,10 +172,15 @@ class _Batch:
         self.documents = self.rows
         self._open_documents(torch.arange(self.rows, device=self.given.device), 0)
 
-    def open_with(self, openings: Tensor) -> None:
-        """Draws each window's first token from ``openings`` int64 [n]."""
-        drawn = torch.randint(len(openings), (self.rows,), generator=self.generator, device=self.given.device)
-        self.given[:, 0] = openings.to(drawn.device)[drawn]
+    def open_with(self, openings: Openings) -> None:
+        """Draws each window's first token."""
+        device = self.given.device
+        if openings.tokens is not None:
+            drawn = torch.randint(len(openings.tokens), (self.rows,), generator=self.generator, device=device)
+            self.given[:, 0] = openings.tokens.to(device)[drawn]
+        if openings.random:
+            random = torch.rand(self.rows, generator=self.generator, device=device) < openings.random
+            self._open_randomly(random.nonzero()[:, 0], 0)
 
     def open_chats(self, opening: _ChatOpening, rows: Iterable[int]) -> None:
         for row in rows:
@@ -205,7 +232,10 @@ class _Batch:
     def _open_documents(self, rows: Tensor, step: int) -> None:
         if self.vocabulary.bos is not None:
             self.given[rows, step] = self.vocabulary.bos
-            return
+        else:
+            self._open_randomly(rows, step)
+
+    def _open_randomly(self, rows: Tensor, step: int) -> None:
         starts = self.vocabulary.starts.to(rows.device)
         drawn = torch.randint(len(starts), (len(rows),), generator=self.generator, device=rows.device)
         self.given[rows, step] = starts[drawn]

@@ -1,8 +1,11 @@
 """Codes, scales and offsets that gradients can train: the straight-through step.
 
 Every weight has a latent, a real number in units of codes; the weight in use is ``scale * round(latent) + offset`` and
-the gradient passes the rounding unchanged (Bengio et al., arXiv:1308.3432). Scales and offsets are trained as relative
-changes. The result is again codes, scales and offsets: nothing of this is visible in a checkpoint.
+the gradient passes the rounding unchanged (Bengio et al., arXiv:1308.3432). What the optimizer moves is the latent
+times the highest code: a step of Adam, whose size is the learning rate, is then the same share of the weights' range
+at every width. At one rate in units of codes, 3 bits moved too far and 1 bit too little (docs/lab-log.md). Scales and
+offsets are trained as relative changes. The result is again codes, scales and offsets: nothing of this is visible in
+a checkpoint.
 
 Experts of different widths train side by side, since a width is only the highest code. Knows no models and no files.
 Shapes: E experts, R rows, C columns, G groups a row.
@@ -24,7 +27,7 @@ MARGIN = 0.4
 class TrainableMatrices:
     """E matrices on their grids, trainable.
 
-    latents: [E, R, C] float32; None fixes the codes and trains scales and offsets only
+    latents: [E, R, C] float32, in codes; None fixes the codes and trains scales and offsets only
     q:       where training starts, with the codes that stay when ``latents`` is None
     highest: [E] float32, the highest code of each matrix
     """
@@ -35,7 +38,8 @@ class TrainableMatrices:
         self.base_scale, self.base_offset = q.scales.float(), q.offsets.float()
         self.latents = None
         if latents is not None:
-            self.latents = latents.float().clamp(torch.tensor(-MARGIN).to(highest), self.highest + MARGIN)
+            self.latents = latents.float() * self.highest
+            self.keep_in_range()
             self.latents.requires_grad_()
         self.scale_change = torch.zeros_like(self.base_scale, requires_grad=True)
         self.offset_change = torch.zeros_like(self.base_offset, requires_grad=True)
@@ -47,7 +51,10 @@ class TrainableMatrices:
     def weight(self) -> Tensor:
         """[E, R, C] float32, as a checkpoint with these codes would mean it; differentiable."""
         scale, offset = self._grid()
-        codes = self.codes.float() if self.latents is None else _straight_through(self.latents, self._rounded())
+        if self.latents is None:
+            codes = self.codes.float()
+        else:
+            codes = _straight_through(self.latents / self.highest, self._rounded())
         groups = codes.unflatten(-1, (scale.shape[-1], -1))
         return torch.addcmul(offset.unsqueeze(-1), groups, scale.unsqueeze(-1)).flatten(-2)
 
@@ -55,7 +62,7 @@ class TrainableMatrices:
     def keep_in_range(self) -> None:
         """Brings latents back to where they still matter. Call after every step of the optimizer."""
         if self.latents is not None:
-            self.latents.clamp_(self.latents.new_tensor(-MARGIN), self.highest + MARGIN)
+            self.latents.clamp_(-MARGIN * self.highest, (self.highest + MARGIN) * self.highest)
 
     @torch.no_grad()
     def result(self) -> Quantized:
@@ -66,7 +73,7 @@ class TrainableMatrices:
 
     def _rounded(self) -> Tensor:
         assert self.latents is not None
-        return self.latents.detach().round().clamp_(self.latents.new_zeros(()), self.highest)
+        return (self.latents.detach() / self.highest).round_().clamp_(self.latents.new_zeros(()), self.highest)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets, rounded to what float16 holds."""
