@@ -11,7 +11,6 @@ not take ("inside"), and seconds a stage. Recipes that agree up to the ladder sh
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import platform
@@ -32,6 +31,7 @@ from gemq.models.structure import find_structure
 from gemq.pipeline import export, quantize
 from gemq.progress import Monitor
 from gemq.recipe import BUILT_IN, DEFAULT_BITS, Recipe
+from rows import allocation_text, append
 
 WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
@@ -94,6 +94,11 @@ SETS: dict[str, list[Experiment]] = {
         Experiment("paper 2.0", {**BUILT_IN["paper"], "bits": 2}),
         Experiment("paper 1.5", {**BUILT_IN["paper"], "bits": 1.5}),
         Experiment("paper 2.5", {**BUILT_IN["paper"], "bits": 2.5}),
+    ],
+    "methods": [
+        Experiment(f"treated {method} {bits}", {"allocate": method, "bits": bits, "guard": False})
+        for bits in (2.0, 1.5, 2.5)
+        for method in ("frequency", "layerwise")
     ],
     "progressive": [
         Experiment("gemq 2.0 progressive", {"bits": 2, "progressive": [3.0, 2.5, 2.0]}),
@@ -175,6 +180,7 @@ class Bench:
             "perplexity_by_text": _short({n: t["perplexity"] for n, t in val["texts"].items()}),
             "predicted_cost": "" if result.predicted_cost is None else f"{result.predicted_cost:.6g}",
             "widths": _counts(result.allocation),
+            "allocation": allocation_text(result.allocation),
             "gains": _short(result.gains),
             "seconds": f"{seconds:.1f}",
             "seconds_by_stage": _short({n: s["seconds"] for n, s in result.stages.items()}),
@@ -184,7 +190,7 @@ class Bench:
             "recipe": json.dumps({**more, **experiment.keys}, sort_keys=True),
         }
         append(self.out, row)
-        print({k: row[k] for k in list(row)[:15]}, flush=True)
+        print({k: row[k] for k in list(row)[:16] if k != "allocation"}, flush=True)
 
     def measure(self, model: Any, windows: Windows) -> dict[str, Any]:
         return evaluate(model, windows, reference=self.reference.model, structure=self.structure, batch_tokens=16384)
@@ -213,17 +219,6 @@ def provenance(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a CSV file, with a header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _short(values: dict[str, float]) -> str:
