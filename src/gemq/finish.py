@@ -106,7 +106,7 @@ def _refine(
     to_the_end: install the finished layers behind the last missing one as well, as distillation needs them
     """
     recipe, structure = job.recipe, replay.structure
-    training = job.training(recipe.layer_epochs)
+    training = job.training(recipe.layer_epochs, recipe.rate_codes)
     with_teacher = training is not None or bool(recipe.distil_epochs)
     end = len(structure.layers) if to_the_end else missing[-1] + 1
     with job.monitor.stage("reconstruct" if training else "refine", end) as tick:
@@ -140,7 +140,7 @@ def _distil(
     teacher: list[Tensor],
 ) -> None:
     recipe = job.recipe
-    training = job.training(recipe.distil_epochs, codes=False)
+    training = job.training(recipe.distil_epochs, 0.0)
     assert training is not None
     layers = [
         RefinedLayer.from_tensors(refined.load_tensors(layer_file(i), str(job.device)))

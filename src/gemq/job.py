@@ -108,12 +108,12 @@ class Job:
         r = self.recipe
         return Quantizer(r.quantizer, r.group_size, r.damping, r.hessian_shrink)
 
-    def training(self, epochs: int, codes: bool = True) -> Training | None:
-        """How ``epochs`` epochs train, None when there are none. ``codes`` False trains everything but codes."""
+    def training(self, epochs: int, rate_codes: float) -> Training | None:
+        """How ``epochs`` epochs train, None when there are none."""
         r = self.recipe
         if epochs == 0:
             return None
-        return Training(epochs, r.rate_codes if codes else 0.0, r.rate_grids, r.rate_tuned, r.held_out, r.seed)
+        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned, r.held_out, r.seed)
 
     # Fingerprints: each names only what the stage's own results depend on
 
@@ -158,7 +158,7 @@ class Job:
     def _training_inputs(self, epochs: int | None) -> dict[str, Any]:
         if not epochs:
             return {"epochs": 0}
-        keys = ("rate_codes", "rate_grids", "rate_tuned", "held_out")
+        keys = ("rate_ladder", "rate_codes", "rate_grids", "rate_tuned", "held_out")
         return {"epochs": epochs, **{key: getattr(self.recipe, key) for key in keys}}
 
     def score_inputs(self) -> dict[str, Any]:

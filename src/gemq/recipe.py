@@ -141,8 +141,10 @@ class Recipe:
     """``kl`` from the full-precision model, or ``next_token`` as in the paper."""
     distil_sets: tuple[str, ...] = TUNABLE
     """What distillation trains: any of routers, norms and grids (the experts' scales and offsets)."""
-    rate_codes: float = 1e-2
-    """Learning rate of codes: the share of the range between lowest and highest code that a step moves at most."""
+    rate_ladder: float = 1e-2
+    """Learning rate of the ladder's codes, as a share of the range between lowest and highest code."""
+    rate_codes: float = 5e-3
+    """Learning rate of a layer's codes, in codes."""
     rate_grids: float = 2e-3
     """Learning rate of scales and offsets, relative."""
     rate_tuned: float = 1e-3
@@ -194,7 +196,8 @@ class Recipe:
                 raise UserError(f"{name} cannot be {getattr(self, name)}: the least is {least}")
         if self.window is not None and self.window < 2:
             raise UserError(f"window cannot be {self.window}: a window has at least 2 tokens")
-        for name in ("damping", "hessian_shrink", "smoothing", "rate_codes", "rate_grids", "rate_tuned", "held_out"):
+        rates = ("rate_ladder", "rate_codes", "rate_grids", "rate_tuned")
+        for name in ("damping", "hessian_shrink", "smoothing", *rates, "held_out"):
             if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
                 raise UserError(f"{name} must be a number from 0 up (it is {getattr(self, name)})")
         if self.quantizer == "rtn" and (self.ladder_epochs or self.layer_epochs):

@@ -33,8 +33,8 @@ from gemq.quant.widths import Width
 class Training:
     """How something is trained: AdamW, betas (0.9, 0.95), no weight decay, cosine to zero after a short warm-up.
 
-    Learning rates are per kind: ``codes`` in shares of the codes' range, ``grids`` relative (scales and offsets),
-    ``tuned`` for routers and norms. 0 leaves a kind as it is.
+    Learning rates are per kind: ``codes``, ``grids`` relative (scales and offsets), ``tuned`` for routers and norms. 0
+    leaves a kind as it is.
     """
 
     epochs: int
@@ -99,7 +99,7 @@ def train_rungs(
         highest = highest_codes([width] * experts.count, latents[0].device)
         rungs.append(
             [
-                TrainableMatrices(Quantized(*(t[i] for t in q)), highest, v[i])
+                TrainableMatrices(Quantized(*(t[i] for t in q)), highest, v[i], by_range=True)
                 for q, v in zip(grids, latents, strict=True)
             ]
         )

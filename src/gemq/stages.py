@@ -51,7 +51,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
     with job.monitor.stage("ladder", len(layers)) as tick:
         activations = job.start_activations(replay)
-        training = job.training(job.recipe.ladder_epochs)
+        training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
         for i in layers:
             if i in missing:
                 ladder, activations.hidden = build_layer(

@@ -58,8 +58,20 @@ def test_gradients_pass_the_rounding():
     (matrices.weight() * target).sum().backward()
     scale = matrices.base_scale.repeat_interleave(16, dim=-1)
     assert matrices.latents is not None
-    torch.testing.assert_close(matrices.latents.grad, target * scale / 3)  # latents times the highest code
+    torch.testing.assert_close(matrices.latents.grad, target * scale)
     assert all(g.grad is not None and g.grad.abs().sum() > 0 for g in matrices.grids())
+
+
+def test_a_step_is_the_same_share_of_the_range_at_every_width():
+    """By range, a step of Adam moves one-bit codes seven times as far, in codes, as three-bit codes."""
+    codes = torch.randint(0, 2, (2, 4, 32), dtype=torch.uint8)
+    q = Quantized(codes, torch.ones(2, 4, 2, dtype=torch.float16), torch.zeros(2, 4, 2, dtype=torch.float16))
+    matrices = TrainableMatrices(q, highest_codes([1, 3], codes.device), codes.float(), by_range=True)
+    optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer([matrices.latents], matrices.grids())
+    before = matrices.latents.detach().clone()
+    optimizer.step(matrices.weight().sum(), 0, 100)
+    moved = ((matrices.latents.detach() - before) / matrices.unit).abs().mean((1, 2))
+    assert moved[0] == pytest.approx(7 * moved[1].item(), rel=1e-3)
 
 
 def test_latents_come_back_into_range():
@@ -68,7 +80,7 @@ def test_latents_come_back_into_range():
     with torch.no_grad():
         matrices.latents.add_(100)
     matrices.keep_in_range()
-    assert matrices.latents.max().item() == pytest.approx(3 * (3 + MARGIN))
+    assert matrices.latents.max().item() == pytest.approx(3 + MARGIN)
     assert matrices.result().codes.max() == 3
 
 

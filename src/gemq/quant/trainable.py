@@ -1,11 +1,8 @@
 """Codes, scales and offsets that gradients can train: the straight-through step.
 
 Every weight has a latent, a real number in units of codes; the weight in use is ``scale * round(latent) + offset`` and
-the gradient passes the rounding unchanged (Bengio et al., arXiv:1308.3432). What the optimizer moves is the latent
-times the highest code: a step of Adam, whose size is the learning rate, is then the same share of the weights' range
-at every width. At one rate in units of codes, 3 bits moved too far and 1 bit too little (docs/lab-log.md). Scales and
-offsets are trained as relative changes. The result is again codes, scales and offsets: nothing of this is visible in
-a checkpoint.
+the gradient passes the rounding unchanged (Bengio et al., arXiv:1308.3432). Scales and offsets are trained as relative
+changes. The result is again codes, scales and offsets: nothing of this is visible in a checkpoint.
 
 Experts of different widths train side by side, since a width is only the highest code. Knows no models and no files.
 Shapes: E experts, R rows, C columns, G groups a row.
@@ -27,18 +24,21 @@ MARGIN = 0.4
 class TrainableMatrices:
     """E matrices on their grids, trainable.
 
-    latents: [E, R, C] float32, in codes; None fixes the codes and trains scales and offsets only
-    q:       where training starts, with the codes that stay when ``latents`` is None
-    highest: [E] float32, the highest code of each matrix
+    latents:  [E, R, C] float32, in codes; None fixes the codes and trains scales and offsets only
+    q:        where training starts, with the codes that stay when ``latents`` is None
+    highest:  [E] float32, the highest code of each matrix
+    by_range: what the optimizer moves is the latent times the highest code, so that a step of Adam, whose size is the
+              learning rate, is the same share of the weights' range at every width; else it is the latent itself
     """
 
-    def __init__(self, q: Quantized, highest: Tensor, latents: Tensor | None):
+    def __init__(self, q: Quantized, highest: Tensor, latents: Tensor | None, by_range: bool = False):
         self.highest = highest.view(-1, 1, 1)
+        self.unit = self.highest if by_range else torch.ones_like(self.highest)
         self.codes = q.codes
         self.base_scale, self.base_offset = q.scales.float(), q.offsets.float()
         self.latents = None
         if latents is not None:
-            self.latents = latents.float() * self.highest
+            self.latents = latents.float() * self.unit
             self.keep_in_range()
             self.latents.requires_grad_()
         self.scale_change = torch.zeros_like(self.base_scale, requires_grad=True)
@@ -54,7 +54,7 @@ class TrainableMatrices:
         if self.latents is None:
             codes = self.codes.float()
         else:
-            codes = _straight_through(self.latents / self.highest, self._rounded())
+            codes = _straight_through(self.latents / self.unit, self._rounded())
         groups = codes.unflatten(-1, (scale.shape[-1], -1))
         return torch.addcmul(offset.unsqueeze(-1), groups, scale.unsqueeze(-1)).flatten(-2)
 
@@ -62,7 +62,7 @@ class TrainableMatrices:
     def keep_in_range(self) -> None:
         """Brings latents back to where they still matter. Call after every step of the optimizer."""
         if self.latents is not None:
-            self.latents.clamp_(-MARGIN * self.highest, (self.highest + MARGIN) * self.highest)
+            self.latents.clamp_(-MARGIN * self.unit, (self.highest + MARGIN) * self.unit)
 
     @torch.no_grad()
     def result(self) -> Quantized:
@@ -73,7 +73,7 @@ class TrainableMatrices:
 
     def _rounded(self) -> Tensor:
         assert self.latents is not None
-        return (self.latents.detach() / self.highest).round_().clamp_(self.latents.new_zeros(()), self.highest)
+        return (self.latents.detach() / self.unit).round_().clamp_(self.latents.new_zeros(()), self.highest)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets, rounded to what float16 holds."""
