@@ -1,0 +1,214 @@
+"""Packed codes -> tiles of weights in registers, for Triton kernels that multiply whole tiles.
+
+A code's bits go to the top of a float32 mantissa and an exponent of 1.0 is put above them, so that the value is
+1 + code / levels, exactly, and one multiply-add with group constants gives the weight: no integer conversion,
+which GPUs do at a sixteenth of the rate. Codes are read as 32-bit words where a group's planes allow. Knows the
+layout of ``docs/checkpoint-format.md``; knows nothing of matrix products, experts' routing or modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ONE_BITS = 0x3F800000
+"""float32 1.0. Handed to kernels as an argument: known at run time only, the compiler keeps it in a register and
+needs one instruction instead of two to put it above the code's bits."""
+
+ALL_LEVELS = (2, 3, 4, 8, 16, 256)
+"""Levels of the widths. Kernels take the set that occurs as a bit mask over this tuple and compile only those."""
+
+WIDTHS_TO_TRY = tl.constexpr(len(ALL_LEVELS))
+BLOCK_COLUMNS = 128
+"""Columns of a group that are unpacked at once, at most."""
+
+
+def levels_mask(levels: Iterable[int]) -> int:
+    """Bit i stands for ALL_LEVELS[i]. Sets without 8 bits, and the widths that experts get, are one: few compilations."""
+    present = set(levels)
+    experts = set(ALL_LEVELS[:4])
+    chosen = present if len(present) == 1 and not present <= experts else experts if present <= experts else set(ALL_LEVELS)
+    return sum(1 << i for i, value in enumerate(ALL_LEVELS) if value in chosen)
+
+
+@triton.constexpr_function
+def levels_at(i):
+    return ALL_LEVELS[i]
+
+
+@triton.constexpr_function
+def code_bits(levels):
+    """Bits that hold a code."""
+    return (levels - 1).bit_length()
+
+
+@triton.constexpr_function
+def group_bytes(levels, group):
+    """Bytes that the codes of one group take."""
+    return (group + 4) // 5 if levels == 3 else group * (levels.bit_length() - 1) // 8
+
+
+@triton.jit
+def _to_top(words, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
+    """Moves the BITS bits from position ``shift`` to position TOP and clears all others."""
+    if shift > TOP:
+        moved = words >> (shift - TOP)
+    else:
+        moved = words << (TOP - shift)
+    return moved & (((1 << BITS) - 1) << TOP)
+
+
+@triton.jit
+def _interleave(a, b):
+    """[R, J], [R, J] -> [R, 2 J]: a0 b0 a1 b1 ..."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _plane(words, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, WORD: tl.constexpr):
+    """[R, J] words -> [R, J * WORD] codes at one bit position of each of their bytes."""
+    if WORD == 1:
+        return _to_top(words, shift, BITS, TOP)
+    else:
+        even = _interleave(_to_top(words, shift, BITS, TOP), _to_top(words, shift + 16, BITS, TOP))
+        odd = _interleave(_to_top(words, shift + 8, BITS, TOP), _to_top(words, shift + 24, BITS, TOP))
+        return _interleave(even, odd)
+
+
+@triton.jit
+def _planes(words, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, WORD: tl.constexpr):
+    """[R, J] words -> [R, COUNT * J * WORD]: the planes ``first`` and following, side by side."""
+    if COUNT == 1:
+        return _plane(words, first * BITS, BITS, TOP, WORD)
+    else:
+        left = _planes(words, first, COUNT // 2, BITS, TOP, WORD)
+        right = _planes(words, first + COUNT // 2, COUNT // 2, BITS, TOP, WORD)
+        pair = tl.permute(tl.join(left, right), (0, 2, 1))
+        return tl.reshape(pair, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _load_planes(
+    rows, mask, START: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Codes of the columns START ... START + BLOCK of a group, moved to bit TOP: [R, BLOCK] int32.
+
+    ``rows`` points at the planes of each row's group.
+    """
+    N: tl.constexpr = GROUP * BITS // 8  # bytes of a plane, and columns
+    J: tl.constexpr = N if N < BLOCK else BLOCK  # of which this block needs
+    COUNT: tl.constexpr = BLOCK // J
+    if J % 4 == 0:
+        at = (rows + START % N).to(tl.pointer_type(tl.int32))
+        words = tl.load(at[:, None] + tl.arange(0, J // 4)[None, :], mask=mask[:, None], other=0)
+        return _planes(words, START // N, COUNT, BITS, TOP, 4)
+    else:
+        words = tl.load((rows + START % N)[:, None] + tl.arange(0, J)[None, :], mask=mask[:, None], other=0)
+        return _planes(words.to(tl.int32), START // N, COUNT, BITS, TOP, 1)
+
+
+@triton.jit
+def _load_ternary(rows, mask, START: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """As _load_planes for five base-3 digits a byte: each column loads its own byte, most of them from L1.
+
+    With u = byte / 3^(i + 1) in 21 fractional bits, the whole part of 3 * (u mod 1) is digit i: exact for 0 ... 242.
+    """
+    N: tl.constexpr = (GROUP + 4) // 5
+    column = START + tl.arange(0, BLOCK)
+    byte = tl.load(rows[:, None] + (column % N)[None, :], mask=mask[:, None], other=0).to(tl.int32)
+    i = column // N
+    third = tl.where(i == 0, 699051, tl.where(i == 1, 233017, tl.where(i == 2, 77673, tl.where(i == 3, 25891, 8631))))
+    return ((byte * third[None, :]) & 0x1FFFFF) * 3 & (3 << 21)
+
+
+@triton.jit
+def load_weights(
+    rows,
+    mask,
+    scale,
+    offset,
+    one_bits,
+    START: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Weights of the columns START ... START + BLOCK of one group of each row: [R, BLOCK] in DTYPE.
+
+    rows: [R] pointers to uint8, the group's first byte; mask [R]; scale, offset [R] float32; one_bits: ONE_BITS.
+    """
+    BITS: tl.constexpr = code_bits(LEVELS)
+    if LEVELS == 3:
+        bits = _load_ternary(rows, mask, START, GROUP, BLOCK)
+    elif LEVELS == 8:
+        bits = _load_planes(rows, mask, START, 2, 20, GROUP, BLOCK)
+        bits |= _load_planes(rows + GROUP // 4, mask, START, 1, 22, GROUP, BLOCK)
+    else:
+        bits = _load_planes(rows, mask, START, BITS, 23 - BITS, GROUP, BLOCK)
+    value = (bits | one_bits).to(tl.float32, bitcast=True)
+    step = scale * (1 << BITS)
+    if DTYPE == tl.float32:  # exact, then one rounding as in the reference
+        return (value - 1.0) * step[:, None] + offset[:, None]
+    else:  # the constant's own rounding is 2^-16 of a step at most
+        return (value * step[:, None] + (offset - step)[:, None]).to(DTYPE)
+
+
+@triton.jit
+def load_half(pointers, mask):
+    """float16 that is stored as int16 -> float32."""
+    return tl.load(pointers, mask=mask, other=0).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes,
+    scales,
+    offsets,
+    table,
+    out,
+    num_rows,
+    groups,
+    one_bits,
+    WIDTHS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program (i, g, e): rows i * ROWS ... of expert e, group g."""
+    expert, group = tl.program_id(2), tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < num_rows
+    levels = tl.load(table + 3 * expert)
+    start = tl.multiple_of(tl.load(table + 3 * expert + 1), 16)
+    at = tl.load(table + 3 * expert + 2) + row.to(tl.int64) * groups + group
+    scale, offset = load_half(scales + at, mask), load_half(offsets + at, mask)
+    target = out + (expert.to(tl.int64) * num_rows + row) * (groups * GROUP) + group * GROUP
+    for i in tl.static_range(WIDTHS_TO_TRY):
+        if (WIDTHS >> i) & 1:
+            if levels == levels_at(i):
+                n = group_bytes(levels_at(i), GROUP)
+                first = codes + start + row.to(tl.int64) * (groups * n) + group * n
+                for h in tl.static_range(GROUP // BLOCK):
+                    w = load_weights(
+                        first, mask, scale, offset, one_bits, h * BLOCK, levels_at(i), GROUP, BLOCK, out.dtype.element_ty
+                    )
+                    tl.store(target[:, None] + (h * BLOCK + tl.arange(0, BLOCK))[None, :], w, mask=mask[:, None])
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, offsets: Tensor, table: Tensor, widths: int, rows: int, columns: int,
+    group_size: int, dtype: torch.dtype,
+) -> Tensor:
+    """All matrices of a flat buffer (see PackedMatrices): [E, rows, columns] in ``dtype``. widths: levels_mask."""
+    experts, groups = table.shape[0], columns // group_size
+    out = torch.empty(experts, rows, columns, dtype=dtype, device=codes.device)
+    block = min(group_size, BLOCK_COLUMNS)
+    _dequantize_kernel[(triton.cdiv(rows, 64), groups, experts)](
+        codes, scales, offsets, table, out, rows, groups, ONE_BITS, widths, group_size, block, 64, num_warps=4
+    )
+    return out
