@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemq.kernels.gates import NONE, UNKNOWN, Gate, gate_of
-from gemq.kernels.matmul import Packed, config_for, matmul
+from gemq.kernels.matmul import Config, Packed, config_for, matmul
 from gemq.kernels.routing import combine, sort_pairs
-from gemq.kernels.unpack import dequantize, levels_mask
+from gemq.kernels.unpack import dequantize, levels_mask, width_bit
 from gemq.quant.widths import LEVELS
 
 if TYPE_CHECKING:
@@ -31,25 +31,43 @@ product costs time for each tile of rows, writing the weights out costs it once.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, first: Packed, down: Packed, gate: Gate) -> Tensor:
+def experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    first: Packed,
+    down: Packed,
+    gate: Gate,
+    config: Config | None = None,
+) -> Tensor:
     """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] in hidden's dtype. ``gate`` is a known one.
 
-    Indices from E up mark unused slots and are skipped.
+    Indices from E up mark unused slots and are skipped. ``config`` is for benchmarks.
     """
-    count = first.table.shape[0]
-    config = config_for(top_k_index.numel(), count, hidden.dtype)
+    count = _count(down)
+    config = config or config_for(top_k_index.numel(), count, hidden.dtype)
     routing = sort_pairs(top_k_index, count, config.block_m)
     y = matmul(hidden, first, config, routing, top_k=top_k_index.shape[1], gate=gate)
     y = matmul(y, down, config, routing, scatter=True)
     return combine(y, top_k_index, top_k_weights, count)
 
 
+def linear_dequantized(x: Tensor, w: Packed) -> Tensor:
+    """``linear`` through a dense copy of the matrix, which lives until this returns."""
+    weight = dequantize(*w[:4], w.widths, w.rows, x.shape[1], w.group_size, x.dtype)[0]
+    return F.linear(x, weight, None if w.bias is None else w.bias.to(x.dtype))
+
+
 def linear(x: Tensor, w: Packed) -> Tensor:
     """x [T, columns] times one packed matrix, plus its bias: [T, rows] in x's dtype."""
     if x.dtype == torch.float32 or x.shape[0] >= LINEAR_DEQUANTIZE_ROWS:
-        weight = dequantize(*w[:4], w.widths, w.rows, x.shape[1], w.group_size, x.dtype)[0]
-        return F.linear(x, weight, None if w.bias is None else w.bias.to(x.dtype))
+        return linear_dequantized(x, w)
     return matmul(x, w, config_for(x.shape[0], 1, x.dtype), None)
+
+
+def _count(w: Packed) -> int:
+    assert w.table is not None
+    return w.table.shape[0]
 
 
 def packed_experts(matrices: PackedMatrices, bias: Tensor | None) -> Packed:
@@ -59,13 +77,9 @@ def packed_experts(matrices: PackedMatrices, bias: Tensor | None) -> Packed:
 
 
 def packed_linear(module: PackedLinear) -> Packed:
-    levels = LEVELS[module.width]
-    table = module.__dict__.get("_kernel_table")  # the one row that the kernel's table of experts needs
-    if table is None or table.device != module.codes.device:
-        table = torch.tensor([[levels, 0, 0]], dtype=torch.int64, device=module.codes.device)
-        module.__dict__["_kernel_table"] = table
-    tensors = (module.codes, module.scales, module.offsets, table)
-    return Packed(*tensors, module.bias, levels_mask([levels]), module.out_features, module.group_size)
+    bias: Tensor | None = module._parameters["bias"]
+    mask = width_bit(LEVELS[module.width])
+    return Packed(module.codes, module.scales, module.offsets, None, bias, mask, module.out_features, module.group_size)
 
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -79,7 +93,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     if gate.kind != NONE and not normed:
         return experts(hidden, top_k_index, top_k_weights, first, down, gate)
 
-    count, k = first.table.shape[0], top_k_index.shape[1]
+    count, k = _count(down), top_k_index.shape[1]
     config = config_for(top_k_index.numel(), count, hidden.dtype)
     routing = sort_pairs(top_k_index, count, config.block_m)
     y = matmul(hidden, first, config, routing, top_k=k, gate=gate)

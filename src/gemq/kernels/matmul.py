@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemq.kernels.gates import NONE, UNKNOWN, Gate, act, gated
 from gemq.kernels.routing import Routing
-from gemq.kernels.unpack import ONE_BITS, WIDTHS_TO_TRY, group_bytes, levels_at, load_half, load_weights
+from gemq.kernels.unpack import ONE_BITS, WIDTHS_TO_TRY, group_bytes, levels_at, load_half, load_weights, only_levels
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its dot takes bfloat16 for integers
 _NO_GATE = tl.constexpr(NONE)
@@ -38,7 +38,11 @@ def config_for(pairs: int, experts: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2)
     mean = pairs / experts
-    for block_m, config in ((16, Config(16, 64, 128, 4, 3)), (32, Config(32, 64, 128, 4, 3)), (64, Config(64, 128, 128, 8, 2))):
+    for block_m, config in (
+        (16, Config(16, 64, 128, 4, 3)),
+        (32, Config(32, 64, 128, 4, 3)),
+        (64, Config(64, 128, 128, 8, 2)),
+    ):
         if 1.5 * mean <= block_m:
             return config
     return Config(128, 128, 128, 8, 2)
@@ -160,22 +164,27 @@ def _matmul_kernel(
     else:
         row = block * BLOCK_N + n
         row_mask = row < num_rows
-    levels = tl.load(table + 3 * expert)
-    codes += tl.multiple_of(tl.load(table + 3 * expert + 1), 16)
-    first_scale = tl.load(table + 3 * expert + 2)
+    if ROUTED:
+        levels = tl.load(table + 3 * expert)
+        codes += tl.multiple_of(tl.load(table + 3 * expert + 1), 16)
+        first_scale = tl.load(table + 3 * expert + 2)
+        scales += first_scale
+        offsets += first_scale
+    else:
+        levels: tl.constexpr = only_levels(WIDTHS)  # type: ignore[no-redef]
     x_tile = x + x_row[None, :] * (GROUPS * GROUP) + tl.arange(0, BLOCK_K)[:, None]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.static_range(WIDTHS_TO_TRY):
-        if (WIDTHS >> i) & 1:
+        if (WIDTHS >> i) & 1:  # noqa: SIM102 - the outer is the compiler's
             if levels == levels_at(i):
                 acc = _accumulate(
                     acc,
                     x_tile,
                     inside[None, :],
                     codes,
-                    scales + first_scale,
-                    offsets + first_scale,
+                    scales,
+                    offsets,
                     row,
                     row_mask,
                     one_bits,
@@ -208,9 +217,9 @@ class Packed(NamedTuple):
     codes: Tensor
     scales: Tensor
     offsets: Tensor
-    table: Tensor
+    table: Tensor | None  # None: a single matrix
     bias: Tensor | None  # [E, rows]
-    widths: int  # levels_mask
+    widths: int  # levels_mask, of a single matrix width_bit
     rows: int
     group_size: int
 
@@ -231,12 +240,20 @@ def matmul(
     routing: x [P, columns] times the one matrix.
     """
     pairs = routing.order.shape[0] if routing else x.shape[0]
-    order, starts, tiles = (routing.order, routing.starts, routing.tiles) if routing else (w.table,) * 3
+    order, starts, tiles = (routing.order, routing.starts, routing.tiles) if routing else (w.codes,) * 3
     num_tiles = tiles.shape[0] if routing else triton.cdiv(pairs, config.block_m)
     fused = gate.kind != NONE and gate.gated
     out = torch.empty(pairs, w.rows // 2 if fused else w.rows, dtype=x.dtype, device=x.device)
     _matmul_kernel[(num_tiles * triton.cdiv(w.rows, config.block_n),)](
-        *(x, w.codes, w.scales, w.offsets, w.table, w.table if w.bias is None else w.bias, out),
+        *(
+            x,
+            w.codes,
+            w.scales,
+            w.offsets,
+            w.codes if w.table is None else w.table,
+            w.codes if w.bias is None else w.bias,
+            out,
+        ),
         *(order, starts, tiles, w.rows, pairs, ONE_BITS, gate.alpha, gate.limit, gate.shift),
         WIDTHS=w.widths,
         GROUPS=x.shape[-1] // w.group_size,

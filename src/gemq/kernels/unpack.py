@@ -28,16 +28,25 @@ BLOCK_COLUMNS = 128
 
 
 def levels_mask(levels: Iterable[int]) -> int:
-    """Bit i stands for ALL_LEVELS[i]. Sets without 8 bits, and the widths that experts get, are one: few compilations."""
-    present = set(levels)
-    experts = set(ALL_LEVELS[:4])
-    chosen = present if len(present) == 1 and not present <= experts else experts if present <= experts else set(ALL_LEVELS)
-    return sum(1 << i for i, value in enumerate(ALL_LEVELS) if value in chosen)
+    """The set of widths to compile for: the four that experts mostly get, or all there are. Few compilations."""
+    low = sum(width_bit(value) for value in ALL_LEVELS[:4])
+    return low if set(levels) <= set(ALL_LEVELS[:4]) else 2 ** len(ALL_LEVELS) - 1
+
+
+def width_bit(levels: int) -> int:
+    """The set of one width."""
+    return 1 << ALL_LEVELS.index(levels)
 
 
 @triton.constexpr_function
 def levels_at(i):
     return ALL_LEVELS[i]
+
+
+@triton.constexpr_function
+def only_levels(widths):
+    """Levels of the width in a set of one."""
+    return ALL_LEVELS[widths.bit_length() - 1]
 
 
 @triton.constexpr_function
@@ -55,7 +64,7 @@ def group_bytes(levels, group):
 @triton.jit
 def _to_top(words, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
     """Moves the BITS bits from position ``shift`` to position TOP and clears all others."""
-    if shift > TOP:
+    if shift > TOP:  # noqa: SIM108 - a branch of the compiler
         moved = words >> (shift - TOP)
     else:
         moved = words << (TOP - shift)
@@ -63,32 +72,21 @@ def _to_top(words, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
+def _planes(words, byte: tl.constexpr, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
+    """[R, J] words -> [R, COUNT * J]: one byte's planes ``first`` and following, side by side."""
+    if COUNT == 1:
+        return _to_top(words, 8 * byte + first * BITS, BITS, TOP)
+    else:
+        left = _planes(words, byte, first, COUNT // 2, BITS, TOP)
+        right = _planes(words, byte, first + COUNT // 2, COUNT // 2, BITS, TOP)
+        pair = tl.permute(tl.join(left, right), (0, 2, 1))
+        return tl.reshape(pair, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
 def _interleave(a, b):
     """[R, J], [R, J] -> [R, 2 J]: a0 b0 a1 b1 ..."""
     return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
-def _plane(words, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, WORD: tl.constexpr):
-    """[R, J] words -> [R, J * WORD] codes at one bit position of each of their bytes."""
-    if WORD == 1:
-        return _to_top(words, shift, BITS, TOP)
-    else:
-        even = _interleave(_to_top(words, shift, BITS, TOP), _to_top(words, shift + 16, BITS, TOP))
-        odd = _interleave(_to_top(words, shift + 8, BITS, TOP), _to_top(words, shift + 24, BITS, TOP))
-        return _interleave(even, odd)
-
-
-@triton.jit
-def _planes(words, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, WORD: tl.constexpr):
-    """[R, J] words -> [R, COUNT * J * WORD]: the planes ``first`` and following, side by side."""
-    if COUNT == 1:
-        return _plane(words, first * BITS, BITS, TOP, WORD)
-    else:
-        left = _planes(words, first, COUNT // 2, BITS, TOP, WORD)
-        right = _planes(words, first + COUNT // 2, COUNT // 2, BITS, TOP, WORD)
-        pair = tl.permute(tl.join(left, right), (0, 2, 1))
-        return tl.reshape(pair, (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
@@ -105,10 +103,17 @@ def _load_planes(
     if J % 4 == 0:
         at = (rows + START % N).to(tl.pointer_type(tl.int32))
         words = tl.load(at[:, None] + tl.arange(0, J // 4)[None, :], mask=mask[:, None], other=0)
-        return _planes(words, START // N, COUNT, BITS, TOP, 4)
+        # Bytes last: neighbouring columns are then neighbouring registers, which pair up without moves.
+        even = _interleave(
+            _planes(words, 0, START // N, COUNT, BITS, TOP), _planes(words, 2, START // N, COUNT, BITS, TOP)
+        )
+        odd = _interleave(
+            _planes(words, 1, START // N, COUNT, BITS, TOP), _planes(words, 3, START // N, COUNT, BITS, TOP)
+        )
+        return _interleave(even, odd)
     else:
         words = tl.load((rows + START % N)[:, None] + tl.arange(0, J)[None, :], mask=mask[:, None], other=0)
-        return _planes(words.to(tl.int32), START // N, COUNT, BITS, TOP, 1)
+        return _planes(words.to(tl.int32), 0, START // N, COUNT, BITS, TOP)
 
 
 @triton.jit
@@ -144,15 +149,16 @@ def load_weights(
     """
     BITS: tl.constexpr = code_bits(LEVELS)
     if LEVELS == 3:
-        bits = _load_ternary(rows, mask, START, GROUP, BLOCK)
+        bits = _load_ternary(rows, mask, START, GROUP, BLOCK) ^ one_bits
     elif LEVELS == 8:
-        bits = _load_planes(rows, mask, START, 2, 20, GROUP, BLOCK)
+        # ^ and not |: the compiler then keeps the order of operations, two for each code instead of three
+        bits = _load_planes(rows, mask, START, 2, 20, GROUP, BLOCK) ^ one_bits
         bits |= _load_planes(rows + GROUP // 4, mask, START, 1, 22, GROUP, BLOCK)
     else:
-        bits = _load_planes(rows, mask, START, BITS, 23 - BITS, GROUP, BLOCK)
-    value = (bits | one_bits).to(tl.float32, bitcast=True)
+        bits = _load_planes(rows, mask, START, BITS, 23 - BITS, GROUP, BLOCK) ^ one_bits
+    value = bits.to(tl.float32, bitcast=True)
     step = scale * (1 << BITS)
-    if DTYPE == tl.float32:  # exact, then one rounding as in the reference
+    if tl.float32 == DTYPE:  # exact, then one rounding as in the reference
         return (value - 1.0) * step[:, None] + offset[:, None]
     else:  # the constant's own rounding is 2^-16 of a step at most
         return (value * step[:, None] + (offset - step)[:, None]).to(DTYPE)
@@ -174,6 +180,7 @@ def _dequantize_kernel(
     num_rows,
     groups,
     one_bits,
+    HAS_TABLE: tl.constexpr,
     WIDTHS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -183,32 +190,67 @@ def _dequantize_kernel(
     expert, group = tl.program_id(2), tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < num_rows
-    levels = tl.load(table + 3 * expert)
-    start = tl.multiple_of(tl.load(table + 3 * expert + 1), 16)
-    at = tl.load(table + 3 * expert + 2) + row.to(tl.int64) * groups + group
+    at = row.to(tl.int64) * groups + group
+    if HAS_TABLE:
+        levels = tl.load(table + 3 * expert)
+        codes += tl.multiple_of(tl.load(table + 3 * expert + 1), 16)
+        at += tl.load(table + 3 * expert + 2)
+    else:
+        levels: tl.constexpr = only_levels(WIDTHS)  # type: ignore[no-redef]
     scale, offset = load_half(scales + at, mask), load_half(offsets + at, mask)
     target = out + (expert.to(tl.int64) * num_rows + row) * (groups * GROUP) + group * GROUP
     for i in tl.static_range(WIDTHS_TO_TRY):
-        if (WIDTHS >> i) & 1:
+        if (WIDTHS >> i) & 1:  # noqa: SIM102 - the outer is the compiler's
             if levels == levels_at(i):
                 n = group_bytes(levels_at(i), GROUP)
-                first = codes + start + row.to(tl.int64) * (groups * n) + group * n
+                first = codes + row.to(tl.int64) * (groups * n) + group * n
                 for h in tl.static_range(GROUP // BLOCK):
                     w = load_weights(
-                        first, mask, scale, offset, one_bits, h * BLOCK, levels_at(i), GROUP, BLOCK, out.dtype.element_ty
+                        first,
+                        mask,
+                        scale,
+                        offset,
+                        one_bits,
+                        h * BLOCK,
+                        levels_at(i),
+                        GROUP,
+                        BLOCK,
+                        out.dtype.element_ty,
                     )
                     tl.store(target[:, None] + (h * BLOCK + tl.arange(0, BLOCK))[None, :], w, mask=mask[:, None])
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, offsets: Tensor, table: Tensor, widths: int, rows: int, columns: int,
-    group_size: int, dtype: torch.dtype,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    table: Tensor | None,
+    widths: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """All matrices of a flat buffer (see PackedMatrices): [E, rows, columns] in ``dtype``. widths: levels_mask."""
-    experts, groups = table.shape[0], columns // group_size
+    """All matrices of flat buffers (see PackedMatrices): [E, rows, columns] in ``dtype``. widths: levels_mask.
+
+    Without a table: one matrix, widths a width_bit, E = 1.
+    """
+    experts, groups = 1 if table is None else table.shape[0], columns // group_size
     out = torch.empty(experts, rows, columns, dtype=dtype, device=codes.device)
-    block = min(group_size, BLOCK_COLUMNS)
     _dequantize_kernel[(triton.cdiv(rows, 64), groups, experts)](
-        codes, scales, offsets, table, out, rows, groups, ONE_BITS, widths, group_size, block, 64, num_warps=4
+        codes,
+        scales,
+        offsets,
+        codes if table is None else table,
+        out,
+        rows,
+        groups,
+        ONE_BITS,
+        HAS_TABLE=table is not None,
+        WIDTHS=widths,
+        GROUP=group_size,
+        BLOCK=min(group_size, BLOCK_COLUMNS),
+        ROWS=64,
+        num_warps=4,
     )
     return out
