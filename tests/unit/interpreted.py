@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,3 +16,5 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before it could be told to interpret: set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton", reason="torch for CPUs comes without it")
