@@ -1,0 +1,256 @@
+"""Kernels for many tokens against the plain reference and against float64.
+
+Without a GPU they run in Triton's interpreter (bfloat16 is truncated there, not rounded); with one they run on it.
+"""
+
+from __future__ import annotations
+
+from interpreted import DEVICE  # first: triton must not be imported before
+
+# isort: split
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from torch import nn
+
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.kernels import grouped, reference
+from gemq.kernels.gates import GELU, GELU_TANH, NONE, RELU_SQUARED, SILU, Gate, gate_of
+from gemq.kernels.matmul import config_for
+from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices, make_packed
+from gemq.kernels.routing import combine, sort_pairs
+from gemq.kernels.unpack import dequantize
+from gemq.models.structure import find_structure
+from gemq.quant.grid import Quantized
+from gemq.quant.widths import LEVELS, group_size_for
+
+torch.set_num_threads(1)
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MIXED = (1, 1.6, 2, 3, 4, 8, 2)
+
+
+def random_matrix(rows: int, columns: int, width: float, group: int) -> PackedMatrix:
+    codes = torch.randint(0, LEVELS[width], (rows, columns), dtype=torch.uint8)
+    scales = (0.5 + torch.rand(rows, columns // group)) / LEVELS[width]
+    offsets = -0.5 + 0.2 * torch.randn(rows, columns // group)
+    return PackedMatrix(*(t.to(DEVICE) for t in PackedMatrix.pack(Quantized(codes, scales, offsets), width, group)))
+
+
+def random_matrices(rows: int, columns: int, widths: tuple[float, ...], group: int) -> PackedMatrices:
+    return PackedMatrices([random_matrix(rows, columns, w, group) for w in widths], widths, group)
+
+
+class Experts(PackedExperts):
+    """SwiGLU without anything else; tests change what they are about."""
+
+    has_gate, has_bias = True, False
+
+    def __init__(self, hidden: int, inner: int, widths: tuple[float, ...], group: int, down_group: int = 0):
+        super().__init__()
+        self.act_fn = nn.SiLU()
+        self.gate_up_proj = random_matrices(2 * inner, hidden, widths, group)
+        self.down_proj = random_matrices(hidden, inner, widths, down_group or group)
+
+    def _apply_gate(self, y: torch.Tensor) -> torch.Tensor:
+        gate, up = y.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+def routed(tokens: int, experts: int, k: int, hidden: int, dtype: torch.dtype, seed: int = 0):
+    """Uneven routing; the first expert gets no token. Another seed, other numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    popularity = torch.linspace(0.2, 3, experts)
+    popularity[0] = 1e-9
+    index = torch.multinomial(popularity.expand(tokens, -1), k, generator=generator)
+    index[index == 0] = experts  # too rare to be drawn, but never say never
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    weights = torch.rand(tokens, k, generator=generator)
+    return x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+
+
+def assert_close_to_truth(module, x, index, weights):
+    """Errors against float64 no larger than a small multiple of the reference's."""
+    with torch.no_grad():
+        y = grouped.experts_forward(module, x, index, weights)
+        plain = reference.experts_forward(module, x, index, weights)
+        truth = reference.experts_forward(module, x.double(), index, weights.double())
+    assert y.dtype == x.dtype
+    assert y.shape == x.shape
+    assert_errors(y, plain, truth)
+
+
+def assert_errors(y, plain, truth):
+    ours, theirs = ((t.double() - truth).norm() / truth.norm() for t in (y, plain))
+    slack = 5 if DEVICE == "cpu" and y.dtype == BF16 else 1.5
+    assert ours <= slack * theirs + 1e-6, f"relative error {ours:.2e}, reference {theirs:.2e}"
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+def test_dequantize_equals_the_reference(group):
+    matrices = random_matrices(9, 2 * group, MIXED, group)
+    for dtype in (FP32, FP16):
+        w = grouped.packed_experts(matrices, None)
+        dense = dequantize(*w[:4], w.widths, 9, 2 * group, group, dtype)
+        for e in range(len(MIXED)):
+            expected = matrices.dequantize(e, dtype)
+            if dtype == FP32:
+                assert torch.equal(dense[e], expected)
+            else:  # the sum before the rounding may differ in its last bits
+                torch.testing.assert_close(dense[e], expected, rtol=2**-10, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "experts", "block"), [(1, 1, 1, 16), (17, 3, 5, 16), (40, 2, 300, 32), (1100, 4, 6, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pairs_are_sorted_by_expert(tokens, k, experts, block, dtype):
+    generator = torch.Generator().manual_seed(tokens)
+    index = torch.randint(0, experts + 2, (tokens, k), generator=generator, dtype=dtype)
+    index[index == experts // 2] = experts  # an expert without pairs, and unused slots
+    routing = sort_pairs(index.to(DEVICE), experts, block)
+    flat = index.flatten()
+    counts = torch.bincount(flat, minlength=experts)[:experts]
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    assert routing.starts.tolist() == starts.tolist()
+    used = int(starts[-1])
+    assert routing.order[:used].tolist() == flat.argsort(stable=True)[:used].tolist()
+    expected = [-1] * (-(-tokens * k // block) + experts)
+    for e, count in enumerate(counts.tolist()):
+        for tile in range(-(-count // block)):
+            expected[int(starts[e]) // block + e + tile] = e
+    assert routing.tiles.tolist() == expected
+
+
+def test_combine_leaves_out_unused_slots():
+    index = torch.tensor([[0, 5], [9, 5], [1, 0]], device=DEVICE)
+    y = torch.randn(6, 40, device=DEVICE)
+    weights = torch.rand(3, 2, device=DEVICE)
+    expected = y.view(3, 2, 40) * weights[..., None] * (index < 5)[..., None]
+    y[[1, 2, 3]] = torch.nan  # as unwritten memory may be
+    torch.testing.assert_close(combine(y, index, weights, 5), expected.sum(1))
+
+
+@pytest.mark.parametrize("width", LEVELS)
+def test_one_width(width):
+    module = Experts(128, 64, (width,) * 4, 32)
+    assert_close_to_truth(module, *routed(17, 4, 2, 128, FP16, seed=int(10 * width)))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize("tokens", [17, 33, 300])
+def test_mixed_widths(tokens, dtype):
+    module = Experts(128, 64, MIXED, 64)
+    assert_close_to_truth(module, *routed(tokens, 7, 3 if tokens < 300 else 1, 128, dtype, seed=tokens))
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+def test_group_sizes_and_odd_rows(group):
+    """80 inner rows fill no tile; the groups of the two products differ."""
+    hidden = max(group, 64)
+    module = Experts(hidden, 80, MIXED, group, down_group=16)
+    assert_close_to_truth(module, *routed(19, 7, 2, hidden, FP16, seed=group))
+
+
+def test_every_expert_crowded_and_most_empty():
+    x, _, weights = routed(70, 7, 1, 64, FP16)
+    module = Experts(64, 64, MIXED, 64)
+    assert_close_to_truth(module, x, torch.full((70, 1), 3, device=DEVICE), weights)
+    unused = torch.full((70, 1), 7, device=DEVICE)
+    assert torch.equal(grouped.experts_forward(module, x, unused, weights), torch.zeros_like(x))
+
+
+def test_results_do_not_change_between_runs_or_with_strides():
+    module = Experts(64, 64, MIXED, 64)
+    x, index, weights = routed(40, 7, 2, 64, FP16)
+    y = grouped.experts_forward(module, x, index, weights)
+    wide = torch.randn(40, 128, device=DEVICE).half()
+    wide[:, ::2] = x
+    assert torch.equal(grouped.experts_forward(module, wide[:, ::2], index.T.contiguous().T, weights), y)
+
+
+def packed_family(family: str) -> PackedExperts:
+    """An experts module of a real family, with random packed projections of mixed widths."""
+    model = tiny(family)
+    _, layer = find_structure(model).moe_layers[0]
+    module = model.get_submodule(layer.experts.path)
+    make_packed(module, [matrix.name for matrix in layer.experts.matrices])
+    for matrix in layer.experts.matrices:
+        group = group_size_for(matrix.columns, 64)
+        widths = MIXED[: layer.experts.count]
+        setattr(module, matrix.name, random_matrices(matrix.rows, matrix.columns, widths, group))
+    return module.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("family", "gate"),
+    [
+        ("mixtral", Gate(SILU)),
+        ("own", Gate(GELU)),
+        ("gpt_oss", Gate(SILU, interleaved=True, alpha=1.702, limit=7.0, shift=1.0)),
+        ("nemotron_h", Gate(RELU_SQUARED, gated=False)),
+    ],
+)
+def test_families(family, gate):
+    """Their activations, clamps, row orders and biases, by their own attributes."""
+    module = packed_family(family)
+    assert gate_of(module) == gate
+    x, index, weights = routed(20, module.down_proj.num_experts, 2, 64, FP32)
+    assert_close_to_truth(module, 3 * x, index, weights)
+
+
+def test_an_unknown_activation_is_applied_by_the_module():
+    class Odd(Experts):
+        def _apply_gate(self, y):
+            gate, up = y.chunk(2, dim=-1)
+            return torch.sin(gate) * up
+
+    module = Odd(64, 32, MIXED, 32)
+    assert gate_of(module).kind == NONE
+    assert_close_to_truth(module, *routed(20, 7, 2, 64, FP16))
+
+
+def test_a_norm_after_the_experts_and_an_approximate_gelu():
+    module = Experts(64, 32, MIXED, 32)
+    module.act_fn = nn.GELU(approximate="tanh")
+    module.has_post_expert_norm = True
+    module.post_expert_norm = nn.RMSNorm(64, dtype=FP16, device=DEVICE)
+    nn.init.uniform_(module.post_expert_norm.weight)
+    assert gate_of(module).kind == GELU_TANH
+    assert_close_to_truth(module, *routed(20, 7, 2, 64, FP16))
+
+
+@pytest.mark.parametrize("width", LEVELS)
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(FP32, 17), (FP16, 33), (BF16, 17), (FP16, grouped.LINEAR_DEQUANTIZE_ROWS)]
+)
+def test_linears(width, dtype, tokens):
+    linear = nn.Linear(128, 50, bias=width != 4, device=DEVICE)
+    module = PackedLinear.from_linear(linear, random_matrix(50, 128, width, 64), width, 64)
+    x = torch.randn(1, tokens, 128, device=DEVICE).to(dtype)
+    with torch.no_grad():
+        y, plain, truth = grouped.linear_forward(module, x), module(x), reference.linear_forward(module, x.double())
+    assert y.dtype == dtype
+    assert y.shape == (1, tokens, 50)
+    assert_errors(y, plain, truth)
+
+
+def test_every_configuration_fits_a_consumer_card():
+    """Compiled for two architectures, no GPU needed: shared memory of a block is limited to 99 KiB there."""
+    script = Path(__file__).with_name("compile_grouped.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout)
+    assert {kernel["arch"] for kernel in compiled} == {89, 90}
+    for kernel in compiled:
+        assert kernel["shared"] <= 99 * 1024, kernel
+    assert config_for(1, 8, BF16) != config_for(100_000, 8, BF16)
