@@ -87,16 +87,16 @@ def bench_path(
     )
     first = time_first_token(model)
     values = bench(model, work, monitor)
-    values["seconds"] = {"load": loaded, "first_token": first, **values["seconds"]}
-    return {"model": str(Path(path)), "stored_bytes": opened.stored_bytes, **values}
+    seconds = {"load": loaded, "first_token": first}
+    return {"model": str(Path(path)), "stored_bytes": opened.stored_bytes, "seconds": seconds, **values}
 
 
 def bench(model: Any, work: Work, monitor: Monitor | None = None) -> dict[str, Any]:
     """Figures of a loaded model.
 
     ``decode``: a row for each batch: tokens a second of all sequences together (p20, p50, p80 over ``RUNS`` runs),
-    bytes of weights read a step (``traffic``), bytes a second, their share of the copy bandwidth, how the step ran.
-    ``prefill``: a row for each length, batch 1. ``seconds``: ``compile`` and ``capture`` of the first batch.
+    bytes of weights read a step (``traffic``), bytes a second, their share of the copy bandwidth, how the step ran,
+    seconds of compiling and capturing it. ``prefill``: a row for each length, batch 1.
     """
     monitor = monitor or Monitor()
     device = model.device
@@ -104,15 +104,13 @@ def bench(model: Any, work: Work, monitor: Monitor | None = None) -> dict[str, A
         bandwidth = copy_bandwidth(device)
         tick()
         decode: list[dict[str, Any]] = []
-        seconds: dict[str, float] = {}
         notes: dict[str, str] = {}
         for batch in work.batches:
-            row, took, left_out = time_decode(model, batch, work.new_tokens, work.compiled)
+            row, left_out = time_decode(model, batch, work.new_tokens, work.compiled)
             if "bytes_per_step" in row:
                 row["bytes_per_second"] = row["bytes_per_step"] * row["tokens_per_second"]["p50"] / batch
                 row["share_of_copy"] = row["bytes_per_second"] / bandwidth
             decode.append(row)
-            seconds = seconds or took
             notes |= left_out
             tick()
         prefill = []
@@ -127,7 +125,6 @@ def bench(model: Any, work: Work, monitor: Monitor | None = None) -> dict[str, A
         "transformers": transformers.__version__,
         "copy_bytes_per_second": bandwidth,
         "new_tokens": work.new_tokens,
-        "seconds": seconds,
         "decode": decode,
         "prefill": prefill,
         "fallbacks": [f"{FALLBACKS[name]} ({reason})" for name, reason in notes.items()],
@@ -148,18 +145,16 @@ def time_first_token(model: Any, length: int = PROMPT) -> float:
     return time.perf_counter() - start
 
 
-def time_decode(
-    model: Any, batch: int, count: int, compiled: bool
-) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
-    """One row of ``decode``, the seconds of compiling and capturing, and what was left out with its reason."""
+def time_decode(model: Any, batch: int, count: int, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """One row of ``decode``, and what was not done as asked, with its reason."""
     prompt = min(PROMPT, max(1, longest_window(model.config) - count))
     ids = _random_ids(model, batch, prompt)
     try:
         decoder = Decoder(model, batch, prompt + count + 1)
     except Unsupported as why:
         rate = _rate(_generate_seconds(model, ids, count), batch * count)
-        row = {"batch": batch, "tokens_per_second": rate, "execution": "model.generate"}
-        return row, {}, {"decoded_by_transformers": str(why)}
+        row = {"batch": batch, "tokens_per_second": rate, "execution": "model.generate", "seconds": {}}
+        return row, {"decoded_by_transformers": str(why)}
     decoder.prefill(ids)
     moved = bytes_per_step(decoder)
     decoder.prefill(ids)
@@ -179,8 +174,9 @@ def time_decode(
         "tokens_per_second": _rate([run() for _ in range(RUNS)], batch * count),
         "execution": decoder.execution,
         "bytes_per_step": moved,
+        "seconds": decoder.seconds,
     }
-    return row, decoder.seconds, decoder.reasons
+    return row, decoder.reasons
 
 
 def _generate_seconds(model: Any, ids: Tensor, count: int) -> list[float]:

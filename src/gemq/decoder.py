@@ -182,7 +182,7 @@ class Decoder:
         self._warm_up(compiler)
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        with self._layers(compiler), torch.cuda.graph(graph):
+        with self._layers(compiler), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         torch.cuda.synchronize()
         self._graph = graph

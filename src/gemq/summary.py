@@ -202,7 +202,8 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
         speed = row["tokens_per_second"]
         prefill.add_row(str(row["tokens"]), *(f"{speed[p]:,.1f}" for p in ("p50", "p20", "p80")))
     console.print(prefill)
-    console.print("Seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in values["seconds"].items()).replace("_", " "))
+    seconds = {**values["decode"][0]["seconds"], **values["seconds"]} if values["decode"] else values["seconds"]
+    console.print("Seconds: " + ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in seconds.items()))
     runs = ", ".join(dict.fromkeys(row["execution"] for row in values["decode"]))
     console.print(f"Decoded with: {runs}. Weights a step: dense ones once, experts that any token chose once.")
     for line in values["fallbacks"]:
