@@ -21,9 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from gemq.kernels.packed import PackedExperts, PackedLinear
+    from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices
 
 Dequantize = Callable[[torch.dtype], Tensor]
+Product = Callable[["PackedMatrices", int, Tensor], Tensor]
+"""(matrices, expert, x [N, columns]) -> [N, rows]."""
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -47,10 +49,21 @@ class _DequantizedLinear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _dequantized_product(matrices: PackedMatrices, e: int, x: Tensor) -> Tensor:
+    return _DequantizedLinear.apply(x, None, partial(matrices.dequantize, e))
+
+
+def experts_forward(
+    module: PackedExperts,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    product: Product = _dequantized_product,
+) -> Tensor:
     """hidden [T, H], top_k_index [T, K] int, top_k_weights [T, K] -> [T, H] in hidden's dtype.
 
     Only chosen experts are dequantized, one at a time. Indices from E up mark unused slots and are skipped.
+    product: what multiplies with one expert's matrix, for kernels that share the rest of this function
     """
     up_proj = module.gate_up_proj if module.has_gate else module.up_proj
     up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
@@ -60,11 +73,11 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
         if e >= module.down_proj.num_experts:
             continue
         slot, token = torch.where(chosen == e)
-        y = _DequantizedLinear.apply(hidden[token], None, partial(up_proj.dequantize, e))
+        y = product(up_proj, e, hidden[token])
         if up_bias is not None:
             y = y + up_bias[e]
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        y = _DequantizedLinear.apply(y, None, partial(module.down_proj.dequantize, e))
+        y = product(module.down_proj, e, y)
         if module.has_bias:
             y = y + module.down_proj_bias[e]
         if getattr(module, "has_post_expert_norm", False):  # absent before Transformers 5.23
