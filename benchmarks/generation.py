@@ -138,6 +138,7 @@ def to_rows(part: str, bits: float, experts: str, values: dict[str, Any]) -> lis
                     "copy_gb_per_s": values["copy_bytes_per_second"] / 1e9,
                     "share_of_copy": row.get("share_of_copy", ""),
                     "execution": f"{row.get('execution', 'eager')}, {experts} experts",
+                    "warm_up_s": row.get("seconds", {}).get("warm_up", ""),
                     "compile_s": row.get("seconds", {}).get("compile", ""),
                     "capture_s": row.get("seconds", {}).get("capture", ""),
                     "peak_gpu_gb": values["peak_gpu_bytes"] / 1e9,
@@ -186,7 +187,7 @@ def start(name: str, runs: int = 3) -> list[dict[str, Any]]:
 
 COLUMNS = (
     *("shape", "bits", "what", "batch", "tokens", "unit", "p20", "p50", "p80", "ratio_to_bf16", "bytes", "gb_per_s"),
-    *("copy_gb_per_s", "share_of_copy", "execution", "compile_s", "capture_s", "peak_gpu_gb"),
+    *("copy_gb_per_s", "share_of_copy", "execution", "warm_up_s", "compile_s", "capture_s", "peak_gpu_gb"),
 )
 
 

@@ -53,7 +53,7 @@ class Decoder:
     execution: how a step runs: ``compiled layers in a CUDA graph``, ``CUDA graph`` or ``eager``
     fallbacks: what was not done as asked, by the names in ``FALLBACKS``
     reasons:   the first error behind each fallback, one line each
-    seconds:   what ``compile`` and ``capture`` took
+    seconds:   what ``warm_up`` (the first eager step), ``compile`` and ``capture`` took
     """
 
     def __init__(self, model: Any, batch: int, length: int, *, temperature: float = 0.0) -> None:
@@ -103,14 +103,15 @@ class Decoder:
         does nothing. What fails is counted and left out.
         """
         cuda = self.device.type == "cuda"
+        if not cuda and not compile_layers:
+            return
+        start = time.perf_counter()
+        self._warm_up(None)  # loads and compiles the packed kernels, out of Dynamo's sight
+        self.seconds["warm_up"] = time.perf_counter() - start
         if compile_layers:
             start = time.perf_counter()
-            attempt = (
-                partial(self._capture, LayerCompiler(backend))
-                if cuda
-                else partial(self._warm_up, LayerCompiler(backend))
-            )
-            if self._try(attempt, "layers_not_compiled"):
+            attempt = self._capture if cuda else self._warm_up
+            if self._try(partial(attempt, LayerCompiler(backend)), "layers_not_compiled"):
                 self.execution = "compiled layers in a CUDA graph" if cuda else "compiled layers"
                 self.seconds["compile"] = time.perf_counter() - start - self.seconds.get("capture", 0.0)
                 return
@@ -189,17 +190,16 @@ class Decoder:
         self.seconds["capture"] = time.perf_counter() - start
 
     def _warm_up(self, compiler: LayerCompiler | None) -> None:
-        """Two steps whose outcome is undone: compilers, autotuners and libraries settle outside of the capture."""
+        """A step whose outcome is undone: compilers, autotuners and libraries settle outside of the capture."""
         token, position = self._token.clone(), self._position.clone()
         stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         with self._layers(compiler):
             if stream is not None:
                 stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._step()
-                    self._token.copy_(token)
-                    self._position.copy_(position)
+                self._step()
+                self._token.copy_(token)
+                self._position.copy_(position)
             if stream is not None:
                 torch.cuda.current_stream().wait_stream(stream)
 

@@ -12,6 +12,7 @@ never chosen in float32. Knows nothing of gradients: ``covers`` refuses what nee
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -54,9 +55,9 @@ _kept: WeakKeyDictionary[nn.Module, dict[int, _Kept]] = WeakKeyDictionary()
 
 def covers(module: PackedExperts | PackedLinear, x: Tensor) -> bool:
     """Whether this file serves ``module`` on activations x [..., columns]; ``reference`` serves the rest."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and x.requires_grad):
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.numel() > MOST_TOKENS * x.shape[-1]:
         return False
-    if x.numel() > MOST_TOKENS * x.shape[-1]:
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False
     one: Any = module
     if hasattr(module, "out_features"):
@@ -68,7 +69,7 @@ def covers(module: PackedExperts | PackedLinear, x: Tensor) -> bool:
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, for up to ``MOST_TOKENS`` tokens."""
-    return reference.experts_forward(module, hidden, top_k_index, top_k_weights, _expert_product)
+    return reference.experts_forward(module, hidden, top_k_index, top_k_weights, partial(_expert_product, module))
 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _expert_product(matrices: PackedMatrices, e: int, x: Tensor) -> Tensor:
+def _expert_product(module: PackedExperts, projection: str, e: int, x: Tensor) -> Tensor:
+    matrices: PackedMatrices = getattr(module, projection)
     return _product(_repacked(matrices, e, matrices.matrix(e), matrices.widths[e], matrices.group_size), x)
 
 

@@ -21,11 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices
+    from gemq.kernels.packed import PackedExperts, PackedLinear
 
 Dequantize = Callable[[torch.dtype], Tensor]
-Product = Callable[["PackedMatrices", int, Tensor], Tensor]
-"""(matrices, expert, x [N, columns]) -> [N, rows]."""
+Product = Callable[[str, int, Tensor], Tensor]
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -49,23 +48,20 @@ class _DequantizedLinear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def _dequantized_product(matrices: PackedMatrices, e: int, x: Tensor) -> Tensor:
-    return _DequantizedLinear.apply(x, None, partial(matrices.dequantize, e))
+def _product(module: PackedExperts, projection: str, expert: int, x: Tensor) -> Tensor:
+    return _DequantizedLinear.apply(x, None, partial(getattr(module, projection).dequantize, expert))
 
 
 def experts_forward(
-    module: PackedExperts,
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    product: Product = _dequantized_product,
+    module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, product: Product | None = None
 ) -> Tensor:
     """hidden [T, H], top_k_index [T, K] int, top_k_weights [T, K] -> [T, H] in hidden's dtype.
 
     Only chosen experts are dequantized, one at a time. Indices from E up mark unused slots and are skipped.
-    product: what multiplies with one expert's matrix, for kernels that share the rest of this function
+    product: takes the place of the product with an expert's matrix, given its projection, number and input
     """
-    up_proj = module.gate_up_proj if module.has_gate else module.up_proj
+    product = product or partial(_product, module)
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
     chosen = top_k_index.T  # [K, T]: rows of a product in eager's order
     out = torch.zeros_like(hidden)
@@ -73,11 +69,11 @@ def experts_forward(
         if e >= module.down_proj.num_experts:
             continue
         slot, token = torch.where(chosen == e)
-        y = product(up_proj, e, hidden[token])
+        y = product(up_name, e, hidden[token])
         if up_bias is not None:
             y = y + up_bias[e]
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        y = product(module.down_proj, e, y)
+        y = product("down_proj", e, y)
         if module.has_bias:
             y = y + module.down_proj_bias[e]
         if getattr(module, "has_post_expert_norm", False):  # absent before Transformers 5.23
