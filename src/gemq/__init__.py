@@ -35,9 +35,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _register() -> None:
-    from gemq.checkpoint.load import register
+    from gemq.checkpoint import load
 
-    register()
+    if hasattr(load, "register"):  # else it is being imported right now, and registers at its end
+        load.register()
 
 
 class _RegisterAfterImport(MetaPathFinder):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from gemq.errors import UserError
+from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
 from gemq.recipe import Recipe, parse_size
-
-if TYPE_CHECKING:
-    from gemq.progress import Monitor
 
 # from typer: some of its versions use the package click, others carry their own copy
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -69,6 +64,7 @@ Effort = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute type: auto, float32 or bfloat16.")]
+ComputeDtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 
 
 @app.command()
@@ -92,7 +88,7 @@ def plan(
 ) -> None:
     """Dry run without weights: sizes, memory, disk and time."""
     keys = _given(locals(), Recipe)
-    _check_json(json_file)
+    check_json(json_file)
     chosen = _recipe(recipe, keys)
     from gemq.models.source import Source, pick_device
     from gemq.plan import plan as make_plan
@@ -100,8 +96,8 @@ def plan(
 
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     found = make_plan(source, chosen, pick_device(device))
-    if not _write_json(json_file, found.to_dict()):
-        print_plan(_console(), found)
+    if not print_json(json_file, found.to_dict()):
+        print_plan(make_console(), found)
 
 
 @app.command()
@@ -134,7 +130,7 @@ def quantize(
 ) -> None:
     """Quantizes a model into a packed checkpoint."""
     chosen = _recipe(recipe, _given(locals(), Recipe))
-    _check_json(json_file)
+    check_json(json_file)
     from gemq.pipeline import quantize as run_quantize
     from gemq.summary import print_result
 
@@ -149,7 +145,7 @@ def quantize(
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            monitor=_monitor(quiet or _to_stdout(json_file)),
+            monitor=make_monitor(quiet or to_stdout(json_file)),
         )
     except KeyboardInterrupt:
         where = work or out.with_name(out.name + ".work")
@@ -158,8 +154,8 @@ def quantize(
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
-    if not _write_json(json_file, result.to_dict()) and not quiet:
-        print_result(_console(), result)
+    if not print_json(json_file, result.to_dict()) and not quiet:
+        print_result(make_console(), result)
 
 
 @app.command()
@@ -186,7 +182,7 @@ def export(
     checkpoint of the same weights, for tools that know no quantized format.
     """
     budget = {k: v for k, v in _given(locals(), Recipe).items() if k in ("bits", "stored_bits", "size", "allocate")}
-    _check_json(json_file)
+    check_json(json_file)
     if dense is not None:
         from gemq.checkpoint.twin import write_dense_twin
 
@@ -194,10 +190,10 @@ def export(
             raise UserError("--dense names the output: leave -o out")
         if budget or allocation is not None or finish:
             raise UserError("--dense writes a checkpoint as it is: leave --bits and other flags of the budget out")
-        _quiet_libraries()
+        quiet_libraries()
         write_dense_twin(work, dense, trust_remote_code=trust_remote_code)
         if not quiet:
-            _console().print(f"Saved {dense}: plain bfloat16, for tools that know no quantized format.")
+            make_console().print(f"Saved {dense}: plain bfloat16, for tools that know no quantized format.")
         return
     if out is None:
         raise UserError("export needs an output: add -o OUT")
@@ -211,12 +207,12 @@ def export(
         finish=finish,
         allocation=allocation,
         device=device,
-        monitor=_monitor(quiet or _to_stdout(json_file)),
+        monitor=make_monitor(quiet or to_stdout(json_file)),
     )
-    if not _write_json(json_file, result.to_dict()) and not quiet:
-        print_result(_console(), result)
+    if not print_json(json_file, result.to_dict()) and not quiet:
+        print_result(make_console(), result)
         if not finish:
-            _console().print(
+            make_console().print(
                 "Assembled from the ladder, which was calibrated on full-precision activations; "
                 "--finish refines at the new widths."
             )
@@ -238,7 +234,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Perplexity, and how far a model is from its reference."""
-    _check_json(json_file)
+    check_json(json_file)
     if window < 2:
         raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
@@ -255,10 +251,10 @@ def evaluate(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        monitor=_monitor(quiet or _to_stdout(json_file)),
+        monitor=make_monitor(quiet or to_stdout(json_file)),
     )
-    if not _write_json(json_file, values) and not quiet:
-        print_evaluation(_console(), values)
+    if not print_json(json_file, values) and not quiet:
+        print_evaluation(make_console(), values)
 
 
 @app.command()
@@ -269,16 +265,22 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: compile the layers after the first token; pays for long texts.")
+    ] = False,
+    dtype: ComputeDtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Streams text that a model writes."""
-    _quiet_libraries()
+    quiet_libraries()
     from gemq.evaluate import open_model
     from gemq.generate import generate as write
+    from gemq.models.experts import use_fast_experts
 
     opened = open_model(model, dtype, device, trust_remote_code)
+    if opened.contents is None:
+        use_fast_experts(opened.model)
     write(
         opened.model,
         opened.tokenizer,
@@ -288,19 +290,57 @@ def generate(
         seed=seed,
         raw=raw,
         stream=True,
+        compile_layers=compiled,
     )
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    batch: Annotated[str | None, typer.Option(help="Sequences decoded together (default 1,4,16; CPU: 1).")] = None,
+    prefill: Annotated[str | None, typer.Option(help="Prompt lengths (default 128,512,2048; CPU: 128).")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded a run (default 128; CPU: 16).")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers (on a GPU).")
+    ] = True,
+    dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Speed: decode, prefill and first token, beside what memory allows."""
+    check_json(json_file)
+    batches, prefills = _numbers("--batch", batch), _numbers("--prefill", prefill)
+    monitor = make_monitor(quiet or to_stdout(json_file))
+    from gemq.bench import bench_path
+    from gemq.summary import print_bench
+
+    values = bench_path(
+        model,
+        batches=batches,
+        prefills=prefills,
+        new_tokens=new_tokens,
+        compiled=compiled,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        monitor=monitor,
+    )
+    if not print_json(json_file, values) and not quiet:
+        print_bench(make_console(), values)
 
 
 @app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
     """What a packed checkpoint holds: widths, bytes, format."""
-    _check_json(json_file)
+    check_json(json_file)
     from gemq.inspect import inspect_checkpoint
     from gemq.summary import print_contents
 
     contents = inspect_checkpoint(checkpoint)
-    if not _write_json(json_file, contents.to_dict()):
-        print_contents(_console(), contents)
+    if not print_json(json_file, contents.to_dict()):
+        print_contents(make_console(), contents)
 
 
 @app.command()
@@ -310,11 +350,11 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """The whole job on the built-in model: quantize, compare, write."""
-    _check_json(json_file)
-    _quiet_libraries()
+    check_json(json_file)
+    quiet_libraries()
     from gemq.demo import run_demo
 
-    _write_json(json_file, run_demo(out, device, _console()))
+    print_json(json_file, run_demo(out, device, make_console()))
 
 
 def run(arguments: list[str]) -> int:
@@ -351,59 +391,18 @@ def _given(values: dict[str, Any], recipe: type[Recipe]) -> dict[str, Any]:
     return keys
 
 
+def _numbers(flag: str, text: str | None) -> list[int] | None:
+    """``1,4,16`` -> whole numbers from 1 up."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise UserError(f"{flag} cannot be {text!r}: give numbers from 1 up, separated by commas")
+    return numbers
+
+
 def _recipe(file: str | None, flags: dict[str, Any]) -> Recipe:
     return Recipe.from_yaml(file or "default", flags)
-
-
-def _monitor(quiet: bool) -> Monitor:
-    from gemq.progress import Monitor
-
-    _quiet_libraries()
-    return Monitor(None if quiet else Console(stderr=True))
-
-
-def _quiet_libraries() -> None:
-    """Our own bars tell what happens; Transformers' would only interrupt them."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1; see ``run``
-
-
-def _console() -> Console:
-    console = _Console(highlight=False)
-    console.soft_wrap = not console.is_terminal  # whole lines for pipes and files, whole words for people
-    return console
-
-
-def _to_stdout(path: Path | None) -> bool:
-    return path is not None and str(path) == "-"
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuses a file for figures that cannot be written, before they have cost anything."""
-    if path is not None and not _to_stdout(path):
-        from gemq.files import check_writable
-
-        if path.is_dir():
-            raise UserError(f"--json {path} is a directory: name a file")
-        check_writable(path)
-
-
-def _write_json(path: Path | None, values: dict[str, Any]) -> bool:
-    """Writes figures to ``path``. True when they went to stdout, where tables would spoil them."""
-    if path is None:
-        return False
-    if _to_stdout(path):
-        print(json.dumps(values, indent=1))
-        return True
-    from gemq.files import write_json
-
-    write_json(path, values)
-    return False

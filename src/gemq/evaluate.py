@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,15 @@ class Opened:
     """A model on disk, loaded. ``stored_bytes`` counts its tensors as they lie there."""
 
     model: PreTrainedModel
-    tokenizer: Any
+    source: Source
     contents: Contents | None
     """What the checkpoint holds, if it is a packed one."""
     stored_bytes: int
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Raises UserError when the model has none."""
+        return self.source.tokenizer()
 
 
 def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = False) -> Opened:
@@ -161,10 +167,10 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
         contents = inspect_checkpoint(source.path)
         kind: Any = DTYPES.get(dtype, "auto")
         model = load(source.path, device=str(picked), dtype=kind, trust_remote_code=trust_remote_code)
-        return Opened(model, source.tokenizer(), contents, contents.stored_bytes)
+        return Opened(model, source, contents, contents.stored_bytes)
     model, stored = source.load(picked, DTYPES.get(dtype))
     count = sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters())
-    return Opened(model, source.tokenizer(), None, count)
+    return Opened(model, source, None, count)
 
 
 def _experts_paths(opened: Opened) -> list[str]:

@@ -177,6 +177,43 @@ def print_contents(console: Console, contents: Contents) -> None:
     )
 
 
+def print_bench(console: Console, values: dict[str, Any]) -> None:
+    """After ``bench``."""
+    threads = f", {values['threads']} threads" if values["threads"] else ""
+    console.print(
+        f"{values['model']} on {values['device']}{threads}, {values['dtype']}, {_size(values['stored_bytes'])}; "
+        f"the device copies {_rate(values['copy_bytes_per_second'])}"
+    )
+    decode = Table(title=f"Decode, {values['new_tokens']} tokens, median of runs", title_justify="left")
+    for column in ("batch", "tokens/s", "p20", "p80", "weights a step", "read", "of copy"):
+        decode.add_column(column, justify="right")
+    for row in values["decode"]:
+        speed = row["tokens_per_second"]
+        moved = ["-"] * 3
+        if "bytes_per_step" in row:
+            size, rate = _size(row["bytes_per_step"]), _rate(row["bytes_per_second"])
+            moved = [size, rate, f"{row['share_of_copy']:.1%}"]
+        decode.add_row(str(row["batch"]), *(f"{speed[p]:,.1f}" for p in ("p50", "p20", "p80")), *moved)
+    console.print(decode)
+    prefill = Table(title="Prefill, batch 1, median of runs", title_justify="left")
+    for column in ("tokens", "tokens/s", "p20", "p80"):
+        prefill.add_column(column, justify="right")
+    for row in values["prefill"]:
+        speed = row["tokens_per_second"]
+        prefill.add_row(str(row["tokens"]), *(f"{speed[p]:,.1f}" for p in ("p50", "p20", "p80")))
+    console.print(prefill)
+    seconds = {**values["decode"][0]["seconds"], **values["seconds"]} if values["decode"] else values["seconds"]
+    console.print("Seconds: " + ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in seconds.items()))
+    runs = ", ".join(dict.fromkeys(row["execution"] for row in values["decode"]))
+    console.print(f"Decoded with: {runs}. Weights a step: dense ones once, experts that any token chose once.")
+    for line in values["fallbacks"]:
+        console.print(f"[yellow]{line}[/]")
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:,.1f} GB/s"
+
+
 def _mean_bits(counts: Counter[Width]) -> float:
     return sum(nominal_bits(w) * n for w, n in counts.items()) / max(counts.total(), 1)
 

@@ -568,3 +568,9 @@ def test_absent_packed_tensor_is_not_written(written, tmp_path):
             model_card="x",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["import gemq; load = gemq.load", "from gemq.checkpoint.load import load"])
+def test_load_may_come_before_anything_of_transformers(first):
+    """Importing ``load`` imports Transformers' registry, upon which ``import gemq`` wants to import ``load``."""
+    subprocess.run([sys.executable, "-c", first], check=True, capture_output=True)

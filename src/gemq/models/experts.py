@@ -154,3 +154,9 @@ def use_experts_forward(model: Any) -> None:
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     model.set_experts_implementation(IMPLEMENTATION)
+
+
+def use_fast_experts(model: Any) -> None:
+    """For generation in full precision: on a GPU Transformers' ``grouped_mm``, which a CUDA graph can hold."""
+    if model.device.type == "cuda":
+        model.set_experts_implementation("grouped_mm")

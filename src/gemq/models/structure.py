@@ -98,7 +98,7 @@ def find_structure(model: nn.Module) -> Structure:
     Raises UserError when the model is dense, or naming the module that is not understood.
     """
     modules = dict(model.named_modules())
-    experts = {path: m for path, m in modules.items() if _is_experts(m)}
+    experts = {path: m for path, m in modules.items() if is_experts(m)}
     _refuse_unknown_experts(modules, experts)
     if not experts:
         raise UserError(
@@ -131,7 +131,8 @@ def find_structure(model: nn.Module) -> Structure:
     return Structure(layers_path, tuple(layers), _count_parameters(model, layers), tuple(kept))
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds routed experts in Transformers' form, in full precision."""
     down = getattr(module, "down_proj", None)
     return (
         hasattr(module, "is_transposed")

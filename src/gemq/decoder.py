@@ -1,0 +1,278 @@
+"""Decoding with a static cache: one step of fixed shapes, captured in a CUDA graph and replayed.
+
+The model is called as it is; no class is patched. Transformers fills a static cache with the prompt in one eager
+call. A step then reads its token and position from buffers that stay where they are, writes keys and values at that
+position, chooses the next token on the device and moves the position on, so that a graph of it can be replayed with
+no word from the host. Before capture each decoder layer may go through ``torch.compile`` (regional: one compiled
+layer serves all of its kind), which fuses the many small kernels between the packed ones.
+
+What a model or a driver does not allow is left out step by step (compiled layers, then the graph) and counted. Knows
+causal language models of Transformers with full or sliding attention; nothing of packed weights, text or files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from gemq.layer_compiler import LayerCompiler
+
+LENGTH_MULTIPLE = 64
+"""Cache lengths are rounded up to this: attention kernels want aligned masks."""
+
+IN_FLIGHT = 4
+"""Steps that the GPU may be ahead of the token that is read: the host never keeps it waiting."""
+
+ATTENTION = ("eager", "sdpa")
+"""Attention implementations that take an additive mask."""
+
+FALLBACKS = {
+    "layers_not_compiled": "decoder layers could not be compiled: their small kernels run one by one",
+    "step_not_captured": "the decode step could not be captured in a CUDA graph: it is launched kernel by kernel",
+    "decoded_by_transformers": "this model needs model.generate of Transformers, which runs without a CUDA graph",
+}
+
+
+class Unsupported(Exception):
+    """The model's cache or attention is not one that a static step serves; the message says what."""
+
+
+class Decoder:
+    """One model, batch size and longest sequence; prompts follow each other through ``prefill``.
+
+    execution: how a step runs: ``compiled layers in a CUDA graph``, ``CUDA graph`` or ``eager``
+    fallbacks: what was not done as asked, by the names in ``FALLBACKS``
+    reasons:   the first error behind each fallback, one line each
+    seconds:   what ``warm_up`` (the first eager step), ``compile`` and ``capture`` took
+    """
+
+    def __init__(self, model: Any, batch: int, length: int, *, temperature: float = 0.0) -> None:
+        """
+        model:       a causal language model on one device, in eval mode
+        batch:       sequences that are decoded together, all with prompts of the same length
+        length:      tokens of prompt and answer together, at most
+        temperature: 0 takes the likeliest token; above, tokens are drawn from the whole distribution
+        Raises Unsupported where the model is not one for a static step.
+        """
+        self.model, self.batch, self.temperature = model, batch, temperature
+        self.length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        self.device: torch.device = _only_device(model)
+        self.execution = "eager"
+        self.fallbacks: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self._config = model.config.get_text_config(decoder=True)
+        self._windows = _attention_windows(model, self._config)
+        self._cache = StaticCache(config=model.config, max_cache_len=self.length)
+        if {type(layer) for layer in self._cache.layers} - {StaticLayer, StaticSlidingWindowLayer}:
+            raise Unsupported("its cache holds more than keys and values")
+        # A sliding layer keeps its length in Python, where a graph cannot follow; a full one under a mask is the same.
+        self._cache.layers = [StaticLayer(max_cache_len=self.length) for _ in self._cache.layers]
+        self._token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self._position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self._places = torch.arange(self.length, device=self.device)
+        self._step_cache = _StepCache(self._cache.layers, self._position)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Prompts [batch, S] -> the first new tokens [batch]. Forgets what was decoded before."""
+        if ids.shape[0] != self.batch or not 0 < ids.shape[1] <= self.length:
+            raise ValueError(f"prompts are {list(ids.shape)}, not [{self.batch}, 1 .. {self.length}]")
+        layers: list[Any] = list(self._cache.layers)
+        for layer in layers:
+            layer.cumulative_length.zero_()  # what lies behind is masked, and overwritten on the way
+        out = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **_last_logits(self.model))
+        self._token.copy_(self._choose(out.logits[:, -1]))
+        self._position.fill_(ids.shape[1])
+        return self._token[:, 0].clone()
+
+    @torch.no_grad()
+    def prepare(self, *, compile_layers: bool = True, backend: str = "inductor") -> None:
+        """Compiles and captures the step; call it after a first ``prefill``. On a CPU without ``compile_layers`` it
+        does nothing. What fails is counted and left out.
+        """
+        cuda = self.device.type == "cuda"
+        if not cuda and not compile_layers:
+            return
+        start = time.perf_counter()
+        self._warm_up(None)  # loads and compiles the packed kernels, out of Dynamo's sight
+        self.seconds["warm_up"] = time.perf_counter() - start
+        if compile_layers:
+            start = time.perf_counter()
+            attempt = self._capture if cuda else self._warm_up
+            if self._try(partial(attempt, LayerCompiler(backend)), "layers_not_compiled"):
+                self.execution = "compiled layers in a CUDA graph" if cuda else "compiled layers"
+                self.seconds["compile"] = time.perf_counter() - start - self.seconds.get("capture", 0.0)
+                return
+        if cuda and self._try(self._capture, "step_not_captured"):
+            self.execution = "CUDA graph"
+
+    def step(self) -> Tensor:
+        """Decodes one token of each sequence on the device: [batch, 1], a buffer that the next step overwrites."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with torch.no_grad():
+                self._step()
+        return self._token
+
+    def decode(self, count: int) -> Iterator[list[int]]:
+        """``count`` further tokens of each sequence, a list [batch] for each step, in order.
+
+        The device runs ahead by up to ``IN_FLIGHT`` steps; stop reading, and what it has done more is dropped.
+        """
+        cuda = self.device.type == "cuda"
+        read = torch.empty(count, self.batch, dtype=torch.long, pin_memory=cuda)
+        done = []
+        for i in range(count):
+            read[i].copy_(self.step()[:, 0], non_blocking=True)
+            if not cuda:
+                yield read[i].tolist()
+                continue
+            done.append(torch.cuda.Event())
+            done[-1].record()
+            if i >= IN_FLIGHT:
+                done[i - IN_FLIGHT].synchronize()
+                yield read[i - IN_FLIGHT].tolist()
+        for i in range(max(0, count - IN_FLIGHT), count) if cuda else ():
+            done[i].synchronize()
+            yield read[i].tolist()
+
+    def _step(self) -> None:
+        logits = self.model(
+            input_ids=self._token,
+            attention_mask=self._masks(),
+            position_ids=self._position.expand(self.batch, 1),
+            past_key_values=self._step_cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self._token.copy_(self._choose(logits))
+        self._position.add_(1)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Logits [batch, V] -> tokens [batch, 1]."""
+        if self.temperature > 0:
+            # The largest of p / Exp(1) is drawn with probability p; torch.multinomial would wait for the device.
+            chances = (logits.float() / self.temperature).softmax(-1)
+            return (chances / torch.empty_like(chances).exponential_()).argmax(-1, keepdim=True)
+        return logits.argmax(-1, keepdim=True)
+
+    def _masks(self) -> Any:
+        """Additive masks [batch, 1, 1, length] in the form in which Transformers passes them: by kind, or one alone."""
+        seen = self._places <= self._position
+        masks = {}
+        for kind, window in self._windows.items():
+            allowed = seen if window is None else seen & (self._places > self._position - window)
+            mask = torch.zeros(self.length, dtype=self.model.dtype, device=self.device)
+            mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
+            masks[kind] = mask.expand(self.batch, 1, 1, self.length)
+        return masks.get("all", masks)
+
+    def _capture(self, compiler: LayerCompiler | None = None) -> None:
+        self._warm_up(compiler)
+        start = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        with self._layers(compiler), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        torch.cuda.synchronize()
+        self._graph = graph
+        self.seconds["capture"] = time.perf_counter() - start
+
+    def _warm_up(self, compiler: LayerCompiler | None) -> None:
+        """A step whose outcome is undone: compilers, autotuners and libraries settle outside of the capture."""
+        token, position = self._token.clone(), self._position.clone()
+        stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        with self._layers(compiler):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step()
+                self._token.copy_(token)
+                self._position.copy_(position)
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)
+
+    def _layers(self, compiler: LayerCompiler | None) -> AbstractContextManager[None]:
+        if compiler is None:
+            return nullcontext()
+        own = [_StepCache([layer], self._position) for layer in self._cache.layers]
+        return compiler.through(_decoder_layers(self.model, len(own)), own)
+
+    def _try(self, attempt: Callable[[], None], name: str) -> bool:
+        token, position = self._token.clone(), self._position.clone()
+        try:
+            attempt()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what Dynamo, Inductor and CUDA raise
+            self.fallbacks[name] += 1
+            self.reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._token.copy_(token)
+            self._position.copy_(position)
+            return False
+        return True
+
+
+class _StepCache(Cache):
+    """What a decode step sees of a static cache: keys and values are written at one position, the same in all layers.
+
+    With a single layer it is that layer's own, whatever index is asked for.
+    """
+
+    def __init__(self, layers: Sequence[Any], position: Tensor) -> None:
+        super().__init__(layers=list(layers))
+        self._position = position
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        layer: Any = self.layers[layer_idx if len(self.layers) > 1 else 0]
+        layer.keys.index_copy_(2, self._position, key_states)
+        layer.values.index_copy_(2, self._position, value_states)
+        return layer.keys, layer.values
+
+
+def _only_device(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    if len(devices) != 1 or "meta" in {d.type for d in devices}:
+        raise Unsupported("it lies on several devices")
+    return devices.pop()
+
+
+def _attention_windows(model: Any, config: Any) -> dict[str, int | None]:
+    """Which masks the model takes: layer type -> tokens that it looks back (None: all). One mask for all layers, where
+    the family has no layer types, is called ``all``."""
+    if not model._can_compile_fullgraph:  # Transformers' own word for static shapes
+        raise Unsupported(f"Transformers does not run {type(model).__name__} with a static cache")
+    if config._attn_implementation not in ATTENTION:
+        raise Unsupported(f"its attention ({config._attn_implementation}) takes no additive mask")
+    window = getattr(config, "sliding_window", None)
+    if hasattr(config, "layer_types"):
+        known = {"full_attention": None, "sliding_attention": window}
+        if unknown := set(config.layer_types) - set(known):
+            raise Unsupported(f"it has layers of type {', '.join(sorted(unknown))}")
+        return {kind: known[kind] for kind in sorted(set(config.layer_types))}
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise Unsupported("it attends in chunks")
+    return {"all": window}
+
+
+def _last_logits(model: Any) -> dict[str, int]:
+    """Asks for the last position's logits only, where the family can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _decoder_layers(model: Any, count: int) -> list[nn.Module]:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != count:
+        raise RuntimeError(f"{type(model).__name__} has no list of {count} decoder layers")
+    return list(layers)

@@ -1,0 +1,69 @@
+"""What goes to the terminal and to JSON files. Imports torch only inside functions, as the command line does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from gemq.errors import UserError
+
+if TYPE_CHECKING:
+    from gemq.progress import Monitor
+
+
+def make_monitor(quiet: bool) -> Monitor:
+    from gemq.progress import Monitor
+
+    quiet_libraries()
+    return Monitor(None if quiet else Console(stderr=True))
+
+
+def quiet_libraries() -> None:
+    """Our own bars tell what happens; Transformers' would only interrupt them."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1; see ``run``
+
+
+def make_console() -> Console:
+    console = _Console(highlight=False)
+    console.soft_wrap = not console.is_terminal  # whole lines for pipes and files, whole words for people
+    return console
+
+
+def to_stdout(path: Path | None) -> bool:
+    return path is not None and str(path) == "-"
+
+
+def check_json(path: Path | None) -> None:
+    """Refuses a file for figures that cannot be written, before they have cost anything."""
+    if path is not None and not to_stdout(path):
+        from gemq.files import check_writable
+
+        if path.is_dir():
+            raise UserError(f"--json {path} is a directory: name a file")
+        check_writable(path)
+
+
+def print_json(path: Path | None, values: dict[str, Any]) -> bool:
+    """Writes figures to ``path``. True when they went to stdout, where tables would spoil them."""
+    if path is None:
+        return False
+    if to_stdout(path):
+        print(json.dumps(values, indent=1))
+        return True
+    from gemq.files import write_json
+
+    write_json(path, values)
+    return False

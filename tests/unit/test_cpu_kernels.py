@@ -1,0 +1,108 @@
+"""Products on a CPU in bfloat16 against float64, and when they are chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.kernels import cpu, reference
+from gemq.kernels.packed import PackedLinear, PackedMatrices
+from gemq.quant.grid import Quantized
+from gemq.quant.widths import LEVELS, Width
+
+torch.set_num_threads(1)
+
+
+def random_matrix(rows: int, columns: int, width: Width, group_size: int) -> PackedMatrix:
+    """Grids that lie anywhere, as fitted ones do."""
+    groups = columns // group_size
+    codes = torch.randint(LEVELS[width], (rows, columns), dtype=torch.uint8)
+    scales = (torch.rand(rows, groups) + 0.2).half()
+    offsets = (scales.float() * -(LEVELS[width] - 1) * torch.rand(rows, groups)).half()
+    return PackedMatrix.pack(Quantized(codes, scales, offsets), width, group_size)
+
+
+def linear(matrix: PackedMatrix, width: Width, group_size: int, bias: bool = False) -> PackedLinear:
+    rows, groups = matrix.scales.shape
+    plain = nn.Linear(groups * group_size, rows, bias=bias, dtype=torch.bfloat16)
+    return PackedLinear.from_linear(plain, matrix, width, group_size)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("width", LEVELS)
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(48, 96, 32), (272, 192, 64), (256, 512, 128)])
+@torch.no_grad()
+def test_products_are_as_exact_as_the_reference(width, rows, columns, group_size):
+    torch.manual_seed(int(width * 10) + rows)
+    module = linear(random_matrix(rows, columns, width, group_size), width, group_size, bias=rows == 48)
+    for tokens in (1, 5, 16):
+        x = torch.randn(2, tokens // 2 or 1, columns).bfloat16()[: 1 if tokens == 1 else 2]
+        assert cpu.covers(module, x)
+        truth = x.double() @ module.dequantize(torch.float32).double().T
+        truth = truth if module.bias is None else truth + module.bias.double()
+        found = cpu.linear_forward(module, x)
+        assert found.shape == truth.shape
+        assert found.dtype == torch.bfloat16
+        assert error(found, truth) < 1.6 * max(error(reference.linear_forward(module, x), truth), 2**-9)
+
+
+class Experts(nn.Module):
+    """What the kernels ask of a family's packed experts."""
+
+    has_gate, has_bias = True, True
+
+    def __init__(self, widths: tuple[Width, ...], hidden: int, inner: int, group_size: int) -> None:
+        super().__init__()
+        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            matrices = [random_matrix(rows, columns, width, group_size) for width in widths]
+            setattr(self, name, PackedMatrices(matrices, widths, group_size))
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(len(widths), 2 * inner).bfloat16())
+        self.down_proj_bias = nn.Parameter(torch.randn(len(widths), hidden).bfloat16())
+
+    def _packed(self) -> dict[str, PackedMatrices]:
+        return dict(self.named_children())  # type: ignore[arg-type]
+
+    def _apply_gate(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return torch.tanh(gate) * up
+
+
+@torch.no_grad()
+def test_experts_of_mixed_widths():
+    torch.manual_seed(0)
+    module: Any = Experts((1, 1.6, 2, 3, 4, 8), 128, 64, 64)
+    for tokens in (1, 2, 16):
+        x = torch.randn(tokens, 128).bfloat16()
+        index = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)])  # 6 marks an unused slot
+        weights = torch.rand(tokens, 3).bfloat16()
+        truth = reference.experts_forward(module, x.double(), index, weights.double())
+        found = cpu.experts_forward(module, x, index, weights)
+        assert error(found, truth) < 1.6 * error(reference.experts_forward(module, x, index, weights), truth)
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen():
+    module = linear(random_matrix(32, 64, 2, 32), 2, 32)
+    x = torch.randn(1, 64).bfloat16()
+    before = cpu.linear_forward(module, x)
+    module.scales.copy_((module.matrix().scales * 2).view(torch.int16))
+    module.offsets.copy_((module.matrix().offsets * 2).view(torch.int16))
+    torch.testing.assert_close(cpu.linear_forward(module, x), 2 * before)
+
+
+def test_what_is_left_to_the_reference():
+    module = linear(random_matrix(32, 64, 2, 32), 2, 32)
+    x = torch.randn(1, 64).bfloat16()
+    assert cpu.covers(module, x)
+    assert not cpu.covers(module, x.float())
+    assert not cpu.covers(module, torch.randn(17, 64).bfloat16())
+    assert not cpu.covers(module, x.clone().requires_grad_())
+    assert not cpu.covers(linear(random_matrix(40, 64, 2, 32), 2, 32), x)  # rows
+    assert not cpu.covers(linear(random_matrix(32, 64, 2, 16), 2, 16), x)  # groups
