@@ -53,7 +53,7 @@ def main() -> None:
     axes.set(
         xlabel="nominal bits per expert weight (attention 4 bit)",
         ylabel="tokens/s, batch 1",
-        title=f"{args.shape} on {points[-1]['gpu'] or 'CPU'}: decode speed against bits",
+        title=f"{args.shape} on {points[-1]['gpu']}: decode speed against bits",
         ylim=(0, None),
     )
     axes.grid(alpha=0.3)

@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
     except ImportError:
         triton = ""
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": triton,
         "transformers": transformers.__version__,
