@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig
 
+from gemq import kernels
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.packing import PackedMatrix
@@ -125,6 +126,7 @@ def packed_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any
         model.set_submodule(path, PackedLinear.from_linear(linear, matrix, width, size))
     _fill(model, random)
     config.quantization_config = packed.to_dict()
+    kernels.prepare(model)
     return model.eval()
 
 
