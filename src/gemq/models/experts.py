@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from gemq.checkpoint.adopt import passed_on, routing_of_rows
+
 IMPLEMENTATION = "gemq_calibration"
 
 
@@ -72,7 +74,10 @@ def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
     calls: list[ExpertsCall] = []
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        hidden, index, weights = (*args, *kwargs.values())[:3]
+        hidden, *routing = (*args, *kwargs.values())[:3]
+        if getattr(module, "batched_rows", False):
+            routing = list(routing_of_rows(hidden, module.down_proj.shape[0]))
+        index, weights = routing
         if index.is_floating_point():  # a family that passes weights before indices
             index, weights = weights, index
         calls.append(ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output))
@@ -146,7 +151,33 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     routed = route(top_k_index, top_k_weights, module.down_proj.shape[0])
     h = apply_first(module, first, oriented(module, first), hidden.index_select(0, routed.token), routed)
     out = apply_down(module, oriented(module, "down_proj"), h, routed) * routed.weight.unsqueeze(1)
-    return torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    if getattr(module, "passes_on", False):
+        out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
+    return out
+
+
+@torch.no_grad()
+def check_arithmetic(module: Any, call: ExpertsCall) -> float:
+    """Relative difference between ``experts_forward`` and what the module's own class computes for a call.
+
+    Small wherever this module understands the family; a clamp or a gate that it does not know shows here.
+    """
+    own = experts_forward(module, call.hidden, call.top_k_index, call.top_k_weights).float()
+    config = getattr(module, "config", None)
+    chosen = getattr(config, "_experts_implementation", None)
+    try:
+        if chosen is not None:
+            config._experts_implementation = "eager"
+        if getattr(module, "batched_rows", False):
+            expected = module(call.hidden)
+        else:
+            expected = module(call.hidden, call.top_k_index, call.top_k_weights)
+    finally:
+        if chosen is not None:
+            config._experts_implementation = chosen
+    expected = expected.reshape(own.shape).float()
+    return float((own - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def use_experts_forward(model: Any) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from gemq.checkpoint.adopt import adopt_experts
+from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
 from gemq.models.experts import use_experts_forward
@@ -81,20 +83,22 @@ class Source:
         """The model on the meta device: shapes without weights."""
         config = self.config()
         with torch.device("meta"):
-            return _build(
-                lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code),
+            model = _build(
+                lambda: auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code),
                 self.path,
             )
+        adopt_experts(model)
+        return model
 
     def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
         """The model on ``device`` and the type in which each parameter is stored.
 
         dtype: of all floating-point parameters; None leaves them as they are stored
         """
-        self.config()
+        config = self.config()
         self.check_weights()
         model, report = _build(
-            lambda: AutoModelForCausalLM.from_pretrained(
+            lambda: auto_class(config).from_pretrained(
                 self.path,
                 dtype="auto",
                 trust_remote_code=self.trust_remote_code,
@@ -108,6 +112,7 @@ class Source:
                 f"{self.path} lacks {len(absent)} of the model's tensors, first: {absent[0]}: copy the checkpoint again"
             )
         stored = {name: p.dtype for name, p in model.named_parameters()}
+        adopt_experts(model)
         model.to(device)
         for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
             if dtype is not None and parameter.is_floating_point():
