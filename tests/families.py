@@ -1,7 +1,7 @@
 """Tiny random models of every family that Transformers has, and one family that exists nowhere else.
 
-A family's default configuration is made small by the names of its fields; what that does not settle stands in one table.
-Weights are drawn wide enough that routing is uneven and every bias and norm matters: a lost one changes results.
+A family's default configuration is made small by the names of its fields; what that does not settle stands in one
+table. Weights are drawn wide enough that routing is uneven and every bias and norm matters: a lost one changes results.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -39,9 +41,10 @@ _SIZES = {
     16: """head_dim kv_channels swa_head_dim v_head_dim qk_nope_head_dim index_head_dim hc_lowrank gated_norm_rank
         rel_extent linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim mamba_d_state
         ssm_state_size chunk_size mamba_chunk_size""",
-    32: """moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_experts_intermediate_size
+    32: """shared_expert_intermediate_size shared_experts_intermediate_size
         shared_intermediate_size share_expert_dim moe_shared_expert_intermediate_size merged_hidden_size
         projection_intermediate_size q_lora_rank kv_lora_rank o_lora_rank router_hidden_size""",
+    48: "moe_intermediate_size expert_ffn_hidden_size",
     64: """hidden_size d_model moe_hidden_size out_hidden_size text_hidden_size adapter_in_dim adapter_input_size
         adapter_out_dim projector_hidden_size num_position_embeddings vision_output_dim""",
     96: """intermediate_size dense_intermediate_size ffn_hidden_size intermediate_size_mlp mlp_dim encoder_ffn_dim
@@ -71,7 +74,7 @@ _QWEN4_INDEXER = {
     "indexer_compress_ratio": 2,
 }
 CHANGES: dict[str, dict[str, Any]] = {
-    "olmoe": {"num_hidden_layers": 3, "intermediate_size": 32, "num_experts": 6},
+    "olmoe": {"num_hidden_layers": 3, "intermediate_size": 48, "num_experts": 6},
     "mixtral": {"intermediate_size": 48},
     "qwen2_moe": {
         "num_hidden_layers": 3,
@@ -91,7 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 16,
         "routed_scaling_factor": 1.5,
     },
-    "gpt_oss": {"intermediate_size": 32, "num_local_experts": 6, "sliding_window": 5, "rope_parameters": _ROTARY},
+    "gpt_oss": {"intermediate_size": 48, "num_local_experts": 6, "sliding_window": 5, "rope_parameters": _ROTARY},
     "nemotron_h": {
         "num_hidden_layers": 4,
         "layers_block_type": ["full_attention", "moe", "full_attention", "moe"],
@@ -117,9 +120,16 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
     },
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "head_dim": 0}},
-    "muse_spark": {"audio_config": {"num_hidden_layers": 2, "patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1]}},
+    "muse_spark": {
+        "audio_config": {"num_hidden_layers": 2, "patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1]}
+    },
     "qwen4_exp": {"text_config": _QWEN4_INDEXER},
     "qwen4_exp_text": _QWEN4_INDEXER,
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": SPECIAL + 30},
+    "qwen3_omni_moe": {
+        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 32}}
+    },
+    "diffusion_gemma": {"vision_config": {"model_type": "gemma4_vision", "num_hidden_layers": 2}},
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
 """What a family needs beside ``SIZES``, by model type; the keys ending in ``_config`` change a part of it."""
@@ -127,7 +137,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """A tiny configuration of a family: its default one with small sizes, and a layer of every kind that it has."""
-    if model_type == OwnConfig.model_type:
+    if model_type == OWN:
         return OwnConfig(**changes)
     return _shrunk(CONFIG_MAPPING[model_type](), {**CHANGES.get(model_type, {}), **changes})
 
@@ -148,10 +158,15 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
         values["head_dim"] = SIZES["qk_rope_head_dim"] + (SIZES["qk_nope_head_dim"] if both else 0)
     values.update(_layers(own))
     for name in getattr(type(default), "sub_configs", None) or ():
-        part = own.get(name)
-        if hasattr(part, "to_dict"):
-            values[name] = _shrunk(part, changes.get(name, {})).to_dict()
-    values.update({name: value for name, value in changes.items() if not name.endswith("_config")})
+        part, change = own.get(name), changes.get(name)
+        if isinstance(part, PreTrainedConfig):
+            small = _shrunk(part, change or {})
+            values[name] = {k: v for k, v in small.to_dict().items() if k == "model_type" or k in vars(small)}
+            values[name].pop("_name_or_path", None)
+        elif change is not None:  # a part that is absent by default
+            values[name] = change
+    own_name = type(default).attribute_map
+    values.update({own_name.get(n, n): value for n, value in changes.items() if not n.endswith("_config")})
     return type(default)(**values)
 
 
@@ -170,6 +185,8 @@ def _layers(own: dict[str, Any]) -> dict[str, Any]:
 
 FIVE = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
 """The families that gemq promises to handle."""
+OWN = "gemq_test_moe"
+"""A family that exists nowhere else: see below."""
 MORE = (*FIVE, "gpt_oss", "nemotron_h")
 """Also transposed, biased and interleaved experts with attention sinks, and experts without a gate."""
 
@@ -181,7 +198,8 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A random model of a configuration, biases and norms drawn at random too. It sees and hears if the family does."""
-    auto = next(a for a in (AutoModelForMultimodalLM, AutoModelForCausalLM) if type(config) in a._model_mapping)
+    autos = (AutoModelForMultimodalLM, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification)
+    auto = next(a for a in autos if type(config) in a._model_mapping)
     torch.manual_seed(seed)
     model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
     for name, parameter in model.named_parameters():
@@ -203,7 +221,7 @@ def tokens(windows: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
 
 
 class OwnConfig(PreTrainedConfig):
-    model_type = "gemq_test_moe"
+    model_type = OWN
 
     def __init__(self, hidden_size: int = 64, inner: int = 32, experts: int = 5, layers: int = 3, **kwargs: Any):
         self.hidden_size, self.inner, self.experts, self.layers = hidden_size, inner, experts, layers

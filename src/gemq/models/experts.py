@@ -157,6 +157,21 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     return out
 
 
+@contextmanager
+def _own_forward(module: Any) -> Iterator[None]:
+    """Lets an experts module run the forward of its class for the moment, whatever implementation was chosen."""
+    config = getattr(module, "config", None)
+    if config is None:  # no choice of implementations
+        yield
+        return
+    chosen = config._experts_implementation
+    config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = chosen
+
+
 @torch.no_grad()
 def check_arithmetic(module: Any, call: ExpertsCall) -> float:
     """Relative difference between ``experts_forward`` and what the module's own class computes for a call.
@@ -164,18 +179,13 @@ def check_arithmetic(module: Any, call: ExpertsCall) -> float:
     Small wherever this module understands the family; a clamp or a gate that it does not know shows here.
     """
     own = experts_forward(module, call.hidden, call.top_k_index, call.top_k_weights).float()
-    config = getattr(module, "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
-    try:
-        if chosen is not None:
-            config._experts_implementation = "eager"
-        if getattr(module, "batched_rows", False):
-            expected = module(call.hidden)
-        else:
-            expected = module(call.hidden, call.top_k_index, call.top_k_weights)
-    finally:
-        if chosen is not None:
-            config._experts_implementation = chosen
+    arguments = (
+        (call.hidden,)
+        if getattr(module, "batched_rows", False)
+        else (call.hidden, call.top_k_index, call.top_k_weights)
+    )
+    with _own_forward(module):
+        expected = module(*arguments)
     expected = expected.reshape(own.shape).float()
     return float((own - expected).norm() / expected.norm().clamp_min(1e-12))
 

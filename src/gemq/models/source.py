@@ -197,6 +197,11 @@ def _build(make: Any, path: Path) -> Any:
     try:
         return make()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{path} is of a type that Transformers does not know as a model that predicts each token from those "
+                "before it: gemq quantizes no encoders and no encoder-decoders"
+            ) from error
         raise UserError(f"cannot load {path} as a causal language model: {_first_line(error)}") from error
 
 

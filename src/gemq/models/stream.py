@@ -10,7 +10,7 @@ Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,9 +147,8 @@ class Replay:
 
     def _note_passed(self, call: Call) -> None:
         """Remembers which arguments are what the layer before returned beside hidden states."""
-        for name, value in [*enumerate(call.args), *call.kwargs.items()]:
-            if isinstance(value, _Output):
-                self._passed[value.place] = name
+        arguments: list[tuple[str | int, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        self._passed.update({value.place: name for name, value in arguments if isinstance(value, _Output)})
 
     def _with_passed(self, index: int, hidden: Tensor, call: Call) -> Call:
         """The call with what the layer before returned in place of what stood for it when it was captured."""
@@ -209,17 +208,18 @@ class Replay:
 
     def _check_arithmetic(self, ids: Tensor) -> None:
         """Compares gemq's arithmetic of each layer's experts with their own."""
-        for _, layer in self.structure.moe_layers:
-            assert layer.experts is not None
-            module = self.model.get_submodule(layer.experts.path)
-            with watch_experts(module) as calls:
-                self.model(input_ids=ids.to(self.device), use_cache=False)
+        paths = [layer.experts.path for _, layer in self.structure.moe_layers if layer.experts]
+        modules = [self.model.get_submodule(path) for path in paths]
+        with ExitStack() as stack:
+            watched = [stack.enter_context(watch_experts(module)) for module in modules]
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        for path, module, calls in zip(paths, modules, watched, strict=True):
             for call in calls:
                 difference = check_arithmetic(module, call)
                 if not difference < 2e-2:  # another order of sums; bfloat16 rounds to 4e-3
                     raise UserError(
-                        f"cannot quantize {layer.experts.path} ({type(module).__name__}): it computes something else "
-                        f"than gemq understands (relative difference {difference:.2g}); this family is not supported yet"
+                        f"cannot quantize {path} ({type(module).__name__}): it computes something else than gemq "
+                        f"understands (relative difference {difference:.2g}); this family is not supported yet"
                     )
 
     @contextmanager

@@ -7,6 +7,7 @@ understand it refuses, naming the module. Works on models on the meta device too
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ ROUTER_NAMES = ("gate", "router")
 
 SHARED = "shared"
 """Part of the name of what every token passes: shared experts, in all families that have them."""
+
+SENSES = ("vision", "visual", "image", "audio")
+"""Part of the name of experts that no text token is routed to. They stay as they are."""
 
 FEWEST_ROWS = 16
 """Linears with fewer outputs are gates (such as Qwen2-MoE's shared_expert_gate): tiny, sensitive, not quantized."""
@@ -101,6 +105,15 @@ def find_structure(model: nn.Module) -> Structure:
 
     Raises UserError when the model is dense, or naming the module that is not understood.
     """
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"{type(model).__name__} reads with an encoder and writes with a decoder: gemq quantizes models that "
+            "predict each token from those before it"
+        )
+    if type(model).forward is nn.Module.forward:
+        raise UserError(
+            f"{type(model).__name__} is several models in one and has no forward pass of its own: give one of its parts"
+        )
     modules = dict(model.named_modules())
     found_experts = {path: m for path, m in modules.items() if _is_experts(m)}
     decoder = _decoder_path(model, modules)
@@ -117,9 +130,12 @@ def find_structure(model: nn.Module) -> Structure:
     for name, layer in modules[layers_path].named_children():
         path = f"{layers_path}.{name}"
         inside = [p for p in experts if p.startswith(path + ".")]
+        if len(inside) > 1:  # some layers route text and images to experts of their own
+            kept += [p for p in inside if _senses(p[len(path) :])]
+            inside = [p for p in inside if not _senses(p[len(path) :])]
         if len(inside) > 1:
             raise UserError(f"layer {path} has several experts modules ({', '.join(inside)}): gemq handles one a layer")
-        kept += _stacked_weights(path, layer, inside)
+        kept += _stacked_weights(path, layer, [*inside, *kept])
         found = _read_experts(inside[0], experts[inside[0]]) if inside else None
         router = _find_router(modules, found) if found else None
         linears = []
@@ -145,6 +161,10 @@ def _is_experts(module: nn.Module) -> bool:
         and isinstance(down, Tensor)
         and down.dim() == 3
     )
+
+
+def _senses(path: str) -> bool:
+    return any(word in path for word in SENSES)
 
 
 def _decoder_path(model: Any, modules: dict[str, nn.Module]) -> str:

@@ -89,9 +89,7 @@ def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     weights = {}
     for path, projections in listed["experts"].items():
         for name, widths in projections.items():
-            stack = [
-                dequantized(tensors, f"{path}.{e}.{name}", w, listed["group_size"]) for e, w in enumerate(widths)
-            ]
+            stack = [dequantized(tensors, f"{path}.{e}.{name}", w, listed["group_size"]) for e, w in enumerate(widths)]
             weights[f"{path}.{name}"] = torch.from_numpy(np.stack(stack))
     for path, width in listed["linears"].items():
         weights[f"{path}.weight"] = torch.from_numpy(dequantized(tensors, path, width, listed["group_size"]))
