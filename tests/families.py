@@ -66,6 +66,17 @@ NEVER_NONE = {"n_routed_experts", "num_experts", "moe_intermediate_size", "num_e
 """Fields that some families leave unset by default: the model would then be a dense one."""
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+_SLIDING_HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "head_dim": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_DOTS3 = {"per_layer_config": {i: _SLIDING_HEADS for i in range(3)}}
 _QWEN4_INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -115,7 +126,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "hidden_size_per_layer_input": 0},
     "gemma4": {"text_config": {"enable_moe_block": True, "hidden_size_per_layer_input": 0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROTARY, "mrope_section": [3, 3, 2]}}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROTARY, "mrope_section": [3, 3, 2]}, "moe_intermediate_size": [48, 16]}},
     "glm4v_moe": {
         "text_config": {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
     },
@@ -130,9 +141,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 32}}
     },
     "diffusion_gemma": {"vision_config": {"model_type": "gemma4_vision", "num_hidden_layers": 2}},
+    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note_text": _DOTS3,
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
-"""What a family needs beside ``SIZES``, by model type; the keys ending in ``_config`` change a part of it."""
+"""What a family needs beside ``SIZES``, by model type. A key that names a part of the configuration changes that part."""
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
@@ -153,20 +166,23 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
     if "kv_lora_rank" in values:  # keys and values of every head come from one latent vector
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
     rotary, rest = own.get("qk_rope_head_dim"), own.get("qk_nope_head_dim")
-    if rotary is not None and "head_dim" in values:  # families mean one of two things by it
-        both = own["head_dim"] == rotary + (rest or 0)
-        values["head_dim"] = SIZES["qk_rope_head_dim"] + (SIZES["qk_nope_head_dim"] if both else 0)
+    if rotary is not None and "head_dim" in values:  # families mean several things by it
+        if own["head_dim"] == rotary:
+            values["head_dim"] = SIZES["qk_rope_head_dim"]
+        elif own["head_dim"] == rotary + (rest or 0):
+            values["head_dim"] = SIZES["qk_rope_head_dim"] + SIZES["qk_nope_head_dim"]
     values.update(_layers(own))
-    for name in getattr(type(default), "sub_configs", None) or ():
+    parts = set(getattr(type(default), "sub_configs", None) or ())
+    for name in sorted(parts):
         part, change = own.get(name), changes.get(name)
         if isinstance(part, PreTrainedConfig):
-            small = _shrunk(part, change or {})
-            values[name] = {k: v for k, v in small.to_dict().items() if k == "model_type" or k in vars(small)}
-            values[name].pop("_name_or_path", None)
+            values[name] = _shrunk(part, change or {}).to_dict()
+            for private in ("_name_or_path", "output_attentions"):  # not every part takes back what it writes
+                values[name].pop(private, None)
         elif change is not None:  # a part that is absent by default
             values[name] = change
     own_name = type(default).attribute_map
-    values.update({own_name.get(n, n): value for n, value in changes.items() if not n.endswith("_config")})
+    values.update({own_name.get(n, n): value for n, value in changes.items() if n not in parts})
     return type(default)(**values)
 
 
