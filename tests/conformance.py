@@ -145,7 +145,13 @@ def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor],
     layer = structure.moe_layers[0][1]
     assert layer.router is not None
     outcome.router = layer.router.rpartition(".")[2]
-    outcome.kept = sorted({re.sub(r"^.*\.\d+\.", "", path) for path in structure.kept_linears})
+    inside = f"{structure.layers_path}."
+    outcome.kept = sorted(
+        {
+            re.sub(r"\.\d+\.", ".N.", path) if not path.startswith(inside) else path[len(inside) :].partition(".")[2]
+            for path in structure.kept_linears
+        }
+    )
     routed = set()
     for path, module in model.named_modules():
         if type(module).__name__.endswith("Experts") and "shared" not in path and not any(s in path for s in SENSES):

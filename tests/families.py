@@ -126,7 +126,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "hidden_size_per_layer_input": 0},
     "gemma4": {"text_config": {"enable_moe_block": True, "hidden_size_per_layer_input": 0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROTARY, "mrope_section": [3, 3, 2]}, "moe_intermediate_size": [48, 16]}},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": {**_ROTARY, "mrope_section": [3, 3, 2]}, "moe_intermediate_size": [48, 16]}
+    },
     "glm4v_moe": {
         "text_config": {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
     },
@@ -145,7 +147,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots3_note_text": _DOTS3,
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
-"""What a family needs beside ``SIZES``, by model type. A key that names a part of the configuration changes that part."""
+"""What a family needs beside ``SIZES``, by model type. A key that names a part of a configuration changes it there."""
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
@@ -213,7 +215,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of a configuration, biases and norms drawn at random too. It sees and hears if the family does."""
+    """A random model of a configuration, biases and norms drawn at random too. It sees if the family does."""
     autos = (AutoModelForMultimodalLM, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification)
     auto = next(a for a in autos if type(config) in a._model_mapping)
     torch.manual_seed(seed)
