@@ -1,5 +1,6 @@
 # make demo   the whole job on the built-in model, in an environment of its own
 # make test   all CPU tests
+# make conformance  every family of the installed Transformers; writes docs/families.md
 # make check  linter, formatter and type checker
 #
 # PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install.
@@ -10,7 +11,7 @@ TRANSFORMERS ?= 5.23.0
 TORCH ?= 2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-sample check clean
+.PHONY: demo test test-sample conformance check clean
 
 # torch goes first and alone, so that no other package chooses its build.
 $(VENV)/.ready: pyproject.toml
@@ -30,6 +31,9 @@ test: $(VENV)/.ready
 # What also runs on the oldest supported Transformers.
 test-sample: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "sample and not gpu"
+
+conformance: $(VENV)/.ready
+	$(BIN)/python tests/conformance.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks

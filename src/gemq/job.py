@@ -48,6 +48,7 @@ class Job:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored."""
         with self.monitor.stage("load", 1) as tick:
             model, stored = self.source.load(self.device, pick_dtype(self.recipe.dtype, self.device))
+            self.fallbacks["matrices_left_out"] = len(self.source.left_out)
             replay = Replay(model, find_structure(model))
             vocabulary = model.config.get_text_config().vocab_size
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)

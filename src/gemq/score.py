@@ -89,7 +89,7 @@ def reverse_layer(
     experts = replay.structure.layers[index].experts
     module = replay.model.get_submodule(experts.path) if experts else None
     for i, hidden in enumerate(activations.hidden):
-        leaf = hidden.detach().requires_grad_()
+        leaf = replay.leaf(hidden)
         if module is None:
             output = replay.run(index, leaf, activations.calls[i][index], overrides)
             (gradients[i],) = torch.autograd.grad(output, leaf, gradients[i])
@@ -136,9 +136,12 @@ def pair_costs(
 
 
 def add_costs(scores: LayerScores, routed: Routed, costs: Tensor, source: Tensor) -> None:
-    """Adds pairs' costs [P, W] to ``scores``; ``source`` [T] is each token's calibration source."""
+    """Adds pairs' costs [P, W] to ``scores``; ``source`` [T] is each token's calibration source.
+
+    Experts that are given a row of every token for each of them route rows, not tokens: row r is that of token r % T.
+    """
     sources, experts, widths = scores.costs.shape
-    slot = source[routed.token] * experts + routed.expert
+    slot = source[routed.token % len(source)] * experts + routed.expert
     scores.costs.view(-1, widths).index_add_(0, slot, costs)
     scores.tokens += torch.bincount(slot, minlength=sources * experts).view(sources, experts)
 

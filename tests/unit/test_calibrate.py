@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FIVE, MORE, tiny, tokens
 from torch import Tensor, nn
 
+from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibrate import Activations, layer_moments
 from gemq.data.windows import Windows
 from gemq.models.experts import ExpertsCall
@@ -52,7 +52,7 @@ def test_the_order_of_windows_leaves_the_global_generator_alone():
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_moments_are_those_of_the_whole_model(family):
     """Every linear's and every expert's input over all windows, gathered by hooks on one forward of the model."""
     replay, activations = start(family)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import MORE, tiny, tokens
 from torch import Tensor, nn
 
+from families import MORE, OWN, tiny, tokens
 from gemq.models.experts import (
     apply_down,
     apply_first,
@@ -40,7 +40,7 @@ def first_call(family: str, dtype: torch.dtype = torch.float32):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_steps_reproduce_the_modules_output(family):
     module, experts, call = first_call(family)
     assert call.top_k_index.dtype == torch.int64

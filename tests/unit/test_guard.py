@@ -9,10 +9,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import tiny, tokens
 from rich.console import Console
 from scipy import stats
 
+from families import tiny, tokens
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.assets import builtin_model, builtin_texts
 from gemq.calibrate import Activations

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FIVE, MORE, tiny, tokens
 from safetensors.torch import load, save
 from torch import Tensor
 
 import gemq
+from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibrate import Activations, LayerMoments
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.packing import PackedMatrix
@@ -77,7 +77,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_ladder_holds_every_matrix_at_every_width(family):
     replay = replay_of(family)
     for ladder, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
@@ -196,7 +196,7 @@ def test_assembling_picks_rows():
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ, RTN], ids=["gptq", "rtn"])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "own"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", OWN])
 def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     """In the first layer with the rest unquantized nothing upstream differs: the same codes to the bit."""
     replay = replay_of(family)
@@ -260,7 +260,7 @@ def test_refined_layer_round_trip():
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_installed_weights_are_what_the_codes_mean(family):
     replay = replay_of(family)
     widths = mixed(replay.structure)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FIVE, MORE, tiny, tokens
 from torch import Tensor
 
+from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibrate import Activations
 from gemq.data.windows import Windows
 from gemq.models.experts import expert_weight, watch_experts
@@ -90,7 +90,7 @@ def next_token_loss(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_reverse_pass_equals_whole_model_autograd(family):
     """At the output of every layer's experts. One batch, in order, so that rows correspond."""
     model = tiny(family)

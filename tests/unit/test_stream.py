@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import MORE, OwnLayer, OwnModel, tiny, tokens
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from families import MORE, OWN, OwnLayer, OwnModel, tiny, tokens
 from gemq import UserError
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
@@ -25,7 +25,7 @@ def replayed(replay: Replay, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_logits_equal_the_models_own(family):
     """The same operations on the same numbers: equal to the bit."""
     model = tiny(family)
@@ -70,7 +70,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for item in items for t in tensors_of(item)]
 
 
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_gradients_equal_whole_model_autograd(family):
     """At the inputs of every layer, from a random direction at the logits."""
     model = tiny(family)
@@ -107,7 +107,7 @@ def test_gradients_equal_whole_model_autograd(family):
 
 
 def toy(layer: type[OwnLayer], model: type[OwnModel] | None = None) -> OwnModel:
-    made = tiny("own")
+    made = tiny(OWN)
     for old in made.stack:
         old.__class__ = layer
     made.__class__ = model or OwnModel
@@ -149,6 +149,26 @@ def test_layers_that_return_tuples():
             assert torch.equal(replayed(replay, ids), model(ids).logits)
 
 
+@pytest.mark.sample
+@pytest.mark.parametrize("kind", ["by place", "by name"])
+def test_what_layers_hand_on_travels_with_hidden_states(kind):
+    """Two batches at once, and a second pass over other hidden states: nothing of one shows in the other."""
+    model = toy(_TwoStreamsLayer, _TwoStreams if kind == "by place" else _NamedStream)
+    replay = Replay(model, find_structure(model))
+    replay.verify(tokens())
+    ids = tokens(2, 10)
+    hidden, calls = replay.inputs(ids)
+    other = hidden + 1.0
+    for i, call in enumerate(calls):
+        hidden, other = replay.run(i, hidden, call), replay.run(i, other, call)
+    with torch.no_grad():
+        assert torch.equal(replay.logits(ids, hidden), model(ids).logits)
+    leaf = replay.leaf(hidden)
+    assert leaf.is_leaf
+    assert leaf.requires_grad
+    assert replay.run(1, leaf, calls[1]).shape == hidden.shape  # takes along what belongs to it
+
+
 class _KeywordModel(_Loop):
     def between(self, hidden: Tensor, decay: Tensor) -> Tensor:
         for layer in self.stack:
@@ -182,14 +202,35 @@ class _Scaled(_Loop):
 class _TwoStreamsLayer(OwnLayer):
     def forward(self, hidden: Tensor, decay: Tensor, memory: Any = None) -> Any:  # type: ignore[override]
         out = super().forward(hidden, decay, scale=1.0)
-        return out, out.mean()
+        if memory is not None:
+            out = out + memory
+        return out, out.mean(1, keepdim=True)
 
 
 class _TwoStreams(_Loop):
+    """Layers hand something on beside hidden states, as sparse attention does with the positions that it chose."""
+
     def between(self, hidden: Tensor, decay: Tensor) -> Tensor:
         memory = None
         for layer in self.stack:
             hidden, memory = layer(hidden, decay, memory)
+        return hidden
+
+
+class _ChangedStream(_Loop):
+    def between(self, hidden: Tensor, decay: Tensor) -> Tensor:
+        memory = None
+        for layer in self.stack:
+            hidden, memory = layer(hidden, decay, memory)
+            memory = memory * 2
+        return hidden
+
+
+class _NamedStream(_Loop):
+    def between(self, hidden: Tensor, decay: Tensor) -> Tensor:
+        memory = None
+        for layer in self.stack:
+            hidden, memory = layer(hidden, decay, memory=memory)
         return hidden
 
 
@@ -213,7 +254,7 @@ class _SkipModel(_Loop):
     ("layer", "model", "message"),
     [
         (OwnLayer, _Scaled, r"between its decoder layers.*before layer 1"),
-        (_TwoStreamsLayer, _TwoStreams, r"between its decoder layers"),
+        (_TwoStreamsLayer, _ChangedStream, r"between its decoder layers"),
         (OwnLayer, _EarlyExit, r"has 3 decoder layers and calls 2"),
     ],
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, FIVE, MORE, OwnBlock, OwnConfig, OwnModel, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gemq
+from families import MORE, OWN, OwnBlock, OwnConfig, OwnModel, tiny, tiny_config, tokens
 from gemq import UserError
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import PackedFormat
@@ -68,7 +68,7 @@ def test_families(family):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_every_parameter_is_counted_once(family):
     model = tiny(family)
     structure = find_structure(model)
@@ -88,9 +88,9 @@ def test_every_parameter_is_counted_once(family):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, "own"])
+@pytest.mark.parametrize("family", [*MORE, OWN])
 def test_same_on_the_meta_device(family):
-    config = CONFIGS[family]() if family in CONFIGS else OwnConfig()
+    config = tiny_config(family)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     assert find_structure(skeleton) == find_structure(tiny(family))
@@ -100,7 +100,7 @@ def test_what_stays_unquantized():
     assert find_structure(tiny("qwen2_moe")).kept_linears == tuple(
         f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 2)
     )
-    config = CONFIGS["deepseek_v2"]()
+    config = tiny_config("deepseek_v2")
     config.kv_lora_rank = 24  # kv_b_proj then has 24 inputs, which no group size divides
     model = AutoModelForCausalLM.from_config(config)
     kept = find_structure(model).kept_linears
@@ -114,7 +114,7 @@ def test_subclasses_of_linear_are_kept_and_said():
     class Grouped(nn.Linear):
         pass
 
-    model = tiny("own")
+    model = tiny(OWN)
     model.stack[0].mix_attention.__class__ = Grouped
     structure = find_structure(model)
     assert structure.kept_linears == ("stack.0.mix_attention",)
@@ -148,7 +148,7 @@ def test_dense_model_is_refused():
 
 def own(change) -> OwnModel:
     """Our own family with ``change(block)`` done to every layer's block."""
-    model = tiny("own")
+    model = tiny(OWN)
     for layer in model.stack:
         change(layer.block)
     return model
@@ -190,7 +190,7 @@ def test_unknown_three_dimensional_weights_are_refused():
 
 def test_unnamed_three_dimensional_weights_are_refused():
     """Routed experts under a name and class that say nothing, in one layer of a model that is fine otherwise."""
-    model = tiny("own")
+    model = tiny(OWN)
 
     class Mystery(nn.Module):
         def __init__(self) -> None:
@@ -227,13 +227,13 @@ def test_columns_that_no_group_divides_are_refused(inner, hidden, name):
 
 
 def test_two_experts_modules_in_a_layer_are_refused():
-    model = tiny("own")
+    model = tiny(OWN)
     model.stack[1].second = OwnBlock(OwnConfig())
     refused(model, r"layer stack\.1 has several experts modules")
 
 
 def test_experts_outside_the_layers_are_refused():
-    model = tiny("own")
+    model = tiny(OWN)
     model.extra = OwnBlock(OwnConfig())
     refused(model, r"outside one list of decoder layers")
 
@@ -243,7 +243,7 @@ def test_experts_outside_the_layers_are_refused():
 
 @pytest.mark.sample
 def test_own_family_end_to_end(tmp_path):
-    model = tiny("own")
+    model = tiny(OWN)
     source = tmp_path / "source"
     model.save_pretrained(source)
     structure = find_structure(model)
@@ -311,4 +311,3 @@ def test_no_family_names_in_the_source():
         assert not re.search(r"model_type\W*(==|!=|in\b|not in\b)", text), file
         literals = set(re.findall(r"[\"']([a-z0-9_]+)[\"']", text))
         assert not literals & moe_like, (file, literals & moe_like)
-    assert set(FIVE) <= set(CONFIGS)

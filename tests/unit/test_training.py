@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import tiny, tokens
 
+from families import tiny, tokens
 from gemq.calibrate import Activations
 from gemq.data.windows import Windows
 from gemq.distil import Distillation, PackedExperts, distil

@@ -24,6 +24,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gemq.checkpoint.adopt import adopt_experts
+from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import (
     PARTS,
     QUANT_METHOD,
@@ -54,16 +56,14 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
     kwargs: go to ``from_pretrained`` (``revision``, ``device_map``, ``trust_remote_code`` ...)
     Raises UserError when it is not a gemq checkpoint, or when anything is missing or damaged.
     """
-    from transformers import AutoModelForCausalLM
-
     register()
-    PackedFormat.from_dict(_quantization_config(path, kwargs))
+    auto = _auto_class(path, kwargs)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: use device='cpu'")
     kwargs = {"device_map": device, **kwargs, "dtype": dtype, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    loaded: Any = auto.from_pretrained(path, **kwargs)
     model, report = loaded
     if absent := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(
@@ -72,11 +72,12 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
     return model.eval()
 
 
-def _quantization_config(path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if Path(path).is_dir():
-        return read_quantization_config(Path(path))
+def _auto_class(path: str | Path, kwargs: dict[str, Any]) -> Any:
+    """Transformers' Auto class for a checkpoint. Raises UserError when it is not gemq's, or of another version."""
     from transformers import AutoConfig
 
+    if Path(path).is_dir():
+        PackedFormat.from_dict(read_quantization_config(Path(path)))
     known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
     try:
         config = AutoConfig.from_pretrained(path, **known)
@@ -85,7 +86,8 @@ def _quantization_config(path: str | Path, kwargs: dict[str, Any]) -> dict[str, 
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{path} is not a gemq checkpoint: load it with Transformers alone")
-    return values
+    PackedFormat.from_dict(values)
+    return auto_class(config)
 
 
 class GemqConfig(QuantizationConfigMixin):
@@ -128,6 +130,7 @@ class GemqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         packed = self._format
+        adopt_experts(model)
         self._dtype = dtype
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         self._shapes = matrix_shapes(model, packed)
@@ -180,8 +183,12 @@ def _hang_placeholders(
     expected: dict[str, TensorSpec],
 ) -> None:
     make_packed(experts, list(projections))
-    # A family's weight initialisation would look for the 3-D parameters.
+    # A family's weight initialisation, the experts' own or their parent's, looks for the 3-D parameters.
     experts._is_hf_initialized = True  # type: ignore[assignment]
+    for proj in projections:
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+        vars(experts)[proj] = nothing  # not a parameter; gone when the packed matrices come
     for e in range(len(projections["down_proj"])):
         expert = nn.Module()
         for proj in projections:
@@ -235,7 +242,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        raise UserError(f"{type(model).__name__} has no {path}: load with AutoModelForCausalLM") from error
+        raise UserError(f"{type(model).__name__} has no {path}: load with gemq.load") from error
 
 
 def _verify_files(model: PreTrainedModel, expected: dict[str, TensorSpec], files: list[str] | None) -> None:

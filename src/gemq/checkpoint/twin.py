@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from gemq.checkpoint.adopt import adopt_experts
+from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import (
     PARTS,
     PackedFormat,
@@ -48,13 +50,14 @@ def write_dense_twin(
     dtype: of the weights that were packed; all others keep theirs
     Raises UserError when ``packed`` is damaged or ``out`` is taken.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     packed_format = PackedFormat.from_dict(read_quantization_config(packed))
     config = AutoConfig.from_pretrained(packed, trust_remote_code=trust_remote_code)
     del config.quantization_config
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    adopt_experts(skeleton)
     shapes = matrix_shapes(skeleton, packed_format)
     reader = _Reader(packed, skeleton, packed_format.expected(shapes))
     shards = _dense_shards(reader, skeleton, packed_format, shapes, dtype)

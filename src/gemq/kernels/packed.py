@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq import kernels
+from gemq.checkpoint.adopt import passed_on, routing_of_rows
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.quant.grid import dequantize
 from gemq.quant.widths import LEVELS, Width, bytes_per_group
@@ -116,8 +117,15 @@ class PackedExperts(nn.Module):
     act_fn: Any
     _apply_gate: Any
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return kernels.experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        if top_k_index is None or top_k_weights is None:  # a family that gives its experts batched rows
+            top_k_index, top_k_weights = routing_of_rows(hidden_states, self.down_proj.num_experts)
+        out = kernels.experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        if getattr(self, "passes_on", False):
+            out = out + passed_on(hidden_states, top_k_index, top_k_weights, self.down_proj.num_experts)
+        return out
 
     def _packed(self) -> dict[str, PackedMatrices]:
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)

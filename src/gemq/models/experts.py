@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from gemq.checkpoint.adopt import passed_on, routing_of_rows
+
 IMPLEMENTATION = "gemq_calibration"
 
 
@@ -72,7 +74,10 @@ def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
     calls: list[ExpertsCall] = []
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        hidden, index, weights = (*args, *kwargs.values())[:3]
+        hidden, *routing = (*args, *kwargs.values())[:3]
+        if getattr(module, "batched_rows", False):
+            routing = list(routing_of_rows(hidden, module.down_proj.shape[0]))
+        index, weights = routing
         if index.is_floating_point():  # a family that passes weights before indices
             index, weights = weights, index
         calls.append(ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output))
@@ -146,7 +151,43 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     routed = route(top_k_index, top_k_weights, module.down_proj.shape[0])
     h = apply_first(module, first, oriented(module, first), hidden.index_select(0, routed.token), routed)
     out = apply_down(module, oriented(module, "down_proj"), h, routed) * routed.weight.unsqueeze(1)
-    return torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    if getattr(module, "passes_on", False):
+        out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
+    return out
+
+
+@contextmanager
+def _own_forward(module: Any) -> Iterator[None]:
+    """Lets an experts module run the forward of its class for the moment, whatever implementation was chosen."""
+    config = getattr(module, "config", None)
+    if config is None:  # no choice of implementations
+        yield
+        return
+    chosen = config._experts_implementation
+    config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = chosen
+
+
+@torch.no_grad()
+def check_arithmetic(module: Any, call: ExpertsCall) -> float:
+    """Relative difference between ``experts_forward`` and what the module's own class computes for a call.
+
+    Small wherever this module understands the family; a clamp or a gate that it does not know shows here.
+    """
+    own = experts_forward(module, call.hidden, call.top_k_index, call.top_k_weights).float()
+    arguments = (
+        (call.hidden,)
+        if getattr(module, "batched_rows", False)
+        else (call.hidden, call.top_k_index, call.top_k_weights)
+    )
+    with _own_forward(module):
+        expected = module(*arguments)
+    expected = expected.reshape(own.shape).float()
+    return float((own - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def use_experts_forward(model: Any) -> None:

@@ -9,21 +9,26 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
+from gemq.checkpoint.adopt import adopt_experts
+from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
 from gemq.models.experts import use_experts_forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_WINDOW = 2048
+READ_QUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+"""Quantized originals that are read: published in no better precision, and Transformers dequantizes them on loading."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Source:
 
     path: Path
     trust_remote_code: bool = False
+    left_out: list[str] = field(default_factory=list, compare=False)
+    """Names of stored matrices that ``load`` found no place for in the model, such as multi-token prediction layers."""
 
     @classmethod
     def resolve(
@@ -53,9 +60,22 @@ class Source:
         return cls(path, trust_remote_code)
 
     def config(self) -> Any:
-        """The model's configuration. Raises UserError when it is unreadable or already quantized."""
+        """The model's configuration, as if it were stored in full precision.
+
+        Raises UserError when it is unreadable, or quantized in a way that cannot be read.
+        """
+        config = self._stored_config()
+        if (method := _quantization(config)) is not None:
+            if method not in READ_QUANTIZED:
+                raise UserError(f"{self.path} is quantized already ({method}): give the full-precision model")
+            for part in (config, config.get_text_config()):
+                if hasattr(part, "quantization_config"):
+                    del part.quantization_config
+        return config
+
+    def _stored_config(self) -> Any:
         try:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             if "trust_remote_code" in str(error):
                 raise UserError(
@@ -69,51 +89,65 @@ class Source:
             raise UserError(
                 f"cannot read the configuration of {self.path} ({_first_line(error)}): copy the model again"
             ) from error
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is None:
-            quantization = getattr(config.get_text_config(), "quantization_config", None)
-        if quantization is not None:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            raise UserError(f"{self.path} is quantized already ({method}): give the full-precision model")
-        return config
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: shapes without weights."""
         config = self.config()
         with torch.device("meta"):
-            return _build(
-                lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code),
+            model = _build(
+                lambda: auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code),
                 self.path,
             )
+        adopt_experts(model)
+        return model
 
     def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
         """The model on ``device`` and the type in which each parameter is stored.
 
         dtype: of all floating-point parameters; None leaves them as they are stored
         """
-        self.config()
+        config = self.config()
         self.check_weights()
+        method = _quantization(self._stored_config())
+        reading = {} if method is None else {"quantization_config": READ_QUANTIZED[method](dequantize=True)}
         model, report = _build(
-            lambda: AutoModelForCausalLM.from_pretrained(
+            lambda: auto_class(config).from_pretrained(
                 self.path,
                 dtype="auto",
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **reading,
             ),
             self.path,
         )
+        if reading:
+            _forget_quantization(model)
+        self.left_out[:] = self._left_out(model, report)
         if absent := sorted(map(str, report["missing_keys"])):  # Transformers would make them up
             raise UserError(
                 f"{self.path} lacks {len(absent)} of the model's tensors, first: {absent[0]}: copy the checkpoint again"
             )
         stored = {name: p.dtype for name, p in model.named_parameters()}
+        adopt_experts(model)
         model.to(device)
         for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
             if dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         use_experts_forward(model)
         return model.eval(), stored
+
+    def _left_out(self, model: PreTrainedModel, report: Any) -> list[str]:
+        """Stored matrices that the model did not take: those that Transformers reports, and those that it is silent on.
+
+        Norms and rotary frequencies, which have one dimension, do not count: they go with matrices or are computed.
+        """
+        stored = {
+            name: spec for file in sorted(self.path.glob("*.safetensors")) for name, spec in read_header(file).items()
+        }
+        silent = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        names = {*map(str, report["unexpected_keys"]), *(n for n in stored if any(p.search(n) for p in silent))}
+        return sorted(n for n in names if n not in stored or len(stored[n].shape) > 1)
 
     def check_weights(self) -> None:
         """Reads the headers of the weights. Raises UserError when files are missing, pickled or cut short."""
@@ -188,10 +222,33 @@ def calibration_window(config: Any, wanted: int | None) -> int:
     return min(DEFAULT_WINDOW, longest) if wanted is None else wanted
 
 
+def _quantization(config: Any) -> str | None:
+    """How a stored model is quantized, None if it is not."""
+    for part in (config, config.get_text_config()):
+        if (found := getattr(part, "quantization_config", None)) is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            return str(getattr(method, "value", method or "unknown"))
+    return None
+
+
+def _forget_quantization(model: Any) -> None:
+    """What was dequantized on loading is an ordinary model: nothing of it shall be quantized again when it is saved."""
+    for part in (model.config, model.config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    model.hf_quantizer = None
+    model._weight_conversions = None  # they began with dequantizing; saving uses the family's own
+
+
 def _build(make: Any, path: Path) -> Any:
     try:
         return make()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{path} is of a type that Transformers does not know as a model that predicts each token from those "
+                "before it: gemq quantizes no encoders and no encoder-decoders"
+            ) from error
         raise UserError(f"cannot load {path} as a causal language model: {_first_line(error)}") from error
 
 

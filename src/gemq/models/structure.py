@@ -7,6 +7,7 @@ understand it refuses, naming the module. Works on models on the meta device too
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,12 @@ from gemq.quant.widths import SMALLEST_GROUP
 
 ROUTER_NAMES = ("gate", "router")
 """What families call a router. Any other sibling that owns a 2-D weight of one row an expert would do as well."""
+
+SHARED = "shared"
+"""Part of the name of what every token passes: shared experts, in all families that have them."""
+
+SENSES = ("vision", "visual", "image", "audio")
+"""Part of the name of experts that no text token is routed to. They stay as they are."""
 
 FEWEST_ROWS = 16
 """Linears with fewer outputs are gates (such as Qwen2-MoE's shared_expert_gate): tiny, sensitive, not quantized."""
@@ -77,7 +84,8 @@ class Structure:
     parameters: dict[str, int]
     """Parameters by kind: experts, attention, shared, dense, router, and other (embeddings, norms, head)."""
     kept_linears: tuple[str, ...]
-    """Linears in decoder layers that stay unquantized: gates, columns that no group divides, subclasses of Linear."""
+    """What stays unquantized though it is large or in a decoder layer: gates, columns that no group divides, subclasses
+    of Linear, shared experts stacked in one weight, experts outside the language model."""
 
     @property
     def moe_layers(self) -> tuple[tuple[int, Layer], ...]:
@@ -97,23 +105,37 @@ def find_structure(model: nn.Module) -> Structure:
 
     Raises UserError when the model is dense, or naming the module that is not understood.
     """
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"{type(model).__name__} reads with an encoder and writes with a decoder: gemq quantizes models that "
+            "predict each token from those before it"
+        )
+    if type(model).forward is nn.Module.forward:
+        raise UserError(
+            f"{type(model).__name__} is several models in one and has no forward pass of its own: give one of its parts"
+        )
     modules = dict(model.named_modules())
-    experts = {path: m for path, m in modules.items() if is_experts(m)}
-    _refuse_unknown_experts(modules, experts)
-    if not experts:
+    found_experts = {path: m for path, m in modules.items() if is_experts(m)}
+    decoder = _decoder_path(model, modules)
+    _refuse_unknown_experts(modules, found_experts, decoder)
+    if not found_experts:
         raise UserError(
             f"{type(model).__name__} has no experts: gemq shrinks Mixture-of-Experts models; for a dense model take a "
             "weight quantizer such as GPTQ or AWQ"
         )
-    layers_path = _layers_path(modules, list(experts))
+    layers_path = _layers_path(modules, list(found_experts), decoder)
+    experts = {path: m for path, m in found_experts.items() if path.startswith(layers_path + ".")}
+    kept = [path for path in found_experts if path not in experts]
     layers: list[Layer] = []
-    kept: list[str] = []
     for name, layer in modules[layers_path].named_children():
         path = f"{layers_path}.{name}"
         inside = [p for p in experts if p.startswith(path + ".")]
+        if len(inside) > 1:  # some layers route text and images to experts of their own
+            kept += [p for p in inside if _senses(p[len(path) :])]
+            inside = [p for p in inside if not _senses(p[len(path) :])]
         if len(inside) > 1:
             raise UserError(f"layer {path} has several experts modules ({', '.join(inside)}): gemq handles one a layer")
-        _refuse_stacked_weights(path, layer, inside)
+        kept += _stacked_weights(path, layer, [*inside, *kept])
         found = _read_experts(inside[0], experts[inside[0]]) if inside else None
         router = _find_router(modules, found) if found else None
         linears = []
@@ -142,41 +164,61 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def _refuse_unknown_experts(modules: dict[str, nn.Module], known: dict[str, nn.Module]) -> None:
+def _senses(path: str) -> bool:
+    return any(word in path for word in SENSES)
+
+
+def _decoder_path(model: Any, modules: dict[str, nn.Module]) -> str:
+    """Path and dot of the language model inside a model that also sees or hears; empty where there is no such part."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next((f"{path}." for path, module in modules.items() if module is decoder and path), "")
+
+
+def _refuse_unknown_experts(modules: dict[str, nn.Module], known: dict[str, nn.Module], decoder: str) -> None:
     """Refuses routed experts that have another form, rather than leaving them unquantized in silence."""
     for path, module in modules.items():
         name = path.rpartition(".")[2]
-        if name != "experts" and not type(module).__name__.endswith("Experts"):
+        if (name != "experts" and not type(module).__name__.endswith("Experts")) or SHARED in name:
             continue
         if path in known or any(path.startswith(p + ".") or p.startswith(path + ".") for p in known):
             continue
-        if any(True for _ in module.parameters()):
+        if path.startswith(decoder) and any(True for _ in module.parameters()):
             raise UserError(
                 f"cannot quantize {path} ({type(module).__name__}): it does not have the experts interface of "
                 "Transformers (3-D down_proj, is_transposed, has_gate); this family is not supported yet"
             )
 
 
-def _refuse_stacked_weights(path: str, layer: nn.Module, known: list[str]) -> None:
-    """Refuses matrices stacked in one weight that no experts module owns, rather than leaving them out in silence."""
+def _stacked_weights(path: str, layer: nn.Module, known: list[str]) -> list[str]:
+    """Shared experts stacked in one weight, which stay as they are.
+
+    Refuses other matrices stacked in one weight that no experts module owns, rather than leave them out in silence.
+    """
+    kept = []
     for name, parameter in layer.named_parameters():
         owner = f"{path}.{name}".rpartition(".")[0]
         # convolution kernels are small in their last dimension and not meant here
-        if parameter.dim() == 3 and min(parameter.shape[1:]) >= SMALLEST_GROUP and owner not in known:
+        if parameter.dim() != 3 or min(parameter.shape[1:]) < SMALLEST_GROUP or owner in known:
+            continue
+        if SHARED not in owner[len(path) :]:
             kind = type(layer.get_submodule(name.rpartition(".")[0])).__name__
             raise UserError(
                 f"cannot quantize {owner} ({kind}): its weight {name.rpartition('.')[2]!r} stacks matrices in a form "
                 "that gemq does not know; this family is not supported yet"
             )
+        kept.append(f"{path}.{name}")
+    return kept
 
 
-def _layers_path(modules: dict[str, nn.Module], experts: list[str]) -> str:
-    """Path of the one ModuleList whose children are the decoder layers."""
+def _layers_path(modules: dict[str, nn.Module], experts: list[str], decoder: str) -> str:
+    """Path of the one ModuleList whose children are the decoder layers; the language model's if there are several."""
     found = set()
     for path in experts:
         parts = path.split(".")
         prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
         found.add(next((p for p in prefixes if isinstance(modules[p], nn.ModuleList)), ""))
+    if len(found) > 1 and decoder:
+        found = {path for path in found if path.startswith(decoder)}
     if len(found) != 1 or "" in found:
         raise UserError(
             f"experts lie outside one list of decoder layers ({', '.join(sorted(experts)[:3])} ...): not supported"
@@ -229,7 +271,7 @@ def _find_router(modules: dict[str, nn.Module], experts: Experts) -> str:
 
 
 def _kind(name: str, path: str, experts: Experts | None) -> str:
-    if experts is not None and (path.startswith(experts.path.rpartition(".")[0] + ".") or "shared" in name):
+    if experts is not None and (path.startswith(experts.path.rpartition(".")[0] + ".") or SHARED in name):
         return "shared"
     return "attention" if "attn" in name or "attention" in name else "dense"
 

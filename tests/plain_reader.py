@@ -1,0 +1,96 @@
+"""A packed checkpoint read plainly, from what ``docs/checkpoint-format.md`` says and nothing else.
+
+Shares no code with gemq, so that agreement of both means that the page describes what is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+LEVEL_BITS = {1: 1, 2: 2, 4: 4}
+
+
+def read_files(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by their stored names."""
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    return tensors
+
+
+def group_of(columns: int, wanted: int) -> int:
+    group = wanted
+    while group > 16 and columns % group:
+        group //= 2
+    assert columns % group == 0
+    return group
+
+
+def codes_of(stored: np.ndarray, width: float, group: int) -> np.ndarray:
+    """[rows, bytes] -> [rows, columns], group by group, code by code."""
+    per_group = {1: group // 8, 1.6: math.ceil(group / 5), 2: group // 4, 3: 3 * group // 8, 4: group // 2, 8: group}
+    rows = stored.shape[0]
+    groups = stored.reshape(rows, -1, per_group[width]).astype(np.int64)
+    codes = np.zeros((rows, groups.shape[1], group), np.int64)
+    if width == 8:
+        codes = groups
+    elif width == 3:
+        low, high = groups[:, :, : group // 4], groups[:, :, group // 4 :]
+        for k in range(group):
+            n, m = group // 4, group // 8
+            codes[:, :, k] = low[:, :, k % n] >> (2 * (k // n)) & 3
+            codes[:, :, k] += 4 * (high[:, :, k % m] >> (k // m) & 1)
+    elif width == 1.6:
+        n = per_group[1.6]
+        for k in range(group):
+            codes[:, :, k] = groups[:, :, k % n] // 3 ** (k // n) % 3
+    else:
+        bits = LEVEL_BITS[width]
+        n = group * bits // 8
+        for k in range(group):
+            codes[:, :, k] = groups[:, :, k % n] >> (bits * (k // n)) & (2**bits - 1)
+    return codes.reshape(rows, -1)
+
+
+def dequantized(tensors: dict[str, torch.Tensor], path: str, width: float, wanted_group: int) -> np.ndarray:
+    """[rows, columns] float32 of one packed matrix; takes its tensors out of ``tensors``."""
+    codes, scales, offsets = (tensors.pop(f"{path}.{part}").numpy() for part in ("codes", "scales", "offsets"))
+    assert codes.dtype == np.uint8
+    assert scales.dtype == offsets.dtype == np.float16
+    for group in (wanted_group >> i for i in range(20)):  # columns follow from the bytes; the group must agree
+        if group < 16:
+            raise AssertionError(f"{path}: no group size fits")
+        columns = scales.shape[1] * group
+        if group_of(columns, wanted_group) != group:
+            continue
+        per_group = {1: group / 8, 1.6: math.ceil(group / 5), 2: group / 4, 3: 3 * group / 8, 4: group / 2, 8: group}
+        if codes.shape[1] == scales.shape[1] * per_group[width]:
+            break
+    values = codes_of(codes, width, group).reshape(*scales.shape, group).astype(np.float32)
+    values = values * scales[..., None].astype(np.float32) + offsets[..., None].astype(np.float32)
+    return values.reshape(scales.shape[0], -1)
+
+
+def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """(dequantized weights by in-model name, [E, rows, columns] or [rows, columns]; all other tensors; the config)."""
+    config = json.loads((directory / "config.json").read_text())
+    listed = config.pop("quantization_config")
+    assert listed["quant_method"] == "gemq"
+    assert listed["format_version"] == 1
+    tensors = read_files(directory)
+    weights = {}
+    for path, projections in listed["experts"].items():
+        for name, widths in projections.items():
+            stack = [dequantized(tensors, f"{path}.{e}.{name}", w, listed["group_size"]) for e, w in enumerate(widths)]
+            weights[f"{path}.{name}"] = torch.from_numpy(np.stack(stack))
+    for path, width in listed["linears"].items():
+        weights[f"{path}.weight"] = torch.from_numpy(dequantized(tensors, path, width, listed["group_size"]))
+    return weights, tensors, config
