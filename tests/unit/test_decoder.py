@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import MORE, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from families import MORE, tiny, tokens
 from gemq.assets import builtin_model
 from gemq.decoder import Decoder, Unsupported
 from gemq.generate import generate, say_once

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny
 from torch import nn
 
+from families import tiny
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels import grouped, reference
 from gemq.kernels.gates import GELU, GELU_TANH, NONE, RELU_SQUARED, SILU, Gate, gate_of

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny, tokens
 
 import gemq
+from families import tiny, tokens
 from gemq.decoder import Decoder
 from gemq.inspect import inspect_checkpoint
 from gemq.traffic import bytes_per_step, dense_bytes, expert_bytes

@@ -198,8 +198,8 @@ class Replay:
                 "they share state; this family is not supported yet"
             ) from error
         replayed = self.logits(ids, hidden).float()
-        # The same operations in the same order: equal but for kernels chosen by memory alignment and, on a GPU, for sums
-        # in another order. In bfloat16 such roundings change a token's experts here and there: 0.032 was measured on
+        # The same operations in the same order: equal but for kernels chosen by memory alignment and, on a GPU, sums in
+        # another order. In bfloat16 such roundings change a token's experts here and there: 0.032 was measured on
         # the built-in model. Layers that share state give differences of the order of 1.
         difference = (replayed - expected).norm() / expected.norm().clamp_min(1e-12)
         if not difference < (1e-2 if self.model.dtype == torch.float32 else 0.1):
