@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gemq.kernels.packed import PackedExperts, PackedLinear
 
 Dequantize = Callable[[torch.dtype], Tensor]
+Product = Callable[[str, int, Tensor], Tensor]
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -47,12 +48,20 @@ class _DequantizedLinear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _product(module: PackedExperts, projection: str, expert: int, x: Tensor) -> Tensor:
+    return _DequantizedLinear.apply(x, None, partial(getattr(module, projection).dequantize, expert))
+
+
+def experts_forward(
+    module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, product: Product | None = None
+) -> Tensor:
     """hidden [T, H], top_k_index [T, K] int, top_k_weights [T, K] -> [T, H] in hidden's dtype.
 
     Only chosen experts are dequantized, one at a time. Indices from E up mark unused slots and are skipped.
+    product: takes the place of the product with an expert's matrix, given its projection, number and input
     """
-    up_proj = module.gate_up_proj if module.has_gate else module.up_proj
+    product = product or partial(_product, module)
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
     chosen = top_k_index.T  # [K, T]: rows of a product in eager's order
     out = torch.zeros_like(hidden)
@@ -60,11 +69,11 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
         if e >= module.down_proj.num_experts:
             continue
         slot, token = torch.where(chosen == e)
-        y = _DequantizedLinear.apply(hidden[token], None, partial(up_proj.dequantize, e))
+        y = product(up_name, e, hidden[token])
         if up_bias is not None:
             y = y + up_bias[e]
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        y = _DequantizedLinear.apply(y, None, partial(module.down_proj.dequantize, e))
+        y = product("down_proj", e, y)
         if module.has_bias:
             y = y + module.down_proj_bias[e]
         if getattr(module, "has_post_expert_norm", False):  # absent before Transformers 5.23
