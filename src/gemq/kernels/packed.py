@@ -46,6 +46,7 @@ class PackedMatrices(nn.Module):
         """Copies the experts' matrices, all on one device, one after the other."""
         super().__init__()
         self.widths = tuple(widths)
+        self.levels = sorted({LEVELS[width] for width in self.widths})
         self.group_size = group_size
         self.rows, self.groups = matrices[0].scales.shape
         self.columns = self.groups * group_size

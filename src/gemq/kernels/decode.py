@@ -1,0 +1,200 @@
+"""A few tokens through packed weights on a GPU: the operators, and modules taken apart for them.
+
+Legend: T tokens, K experts a token, E experts, H hidden size, I intermediate size.
+
+The operators take plain tensors and numbers, never modules; they do not wait for the device and decide
+nothing from values on it, so that CUDA graphs and torch.compile take them as they are. Two launches do the
+experts of a layer: gate and up of every chosen expert with the activation, then down with the weighted sum.
+Importing this needs triton; with ``TRITON_INTERPRET=1`` set before, all of it runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gemq.kernels import launch
+from gemq.kernels.activation import RAW, Activation, activation_of
+from gemq.quant.widths import LEVELS
+
+if TYPE_CHECKING:
+    from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices
+
+
+@torch.library.custom_op("gemq::decode_experts", mutates_args=())
+def decode_experts(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    up_offsets: Tensor,
+    up_table: Tensor,
+    up_bias: Tensor | None,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    down_offsets: Tensor,
+    down_table: Tensor,
+    down_bias: Tensor | None,
+    up_rows: int,
+    up_group_size: int,
+    up_levels: Sequence[int],
+    down_group_size: int,
+    down_levels: Sequence[int],
+    function: int,
+    gated: bool,
+    interleaved: bool,
+    clamp: int,
+    limit: float,
+    alpha: float,
+    shift: float,
+) -> Tensor:
+    """[T, H] with T up to 16, [T, K], [T, K] -> [T, H]: experts with a fused activation, weighted and summed.
+
+    codes, scales, offsets, table: as in ``packed.PackedMatrices``; levels: those of the experts' widths
+    function ... shift: an ``activation.Activation``
+    """
+    hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
+    rows = hidden.shape[1]
+    inner = up_rows // 2 if gated else up_rows
+    blocks = launch.down_blocks(rows, inner, down_group_size, index, down_table, hidden.dtype)
+    arrivals = torch.empty(blocks, dtype=torch.int32, device=hidden.device)
+    activation = Activation(function, gated, interleaved, clamp, limit, alpha, shift)
+    up = (up_codes, up_scales, up_offsets, up_table, up_bias, up_rows, up_group_size, up_levels)
+    h = launch.launch_up(hidden, index, *up, activation, arrivals)
+    down = (down_codes, down_scales, down_offsets, down_table, down_bias, rows, down_group_size, down_levels)
+    return launch.launch_down(h, index, weights, *down, arrivals)
+
+
+@decode_experts.register_fake
+def _(hidden: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("gemq::decode_up", mutates_args=())
+def decode_up(
+    hidden: Tensor,
+    index: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+    levels: Sequence[int],
+) -> Tensor:
+    """[T, H], [T, K] -> [T, K, rows]: the first product alone. Unused slots are not written."""
+    arguments = (codes, scales, offsets, table, bias, rows, group_size, levels)
+    return launch.launch_up(hidden.contiguous(), index.contiguous(), *arguments, RAW, None)
+
+
+@decode_up.register_fake
+def _(
+    hidden: Tensor,
+    index: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    *_: object,
+) -> Tensor:
+    return hidden.new_empty(*index.shape, rows)
+
+
+@torch.library.custom_op("gemq::decode_down", mutates_args=())
+def decode_down(
+    h: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+    levels: Sequence[int],
+) -> Tensor:
+    """[T, K, I] -> weighted sum [T, rows]; without weights [T, K, rows], unused slots not written."""
+    h, index = h.contiguous(), index.contiguous()
+    arrivals = None
+    if weights is not None:
+        weights = weights.contiguous()
+        blocks = launch.down_blocks(rows, h.shape[2], group_size, index, table, h.dtype)
+        arrivals = torch.zeros(blocks, dtype=torch.int32, device=h.device)
+    return launch.launch_down(
+        h, index, weights, codes, scales, offsets, table, bias, rows, group_size, levels, arrivals
+    )
+
+
+@decode_down.register_fake
+def _(
+    h: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    *_: object,
+) -> Tensor:
+    return h.new_empty(*(index.shape if weights is None else index.shape[:1]), rows)
+
+
+@torch.library.custom_op("gemq::decode_linear", mutates_args=())
+def decode_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None, levels: int, group_size: int
+) -> Tensor:
+    """[T, columns] with T up to 16 -> [T, rows]. codes, scales, offsets: as in ``packed.PackedLinear``."""
+    return launch.launch_linear(x.contiguous(), codes, scales, offsets, bias, levels, group_size)
+
+
+@decode_linear.register_fake
+def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _tensors(matrices: PackedMatrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return matrices.codes, matrices.scales, matrices.offsets, matrices.table
+
+
+def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """As ``reference.experts_forward``, for 1 to 16 tokens in float16, bfloat16 or float32."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    first_bias = down_bias = None
+    if module.has_bias:
+        first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+        down_bias = module.down_proj_bias
+    down = module.down_proj
+    up_arguments = (*_tensors(first), first_bias)
+    down_arguments = (*_tensors(down), down_bias)
+    activation = activation_of(module)
+    normed = getattr(module, "has_post_expert_norm", False)
+    if activation is not None and not normed:
+        sizes = (first.rows, first.group_size, first.levels, down.group_size, down.levels)
+        return decode_experts(hidden, top_k_index, top_k_weights, *up_arguments, *down_arguments, *sizes, *activation)
+    y = decode_up(hidden, top_k_index, *up_arguments, first.rows, first.group_size, first.levels)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = y.to(hidden.dtype)
+    down_sizes = (down.rows, down.group_size, down.levels)
+    if not normed:
+        return decode_down(y, top_k_index, top_k_weights, *down_arguments, *down_sizes)
+    y = module.post_expert_norm(decode_down(y, top_k_index, None, *down_arguments, *down_sizes))
+    y = (y * top_k_weights[..., None]).float()
+    used = (top_k_index < down.num_experts)[..., None]
+    return torch.where(used, y, 0.0).sum(1).to(hidden.dtype)
+
+
+def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
+    """As ``reference.linear_forward``, for 1 to 16 rows of x."""
+    tensors = (module.codes, module.scales, module.offsets, module.bias)
+    y = decode_linear(x.reshape(-1, module.in_features), *tensors, LEVELS[module.width], module.group_size)
+    return y.view(*x.shape[:-1], module.out_features)

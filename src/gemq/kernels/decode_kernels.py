@@ -1,0 +1,290 @@
+"""Triton kernels for a few tokens through packed weights.
+
+Legend: T tokens, K experts a token, E experts, U units (experts that a launch may meet), G group size, NG groups
+of a row, M rows of a block, S groups taken at once, N columns (tokens, rounded up to 8 or 16).
+
+One program computes M rows of one matrix for all N columns. All tokens are columns of every unit, whether they
+chose its expert or not: the tensor cores have room for 8 anyway, and weights are read once. Nothing depends on
+the order in which programs run. Knows nothing of modules, torch or launching (``launch`` does).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gemq.kernels import activation
+from gemq.kernels.tiles import any_width, rows_times_columns
+
+SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = (
+    tl.constexpr(function)
+    for function in (
+        activation.SILU,
+        activation.GELU,
+        activation.GELU_TANH,
+        activation.RELU,
+        activation.RELU_SQUARED,
+    )
+)
+
+
+@triton.jit
+def _expert(unit, index, table, pairs, experts, BY_PAIR: tl.constexpr, P: tl.constexpr, EXPERTS: tl.constexpr):
+    """(active, expert, levels, first byte, first scale) of a unit.
+
+    BY_PAIR: unit u is the expert of pair u, unless an earlier pair has the same; else it is expert u. The whole
+    table is read, so that its latency and the indices' overlap.
+    """
+    p = tl.arange(0, P)
+    chosen = tl.load(index + p, mask=p < pairs, other=-1).to(tl.int32)
+    e = tl.arange(0, EXPERTS)
+    levels = tl.load(table + 3 * e, mask=e < experts, other=0)
+    byte = tl.load(table + 3 * e + 1, mask=e < experts, other=0)
+    scale = tl.load(table + 3 * e + 2, mask=e < experts, other=0)
+    if BY_PAIR:
+        expert = tl.sum(tl.where(p == unit, chosen, 0))
+        earlier = tl.sum(((chosen == expert) & (p < unit)).to(tl.int32))
+        active = (earlier == 0) & (expert >= 0) & (expert < experts)
+    else:
+        expert = unit
+        active = tl.sum((chosen == expert).to(tl.int32)) > 0
+    mine = e == expert
+    byte = tl.sum(tl.where(mine, byte, 0))
+    return (
+        active,
+        expert,
+        tl.sum(tl.where(mine, levels, 0)).to(tl.int32),
+        (byte // 16) * 16,  # so that the compiler knows: loads of 16 bytes
+        tl.sum(tl.where(mine, scale, 0)),
+    )
+
+
+@triton.jit
+def _activate(gate, limit, alpha, ACTIVATION: tl.constexpr):
+    if ACTIVATION == SILU:
+        return gate * tl.sigmoid(alpha * gate)
+    elif ACTIVATION == GELU:
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        # 1 + tanh(z) = 2 sigmoid(2 z)
+        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    elif ACTIVATION == RELU:
+        return tl.maximum(gate, 0.0)
+    elif ACTIVATION == RELU_SQUARED:
+        positive = tl.maximum(gate, 0.0)
+        return positive * positive
+    else:
+        return gate
+
+
+@triton.jit(do_not_specialize=["tokens", "limit", "alpha", "shift"])
+def experts_up_kernel(
+    x,  # [T, NG * G]
+    index,  # [T, K] int
+    codes,
+    scales,
+    offsets,
+    table,  # [E, 3] int64
+    bias,  # [E, rows]
+    out,  # [T, K, rows / 2 if GATED else rows]
+    arrivals,  # [blocks of the down kernel] int32, set to zero here
+    tokens,
+    rows,
+    experts,
+    arrival_count,
+    limit,
+    alpha,
+    shift,
+    ARRIVALS: tl.constexpr,  # arrival_count, rounded up
+    K: tl.constexpr,
+    P: tl.constexpr,  # T * K, rounded up
+    EXPERTS: tl.constexpr,  # E, rounded up
+    BY_PAIR: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,  # 0 none, 1 before the activation, 2 after it
+    HAS_BIAS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    KIND: tl.constexpr,
+    G: tl.constexpr,
+    NG: tl.constexpr,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid [U, blocks of M rows]. Tokens write to the slots in which they chose the unit's expert."""
+    if PDL:
+        gdc_launch_dependents()
+    unit, block = tl.program_id(0), tl.program_id(1)
+    if unit == 0 and block == 0:
+        b = tl.arange(0, ARRIVALS)
+        tl.store(arrivals + b, tl.zeros([ARRIVALS], tl.int32), mask=b < arrival_count)
+    active, expert, levels, byte, scale = _expert(unit, index, table, tokens * K, experts, BY_PAIR, P, EXPERTS)
+    if active:
+        # A block of gated rows is M / 2 of the gate followed by the same M / 2 of up.
+        m = tl.arange(0, M)
+        if GATED:
+            HALF: tl.constexpr = M // 2
+            inner = block * HALF + m % HALF
+            row = inner * 2 + m // HALF if INTERLEAVED else inner + (m // HALF) * (rows // 2)
+            row = tl.where(inner < rows // 2, row, 0)
+        else:
+            inner = block * M + m
+            row = tl.where(inner < rows, inner, 0)
+        t = tl.arange(0, N)
+        y = any_width(
+            levels,
+            codes + byte,
+            scales + scale,
+            offsets + scale,
+            row,
+            x + t * (NG * G),
+            t < tokens,
+            WIDTHS,
+            KIND,
+            G,
+            NG,
+            S,
+            STAGES,
+        )
+        if HAS_BIAS:
+            y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF, N]), [1, 2, 0]))
+            if CLAMP == 1:
+                gate = tl.minimum(gate, limit)
+            gate = _activate(gate, limit, alpha, ACTIVATION)
+            if CLAMP == 2:
+                gate = tl.minimum(gate, limit)
+            if CLAMP != 0:
+                up = tl.minimum(tl.maximum(up, -limit), limit)
+            y = gate * (up + shift)
+            result = block * HALF + tl.arange(0, HALF)
+            width = rows // 2
+        else:
+            y = _activate(y, limit, alpha, ACTIVATION)
+            result = inner
+            width = rows
+        for k in tl.static_range(K):
+            here = tl.load(index + t * K + k, mask=t < tokens, other=-1) == expert
+            at = (t * K + k)[None, :] * width + result[:, None]
+            tl.store(out + at, y.to(out.dtype.element_ty), mask=here[None, :] & (result < width)[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def experts_down_kernel(
+    h,  # [T, K, NG * G]
+    index,  # [T, K] int
+    weights,  # [T, K]
+    codes,
+    scales,
+    offsets,
+    table,  # [E, 3] int64
+    bias,  # [E, rows]
+    parts,  # [T, K, rows] float32
+    arrivals,  # [blocks] int32, zero
+    out,  # [T, rows]
+    tokens,
+    rows,
+    experts,
+    units,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BY_PAIR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # else ``parts`` is the result
+    WIDTHS: tl.constexpr,
+    KIND: tl.constexpr,
+    G: tl.constexpr,
+    NG: tl.constexpr,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid [U, blocks of M rows]. The last program of a block to arrive sums the parts, in the order of slots."""
+    unit, block = tl.program_id(0), tl.program_id(1)
+    active, expert, levels, byte, scale = _expert(unit, index, table, tokens * K, experts, BY_PAIR, P, EXPERTS)
+    inner = block * M + tl.arange(0, M)
+    row = tl.where(inner < rows, inner, 0)
+    t = tl.arange(0, N)
+    if PDL:
+        gdc_wait()
+    if active:
+        slot = tl.full([N], -1, tl.int32)
+        for k in tl.static_range(K):
+            here = tl.load(index + t * K + k, mask=t < tokens, other=-1) == expert
+            slot = tl.where(here, k, slot)
+        y = any_width(
+            levels,
+            codes + byte,
+            scales + scale,
+            offsets + scale,
+            row,
+            h + (t * K + slot) * (NG * G),
+            slot >= 0,
+            WIDTHS,
+            KIND,
+            G,
+            NG,
+            S,
+            STAGES,
+        )
+        if HAS_BIAS:
+            y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
+        for k in tl.static_range(K):
+            here = tl.load(index + t * K + k, mask=t < tokens, other=-1) == expert
+            part = y
+            if WEIGHTED:
+                part *= tl.load(weights + t * K + k, mask=here, other=0.0).to(tl.float32)[None, :]
+            at = (t * K + k)[None, :] * rows + inner[:, None]
+            tl.store(parts + at, part.to(parts.dtype.element_ty), mask=here[None, :] & (inner < rows)[:, None])
+    if WEIGHTED:
+        tl.debug_barrier()  # every thread's parts are written before one of them says so
+        if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == units - 1:
+            total = tl.zeros([M, N], tl.float32)
+            for k in tl.static_range(K):
+                e = tl.load(index + t * K + k, mask=t < tokens, other=-1)
+                used = (e >= 0) & (e < experts)
+                at = (t * K + k)[None, :] * rows + inner[:, None]
+                mask = used[None, :] & (inner < rows)[:, None]
+                total += tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
+            at = t[None, :] * rows + inner[:, None]
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=(t < tokens)[None, :] & (inner < rows)[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def linear_kernel(
+    x,  # [T, NG * G]
+    codes,
+    scales,
+    offsets,
+    bias,  # [rows]
+    out,  # [T, rows]
+    tokens,
+    rows,
+    HAS_BIAS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    KIND: tl.constexpr,
+    G: tl.constexpr,
+    NG: tl.constexpr,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid [blocks of M rows]."""
+    inner = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.where(inner < rows, inner, 0)
+    t = tl.arange(0, N)
+    y = rows_times_columns(codes, scales, offsets, row, x + t * (NG * G), t < tokens, LEVELS, KIND, G, NG, S, STAGES)
+    if HAS_BIAS:
+        y += tl.load(bias + row).to(tl.float32)[:, None]
+    at = t[None, :] * rows + inner[:, None]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=(t < tokens)[None, :] & (inner < rows)[:, None])

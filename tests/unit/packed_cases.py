@@ -1,0 +1,114 @@
+"""Random packed matrices and experts for tests of kernels, and their outputs in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemq.checkpoint.packing import PackedMatrix, pack_codes
+from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices
+from gemq.quant.widths import LEVELS
+
+
+def random_matrix(rows: int, columns: int, width: float, group_size: int, generator: torch.Generator) -> PackedMatrix:
+    """Every code value, weights of about 0.3 around an offset of their own in each group."""
+    codes = torch.randint(0, LEVELS[width], (rows, columns), generator=generator).to(torch.uint8)
+    shape = (rows, columns // group_size)
+    scales = (torch.rand(shape, generator=generator) + 0.5) / LEVELS[width]
+    offsets = torch.randn(shape, generator=generator) * 0.2 - scales * LEVELS[width] / 2
+    return PackedMatrix(pack_codes(codes, width, group_size), scales.half(), offsets.half())
+
+
+def random_matrices(
+    rows: int, columns: int, widths: Sequence[float], group_size: int, generator: torch.Generator
+) -> PackedMatrices:
+    matrices = [random_matrix(rows, columns, width, group_size, generator) for width in widths]
+    return PackedMatrices(matrices, widths, group_size)
+
+
+def random_linear(
+    rows: int, columns: int, width: float, group_size: int, generator: torch.Generator, bias: bool = False
+) -> PackedLinear:
+    linear = nn.Linear(columns, rows, bias=bias, device="meta")
+    if bias:
+        linear.bias = nn.Parameter(torch.randn(rows, generator=generator))
+    return PackedLinear.from_linear(
+        linear, random_matrix(rows, columns, width, group_size, generator), width, group_size
+    )
+
+
+class Experts(PackedExperts):
+    """Packed experts with any activation ``gate``: [..., rows] -> [..., inner]."""
+
+    def __init__(
+        self,
+        hidden: int,
+        inner: int,
+        widths: Sequence[float],
+        generator: torch.Generator,
+        gate: Callable[[Tensor], Tensor] | None = None,
+        group_sizes: tuple[int, int] = (32, 32),
+        bias: bool = False,
+        gated: bool = True,
+    ) -> None:
+        super().__init__()
+        self.has_gate, self.has_bias, self.has_post_expert_norm = gated, bias, False
+        rows = 2 * inner if gated else inner
+        name = "gate_up_proj" if gated else "up_proj"
+        setattr(self, name, random_matrices(rows, hidden, widths, group_sizes[0], generator))
+        self.down_proj = random_matrices(hidden, inner, widths[::-1], group_sizes[1], generator)
+        if bias:
+            setattr(self, f"{name}_bias", nn.Parameter(torch.randn(len(widths), rows, generator=generator)))
+            self.down_proj_bias = nn.Parameter(torch.randn(len(widths), hidden, generator=generator))
+        self._gate = gate or silu_gate
+        self.act_fn = self._gate
+
+    def _apply_gate(self, y: Tensor) -> Tensor:
+        return self._gate(y)
+
+
+def silu_gate(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def random_routing(
+    tokens: int, slots: int, experts: int, generator: torch.Generator, dtype: torch.dtype, device: Any
+) -> tuple[Tensor, Tensor]:
+    """Distinct experts for each token, and weights."""
+    index = torch.stack([torch.randperm(experts, generator=generator)[:slots] for _ in range(tokens)])
+    return index.to(device), torch.rand(tokens, slots, generator=generator).to(device, dtype)
+
+
+def exact_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts' output in float64, without any rounding on the way. Shares only unpacking with what it checks."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+    for t in range(hidden.shape[0]):
+        for k in range(index.shape[1]):
+            e = int(index[t, k])
+            if e >= first.num_experts:
+                continue
+            y = first.dequantize(e, torch.float64) @ hidden[t].double()
+            if module.has_bias:
+                bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+                y = y + bias[e].double()
+            y = module.down_proj.dequantize(e, torch.float64) @ module._apply_gate(y)
+            if module.has_bias:
+                y = y + module.down_proj_bias[e].double()
+            if module.has_post_expert_norm:
+                y = module.post_expert_norm(y)
+            out[t] += weights[t, k].double() * y
+    return out
+
+
+def assert_as_close(mine: Tensor, reference: Tensor, truth: Tensor) -> None:
+    """``mine`` is no further from the truth than a small multiple of what the reference is (of its rounding noise)."""
+    assert mine.dtype == reference.dtype
+    assert mine.shape == reference.shape
+    noise = (reference.double() - truth).abs().max()
+    floor = torch.finfo(mine.dtype).eps * truth.abs().max()
+    assert (mine.double() - truth).abs().max() <= 4 * (noise + floor)

@@ -1,0 +1,330 @@
+"""Kernels for a few tokens against the reference and float64: in Triton's interpreter, or on a GPU (marker gpu)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from packed_cases import (
+    Experts,
+    assert_as_close,
+    exact_experts,
+    random_linear,
+    random_routing,
+    silu_gate,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from gemq import kernels
+from gemq.kernels import reference
+from gemq.kernels.activation import activation_of
+from gemq.kernels.autograd import experts_with_grids, linear_with_grids
+
+pytest.importorskip("triton")
+from gemq.kernels import decode, launch
+
+torch.set_num_threads(1)
+WIDTHS = (1, 1.6, 2, 3, 4, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
+    monkeypatch.setattr(kernels, "mode", "triton")
+    if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
+        monkeypatch.setattr(launch, "configure", few_programs)
+    return request.param
+
+
+def few_programs(rows, groups, units, columns, dtype):
+    return launch.Config(64, min(8, 1 << (groups - 1).bit_length()), 4)
+
+
+@pytest.fixture
+def generator(request):
+    """Other inputs for every test and on every day, told when it fails."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def check_experts(module, tokens, slots, dtype, device, generator, unused=False):
+    module = module.to(device)
+    hidden = torch.randn(tokens, module.down_proj.rows, generator=generator).to(device, dtype)
+    count = module.down_proj.num_experts
+    index, weights = random_routing(tokens, slots, count, generator, dtype, device)
+    if unused:
+        index[-1, 0], index[0, -1] = count, count + 3
+        weights[-1, 0] = torch.nan
+    with torch.no_grad():
+        mine = kernels.experts_forward(module, hidden, index, weights)
+        theirs = reference.experts_forward(module, hidden, index, weights)
+    assert_as_close(mine, theirs, exact_experts(module, hidden, index, weights))
+    return hidden, index, weights
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_linear_of_each_width(width, group_size, device, generator):
+    """Group counts that fill blocks and that do not, rows that are no multiple of a block, both column counts."""
+    turn = WIDTHS.index(width) + group_size
+    dtype, tokens = DTYPES[turn % 3], (1, 9)[turn // 16 % 2]
+    linear = random_linear(37, group_size * (4, 5, 3)[turn % 3], width, group_size, generator, bias=turn % 2 == 0)
+    linear.to(device)
+    x = torch.randn(tokens, linear.in_features, generator=generator).to(device, dtype)
+    with torch.no_grad():
+        mine, theirs = kernels.linear_forward(linear, x), reference.linear_forward(linear, x)
+    truth = F.linear(x.double(), linear.dequantize(torch.float64))
+    assert_as_close(mine, theirs, truth if linear.bias is None else truth + linear.bias.double())
+
+
+def test_linear_takes_any_leading_dimensions(device, generator):
+    linear = random_linear(40, 64, 4, 64, generator).to(device)
+    x = torch.randn(2, 3, 64, generator=generator).to(device)
+    y = kernels.linear_forward(linear, x)
+    assert y.shape == (2, 3, 40)
+    torch.testing.assert_close(y, reference.linear_forward(linear, x), rtol=1e-5, atol=1e-4)
+    turned = torch.randn(64, 5, generator=generator).to(device).T
+    torch.testing.assert_close(
+        kernels.linear_forward(linear, turned), reference.linear_forward(linear, turned), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "dtype", "unused"),
+    [
+        (1, 3, torch.bfloat16, False),
+        (1, 2, torch.float32, True),
+        (3, 2, torch.float16, True),
+        (16, 2, torch.float32, False),
+        (9, 3, torch.bfloat16, True),
+    ],
+)
+def test_experts_of_mixed_widths(tokens, slots, dtype, unused, device, generator):
+    module = Experts(128, 96, WIDTHS, generator, group_sizes=(128, 32))
+    check_experts(module, tokens, slots, dtype, device, generator, unused)
+
+
+def test_many_blocks_and_the_real_configuration(device, generator, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "mode", "triton")
+    module = Experts(80, 48, (1.6, 3), generator, group_sizes=(16, 16))
+    check_experts(module, 2, 1, torch.float32, device, generator)
+
+
+def test_an_expert_in_two_slots_of_a_token(device, generator):
+    module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16)).to(device)
+    hidden = torch.randn(2, 32, generator=generator).to(device)
+    index = torch.tensor([[1, 1], [0, 1]], device=device)
+    weights = torch.rand(2, 2, generator=generator).to(device)
+    mine = kernels.experts_forward(module, hidden, index, weights)
+    torch.testing.assert_close(mine.double(), exact_experts(module, hidden, index, weights), rtol=1e-5, atol=1e-4)
+
+
+def clamped_swiglu(y, interleaved=True, limit=1.5, alpha=1.702):
+    gate, up = (y[..., ::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+def clamped_after(y):
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate).clamp(max=1.25) * up.clamp(-1.25, 1.25)
+
+
+def halves(act):
+    return lambda y: act(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1]
+
+
+GATES = {
+    "silu": silu_gate,
+    "gelu": halves(F.gelu),
+    "gelu_tanh": halves(lambda x: F.gelu(x, approximate="tanh")),
+    "quick_gelu": halves(lambda x: x * torch.sigmoid(1.702 * x)),
+    "relu": halves(F.relu),
+    "clamped_swiglu": clamped_swiglu,
+    "clamped_after": clamped_after,
+    "unknown": halves(torch.sin),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name, device, generator):
+    module = Experts(32, 16, (4, 8), generator, GATES[name], group_sizes=(32, 16), bias=True)
+    module.limit, module.alpha = (1.25 if name == "clamped_after" else 1.5), 1.702
+    check_experts(module, 2, 1, torch.float32, device, generator)
+    assert (activation_of(module) is None) == (name == "unknown")
+
+
+@pytest.mark.parametrize("act", [lambda x: F.relu(x).square(), torch.tanh])
+def test_experts_without_a_gate(act, device, generator):
+    module = Experts(32, 16, (2, 1), generator, act, group_sizes=(32, 16), gated=False)
+    check_experts(module, 3, 2, torch.bfloat16, device, generator)
+
+
+def test_norm_after_each_expert(device, generator):
+    module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16))
+    module.has_post_expert_norm = True
+    module.post_expert_norm = lambda y: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+    check_experts(module, 3, 2, torch.float32, device, generator, unused=True)
+
+
+def test_families_activations_are_recognised():
+    """Every family in the tests fuses; their names are never looked at."""
+    from families import MORE, tiny
+
+    from gemq.kernels.activation import _recognise
+    from gemq.models.structure import find_structure
+
+    for family in MORE:
+        model = tiny(family)
+        _, layer = find_structure(model).moe_layers[0]
+        module = model.get_submodule(layer.experts.path)
+        module.down_proj.codes = torch.empty(0)  # stands for a packed projection: only its device is asked for
+        found = _recognise(module)
+        assert found is not None, family
+        y = torch.randn(3, 64) * 5
+        wanted = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        torch.testing.assert_close(found(y), wanted)
+
+
+def test_learned_activation_is_left_to_the_module(generator):
+    module = Experts(32, 32, (2,), generator)
+    module.act_fn = nn.PReLU()
+    assert activation_of(module) is None
+
+
+def test_gradients_equal_the_references(device, generator):
+    module = Experts(32, 16, (2, 1.6), generator, group_sizes=(32, 16), bias=True).to(device)
+    linear = random_linear(32, 32, 4, 32, generator, bias=True).to(device)
+    hidden = torch.randn(3, 32, generator=generator).to(device)
+    index, weights = random_routing(3, 2, 2, generator, torch.float32, device)
+    found = []
+    for call in (kernels, reference):
+        x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+        parameters = [*module.parameters(), *linear.parameters()]
+        y = call.linear_forward(linear, call.experts_forward(module, x, index, w))
+        found.append(torch.autograd.grad(y.square().sum(), [x, w, *parameters]))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+    for p in module.parameters():
+        p.requires_grad_(False)
+    assert not kernels.experts_forward(module, hidden, index, weights).requires_grad
+
+
+def test_gradients_of_grids(generator):
+    """Scales and offsets given as tensors, against plain autograd through dequantized weights."""
+    linear = random_linear(12, 64, 3, 32, generator, bias=True)
+    x = torch.randn(2, 4, 64, generator=generator).requires_grad_()
+    scales, offsets = (grid.float().requires_grad_() for grid in linear.matrix()[1:])
+    y = linear_with_grids(x, linear.codes, scales, offsets, 3, 32, linear.bias)
+    codes = linear.matrix().unpack(3, 32).codes.float().unflatten(-1, (-1, 32))
+    plain = F.linear(x, (scales[..., None] * codes + offsets[..., None]).flatten(1), linear.bias)
+    torch.testing.assert_close(y, plain)
+    wanted = [x, scales, offsets, linear.bias]
+    for mine, theirs in zip(*(torch.autograd.grad(z.sin().sum(), wanted) for z in (y, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_experts_grids(generator):
+    module = Experts(32, 16, (2, 1.6, 4), generator, group_sizes=(32, 16))
+    hidden = torch.randn(3, 32, generator=generator)
+    index, weights = random_routing(3, 2, 3, generator, torch.float32, "cpu")
+    grids, dense = {}, {}
+    for name in ("gate_up_proj", "down_proj"):
+        matrices = getattr(module, name)
+        parts = [matrices.matrix(e) for e in range(3)]
+        grids[name] = tuple(torch.stack([p[i] for p in parts]).float().requires_grad_() for i in (1, 2))
+        codes = [p.unpack(w, matrices.group_size).codes for p, w in zip(parts, matrices.widths, strict=True)]
+        codes = torch.stack(codes).float().unflatten(-1, (-1, matrices.group_size))
+        dense[name] = (grids[name][0][..., None] * codes + grids[name][1][..., None]).flatten(2)
+    mine = experts_with_grids(module, hidden, index, weights, grids)
+    plain = torch.zeros_like(hidden)
+    for t in range(3):
+        for k in range(2):
+            e = index[t, k]
+            y = dense["down_proj"][e] @ silu_gate(dense["gate_up_proj"][e] @ hidden[t])
+            plain = plain.index_add(0, torch.tensor([t]), (weights[t, k] * y)[None])
+    torch.testing.assert_close(mine, plain)
+    torch.testing.assert_close(mine, reference.experts_forward(module, hidden, index, weights))
+    sources = [*grids["gate_up_proj"], *grids["down_proj"]]
+    for a, b in zip(*(torch.autograd.grad(z.sin().sum(), sources) for z in (mine, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_operators_trace(device, generator):
+    """Fake implementations and schemas are right, and a compiled module has no break."""
+    module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16)).to(device)
+    linear = random_linear(32, 32, 4, 32, generator).to(device)
+    hidden = torch.randn(2, 32, generator=generator).to(device)
+    index, weights = random_routing(2, 1, 2, generator, torch.float32, device)
+    kernels.prepare(module)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        decode.decode_linear, (hidden, linear.codes, linear.scales, linear.offsets, None, 16, 32), test_utils=tests
+    )
+    down = (*decode._tensors(module.down_proj), None, 32, 16, [4, 8])
+    h = torch.randn(2, 1, 16, generator=generator).to(device)
+    torch.library.opcheck(decode.decode_down, (h, index, weights, *down), test_utils=tests)
+
+    def layer(x):
+        return linear(module(x, index, weights))
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(hidden), layer(hidden))
+
+
+def test_a_cpu_takes_the_reference(generator, monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "")
+    monkeypatch.setattr(kernels, "_load", lambda name: pytest.fail("loaded a kernel"))
+    linear = random_linear(8, 32, 2, 32, generator)
+    x = torch.randn(1, 32, generator=generator)
+    assert torch.equal(kernels.linear_forward(linear, x), reference.linear_forward(linear, x))
+
+
+def test_what_is_not_covered_is_counted_and_said_once(device, generator, monkeypatch):
+    monkeypatch.setattr(kernels, "fallbacks", type(kernels.fallbacks)())
+    linear = random_linear(8, 32, 2, 32, generator).to(device)
+    x = torch.randn(3, 32, generator=generator).to(device).double()
+    with pytest.warns(UserWarning, match="float64"):
+        kernels.linear_forward(linear, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(kernels.linear_forward(linear, x), reference.linear_forward(linear, x))
+    assert list(kernels.fallbacks.values()) == [2]
+
+
+def test_no_tokens(device, generator):
+    module = Experts(32, 16, (2,), generator, group_sizes=(32, 16)).to(device)
+    empty = torch.empty(0, 1, device=device)
+    assert kernels.experts_forward(module, torch.empty(0, 32, device=device), empty.long(), empty).shape == (0, 32)
+
+
+def test_environment_forces_the_reference():
+    code = "import gemq.kernels as k, torch; print(k.mode, k._choose(torch.ones(1, 1), 1).__name__)"
+    for value, wanted in (("reference", "reference gemq.kernels.reference"), ("triton", "triton gemq.kernels.decode")):
+        env = {**os.environ, "GEMQ_KERNELS": value}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == wanted
+
+
+def test_shared_memory_fits_consumer_cards():
+    """Compiled for sm_89 and sm_90 without a GPU: at most 99 KiB a block."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_decode.py")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 12
+    assert max(int(shared) for *_, shared in lines) <= 99 * 1024
