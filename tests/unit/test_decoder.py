@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from families import MORE, tiny, tokens
+from families import MORE, OWN, tiny, tokens
 from gemq.assets import builtin_model
 from gemq.decoder import Decoder, Unsupported
 from gemq.generate import generate, say_once
@@ -44,7 +44,7 @@ def test_greedy_tokens_are_those_of_transformers(family):
         assert by_decoder(decoder, ids) == by_transformers(model, ids)
 
 
-@pytest.mark.parametrize("family", ["nemotron_h", "own"])
+@pytest.mark.parametrize("family", ["nemotron_h", OWN])
 def test_families_that_a_static_step_cannot_serve_are_refused(family):
     with pytest.raises(Unsupported):
         Decoder(tiny(family), 1, 20)

@@ -181,7 +181,6 @@ def test_norm_after_each_expert(device, generator):
 def test_families_activations_are_recognised():
     """Every family in the tests fuses; their names are never looked at."""
     from families import MORE, tiny
-
     from gemq.kernels.activation import _recognise
     from gemq.models.structure import find_structure
 

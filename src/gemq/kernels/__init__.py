@@ -1,9 +1,9 @@
 """Computing with packed weights. This is the one place that chooses a kernel.
 
 ``reference`` is plain PyTorch, runs everywhere and is the truth for tests. On CUDA, ``decode`` takes up to
-``DECODE_TOKENS`` tokens and ``grouped`` more. ``packed`` holds the modules. None knows Transformers or how
-checkpoints come about. ``GEMQ_KERNELS=reference`` forces the reference, ``GEMQ_KERNELS=triton`` the kernels
-(on a CPU they need ``TRITON_INTERPRET=1``); both are read when this is imported.
+``DECODE_TOKENS`` tokens and ``grouped`` more; on a CPU in bfloat16, ``cpu`` takes a few tokens. ``packed`` holds the
+modules. None knows Transformers or how checkpoints come about. ``GEMQ_KERNELS=reference`` forces the reference,
+``GEMQ_KERNELS=triton`` the kernels (on a CPU they need ``TRITON_INTERPRET=1``); both are read when this is imported.
 
 What the kernels do not cover runs on the reference, is counted in ``fallbacks`` by reason and said once.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.errors import UserError
-from gemq.kernels import reference
+from gemq.kernels import cpu, reference
 
 if TYPE_CHECKING:
     from gemq.kernels.packed import PackedExperts, PackedLinear
@@ -44,6 +44,8 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
 
     Differentiable in hidden states, routing weights and the module's parameters.
     """
+    if not mode and cpu.covers(module, hidden):
+        return cpu.experts_forward(module, hidden, top_k_index, top_k_weights)
     kernel = _choose(hidden, hidden.shape[0])
     if kernel is reference:
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
@@ -56,6 +58,8 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     """[..., columns] -> [..., rows]. Differentiable in x and the bias."""
+    if not mode and cpu.covers(module, x):
+        return cpu.linear_forward(module, x)
     kernel = _choose(x, x.numel() // x.shape[-1])
     if kernel is reference:
         return reference.linear_forward(module, x)
