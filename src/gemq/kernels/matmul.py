@@ -45,7 +45,7 @@ def config_for(pairs: int, experts: int, dtype: torch.dtype) -> Config:
     ):
         if 1.5 * mean <= block_m:
             return config
-    return Config(128, 128, 128, 8, 2)
+    return Config(128, 64, 128, 4, 2)  # H100, 2048 tokens of OLMoE: 883 us; 958 with 128 rows of W and 8 warps
 
 
 @triton.jit

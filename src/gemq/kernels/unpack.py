@@ -91,16 +91,23 @@ def _interleave(a, b):
 
 @triton.jit
 def _load_planes(
-    rows, mask, START: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+    rows,
+    mask,
+    START: tl.constexpr,
+    BITS: tl.constexpr,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Codes of the columns START ... START + BLOCK of a group, moved to bit TOP: [R, BLOCK] int32.
 
-    ``rows`` points at the planes of each row's group.
+    ``rows`` points at the planes of each row's group. ALIGNED: groups start at multiples of 4 bytes.
     """
     N: tl.constexpr = GROUP * BITS // 8  # bytes of a plane, and columns
     J: tl.constexpr = N if N < BLOCK else BLOCK  # of which this block needs
     COUNT: tl.constexpr = BLOCK // J
-    if J % 4 == 0:
+    if ALIGNED and J % 4 == 0:
         at = (rows + START % N).to(tl.pointer_type(tl.int32))
         words = tl.load(at[:, None] + tl.arange(0, J // 4)[None, :], mask=mask[:, None], other=0)
         # Bytes last: neighbouring columns are then neighbouring registers, which pair up without moves.
@@ -148,14 +155,15 @@ def load_weights(
     rows: [R] pointers to uint8, the group's first byte; mask [R]; scale, offset [R] float32; one_bits: ONE_BITS.
     """
     BITS: tl.constexpr = code_bits(LEVELS)
+    ALIGNED: tl.constexpr = group_bytes(LEVELS, GROUP) % 4 == 0  # not of 16 columns at 3 bits: 6 bytes
     if LEVELS == 3:
         bits = _load_ternary(rows, mask, START, GROUP, BLOCK) ^ one_bits
     elif LEVELS == 8:
         # ^ and not |: the compiler then keeps the order of operations, two for each code instead of three
-        bits = _load_planes(rows, mask, START, 2, 20, GROUP, BLOCK) ^ one_bits
-        bits |= _load_planes(rows + GROUP // 4, mask, START, 1, 22, GROUP, BLOCK)
+        bits = _load_planes(rows, mask, START, 2, 20, GROUP, BLOCK, ALIGNED) ^ one_bits
+        bits |= _load_planes(rows + GROUP // 4, mask, START, 1, 22, GROUP, BLOCK, ALIGNED)
     else:
-        bits = _load_planes(rows, mask, START, BITS, 23 - BITS, GROUP, BLOCK) ^ one_bits
+        bits = _load_planes(rows, mask, START, BITS, 23 - BITS, GROUP, BLOCK, ALIGNED) ^ one_bits
     value = bits.to(tl.float32, bitcast=True)
     step = scale * (1 << BITS)
     if tl.float32 == DTYPE:  # exact, then one rounding as in the reference
