@@ -27,8 +27,12 @@ class Config(NamedTuple):
     block_rows: int  # rows of a program
     split: int  # groups taken at once, spread over the warps
     num_warps: int
-    num_stages: int = 1  # 1: no asynchronous copies
+    num_stages: int = 1  # of asynchronous copies; 1: none
+    max_registers: int | None = None  # of a thread; None leaves it to the compiler
     pdl: bool = False  # the down kernel starts while the up kernel ends (Hopper)
+
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 def configure(rows: int, groups: int, units: int, columns: int, dtype: torch.dtype) -> Config:
@@ -36,7 +40,7 @@ def configure(rows: int, groups: int, units: int, columns: int, dtype: torch.dty
     # Small problems need more programs than 32 rows give: a GPU has 100 to 150 multiprocessors.
     block_rows = 32 if rows * units >= 32 * 256 else 16
     split = 4 if block_rows == 32 or dtype == torch.float32 else 8  # shared memory: three parts of each x
-    return Config(block_rows, min(split, triton.next_power_of_2(groups)), num_warps=4)
+    return Config(block_rows, min(split, triton.next_power_of_2(groups)), num_warps=4, num_stages=3)
 
 
 def _widths(levels: Sequence[int]) -> tuple[int, ...]:
@@ -137,7 +141,7 @@ def launch_up(
             S=config.split,
             STAGES=config.num_stages,
             PDL=config.pdl,
-            num_warps=config.num_warps,
+            **config.options(),
         )
     return out
 
@@ -195,7 +199,7 @@ def launch_down(
             S=config.split,
             STAGES=config.num_stages,
             PDL=config.pdl,
-            num_warps=config.num_warps,
+            **config.options(),
             **options,
         )
     return out
@@ -240,6 +244,6 @@ def launch_linear(
             S=config.split,
             N=padded,
             STAGES=config.num_stages,
-            num_warps=config.num_warps,
+            **config.options(),
         )
     return out
