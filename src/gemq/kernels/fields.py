@@ -6,7 +6,8 @@ code. A product with x then exceeds the wanted one by bias times the sum of x, w
 bfloat16 has 7 mantissa bits in its low byte (the byte's top bit is the last of the exponent), float16 has 8
 there and 2 above. Ternary digits come out at a fixed place instead.
 
-The inline assembly is NVIDIA's. PLAIN does the same in ordinary arithmetic for the interpreter and others.
+The inline assembly is NVIDIA's. PLAIN does the same in ordinary arithmetic, for the interpreter and other GPUs.
+(Tuples are added up because Triton cannot unpack them.)
 """
 
 # mypy: disable-error-code="assignment"
@@ -145,7 +146,7 @@ def plane_fields(w, BITS: tl.constexpr, KIND: tl.constexpr, HIGH: tl.constexpr, 
     if KIND == PLAIN:
         fields = ()
         for i in tl.static_range(8 // BITS):
-            fields = (*fields, ((w >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32) * WEIGHT)
+            fields = fields + (((w >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32) * WEIGHT,)  # noqa: RUF005
         return fields
     else:
         return tl.inline_asm_elementwise(
@@ -165,7 +166,7 @@ def three_bit_fields(low, high, half, KIND: tl.constexpr):
         fields = ()
         bits = high >> half
         for i in tl.static_range(4):
-            fields = (*fields, (((low >> (2 * i)) & 3) + (((bits >> (2 * i)) & 1) << 2)).to(tl.float32))
+            fields = fields + ((((low >> (2 * i)) & 3) + (((bits >> (2 * i)) & 1) << 2)).to(tl.float32),)  # noqa: RUF005
         return fields
     else:
         return tl.inline_asm_elementwise(
@@ -180,7 +181,7 @@ def ternary_fields(w, KIND: tl.constexpr):
         digits = ()
         rest = w.to(tl.int32)
         for _ in tl.static_range(5):
-            digits = (*digits, (rest % 3).to(tl.float32))
+            digits = digits + ((rest % 3).to(tl.float32),)  # noqa: RUF005
             rest = rest // 3
         return digits
     else:

@@ -27,13 +27,20 @@ class Config(NamedTuple):
     block_rows: int  # rows of a program
     split: int  # groups taken at once, spread over the warps
     num_warps: int
-    num_stages: int = 1  # 1: no asynchronous copies
+    num_stages: int = 1  # of asynchronous copies; 1: none
+    max_registers: int | None = None  # of a thread; None leaves it to the compiler
     pdl: bool = False  # the down kernel starts while the up kernel ends (Hopper)
+
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 def configure(rows: int, groups: int, units: int, columns: int, dtype: torch.dtype) -> Config:
     """The cut for ``units`` matrices of [rows, groups of columns] and 8 or 16 columns of activations."""
-    # Small problems need more programs than 32 rows give: a GPU has 100 to 150 multiprocessors.
+    # Measured on an H100 for OLMoE's experts (docs/kernels.md): 64 rows without asynchronous copies. Small problems
+    # need more programs than that gives, for a GPU has 100 to 150 multiprocessors; float32 needs more registers.
+    if rows * units >= 64 * 256 and dtype != torch.float32:
+        return Config(64, min(4, triton.next_power_of_2(groups)), num_warps=4)
     block_rows = 32 if rows * units >= 32 * 256 else 16
     split = 4 if block_rows == 32 or dtype == torch.float32 else 8  # shared memory: three parts of each x
     return Config(block_rows, min(split, triton.next_power_of_2(groups)), num_warps=4)
@@ -137,7 +144,7 @@ def launch_up(
             S=config.split,
             STAGES=config.num_stages,
             PDL=config.pdl,
-            num_warps=config.num_warps,
+            **config.options(),
         )
     return out
 
@@ -195,7 +202,7 @@ def launch_down(
             S=config.split,
             STAGES=config.num_stages,
             PDL=config.pdl,
-            num_warps=config.num_warps,
+            **config.options(),
             **options,
         )
     return out
@@ -240,6 +247,6 @@ def launch_linear(
             S=config.split,
             N=padded,
             STAGES=config.num_stages,
-            num_warps=config.num_warps,
+            **config.options(),
         )
     return out

@@ -110,7 +110,11 @@ def _group_dots(
         upper = tl.load(byte + (STEP + j % UPPER)[None, None, :])
         # A load that never happens: only of loads does Triton convert the layout before, not after, they become floats.
         never = tl.broadcast_to((at < 0)[:, :, None], w.shape)
-        half = tl.load(byte + j[None, None, :], mask=never, other=(j // UPPER).to(tl.uint8)[None, None, :])
+        half = (j // UPPER).to(tl.uint8)[None, None, :]
+        if UPPER < 4:  # groups of 16: the half changes within a word, and the assembly takes one shift for all of it
+            upper = upper >> half
+            half = tl.zeros_like(half)
+        half = tl.load(byte + j[None, None, :], mask=never, other=half)
         fields = three_bit_fields(w, upper, half, KIND)
     elif LEVELS == 256:
         lower, _ = plane_fields(w, 4, KIND, lower_byte(KIND), 1)
@@ -155,14 +159,20 @@ def rows_times_columns(
     BIAS: tl.constexpr = bias(LEVELS, KIND)
     s = tl.arange(0, S)
     total = tl.zeros([S, row.shape[0], x.shape[0]], tl.float32)
-    for g in tl.range(0, NG, S, num_stages=STAGES):
+    next_at = row[None, :] * NG + tl.minimum(s, NG - 1)[:, None]
+    next_scale, next_offset = tl.load(scales + next_at), tl.load(offsets + next_at)
+    # Triton's pipelining would spoil the tiles of 16 bytes that one bit has.
+    for g in tl.range(0, NG, S, num_stages=1 if LEVELS == 2 else STAGES):
         group = g + s
-        mask = (x_mask[None, :]) & (group < NG)[:, None]
+        mask = x_mask[None, :] & (group < NG)[:, None]
         if NG % S != 0:  # beyond the last group: its bytes times x = 0
             group = tl.minimum(group, NG - 1)
         at = row[None, :] * NG + group[:, None]
-        scale = tl.load(scales + at).to(tl.float16, bitcast=True).to(tl.float32)
-        offset = tl.load(offsets + at).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = next_scale.to(tl.float16, bitcast=True).to(tl.float32)
+        offset = next_offset.to(tl.float16, bitcast=True).to(tl.float32)
+        if NG > S:  # an iteration ahead, for these are waited for last
+            next_at = row[None, :] * NG + tl.minimum(group + S, NG - 1)[:, None]
+            next_scale, next_offset = tl.load(scales + next_at), tl.load(offsets + next_at)
         d, sums = _group_dots(codes, at, group, x, mask, LEVELS, KIND, G, NG)
         total += (scale * FACTOR)[:, :, None] * d
         total += (offset - scale * (FACTOR * BIAS))[:, :, None] * sums
