@@ -20,13 +20,12 @@ from gemq.checkpoint.format import (
     read_header,
     read_quantization_config,
     verify,
+    verify_unpacked,
     weight_files,
 )
-from gemq.checkpoint.load import matrix_shapes
+from gemq.checkpoint.load import matrix_shapes, unpacked_shapes
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.checkpoint.save import dense_state
-from gemq.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,17 +68,7 @@ class CheckpointReader:
 
     def verify_unpacked(self) -> None:
         """UserError when a tensor that is not packed is missing or has the wrong shape."""
-        wrong = []
-        for name, tensor in dense_state(self.skeleton, self.format).items():
-            if name not in self.found:
-                wrong.append(f"{name} is missing")
-            elif self.found[name].shape != tuple(tensor.shape):
-                wrong.append(f"{name} is {list(self.found[name].shape)} instead of {list(tensor.shape)}")
-        if wrong:
-            raise UserError(
-                f"{len(wrong)} unpacked tensors are missing or have the wrong shape, first: {wrong[0]}: "
-                "copy the checkpoint again"
-            )
+        verify_unpacked(unpacked_shapes(self.skeleton, self.format), self.found)
 
     def tensor(self, name: str) -> Tensor:
         file, stored = self._where(name)
