@@ -35,9 +35,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _register() -> None:
-    from gemq.checkpoint.load import register
-
-    register()
+    """The loader registers itself when imported; where its own import of Transformers led here, at its end."""
+    importlib.import_module("gemq.checkpoint.load")
 
 
 class _RegisterAfterImport(MetaPathFinder):

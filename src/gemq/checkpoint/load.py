@@ -268,3 +268,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(GemqConfig)
         register_quantizer(QUANT_METHOD)(GemqQuantizer)
+
+
+register()
