@@ -19,11 +19,13 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat
 from gemq.checkpoint.reader import CheckpointReader, check_checkpoint
 from gemq.errors import UserError
 from gemq.serve.experts import PackedExpertsMethod
+from gemq.serve.head import TiedHeadMethod
 from gemq.serve.linears import PackedLinearMethod
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.*)")
@@ -117,7 +119,7 @@ class GemqQuantization(QuantizationConfig):
                     "pack all of them or none"
                 )
             return PackedLinearMethod(self.format, packed, self.checkpoint) if packed else UnquantizedLinearMethod()
-        return None
+        return TiedHeadMethod(prefix, self.checkpoint) if isinstance(layer, ParallelLMHead) else None
 
     @property
     def checkpoint(self) -> Checkpoint:
