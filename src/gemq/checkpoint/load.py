@@ -124,7 +124,8 @@ class GemqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters: gradients pass through packed weights, which stay as they are."""
+        return True
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
@@ -143,6 +144,7 @@ class GemqQuantizer(HfQuantizer):
             rows, columns = self._shapes[path]
             bias = cast(nn.Linear, model.get_submodule(path)).bias
             linear = PackedLinear(rows, columns, width, self._group_size(path), bias, device="meta")
+            linear._is_hf_initialized = True  # type: ignore[assignment]  # as below
             model.set_submodule(path, linear)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
