@@ -35,10 +35,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _register() -> None:
-    from gemq.checkpoint import load
-
-    if hasattr(load, "register"):  # else it is being imported right now, and registers at its end
-        load.register()
+    """The loader registers itself when imported; where its own import of Transformers led here, at its end."""
+    importlib.import_module("gemq.checkpoint.load")
 
 
 class _RegisterAfterImport(MetaPathFinder):

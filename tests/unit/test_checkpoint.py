@@ -225,6 +225,13 @@ with torch.no_grad():
     assert float(done.stdout) == logits(gemq.load(written("olmoe").packed)).float().sum().item()
 
 
+@pytest.mark.parametrize("first", ["import gemq", "import transformers.quantizers", "from gemq import load"])
+def test_load_in_a_fresh_interpreter(written, first):
+    """Whatever is imported first: ``gemq.load`` itself imports Transformers, which looks for gemq then."""
+    code = f"{first}; import gemq, sys; gemq.load(sys.argv[1]); gemq.checkpoint.load.register()"
+    subprocess.run([sys.executable, "-c", code, written("olmoe").packed], check=True, capture_output=True)
+
+
 def test_model_card_warns(written):
     card = (written("olmoe").packed / "README.md").read_text()
     assert "import gemq" in card
@@ -417,13 +424,19 @@ def test_truncated_file(written, tmp_path):
             read(damaged)
 
 
-def test_missing_dense_tensor(written, tmp_path):
-    def drop(tensors, config):
-        del tensors["model.layers.0.mlp.gate.weight"]
+@pytest.mark.parametrize("change", ["missing", "instead of"])
+def test_damaged_dense_tensor(written, tmp_path, change):
+    def damage(tensors, config):
+        name = "model.layers.0.mlp.gate.weight"
+        tensors[name] = tensors[name][:-1].clone()
+        if change == "missing":
+            del tensors[name]
+        config["architectures"] = ["OlmoeForCausalLM"]
 
-    damaged = copy_with(written("olmoe").packed, tmp_path / "damaged", drop)
-    with pytest.raises(UserError, match=r"1 tensors are missing .*layers\.0\.mlp\.gate\.weight"):
-        gemq.load(damaged)
+    damaged = copy_with(written("olmoe").packed, tmp_path / "damaged", damage)
+    for read in (gemq.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(UserError, match=rf"1 unpacked tensors .*layers\.0\.mlp\.gate\.weight .*{change}"):
+            read(damaged)
 
 
 def test_load_refuses_other_directories(written, tmp_path):

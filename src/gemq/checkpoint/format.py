@@ -212,6 +212,20 @@ def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) 
         )
 
 
+def verify_unpacked(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorSpec]) -> None:
+    """UserError when a tensor that is not packed is missing or has another shape than the model gives it."""
+    wrong = []
+    for name, shape in expected.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif found[name].shape != shape:
+            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(shape)}")
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} unpacked tensors do not fit the model, first: {wrong[0]}: copy the checkpoint again"
+        )
+
+
 def _describe(spec: TensorSpec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
 

@@ -34,9 +34,11 @@ from gemq.checkpoint.format import (
     read_header,
     read_quantization_config,
     verify,
+    verify_unpacked,
 )
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
+from gemq.checkpoint.save import dense_state
 from gemq.errors import UserError
 from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
 from gemq.quant.widths import Width, group_size_for
@@ -124,7 +126,8 @@ class GemqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters: gradients pass through packed weights, which stay as they are."""
+        return True
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
@@ -135,13 +138,16 @@ class GemqQuantizer(HfQuantizer):
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         self._shapes = matrix_shapes(model, packed)
         expected = packed.expected(self._shapes)
-        _verify_files(model, expected, checkpoint_files)
+        found = _verify_files(model, expected, checkpoint_files)
+        if type(model).__name__ in (model.config.architectures or ()):  # another class may have a head of its own
+            verify_unpacked(unpacked_shapes(model, packed), found)
         for path, projections in packed.experts.items():
             _hang_placeholders(model.get_submodule(path), path, projections, expected)
         for path, width in packed.linears.items():
             rows, columns = self._shapes[path]
             bias = cast(nn.Linear, model.get_submodule(path)).bias
             linear = PackedLinear(rows, columns, width, self._group_size(path), bias, device="meta")
+            linear._is_hf_initialized = True  # type: ignore[assignment]  # as below
             model.set_submodule(path, linear)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -245,8 +251,15 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         raise UserError(f"{type(model).__name__} has no {path}: load with gemq.load") from error
 
 
-def _verify_files(model: PreTrainedModel, expected: dict[str, TensorSpec], files: list[str] | None) -> None:
-    """Checks all packed tensors against the headers before any weight is read."""
+def unpacked_shapes(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, tuple[int, ...]]:
+    """Name on disk and shape of every tensor that is not packed. ``model`` may be on the meta device."""
+    return {name: tuple(tensor.shape) for name, tensor in dense_state(model, packed_format).items()}
+
+
+def _verify_files(
+    model: PreTrainedModel, expected: dict[str, TensorSpec], files: list[str] | None
+) -> dict[str, TensorSpec]:
+    """Checks all packed tensors against the headers before any weight is read. Returns what the files hold."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise UserError("a gemq checkpoint is loaded from its safetensors files: give from_pretrained its directory")
     found: dict[str, TensorSpec] = {}
@@ -256,6 +269,7 @@ def _verify_files(model: PreTrainedModel, expected: dict[str, TensorSpec], files
         aliases = {saved: name for name, saved in saved_names(model, expected).items()}
         found = {aliases.get(name, name): spec for name, spec in found.items()}
     verify(expected, found)
+    return found
 
 
 def register() -> None:

@@ -76,7 +76,7 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     """[..., columns] -> [..., rows]."""
     parts = _repacked(module, 0, module.matrix(), module.width, module.group_size)
     y = _product(parts, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    bias: Tensor | None = module.bias
     return y if bias is None else y + bias
 
 

@@ -184,8 +184,11 @@ def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
     experts.__class__ = _packed_class(type(experts))
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """``y = x W^T + bias`` with W [rows, columns] packed at one width.
+
+    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is what is stored, the codes, and no
+    parameter: enough to ask for the device; merging an adapter into it fails.
 
     codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups], int16 views of float16.
     """
@@ -204,7 +207,7 @@ class PackedLinear(nn.Module):
         device: Any = None,
     ) -> None:
         """Empty: load float16 scales and offsets into the buffers, then call ``seal``."""
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make the weight
         self.in_features, self.out_features = columns, rows
         self.width, self.group_size = width, group_size
         groups = columns // group_size
@@ -221,6 +224,10 @@ class PackedLinear(nn.Module):
         packed.codes, packed.scales, packed.offsets = matrix
         packed.seal()
         return packed
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.codes
 
     def seal(self) -> None:
         """Turns float16 scales and offsets into int16 views, which no later cast touches."""
