@@ -253,11 +253,11 @@ def test_gradients_of_experts_grids(generator):
             e = index[t, k]
             y = dense["down_proj"][e] @ silu_gate(dense["gate_up_proj"][e] @ hidden[t])
             plain = plain.index_add(0, torch.tensor([t]), (weights[t, k] * y)[None])
-    torch.testing.assert_close(mine, plain)
-    torch.testing.assert_close(mine, reference.experts_forward(module, hidden, index, weights))
+    torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, reference.experts_forward(module, hidden, index, weights), rtol=1e-4, atol=1e-4)
     sources = [*grids["gate_up_proj"], *grids["down_proj"]]
     for a, b in zip(*(torch.autograd.grad(z.sin().sum(), sources) for z in (mine, plain)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_operators_trace(device, generator):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from families import tiny
+from families import OWN, tiny
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels import grouped, reference
 from gemq.kernels.gates import GELU, GELU_TANH, NONE, RELU_SQUARED, SILU, Gate, gate_of
@@ -194,7 +194,7 @@ def packed_family(family: str) -> PackedExperts:
     ("family", "gate"),
     [
         ("mixtral", Gate(SILU)),
-        ("own", Gate(GELU)),
+        (OWN, Gate(GELU)),
         ("gpt_oss", Gate(SILU, interleaved=True, alpha=1.702, limit=7.0, shift=1.0)),
         ("nemotron_h", Gate(RELU_SQUARED, gated=False)),
     ],
