@@ -41,11 +41,12 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(kernels, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        monkeypatch.setattr(launch, "configure", few_programs)
+        monkeypatch.setattr(launch, "config_for", few_programs)
+        monkeypatch.setattr(launch, "cut_for", lambda rows, units: launch.Cut(64, 128, 4))
     return request.param
 
 
-def few_programs(rows, groups, units, columns, dtype):
+def few_programs(rows, groups, units, dtype):
     return launch.Config(64, min(8, 1 << (groups - 1).bit_length()), 4)
 
 

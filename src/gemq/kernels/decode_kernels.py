@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemq.kernels import activation
 from gemq.kernels.tiles import any_width, rows_times_columns
@@ -61,7 +60,18 @@ def _expert(unit, index, table, pairs, experts, BY_PAIR: tl.constexpr, P: tl.con
 
 
 @triton.jit
-def _activate(gate, limit, alpha, ACTIVATION: tl.constexpr):
+def activated(gate, limit, alpha, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr):
+    """The activation of a gate, or of rows without one, with its clamp (0 none, 1 before, 2 after)."""
+    if CLAMP == 1:
+        gate = tl.minimum(gate, limit)
+    gate = _activate(gate, alpha, ACTIVATION)
+    if CLAMP == 2:
+        gate = tl.minimum(gate, limit)
+    return gate
+
+
+@triton.jit
+def _activate(gate, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         return gate * tl.sigmoid(alpha * gate)
     elif ACTIVATION == GELU:
@@ -88,15 +98,12 @@ def experts_up_kernel(
     table,  # [E, 3] int64
     bias,  # [E, rows]
     out,  # [T, K, rows / 2 if GATED else rows]
-    arrivals,  # [blocks of the down kernel] int32, set to zero here
     tokens,
     rows,
     experts,
-    arrival_count,
     limit,
     alpha,
     shift,
-    ARRIVALS: tl.constexpr,  # arrival_count, rounded up
     K: tl.constexpr,
     P: tl.constexpr,  # T * K, rounded up
     EXPERTS: tl.constexpr,  # E, rounded up
@@ -113,16 +120,9 @@ def experts_up_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid [U, blocks of M rows]. Tokens write to the slots in which they chose the unit's expert."""
-    if PDL:
-        gdc_launch_dependents()
     unit, block = tl.program_id(0), tl.program_id(1)
-    if unit == 0 and block == 0:
-        b = tl.arange(0, ARRIVALS)
-        tl.store(arrivals + b, tl.zeros([ARRIVALS], tl.int32), mask=b < arrival_count)
     active, expert, levels, byte, scale = _expert(unit, index, table, tokens * K, experts, BY_PAIR, P, EXPERTS)
     if active:
         # A block of gated rows is M / 2 of the gate followed by the same M / 2 of up.
@@ -149,24 +149,19 @@ def experts_up_kernel(
             G,
             NG,
             S,
-            STAGES,
         )
         if HAS_BIAS:
             y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF, N]), [1, 2, 0]))
-            if CLAMP == 1:
-                gate = tl.minimum(gate, limit)
-            gate = _activate(gate, limit, alpha, ACTIVATION)
-            if CLAMP == 2:
-                gate = tl.minimum(gate, limit)
+            gate = activated(gate, limit, alpha, ACTIVATION, CLAMP)
             if CLAMP != 0:
                 up = tl.minimum(tl.maximum(up, -limit), limit)
             y = gate * (up + shift)
             result = block * HALF + tl.arange(0, HALF)
             width = rows // 2
         else:
-            y = _activate(y, limit, alpha, ACTIVATION)
+            y = activated(y, limit, alpha, ACTIVATION, CLAMP)
             result = inner
             width = rows
         for k in tl.static_range(K):
@@ -185,19 +180,16 @@ def experts_down_kernel(
     offsets,
     table,  # [E, 3] int64
     bias,  # [E, rows]
-    parts,  # [T, K, rows] float32
-    arrivals,  # [blocks] int32, zero
-    out,  # [T, rows]
+    parts,  # [T, K, rows], zeros
     tokens,
     rows,
     experts,
-    units,
     K: tl.constexpr,
     P: tl.constexpr,
     EXPERTS: tl.constexpr,
     BY_PAIR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # else ``parts`` is the result
+    WEIGHTED: tl.constexpr,
     WIDTHS: tl.constexpr,
     KIND: tl.constexpr,
     G: tl.constexpr,
@@ -205,17 +197,13 @@ def experts_down_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Grid [U, blocks of M rows]. The last program of a block to arrive sums the parts, in the order of slots."""
+    """Grid [U, blocks of M rows]. What is summed over K is summed by the caller, in the order of slots."""
     unit, block = tl.program_id(0), tl.program_id(1)
     active, expert, levels, byte, scale = _expert(unit, index, table, tokens * K, experts, BY_PAIR, P, EXPERTS)
     inner = block * M + tl.arange(0, M)
     row = tl.where(inner < rows, inner, 0)
     t = tl.arange(0, N)
-    if PDL:
-        gdc_wait()
     if active:
         slot = tl.full([N], -1, tl.int32)
         for k in tl.static_range(K):
@@ -234,7 +222,6 @@ def experts_down_kernel(
             G,
             NG,
             S,
-            STAGES,
         )
         if HAS_BIAS:
             y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
@@ -245,18 +232,6 @@ def experts_down_kernel(
                 part *= tl.load(weights + t * K + k, mask=here, other=0.0).to(tl.float32)[None, :]
             at = (t * K + k)[None, :] * rows + inner[:, None]
             tl.store(parts + at, part.to(parts.dtype.element_ty), mask=here[None, :] & (inner < rows)[:, None])
-    if WEIGHTED:
-        tl.debug_barrier()  # every thread's parts are written before one of them says so
-        if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == units - 1:
-            total = tl.zeros([M, N], tl.float32)
-            for k in tl.static_range(K):
-                e = tl.load(index + t * K + k, mask=t < tokens, other=-1)
-                used = (e >= 0) & (e < experts)
-                at = (t * K + k)[None, :] * rows + inner[:, None]
-                mask = used[None, :] & (inner < rows)[:, None]
-                total += tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
-            at = t[None, :] * rows + inner[:, None]
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=(t < tokens)[None, :] & (inner < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -277,13 +252,12 @@ def linear_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Grid [blocks of M rows]."""
     inner = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.where(inner < rows, inner, 0)
     t = tl.arange(0, N)
-    y = rows_times_columns(codes, scales, offsets, row, x + t * (NG * G), t < tokens, LEVELS, KIND, G, NG, S, STAGES)
+    y = rows_times_columns(codes, scales, offsets, row, x + t * (NG * G), t < tokens, LEVELS, KIND, G, NG, S)
     if HAS_BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     at = t[None, :] * rows + inner[:, None]
