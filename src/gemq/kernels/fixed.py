@@ -1,12 +1,10 @@
-"""Rows of a packed matrix times one vector of 16-bit floats, in exact integer arithmetic, for ``vector_kernels``.
+"""A vector of 16-bit floats in fixed point, in words as ``dots`` takes them (Triton device functions).
 
 Legend: G group size, NG groups of a row, S groups taken at once, J words of four bytes in a plane of a group (3 bits:
-of its low plane; ternary: of the window that holds it), M rows.
+of its low plane; ternary: of the window that holds it).
 
-The vector is turned into fixed point once per program: 16 bits a group, by its largest value (the error is 2^-16 of
-that; the floats came with 2^-9 of each value). A thread owns some words of a row, the columns that belong to them, and
-does many rows: weights go from memory to registers and are multiplied there (``dots``). Only at the end of a group do
-sums become floats and meet its scale.
+Each group gets 16 bits by its largest value: the error is 2^-16 of that, while the floats came with 2^-9 of each
+value. Does not know what the words are multiplied with.
 """
 
 # mypy: disable-error-code="assignment,has-type"
@@ -15,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemq.kernels.dots import dot, fields_of
+from gemq.kernels.dots import fields_of
 from gemq.kernels.tiles import group_bytes, window
 
 MAGIC = tl.constexpr(12582912.0)
@@ -28,6 +26,13 @@ def words_of(levels, G):
     if levels == 3:
         return triton.next_power_of_2(group_bytes(levels, G) // 4 + 1)
     return (G // 4 if levels == 8 else group_bytes(levels, G)) // 4
+
+
+@triton.constexpr_function
+def groups_at_once(levels, G, NG):
+    """S: what the 32 threads of a warp hold of a row with loads of 16 bytes, of ternary windows 8."""
+    words = 2 if levels == 3 else min(4, words_of(levels, G))
+    return min(32 * words // words_of(levels, G), triton.next_power_of_2(NG))
 
 
 @triton.constexpr_function
@@ -125,70 +130,3 @@ def fixed_point(
         both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
         words = words + (both[:, None, :],)  # noqa: RUF005
     return words, largest * (1.0 / LIMIT), tl.sum(total, 1)
-
-
-@triton.jit
-def row_times_vector(
-    codes,
-    scales,
-    offsets,
-    row,  # [M] int32
-    x,
-    LEVELS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    G: tl.constexpr,
-    NG: tl.constexpr,
-    LANES: tl.constexpr,  # words of a row taken at once
-):
-    """[M] float32: rows of a packed matrix times x."""
-    BYTES: tl.constexpr = group_bytes(LEVELS, G)
-    J: tl.constexpr = words_of(LEVELS, G)
-    S: tl.constexpr = max(1, min(LANES // J, triton.next_power_of_2(NG)))
-    s, j = tl.arange(0, S), tl.arange(0, J)
-    codes = codes.to(tl.pointer_type(tl.int32))
-    total = tl.zeros([S, row.shape[0]], tl.float32)
-    for first in range(0, NG, S):
-        group = first + s
-        if NG % S != 0:
-            group = tl.minimum(group, NG - 1)  # x is zero there
-        at = group[:, None] + row[None, :] * NG
-        if LEVELS == 3:
-            ALIGN: tl.constexpr = window(LEVELS, G, NG)
-            first_word = (group * BYTES // ALIGN) * (ALIGN // 4)
-            w = tl.load(codes + (first_word[:, None] + row[None, :] * (NG * BYTES // 4))[:, :, None] + j[None, None, :])
-        else:
-            w = tl.load(codes + (at * (BYTES // 4))[:, :, None] + j[None, None, :])
-        high, half = w, w
-        if LEVELS == 8:
-            UPPER: tl.constexpr = G // 32
-            high = tl.load(codes + (at * (BYTES // 4) + J)[:, :, None] + (j % UPPER)[None, None, :])
-            half = (j // UPPER)[None, None, :] + tl.zeros_like(w)
-        scale = tl.load(scales + at)
-        offset = tl.load(offsets + at)
-        words, per_code, sums = fixed_point(x, first, j, s, LEVELS, PLAIN, G, NG, S)
-        d = tl.sum(dot(w, high, half, words, LEVELS, PLAIN), 2).to(tl.float32)
-        total += scale.to(tl.float16, bitcast=True).to(tl.float32) * (d * per_code[:, None])
-        total += offset.to(tl.float16, bitcast=True).to(tl.float32) * sums[:, None]
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def any_width(
-    levels,
-    codes,
-    scales,
-    offsets,
-    row,
-    x,
-    WIDTHS: tl.constexpr,  # tuple of the levels that may occur
-    PLAIN: tl.constexpr,
-    G: tl.constexpr,
-    NG: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """``row_times_vector`` for the width that ``levels`` names: one branch each."""
-    y = tl.zeros([row.shape[0]], tl.float32)
-    for i in tl.static_range(len(WIDTHS)):
-        if levels == WIDTHS[i]:
-            y = row_times_vector(codes, scales, offsets, row, x, WIDTHS[i], PLAIN, G, NG, LANES)
-    return y

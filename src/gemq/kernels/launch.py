@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from gemq.kernels import decode_kernels, fields, vector_kernels
-from gemq.kernels.activation import Activation
+from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.fixed import covered
 
 _LOW = (2, 3, 4, 8)
@@ -51,7 +51,6 @@ class Cut(NamedTuple):
     """How a vector kernel is cut. One compiled kernel for each."""
 
     block_rows: int  # rows of a program
-    lanes: int  # words of a row taken at once, spread over the threads of a warp
     num_warps: int
     max_registers: int | None = None  # of a thread; None leaves it to the compiler
     pdl: bool = False  # the down kernel starts while the up kernel ends (Hopper)
@@ -67,7 +66,7 @@ class Config(NamedTuple):
 
 def cut_for(rows: int, units: int) -> Cut:
     """The cut for ``units`` vectors through matrices of so many rows."""
-    return Cut(64 if rows * units >= 64 * 256 else 32, 128, num_warps=4)
+    return Cut(64 if rows * units >= 64 * 256 else 32, num_warps=4)
 
 
 def config_for(rows: int, groups: int, units: int, dtype: torch.dtype) -> Config:
@@ -139,28 +138,21 @@ def launch_up(
 ) -> Tensor:
     """[T, H], [T, K] -> [T, K, rows], or half of them if gated; unused slots are not written."""
     tokens, slots = index.shape
-    groups = hidden.shape[1] // up.group_size
-    numbers, constants = _gate(activation)
-    constants |= {"HAS_BIAS": up.bias is not None, "WIDTHS": _widths(up.levels), "G": up.group_size, "NG": groups}
     out = hidden.new_empty(tokens, slots, up.rows // 2 if activation.gated else up.rows)
+    if isinstance(cut, Cut) or (cut is None and vectors_cover(up, hidden)):
+        cut = cut or cut_for(up.rows, tokens * slots)
+        _launch_vectors(hidden, index, None, up, out, activation, cut)
+        return out
+    units = min(up.experts, tokens * slots)
+    config = cut or config_for(up.rows, hidden.shape[1] // up.group_size, units, hidden.dtype)
+    numbers, constants = _gate(activation)
     with _on(hidden):
-        if isinstance(cut, Cut) or (cut is None and vectors_cover(up, hidden)):
-            cut = cut or cut_for(up.rows, tokens * slots)
-            vector_kernels.pairs_up_kernel[(tokens * slots, triton.cdiv(up.rows, cut.block_rows))](
-                *(hidden, index, *up.tensors(hidden), out, up.rows, up.experts, *numbers),
-                **constants,
-                **_vector_constants(hidden, cut),
-                K=slots,
-                PDL=cut.pdl,
-            )
-            return out
-        units = min(up.experts, tokens * slots)
-        config = cut or config_for(up.rows, groups, units, hidden.dtype)
         decode_kernels.experts_up_kernel[(units, triton.cdiv(up.rows, config.block_rows))](
             *(hidden, index, *up.tensors(hidden), out, tokens, up.rows, up.experts, *numbers),
             **constants,
             **_routed(index, up.experts),
-            **_column_constants(hidden, config),
+            **_column_constants(hidden, up, config),
+            WIDTHS=_widths(up.levels),
         )
     return out
 
@@ -170,33 +162,22 @@ def launch_down(
 ) -> Tensor:
     """[T, K, I] -> [T, K, rows]: times ``weights`` in float32 with zeros in unused slots, or in h's dtype without."""
     tokens, slots = index.shape
-    groups = h.shape[2] // down.group_size
-    weighted = weights is not None
-    dtype = torch.float32 if weighted else h.dtype
-    constants: dict[str, Any] = {"HAS_BIAS": down.bias is not None, "WEIGHTED": weighted}
-    constants |= {"WIDTHS": _widths(down.levels), "G": down.group_size, "NG": groups}
+    size, dtype = (tokens, slots, down.rows), h.dtype if weights is None else torch.float32
+    if isinstance(cut, Cut) or (cut is None and vectors_cover(down, h)):
+        parts = torch.empty(size, dtype=dtype, device=h.device)
+        _launch_vectors(h, index, weights, down, parts, RAW, cut or cut_for(down.rows, tokens * slots))
+        return parts
+    units = min(down.experts, tokens * slots)
+    config = cut or config_for(down.rows, h.shape[2] // down.group_size, units, h.dtype)
+    parts = torch.zeros(size, dtype=dtype, device=h.device)
     inputs = (h, index, h if weights is None else weights, *down.tensors(h))
-    size = (tokens, slots, down.rows)
     with _on(h):
-        if isinstance(cut, Cut) or (cut is None and vectors_cover(down, h)):
-            cut = cut or cut_for(down.rows, tokens * slots)
-            parts = torch.empty(size, dtype=dtype, device=h.device)
-            vector_kernels.pairs_down_kernel[(tokens * slots, triton.cdiv(down.rows, cut.block_rows))](
-                *(*inputs, parts, down.rows, down.experts),
-                **constants,
-                **_vector_constants(h, cut),
-                PDL=cut.pdl,
-                **({"launch_pdl": True} if cut.pdl else {}),
-            )
-            return parts
-        units = min(down.experts, tokens * slots)
-        config = cut or config_for(down.rows, groups, units, h.dtype)
-        parts = torch.zeros(size, dtype=dtype, device=h.device)
         decode_kernels.experts_down_kernel[(units, triton.cdiv(down.rows, config.block_rows))](
             *(*inputs, parts, tokens, down.rows, down.experts),
-            **constants,
             **_routed(index, down.experts),
-            **_column_constants(h, config),
+            **_column_constants(h, down, config),
+            WEIGHTED=weights is not None,
+            WIDTHS=_widths(down.levels),
         )
     return parts
 
@@ -204,32 +185,56 @@ def launch_down(
 def launch_linear(x: Tensor, w: Matrices, cut: Cut | Config | None = None) -> Tensor:
     """[T, columns] -> [T, rows]."""
     tokens, columns = x.shape
-    groups = columns // w.group_size
-    constants = {"HAS_BIAS": w.bias is not None, "LEVELS": w.levels[0], "G": w.group_size, "NG": groups}
     out = x.new_empty(tokens, w.rows)
+    if isinstance(cut, Cut) or (cut is None and tokens <= VECTOR_ROWS and vectors_cover(w, x)):
+        _launch_vectors(x, None, None, w, out, RAW, cut or cut_for(w.rows, tokens))
+        return out
+    config = cut or config_for(w.rows, columns // w.group_size, 1, x.dtype)
     with _on(x):
-        if isinstance(cut, Cut) or (cut is None and tokens <= VECTOR_ROWS and vectors_cover(w, x)):
-            cut = cut or cut_for(w.rows, tokens)
-            vector_kernels.rows_kernel[(tokens, triton.cdiv(w.rows, cut.block_rows))](
-                *(x, *w.tensors(x), out, w.rows), **constants, **_vector_constants(x, cut)
-            )
-            return out
-        config = cut or config_for(w.rows, groups, 1, x.dtype)
         decode_kernels.linear_kernel[(triton.cdiv(w.rows, config.block_rows),)](
-            *(x, *w.tensors(x), out, tokens, w.rows), **constants, N=_columns(tokens), **_column_constants(x, config)
+            *(x, *w.tensors(x), out, tokens, w.rows),
+            **_column_constants(x, w, config),
+            N=_columns(tokens),
+            LEVELS=w.levels[0],
         )
     return out
 
 
+def _launch_vectors(
+    x: Tensor, index: Tensor | None, weights: Tensor | None, w: Matrices, out: Tensor, activation: Activation, cut: Cut
+) -> None:
+    """x [T, columns], or [T, K, columns] of pairs; without ``index`` the one matrix, K = 1."""
+    slots = 1 if index is None else index.shape[1]
+    vectors = x.shape[0] * slots
+    numbers, constants = _gate(activation)
+    stand_in = lambda tensor: x if tensor is None else tensor  # never read
+    with _on(x):
+        vector_kernels.vectors_kernel[(vectors, triton.cdiv(w.rows, cut.block_rows))](
+            *(x, stand_in(index), stand_in(weights), w.codes, w.scales, w.offsets, stand_in(w.table)),
+            *(stand_in(w.bias), out, w.rows, w.experts, *numbers),
+            **constants,
+            K=slots,
+            ROUTED=index is not None,
+            PER_PAIR=x.dim() == 3,
+            HAS_BIAS=w.bias is not None,
+            WEIGHTED=weights is not None,
+            WIDTHS=_widths(w.levels),
+            PLAIN=_kind(x) == fields.PLAIN,
+            G=w.group_size,
+            NG=x.shape[-1] // w.group_size,
+            M=cut.block_rows,
+            THREADS=32 * cut.num_warps,
+            PDL=cut.pdl,
+            num_warps=cut.num_warps,
+            maxnreg=cut.max_registers,
+            **({"launch_pdl": True} if cut.pdl else {}),
+        )
+
+
+def _column_constants(x: Tensor, w: Matrices, config: Config) -> dict[str, Any]:
+    sizes = {"G": w.group_size, "NG": x.shape[-1] // w.group_size, "M": config.block_rows, "S": config.split}
+    return {**sizes, "KIND": _kind(x), "HAS_BIAS": w.bias is not None, "num_warps": config.num_warps}
+
+
 VECTOR_ROWS = 4
 """Most rows of x that a linear takes one by one; more share the tensor cores' tile."""
-
-
-def _vector_constants(x: Tensor, cut: Cut) -> dict[str, Any]:
-    plain = _kind(x) == fields.PLAIN
-    constants = {"PLAIN": plain, "M": cut.block_rows, "LANES": cut.lanes}
-    return {**constants, "num_warps": cut.num_warps, "maxnreg": cut.max_registers}
-
-
-def _column_constants(x: Tensor, config: Config) -> dict[str, Any]:
-    return {"KIND": _kind(x), "M": config.block_rows, "S": config.split, "num_warps": config.num_warps}
