@@ -30,8 +30,8 @@ def words_of(levels, G):
 
 @triton.constexpr_function
 def groups_at_once(levels, G, NG):
-    """S: what the 32 threads of a warp hold of a row with loads of 16 bytes, of ternary windows 8."""
-    words = 2 if levels == 3 else min(4, words_of(levels, G))
+    """S: what the 32 threads of a warp hold of a row with loads of 16 bytes, of 1 bit and ternary 8."""
+    words = min(2 if levels in (2, 3) else 4, words_of(levels, G))
     return min(32 * words // words_of(levels, G), triton.next_power_of_2(NG))
 
 

@@ -53,6 +53,7 @@ class Cut(NamedTuple):
     block_rows: int  # rows of a program
     num_warps: int
     max_registers: int | None = None  # of a thread; None leaves it to the compiler
+    prefetch: bool = False
     pdl: bool = False  # the down kernel starts while the up kernel ends (Hopper)
 
 
@@ -224,6 +225,7 @@ def _launch_vectors(
             NG=x.shape[-1] // w.group_size,
             M=cut.block_rows,
             THREADS=32 * cut.num_warps,
+            PREFETCH=cut.prefetch and x.is_cuda,
             PDL=cut.pdl,
             num_warps=cut.num_warps,
             maxnreg=cut.max_registers,

@@ -25,6 +25,9 @@ from gemq.kernels.tiles import group_bytes, window
 RESIDENT = 32
 """Rows of up to so many groups have all their activations in registers at once."""
 
+MOST_PREFETCHED = tl.constexpr(64 * 1024)
+"""Bytes of codes that a program asks for before it needs them: those of all programs must not fill the L2 cache."""
+
 
 @triton.constexpr_function
 def is_resident(NG):
@@ -38,14 +41,39 @@ def rows_at_once(s, M, NG, threads):
 
 
 @triton.jit
-def _load(codes, scales, offsets, group, row, j, LEVELS: tl.constexpr, G: tl.constexpr, NG: tl.constexpr):
-    """Words [S, R, J] (of 3 bits two), scales and offsets [S, R] of groups [S] of rows [R]."""
+def _prefetch(base, first, count: tl.constexpr, end):
+    """Asks for bytes ``first`` to ``first + count`` of a buffer of ``end``: all of them on their way at once, while the
+    loop needs registers for a few."""
+    LINES: tl.constexpr = triton.next_power_of_2(count // 128 + 1)
+    at = tl.minimum(first + 128 * tl.arange(0, LINES), tl.minimum(first + count, end) - 1)
+    at = (base.to(tl.pointer_type(tl.int8)) + at).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _prefetch_rows(codes, scales, offsets, first, count: tl.constexpr, rows, CODES: tl.constexpr, GRID: tl.constexpr):
+    """``count`` rows of CODES bytes, and of GRID bytes of scales and of offsets."""
+    _prefetch(codes, first * CODES, count * CODES, rows * CODES)
+    _prefetch(scales, first * GRID, count * GRID, rows * GRID)
+    _prefetch(offsets, first * GRID, count * GRID, rows * GRID)
+
+
+@triton.jit
+def _load(codes, scales, offsets, group, row, j, zero, LEVELS: tl.constexpr, G: tl.constexpr, NG: tl.constexpr):
+    """Words [S, R, J] (of 3 bits two), scales and offsets [S, R] of groups [S] of rows [R].
+
+    zero: that the compiler does not know to be one
+    """
     BYTES: tl.constexpr = group_bytes(LEVELS, G)
     J: tl.constexpr = words_of(LEVELS, G)
     at = group[:, None] + row[None, :] * NG
     if LEVELS == 3:
         ALIGN: tl.constexpr = window(LEVELS, G, NG)
         first = ((group * BYTES // ALIGN) * (ALIGN // 4))[:, None] + row[None, :] * (NG * BYTES // 4)
+    elif LEVELS == 2:
+        first = (at * (BYTES // 8) + zero) * 2  # loads of 8 bytes: a thread with 16 would own 128 columns
     else:
         first = at * (BYTES // 4)
     w = tl.load(codes + first[:, :, None] + j[None, None, :])
@@ -87,6 +115,7 @@ def rows_times_vector(
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WAIT: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """M rows of one matrix times x, then what comes after, stored."""
     J: tl.constexpr = words_of(LEVELS, G)
@@ -95,6 +124,13 @@ def rows_times_vector(
     CHUNKS: tl.constexpr = (NG + S - 1) // S
     s, j, r = tl.arange(0, S), tl.arange(0, J), tl.arange(0, R)
     codes = codes.to(tl.pointer_type(tl.int32))
+    CODES: tl.constexpr = group_bytes(LEVELS, G) * NG
+    if PREFETCH and CODES * M <= MOST_PREFETCHED:
+        if GATED and not INTERLEAVED:
+            _prefetch_rows(codes, scales, offsets, block * (M // 2), M // 2, rows, CODES, NG * 2)
+            _prefetch_rows(codes, scales, offsets, rows // 2 + block * (M // 2), M // 2, rows, CODES, NG * 2)
+        else:
+            _prefetch_rows(codes, scales, offsets, block * M, M, rows, CODES, NG * 2)
     half = (j // max(1, G // 32))[None, None, :] + tl.zeros([S, R, J], tl.int32)  # of 3 bits
     if WAIT:
         gdc_wait()
@@ -114,13 +150,13 @@ def rows_times_vector(
         if is_resident(NG):
             for c in tl.static_range(CHUNKS):
                 group = tl.minimum(c * S + s, NG - 1) if (c + 1) * S > NG else c * S + s
-                w, high, scale, offset = _load(codes, scales, offsets, group, row, j, LEVELS, G, NG)
+                w, high, scale, offset = _load(codes, scales, offsets, group, row, j, rows >> 31, LEVELS, G, NG)
                 d = tl.sum(dot(w, high, half, words[c][0], LEVELS, PLAIN), 2).to(tl.float32)
                 total += _half(scale) * (d * words[c][1][:, None]) + _half(offset) * words[c][2][:, None]
         else:
             for c in range(CHUNKS):
                 group = tl.minimum(c * S + s, NG - 1)  # beyond the last, x is zero
-                w, high, scale, offset = _load(codes, scales, offsets, group, row, j, LEVELS, G, NG)
+                w, high, scale, offset = _load(codes, scales, offsets, group, row, j, rows >> 31, LEVELS, G, NG)
                 fixed, per_code, sums = fixed_point(x, c * S, j, s, LEVELS, PLAIN, G, NG, S)
                 d = tl.sum(dot(w, high, half, fixed, LEVELS, PLAIN), 2).to(tl.float32)
                 total += _half(scale) * (d * per_code[:, None]) + _half(offset) * sums[:, None]
@@ -175,6 +211,7 @@ def vectors_kernel(
     NG: tl.constexpr,
     M: tl.constexpr,
     THREADS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,  # starts while the kernel before ends (Hopper)
 ):
     """Grid [T * K, blocks of M rows]."""
@@ -229,6 +266,7 @@ def vectors_kernel(
                     HAS_BIAS,
                     WEIGHTED,
                     WAIT,
+                    PREFETCH,
                 )
     elif WEIGHTED:
         inner = block * M + tl.arange(0, M)
