@@ -13,19 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemq.kernels import activation
+from gemq.kernels.gates import activated, gated
 from gemq.kernels.tiles import any_width, rows_times_columns
-
-SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = (
-    tl.constexpr(function)
-    for function in (
-        activation.SILU,
-        activation.GELU,
-        activation.GELU_TANH,
-        activation.RELU,
-        activation.RELU_SQUARED,
-    )
-)
 
 
 @triton.jit
@@ -59,35 +48,6 @@ def _expert(unit, index, table, pairs, experts, BY_PAIR: tl.constexpr, P: tl.con
     )
 
 
-@triton.jit
-def activated(gate, limit, alpha, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr):
-    """The activation of a gate, or of rows without one, with its clamp (0 none, 1 before, 2 after)."""
-    if CLAMP == 1:
-        gate = tl.minimum(gate, limit)
-    gate = _activate(gate, alpha, ACTIVATION)
-    if CLAMP == 2:
-        gate = tl.minimum(gate, limit)
-    return gate
-
-
-@triton.jit
-def _activate(gate, alpha, ACTIVATION: tl.constexpr):
-    if ACTIVATION == SILU:
-        return gate * tl.sigmoid(alpha * gate)
-    elif ACTIVATION == GELU:
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == GELU_TANH:
-        # 1 + tanh(z) = 2 sigmoid(2 z)
-        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    elif ACTIVATION == RELU:
-        return tl.maximum(gate, 0.0)
-    elif ACTIVATION == RELU_SQUARED:
-        positive = tl.maximum(gate, 0.0)
-        return positive * positive
-    else:
-        return gate
-
-
 @triton.jit(do_not_specialize=["tokens", "limit", "alpha", "shift"])
 def experts_up_kernel(
     x,  # [T, NG * G]
@@ -111,7 +71,7 @@ def experts_up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CLAMP: tl.constexpr,  # 0 none, 1 before the activation, 2 after it
+    CLAMP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDTHS: tl.constexpr,
     KIND: tl.constexpr,
@@ -154,10 +114,7 @@ def experts_up_kernel(
             y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF, N]), [1, 2, 0]))
-            gate = activated(gate, limit, alpha, ACTIVATION, CLAMP)
-            if CLAMP != 0:
-                up = tl.minimum(tl.maximum(up, -limit), limit)
-            y = gate * (up + shift)
+            y = gated(gate, up, limit, alpha, shift, ACTIVATION, CLAMP)
             result = block * HALF + tl.arange(0, HALF)
             width = rows // 2
         else:

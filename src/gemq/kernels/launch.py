@@ -8,7 +8,6 @@ part of the time to the first token. Knows tensors, not modules; triton is impor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 from gemq.kernels import decode_kernels, fields, vector_kernels
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.fixed import covered
+from gemq.kernels.gates import kernel_arguments
 
 _LOW = (2, 3, 4, 8)
 
@@ -122,18 +122,6 @@ def _columns(tokens: int) -> int:
     return 8 if tokens <= 8 else 16
 
 
-def _gate(activation: Activation) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """An activation as kernels take it: numbers, constants."""
-    limit = activation.limit if math.isfinite(activation.limit) else 0.0
-    constants = {
-        "GATED": activation.gated,
-        "INTERLEAVED": activation.interleaved,
-        "ACTIVATION": activation.function,
-        "CLAMP": activation.clamp,
-    }
-    return (limit, activation.alpha, activation.shift), constants
-
-
 def launch_up(
     hidden: Tensor, index: Tensor, up: Matrices, activation: Activation, cut: Cut | Config | None = None
 ) -> Tensor:
@@ -146,7 +134,7 @@ def launch_up(
         return out
     units = min(up.experts, tokens * slots)
     config = cut or config_for(up.rows, hidden.shape[1] // up.group_size, units, hidden.dtype)
-    numbers, constants = _gate(activation)
+    numbers, constants = kernel_arguments(activation)
     with _on(hidden):
         decode_kernels.experts_up_kernel[(units, triton.cdiv(up.rows, config.block_rows))](
             *(hidden, index, *up.tensors(hidden), out, tokens, up.rows, up.experts, *numbers),
@@ -207,7 +195,7 @@ def _launch_vectors(
     """x [T, columns], or [T, K, columns] of pairs; without ``index`` the one matrix, K = 1."""
     slots = 1 if index is None else index.shape[1]
     vectors = x.shape[0] * slots
-    numbers, constants = _gate(activation)
+    numbers, constants = kernel_arguments(activation)
     stand_in = lambda tensor: x if tensor is None else tensor  # never read
     with _on(x):
         vector_kernels.vectors_kernel[(vectors, triton.cdiv(w.rows, cut.block_rows))](

@@ -1,25 +1,26 @@
 """The Triton kernel for a few vectors of 16-bit floats through packed weights, without tensor cores.
 
-Legend: T tokens, K experts a token, E experts, G group size, NG groups of a row, S groups that the threads of a warp take
-at once, J words of a group, M rows of a program, R rows of it at once.
+Legend: T tokens, K experts a token, E experts, G group size, NG groups of a row, S groups that a warp takes at once,
+J words of a group, M rows of a program, R rows of it at once.
 
 One program computes M rows of one matrix for one vector: a pair of token and expert, or a row of x with a linear. The
-vector is turned into fixed point once (``fixed``); a thread keeps the words that belong to its columns and goes from row
-to row: weights pass from memory to registers, a step ahead, and are multiplied there (``dots``). Only at the end of a
-group do sums become floats and meet its scale. Pairs that share an expert read it from the cache.
+vector is turned into fixed point once (``fixed``); a thread keeps the words that belong to its columns and goes from
+row to row: weights pass from memory to registers and are multiplied there (``dots``). Only at the end of a group do
+sums become floats and meet its scale. Pairs that share an expert read it from the cache.
 
 Nothing depends on the order in which programs run. Knows nothing of modules, torch or launching (``launch`` does).
 """
 
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemq.kernels.decode_kernels import activated
 from gemq.kernels.dots import dot
 from gemq.kernels.fixed import fixed_point, groups_at_once, words_of
+from gemq.kernels.gates import activated, gated
 from gemq.kernels.tiles import group_bytes, window
 
 RESIDENT = 32
@@ -165,10 +166,7 @@ def rows_times_vector(
             y += tl.load(bias + row).to(tl.float32)
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, R // 2]), [1, 0]))
-            y = activated(gate, limit, alpha, ACTIVATION, CLAMP)
-            if CLAMP != 0:
-                up = tl.minimum(tl.maximum(up, -limit), limit)
-            y *= up + shift
+            y = gated(gate, up, limit, alpha, shift, ACTIVATION, CLAMP)
             result = block * (M // 2) + start // 2 + tl.arange(0, R // 2)
             width = rows // 2
         else:
