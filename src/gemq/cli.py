@@ -168,6 +168,9 @@ def export(
     allocate: Allocate = None,
     allocation: AllocationFile = None,
     finish: Annotated[bool, typer.Option("--finish", help="Refine at the new widths, as quantize does.")] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Predicted cost and bytes of budgets over the ladder's range; no output.")
+    ] = False,
     dense: Annotated[
         Path | None, typer.Option(help="Write a packed checkpoint as plain bfloat16 to this directory.")
     ] = None,
@@ -176,13 +179,26 @@ def export(
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Another budget from a work directory, or a plain twin.
+    """Another budget from a work directory, a size curve, or a plain twin.
 
-    Other budgets take seconds: nothing is quantized again. The plain twin (--dense) is an ordinary bfloat16
-    checkpoint of the same weights, for tools that know no quantized format.
+    Other budgets take seconds: nothing is quantized again. --curve tells what they would take and predict, and writes
+    curve.csv (and a figure, with matplotlib) into the work directory. The plain twin (--dense) is an ordinary
+    bfloat16 checkpoint of the same weights, for tools that know no quantized format.
     """
     budget = {k: v for k, v in _given(locals(), Recipe).items() if k in ("bits", "stored_bits", "size", "allocate")}
     check_json(json_file)
+    if curve:
+        if out is not None or dense is not None or allocation is not None or finish or budget.keys() - {"allocate"}:
+            raise UserError("--curve goes over all budgets and makes no checkpoint: leave -o, --bits and others out")
+        quiet_libraries()
+        from gemq.curve import size_curve, write_curve
+        from gemq.summary import print_curve
+
+        found = size_curve(work, budget.get("allocate"))
+        written = write_curve(found, work)
+        if not print_json(json_file, found.to_dict()) and not quiet:
+            print_curve(make_console(), found, written)
+        return
     if dense is not None:
         from gemq.checkpoint.twin import write_dense_twin
 

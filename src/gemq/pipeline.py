@@ -129,19 +129,10 @@ def export(
     allocation = None if allocation is None else Path(allocation)
     check_output(out, resume=False)
     with WorkDir.existing(Path(work)) as directory:
-        recorded = _read_job(directory)
-        recipe = Recipe.from_dict(recorded["recipe"], origin=str(work)).replace(**(changes or {}))
-        kept = tuple(recorded["ladder_widths"])
-        if recipe.ladder_widths != kept:
-            recipe = recipe.replace(widths=kept)
-        source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
-        if not source.path.exists():
-            raise UserError(
-                f"{source.path}, the model of {work}, is gone: put it back, its unquantized parts are needed"
-            )
+        source, recipe, recorded = recorded_job(directory, changes)
         check_job(source, recipe, out, directory.path, allocation, new=False)
         fingerprint = source.fingerprint()
-        if fingerprint != recorded["fingerprint"]:
+        if fingerprint != recorded:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
         job = Job(source, recipe, directory, pick_device(device), monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=finish, guarded=finish)
@@ -279,6 +270,21 @@ def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str)
                 f"{work.path} was made from another {what}, which has changed since: "
                 "start anew with another --work, or delete this one"
             )
+
+
+def recorded_job(work: WorkDir, changes: dict[str, Any] | None = None) -> tuple[Source, Recipe, str]:
+    """The model of a work directory, its recipe with ``changes`` and the ladder's widths, and its fingerprint."""
+    recorded = _read_job(work)
+    recipe = Recipe.from_dict(recorded["recipe"], origin=str(work.path)).replace(**(changes or {}))
+    kept = tuple(recorded["ladder_widths"])
+    if recipe.ladder_widths != kept:
+        recipe = recipe.replace(widths=kept)
+    source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
+    if not source.path.exists():
+        raise UserError(
+            f"{source.path}, the model of {work.path}, is gone: put it back, its unquantized parts are needed"
+        )
+    return source, recipe, recorded["fingerprint"]
 
 
 def _read_job(work: WorkDir) -> dict[str, Any]:

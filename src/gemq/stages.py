@@ -19,6 +19,7 @@ from torch import Tensor
 from gemq.allocate import Allocation, Problem
 from gemq.files import check_free_space
 from gemq.job import Job
+from gemq.knapsack import Floats
 from gemq.ladder import LayerLadder, build_layer, rung_weight
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
@@ -167,14 +168,19 @@ def make_problem(
     for i, _ in structure.moe_layers:
         counts.append(load_ladder(job, structure, ladder, i).counts.cpu().numpy())
         if scores is not None:
-            found = scores.load_tensors(layer_file(i))
-            cost = smooth_usage(found["costs"][kept].sum(0), found["tokens"][kept].sum(0), job.recipe.smoothing)
-            costs.append(cost.numpy())
+            costs.append(smoothed_costs(scores, i, job.recipe.smoothing, kept))
     return dataclasses.replace(
         problem,
         costs=np.concatenate(costs) if costs else problem.costs,
         counts=np.concatenate(counts).astype(np.int64),
     )
+
+
+def smoothed_costs(scores: Stage, layer: int, smoothing: float, kept: list[int] | None = None) -> Floats:
+    """A layer's costs [E, W] over the calibration sources ``kept`` (None: all), with usage smoothing."""
+    found = scores.load_tensors(layer_file(layer))
+    costs, tokens = (found[name] if kept is None else found[name][kept] for name in ("costs", "tokens"))
+    return smooth_usage(costs.sum(0), tokens.sum(0), smoothing).numpy()
 
 
 def shape_problem(structure: Structure, recipe: Recipe) -> Problem:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from gemq.curve import Curve
 from gemq.guard import describe
 from gemq.inspect import Contents
 from gemq.pipeline import Result
@@ -161,6 +163,21 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print(
             f"{len(plan.linears_not_quantized)} linears stay unquantized: {', '.join(plan.linears_not_quantized[:4])}"
         )
+
+
+def print_curve(console: Console, curve: Curve, written: list[Path]) -> None:
+    """After ``export --curve``: a row per budget. Costs are relative to uniform's at the smallest budget."""
+    unit = curve.points[0].uniform_cost or 1.0
+    table = Table(title=f"Budgets ({curve.method}; now {_size(curve.original_bytes)})", title_justify="left")
+    for column in ("bits", "stored bits", "experts", "checkpoint", "predicted cost", "uniform's"):
+        table.add_column(column, justify="right")
+    for p in curve.points:
+        sizes = (_size(p.expert_bytes), _size(p.stored_bytes))
+        costs = (f"{p.predicted_cost / unit:.3g}", f"{p.uniform_cost / unit:.3g}")
+        table.add_row(f"{p.bits:g}", f"{p.stored_bits:.3f}", *sizes, *costs)
+    console.print(table)
+    console.print("Predicted costs are shares of uniform's at the smallest budget; they rank budgets, not models.")
+    console.print(f"Written: {', '.join(map(str, written))}")
 
 
 def print_contents(console: Console, contents: Contents) -> None:
