@@ -1,23 +1,25 @@
 """The dry run: what a job would do to a model, from its configuration alone.
 
-Checkpoint sizes are exact but for rounding the budget. Memory, disk and time are estimates; times rest on a short
-measurement of this machine.
+Checkpoint sizes are exact but for rounding the budget. Memory and disk are estimates, and times rest on counted work
+(``workload``) and a second's measurement of this machine (``machine``); reading and writing files is not in them.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from gemq.data.selfgen import windows_at_once
+from gemq.machine import measure
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
+from gemq.workload import Workload
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
 
@@ -27,6 +29,7 @@ class Plan:
     """What ``quantize`` would need and give.
 
     sizes:   bytes of the checkpoint's tensors by nominal bits per expert weight
+    tokens:  of calibration, those that the effort adds included
     seconds: expected time of each stage on ``device``
     """
 
@@ -42,6 +45,7 @@ class Plan:
     budget: str
     window: int
     windows: int
+    tokens: int
     work_bytes: int
     memory_bytes: int
     device: str
@@ -61,13 +65,23 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     low, high = (nominal_bits(f(recipe.ladder_widths)) for f in (min, max))
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
     window = calibration_window(model.config, recipe.window)
-    tokens = max(recipe.windows * window, recipe.total_tokens)
     compute = pick_dtype(recipe.dtype, device)
-    hidden = model.config.get_text_config().hidden_size
-    # all weights, and every layer's input, which the reverse pass walks back through
-    memory = (
-        structure.total_parameters * compute.itemsize + (len(structure.layers) + 1) * tokens * hidden * compute.itemsize
+    config = model.config.get_text_config()
+    workload = Workload(
+        structure,
+        recipe,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        per_token=_experts_per_token(config),
+        window=window,
+        itemsize=compute.itemsize,
+        windows_at_once=windows_at_once(config, window),
     )
+    # all weights, and every layer's input, which the reverse pass walks back through
+    states = (len(structure.layers) + 1) * workload.tokens * workload.hidden * compute.itemsize
+    first = structure.moe_layers[0][1].experts
+    assert first is not None
+    rates = measure(device, compute, first.matrices[0].rows, first.matrices[0].columns)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,
@@ -81,12 +95,11 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         budget=recipe.budget_text,
         window=window,
         windows=recipe.windows,
-        work_bytes=ladder_bytes(structure, recipe) + max(sizes.values(), default=0),
-        memory_bytes=memory,
+        tokens=workload.tokens,
+        work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
+        memory_bytes=structure.total_parameters * compute.itemsize + states,
         device=str(device),
-        seconds=expected_seconds(
-            structure, recipe, tokens, recipe.windows * window, _experts_per_token(model.config), device, compute
-        ),
+        seconds={name: round(work.seconds(rates), 1) for name, work in workload.stages().items()},
     )
 
 
@@ -108,60 +121,7 @@ def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:
     return total(widths[-1])
 
 
-def expected_seconds(
-    structure: Structure,
-    recipe: Recipe,
-    tokens: int,
-    given: int,
-    per_token: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """Seconds a stage, from operations counted and this machine's measured rate of matrix products."""
-    rate = measured_rate(device, dtype)
-    dense = sum(x.rows * x.columns for layer in structure.layers for x in layer.linears)
-    active, moments = dense, sum(x.columns**2 for layer in structure.layers for x in layer.linears)
-    factors = 0.0
-    for _, layer in structure.moe_layers:
-        assert layer.experts is not None
-        active += per_token * layer.experts.weights_per_expert
-        moments += per_token * sum(m.columns**2 for m in layer.experts.matrices)
-        factors += layer.experts.count * sum(m.columns**3 + m.rows * m.columns**2 for m in layer.experts.matrices)
-    forward = 2.0 * active * tokens
-    head = 2.0 * structure.parameters["other"] * tokens  # what is not in a layer is embedding and head
-    widths = len(recipe.ladder_widths)
-    solve = 4.0 * factors * widths
-    step = 3 * forward  # forward and backward
-    written = 1.0 if "self" in recipe.calib else 1 - given / tokens
-    operations = {
-        "calibration windows": 8 * (forward + head) * max(written, 0.0),
-        "ladder": 2 * forward + 2.0 * moments * tokens + solve + recipe.ladder_epochs * widths * step,
-        "scores": forward * (4 + widths) + 3 * head,
-        "refine": 4 * forward + 2.0 * moments * tokens + solve / widths + recipe.layer_epochs * step,
-        "distil": recipe.distil_epochs * (step + 4 * head + forward),
-    }
-    # small steps (activations, copies, rounding) keep the products at about a third of their rate
-    return {name: round(3 * count / rate, 1) for name, count in operations.items()}
-
-
-def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a 1024 x 1024 matrix product, measured for a moment."""
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
-
-    def run(times: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(times):
-            a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    run(2)
-    return 5 * 2 * 1024**3 / run(5)
-
-
-def _experts_per_token(config: Any) -> int:
+def _experts_per_token(text: Any) -> int:
     """Experts that a token chooses. Families name it differently; most choose 2 to 8."""
-    text = config.get_text_config()
     names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
     return next((value for n in names if isinstance(value := getattr(text, n, None), int)), 4)

@@ -153,11 +153,18 @@ def print_plan(console: Console, plan: Plan) -> None:
     for bits, size in plan.sizes.items():
         sizes.add_row(bits, _size(size))
     console.print(sizes)
-    seconds = ", ".join(f"{name} {_duration(s)}" for name, s in plan.seconds.items())
+    stages = Table(title=f"Expected time on {plan.device}", title_justify="left")
+    stages.add_column("stage")
+    stages.add_column("time", justify="right")
+    for name, seconds in plan.seconds.items():
+        stages.add_row(name, _duration(seconds))
+    stages.add_section()
+    stages.add_row("all", _duration(sum(plan.seconds.values())), style="bold")
+    console.print(stages)
     console.print(
-        f"Job: budget {plan.budget}, {plan.windows} windows of {plan.window} tokens. Estimates on {plan.device}: about "
-        f"{_size(plan.memory_bytes)} of memory, {_size(plan.work_bytes)} of disk for the work directory, "
-        f"{_duration(sum(plan.seconds.values()))} ({seconds})."
+        f"Job: budget {plan.budget}, {plan.tokens:,} tokens of calibration in windows of {plan.window}. Estimates: "
+        f"about {_size(plan.memory_bytes)} of memory, {_size(plan.work_bytes)} of disk for the work directory. "
+        "Times rest on counted work and a second's measurement; files are not in them."
     )
     if plan.linears_not_quantized:
         console.print(
@@ -248,4 +255,6 @@ def _size(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -345,7 +345,7 @@ def test_plan_needs_no_weights_and_is_exact(finished: Finished, work, tmp_path):
     for key in ("original_bytes", "parameters", "quantized_share"):
         assert planned[key] == finished.figures[key]
     table = ok("plan", model, "--bits", "2.25").out
-    for words in ("2.25", "MB", "96 experts in 6 of 6 layers", "of memory", "% quantized"):
+    for words in ("2.25", "MB", "96 experts in 6 of 6 layers", "of memory", "% quantized", "ladder", "Expected time"):
         assert words in table
 
 

@@ -92,7 +92,7 @@ def generate_windows(
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
     """
-    batch = batch or _batch_size(model.config.get_text_config(), window)
+    batch = batch or windows_at_once(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
     opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     chat = opening is not None and 0 < len(opening.user) < window
@@ -316,8 +316,8 @@ def _chat_opening(tokenizer: Any) -> _ChatOpening:
     return _ChatOpening(encode(user), encode(answer))
 
 
-def _batch_size(config: Any, window: int) -> int:
-    """From the configuration alone, so that results do not depend on the machine."""
+def windows_at_once(config: Any, window: int) -> int:
+    """Windows written side by side. From the configuration alone, so that results do not depend on the machine."""
     bytes_per_window = config.num_hidden_layers * config.hidden_size * window * 2 * 4
     return max(1, min(512, 4_000_000_000 // bytes_per_window))
 
