@@ -8,7 +8,7 @@ Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,20 +37,32 @@ class Quantizer:
     shrink: float
 
     def every_width(
-        self, weight: Tensor, hessians: Tensor, widths: tuple[Width, ...], latents: Tensor | None = None
+        self,
+        weight: Tensor,
+        moments: Moments,
+        widths: tuple[Width, ...],
+        latents: Tensor | None = None,
+        shrink: float | None = None,
     ) -> tuple[Quantized, int]:
-        """Weights [E, R, C] with their inputs' Hessians [E, C, C] -> grids [W, E, ...], and Hessians retried.
+        """Weights [E, R, C] with their inputs' moments -> grids [W, E, ...], and how many Hessians were retried.
 
         latents: [W, E, R, C], filled with the codes before rounding
+        shrink:  in place of the recipe's
         """
         group = self.group(weight.shape[-1])
         if self.method == "rtn":
             return round_to_nearest(weight, widths, group), 0
-        factor = factorize(hessians, self.damping)
-        return gptq(weight, factor.upper, widths, group, latents), factor.retries
+        grids, retries = [], 0
+        shrink = self.shrink if shrink is None else shrink
+        for some in _chunks(weight, len(widths)):
+            factor = factorize(moments.hessians(shrink, some), self.damping)
+            of_some = None if latents is None else latents[:, some]
+            grids.append(gptq(weight[some], factor.upper, widths, group, of_some))
+            retries += factor.retries
+        return _joined(grids, 1), retries
 
     def own_width(
-        self, weight: Tensor, hessians: Tensor, widths: Sequence[Width], latents: Tensor | None = None
+        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None
     ) -> tuple[Quantized, int]:
         """As ``every_width``, with one width for each expert: grids [E, ...]."""
         group = self.group(weight.shape[-1])
@@ -59,12 +71,33 @@ class Quantizer:
             q = round_to_nearest(weight, distinct, group)
             pick = torch.tensor([distinct.index(w) for w in widths], device=weight.device)
             return Quantized(*(t[pick, torch.arange(len(widths), device=weight.device)] for t in q)), 0
-        factor = factorize(hessians, self.damping)
-        return gptq_mixed(weight, factor.upper, widths, group, latents), factor.retries
+        grids, retries = [], 0
+        for some in _chunks(weight, 1):
+            factor = factorize(moments.hessians(self.shrink, some), self.damping)
+            of_some = None if latents is None else latents[some]
+            grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
+            retries += factor.retries
+        return _joined(grids, 0), retries
 
     def group(self, columns: int) -> int:
         """Group size of a matrix with so many inputs."""
         return group_size_for(columns, self.group_size)
+
+
+CHUNK_BYTES = 4 << 30
+"""Memory for the Hessians, factors and errors of the experts that are quantized together."""
+
+
+def _chunks(weight: Tensor, widths: int) -> Iterator[slice]:
+    """Slices of the experts of weight [E, R, C] that are quantized together, at ``widths`` widths."""
+    experts, rows, columns = weight.shape
+    each = 4 * columns * (3 * columns + widths * rows)
+    count = max(1, min(experts, CHUNK_BYTES // each))
+    return (slice(start, min(start + count, experts)) for start in range(0, experts, count))
+
+
+def _joined(grids: list[Quantized], dim: int) -> Quantized:
+    return grids[0] if len(grids) == 1 else Quantized(*(torch.cat(parts, dim) for parts in zip(*grids, strict=True)))
 
 
 @dataclass
@@ -136,8 +169,7 @@ def build_layer(
         weight = expert_weight(module, matrix.name)
         if training is not None:
             latents.append(weight.new_empty(len(widths), *weight.shape, dtype=torch.float32))
-        hessians = moment.hessians(quantizer.shrink)
-        q, retries = quantizer.every_width(weight, hessians, widths, latents[-1] if latents else None)
+        q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None)
         grids.append(q)
         ladder.retries += retries
     if training is not None:
@@ -166,7 +198,10 @@ def quantize_linears(
             moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
         weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
         before = None if latents is None else weight.new_empty(weight.shape, dtype=torch.float32)
-        q, retries = quantizer.own_width(weight, moments.linears[linear.path].hessians(0.0), (bits,), before)
+        q, retries = quantizer.every_width(
+            weight, moments.linears[linear.path], (bits,), None if before is None else before.unsqueeze(0), shrink=0.0
+        )
+        q = Quantized(*(t[0] for t in q))
         if latents is not None and before is not None:
             latents[linear.path] = before
         ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))

@@ -110,7 +110,7 @@ def refine_layer(
         for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
             weight = expert_weight(module, matrix.name)
             before = None if targets is None else torch.empty(weight.shape, device=weight.device)
-            q, retries = quantizer.own_width(weight, moment.hessians(quantizer.shrink), widths, before)
+            q, retries = quantizer.own_width(weight, moment, widths, before)
             found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths), q, before))
             result.retries += retries
     refined = RefinedLayer({}, retries=result.retries)
