@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import DEVICE
+from test_gptq import ALL, DAMPING, objective, pick, problem
 
 from gemq.quant import hessian
 from gemq.quant.gptq import _column_loop, highest_codes
 from gemq.quant.gptq_kernel import quantize
 from gemq.quant.grid import dequantize
 from gemq.quant.hessian import factorize
-from test_gptq import ALL, DAMPING, objective, pick, problem
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 BLOCK = 128
 """Columns that ``factorize`` takes at once on a GPU."""
 
