@@ -20,11 +20,13 @@ from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import ExpertsCall, expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
+from gemq.quant.fused import latent_type
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
-from gemq.reconstruct import Training, train_rungs
+from gemq.reconstruct import Training
+from gemq.rungs import Batches, expert_chunks, train_rungs
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Quantizer:
         moments: Moments,
         widths: tuple[Width, ...],
         latents: Tensor | None = None,
+        first: int = 0,
         shrink: float | None = None,
     ) -> tuple[Quantized, int]:
         """Weights [E, R, C] with their inputs' moments -> grids [W, E, ...], and how many Hessians were retried.
 
         latents: [W, E, R, C], filled with the codes before rounding
+        first:   number of the first of these experts among those of ``moments``
         shrink:  in place of the recipe's
         """
         group = self.group(weight.shape[-1])
@@ -55,7 +59,8 @@ class Quantizer:
         grids, retries = [], 0
         shrink = self.shrink if shrink is None else shrink
         for some in _chunks(weight, len(widths)):
-            factor = factorize(moments.hessians(shrink, some), self.damping)
+            which = slice(some.start + first, some.stop + first)
+            factor = factorize(moments.hessians(shrink, which), self.damping)
             of_some = None if latents is None else latents[:, some]
             grids.append(gptq(weight[some], factor.upper, widths, group, of_some))
             retries += factor.retries
@@ -163,21 +168,32 @@ def build_layer(
     if layer.experts is None or moments.experts is None:
         return ladder, outputs
     module = replay.model.get_submodule(layer.experts.path)
-    grids: list[Quantized] = []
-    latents: list[Tensor] = []
-    for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-        weight = expert_weight(module, matrix.name)
-        if training is not None:
-            latents.append(weight.new_empty(len(widths), *weight.shape, dtype=torch.float32))
-        q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None)
-        grids.append(q)
-        ladder.retries += retries
-    if training is not None:
-        grids, ladder.untrained = train_rungs(module, layer.experts, calls, grids, latents, widths, training, index)
-    for matrix, q in zip(layer.experts.matrices, grids, strict=True):
-        group = quantizer.group(matrix.columns)
-        ladder.experts[matrix.name] = {
-            width: PackedMatrix.pack(Quantized(*(t[i] for t in q)), width, group) for i, width in enumerate(widths)
+    everything = slice(0, layer.experts.count)
+    batches = Batches(module, layer.experts, calls) if training is not None else None
+    chunks = expert_chunks(layer.experts, len(widths), replay.device) if training is not None else [everything]
+    packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
+    for some in chunks:
+        grids: list[Quantized] = []
+        latents: list[Tensor] = []
+        for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
+            weight = expert_weight(module, matrix.name)[some]
+            if training is not None:
+                dtype = latent_type(weight.device, weight.dtype)
+                latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
+            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, some.start)
+            grids.append(q)
+            ladder.retries += retries
+        if training is not None and batches is not None:
+            grids, untrained = train_rungs(batches, some, grids, latents, widths, training, index)
+            ladder.untrained += untrained
+        for matrix, q in zip(layer.experts.matrices, grids, strict=True):
+            group = quantizer.group(matrix.columns)
+            one = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
+            packed[matrix.name].append(one)
+    for name, parts in packed.items():
+        ladder.experts[name] = {
+            w: PackedMatrix(*(torch.cat(fields) for fields in zip(*(part[i] for part in parts), strict=True)))
+            for i, w in enumerate(widths)
         }
     ladder.counts = moments.experts[0].counts.cpu()
     return ladder, outputs
@@ -197,7 +213,8 @@ def quantize_linears(
         if linear.path not in moments.linears:  # a branch that no calibration token took
             moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
         weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
-        before = None if latents is None else weight.new_empty(weight.shape, dtype=torch.float32)
+        dtype = latent_type(weight.device, weight.dtype)
+        before = None if latents is None else weight.new_empty(weight.shape, dtype=dtype)
         q, retries = quantizer.every_width(
             weight, moments.linears[linear.path], (bits,), None if before is None else before.unsqueeze(0), shrink=0.0
         )

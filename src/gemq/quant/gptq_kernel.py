@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemq.quant.gptq import FP16_MAX, LLOYD_ROUNDS
 from gemq.quant.grid import Quantized
+from gemq.quant.step_kernel import encode
 
 ROWS_TIMES_COLUMNS = 2048
 """Weights that one program holds: 16 in each of 128 threads."""
@@ -41,7 +42,7 @@ def _group_kernel(
     codes,  # [W, E, R, C] uint8
     scales,  # [W, E, R, C / G] float16
     offsets,
-    latents,  # [W, E, R, C] of any type, or codes
+    latents,  # [W, E, R, C] float32, or int16 as in ``step_kernel``; any tensor if not wanted
     rows,
     columns,
     experts,
@@ -104,7 +105,10 @@ def _group_kernel(
     tl.store(codes + of_result[:, None] * columns + place, code.to(tl.uint8), mask=inside[:, None])
     if HAS_LATENTS:
         of_latents = width.to(tl.int64) * latent_stride + (expert.to(tl.int64) * rows + row[:, None]) * columns
-        tl.store(latents + of_latents + place, (values - offset) / step, mask=inside[:, None])
+        latent = (values - offset) / step
+        if latents.dtype.element_ty == tl.int16:
+            latent = encode(latent, high, 0.5)
+        tl.store(latents + of_latents + place, latent, mask=inside[:, None])
     group = of_result * (columns // G) + start // G
     tl.store(scales + group, stored_scale, mask=inside)
     tl.store(offsets + group, stored_offset, mask=inside)
