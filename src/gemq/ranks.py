@@ -97,10 +97,10 @@ class Ranks:
         """Replaces tensors, each the sum over a rank's shards, by the sum over all ranks'."""
         for tensor in tensors if self.count > 1 else ():
             if self.count == 2 or tensor.device.type != "cpu":  # a + b is b + a
-                self._run(lambda t=tensor: dist.all_reduce(t))
+                self._run(dist.all_reduce, tensor)
                 continue
             found = [torch.empty_like(tensor) for _ in range(self.count)]
-            self._run(lambda t=tensor, f=found: dist.all_gather(f, t))
+            self._run(dist.all_gather, found, tensor)
             tensor.copy_(added_in_pairs(found))
 
     def broadcast(self, tensor: Tensor | None, source: int) -> Tensor:
@@ -113,7 +113,7 @@ class Ranks:
             assert tensor is not None
             tensor = tensor.detach().contiguous()
             header[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
-        self._run(lambda: dist.broadcast(header, source))
+        self._run(dist.broadcast, header, source)
         kind, dimensions, *sizes = header.tolist()
         if self.rank != source:
             tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
@@ -170,12 +170,12 @@ class Ranks:
     def _broadcast(self, tensor: Tensor, source: int) -> None:
         if tensor.numel():
             flat = tensor.view(-1).view(torch.uint8)  # every backend takes bytes
-            self._run(lambda: dist.broadcast(flat, source))
+            self._run(dist.broadcast, flat, source)
 
     @staticmethod
-    def _run(call: Callable[[], object]) -> None:
+    def _run(call: Callable[..., object], *arguments: object) -> None:
         try:
-            call()
+            call(*arguments)
         except RuntimeError as error:  # the backend's, when the other end is gone
             end(str(error))
 
