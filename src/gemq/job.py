@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
-from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
 from gemq.files import replacing
@@ -28,38 +29,79 @@ from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
 from gemq.progress import Monitor, Tick
+from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.reconstruct import Training
+from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
 
 
-@dataclass
 class Writer:
-    """Lets the model write windows of ``window`` tokens.
+    """Writes windows of ``window`` tokens as a model would: the model itself, or a packed copy of it.
 
-    chat_failures: windows that went without the chat template, which could not be applied
+    notes: windows that went without the chat template, and those that a copy wrote
     """
 
-    replay: Replay
-    tokenizer: Any
-    window: int
-    tick: Tick
-    chat_failures: int = 0
+    def __init__(self, job: Job, replay: Replay, tick: Tick):
+        self.tokenizer = job.source.tokenizer()
+        self.notes = {"chat_template_failures": 0}
+        self._job, self._replay, self._tick = job, replay, tick
+        self._open = ExitStack()
+        self._model: Any = None
+        self._width: Width | None = None
+        config = replay.model.config.get_text_config()
+        self._batch = batch_size(config, job.window)
+        self._each = cache_bytes(config, job.window)
 
     def write(self, count: int, seed: int, openings: Openings) -> Tensor:
         """int64 [count, window], on the CPU."""
-        with self.replay.whole() as model:
-            made = generate_windows(
-                model,
-                self.tokenizer,
-                count=count,
-                window=self.window,
-                seed=seed,
-                openings=openings,
-                progress=self.tick,
-            )
-        self.chat_failures += made.chat_fallbacks
+        batch = min(self._batch, max(1, count))
+        if self._model is None:
+            self._model = self._open.enter_context(self._writing(batch * self._each))
+        if self._width is not None:  # as many side by side as there is room for beside the copy
+            held = copy_bytes(self._replay.structure, self._width, self._outside)
+            batch = min(batch, max(1, (self._replay.memory.on_device.limit - held) // self._each))
+            note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
+            self.notes[note] = self.notes.get(note, 0) + count
+        made = generate_windows(
+            self._model,
+            self.tokenizer,
+            count=count,
+            window=self._job.window,
+            seed=seed,
+            openings=openings,
+            batch=batch if self._width is not None else None,
+            progress=self._tick,
+        )
+        self.notes["chat_template_failures"] += made.chat_fallbacks
         return made.tokens
+
+    def close(self) -> None:
+        """Lets go of the model that wrote."""
+        self._model = None
+        self._open.close()
+
+    @property
+    def _outside(self) -> int:
+        return self._replay.residency.outside_bytes if self._replay.residency else 0
+
+    def _writing(self, caches: int) -> AbstractContextManager[Any]:
+        """The model that writes, with ``caches`` bytes of keys and values at a time."""
+        replay, memory = self._replay, self._replay.memory
+        self._width = self._job.recipe.self_width
+        if self._width is None and replay.residency is not None and not replay.residency.fits(caches):
+            beside = min(caches, FEWEST_ROWS * self._each)
+            self._width = widest_copy(replay.structure, self._outside, beside + self._outside, memory)
+        if self._width is None:
+            return replay.whole()
+        return packed_copy(replay, self._job.source, self._width, self._job.work.path / COPY)
+
+
+COPY = "copy-that-writes"
+"""Directory of the packed copy while it is there."""
+
+FEWEST_ROWS = 8
+"""Windows that a packed copy can at least write side by side: fewer would take hours."""
 
 
 @dataclass
@@ -141,9 +183,10 @@ class Job:
         path = stage.directory / "windows.safetensors"
         if not stage.has(path.name):
             with self.monitor.stage(title, steps) as tick:
-                writer = Writer(replay, self.source.tokenizer(), self.window, tick)
-                windows, notes = draw(writer)
-                stage.save_json("notes.json", {**notes, "chat_template_failures": writer.chat_failures})
+                writer = Writer(self, replay, tick)
+                with closing(writer):
+                    windows, notes = draw(writer)
+                stage.save_json("notes.json", {**notes, **writer.notes})
                 with replacing(path) as temporary:
                     windows.save(temporary)
         for note, count in stage.load_json("notes.json").items():
@@ -176,6 +219,7 @@ class Job:
             "window": self.window,
             "total_tokens": r.total_tokens,
             "seed": r.seed,
+            **({"self_width": r.self_width} if r.self_width is not None else {}),
         }
 
     def guard_inputs(self) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -151,6 +152,28 @@ class Memory:
         self._waiting[place] -= count
         if place is Place.HOST:
             self.host.give(pinned_bytes(count))
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Holds this process to the device's bound, PyTorch's own reserves included.
+
+        Raises UserError when a stage needs more than was counted on.
+        """
+        bounded = self.device.type == "cuda" and self.on_device.limit < UNLIMITED
+        if bounded:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), self.device)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{gigabytes(self.on_device.limit)} of memory did not do: give more with {self.flag}, or close what "
+                "else runs there, and go on with --resume"
+            ) from error
+        finally:
+            if bounded:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     @property
     def flag(self) -> str:

@@ -111,7 +111,7 @@ def quantize(
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
     fingerprint = source.fingerprint()
-    with WorkDir(work_path, resume=resume) as directory:
+    with memory.enforced(), WorkDir(work_path, resume=resume) as directory:
         _record_job(directory, source, recipe, fingerprint)
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=recipe.refine, guarded=True)
@@ -146,7 +146,8 @@ def export(
         if fingerprint != recorded:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
-        return _run(job, out, allocation, finish=finish, guarded=finish)
+        with memory.enforced():
+            return _run(job, out, allocation, finish=finish, guarded=finish)
 
 
 def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:

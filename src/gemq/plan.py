@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gemq.data.selfgen import windows_at_once
+from gemq.data.selfgen import batch_size
 from gemq.machine import measure
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
@@ -75,7 +75,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         per_token=_experts_per_token(config),
         window=window,
         itemsize=compute.itemsize,
-        windows_at_once=windows_at_once(config, window),
+        windows_at_once=batch_size(config, window),
     )
     # all weights, and every layer's input, which the reverse pass walks back through
     states = (len(structure.layers) + 1) * workload.tokens * workload.hidden * compute.itemsize

@@ -95,6 +95,9 @@ class Recipe:
     """Tokens per window; None is 2048, or the longest that the model takes."""
     total_tokens: int = FROM_EFFORT
     """Self-generated windows are added until calibration has this many tokens."""
+    self_width: float | None = None
+    """Let a packed copy with experts rounded to this width write the model's own windows. None: the model itself, or
+    where memory does not hold it, the widest copy that it holds."""
     seed: int = 0
 
     # Grids
@@ -172,6 +175,8 @@ class Recipe:
         for name in self.distil_sets:
             if name not in TUNABLE:
                 raise UserError(f"distil_sets cannot have {name!r}: choose from {', '.join(TUNABLE)}")
+        if self.self_width is not None:
+            object.__setattr__(self, "self_width", parse_width(self.self_width))
         if self.widths is not None:
             widths = tuple(sorted({parse_width(w) for w in self.widths}))
             if not widths:
@@ -238,6 +243,8 @@ class Recipe:
     @property
     def ladder_widths(self) -> tuple[Width, ...]:
         """The candidate widths, defaults filled in, in ascending order."""
+        if self.self_width is not None:
+            object.__setattr__(self, "self_width", parse_width(self.self_width))
         if self.widths is not None:
             return self.widths
         return (*DEFAULT_WIDTHS, 4) if self.size or (self.bits or self.stored_bits or 0) > 2.5 else DEFAULT_WIDTHS

@@ -23,6 +23,9 @@ from transformers.cache_utils import DynamicLayer
 
 from gemq.errors import UserError
 
+CACHE_BYTES = 8_000_000_000
+"""For keys and values of the windows that are written side by side."""
+
 FREE = -1
 """Marks a position whose token is sampled rather than given."""
 
@@ -88,11 +91,11 @@ def generate_windows(
     of the embedding and the pad token are never sampled.
 
     openings: how windows begin
-    batch:    windows written side by side; by default what about 4 GB of keys and values hold, 512 at most.
+    batch:    windows written side by side; by default what ``CACHE_BYTES`` of keys and values hold, 512 at most.
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
     """
-    batch = batch or windows_at_once(model.config.get_text_config(), window)
+    batch = batch or batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
     opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     chat = opening is not None and 0 < len(opening.user) < window
@@ -316,10 +319,20 @@ def _chat_opening(tokenizer: Any) -> _ChatOpening:
     return _ChatOpening(encode(user), encode(answer))
 
 
-def windows_at_once(config: Any, window: int) -> int:
-    """Windows written side by side. From the configuration alone, so that results do not depend on the machine."""
-    bytes_per_window = config.num_hidden_layers * config.hidden_size * window * 2 * 4
-    return max(1, min(512, 4_000_000_000 // bytes_per_window))
+def cache_bytes(config: Any, window: int) -> int:
+    """Bytes of one window's keys and values, at most: in float32, for as many heads as the configuration tells of."""
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    each = getattr(config, "head_dim", None)
+    if each is None and heads:
+        each = config.hidden_size // config.num_attention_heads
+    latent = isinstance(getattr(config, "kv_lora_rank", None), int)  # heads that are made from less, or more
+    width = heads * each if heads and each and not latent else config.hidden_size
+    return config.num_hidden_layers * width * window * 2 * 4
+
+
+def batch_size(config: Any, window: int) -> int:
+    """Windows written side by side: from the configuration alone, so that results do not depend on the machine."""
+    return max(1, min(512, CACHE_BYTES // cache_bytes(config, window)))
 
 
 def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:

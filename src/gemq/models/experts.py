@@ -273,5 +273,5 @@ def use_experts_forward(model: Any) -> None:
 
 def use_fast_experts(model: Any) -> None:
     """For generation in full precision: on a GPU Transformers' ``grouped_mm``, which a CUDA graph can hold."""
-    if model.device.type == "cuda":
+    if next(model.parameters()).is_cuda:
         model.set_experts_implementation("grouped_mm")

@@ -148,6 +148,17 @@ class Residency:
             self.restore(index)
             self._place(index, self._empty[index])
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Lets go of every layer, and of the room that two of them always have, for another model to run in it."""
+        self._forget()
+        self.memory.on_device.give(self._two)
+        try:
+            yield
+        finally:
+            room = self.memory.room(self._two)
+            assert room, "what ran in between is gone"
+
     def covered(self, index: int, names: Collection[str]) -> bool:
         """Whether ``names`` hold all that the files have of a layer, so that it runs without being read."""
         return self._places[index].keys() <= set(names)

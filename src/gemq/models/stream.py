@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gemq.errors import UserError
-from gemq.memory import Memory, gigabytes
-from gemq.models.experts import check_arithmetic, watch_experts
+from gemq.memory import Memory
+from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.structure import Structure
 
@@ -102,17 +102,16 @@ class Replay:
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """The model with all of its layers, to be run as it is. Raises UserError where memory does not hold it."""
+        """The model with all of its layers, to be run as it is. Ask ``Residency.fits`` before."""
         if self.residency is None:
             yield self.model
             return
-        if not self.residency.fits():
-            raise UserError(
-                f"{gigabytes(self.memory.on_device.limit)} do not hold the whole model, which is to write windows "
-                f"itself: give more with {self.memory.flag}, or --effort low with --calib FILE"
-            )
         with self.residency.all():
-            yield self.model
+            use_fast_experts(self.model)
+            try:
+                yield self.model
+            finally:
+                use_experts_forward(self.model)
 
     def rest(self, index: int, without: Collection[str]) -> dict[str, Tensor]:
         """A layer's parameters and buffers by name inside the model, on the device, but for those named."""
