@@ -64,11 +64,26 @@ def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
     return outside + sum(sorted(layers)[-2:])
 
 
+def staging_bytes(model: Any, structure: Structure) -> int:
+    """Host memory for reading one layer: as it is read, as it is fused, and pinned."""
+    state = model.state_dict()
+    sizes = [
+        sum(t.numel() * t.element_size() for n, t in state.items() if n.startswith(f"{layer.path}."))
+        for layer in structure.layers
+    ]
+    return 3 * max(sizes)
+
+
 def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype) -> None:
     """Raises UserError, saying what would do, when the least that a job must have on its device is above its bound.
 
     model: may be on the meta device
     """
+    if memory.device.type == "cuda" and (staging := staging_bytes(model, structure)) > memory.host.limit:
+        raise UserError(
+            f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU: give "
+            f"at least --host-memory {gigabytes(staging)}"
+        )
     held = held_bytes(model, structure, dtype)
     working = working_bytes(structure, recipe, model.config.get_text_config().vocab_size, dtype)
     if held + working > memory.on_device.limit:

@@ -21,7 +21,7 @@ from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cac
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
 from gemq.files import replacing
-from gemq.footprint import working_bytes
+from gemq.footprint import staging_bytes, working_bytes
 from gemq.ladder import Quantizer
 from gemq.memory import Memory
 from gemq.models.residency import Residency
@@ -128,6 +128,8 @@ class Job:
             structure = find_structure(model)
             residency = Residency(model, structure, reader, self.memory, dtype)
             vocabulary = model.config.get_text_config().vocab_size
+            if self.device.type == "cuda":
+                self.memory.host.take(staging_bytes(model, structure))
             room = self.memory.room(working_bytes(structure, self.recipe, vocabulary, dtype))  # to compute with
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency)
