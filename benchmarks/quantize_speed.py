@@ -252,7 +252,7 @@ class Bench:
         self.row("ladder", seconds, operations, moved, note=f"rest {rest:.2f} s")
 
     def layers(self) -> None:
-        exact: list[Tensor] = []
+        exact = Batches(self.replay.memory)
         with torch.no_grad():
             for hidden, calls in zip(self.activations.hidden, self.activations.calls, strict=True):
                 exact.append(self.replay.run(0, hidden, calls[0]))

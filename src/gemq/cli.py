@@ -11,6 +11,7 @@ import typer
 
 from gemq.errors import UserError
 from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
+from gemq.processes import before_failing, is_first
 from gemq.recipe import Recipe, parse_size
 
 # from typer: some of its versions use the package click, others carry their own copy
@@ -140,7 +141,9 @@ def quantize(
     """Quantizes a model into a packed checkpoint."""
     chosen = _recipe(recipe, _given(locals(), Recipe))
     check_json(json_file)
+    quiet = quiet or not is_first()
     from gemq.pipeline import quantize as run_quantize
+    from gemq.ranks import leave_ranks
     from gemq.summary import print_result
 
     try:
@@ -165,7 +168,8 @@ def quantize(
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
-    if not print_json(json_file, result.to_dict()) and not quiet:
+    leave_ranks()
+    if is_first() and not print_json(json_file, result.to_dict()) and not quiet:
         print_result(make_console(), result)
 
 
@@ -410,6 +414,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
+    before_failing()
     print(f"gemq: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

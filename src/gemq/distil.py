@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.calibrate import Activations
+from gemq.batches import Batches
+from gemq.calibrate import Activations, shared
 from gemq.checkpoint.packing import PackedMatrix, unpack_codes
 from gemq.memory import Waiting
+from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
-from gemq.models.structure import Layer, Matrix, is_norm
+from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
@@ -62,12 +64,22 @@ class Distilled:
 
 
 class PackedExperts:
-    """One matrix of a layer's experts, packed, with trainable scales and offsets."""
+    """One matrix of a layer's experts, packed, with trainable scales and offsets: of this rank's experts."""
 
-    def __init__(self, refined: RefinedLayer, path: str, matrix: Matrix, widths: Sequence[Width], group_size: int):
-        self.matrix, self.widths = matrix, widths
+    def __init__(
+        self,
+        refined: RefinedLayer,
+        experts: Experts,
+        own: slice,
+        matrix: Matrix,
+        all_widths: Sequence[Width],
+        group_size: int,
+    ):
+        self.matrix, self.widths = matrix, all_widths[own]
+        widths = self.widths
         self.group = group_size_for(matrix.columns, group_size)
-        self.names = [f"{path}.{e}.{matrix.name}" for e in range(len(widths))]
+        self.all_names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
+        self.names = self.all_names[own]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
         self.members: dict[Width, list[int]] = defaultdict(list)
         for e, width in enumerate(widths):
@@ -93,14 +105,14 @@ class PackedExperts:
         grids = self.grids
         return [*self.packed.values(), grids.base_scale, grids.base_offset, grids.highest, *grids.grids()]
 
-    def result(self) -> dict[str, Tensor]:
-        """Scales and offsets by their checkpoint names, on the CPU."""
+    def result(self, join: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Scales and offsets of all experts by their checkpoint names, on the CPU. ``join``: from all ranks' own."""
         q = self.grids.result()
-        return {
-            f"{name}.{part}": getattr(q, part)[e].to("cpu", copy=True)
-            for e, name in enumerate(self.names)
-            for part in ("scales", "offsets")
-        }
+        found = {}
+        for part in ("scales", "offsets"):
+            whole = join(getattr(q, part))
+            found.update({f"{name}.{part}": whole[e].to("cpu", copy=True) for e, name in enumerate(self.all_names)})
+        return found
 
 
 def distil(
@@ -109,7 +121,7 @@ def distil(
     widths: Sequence[Sequence[Width]],
     dense_bits: int,
     activations: Activations,
-    teacher: Sequence[Tensor],
+    teacher: Batches,
     distillation: Distillation,
     stored: dict[str, torch.dtype],
     group_size: int,
@@ -124,6 +136,7 @@ def distil(
     stored:      the type in which each parameter is kept: routers and norms are trained as they will be
     tick:        called with (steps done, all steps)
     """
+    activations, teacher = activations.whole(replay), shared(replay, teacher, activations.total)
     training = distillation.training
     student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size)
     train, held_out = training.split(len(activations.ids))
@@ -143,7 +156,7 @@ def distil(
         for batch in held_out:
             hidden = student.inputs(activations, batch)[-1]
             total += loss(batch, student.logits(activations.ids[batch], hidden)).item()
-        return total / len(held_out)
+        return replay.ranks.agree(lambda: total / len(held_out))
 
     best = Distilled(before=held_out_loss())
     best.after = best.before
@@ -258,7 +271,9 @@ class _Tuned:
         return {n: rounded_to(p, self.stored[n]).to(model.get_parameter(n).dtype) for n, p in self.parameters.items()}
 
     def result(self) -> dict[str, Tensor]:
-        return {n: rounded_to(p.detach(), self.stored[n]).to("cpu", copy=True) for n, p in self.parameters.items()}
+        ranks = self.replay.ranks
+        found = {n: rounded_to(p.detach(), self.stored[n]) for n, p in self.parameters.items()}
+        return {n: ranks.broadcast(t, 0).to("cpu", copy=True) for n, t in found.items()}
 
 
 class _PackedLayer:
@@ -278,7 +293,10 @@ class _PackedLayer:
         self.replay, self.index = replay, index
         self.layer = layer = replay.structure.layers[index]
         self.experts = (
-            [PackedExperts(refined, layer.experts.path, m, widths, group_size) for m in layer.experts.matrices]
+            [
+                PackedExperts(refined, layer.experts, self._own(layer.experts), m, widths, group_size)
+                for m in layer.experts.matrices
+            ]
             if layer.experts
             else []
         )
@@ -321,12 +339,20 @@ class _PackedLayer:
         if self.layer.experts is not None:
             weights = [m.weight() for m in self.experts]
             overrides.update(expert_overrides(model, self.layer.experts, weights))
-        return self.replay.run(self.index, hidden, call, overrides)
+        with split_experts(model, self.layer.experts, self.replay.ranks):
+            return self.replay.run(self.index, hidden, call, overrides)
+
+    def _own(self, experts: Experts) -> slice:
+        return own_experts(self.replay.model, experts, self.replay.ranks)
+
+    def _join(self, own: Tensor) -> Tensor:
+        assert self.layer.experts is not None
+        return join_experts(self.replay.model, self.layer.experts, self.replay.ranks, own)
 
     def tensors(self) -> dict[str, Tensor]:
         """Experts' scales and offsets, if they are trained."""
         self.waiting.come()
-        found = {name: t for m in self.experts for name, t in m.result().items()} if self.with_grids else {}
+        found = {name: t for m in self.experts for name, t in m.result(self._join).items()} if self.with_grids else {}
         self.waiting.leave()
         return found
 

@@ -20,7 +20,6 @@ from gemq.calibrate import Activations
 from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
-from gemq.files import replacing
 from gemq.footprint import staging_bytes, working_bytes
 from gemq.ladder import Quantizer
 from gemq.memory import Memory
@@ -60,7 +59,8 @@ class Writer:
             self._model = self._open.enter_context(self._writing(batch * self._each))
         if self._width is not None:  # as many side by side as there is room for beside the copy
             held = copy_bytes(self._replay.structure, self._width, self._outside)
-            batch = min(batch, max(1, (self._replay.memory.on_device.limit - held) // self._each))
+            room = max(1, (self._replay.memory.on_device.limit - held) // self._each)
+            batch = self._replay.ranks.agree(lambda: min(batch, room))
             note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
             self.notes[note] = self.notes.get(note, 0) + count
         made = generate_windows(
@@ -72,6 +72,7 @@ class Writer:
             openings=openings,
             batch=batch if self._width is not None else None,
             progress=self._tick,
+            ranks=self._replay.ranks,
         )
         self.notes["chat_template_failures"] += made.chat_fallbacks
         return made.tokens
@@ -88,17 +89,23 @@ class Writer:
     def _writing(self, caches: int) -> AbstractContextManager[Any]:
         """The model that writes, with ``caches`` bytes of keys and values at a time."""
         replay, memory = self._replay, self._replay.memory
-        self._width = self._job.recipe.self_width
-        if self._width is None and replay.residency is not None and not replay.residency.fits(caches):
+
+        def width() -> Width | None:
+            given = self._job.recipe.self_width
+            if given is not None or replay.residency is None or replay.residency.fits(caches):
+                return given
             beside = min(caches, FEWEST_ROWS * self._each)
-            self._width = widest_copy(replay.structure, self._outside, beside + self._outside, memory)
+            return widest_copy(replay.structure, self._outside, beside + self._outside, memory)
+
+        self._width = replay.ranks.agree(width)
         if self._width is None:
             return replay.whole()
-        return packed_copy(replay, self._job.source, self._width, self._job.work.path / COPY)
+        directory = self._job.work.path / f"{COPY}-{replay.ranks.rank}"
+        return packed_copy(replay, self._job.source, self._width, directory)
 
 
 COPY = "copy-that-writes"
-"""Directory of the packed copy while it is there."""
+"""Directory of the packed copy while it is there; each rank has its own."""
 
 FEWEST_ROWS = 8
 """Windows that a packed copy can at least write side by side: fewer would take hours."""
@@ -132,7 +139,7 @@ class Job:
                 self.memory.host.take(staging_bytes(model, structure))
             room = self.memory.room(working_bytes(structure, self.recipe, vocabulary, dtype))  # to compute with
             assert room, "bounds are checked before"
-            replay = Replay(model, structure, residency)
+            replay = Replay(model, structure, residency, self.work.ranks)
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
             tick()
         return replay, {name: reader.types[name] for name, _ in model.named_parameters()}
@@ -189,8 +196,7 @@ class Job:
                 with closing(writer):
                     windows, notes = draw(writer)
                 stage.save_json("notes.json", {**notes, **writer.notes})
-                with replacing(path) as temporary:
-                    windows.save(temporary)
+                stage.save_bytes(path.name, windows.to_bytes())
         for note, count in stage.load_json("notes.json").items():
             self.fallbacks[note] = self.fallbacks.get(note, 0) + count
         return Windows.load(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class Quantizer:
         return _joined(grids, 1), retries
 
     def own_width(
-        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None
+        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None, first: int = 0
     ) -> tuple[Quantized, int]:
         """As ``every_width``, with one width for each expert: grids [E, ...]."""
         group = self.group(weight.shape[-1])
@@ -79,7 +78,8 @@ class Quantizer:
             return Quantized(*(t[pick, torch.arange(len(widths), device=weight.device)] for t in q)), 0
         grids, retries = [], 0
         for some in _chunks(weight, 1):
-            factor = factorize(moments.hessians(self.shrink, some), self.damping)
+            which = slice(some.start + first, some.stop + first)
+            factor = factorize(moments.hessians(self.shrink, which), self.damping)
             of_some = None if latents is None else latents[some]
             grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
             retries += factor.retries
@@ -165,13 +165,16 @@ def build_layer(
     kept = calls if training is not None and layer.experts is not None else None
     moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
     ladder = LayerLadder()
-    quantize_linears(replay.model, linears, moments, quantizer, dense_bits, ladder)
+    quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder)
     if layer.experts is None or moments.experts is None:
         return ladder, outputs
     module = replay.model.get_submodule(layer.experts.path)
-    everything = slice(0, layer.experts.count)
-    batches = ExpertInputs(module, layer.experts, calls) if training is not None else None
-    chunks = expert_chunks(layer.experts, len(widths), replay.device) if training is not None else [everything]
+    ranks, count = replay.ranks, layer.experts.count
+    own = ranks.part(count)
+    every = calls.whole(replay, activations.total) if training is not None else calls
+    batches = ExpertInputs(module, layer.experts, every) if training is not None else None
+    chunks = expert_chunks(layer.experts, own, len(widths), replay.device) if training is not None else [own]
+    of_experts = 0
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
     for some in chunks:
         grids: list[Quantized] = []
@@ -183,7 +186,7 @@ def build_layer(
                 latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
             q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, some.start)
             grids.append(q)
-            ladder.retries += retries
+            of_experts += retries
         if training is not None and batches is not None:
             grids, untrained = train_rungs(batches, some, grids, latents, widths, training, index)
             ladder.untrained += untrained
@@ -193,15 +196,19 @@ def build_layer(
             packed[matrix.name].append(one)
     for name, parts in packed.items():
         ladder.experts[name] = {
-            w: PackedMatrix(*(torch.cat(fields) for fields in zip(*(part[i] for part in parts), strict=True)))
+            w: PackedMatrix(
+                *(ranks.join(torch.cat(fields), count) for fields in zip(*(part[i] for part in parts), strict=True))
+            )
             for i, w in enumerate(widths)
         }
+    ladder.retries += ranks.count_up(of_experts)
+    ladder.untrained = ranks.count_up(ladder.untrained)
     ladder.counts = moments.experts[0].counts.cpu()
     return ladder, outputs
 
 
 def quantize_linears(
-    model: Any,
+    replay: Replay,
     linears: Sequence[Linear],
     moments: LayerMoments,
     quantizer: Quantizer,
@@ -209,10 +216,17 @@ def quantize_linears(
     ladder: LayerLadder,
     latents: dict[str, Tensor] | None = None,
 ) -> None:
-    """Quantizes dense linears into ``ladder``. ``latents`` receives each one's codes before rounding, [1, R, C]."""
-    for linear in linears:
+    """Quantizes dense linears into ``ladder``, the ranks taking turns.
+
+    ``latents`` receives each one's codes before rounding, [1, R, C].
+    """
+    model, ranks = replay.model, replay.ranks
+    retried = 0
+    for number, linear in enumerate(linears):
+        if number % ranks.count != ranks.rank:
+            continue
         if linear.path not in moments.linears:  # a branch that no calibration token took
-            moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
+            moments.linears[linear.path] = Moments(1, linear.columns, replay.device)
         weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
         dtype = latent_type(weight.device, weight.dtype)
         before = None if latents is None else weight.new_empty(weight.shape, dtype=dtype)
@@ -223,7 +237,14 @@ def quantize_linears(
         if latents is not None and before is not None:
             latents[linear.path] = before
         ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))
-        ladder.retries += retries
+        retried += retries
+    ladder.retries += ranks.count_up(retried)
+    for number, linear in enumerate(linears):
+        owner = number % ranks.count
+        own = ladder.linears.get(linear.path) or [None] * len(PackedMatrix._fields)
+        ladder.linears[linear.path] = PackedMatrix(*(ranks.broadcast(part, owner) for part in own))
+        if latents is not None:
+            latents[linear.path] = ranks.broadcast(latents.get(linear.path), owner)
 
 
 def rung_weight(ladder: LayerLadder, name: str, width: Width, columns: int, group_size: int) -> Tensor:

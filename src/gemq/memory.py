@@ -99,16 +99,22 @@ class Memory:
 
     @classmethod
     def bounded(
-        cls, device: torch.device, gpu_bytes: int | None, host_bytes: int | None, directory: Path | None
+        cls,
+        device: torch.device,
+        gpu_bytes: int | None,
+        host_bytes: int | None,
+        directory: Path | None,
+        processes: int = 1,
     ) -> Memory:
         """Bounds as asked for; without them, nine tenths of what is free now.
 
+        processes: of the job on this machine, which share its host memory
         Raises UserError for bounds that the machine does not have.
         """
         free = free_host_bytes()
         if host_bytes is not None and host_bytes > (total := total_host_bytes()):
             raise UserError(f"--host-memory {gigabytes(host_bytes)} is more than this machine's {gigabytes(total)}")
-        host = Bound(int(DEFAULT_SHARE * free) if host_bytes is None else host_bytes)
+        host = Bound((int(DEFAULT_SHARE * free) if host_bytes is None else host_bytes) // processes)
         if device.type != "cuda":
             if gpu_bytes is not None:
                 raise UserError(f"--gpu-memory bounds a GPU and the job runs on {device}: give --host-memory")
@@ -187,7 +193,7 @@ class Memory:
         """
         assert self.directory is not None
         self._files += 1
-        path = self.directory / f".waiting-{self._files}"
+        path = self.directory / f".waiting-{os.getpid()}-{self._files}"
         count = max(1, math.prod(shape))
         with disk_errors(path), path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is told now, not by a signal

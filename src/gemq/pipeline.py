@@ -25,12 +25,13 @@ from gemq.finish import run_finish
 from gemq.guard import run_guard
 from gemq.job import Job, source_digest
 from gemq.memory import Memory
-from gemq.models.source import Source, pick_device
+from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
 from gemq.preflight import check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
+from gemq.ranks import start_ranks
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
@@ -105,14 +106,19 @@ def quantize(
     out = Path(out)
     work_path = Path(work) if work is not None else out.with_name(out.name + ".work")
     allocation = None if allocation is None else Path(allocation)
-    WorkDir.check(work_path, resume=resume)
-    check_output(out, resume=resume)
-    memory = Memory.bounded(pick_device(device), gpu_memory, host_memory, work_path)
+    ranks = start_ranks(device)
+
+    def check() -> None:
+        WorkDir.check(work_path, resume=resume)
+        check_output(out, resume=resume)
+
+    ranks.agree(check)
+    memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.here)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
-    fingerprint = source.fingerprint()
-    with memory.enforced(), WorkDir(work_path, resume=resume) as directory:
-        _record_job(directory, source, recipe, fingerprint)
+    fingerprint = ranks.agree(source.fingerprint)
+    with memory.enforced(), WorkDir(work_path, resume=resume, ranks=ranks) as directory:
+        ranks.agree(lambda: _record_job(directory, source, recipe, fingerprint))
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=recipe.refine, guarded=True)
 
@@ -137,12 +143,13 @@ def export(
     """
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)
-    check_output(out, resume=False)
-    with WorkDir.existing(Path(work)) as directory:
+    ranks = start_ranks(device)
+    ranks.agree(lambda: check_output(out, resume=False))
+    with WorkDir.existing(Path(work), ranks) as directory:
         source, recipe, recorded = recorded_job(directory, changes)
-        memory = Memory.bounded(pick_device(device), gpu_memory, host_memory, directory.path)
+        memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.here)
         check_job(source, recipe, out, directory.path, allocation, memory, new=False)
-        fingerprint = source.fingerprint()
+        fingerprint = ranks.agree(source.fingerprint)
         if fingerprint != recorded:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
@@ -172,7 +179,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     if not guard["skipped"]:
         leave_out = lambda name: make_problem(job, structure, ladder, scores, leave_out=name)
         chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen, leave_out)
-    write_text(job.work.path / "allocation.json", chosen.to_json())
+    ranks = job.work.ranks
+    ranks.agree(lambda: write_text(job.work.path / "allocation.json", chosen.to_json()))
     result = Result(
         out=out,
         work=job.work.path,
@@ -193,14 +201,14 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         guard=guard,
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
-    if not _is_complete(out, packed_format):
-        check_free_space(out, result.stored_bytes)
+    if not ranks.agree(lambda: _is_complete(out, packed_format)):
+        ranks.agree(lambda: check_free_space(out, result.stored_bytes))
         layers, tuned = assembled(job, structure, ladder, chosen), {}
         if finish:
             finished = run_finish(job, replay, stored, chosen)
             layers, tuned, result.gains = finished.layers(), finished.tuned, finished.gains
         with job.monitor.stage("save", len(structure.layers)) as tick:
-            _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result)
+            ranks.agree(lambda: _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result))
     else:
         result.complete_before = True
     result.waited = {place.value: count for place, count in job.memory.spilled.items()}

@@ -50,11 +50,13 @@ class Ranks:
 
     rank, count: which of how many
     device:      where this rank computes
+    here:        how many of them are on this machine
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    here: int = 1
 
     @property
     def first(self) -> bool:
@@ -72,6 +74,11 @@ class Ranks:
         each = count // self.count
         numbers = range(self.rank * each, (self.rank + 1) * each)
         return [range(total * i // count, total * (i + 1) // count) for i in numbers]
+
+    def shard_ends(self, total: int) -> list[int]:
+        """After how many of this rank's micro-batches each of its shards but the last ends."""
+        shards = self.shards(total)
+        return [shard.stop - shards[0].start for shard in shards[:-1]]
 
     def own(self, total: int) -> range:
         """This rank's micro-batches of ``total``."""
@@ -103,6 +110,17 @@ class Ranks:
             self._run(dist.all_gather, found, tensor)
             tensor.copy_(added_in_pairs(found))
 
+    def count_up(self, number: int) -> int:
+        """The sum of what every rank counted."""
+        total = torch.tensor([number], device=self.device)
+        self.add_up(total)
+        return int(total)
+
+    def most(self, tensor: Tensor) -> None:
+        """Replaces whole numbers by the largest that any rank has."""
+        if self.count > 1:
+            self._run(dist.all_reduce, tensor, dist.ReduceOp.MAX)
+
     def broadcast(self, tensor: Tensor | None, source: int) -> Tensor:
         """The tensor that rank ``source`` gives, on every rank's device; the others give None."""
         if self.count == 1:
@@ -111,7 +129,7 @@ class Ranks:
         header = torch.zeros(_HEADER, dtype=torch.int64)
         if self.rank == source:
             assert tensor is not None
-            tensor = tensor.detach().contiguous()
+            tensor = tensor.detach().to(self.device).contiguous()
             header[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
         self._run(dist.broadcast, header, source)
         kind, dimensions, *sizes = header.tolist()
@@ -228,8 +246,9 @@ def start_ranks(device: str) -> Ranks:
     if count == 1:
         return Ranks(device=picked)
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if picked.type == "cuda":
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         if gpus < here:
             raise UserError(f"{here} processes and {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
         picked = torch.device("cuda", local)
@@ -238,7 +257,7 @@ def start_ranks(device: str) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
-    return Ranks(rank, count, picked)
+    return Ranks(rank, count, picked, here)
 
 
 def leave_ranks() -> None:

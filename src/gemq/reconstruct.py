@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
+from gemq.models.split import split_experts
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Layer, is_norm
 from gemq.quant.fused import FusedMatrices, Rates, trainable
@@ -145,18 +146,20 @@ def train_layer(
     """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
     ``stored`` says in which type routers and norms are kept, so that they are trained as they will be. A layer that
-    did not get better keeps GPTQ's codes.
+    did not get better keeps GPTQ's codes. ``activations`` and ``targets`` are those of all ranks; ``parameters`` of
+    experts are of this rank's (see ``models.split``), and so is what is given back of them.
     """
-    inputs, model = activations.hidden, replay.model
+    inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
     matrices = [_trainable(model, x) for x in parameters]
-    names = tunable_names(replay, replay.structure.layers[index])
+    names = tunable_names(replay, layer)
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
     train, held_out = training.split(len(inputs))
 
     def run(batch: int, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
         overrides = {name: rounded_to(p, stored[name]).to(model.get_parameter(name)) for name, p in tuned.items()}
         overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
-        return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
+        with split_experts(model, layer.experts, replay.ranks):
+            return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
 
     @torch.no_grad()
     def error(grids: Sequence[Quantized], tuned: dict[str, Tensor]) -> float:
@@ -178,8 +181,9 @@ def train_layer(
         for m in matrices:
             m.keep_in_range()
     grids = [m.result() for m in matrices]
-    tuned = {name: rounded_to(p.detach(), stored[name]) for name, p in tuned.items()}
+    tuned = {name: replay.ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
+    before, after = replay.ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
     if after < before:
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)

@@ -32,13 +32,14 @@ BYTES_PER_WEIGHT = 16
 """Code, latent, moments, weight in use and gradient, at most; 11 in bfloat16 jobs."""
 
 
-def expert_chunks(experts: Experts, widths: int, device: torch.device) -> Iterator[slice]:
-    """Slices of a layer's experts that are trained together at ``widths`` widths. On a CPU: all of them."""
+def expert_chunks(experts: Experts, own: slice, widths: int, device: torch.device) -> Iterator[slice]:
+    """Slices of this rank's ``own`` experts that are trained together at ``widths`` widths. On a CPU: all of them."""
     each = experts.weights_per_expert * widths * BYTES_PER_WEIGHT
-    most = experts.count if device.type == "cpu" else max(1, min(experts.count, TRAIN_BYTES // each))
-    chunks = -(-experts.count // most)
-    size = -(-experts.count // chunks)
-    return (slice(start, min(start + size, experts.count)) for start in range(0, experts.count, size))
+    count = own.stop - own.start
+    most = count if device.type == "cpu" else max(1, min(count, TRAIN_BYTES // each))
+    chunks = -(-count // most)
+    size = -(-count // chunks)
+    return (slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size))
 
 
 class ExpertInputs:

@@ -13,9 +13,10 @@ N calibration sources.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +35,7 @@ from gemq.models.experts import (
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts
 from gemq.quant.widths import Width
+from gemq.ranks import Ranks, ShardedSum
 
 ExpertWeights = tuple[Tensor, Tensor]
 """All experts' two matrices [E, rows, columns]."""
@@ -43,12 +45,27 @@ ExpertWeights = tuple[Tensor, Tensor]
 class LayerScores:
     """Scores of one layer, kept apart by calibration source.
 
-    costs:  [N, E, W] float64
+    costs:  [N, E, W] float64; what they are of all micro-batches, ``finish`` says
     tokens: [N, E] int64, routed pairs
     """
 
     costs: Tensor
     tokens: Tensor
+    shards: ShardedSum = field(default_factory=ShardedSum)
+    closed: int = 0
+
+    def close(self, shards: int) -> None:
+        """Ends this rank's shards up to number ``shards``, counted from 1: the next costs are added up apart."""
+        for _ in range(shards - self.closed):
+            self.shards.add([self.costs])
+            self.costs = torch.zeros_like(self.costs)
+        self.closed = shards
+
+    def finish(self, ranks: Ranks) -> None:
+        """Adds up all shards of all ranks."""
+        self.shards.add([self.costs])
+        (self.costs,) = self.shards.total()
+        ranks.add_up(self.costs, self.tokens)
 
 
 def loss_gradients(
@@ -59,9 +76,12 @@ def loss_gradients(
     ``labels`` is ``data`` (the windows' own next tokens) or ``sampled`` (drawn from the model's own prediction, which
     makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
     """
-    generator = torch.Generator(replay.device).manual_seed(seed)
     gradients = Batches(replay.memory)
-    for ids, hidden in zip(activations.ids, activations.hidden, strict=True):
+    first = replay.ranks.own(activations.total).start
+    for number, (ids, hidden) in enumerate(zip(activations.ids, activations.hidden, strict=True), start=first):
+        # a micro-batch's labels do not depend on which rank draws them, nor on those drawn before
+        mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        generator = torch.Generator(replay.device).manual_seed(mixed)
         leaf = hidden.detach().requires_grad_()
         logits = replay.logits(ids, leaf, overrides).float()
         if labels == "sampled":

@@ -109,6 +109,7 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
         return stage
     count = len(structure.layers)
     activations = job.start_activations(replay)
+    ends = replay.ranks.shard_ends(activations.total)
     each = sum(h.numel() * h.element_size() for h in activations.hidden)
     segment = segment_length(count, each, replay.memory.quick_bytes)
     passes = reverse_order(count, segment)
@@ -138,10 +139,13 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
                 rungs = [_rung(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
             for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):
                 if scores is not None and call is not None and gradient is not None and experts is not None:
+                    scores.close(sum(end <= batch for end in ends))
                     routed, costs = pair_costs(module, experts, call, gradient, rungs, recipe.score_form)
                     source = activations.source[batch].repeat_interleave(activations.ids[batch].shape[1])
                     add_costs(scores, routed, costs, source)
             if scores is not None:
+                scores.close(len(ends))
+                scores.finish(replay.ranks)
                 stage.save_tensors(layer_file(i), {"costs": scores.costs, "tokens": scores.tokens})
             rungs = []
             tick()

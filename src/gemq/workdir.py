@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from gemq.errors import UserError
-from gemq.files import disk_errors, write_json, write_tensors
+from gemq.files import disk_errors, replacing, write_json, write_tensors
 from gemq.ranks import ALONE, Ranks
 
 MARKER = "gemq-work.json"
@@ -146,6 +146,15 @@ class Stage:
 
     def save_json(self, name: str, value: Any) -> None:
         self.ranks.agree(lambda: write_json(self.directory / name, value))
+
+    def save_bytes(self, name: str, data: bytes) -> None:
+        """Every rank gives the same bytes; the first writes them."""
+
+        def write() -> None:
+            with replacing(self.directory / name) as temporary:
+                temporary.write_bytes(data)
+
+        self.ranks.agree(write)
 
     def load_json(self, name: str) -> Any:
         return json.loads((self.directory / name).read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gemq.errors import UserError
+from gemq.ranks import ALONE, Ranks
 
 CACHE_BYTES = 8_000_000_000
 """For keys and values of the windows that are written side by side."""
@@ -82,6 +83,7 @@ def generate_windows(
     openings: Openings = Openings(),
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generated:
     """``count`` windows of ``window`` tokens that ``model`` samples from itself.
 
@@ -94,6 +96,7 @@ def generate_windows(
     batch:    windows written side by side; by default what ``CACHE_BYTES`` of keys and values hold, 512 at most.
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
+    ranks:    take turns with the batches
     """
     batch = batch or batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
@@ -103,10 +106,14 @@ def generate_windows(
 
     was_training = model.training
     model.eval()
-    parts, documents = [], 0
+    parts: list[Tensor | None] = []
+    documents = 0
     try:
         for number, start in enumerate(range(0, count, batch)):
             rows = min(batch, count - start)
+            if number % ranks.count != ranks.rank:
+                parts.append(None)
+                continue
             run = _Batch(vocabulary, rows, window, _generator(seed, number, model.device))
             run.open_with(openings)
             if chat:
@@ -119,7 +126,9 @@ def generate_windows(
             documents += run.documents
     finally:
         model.train(was_training)
-    tokens = torch.cat(parts) if parts else torch.empty(0, window, dtype=torch.int64)
+    written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
+    documents = ranks.count_up(documents)
+    tokens = torch.cat(written) if written else torch.empty(0, window, dtype=torch.int64)
     return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted)
 
 

@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gemq.checkpoint.adopt import passed_on, routing_of_rows
 from gemq.models import grouped
+from gemq.models.split import Split, split_of
 
 IMPLEMENTATION = "gemq_calibration"
 
@@ -205,6 +206,8 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     which loops there, and for float32 on a GPU.
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    if (split := split_of(module)) is not None:
+        return _split_forward(split, module, first, hidden, top_k_index, top_k_weights)
     if grouped.usable(hidden, oriented(module, first)) and grouped.usable(hidden, oriented(module, "down_proj")):
         return _grouped_forward(module, first, hidden, top_k_index, top_k_weights)
     routed = route(top_k_index, top_k_weights, module.down_proj.shape[0])
@@ -213,6 +216,25 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
     if getattr(module, "passes_on", False):
         out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
+    return out
+
+
+def _split_forward(
+    split: Split, module: Any, first: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """``experts_forward`` over several ranks, of whose experts the module has this rank's."""
+    top_k_index = split.same(top_k_index)
+    routed = route(top_k_index, top_k_weights, split.count)
+    own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
+    x = split.take(hidden.index_select(0, routed.token), rows)
+    h = apply_first(module, first, oriented(module, first), x, own)
+    out = apply_down(module, oriented(module, "down_proj"), h, own)
+    if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
+        out = out + x.sum() + 0 * (oriented(module, first).sum() + oriented(module, "down_proj").sum())
+    out = split.join(out, rows) * routed.weight.unsqueeze(1)
+    out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    if getattr(module, "passes_on", False):
+        out = out + passed_on(hidden, top_k_index, top_k_weights, split.count)
     return out
 
 

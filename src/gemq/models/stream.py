@@ -23,6 +23,7 @@ from gemq.memory import Memory
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.structure import Structure
+from gemq.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ class Replay:
     attention chose), it travels with the hidden states, as an attribute of the tensor that ``run`` returned: it is a
     function of those very hidden states, not of the call. ``leaf`` takes it along. No gradient flows through it.
 
-    With ``residency``, layers are read when they are needed; without, the model holds them all.
+    With ``residency``, layers are read when they are needed; without, the model holds them all. ``ranks`` are the
+    processes that share the job: each holds a model.
     """
 
-    def __init__(self, model: Any, structure: Structure, residency: Residency | None = None):
+    def __init__(self, model: Any, structure: Structure, residency: Residency | None = None, ranks: Ranks = ALONE):
         self.model: Any = model.eval().requires_grad_(False)
         self.structure = structure
-        self.residency = residency
+        self.residency, self.ranks = residency, ranks
         self.memory = residency.memory if residency else Memory.unlimited(next(self.model.parameters()).device)
         self.layers = list(model.get_submodule(structure.layers_path).children())
         self._outputs = 0  # how many values a layer returns in a tuple; 0: a tensor
@@ -71,6 +73,14 @@ class Replay:
         if getattr(model.config, "output_router_logits", False):
             model.config.output_router_logits = False  # the auxiliary loss has no meaning in a replay
         self._probe()
+        fewest = min((x.experts.count for _, x in structure.moe_layers if x.experts), default=ranks.count)
+        if fewest < ranks.count:
+            raise UserError(f"{ranks.count} processes share layers of {fewest} experts: start at most {fewest}")
+        if self._passed and ranks.count > 1:
+            raise UserError(
+                f"{type(model).__name__} passes more than hidden states between its layers, which several processes do "
+                "not share yet: start one, without torchrun"
+            )
 
     def _probe(self) -> None:
         """Finds out what layers return, and what of it the next layer receives. UserError when it is not understood."""

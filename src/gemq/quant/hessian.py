@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemq.ranks import Ranks, ShardedSum
+
 BLOCK = 128
 """Columns that ``factorize`` takes at once on a GPU."""
 
@@ -17,13 +19,14 @@ BLOCK = 128
 class Moments:
     """Sums of x x^T and counts for E matrices with C input columns, in float32.
 
-    sums:   [E, C, C] float32
+    sums:   [E, C, C] float32; what they are of all rows, ``finish`` says
     counts: [E] int64, rows added
     """
 
     def __init__(self, experts: int, columns: int, device: torch.device):
         self.sums = torch.zeros(experts, columns, columns, device=device)
         self.counts = torch.zeros(experts, dtype=torch.int64, device=device)
+        self._shards, self._closed = ShardedSum(), 0
 
     def add(self, rows: Tensor, counts: list[int]) -> None:
         """Adds rows [P, C] sorted by expert, ``counts`` rows of each."""
@@ -32,6 +35,23 @@ class Moments:
                 x = x.float()
                 self.sums[e].addmm_(x.T, x)
         self.counts += torch.tensor(counts, device=self.counts.device)
+
+    def close(self, shards: int) -> None:
+        """Ends a shard, this rank's number ``shards`` counted from 1: the next rows are added up apart (see ``ranks``).
+
+        The last shard is ended by ``finish``.
+        """
+        for _ in range(shards - self._closed):  # several, if no rows came before
+            self._shards.add([self.sums])
+            self.sums = torch.zeros_like(self.sums)
+        self._closed = shards
+
+    def finish(self, ranks: Ranks) -> None:
+        """Adds up all shards of all ranks."""
+        if self._closed:
+            self._shards.add([self.sums])
+            (self.sums,) = self._shards.total()
+        ranks.add_up(self.sums, self.counts)
 
     def hessians(self, shrink: float, experts: slice = slice(None)) -> Tensor:
         """Mean second moments [E, C, C], each mixed with the layer's mean as if it had ``shrink`` * mean n more tokens.
