@@ -32,7 +32,7 @@ class Activations:
     calls:  per micro-batch, one call per layer
     hidden: per micro-batch [B, S, H], the input of the layer to run next
     order:  [N] int64, the windows' places in the set that they come from, in the order of all ranks' micro-batches
-    every:  ids and calls of all ranks' micro-batches
+    every:  ids and calls of all ranks' micro-batches; empty: there are no others
     """
 
     ids: list[Tensor]
@@ -40,7 +40,7 @@ class Activations:
     calls: list[list[Call]]
     hidden: Batches
     order: Tensor
-    every: tuple[list[Tensor], list[list[Call]]]
+    every: tuple[list[Tensor], list[list[Call]]] = ([], [])
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
@@ -63,7 +63,7 @@ class Activations:
     @property
     def total(self) -> int:
         """Micro-batches of all ranks."""
-        return len(self.every[0])
+        return len(self.every[0] or self.ids)
 
     def whole(self, replay: Replay) -> Activations:
         """All ranks' micro-batches, for those who train on them. Without ``source``."""

@@ -226,7 +226,7 @@ def test_packed_experts_mean_what_their_codes_say():
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     before = copy.deepcopy(layers[0].tensors)
-    packed = PackedExperts(layers[0], experts.path, experts.matrices[0], widths, 32)
+    packed = PackedExperts(layers[0], experts, slice(0, experts.count), experts.matrices[0], widths, 32)
     module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result(lambda own: own).items())
