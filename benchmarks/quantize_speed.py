@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gemq.batches import Batches
 from gemq.calibrate import Activations, layer_moments

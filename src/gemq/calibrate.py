@@ -116,7 +116,7 @@ class KeptCalls(Sequence[ExpertsCall]):
             return self
         found = KeptCalls(self._hidden.memory)
         found._hidden = shared(replay, self._hidden, total)
-        parts = [replay.ranks.share([r[i] for r in self._routing], total) for i in range(2)]
+        parts = [list(replay.ranks.share([r[i] for r in self._routing], total)) for i in range(2)]
         found._routing = list(zip(*parts, strict=True))
         return found
 
@@ -146,7 +146,7 @@ class LayerMoments:
         if ranks.count > 1:
             seen = [self.linears.get(x.path) for x in linears]
             first = [-1 if m is None else next(i for i, o in enumerate(seen) if o is m) for m in seen]
-            same = torch.tensor(first, dtype=torch.int64, device=ranks.device)
+            same = torch.tensor(first, dtype=torch.int64)
             ranks.most(same)
             for number, linear in zip(same.tolist(), linears, strict=True):
                 if number >= 0 and linear.path not in self.linears:

@@ -221,7 +221,7 @@ def candidates_kl(
     found = []
     for state in states:
         kl = [window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)]
-        every = torch.cat(replay.ranks.share(kl, start.total)).cpu()
+        every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
         found.append(torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every))
     return found
 

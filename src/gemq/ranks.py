@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -112,7 +112,7 @@ class Ranks:
 
     def count_up(self, number: int) -> int:
         """The sum of what every rank counted."""
-        total = torch.tensor([number], device=self.device)
+        total = torch.tensor([number])
         self.add_up(total)
         return int(total)
 
@@ -151,13 +151,12 @@ class Ranks:
         ]
         return torch.cat(found, dimension)
 
-    def share(self, own: Sequence[Tensor], total: int) -> list[Tensor]:
-        """One tensor for every micro-batch, from those of each rank's own."""
-        if self.count == 1:
-            return list(own)
+    def share(self, own: Sequence[Tensor], total: int) -> Iterator[Tensor]:
+        """A tensor for every micro-batch, one after the other, from those of each rank's own. To be used up."""
         start = self.own(total).start
-        owners = [self.owner(i, total) for i in range(total)]
-        return [self.broadcast(own[i - start] if r == self.rank else None, r) for i, r in enumerate(owners)]
+        for i in range(total):
+            owner = self.owner(i, total)
+            yield self.broadcast(own[i - start] if owner == self.rank else None, owner)
 
     def fill(self, whole: Tensor, rows: Sequence[slice]) -> None:
         """Completes ``whole`` [rows, ...], of which each rank has the rows ``rows[rank]``."""
@@ -175,8 +174,12 @@ class Ranks:
                 told = {"value": run()}
             except UserError as error:
                 told = {"error": str(error)}
-        text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8, device=self.device)
-        told = json.loads(bytes(self.broadcast(text if self.first else None, 0).tolist()))
+        text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(text)])
+        self._run(dist.broadcast, size, 0)  # on the CPU: no GPU has to wait for this
+        text = text if self.first else torch.empty(int(size), dtype=torch.uint8)
+        self._run(dist.broadcast, text, 0)
+        told = json.loads(bytes(text.tolist()))
         if "error" in told:
             raise UserError(told["error"])
         return told["value"]
