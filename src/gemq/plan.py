@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gemq.data.selfgen import batch_size
+from gemq.footprint import held_bytes, staging_bytes, working_bytes
 from gemq.machine import measure
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
@@ -20,6 +21,9 @@ from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
+
+LIBRARIES = 500_000_000
+"""Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded."""
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
 
@@ -29,6 +33,8 @@ class Plan:
     """What ``quantize`` would need and give.
 
     sizes:   bytes of the checkpoint's tensors by nominal bits per expert weight
+    least_bytes, quickest_bytes: of memory on ``device`` with which the job runs at all, and with which nothing waits
+    host_bytes: of host memory beside that (on a GPU: on which layers are read)
     tokens:  of calibration, those that the effort adds included
     seconds: expected time of each stage on ``device``
     """
@@ -47,7 +53,9 @@ class Plan:
     windows: int
     tokens: int
     work_bytes: int
-    memory_bytes: int
+    least_bytes: int
+    quickest_bytes: int
+    host_bytes: int
     device: str
     seconds: dict[str, float]
 
@@ -77,8 +85,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         itemsize=compute.itemsize,
         windows_at_once=batch_size(config, window),
     )
-    # all weights, and every layer's input, which the reverse pass walks back through
-    states = (len(structure.layers) + 1) * workload.tokens * workload.hidden * compute.itemsize
+    working = working_bytes(structure, recipe, config.vocab_size, compute)
     first = structure.moe_layers[0][1].experts
     assert first is not None
     rates = measure(device, compute, first.matrices[0].rows, first.matrices[0].columns)
@@ -97,10 +104,21 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         windows=recipe.windows,
         tokens=workload.tokens,
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
-        memory_bytes=structure.total_parameters * compute.itemsize + states,
+        least_bytes=held_bytes(model, structure, compute) + working,
+        quickest_bytes=_quickest_bytes(workload, working),
+        host_bytes=LIBRARIES + (staging_bytes(model, structure) if device.type == "cuda" else 0),
         device=str(device),
         seconds={name: round(work.seconds(rates), 1) for name, work in workload.stages().items()},
     )
+
+
+def _quickest_bytes(workload: Workload, working: int) -> int:
+    """What a job would hold on its device if it could: every layer, every layer's inputs, and a gradient.
+
+    With less, layers are read again, and activations wait elsewhere or are computed again.
+    """
+    layers, of_state = len(workload.structure.layers), workload.tokens * workload.hidden
+    return (workload.structure.total_parameters + (layers + 2) * of_state) * workload.itemsize + working
 
 
 def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:

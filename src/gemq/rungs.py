@@ -32,8 +32,12 @@ BYTES_PER_WEIGHT = 16
 """Code, latent, moments, weight in use and gradient, at most; 11 in bfloat16 jobs."""
 
 
-def expert_chunks(experts: Experts, own: slice, widths: int, device: torch.device) -> Iterator[slice]:
-    """Slices of this rank's ``own`` experts that are trained together at ``widths`` widths. On a CPU: all of them."""
+def expert_chunks(experts: Experts, widths: int, device: torch.device, own: slice | None = None) -> Iterator[slice]:
+    """Slices of a layer's experts that are trained together at ``widths`` widths. On a CPU: all of them.
+
+    own: those of this rank, if not all
+    """
+    own = own or slice(0, experts.count)
     each = experts.weights_per_expert * widths * BYTES_PER_WEIGHT
     count = own.stop - own.start
     most = count if device.type == "cpu" else max(1, min(count, TRAIN_BYTES // each))

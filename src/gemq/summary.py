@@ -164,9 +164,16 @@ def print_plan(console: Console, plan: Plan) -> None:
     stages.add_section()
     stages.add_row("all", _duration(sum(plan.seconds.values())), style="bold")
     console.print(stages)
+    least, quickest, host = (_size(x) for x in (plan.least_bytes, plan.quickest_bytes, plan.host_bytes))
+    if plan.device == "cpu":
+        memory = (
+            f"at least {least} of memory (--host-memory), {quickest} to be quickest, {host} beside it for libraries"
+        )
+    else:
+        memory = f"at least {least} of GPU memory (--gpu-memory), {quickest} to be quickest, {host} of host memory"
     console.print(
         f"Job: budget {plan.budget}, {plan.tokens:,} tokens of calibration in windows of {plan.window}. Estimates: "
-        f"about {_size(plan.memory_bytes)} of memory, {_size(plan.work_bytes)} of disk for the work directory. "
+        f"{_size(plan.work_bytes)} of disk for the work directory; {memory}. "
         "Times rest on counted work and a second's measurement; files are not in them."
     )
     if plan.linears_not_quantized:
