@@ -172,7 +172,7 @@ def build_layer(
     ranks, count = replay.ranks, layer.experts.count
     own = ranks.part(count)
     every = calls.whole(replay, activations.total) if training is not None else calls
-    batches = ExpertInputs(module, layer.experts, every) if training is not None else None
+    batches = ExpertInputs(module, layer.experts, every, ranks) if training is not None else None
     chunks = expert_chunks(layer.experts, len(widths), replay.device, own) if training is not None else [own]
     of_experts = 0
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}

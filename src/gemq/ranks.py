@@ -136,7 +136,7 @@ class Ranks:
         if self.rank != source:
             tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
         assert tensor is not None
-        self._broadcast(tensor, source)
+        self.overwrite(tensor, source)
         return tensor
 
     def join(self, part: Tensor, total: int, dimension: int = 0) -> Tensor:
@@ -162,7 +162,7 @@ class Ranks:
         """Completes ``whole`` [rows, ...], of which each rank has the rows ``rows[rank]``."""
         for source, some in enumerate(rows if self.count > 1 else ()):
             if some.stop > some.start:
-                self._broadcast(whole[some], source)
+                self.overwrite(whole[some], source)
 
     def agree(self, run: Callable[[], Any]) -> Any:
         """What ``run`` gives on rank 0: plain values. Its UserError is raised on every rank."""
@@ -188,8 +188,9 @@ class Ranks:
         """Until all ranks are here."""
         self.agree(lambda: None)
 
-    def _broadcast(self, tensor: Tensor, source: int) -> None:
-        if tensor.numel():
+    def overwrite(self, tensor: Tensor, source: int) -> None:
+        """Replaces a contiguous tensor, of the same shape and type on every rank, by that of rank ``source``."""
+        if tensor.numel() and self.count > 1:
             flat = tensor.view(-1).view(torch.uint8)  # every backend takes bytes
             self._run(dist.broadcast, flat, source)
 

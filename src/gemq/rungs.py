@@ -23,6 +23,7 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import epochs
 from gemq.quant.widths import Width
+from gemq.ranks import ALONE, Ranks
 from gemq.reconstruct import Training
 
 TRAIN_BYTES = 4 << 30
@@ -49,8 +50,8 @@ def expert_chunks(experts: Experts, widths: int, device: torch.device, own: slic
 class ExpertInputs:
     """What a layer's experts receive on full-precision activations, in micro-batches, and what they give."""
 
-    def __init__(self, module: Any, experts: Experts, calls: Sequence[ExpertsCall]):
-        self.module, self.experts, self.calls = module, experts, calls
+    def __init__(self, module: Any, experts: Experts, calls: Sequence[ExpertsCall], ranks: Ranks = ALONE):
+        self.module, self.experts, self.calls, self.ranks = module, experts, calls, ranks
         self.routed = [route(call.top_k_index, call.top_k_weights, experts.count) for call in calls]
         self.exact = [expert_weight(module, m.name) for m in experts.matrices]
         self._energies: dict[int, Tensor] = {}
@@ -70,9 +71,14 @@ class ExpertInputs:
         """Mean square norm of what a pair of the micro-batch adds to the layer's output: float32 scalar."""
         if batch not in self._energies:
             routed = self.routed[batch]
-            x = self.calls[batch].hidden.index_select(0, routed.token)
-            target = self.exact_outputs(x, routed, slice(None)).float() * routed.weight.float().unsqueeze(1)
-            self._energies[batch] = target.square().sum(1).mean().clamp_min(1e-20)
+            own = self.ranks.part(self.experts.count)
+            some = routed.stacked(own, 1)
+            x = self.calls[batch].hidden.index_select(0, some.token)
+            target = self.exact_outputs(x, some, own).float() * some.weight.float().unsqueeze(1)
+            each = torch.zeros(own.stop - own.start, dtype=torch.float64, device=target.device)
+            each.index_add_(0, some.expert, target.square().sum(1).double())
+            whole = self.ranks.join(each, self.experts.count).sum() / max(1, len(routed.token))
+            self._energies[batch] = whole.float().clamp_min(1e-20)
         return self._energies[batch]
 
 

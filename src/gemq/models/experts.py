@@ -224,15 +224,28 @@ def _split_forward(
 ) -> Tensor:
     """``experts_forward`` over several ranks, of whose experts the module has this rank's."""
     top_k_index = split.same(top_k_index)
-    routed = route(top_k_index, top_k_weights, split.count)
+    in_groups = grouped.usable(hidden, oriented(module, first)) and grouped.usable(
+        hidden, oriented(module, "down_proj")
+    )
+    routed = (route_all if in_groups else route)(top_k_index, top_k_weights, split.count)
     own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
-    x = split.take(hidden.index_select(0, routed.token), rows)
+    if in_groups:
+        from gemq.kernels.pairs import combine, gather
+
+        assert routed.place is not None
+        place = routed.place
+        x = split.take(gather(hidden, routed.token, place), rows)
+    else:
+        x = split.take(hidden.index_select(0, routed.token), rows)
     h = apply_first(module, first, oriented(module, first), x, own)
     out = apply_down(module, oriented(module, "down_proj"), h, own)
     if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
         out = out + x.sum() + 0 * (oriented(module, first).sum() + oriented(module, "down_proj").sum())
-    out = split.join(out, rows) * routed.weight.unsqueeze(1)
-    out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    if in_groups:
+        out = combine(split.join(out.to(hidden.dtype), rows), routed.weight, routed.token, place)
+    else:
+        out = split.join(out, rows) * routed.weight.unsqueeze(1)
+        out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
     if getattr(module, "passes_on", False):
         out = out + passed_on(hidden, top_k_index, top_k_weights, split.count)
     return out

@@ -37,7 +37,11 @@ class Split:
 
     def same(self, top_k_index: Tensor) -> Tensor:
         """The routing [T, K] that all ranks take: on a GPU, roundings could give each its own."""
-        return top_k_index if top_k_index.device.type == "cpu" else self.ranks.broadcast(top_k_index, 0)
+        if top_k_index.device.type == "cpu":
+            return top_k_index
+        chosen = top_k_index.contiguous().clone()
+        self.ranks.overwrite(chosen, 0)
+        return chosen
 
     def rows(self, counts: Sequence[int]) -> list[slice]:
         """Each rank's pairs, of ``counts`` pairs of each expert."""
