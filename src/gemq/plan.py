@@ -19,10 +19,11 @@ from gemq.models.source import Source, calibration_window, configured_types, pic
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.rungs import expert_chunks
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
 
-LIBRARIES = 500_000_000
+LIBRARIES = 550_000_000
 """Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded."""
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
@@ -85,9 +86,15 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         itemsize=compute.itemsize,
         windows_at_once=batch_size(config, window),
     )
-    working = working_bytes(structure, recipe, config.vocab_size, compute)
     first = structure.moe_layers[0][1].experts
     assert first is not None
+    together = max(x.stop - x.start for x in expert_chunks(first, len(recipe.ladder_widths), device))
+    working, pairs = (
+        working_bytes(structure, recipe, config.vocab_size, compute),
+        workload.pair_bytes(together / first.count),
+    )
+    trains = recipe.ladder_epochs or recipe.layer_epochs
+    working = working + pairs if trains else max(working, pairs)
     rates = measure(device, compute, first.matrices[0].rows, first.matrices[0].columns)
     return Plan(
         model=str(source.path),
