@@ -305,7 +305,7 @@ class _PackedLayer:
         fixed = [*self.rest.values(), *(t for packed, _ in self.linears.values() for t in packed)]
         fixed += [t for m in self.experts for t in m.held()]
         changing = list(self.trained)
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.optimizer.inner is not None:
             changing += [t for state in self.optimizer.inner.state.values() for t in state.values()]
         known = {id(t) for t in changing}
         return [t for t in fixed if id(t) not in known], changing

@@ -8,7 +8,7 @@ Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,13 @@ from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
+from gemq.quant.fused import latent_type
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
-from gemq.reconstruct import Training, train_rungs
+from gemq.reconstruct import Training
+from gemq.rungs import ExpertInputs, expert_chunks, train_rungs
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,35 @@ class Quantizer:
     shrink: float
 
     def every_width(
-        self, weight: Tensor, hessians: Tensor, widths: tuple[Width, ...], latents: Tensor | None = None
+        self,
+        weight: Tensor,
+        moments: Moments,
+        widths: tuple[Width, ...],
+        latents: Tensor | None = None,
+        first: int = 0,
+        shrink: float | None = None,
     ) -> tuple[Quantized, int]:
-        """Weights [E, R, C] with their inputs' Hessians [E, C, C] -> grids [W, E, ...], and Hessians retried.
+        """Weights [E, R, C] with their inputs' moments -> grids [W, E, ...], and how many Hessians were retried.
 
         latents: [W, E, R, C], filled with the codes before rounding
+        first:   number of the first of these experts among those of ``moments``
+        shrink:  in place of the recipe's
         """
         group = self.group(weight.shape[-1])
         if self.method == "rtn":
             return round_to_nearest(weight, widths, group), 0
-        factor = factorize(hessians, self.damping)
-        return gptq(weight, factor.upper, widths, group, latents), factor.retries
+        grids, retries = [], 0
+        shrink = self.shrink if shrink is None else shrink
+        for some in _chunks(weight, len(widths)):
+            which = slice(some.start + first, some.stop + first)
+            factor = factorize(moments.hessians(shrink, which), self.damping)
+            of_some = None if latents is None else latents[:, some]
+            grids.append(gptq(weight[some], factor.upper, widths, group, of_some))
+            retries += factor.retries
+        return _joined(grids, 1), retries
 
     def own_width(
-        self, weight: Tensor, hessians: Tensor, widths: Sequence[Width], latents: Tensor | None = None
+        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None
     ) -> tuple[Quantized, int]:
         """As ``every_width``, with one width for each expert: grids [E, ...]."""
         group = self.group(weight.shape[-1])
@@ -60,12 +77,33 @@ class Quantizer:
             q = round_to_nearest(weight, distinct, group)
             pick = torch.tensor([distinct.index(w) for w in widths], device=weight.device)
             return Quantized(*(t[pick, torch.arange(len(widths), device=weight.device)] for t in q)), 0
-        factor = factorize(hessians, self.damping)
-        return gptq_mixed(weight, factor.upper, widths, group, latents), factor.retries
+        grids, retries = [], 0
+        for some in _chunks(weight, 1):
+            factor = factorize(moments.hessians(self.shrink, some), self.damping)
+            of_some = None if latents is None else latents[some]
+            grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
+            retries += factor.retries
+        return _joined(grids, 0), retries
 
     def group(self, columns: int) -> int:
         """Group size of a matrix with so many inputs."""
         return group_size_for(columns, self.group_size)
+
+
+CHUNK_BYTES = 4 << 30
+"""Memory for the Hessians, factors and errors of the experts that are quantized together."""
+
+
+def _chunks(weight: Tensor, widths: int) -> Iterator[slice]:
+    """Slices of the experts of weight [E, R, C] that are quantized together, at ``widths`` widths."""
+    experts, rows, columns = weight.shape
+    each = 4 * columns * (3 * columns + widths * rows)
+    count = max(1, min(experts, CHUNK_BYTES // each))
+    return (slice(start, min(start + count, experts)) for start in range(0, experts, count))
+
+
+def _joined(grids: list[Quantized], dim: int) -> Quantized:
+    return grids[0] if len(grids) == 1 else Quantized(*(torch.cat(parts, dim) for parts in zip(*grids, strict=True)))
 
 
 @dataclass
@@ -131,22 +169,32 @@ def build_layer(
     if layer.experts is None or moments.experts is None:
         return ladder, outputs
     module = replay.model.get_submodule(layer.experts.path)
-    grids: list[Quantized] = []
-    latents: list[Tensor] = []
-    for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-        weight = expert_weight(module, matrix.name)
-        if training is not None:
-            latents.append(weight.new_empty(len(widths), *weight.shape, dtype=torch.float32))
-        hessians = moment.hessians(quantizer.shrink)
-        q, retries = quantizer.every_width(weight, hessians, widths, latents[-1] if latents else None)
-        grids.append(q)
-        ladder.retries += retries
-    if training is not None:
-        grids, ladder.untrained = train_rungs(module, layer.experts, calls, grids, latents, widths, training, index)
-    for matrix, q in zip(layer.experts.matrices, grids, strict=True):
-        group = quantizer.group(matrix.columns)
-        ladder.experts[matrix.name] = {
-            width: PackedMatrix.pack(Quantized(*(t[i] for t in q)), width, group) for i, width in enumerate(widths)
+    everything = slice(0, layer.experts.count)
+    batches = ExpertInputs(module, layer.experts, calls) if training is not None else None
+    chunks = expert_chunks(layer.experts, len(widths), replay.device) if training is not None else [everything]
+    packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
+    for some in chunks:
+        grids: list[Quantized] = []
+        latents: list[Tensor] = []
+        for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
+            weight = expert_weight(module, matrix.name)[some]
+            if training is not None:
+                dtype = latent_type(weight.device, weight.dtype)
+                latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
+            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, some.start)
+            grids.append(q)
+            ladder.retries += retries
+        if training is not None and batches is not None:
+            grids, untrained = train_rungs(batches, some, grids, latents, widths, training, index)
+            ladder.untrained += untrained
+        for matrix, q in zip(layer.experts.matrices, grids, strict=True):
+            group = quantizer.group(matrix.columns)
+            one = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
+            packed[matrix.name].append(one)
+    for name, parts in packed.items():
+        ladder.experts[name] = {
+            w: PackedMatrix(*(torch.cat(fields) for fields in zip(*(part[i] for part in parts), strict=True)))
+            for i, w in enumerate(widths)
         }
     ladder.counts = moments.experts[0].counts.cpu()
     return ladder, outputs
@@ -166,8 +214,12 @@ def quantize_linears(
         if linear.path not in moments.linears:  # a branch that no calibration token took
             moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
         weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
-        before = None if latents is None else weight.new_empty(weight.shape, dtype=torch.float32)
-        q, retries = quantizer.own_width(weight, moments.linears[linear.path].hessians(0.0), (bits,), before)
+        dtype = latent_type(weight.device, weight.dtype)
+        before = None if latents is None else weight.new_empty(weight.shape, dtype=dtype)
+        q, retries = quantizer.every_width(
+            weight, moments.linears[linear.path], (bits,), None if before is None else before.unsqueeze(0), shrink=0.0
+        )
+        q = Quantized(*(t[0] for t in q))
         if latents is not None and before is not None:
             latents[linear.path] = before
         ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))

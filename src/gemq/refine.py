@@ -18,6 +18,7 @@ from gemq.ladder import LayerLadder, Quantizer, quantize_linears
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
+from gemq.quant.fused import latent_type
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import Width, group_size_for
 from gemq.reconstruct import QuantizedParameter, Training, as_parameter, train_layer
@@ -109,8 +110,9 @@ def refine_layer(
         module = model.get_submodule(layer.experts.path)
         for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
             weight = expert_weight(module, matrix.name)
-            before = None if targets is None else torch.empty(weight.shape, device=weight.device)
-            q, retries = quantizer.own_width(weight, moment.hessians(quantizer.shrink), widths, before)
+            dtype = latent_type(weight.device, weight.dtype)
+            before = None if targets is None else weight.new_empty(weight.shape, dtype=dtype)
+            q, retries = quantizer.own_width(weight, moment, widths, before)
             found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths), q, before))
             result.retries += retries
     refined = RefinedLayer({}, retries=result.retries)
@@ -161,12 +163,11 @@ def layer_overrides(
         group = group_size_for(matrix.columns, group_size)
         name = f"{layer.experts.path}.{matrix.name}"
         device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
-        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=device)
-        for width in set(widths):
-            members = [e for e, w in enumerate(widths) if w == width]
-            packed = [_named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}") for e in members]
-            q = PackedMatrix(*(torch.stack(parts) for parts in zip(*packed, strict=True))).unpack(width, group)
-            weight[torch.tensor(members, device=weight.device)] = dequantize(q).to(weight.device)
+        dtype = model.get_parameter(name).dtype
+        weight = torch.empty(len(widths), matrix.rows, matrix.columns, dtype=dtype, device=device)
+        for e, width in enumerate(widths):
+            q = _named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}").unpack(width, group)
+            weight[e] = dequantize(q).to(weight)
         overrides[name] = as_parameter(model, name, weight)
     for name, tensor in refined.tuned.items():
         overrides[name] = tensor.to(model.get_parameter(name).dtype)
