@@ -10,24 +10,25 @@ from typing import Any
 import torch
 
 from gemq.errors import UserError
+from gemq.ladder import CHUNK_BYTES
 from gemq.memory import Memory, gigabytes
 from gemq.models.structure import Layer, Structure
 from gemq.recipe import Recipe
+from gemq.rungs import expert_chunks
 
-CHUNK_BYTES = 4 << 30
-"""Most that quantizing takes for the experts that are quantized together."""
-
-TRAINED_BYTES = 24
-"""Bytes a weight while it is trained: latent, gradient, two moments, the weight in use and its gradient."""
+TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
+"""Bytes a weight while it is trained, by compute type: code, latent, moments, weight in use, gradients."""
 
 
-def working_bytes(structure: Structure, recipe: Recipe, vocabulary: int, dtype: torch.dtype) -> int:
+def working_bytes(
+    structure: Structure, recipe: Recipe, vocabulary: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """Most bytes that any stage has on the device for one layer's or one micro-batch's arithmetic."""
     logits = recipe.batch_tokens * vocabulary * 4 * 4  # as they are, their exponentials, a reference's, a gradient
-    return max(logits, *(_layer_bytes(layer, recipe, dtype) for layer in structure.layers))
+    return max(logits, *(_layer_bytes(layer, recipe, dtype, device) for layer in structure.layers))
 
 
-def _layer_bytes(layer: Layer, recipe: Recipe, dtype: torch.dtype) -> int:
+def _layer_bytes(layer: Layer, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> int:
     widths = len(recipe.ladder_widths)
     columns = {x.columns for x in layer.linears}
     moments = 4 * sum(c * c for c in columns)
@@ -37,14 +38,15 @@ def _layer_bytes(layer: Layer, recipe: Recipe, dtype: torch.dtype) -> int:
     count, weights = layer.experts.count, layer.experts.count * layer.experts.weights_per_expert
     moments += 4 * count * sum(m.columns**2 for m in layer.experts.matrices)
     each = max(4 * m.columns * (4 * m.columns + widths * m.rows) for m in layer.experts.matrices)
-    quantizing = max(quantizing, min(CHUNK_BYTES, count * each))
+    quantizing = max(quantizing, each, min(CHUNK_BYTES, count * each))
     codes = widths * weights
     scoring = widths * weights * dtype.itemsize
-    training = 0
+    training, trained = 0, TRAINED_BYTES.get(dtype, TRAINED_BYTES[torch.float32])
     if recipe.ladder_epochs:
-        training = widths * weights * TRAINED_BYTES
+        together = max(x.stop - x.start for x in expert_chunks(layer.experts, widths, device))
+        training = together * layer.experts.weights_per_expert * widths * trained + codes
     if recipe.layer_epochs:
-        training = max(training, weights * TRAINED_BYTES)
+        training = max(training, weights * trained)
     return max(moments + quantizing + codes, scoring, training)
 
 
@@ -85,7 +87,7 @@ def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recip
             f"at least --host-memory {gigabytes(staging)}"
         )
     held = held_bytes(model, structure, dtype)
-    working = working_bytes(structure, recipe, model.config.get_text_config().vocab_size, dtype)
+    working = working_bytes(structure, recipe, model.config.get_text_config().vocab_size, dtype, memory.device)
     if held + working > memory.on_device.limit:
         raise UserError(
             f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "

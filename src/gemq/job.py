@@ -137,7 +137,9 @@ class Job:
             vocabulary = model.config.get_text_config().vocab_size
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
-            room = self.memory.room(working_bytes(structure, self.recipe, vocabulary, dtype))  # to compute with
+            room = self.memory.room(
+                working_bytes(structure, self.recipe, vocabulary, dtype, self.device)
+            )  # to compute with
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency, self.work.ranks)
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)

@@ -89,10 +89,8 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     first = structure.moe_layers[0][1].experts
     assert first is not None
     together = max(x.stop - x.start for x in expert_chunks(first, len(recipe.ladder_widths), device))
-    working, pairs = (
-        working_bytes(structure, recipe, config.vocab_size, compute),
-        workload.pair_bytes(together / first.count),
-    )
+    working = working_bytes(structure, recipe, config.vocab_size, compute, device)
+    pairs = workload.pair_bytes(together / first.count)
     trains = recipe.ladder_epochs or recipe.layer_epochs
     working = working + pairs if trains else max(working, pairs)
     rates = measure(device, compute, first.matrices[0].rows, first.matrices[0].columns)

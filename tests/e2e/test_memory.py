@@ -37,7 +37,7 @@ def least_bytes(model: Path, recipe: Recipe) -> int:
     structure = find_structure(opened)
     residency = Residency(opened, structure, reader, Memory.unlimited(CPU), torch.float32)
     vocabulary = opened.config.vocab_size
-    return residency.least_bytes + working_bytes(structure, recipe, vocabulary, torch.float32)
+    return residency.least_bytes + working_bytes(structure, recipe, vocabulary, torch.float32, CPU)
 
 
 def job(model: Path, recipe: Recipe, out: Path, **how: Any) -> tuple[Any, dict[str, bytes]]:
