@@ -37,7 +37,7 @@ BUDGETS = ("bits", "stored_bits", "size")
 TUNABLE = ("routers", "norms", "grids")
 EFFORTS: dict[str, dict[str, int]] = {
     "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
-    "medium": {"total_tokens": 524_288, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+    "medium": {"total_tokens": 1_048_576, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1},
     "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
 }
 """What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
