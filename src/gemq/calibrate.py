@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemq.batches import Batches
 from gemq.data.windows import Windows
+from gemq.memory import Memory
 from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route, watch_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Linear
@@ -34,14 +36,14 @@ class Activations:
     ids: list[Tensor]
     source: list[Tensor]
     calls: list[list[Call]]
-    hidden: list[Tensor]
+    hidden: Batches
     order: Tensor
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
         """The hidden states in front of the first layer. A micro-batch mixes the sources, in an order set by seed."""
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        ids, source, calls, hidden = [], [], [], []
+        ids, source, calls, hidden = [], [], [], Batches(replay.memory)
         for part in windows.batches(batch_tokens):
             tokens = windows.tokens[order[part]].to(replay.device)
             first, call = replay.inputs(tokens)
@@ -53,8 +55,43 @@ class Activations:
 
     @torch.no_grad()
     def advance(self, replay: Replay, index: int, overrides: dict[str, Tensor] | None = None) -> None:
-        """Runs layer ``index`` on everything, with ``overrides`` as in ``Replay.run``."""
-        self.hidden = [replay.run(index, h, c[index], overrides) for h, c in zip(self.hidden, self.calls, strict=True)]
+        """Runs layer ``index`` on everything, with ``overrides`` as in ``Replay.run``. Overwrites ``hidden``."""
+        advance(replay, index, self.hidden, self.calls, overrides)
+
+
+@torch.no_grad()
+def advance(
+    replay: Replay,
+    index: int,
+    hidden: Batches,
+    calls: list[list[Call]],
+    overrides: dict[str, Tensor] | None = None,
+) -> None:
+    """Runs layer ``index`` on every micro-batch's hidden states [B, S, H], which its outputs replace."""
+    for i, call in enumerate(calls):
+        hidden[i] = replay.run(index, hidden[i], call[index], overrides)
+
+
+class KeptCalls(Sequence[ExpertsCall]):
+    """Calls of an experts module, one per micro-batch, where memory has room for them. Outputs are left out."""
+
+    def __init__(self, memory: Memory):
+        self._hidden = Batches(memory)
+        self._routing: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, calls: Iterable[ExpertsCall]) -> None:
+        for call in calls:
+            self._hidden.append(call.hidden)
+            self._routing.append((call.top_k_index, call.top_k_weights))
+
+    def __len__(self) -> int:
+        return len(self._routing)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The call of a micro-batch (no slices)."""
+        hidden = self._hidden[index]
+        top_k_index, top_k_weights = self._routing[index]
+        return ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
 
 
 @dataclass
@@ -76,16 +113,18 @@ def layer_moments(
     activations: Activations,
     linears: Sequence[Linear],
     with_experts: bool,
-    kept: list[ExpertsCall] | None = None,
-) -> tuple[LayerMoments, list[Tensor]]:
+    kept: KeptCalls | list[ExpertsCall] | None = None,
+    with_outputs: bool = True,
+) -> tuple[LayerMoments, Batches]:
     """Runs layer ``index`` on everything and collects moments. Returns them with the layer's outputs.
 
-    kept: receives the calls of the experts module, one per micro-batch, for those who train on them
+    kept:         receives the calls of the experts module, one per micro-batch, for those who train on them
+    with_outputs: False keeps none of the outputs
     """
     layer = replay.structure.layers[index]
     experts = layer.experts if with_experts else None
     found = LayerMoments({}, None)
-    outputs = []
+    outputs = Batches(replay.memory)
     with ExitStack() as stack:
         _watch_linears(stack, replay.model, linears, found.linears)
         module = replay.model.get_submodule(experts.path) if experts else None
@@ -97,7 +136,9 @@ def layer_moments(
                 Moments(experts.count, down.columns, replay.device),
             )
         for hidden, calls in zip(activations.hidden, activations.calls, strict=True):
-            outputs.append(replay.run(index, hidden, calls[index]))
+            output = replay.run(index, hidden, calls[index])
+            if with_outputs:
+                outputs.append(output)
             for call in watched:
                 assert experts is not None
                 assert found.experts is not None

@@ -38,6 +38,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="File for the figures as JSON; - prints them instead of tables.")
 ]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(help="Most GPU memory that the job takes, such as 20GB (default: 90 % of what is free)."),
+]
+HostMemory = Annotated[
+    str | None, typer.Option(help="Most host memory, such as 60GB (default: 90 % of what is free); on a CPU, in all.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
@@ -121,6 +128,8 @@ def quantize(
     dtype: Dtype = None,
     seed: Seed = None,
     device: Device = "auto",
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     work: Annotated[Path | None, typer.Option(help="Directory of intermediate results; default: OUT.work.")] = None,
@@ -143,6 +152,8 @@ def quantize(
             resume=resume,
             allocation=allocation,
             device=device,
+            gpu_memory=_size("--gpu-memory", gpu_memory),
+            host_memory=_size("--host-memory", host_memory),
             revision=revision,
             trust_remote_code=trust_remote_code,
             monitor=make_monitor(quiet or to_stdout(json_file)),
@@ -172,6 +183,8 @@ def export(
         Path | None, typer.Option(help="Write a packed checkpoint as plain bfloat16 to this directory.")
     ] = None,
     device: Device = "auto",
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -207,6 +220,8 @@ def export(
         finish=finish,
         allocation=allocation,
         device=device,
+        gpu_memory=_size("--gpu-memory", gpu_memory),
+        host_memory=_size("--host-memory", host_memory),
         monitor=make_monitor(quiet or to_stdout(json_file)),
     )
     if not print_json(json_file, result.to_dict()) and not quiet:
@@ -389,6 +404,14 @@ def _given(values: dict[str, Any], recipe: type[Recipe]) -> dict[str, Any]:
     if "size" in keys:
         keys["size"] = parse_size(keys["size"])
     return keys
+
+
+def _size(flag: str, text: str | None) -> int | None:
+    """``20GB`` -> bytes. Raises UserError naming the flag when it is no size."""
+    try:
+        return None if text is None else parse_size(text)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
 
 
 def _numbers(flag: str, text: str | None) -> list[int] | None:

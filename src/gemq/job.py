@@ -6,6 +6,7 @@ Holds the loaded model, the calibration windows, and what each stage's results a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,46 @@ from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, generate_window
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
 from gemq.files import replacing
+from gemq.footprint import working_bytes
 from gemq.ladder import Quantizer
+from gemq.memory import Memory
+from gemq.models.residency import Residency
 from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
-from gemq.progress import Monitor
+from gemq.progress import Monitor, Tick
 from gemq.recipe import Recipe
 from gemq.reconstruct import Training
 from gemq.workdir import WorkDir
+
+
+@dataclass
+class Writer:
+    """Lets the model write windows of ``window`` tokens.
+
+    chat_failures: windows that went without the chat template, which could not be applied
+    """
+
+    replay: Replay
+    tokenizer: Any
+    window: int
+    tick: Tick
+    chat_failures: int = 0
+
+    def write(self, count: int, seed: int, openings: Openings) -> Tensor:
+        """int64 [count, window], on the CPU."""
+        with self.replay.whole() as model:
+            made = generate_windows(
+                model,
+                self.tokenizer,
+                count=count,
+                window=self.window,
+                seed=seed,
+                openings=openings,
+                progress=self.tick,
+            )
+        self.chat_failures += made.chat_fallbacks
+        return made.tokens
 
 
 @dataclass
@@ -39,7 +72,7 @@ class Job:
     source: Source
     recipe: Recipe
     work: WorkDir
-    device: torch.device
+    memory: Memory
     monitor: Monitor
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
@@ -47,13 +80,22 @@ class Job:
     def load(self) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored."""
         with self.monitor.stage("load", 1) as tick:
-            model, stored = self.source.load(self.device, pick_dtype(self.recipe.dtype, self.device))
+            dtype = pick_dtype(self.recipe.dtype, self.device)
+            model, reader = self.source.open(self.device, dtype)
             self.fallbacks["matrices_left_out"] = len(self.source.left_out)
-            replay = Replay(model, find_structure(model))
+            structure = find_structure(model)
+            residency = Residency(model, structure, reader, self.memory, dtype)
             vocabulary = model.config.get_text_config().vocab_size
+            room = self.memory.room(working_bytes(structure, self.recipe, vocabulary, dtype))  # to compute with
+            assert room, "bounds are checked before"
+            replay = Replay(model, structure, residency)
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
             tick()
-        return replay, stored
+        return replay, {name: reader.types[name] for name, _ in model.named_parameters()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
 
     @cached_property
     def window(self) -> int:
@@ -63,43 +105,50 @@ class Job:
     def draw_windows(self, replay: Replay) -> Windows:
         """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``."""
         recipe = self.recipe
-        stage = self.work.stage("windows", self._window_inputs())
+
+        def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
+            windows = calibration_windows(
+                recipe.calib,
+                tokenizer=writer.tokenizer,
+                window=self.window,
+                count=recipe.windows,
+                seed=recipe.seed,
+                generate=lambda count: writer.write(count, recipe.seed, OF_THE_SOURCE),
+            )
+            missing = recipe.windows - len(windows)
+            added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
+            if added:
+                # another seed: these are windows beside those that the source ``self`` may have given
+                openings = added_to(windows.tokens, windows.names == (SELF,))
+                windows = windows.extended(SELF, writer.write(added, recipe.seed + 1, openings))
+            return windows, {"calibration_windows_missing": missing}
+
+        inputs = self._window_inputs()
+        self.windows = self.windows_stage("windows", "calibration windows", recipe.windows, inputs, replay, draw)
+        return self.windows
+
+    def windows_stage(
+        self,
+        name: str,
+        title: str,
+        steps: int,
+        inputs: dict[str, Any],
+        replay: Replay,
+        draw: Callable[[Writer], tuple[Windows, dict[str, int]]],
+    ) -> Windows:
+        """Windows that ``draw`` gives, drawn once; what it counts beside them is added to the fallbacks."""
+        stage = self.work.stage(name, inputs)
         path = stage.directory / "windows.safetensors"
         if not stage.has(path.name):
-            notes = {"chat_template_failures": 0}
-            with self.monitor.stage("calibration windows", recipe.windows) as tick:
-                tokenizer = self.source.tokenizer()
-
-                def generate(count: int, seed: int, openings: Openings = OF_THE_SOURCE) -> Tensor:
-                    model, window = replay.model, self.window
-                    made = generate_windows(
-                        model, tokenizer, count=count, window=window, seed=seed, openings=openings, progress=tick
-                    )
-                    notes["chat_template_failures"] += made.chat_fallbacks
-                    return made.tokens
-
-                windows = calibration_windows(
-                    recipe.calib,
-                    tokenizer=tokenizer,
-                    window=self.window,
-                    count=recipe.windows,
-                    seed=recipe.seed,
-                    generate=lambda count: generate(count, recipe.seed),
-                )
-                missing = recipe.windows - len(windows)
-                added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
-                if added:
-                    # another seed: these are windows beside those that the source ``self`` may have given
-                    more = generate(added, recipe.seed + 1, added_to(windows.tokens, windows.names == (SELF,)))
-                    windows = windows.extended(SELF, more)
-            notes["calibration_windows_missing"] = missing
-            stage.save_json("notes.json", notes)
-            with replacing(path) as temporary:
-                windows.save(temporary)
-        windows = Windows.load(path)
-        self.fallbacks.update(stage.load_json("notes.json"))
-        self.windows = windows
-        return windows
+            with self.monitor.stage(title, steps) as tick:
+                writer = Writer(replay, self.source.tokenizer(), self.window, tick)
+                windows, notes = draw(writer)
+                stage.save_json("notes.json", {**notes, "chat_template_failures": writer.chat_failures})
+                with replacing(path) as temporary:
+                    windows.save(temporary)
+        for note, count in stage.load_json("notes.json").items():
+            self.fallbacks[note] = self.fallbacks.get(note, 0) + count
+        return Windows.load(path)
 
     def start_activations(self, replay: Replay) -> Activations:
         return Activations.start(replay, self.windows, self.recipe.batch_tokens, self.recipe.seed)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, LayerMoments, layer_moments
+from gemq.batches import Batches
+from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.models.experts import ExpertsCall, expert_weight
+from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
@@ -115,14 +116,14 @@ def build_layer(
     widths: tuple[Width, ...],
     dense_bits: int,
     training: Training | None = None,
-) -> tuple[LayerLadder, list[Tensor]]:
+) -> tuple[LayerLadder, Batches]:
     """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs.
 
     training: trains every expert at every width on its own after GPTQ (the trained ladder)
     """
     layer = replay.structure.layers[index]
     linears = layer.linears if dense_bits < 16 else ()
-    calls: list[ExpertsCall] = []
+    calls = KeptCalls(replay.memory)
     kept = calls if training is not None and layer.experts is not None else None
     moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
     ladder = LayerLadder()

@@ -24,6 +24,7 @@ from gemq.files import check_free_space, write_json, write_text
 from gemq.finish import run_finish
 from gemq.guard import run_guard
 from gemq.job import Job, source_digest
+from gemq.memory import Memory
 from gemq.models.source import Source, pick_device
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
@@ -33,7 +34,7 @@ from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
-from gemq.stages import FULL_PRECISION, assembled, digest, load_ladder, make_problem, run_ladder, run_scores
+from gemq.stages import FULL_PRECISION, assembled, digest, layer_file, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
 
 JOB_FILE = "job.json"
@@ -66,6 +67,8 @@ class Result:
     """Held-out errors before and after training: of layers' outputs (relative) and of distillation (nats)."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The guard's verdict on the allocation, or why it was ``skipped``: see ``guard``."""
+    waited: dict[str, int] = field(default_factory=dict)
+    """Most bytes of activations and packed layers that lay in ``host memory`` and on ``disk`` for want of room."""
     work_bytes: int = 0
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -83,6 +86,8 @@ def quantize(
     resume: bool = False,
     allocation: str | Path | None = None,
     device: str = "auto",
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
@@ -92,6 +97,8 @@ def quantize(
     work:       directory of intermediate results, ``out`` with ``.work`` added by default
     resume:     go on with an interrupted job instead of refusing its work directory
     allocation: JSON file with a width for every expert, instead of solving for one
+    gpu_memory, host_memory: bytes that the job may hold at most, by default 90 % of what is free; no bound changes
+                the result
     Raises UserError when something cannot be done, before anything is lost or half written.
     """
     recipe = recipe or Recipe()
@@ -100,13 +107,13 @@ def quantize(
     allocation = None if allocation is None else Path(allocation)
     WorkDir.check(work_path, resume=resume)
     check_output(out, resume=resume)
-    picked = pick_device(device)
+    memory = Memory.bounded(pick_device(device), gpu_memory, host_memory, work_path)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
-    check_job(source, recipe, out, work_path, allocation, new=not resume)
+    check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
     fingerprint = source.fingerprint()
     with WorkDir(work_path, resume=resume) as directory:
         _record_job(directory, source, recipe, fingerprint)
-        job = Job(source, recipe, directory, picked, monitor or Monitor(), fingerprint)
+        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=recipe.refine, guarded=True)
 
 
@@ -118,12 +125,15 @@ def export(
     finish: bool = False,
     allocation: str | Path | None = None,
     device: str = "auto",
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
     """Another budget from the work directory of ``quantize``, in seconds: weights are picked from its ladder.
 
     changes: recipe keys of the budget and the allocation, such as ``{"bits": 1.5}`` or ``{"allocate": "uniform"}``
     finish:  refine at the new widths, as ``quantize`` does, rather than take the ladder's weights
+    gpu_memory, host_memory: as for ``quantize``
     """
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)
@@ -139,11 +149,12 @@ def export(
             raise UserError(
                 f"{source.path}, the model of {work}, is gone: put it back, its unquantized parts are needed"
             )
-        check_job(source, recipe, out, directory.path, allocation, new=False)
+        memory = Memory.bounded(pick_device(device), gpu_memory, host_memory, directory.path)
+        check_job(source, recipe, out, directory.path, allocation, memory, new=False)
         fingerprint = source.fingerprint()
         if fingerprint != recorded["fingerprint"]:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
-        job = Job(source, recipe, directory, pick_device(device), monitor or Monitor(), fingerprint)
+        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=finish, guarded=finish)
 
 
@@ -155,7 +166,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     _count_fallbacks(job, structure, ladder)
     scores = None
     if allocation_file is None and job.recipe.allocate in SCORED:
-        replay, scores = _scores(job, replay, stored, ladder, progressive=finish)
+        scores = _scores(job, replay, stored, ladder, progressive=finish)
     problem = make_problem(job, structure, ladder, scores)
     fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
@@ -195,11 +206,12 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         layers, tuned = assembled(job, structure, ladder, chosen), {}
         if finish:
             finished = run_finish(job, replay, stored, chosen)
-            layers, tuned, result.gains = finished.layers(), finished.tuned(), finished.gains
+            layers, tuned, result.gains = finished.layers(), finished.tuned, finished.gains
         with job.monitor.stage("save", len(structure.layers)) as tick:
             _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result)
     else:
         result.complete_before = True
+    result.waited = {place.value: count for place, count in job.memory.spilled.items()}
     result.work_bytes = job.work.size()
     result.stages = {name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()}
     return result
@@ -209,22 +221,14 @@ def _solve(job: Job, problem: Problem, budget: Budget) -> Allocation:
     return allocate(problem, budget, job.recipe.allocate, layer_rule=job.recipe.layer_rule, seed=job.recipe.seed)
 
 
-def _scores(
-    job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool
-) -> tuple[Replay, Stage]:
-    """The scores to allocate by; those of a progressive recipe around its last step's model.
-
-    Returns them with the full-precision model, loaded again where a step has overwritten it.
-    """
+def _scores(job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool) -> Stage:
+    """The scores to allocate by; those of a progressive recipe around its last step's model."""
     around = FULL_PRECISION
     for bits in job.recipe.progressive[:-1] if progressive else ():
         problem = make_problem(job, replay.structure, ladder, run_scores(job, replay, ladder, around))
         chosen = _solve(job, problem, Budget("bits", bits))
-        step = run_finish(job, replay, stored, chosen)
-        if step.computed:
-            replay, _ = job.load()
-        around = step.around(job, replay, chosen.by_layer)
-    return replay, run_scores(job, replay, ladder, around)
+        around = run_finish(job, replay, stored, chosen).around(job, replay, chosen.by_layer)
+    return run_scores(job, replay, ladder, around)
 
 
 # Before anything is computed
@@ -320,7 +324,7 @@ def _save(
 ) -> None:
     def shards() -> Iterator[dict[str, Tensor]]:
         yield from layers
-        state = {**replay.model.state_dict(), **tuned}
+        state = {**replay.unpacked(packed_format.replaced_names()), **tuned}
         own = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         yield dense_state(replay.model, packed_format, own)
 
@@ -351,12 +355,12 @@ def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
     """Counts what was not done as asked: never silent."""
     none = few = retries = untrained = 0
     for i, layer in enumerate(structure.layers):
-        found = load_ladder(job, structure, ladder, i)
-        retries += found.retries
-        untrained += found.untrained
+        counts, notes = (ladder.load_tensor(layer_file(i), key) for key in ("counts", "notes"))
+        retries += int(notes[0])
+        untrained += int(notes[1])
         if layer.experts is not None:
-            none += int((found.counts == 0).sum())
-            few += int(((found.counts > 0) & (found.counts < layer.experts.matrices[0].columns)).sum())
+            none += int((counts == 0).sum())
+            few += int(((counts > 0) & (counts < layer.experts.matrices[0].columns)).sum())
     job.fallbacks.update(
         experts_without_tokens=none,
         experts_with_few_tokens=few,

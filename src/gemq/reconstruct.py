@@ -22,7 +22,7 @@ from torch import Tensor
 from gemq.calibrate import Activations
 from gemq.models.experts import ExpertsCall, Routed, apply_down, apply_first, expert_weight, route
 from gemq.models.stream import Replay
-from gemq.models.structure import Experts, Layer
+from gemq.models.structure import Experts, Layer, is_norm
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.trainable import TrainableMatrices, cosine_with_warmup, epochs, rounded_to
@@ -67,18 +67,22 @@ class Optimizer:
 
     def step(self, loss: Tensor, step: int, steps: int) -> None:
         """One step down the gradient of ``loss``, number ``step`` of ``steps``."""
+        self.inner.zero_grad(set_to_none=True)
+        loss.backward()
+        self.update(step, steps)
+
+    def update(self, step: int, steps: int) -> None:
+        """The same from gradients that the parameters have already."""
         factor = cosine_with_warmup(step, steps)
         for group, rate in zip(self.inner.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.inner.zero_grad(set_to_none=True)
-        loss.backward()
         self.inner.step()
 
 
 def train_rungs(
     module: Any,
     experts: Experts,
-    calls: list[ExpertsCall],
+    calls: Sequence[ExpertsCall],
     grids: list[Quantized],
     latents: list[Tensor],
     widths: tuple[Width, ...],
@@ -190,7 +194,7 @@ def train_layer(
     replay: Replay,
     index: int,
     activations: Activations,
-    targets: list[Tensor],
+    targets: Sequence[Tensor],
     parameters: list[QuantizedParameter],
     training: Training,
     stored: dict[str, torch.dtype],
@@ -245,8 +249,7 @@ def tunable_names(replay: Replay, layer: Layer) -> list[str]:
     for path, module in replay.model.named_modules():
         if not path.startswith(prefix):
             continue
-        is_norm = "norm" in type(module).__name__.lower()
-        if is_norm or path == layer.router or (layer.router and path.startswith(layer.router + ".")):
+        if is_norm(module) or path == layer.router or (layer.router and path.startswith(layer.router + ".")):
             names += [f"{path}.{n}" for n, p in module.named_parameters(recurse=False) if p.is_floating_point()]
     return names
 

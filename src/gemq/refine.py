@@ -33,7 +33,7 @@ class Targets:
     stored: the type in which each parameter of the model is kept
     """
 
-    hidden: list[Tensor]
+    hidden: Sequence[Tensor]
     stored: dict[str, torch.dtype]
     training: Training
 
@@ -97,11 +97,11 @@ def refine_layer(
     latents: dict[str, Tensor] | None = {} if targets is not None else None
     attention = [x for x in linears if x.kind == "attention"]
     if attention:
-        moments, _ = layer_moments(replay, index, activations, attention, with_experts=False)
+        moments, _ = layer_moments(replay, index, activations, attention, with_experts=False, with_outputs=False)
         quantize_linears(model, attention, moments, quantizer, dense_bits, result, latents)
         install_linears(model, attention, result.linears, dense_bits, quantizer.group_size)
     others = [x for x in linears if x.kind != "attention"]
-    moments, _ = layer_moments(replay, index, activations, others, with_experts=True)
+    moments, _ = layer_moments(replay, index, activations, others, with_experts=True, with_outputs=False)
     quantize_linears(model, others, moments, quantizer, dense_bits, result, latents)
     install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
     found: list[QuantizedParameter] = []
@@ -160,7 +160,8 @@ def layer_overrides(
         assert layer.experts is not None
         group = group_size_for(matrix.columns, group_size)
         name = f"{layer.experts.path}.{matrix.name}"
-        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=model.get_parameter(name).device)
+        device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
+        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=device)
         for width in set(widths):
             members = [e for e, w in enumerate(widths) if w == width]
             packed = [_named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}") for e in members]
@@ -168,8 +169,7 @@ def layer_overrides(
             weight[torch.tensor(members, device=weight.device)] = dequantize(q).to(weight.device)
         overrides[name] = as_parameter(model, name, weight)
     for name, tensor in refined.tuned.items():
-        parameter = model.get_parameter(name)
-        overrides[name] = tensor.to(parameter)
+        overrides[name] = tensor.to(model.get_parameter(name).dtype)
     return overrides
 
 

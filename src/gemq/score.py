@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemq.batches import Batches
 from gemq.calibrate import Activations
 from gemq.models.experts import (
     ExpertsCall,
@@ -52,14 +53,14 @@ class LayerScores:
 
 def loss_gradients(
     replay: Replay, activations: Activations, labels: str, seed: int, overrides: dict[str, Tensor] | None = None
-) -> list[Tensor]:
+) -> Batches:
     """Gradients [B, S, H] of the summed next-token loss at the last layer's outputs (``activations.hidden``).
 
     ``labels`` is ``data`` (the windows' own next tokens) or ``sampled`` (drawn from the model's own prediction, which
     makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
     """
     generator = torch.Generator(replay.device).manual_seed(seed)
-    gradients = []
+    gradients = Batches(replay.memory)
     for ids, hidden in zip(activations.ids, activations.hidden, strict=True):
         leaf = hidden.detach().requires_grad_()
         logits = replay.logits(ids, leaf, overrides).float()
@@ -78,7 +79,7 @@ def reverse_layer(
     replay: Replay,
     index: int,
     activations: Activations,
-    gradients: list[Tensor],
+    gradients: Batches,
     overrides: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, ExpertsCall | None, Tensor | None]]:
     """Passes gradients [B, S, H] through layer ``index``, whose inputs are ``activations.hidden``, in place.
@@ -100,6 +101,7 @@ def reverse_layer(
         (call,) = watched
         below, at_experts = torch.autograd.grad(output, (leaf, call.output), gradients[i])
         gradients[i] = below
+        del output, leaf
         detached = ExpertsCall(
             call.hidden.detach(), call.top_k_index, call.top_k_weights.detach(), call.output.detach()
         )

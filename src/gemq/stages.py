@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
+from gemq.batches import Batches
 from gemq.files import check_free_space
 from gemq.job import Job
 from gemq.ladder import LayerLadder, build_layer, rung_weight
@@ -49,10 +50,10 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     if not missing:
         return stage
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
-    with job.monitor.stage("ladder", len(layers)) as tick:
+    with job.monitor.stage("ladder", missing[-1] + 1) as tick:
         activations = job.start_activations(replay)
         training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
-        for i in layers:
+        for i in replay.walk(range(missing[-1] + 1)):
             if i in missing:
                 ladder, activations.hidden = build_layer(
                     replay,
@@ -64,14 +65,15 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
                     training,
                 )
                 stage.save_tensors(layer_file(i), ladder.to_tensors())
-            elif i < missing[-1]:
+            else:
                 activations.advance(replay, i)
             tick()
     return stage
 
 
-def load_ladder(job: Job, structure: Structure, stage: Stage, index: int) -> LayerLadder:
-    tensors = stage.load_tensors(layer_file(index), str(job.device))
+def load_ladder(job: Job, structure: Structure, stage: Stage, index: int, device: str | None = None) -> LayerLadder:
+    """A layer of the ladder on ``device``, by default the job's."""
+    tensors = stage.load_tensors(layer_file(index), device or str(job.device))
     return LayerLadder.from_tensors(tensors, structure.layers[index], job.recipe.ladder_widths)
 
 
@@ -104,16 +106,29 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
     missing = {i for i, _ in structure.moe_layers if not stage.has(layer_file(i))}
     if not missing:
         return stage
-    with job.monitor.stage("scores", 2 * len(structure.layers)) as tick:
-        activations = job.start_activations(replay)
-        hidden = []
-        for i in range(len(structure.layers)):
-            hidden.append(activations.hidden)
+    count = len(structure.layers)
+    activations = job.start_activations(replay)
+    each = sum(h.numel() * h.element_size() for h in activations.hidden)
+    segment = segment_length(count, each, replay.memory.quick_bytes)
+    passes = reverse_order(count, segment)
+    with job.monitor.stage("scores", count + len(passes)) as tick:
+        inputs_of: dict[int, Batches] = {}
+        last = (count - 1) // segment * segment  # needs no recomputing: its inputs are kept as they come
+        for i in replay.walk(range(count)):
+            if i % segment == 0 or i > last:
+                inputs_of[i] = activations.hidden.copy()
             activations.advance(replay, i, around.layer(i))
             tick()
         gradients = loss_gradients(replay, activations, recipe.score_labels, recipe.seed, around.tail)
-        for i in reversed(range(len(structure.layers))):
-            activations.hidden = hidden.pop()
+        for i, (_, backward) in zip(replay.walk([i for i, _ in passes]), passes, strict=True):
+            if not backward:
+                if i % segment == 0:
+                    activations.hidden = inputs_of[i].copy()
+                activations.advance(replay, i, around.layer(i))
+                inputs_of[i + 1] = activations.hidden.copy()
+                tick()
+                continue
+            activations.hidden = inputs_of.pop(i)
             experts = structure.layers[i].experts
             scores = None
             if experts is not None and i in missing:
@@ -127,14 +142,44 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
                     add_costs(scores, routed, costs, source)
             if scores is not None:
                 stage.save_tensors(layer_file(i), {"costs": scores.costs, "tokens": scores.tokens})
+            rungs = []
             tick()
     return stage
+
+
+def segment_length(layers: int, each: int, room: int) -> int:
+    """Every how many layers the inputs are kept for the reverse pass; those between are computed again.
+
+    each: bytes of one layer's inputs; ``room``: bytes for all that are kept
+    The least that fits, since each layer computed again costs a forward pass; where none fits, what keeps least.
+    """
+
+    def kept(k: int) -> int:
+        """Inputs at once: of every k-th layer and of a segment's layers, the state in motion, and the gradients."""
+        return -(-layers // k) + (k - 1) + 2
+
+    lengths = range(1, layers + 1)
+    return next((k for k in lengths if kept(k) * each <= room), min(lengths, key=kept))
+
+
+def reverse_order(layers: int, segment: int) -> list[tuple[int, bool]]:
+    """The reverse pass as (layer, backward): a segment's layers but its last forward again, then all of it backward.
+
+    The last segment is not computed again.
+    """
+    order: list[tuple[int, bool]] = []
+    for start in reversed(range(0, layers, segment)):
+        stop = min(start + segment, layers)
+        if stop < layers:
+            order += [(i, False) for i in range(start, stop - 1)]
+        order += [(i, True) for i in reversed(range(start, stop))]
+    return order
 
 
 def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation) -> Iterator[RefinedLayer]:
     """The layers of an allocation as the ladder has them."""
     for i, widths in enumerate(chosen.by_layer):
-        yield assemble_layer(load_ladder(job, structure, ladder, i), structure.layers[i], widths)
+        yield assemble_layer(load_ladder(job, structure, ladder, i, "cpu"), structure.layers[i], widths)
 
 
 def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
@@ -165,7 +210,7 @@ def make_problem(
     problem = shape_problem(structure, job.recipe)
     costs, counts = [], []
     for i, _ in structure.moe_layers:
-        counts.append(load_ladder(job, structure, ladder, i).counts.cpu().numpy())
+        counts.append(ladder.load_tensor(layer_file(i), "counts").numpy())
         if scores is not None:
             found = scores.load_tensors(layer_file(i))
             cost = smooth_usage(found["costs"][kept].sum(0), found["tokens"][kept].sum(0), job.recipe.smoothing)

@@ -49,6 +49,9 @@ def print_result(console: Console, result: Result) -> None:
             before, after = result.gains[f"{what}_before"], result.gains[f"{what}_after"]
             console.print(f"{what.capitalize()} on held-out windows: {unit} {before:.4g} -> {after:.4g}")
     print_stages(console, result.stages)
+    for place, count in result.waited.items():
+        if count:
+            console.print(f"Up to {_size(count)} of activations and packed layers waited in {place} for want of room.")
     for name, count in result.fallbacks.items():
         if count:
             console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")

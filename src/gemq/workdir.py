@@ -126,6 +126,13 @@ class Stage:
 
         return load_file(self.directory / name, device=device)
 
+    def load_tensor(self, name: str, key: str) -> Tensor:
+        """One tensor of a set, on the CPU, without reading the others."""
+        from safetensors import safe_open
+
+        with safe_open(self.directory / name, framework="pt") as file:
+            return file.get_tensor(key)
+
     def save_json(self, name: str, value: Any) -> None:
         write_json(self.directory / name, value)
 

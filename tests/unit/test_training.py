@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from gemq.calibrate import Activations
+from gemq.calibrate import Activations, advance
 from gemq.data.windows import Windows
 from gemq.distil import Distillation, PackedExperts, distil
 from gemq.ladder import LayerLadder, Quantizer, build_layer, rung_weight
@@ -136,11 +136,10 @@ def refined(training: Training | None) -> tuple[Replay, Activations, list[Refine
     """A whole model refined at mixed widths, and the full-precision model's last hidden states."""
     replay, activations = start()
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
-    exact = list(activations.hidden)
+    exact = activations.hidden.copy()
     layers = []
     for i, layer in enumerate(replay.structure.layers):
-        with torch.no_grad():
-            exact = [replay.run(i, h, c[i]) for h, c in zip(exact, activations.calls, strict=True)]
+        advance(replay, i, exact, activations.calls)
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
         widths = [(1, 2, 3)[e % 3] for e in range(layer.experts.count)]
@@ -191,7 +190,7 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
         steps.append(done or 0)
 
     how = Distillation(training, loss, sets)
-    result = distil(replay, layers, widths, first, teacher, how, stored, 32, tick)
+    result = distil(replay, layers.__getitem__, widths, 4, first, teacher, how, stored, 32, tick)
     assert steps
     return result, layers, replay
 

@@ -100,12 +100,6 @@ def expert_weight(module: Any, name: str) -> Tensor:
     return oriented(module, name).detach()
 
 
-@torch.no_grad()
-def set_expert_weight(module: Any, name: str, weight: Tensor) -> None:
-    """Overwrites an experts module's weight with [E, rows, columns], cast to its dtype."""
-    getattr(module, name).copy_(weight.transpose(1, 2) if module.is_transposed else weight)
-
-
 def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, routed: Routed) -> Tensor:
     """Inputs x [P, H] and weights [E, rows, H] of the matrix ``name`` -> what ``down_proj`` receives, [P, I]."""
     out = _grouped(x, weight, _bias(module, name), routed)
