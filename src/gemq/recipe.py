@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "score_form": "elementwise",
         "score_labels": "data",
         "smoothing": 0.0,
+        "rescale": False,
         "layer_rule": True,
         "progressive": [3.0, 2.5, 2.0],
         "guard": False,
@@ -119,6 +120,8 @@ class Recipe:
     """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
     smoothing: float = 2.0
     """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
+    rescale: bool = True
+    """Scale a layer's scores at each width to the KL measured with all of the layer's experts at that width."""
     allocate: str = "global"
     layer_rule: bool = False
     """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""
