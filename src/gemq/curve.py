@@ -24,7 +24,7 @@ from gemq.pipeline import recorded_job
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
 from gemq.sizes import linear_bytes, other_bytes
-from gemq.stages import layer_file, shape_problem, smoothed_costs
+from gemq.stages import Judged, layer_costs, layer_file, shape_problem
 from gemq.workdir import Stage, WorkDir
 
 STEP = 0.125
@@ -144,8 +144,9 @@ def write_curve(curve: Curve, directory: Path) -> list[Path]:
 def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Problem:
     """The allocation problem with the costs of all calibration sources. Token counts, which it does not need, are 0."""
     problem = shape_problem(structure, recipe)
-    scores = _scores(work, structure)
-    costs = [smoothed_costs(scores, i, recipe.smoothing) for i, _ in structure.moe_layers]
+    measured = _complete(work, structure, "sensitivity") if recipe.rescale else None
+    judged = Judged(_complete(work, structure, "scores-*"), measured)
+    costs = [layer_costs(judged, i, recipe.smoothing) for i, _ in structure.moe_layers]
     return Problem(
         problem.widths,
         problem.layer,
@@ -157,10 +158,11 @@ def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Prob
     )
 
 
-def _scores(work: WorkDir, structure: Structure) -> Stage:
-    for recorded in sorted(work.path.glob("scores-*/stage.json")):
+def _complete(work: WorkDir, structure: Structure, name: str) -> Stage:
+    """The stage ``name``, around full precision, with a file for every layer."""
+    for recorded in sorted(work.path.glob(f"{name}/stage.json")):
         stage = Stage(recorded.parent)
-        around = json.loads(recorded.read_text(encoding="utf-8"))["around"]
+        around = json.loads(recorded.read_text(encoding="utf-8")).get("around")
         if not around and all(stage.has(layer_file(i)) for i, _ in structure.moe_layers):
             return stage
     raise UserError(

@@ -27,7 +27,7 @@ from gemq.calibrate import Activations, advance
 from gemq.data.selfgen import OF_THE_SOURCE, added_to
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
-from gemq.divergence import chunks, divergence
+from gemq.divergence import window_kl
 from gemq.job import Job, Writer
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
@@ -173,23 +173,6 @@ def decide(
 
 
 # Measuring
-
-
-@torch.no_grad()
-def window_kl(replay: Replay, ids: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(full precision || candidate) per token of each window, in nats: float64 [B], from last hidden states.
-
-    ids: int64 [B, S]; teacher, student: [B, S, H]. The tail is the model's own for both. As in ``evaluate``, what
-    would predict the token behind the window does not count.
-    """
-    expected, logits = replay.logits(ids, teacher), replay.logits(ids, student)
-    positions = ids.shape[1] - 1
-    kl = torch.zeros(len(ids), dtype=torch.float64)
-    for row in range(len(ids)):
-        for part in chunks(positions):
-            log_p, log_q = (x[row, part].float().log_softmax(-1) for x in (expected, logits))
-            kl[row] += divergence(log_p, log_q)
-    return kl / positions
 
 
 @torch.no_grad()

@@ -269,6 +269,9 @@ class Job:
         keys = ("score_form", "score_labels", "score_weights", "seed")
         return {**self.ladder_inputs(), **{key: getattr(self.recipe, key) for key in keys}}
 
+    def sensitivity_inputs(self) -> dict[str, Any]:
+        return {**self.ladder_inputs(), "score_weights": self.recipe.score_weights}
+
 
 def source_digest(source: str) -> str:
     """A calibration source as a fingerprint sees it: a file by its bytes, anything else by its name."""

@@ -34,8 +34,9 @@ from gemq.quant.widths import Width, width_name
 from gemq.ranks import start_ranks
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer
+from gemq.sensitivity import run_sensitivity
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
-from gemq.stages import FULL_PRECISION, assembled, digest, layer_file, make_problem, run_ladder, run_scores
+from gemq.stages import FULL_PRECISION, Judged, assembled, digest, layer_file, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
 
 JOB_FILE = "job.json"
@@ -163,10 +164,10 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     job.draw_windows(replay)
     ladder = run_ladder(job, replay)
     _count_fallbacks(job, structure, ladder)
-    scores = None
+    judged = None
     if allocation_file is None and job.recipe.allocate in SCORED:
-        scores = _scores(job, replay, stored, ladder, progressive=finish)
-    problem = make_problem(job, structure, ladder, scores)
+        judged = _judge(job, replay, stored, ladder, progressive=finish)
+    problem = make_problem(job, structure, ladder, judged)
     fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
         chosen = read_allocation(allocation_file, problem)
@@ -177,7 +178,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
             tick()
     guard: dict[str, Any] = {"skipped": _why_unguarded(job.recipe, allocation_file, guarded)}
     if not guard["skipped"]:
-        leave_out = lambda name: make_problem(job, structure, ladder, scores, leave_out=name)
+        leave_out = lambda name: make_problem(job, structure, ladder, judged, name)
         chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen, leave_out)
     ranks = job.work.ranks
     ranks.agree(lambda: write_text(job.work.path / "allocation.json", chosen.to_json()))
@@ -187,7 +188,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         complete_before=False,
         budget="of the file" if allocation_file else job.recipe.budget_text,
         method="from a file" if allocation_file else chosen.method,
-        predicted_cost=chosen.predicted_cost if scores is not None else None,
+        predicted_cost=chosen.predicted_cost if judged is not None else None,
         allocation=chosen.by_layer,
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, job.recipe),
@@ -221,14 +222,16 @@ def _solve(job: Job, problem: Problem, budget: Budget) -> Allocation:
     return allocate(problem, budget, job.recipe.allocate, layer_rule=job.recipe.layer_rule, seed=job.recipe.seed)
 
 
-def _scores(job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool) -> Stage:
-    """The scores to allocate by; those of a progressive recipe around its last step's model."""
+def _judge(job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool) -> Judged:
+    """What to allocate by. The scores of a progressive recipe are around its last step's model."""
+    measured = run_sensitivity(job, replay, ladder) if job.recipe.rescale else None
     around = FULL_PRECISION
     for bits in job.recipe.progressive[:-1] if progressive else ():
-        problem = make_problem(job, replay.structure, ladder, run_scores(job, replay, ladder, around))
+        judged = Judged(run_scores(job, replay, ladder, around), measured)
+        problem = make_problem(job, replay.structure, ladder, judged)
         chosen = _solve(job, problem, Budget("bits", bits))
         around = run_finish(job, replay, stored, chosen).around(job, replay, chosen.by_layer)
-    return run_scores(job, replay, ladder, around)
+    return Judged(run_scores(job, replay, ladder, around), measured)
 
 
 # Before anything is computed

@@ -37,7 +37,7 @@ BUDGETS = ("bits", "stored_bits", "size")
 TUNABLE = ("routers", "norms", "grids")
 EFFORTS: dict[str, dict[str, int]] = {
     "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
-    "medium": {"total_tokens": 524_288, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+    "medium": {"total_tokens": 1_048_576, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1},
     "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
 }
 """What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "score_form": "elementwise",
         "score_labels": "data",
         "smoothing": 0.0,
+        "rescale": False,
         "layer_rule": True,
         "progressive": [3.0, 2.5, 2.0],
         "guard": False,
@@ -122,6 +123,8 @@ class Recipe:
     """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
     smoothing: float = 2.0
     """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
+    rescale: bool = True
+    """Scale a layer's scores at each width to the KL measured with all of the layer's experts at that width."""
     allocate: str = "global"
     layer_rule: bool = False
     """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""

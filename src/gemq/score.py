@@ -175,6 +175,15 @@ def empty_scores(sources: int, experts: int, widths: tuple[Width, ...], device: 
     )
 
 
+def rescaled(costs: Tensor, kl: Tensor) -> Tensor:
+    """Costs [E, W] of a layer, scaled at each width so that they sum to the KL [W] measured there, in nats a token.
+
+    Costs that are all zero stay zero.
+    """
+    total = costs.sum(0)
+    return costs * torch.where(total > 0, kl / total, 0.0)
+
+
 def smooth_usage(costs: Tensor, tokens: Tensor, k: float) -> Tensor:
     """Usage smoothing: costs [E, W] as they would be if token counts [E] were drawn towards their mean.
 

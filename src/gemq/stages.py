@@ -11,9 +11,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
@@ -36,6 +37,7 @@ from gemq.score import (
     empty_scores,
     loss_gradients,
     pair_costs,
+    rescaled,
     reverse_layer,
     smooth_usage,
 )
@@ -136,7 +138,7 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
             if experts is not None and i in missing:
                 scores = empty_scores(len(job.windows.names), experts.count, recipe.ladder_widths, job.device)
                 module = replay.model.get_submodule(experts.path)
-                rungs = [_rung(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
+                rungs = [rung_weights(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
             for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):
                 if scores is not None and call is not None and gradient is not None and experts is not None:
                     scores.close(sum(end <= batch for end in ends))
@@ -187,7 +189,7 @@ def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation)
         yield assemble_layer(load_ladder(job, structure, ladder, i, "cpu"), structure.layers[i], widths)
 
 
-def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
+def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
     """All experts' matrices of a layer at one width, dequantized, in the model's compute type."""
     recipe = job.recipe
     module = replay.model.get_submodule(experts.path)
@@ -204,20 +206,31 @@ def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts,
     return rungs[0], rungs[1]
 
 
-def make_problem(
-    job: Job, structure: Structure, ladder: Stage, scores: Stage | None, leave_out: str | None = None
-) -> Problem:
-    """The allocation problem: costs from ``scores`` (zero without), bytes from shapes, counts from the ladder.
+class Judged(NamedTuple):
+    """What tells the cost of widths: the scores, and the sensitivities that they are scaled to, if any."""
 
-    leave_out: calibration source whose scores do not count
+    scores: Stage
+    measured: Stage | None
+
+
+def make_problem(
+    job: Job,
+    structure: Structure,
+    ladder: Stage,
+    judged: Judged | None,
+    leave_out: str | None = None,
+) -> Problem:
+    """The allocation problem: costs as ``judged`` (zero without), bytes from shapes, counts from the ladder.
+
+    leave_out: calibration source that does not count
     """
     kept = [i for i, name in enumerate(job.windows.names) if name != leave_out]
     problem = shape_problem(structure, job.recipe)
     costs, counts = [], []
     for i, _ in structure.moe_layers:
         counts.append(ladder.load_tensor(layer_file(i), "counts").numpy())
-        if scores is not None:
-            costs.append(smoothed_costs(scores, i, job.recipe.smoothing, kept))
+        if judged is not None:
+            costs.append(layer_costs(judged, i, job.recipe.smoothing, kept))
     return dataclasses.replace(
         problem,
         costs=np.concatenate(costs) if costs else problem.costs,
@@ -225,11 +238,16 @@ def make_problem(
     )
 
 
-def smoothed_costs(scores: Stage, layer: int, smoothing: float, kept: list[int] | None = None) -> Floats:
-    """A layer's costs [E, W] over the calibration sources ``kept`` (None: all), with usage smoothing."""
-    found = scores.load_tensors(layer_file(layer))
+def layer_costs(judged: Judged, layer: int, smoothing: float, kept: list[int] | None = None) -> Floats:
+    """A layer's costs [E, W] by the calibration sources ``kept`` (None: all), with usage smoothing."""
+    found = judged.scores.load_tensors(layer_file(layer))
     costs, tokens = (found[name] if kept is None else found[name][kept] for name in ("costs", "tokens"))
-    return smooth_usage(costs.sum(0), tokens.sum(0), smoothing).numpy()
+    cost = smooth_usage(costs.sum(0), tokens.sum(0), smoothing)
+    if judged.measured is not None:
+        own = judged.measured.load_tensors(layer_file(layer))
+        kl = own["kl"] if kept is None else own["kl"][:, torch.isin(own["source"], torch.tensor(kept))]
+        cost = rescaled(cost, kl.mean(1).clamp_min(0))
+    return cost.numpy()
 
 
 def shape_problem(structure: Structure, recipe: Recipe) -> Problem:

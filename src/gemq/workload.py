@@ -15,6 +15,7 @@ from gemq.machine import Rates
 from gemq.models.structure import Layer, Structure
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
+from gemq.sensitivity import TOKENS as MEASURED
 
 GUARD_TRIES = 3
 """Allocations that the guard is expected to look at: the one that scores make, and softer ones."""
@@ -90,6 +91,8 @@ class Workload:
         scored = r.allocate in ("global", "layerwise")
         steps = max(1, len(r.progressive))
         stages = {"calibration windows": self.generate(self._own_windows), "ladder": total(map(self.ladder, layers))}
+        if scored and r.rescale:
+            stages["sensitivity"] = self.sensitivity()
         if scored:
             stages["scores"] = (self.loss() + total(map(self.scores, layers))) * steps
         if scored and r.guard and r.refine:
@@ -145,6 +148,17 @@ class Workload:
         pairs = self.experts(layer, self.tokens, self.batches) * (1 + self.widths)
         differences = self.tokens * self.per_token * self.widths * self.hidden * 16.0
         return work + pairs + Work(bytes=differences) + self.dequantize(layer) * self.widths
+
+    def sensitivity(self) -> Work:
+        """Every layer at every width, all else exact: each such model runs from that layer to the end."""
+        tokens = float(min(MEASURED, self.given_tokens))
+        work, models = Work(), 0
+        for layer in self.structure.layers:
+            if layer.experts is not None:
+                models += self.widths
+                work += self.dequantize(layer) * self.widths
+            work += self.forward(layer, tokens) * (1 + models)
+        return work + (self.head(tokens * 2) + Work(bytes=2 * tokens * self.vocabulary * LOGIT_BYTES)) * models
 
     def guard(self) -> Work:
         """Candidates beside full precision: the allocation and uniform, softer ones, and each source left out."""

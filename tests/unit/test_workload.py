@@ -56,7 +56,7 @@ def test_more_work_takes_longer(replay: Replay):
         return {name: work.seconds(rates) for name, work in workload(replay, **keys).stages().items()}
 
     low = seconds()
-    assert list(low) == ["calibration windows", "ladder", "scores", "guard windows", "guard", "refine"]
+    assert list(low) == ["calibration windows", "ladder", "sensitivity", "scores", "guard windows", "guard", "refine"]
     twice = seconds(windows=16)
     for stage in ("calibration windows", "scores", "refine"):
         assert 1.1 < twice[stage] / low[stage] <= 2.01
