@@ -9,7 +9,8 @@ import threading
 import time
 from typing import NoReturn
 
-LOST = "another process of this job has ended: nothing is lost, the same command with --resume goes on"
+LOST = "another process of this job has ended"
+GO_ON = "nothing is lost, the same command with --resume goes on"
 
 _failing = threading.Event()
 _ending = threading.Lock()
@@ -46,6 +47,7 @@ def end(reason: str = "") -> NoReturn:
     """Ends the process at once, whose other threads may be waiting where no exception reaches them."""
     with _ending:  # the first to come here ends it
         if not _failing.is_set():
-            why = f" ({reason.strip().splitlines()[0][:120]})" if reason.strip() else ""
-            print(f"gemq: {LOST}{why}", file=sys.stderr, flush=True)
+            lines = reason.strip().splitlines()
+            why = f"the processes of this job no longer reach each other ({lines[0][:120]})" if lines else LOST
+            print(f"gemq: {why}: {GO_ON}", file=sys.stderr, flush=True)
         os._exit(2 if _failing.is_set() else 1)

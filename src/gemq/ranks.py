@@ -184,10 +184,6 @@ class Ranks:
             raise UserError(told["error"])
         return told["value"]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.agree(lambda: None)
-
     def overwrite(self, tensor: Tensor, source: int) -> None:
         """Replaces a contiguous tensor, of the same shape and type on every rank, by that of rank ``source``."""
         if tensor.numel() and self.count > 1:
