@@ -115,6 +115,7 @@ def refine_layer(
             q, retries = quantizer.own_width(weight, moment, widths, before)
             found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths), q, before))
             result.retries += retries
+        del moments, moment  # as large as what training takes
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
         for linear in linears:
