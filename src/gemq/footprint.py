@@ -97,7 +97,7 @@ def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recip
             f"at least --host-memory {gigabytes(staging)}"
         )
     held = held_bytes(model, structure, dtype)
-    working = working_bytes(structure, recipe, model.config.get_text_config().vocab_size, dtype, memory.device)
+    working = working_bytes(structure, recipe, model.config, dtype, memory.device)
     if held + working > memory.on_device.limit:
         raise UserError(
             f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "
