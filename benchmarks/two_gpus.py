@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -29,12 +28,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
-from gemq.assets import builtin_model
 from gemq.checkpoint.packing import PackedMatrix, unpack_codes
 from gemq.quant.widths import group_size_for
 from record import RESULTS, append, environment
-from shapes import SHAPES, Shape, dense_model, packed_model
+from scale import recipe, write_model, write_text
+from shapes import SHAPES, Shape, packed_model
 
 FILE = RESULTS / "two_gpus.csv"
 OUTSIDE = ("load", "allocate", "save")
@@ -85,7 +85,7 @@ def quantize(ranks: int, model: Path, out: Path, *flags: object) -> tuple[dict[s
         shutil.rmtree(path, ignore_errors=True)
     figures = out.with_suffix(".json")
     begin = time.perf_counter()
-    job = command(ranks, "-m", "gemq", "quantize", model, "-o", out, "--bits", 2, "-q", "--json", figures, *flags)
+    job = command(ranks, "-m", "gemq", "quantize", model, "-o", out, "-q", "--json", figures, *flags)
     subprocess.run(job, check=True)
     return json.loads(figures.read_text()), time.perf_counter() - begin
 
@@ -98,21 +98,17 @@ def shape(args: argparse.Namespace) -> Shape:
 
 
 def jobs(args: argparse.Namespace, directory: Path) -> None:
-    model = directory / "model"
-    if not model.exists():
-        dense_model(shape(args), "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(model)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(builtin_model() / name, model / name)
+    name = "small" if args.small else "olmoe"
+    model, text = directory / "model", directory / "words.txt"
     windows, window = (8, 64) if args.small else (args.windows, 2048)
-    text = directory / "words.txt"
-    text.write_text(words(windows * window * 3))
+    if not model.exists():
+        write_model(name, 4 if args.small else args.layers, model)
+    write_text(text, windows * window)
     for effort in args.effort:
-        more = ("--device", "cpu") if args.small else ()
-        flags = ("--effort", effort, "--windows", windows, "--window", window, "--calib", text, *more)
-        if args.small:  # no tokens are added
-            recipe = directory / "small.yaml"
-            recipe.write_text("total_tokens: 0\n")
-            flags = (*flags, "--recipe", recipe)
+        file = directory / f"{effort}.yaml"
+        keys = recipe(effort, windows, window, text).to_dict()
+        file.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
+        flags = ("--recipe", file, "--bits", 2, *(("--device", "cpu") if args.small else ()))
         results = [quantize(ranks, model, directory / f"{effort}-{ranks}", *flags) for ranks in (1, 2)]
         (one, whole_one), (two, whole_two) = results
         stages = [{name: cost["seconds"] for name, cost in figures["stages"].items()} for figures in (one, two)]
@@ -123,13 +119,6 @@ def jobs(args: argparse.Namespace, directory: Path) -> None:
         record(args, f"job {effort}", "whole process", whole_one, whole_two, "s")
         record(args, f"job {effort}", "predicted cost", one["predicted_cost"], two["predicted_cost"], "")
         alike(args, effort, directory, one["allocation"], two["allocation"])
-
-
-def words(tokens: int) -> str:
-    """Text of about so many tokens: words drawn at random."""
-    draw = random.Random(0)
-    known = ["".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(2, 9))) for _ in range(4000)]
-    return "\n\n".join(" ".join(draw.choices(known, k=200)) for _ in range(tokens // 300 + 1))
 
 
 def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two: Any) -> None:
@@ -182,7 +171,9 @@ def quality(args: argparse.Namespace, directory: Path) -> None:
         found = []
         for ranks in (1, 2):
             out = directory / f"seed{seed}-{ranks}"
-            quantize(ranks, args.model, out, "--window", 512, "--windows", 130, "--seed", seed, *calibration)
+            quantize(
+                ranks, args.model, out, "--bits", 2, "--window", 512, "--windows", 130, "--seed", seed, *calibration
+            )
             told = directory / "eval.json"
             limits = ("--max-windows", 120, "-q", "--json", told)
             subprocess.run(

@@ -16,25 +16,40 @@ from gemq.models.structure import Layer, Structure
 from gemq.recipe import Recipe
 from gemq.rungs import expert_chunks
 
+MOST_CHOSEN = 8
+"""Experts that a token chooses where a configuration does not tell: at most so many in nearly all families."""
+
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
 """Bytes a weight while it is trained, by compute type: code, latent, moments, weight in use, gradients."""
 
 
-def working_bytes(
-    structure: Structure, recipe: Recipe, vocabulary: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Most bytes that any stage has on the device for one layer's or one micro-batch's arithmetic."""
-    logits = recipe.batch_tokens * vocabulary * 4 * 4  # as they are, their exponentials, a reference's, a gradient
-    return max(logits, *(_layer_bytes(layer, recipe, dtype, device) for layer in structure.layers))
+def working_bytes(structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device) -> int:
+    """Most bytes that any stage has on the device for one layer's or one micro-batch's arithmetic.
+
+    config: the model's
+    """
+    text = config.get_text_config()
+    logits = recipe.batch_tokens * text.vocab_size * 4 * 4  # themselves, exponentials, a reference's, a gradient
+    chosen = experts_per_token(text) or MOST_CHOSEN
+    return max(logits, *(_layer_bytes(layer, recipe, chosen, dtype, device) for layer in structure.layers))
 
 
-def _layer_bytes(layer: Layer, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> int:
+def experts_per_token(text: Any) -> int | None:
+    """Experts that a token chooses, from a text model's configuration: families name it differently."""
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
+    return next((value for n in names if isinstance(value := getattr(text, n, None), int)), None)
+
+
+def _layer_bytes(layer: Layer, recipe: Recipe, chosen: int, dtype: torch.dtype, device: torch.device) -> int:
     widths = len(recipe.ladder_widths)
     columns = {x.columns for x in layer.linears}
     moments = 4 * sum(c * c for c in columns)
     quantizing = max((4 * c * 4 * c + 8 * c * x.rows for x in layer.linears for c in (x.columns,)), default=0)
     if layer.experts is None:
         return moments + quantizing
+    first, down = layer.experts.matrices
+    # a micro-batch's routed pairs on their way through the experts, in float32 where outputs are compared
+    pairs = recipe.batch_tokens * chosen * (4 * first.columns + 3 * down.columns) * 4
     count, weights = layer.experts.count, layer.experts.count * layer.experts.weights_per_expert
     moments += 4 * count * sum(m.columns**2 for m in layer.experts.matrices)
     each = max(4 * m.columns * (4 * m.columns + widths * m.rows) for m in layer.experts.matrices)
@@ -47,7 +62,7 @@ def _layer_bytes(layer: Layer, recipe: Recipe, dtype: torch.dtype, device: torch
         training = together * layer.experts.weights_per_expert * widths * trained + codes
     if recipe.layer_epochs:
         training = max(training, weights * trained)
-    return max(moments + quantizing + codes, scoring, training)
+    return max(moments + quantizing + codes, moments + pairs, scoring + pairs, training + pairs)
 
 
 def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
@@ -87,7 +102,7 @@ def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recip
             f"at least --host-memory {gigabytes(staging)}"
         )
     held = held_bytes(model, structure, dtype)
-    working = working_bytes(structure, recipe, model.config.get_text_config().vocab_size, dtype, memory.device)
+    working = working_bytes(structure, recipe, model.config, dtype, memory.device)
     if held + working > memory.on_device.limit:
         raise UserError(
             f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "

@@ -138,7 +138,7 @@ class Job:
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
             room = self.memory.room(
-                working_bytes(structure, self.recipe, vocabulary, dtype, self.device)
+                working_bytes(structure, self.recipe, model.config, dtype, self.device)
             )  # to compute with
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency, self.work.ranks)

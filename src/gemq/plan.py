@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from gemq.data.selfgen import batch_size
-from gemq.footprint import held_bytes, staging_bytes, working_bytes
+from gemq.footprint import MOST_CHOSEN, experts_per_token, held_bytes, staging_bytes, working_bytes
 from gemq.machine import measure
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
-from gemq.rungs import expert_chunks
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
 
@@ -81,18 +80,14 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         recipe,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        per_token=_experts_per_token(config),
+        per_token=experts_per_token(config) or MOST_CHOSEN,
         window=window,
         itemsize=compute.itemsize,
         windows_at_once=batch_size(config, window),
     )
     first = structure.moe_layers[0][1].experts
     assert first is not None
-    together = max(x.stop - x.start for x in expert_chunks(first, len(recipe.ladder_widths), device))
-    working = working_bytes(structure, recipe, config.vocab_size, compute, device)
-    pairs = workload.pair_bytes(together / first.count)
-    trains = recipe.ladder_epochs or recipe.layer_epochs
-    working = working + pairs if trains else max(working, pairs)
+    working = working_bytes(structure, recipe, model.config, compute, device)
     rates = measure(device, compute, first.matrices[0].rows, first.matrices[0].columns)
     return Plan(
         model=str(source.path),
@@ -142,9 +137,3 @@ def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:
         if low <= bits <= high:
             return round(total(a) + (total(b) - total(a)) * (bits - low) / (high - low))
     return total(widths[-1])
-
-
-def _experts_per_token(text: Any) -> int:
-    """Experts that a token chooses. Families name it differently; most choose 2 to 8."""
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
-    return next((value for n in names if isinstance(value := getattr(text, n, None), int)), 4)

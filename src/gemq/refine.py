@@ -121,6 +121,7 @@ def refine_layer(
             retried += retries
         everything = own.stop - own.start == layer.experts.count
         result.retries += retried if everything else ranks.count_up(retried)
+        del moments, moment  # as large as what training takes
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
         for linear in linears:

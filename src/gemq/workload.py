@@ -195,19 +195,6 @@ class Workload:
             work += self.forward(layer, tokens) * 4 + self.forward(layer, judged) + self.dequantize(layer) * (3 * steps)
         return work
 
-    def pair_bytes(self, share: float) -> int:
-        """What the routed pairs of a micro-batch take in a layer while they are scored or trained.
-
-        share: of its experts that are trained together
-        """
-        found = 0.0
-        for _, layer in self.structure.moe_layers:
-            assert layer.experts is not None
-            each = (6 * self.hidden + 10 * layer.experts.matrices[1].columns) * self.itemsize
-            found = max(found, self.batch_tokens * self.per_token * each)
-        versions = max(1.0, self.widths * share) if self.recipe.ladder_epochs else 1.0
-        return round(found * versions)
-
     # Parts
 
     @property

@@ -36,8 +36,7 @@ def least_bytes(model: Path, recipe: Recipe) -> int:
     opened, reader = Source(model).open(CPU, torch.float32)
     structure = find_structure(opened)
     residency = Residency(opened, structure, reader, Memory.unlimited(CPU), torch.float32)
-    vocabulary = opened.config.vocab_size
-    return residency.least_bytes + working_bytes(structure, recipe, vocabulary, torch.float32, CPU)
+    return residency.least_bytes + working_bytes(structure, recipe, opened.config, torch.float32, CPU)
 
 
 def job(model: Path, recipe: Recipe, out: Path, **how: Any) -> tuple[Any, dict[str, bytes]]:

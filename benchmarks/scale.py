@@ -1,0 +1,193 @@
+"""What does a whole job take at a model's true size? Prints a table and appends one CSV row a stage.
+
+    python benchmarks/scale.py olmoe [--layers 4] [--effort low] [--gpu-memory 24GB] [--host-memory 24GB]
+
+Random bfloat16 weights of the true shapes, written once as the family stores them (an expert a tensor); shuffled words
+of the built-in texts in 128 windows of 2048. ``low`` is the ladder of 1, 2 and 3 bits, scores, allocation and refine;
+``medium`` is everything, with as many tokens that the model writes itself and the guard. With fewer layers than the
+model has, ``seconds_all_layers`` counts each stage as often as it has layers. Random weights end nothing early: an
+epoch that did no good would end distillation, and a job has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+
+import gemq
+from gemq.assets import builtin_model, builtin_texts
+from gemq.checkpoint.names import hub_state
+from gemq.models.structure import find_structure
+from gemq.progress import Monitor
+from gemq.recipe import Recipe, parse_size
+from record import RESULTS, append, environment
+from shapes import MIXTRAL, OLMOE, SMALL, STD
+
+FILE = RESULTS / "scale.csv"
+ENDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "dtype": "bfloat16"}
+QWEN3 = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "olmoe": (OlmoeConfig, OLMOE),
+    "mixtral": (MixtralConfig, MIXTRAL),
+    "qwen3-30b": (Qwen3MoeConfig, QWEN3),
+    "small": (OlmoeConfig, SMALL),  # to try the script out
+}
+ONCE = ("load", "allocate")
+"""Stages that do not take longer with more layers, or not in proportion."""
+
+
+def write_model(shape: str, layers: int, out: Path) -> None:
+    """A checkpoint of random weights, a file a layer."""
+    kind, values = SHAPES[shape]
+    config = kind(**{**values, "num_hidden_layers": layers}, **ENDS)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config.save_pretrained(partial)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(builtin_model() / name, partial / name)
+    index = {}
+    for number, shard in enumerate(_shards(model)):
+        file = f"model-{number:05d}.safetensors"
+        save_file(shard, partial / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+    _write_index(partial, index)
+    partial.rename(out)
+
+
+def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Each layer's tensors by hub name, then the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    left = dict(model.state_dict())
+
+    def value(like: Tensor) -> Tensor:
+        made = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
+        return (made.fill_(1.0) if made.dim() == 1 else made.normal_(std=STD, generator=generator)).cpu()
+
+    for layer in find_structure(model).layers:
+        names = [name for name in left if name.startswith(f"{layer.path}.")]
+        yield {n: t.contiguous() for n, t in hub_state(model, {n: value(left.pop(n)) for n in names}).items()}
+    yield {name: value(tensor) for name, tensor in left.items()}
+
+
+def _write_index(directory: Path, index: dict[str, str]) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_text(path: Path, words: int) -> None:
+    """Shuffled words of the built-in texts."""
+    known = " ".join(file.read_text(encoding="utf-8") for file in builtin_texts()).split()
+    draw = random.Random(0)
+    path.write_text(" ".join(draw.choice(known) for _ in range(words)), encoding="utf-8")
+
+
+def recipe(effort: str, windows: int, window: int, text: Path) -> Recipe:
+    common: dict[str, Any] = {"effort": effort, "windows": windows, "window": window, "calib": (str(text),)}
+    if effort == "low":
+        return Recipe(**common, widths=(1, 2, 3), guard=False)
+    return Recipe(**common, total_tokens=2 * windows * window)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer than the model has; the rest is extrapolated")
+    parser.add_argument("--effort", default="low", choices=("low", "medium"))
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--changes", nargs="*", default=[], help="recipe keys, such as guard=false total_tokens=0")
+    parser.add_argument("--gpu-memory")
+    parser.add_argument("--host-memory")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dir", type=Path, default=Path("/tmp/scale"))
+    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--keep", action="store_true", help="keep the result and the work directory")
+    args = parser.parse_args()
+
+    true_layers = SHAPES[args.shape][1]["num_hidden_layers"]
+    layers = args.layers or true_layers
+    model = args.dir / f"{args.shape}-{layers}"
+    if not model.exists():
+        write_model(args.shape, layers, model)
+    text = args.dir / f"text-{args.windows * args.window}.txt"
+    if not text.exists():
+        write_text(text, args.windows * args.window)  # a word is a token or more
+    chosen = recipe(args.effort, args.windows, args.window, text)
+    if args.changes:
+        values = dict(change.split("=") for change in args.changes)
+        chosen = Recipe.from_dict({**chosen.to_dict(), **{k: _plain(v) for k, v in values.items()}})
+    out = args.dir / f"{args.shape}-{layers}-{args.effort}-{args.gpu_memory or 'free'}"
+    for path in (out, out.with_name(out.name + ".work")):
+        shutil.rmtree(path, ignore_errors=True)
+    result = gemq.quantize(
+        str(model),
+        chosen,
+        out=out,
+        device=args.device,
+        gpu_memory=parse_size(args.gpu_memory) if args.gpu_memory else None,
+        host_memory=parse_size(args.host_memory) if args.host_memory else None,
+        monitor=Monitor(),
+    )
+    table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.effort}")
+    for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    common = {"shape": args.shape, "layers": layers, "effort": args.effort, "tokens": args.windows * args.window}
+    common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
+    total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
+    for name, cost in [*result.stages.items(), ("all", None)]:
+        if cost is not None:
+            every = cost["seconds"] * (1 if name in ONCE else true_layers / layers)
+            row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
+            total["seconds"] += row[0]
+            total["all"] += row[1]
+            total["gpu"], total["host"] = max(total["gpu"], row[2]), max(total["host"], row[3])
+        else:
+            row = (total["seconds"], total["all"], int(total["gpu"]), int(total["host"]))
+        table.add_row(name, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{row[2] / 1e9:.2f}", f"{row[3] / 1e9:.2f}")
+        names = ("seconds", "seconds_all_layers", "peak_gpu_bytes", "peak_host_bytes")
+        waited = {f"waited_{place.split()[0]}_bytes": count for place, count in result.waited.items()}
+        cells = {**common, "stage": name, **dict(zip(names, row, strict=True)), **waited}
+        append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
+    Console().print(table)
+    Console().print({name: count for name, count in result.fallbacks.items() if count}, result.gains)
+    if not args.keep:
+        for path in (out, out.with_name(out.name + ".work")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _plain(text: str) -> Any:
+    return {"true": True, "false": False}.get(text, text)
+
+
+if __name__ == "__main__":
+    main()
