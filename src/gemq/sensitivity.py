@@ -91,5 +91,6 @@ def run_sensitivity(job: Job, replay: Replay, ladder: Stage) -> Stage:
             return (rung_weights(job, replay, ladder, index, experts, w) for w in job.recipe.ladder_widths)
 
         for i, kl in layer_kl(replay, start, rungs, tick).items():
-            stage.save_tensors(layer_file(i), {"kl": kl, "source": windows.source})
+            if not stage.has(layer_file(i)):
+                stage.save_tensors(layer_file(i), {"kl": kl, "source": windows.source})
     return stage
