@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gemq.memory import Memory, Place
@@ -78,7 +77,7 @@ class _Slot:
 
     def _empty(self, like: Tensor) -> Tensor:
         if self.place is Place.HOST:
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            return self.memory.pinned(like.shape, like.dtype)
         tensor, self.path = self.memory.mapped(like.shape, like.dtype)
         return tensor
 
@@ -87,8 +86,8 @@ class _Slot:
             return self.tensor
         # pinned copies are queued behind the kernels before them: the order of one stream is all that is needed
         tensor = self.tensor.to(self.memory.device, non_blocking=self.place is Place.HOST)
-        if self.place is Place.DISK and tensor is self.tensor:
-            tensor = tensor.clone()  # an operation in place must not reach the file
+        if self.place is not Place.DEVICE and tensor is self.tensor:
+            tensor = tensor.clone()  # an operation in place must not reach what is kept
         if self.passed:
             tensor = tensor.view_as(tensor) if tensor is self.tensor else tensor
             passed = {k: v.get() if isinstance(v, _Slot) else v for k, v in self.passed.items()}

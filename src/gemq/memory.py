@@ -167,9 +167,10 @@ class Memory:
         """
         bounded = self.device.type == "cuda" and self.on_device.limit < UNLIMITED
         if bounded:
-            total = torch.cuda.get_device_properties(self.device).total_memory
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            total = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), index)
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -179,12 +180,16 @@ class Memory:
             ) from error
         finally:
             if bounded:
-                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+                torch.cuda.set_per_process_memory_fraction(1.0, index)
 
     @property
     def flag(self) -> str:
         """The flag that bounds the device."""
         return "--gpu-memory" if self.device.type == "cuda" else "--host-memory"
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in host memory that a GPU can copy from and to by itself."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
         """A tensor on the CPU whose contents are a new file of ``directory``, and that file.
@@ -253,7 +258,7 @@ class Waiting:
 
     def _empty(self, like: Tensor) -> Tensor:
         if self.place is Place.HOST:
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            return self.memory.pinned(like.shape, like.dtype)
         tensor, path = self.memory.mapped(like.shape, like.dtype)
         self._files.append(path)
         return tensor

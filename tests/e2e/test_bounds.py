@@ -6,20 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers import contents, gemq, make_tiny_model
+from helpers import contents, gemq, least_bytes, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
-from gemq.footprint import working_bytes
-from gemq.memory import Memory
 from gemq.models.reader import LayerReader
-from gemq.models.residency import Residency
-from gemq.models.source import Source
-from gemq.models.structure import find_structure
 from gemq.recipe import Recipe
 
-CPU = torch.device("cpu")
 LOW = {"effort": "low", "windows": 8, "window": 32, "batch_tokens": 64, "widths": (1, 2, 3), "guard": False}
 TRAINED = {**LOW, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1}
 TEXT = {"calib": (str(builtin_texts()[0]),)}
@@ -29,14 +22,6 @@ TEXT = {"calib": (str(builtin_texts()[0]),)}
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five layers, of which a bound of memory leaves room for two."""
     return make_tiny_model(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=5, vocab_size=512 + 3584)
-
-
-def least_bytes(model: Path, recipe: Recipe) -> int:
-    """The smallest bound that the job takes."""
-    opened, reader = Source(model).open(CPU, torch.float32)
-    structure = find_structure(opened)
-    residency = Residency(opened, structure, reader, Memory.unlimited(CPU), torch.float32)
-    return residency.least_bytes + working_bytes(structure, recipe, opened.config, torch.float32, CPU)
 
 
 def job(model: Path, recipe: Recipe, out: Path, **how: Any) -> tuple[Any, dict[str, bytes]]:
@@ -54,7 +39,7 @@ def test_a_bound_changes_no_byte(keys, model, tmp_path, monkeypatch):
     free, expected = job(model, recipe, tmp_path / "free")
     assert free.waited == {"host memory": 0, "disk": 0}
     often = len(read)
-    bound, found = job(model, recipe, tmp_path / "bound", host_memory=least_bytes(model, recipe))
+    bound, found = job(model, recipe, tmp_path / "bound", host_memory=least_bytes(model, {**keys, **TEXT}))
     assert bound.waited["disk"] > 0
     assert len(read) - often > 2 * often
     assert found == expected
