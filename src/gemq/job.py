@@ -51,7 +51,7 @@ class Writer:
         self._width: Width | None = None
         config = replay.model.config.get_text_config()
         self._batch = batch_size(config, job.window)
-        self._each = cache_bytes(config, job.window)
+        self._each = cache_bytes(config, job.window, replay.model.dtype.itemsize)
 
     def write(self, count: int, seed: int, openings: Openings) -> Tensor:
         """int64 [count, window], on the CPU."""
@@ -89,7 +89,13 @@ class Writer:
         """The model that writes, with ``caches`` bytes of keys and values at a time."""
         replay, memory = self._replay, self._replay.memory
         self._width = self._job.recipe.self_width
-        if self._width is None and replay.residency is not None and not replay.residency.fits(caches):
+        if (
+            self._width is None
+            and replay.residency is not None
+            and not replay.residency.fits(
+                max(0, caches - self._job.working)  # nothing else computes meanwhile
+            )
+        ):
             beside = min(caches, FEWEST_ROWS * self._each)
             self._width = widest_copy(replay.structure, self._outside, beside + self._outside, memory)
         if self._width is None:
@@ -109,6 +115,7 @@ class Job:
     """What the stages of one job share.
 
     fallbacks: what was not done as asked, counted by name; shown in the summary
+    working:   bytes on the device that a stage may compute with
     """
 
     source: Source
@@ -118,6 +125,7 @@ class Job:
     monitor: Monitor
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
+    working: int = 0
 
     def load(self) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored."""
@@ -130,9 +138,8 @@ class Job:
             vocabulary = model.config.get_text_config().vocab_size
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
-            room = self.memory.room(
-                working_bytes(structure, self.recipe, model.config, dtype, self.device)
-            )  # to compute with
+            self.working = working_bytes(structure, self.recipe, model.config, dtype, self.device)
+            room = self.memory.room(self.working)
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency)
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
