@@ -50,7 +50,7 @@ class Writer:
         self._width: Width | None = None
         config = replay.model.config.get_text_config()
         self._batch = batch_size(config, job.window)
-        self._each = cache_bytes(config, job.window)
+        self._each = cache_bytes(config, job.window, replay.model.dtype.itemsize)
 
     def write(self, count: int, seed: int, openings: Openings) -> Tensor:
         """int64 [count, window], on the CPU."""
@@ -92,7 +92,8 @@ class Writer:
 
         def width() -> Width | None:
             given = self._job.recipe.self_width
-            if given is not None or replay.residency is None or replay.residency.fits(caches):
+            room = max(0, caches - self._job.working)  # nothing else computes meanwhile
+            if given is not None or replay.residency is None or replay.residency.fits(room):
                 return given
             beside = min(caches, FEWEST_ROWS * self._each)
             return widest_copy(replay.structure, self._outside, beside + self._outside, memory)
@@ -116,6 +117,7 @@ class Job:
     """What the stages of one job share.
 
     fallbacks: what was not done as asked, counted by name; shown in the summary
+    working:   bytes on the device that a stage may compute with
     """
 
     source: Source
@@ -125,6 +127,7 @@ class Job:
     monitor: Monitor
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
+    working: int = 0
 
     def load(self) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored."""
@@ -137,9 +140,8 @@ class Job:
             vocabulary = model.config.get_text_config().vocab_size
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
-            room = self.memory.room(
-                working_bytes(structure, self.recipe, model.config, dtype, self.device)
-            )  # to compute with
+            self.working = working_bytes(structure, self.recipe, model.config, dtype, self.device)
+            room = self.memory.room(self.working)
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency, self.work.ranks)
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)

@@ -156,7 +156,7 @@ def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
     m = Memory(CPU, bound, bound)
     model, reader = source.open(CPU, torch.float32)
     residency = Residency(model, structure, reader, m, torch.float32)
-    assert not residency.fits() or len(structure.layers) == 2
+    assert not residency.fits()
     replay = Replay(model, structure, residency)
     with residency.alike():
         replay._verify(ids)

@@ -24,8 +24,11 @@ from transformers.cache_utils import DynamicLayer
 from gemq.errors import UserError
 from gemq.ranks import ALONE, Ranks
 
-CACHE_BYTES = 8_000_000_000
-"""For keys and values of the windows that are written side by side."""
+SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
+"""For keys and values of the windows that are written side by side, in float32: see ``batch_size``."""
+
+FEWEST_WINDOWS = 32
+"""Written side by side if ``CACHE_BYTES`` hold so many."""
 
 FREE = -1
 """Marks a position whose token is sampled rather than given."""
@@ -93,7 +96,7 @@ def generate_windows(
     of the embedding and the pad token are never sampled.
 
     openings: how windows begin
-    batch:    windows written side by side; by default what ``CACHE_BYTES`` of keys and values hold, 512 at most.
+    batch:    windows written side by side; by default as ``batch_size`` has it, 512 at most.
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
     ranks:    take turns with the batches
@@ -328,20 +331,26 @@ def _chat_opening(tokenizer: Any) -> _ChatOpening:
     return _ChatOpening(encode(user), encode(answer))
 
 
-def cache_bytes(config: Any, window: int) -> int:
-    """Bytes of one window's keys and values, at most: in float32, for as many heads as the configuration tells of."""
+def cache_bytes(config: Any, window: int, itemsize: int) -> int:
+    """Bytes of one window's keys and values in a type of ``itemsize`` bytes."""
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     each = getattr(config, "head_dim", None)
     if each is None and heads:
         each = config.hidden_size // config.num_attention_heads
     latent = isinstance(getattr(config, "kv_lora_rank", None), int)  # heads that are made from less, or more
     width = heads * each if heads and each and not latent else config.hidden_size
-    return config.num_hidden_layers * width * window * 2 * 4
+    return config.num_hidden_layers * width * window * 2 * itemsize
 
 
 def batch_size(config: Any, window: int) -> int:
-    """Windows written side by side: from the configuration alone, so that results do not depend on the machine."""
-    return max(1, min(512, CACHE_BYTES // cache_bytes(config, window)))
+    """Windows written side by side: from the configuration alone, so that results do not depend on the machine.
+
+    What 4 GB hold if every head had keys and values of its own in float32; a large model gets more, since a step of a
+    few windows takes as long as one of many.
+    """
+    rows = SMALL_CACHE_BYTES // (config.num_hidden_layers * config.hidden_size * window * 2 * 4)
+    more = min(FEWEST_WINDOWS, CACHE_BYTES // cache_bytes(config, window, 4))
+    return max(1, min(512, max(rows, more)))
 
 
 def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:

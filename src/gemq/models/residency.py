@@ -72,7 +72,8 @@ class Residency:
 
     def fits(self, beside: int = 0) -> bool:
         """Whether all layers can be held at once with ``beside`` bytes more."""
-        return sum(self.bytes) - self._two + beside <= self.memory.on_device.free + self.held()
+        kept = sum(self.bytes[:-1])  # the last one stays where the current layer is
+        return kept + beside <= self.memory.on_device.free + self.held()
 
     def need(self, index: int) -> None:
         """Makes the model hold layer ``index``."""
