@@ -133,9 +133,10 @@ def test_experts_that_training_does_not_help_keep_gptqs_codes():
 
 
 def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
-    replay, activations = start()
+    replay, activations = start("deepseek_v2")
     plain, outputs = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4)
-    trained, _ = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=replace(TRAINING, tuned=0.0))
+    training = replace(TRAINING, codes=5e-3, tuned=0.0)
+    trained, _ = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
 
     def error(ladder: LayerLadder) -> float:
         linears = replay.structure.layers[0].linears
@@ -147,8 +148,6 @@ def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
         return sum((replay.run(0, h, c[0], weights) - exact).square().sum().item() for h, c, exact in pairs)
 
     assert error(trained) < error(plain)
-    same = zip(plain.experts["down_proj"][1], trained.experts["down_proj"][1], strict=True)
-    assert all(torch.equal(a, b) for a, b in same)
 
 
 def refined(training: Training | None) -> tuple[Replay, Activations, list[RefinedLayer], list[torch.Tensor]]:
