@@ -1,12 +1,13 @@
 """What does a whole job take at a model's true size? Prints a table and appends one CSV row a stage.
 
-    python benchmarks/scale.py olmoe [--layers 4] [--effort low] [--gpu-memory 24GB] [--host-memory 24GB]
+    python benchmarks/scale.py olmoe [--layers 4] [--job low] [--gpu-memory 24GB] [--host-memory 24GB]
 
 Random bfloat16 weights of the true shapes, written once as the family stores them (an expert a tensor); shuffled words
 of the built-in texts in 128 windows of 2048. ``low`` is the ladder of 1, 2 and 3 bits, scores, allocation and refine;
-``medium`` is everything, with as many tokens that the model writes itself and the guard. With fewer layers than the
-model has, ``seconds_all_layers`` counts each stage as often as it has layers. Random weights end nothing early: an
-epoch that did no good would end distillation, and a job has one.
+``defaults`` is everything, as the goals in docs/speed.md have it: as many tokens again that the model writes itself, 1,
+ternary, 2 and 3 bits, two epochs for ladder and layers, one of distillation, guard. ``routers`` quantizes as ``low``
+and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
+stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
 """
 
 from __future__ import annotations
@@ -57,8 +58,20 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-30b": (Qwen3MoeConfig, QWEN3),
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
-ONCE = ("load", "allocate")
-"""Stages that do not take longer with more layers, or not in proportion."""
+POWERS = {"load": 0, "allocate": 0, "sensitivity": 2}
+"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it."""
+JOBS: dict[str, dict[str, Any]] = {
+    "low": {"effort": "low", "widths": (1, 2, 3), "guard": False},
+    "routers": {
+        "effort": "low",
+        "widths": (1, 2, 3),
+        "guard": False,
+        "distil_epochs": 1,
+        "distil_loss": "next_token",
+        "distil_sets": ("routers",),
+    },
+    "defaults": {"effort": "medium", "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+}
 
 
 def write_model(shape: str, layers: int, out: Path) -> None:
@@ -111,18 +124,16 @@ def write_text(path: Path, words: int) -> None:
     path.write_text(" ".join(draw.choice(known) for _ in range(words)), encoding="utf-8")
 
 
-def recipe(effort: str, windows: int, window: int, text: Path) -> Recipe:
-    common: dict[str, Any] = {"effort": effort, "windows": windows, "window": window, "calib": (str(text),)}
-    if effort == "low":
-        return Recipe(**common, widths=(1, 2, 3), guard=False)
-    return Recipe(**common, total_tokens=2 * windows * window)
+def recipe(job: str, windows: int, window: int, text: Path) -> Recipe:
+    tokens = 2 * windows * window if job == "defaults" else 0
+    return Recipe(windows=windows, window=window, calib=(str(text),), total_tokens=tokens, **JOBS[job])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer than the model has; the rest is extrapolated")
-    parser.add_argument("--effort", default="low", choices=("low", "medium"))
+    parser.add_argument("--job", default="low", choices=JOBS)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--changes", nargs="*", default=[], help="recipe keys, such as guard=false total_tokens=0")
@@ -142,11 +153,11 @@ def main() -> None:
     text = args.dir / f"text-{args.windows * args.window}.txt"
     if not text.exists():
         write_text(text, args.windows * args.window)  # a word is a token or more
-    chosen = recipe(args.effort, args.windows, args.window, text)
+    chosen = recipe(args.job, args.windows, args.window, text)
     if args.changes:
         values = dict(change.split("=") for change in args.changes)
         chosen = Recipe.from_dict({**chosen.to_dict(), **{k: _plain(v) for k, v in values.items()}})
-    out = args.dir / f"{args.shape}-{layers}-{args.effort}-{args.gpu_memory or 'free'}"
+    out = args.dir / f"{args.shape}-{layers}-{args.job}-{args.gpu_memory or 'free'}"
     for path in (out, out.with_name(out.name + ".work")):
         shutil.rmtree(path, ignore_errors=True)
     result = gemq.quantize(
@@ -158,15 +169,15 @@ def main() -> None:
         host_memory=parse_size(args.host_memory) if args.host_memory else None,
         monitor=Monitor(),
     )
-    table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.effort}")
+    table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.job}")
     for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    common = {"shape": args.shape, "layers": layers, "effort": args.effort, "tokens": args.windows * args.window}
+    common = {"shape": args.shape, "layers": layers, "job": args.job, "tokens": args.windows * args.window}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
     for name, cost in [*result.stages.items(), ("all", None)]:
         if cost is not None:
-            every = cost["seconds"] * (1 if name in ONCE else true_layers / layers)
+            every = cost["seconds"] * (true_layers / layers) ** POWERS.get(name, 1)
             row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
             total["seconds"] += row[0]
             total["all"] += row[1]
