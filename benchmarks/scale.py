@@ -16,14 +16,16 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
@@ -59,7 +61,8 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
 POWERS = {"load": 0, "allocate": 0, "sensitivity": 2}
-"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it."""
+"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it.
+Windows do not grow where the model writes none."""
 JOBS: dict[str, dict[str, Any]] = {
     "low": {"effort": "low", "widths": (1, 2, 3), "guard": False},
     "routers": {
@@ -75,7 +78,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 def write_model(shape: str, layers: int, out: Path) -> None:
-    """A checkpoint of random weights, a file a layer."""
+    """A checkpoint of random weights, a file a layer, four written at a time."""
     kind, values = SHAPES[shape]
     config = kind(**{**values, "num_hidden_layers": layers}, **ENDS)
     with torch.device("meta"):
@@ -87,34 +90,48 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     config.save_pretrained(partial)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(builtin_model() / name, partial / name)
-    index = {}
-    for number, shard in enumerate(_shards(model)):
+    left = dict(model.state_dict())
+    parts = []
+    for layer in find_structure(model).layers:
+        parts.append({name: left.pop(name) for name in list(left) if name.startswith(f"{layer.path}.")})
+
+    def write(numbered: tuple[int, dict[str, Tensor]]) -> dict[str, str]:
+        number, part = numbered
         file = f"model-{number:05d}.safetensors"
-        save_file(shard, partial / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-    _write_index(partial, index)
+        tensors = hub_state(model, _random(part, number))
+        _write_tensors(partial / file, tensors)
+        return dict.fromkeys(tensors, file)
+
+    with ThreadPoolExecutor(4) as pool:
+        index = {name: file for files in pool.map(write, enumerate([*parts, left])) for name, file in files.items()}
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     partial.rename(out)
 
 
-def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Each layer's tensors by hub name, then the others."""
+def _random(part: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Weights of the given shapes, on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    left = dict(model.state_dict())
-
-    def value(like: Tensor) -> Tensor:
-        made = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
-        return (made.fill_(1.0) if made.dim() == 1 else made.normal_(std=STD, generator=generator)).cpu()
-
-    for layer in find_structure(model).layers:
-        names = [name for name in left if name.startswith(f"{layer.path}.")]
-        yield {n: t.contiguous() for n, t in hub_state(model, {n: value(left.pop(n)) for n in names}).items()}
-    yield {name: value(tensor) for name, tensor in left.items()}
+    generator = torch.Generator(device).manual_seed(seed)
+    made = {name: torch.empty(like.shape, dtype=torch.bfloat16, device=device) for name, like in part.items()}
+    for tensor in made.values():
+        tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(std=STD, generator=generator)
+    return {name: tensor.cpu() for name, tensor in made.items()}
 
 
-def _write_index(directory: Path, index: dict[str, str]) -> None:
-    text = json.dumps({"metadata": {}, "weight_map": index})
-    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of bfloat16 tensors; other threads run meanwhile, as they do not under ``save_file``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def write_text(path: Path, words: int) -> None:
@@ -174,10 +191,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     common = {"shape": args.shape, "layers": layers, "job": args.job, "tokens": args.windows * args.window}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
+    powers = POWERS if "self" in result.windows else {**POWERS, "calibration windows": 0}
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
     for name, cost in [*result.stages.items(), ("all", None)]:
         if cost is not None:
-            every = cost["seconds"] * (true_layers / layers) ** POWERS.get(name, 1)
+            every = cost["seconds"] * (true_layers / layers) ** powers.get(name, 1)
             row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
             total["seconds"] += row[0]
             total["all"] += row[1]
@@ -191,6 +209,15 @@ def main() -> None:
         append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
     Console().print(table)
     Console().print({name: count for name, count in result.fallbacks.items() if count}, result.gains)
+    if args.job == "low":
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "gemq", "export", str(result.work), "-o", f"{out}-other", "--bits", "2.5"]
+        subprocess.run([*command, "--device", args.device, "--quiet"], check=True)
+        seconds = time.perf_counter() - begin
+        Console().print(f"another budget from the work directory, as a command of its own: {seconds:.1f} s")
+        cells = {**common, "stage": "export", "seconds": seconds, "seconds_all_layers": seconds * true_layers / layers}
+        append(args.out, {**cells, **environment()})
+        shutil.rmtree(f"{out}-other")
     if not args.keep:
         for path in (out, out.with_name(out.name + ".work")):
             shutil.rmtree(path, ignore_errors=True)

@@ -9,7 +9,6 @@ Shapes: E matrices, C columns, P rows sorted by matrix.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,7 +59,7 @@ def add(sums: Tensor, rows: Tensor, ends: Tensor) -> None:
     tiles = triton.cdiv(columns, TILE)
     if len(rows):
         _gram_kernel[(tiles * (tiles + 1) // 2, experts)](
-            rows.contiguous(), ends, sums, columns, TILE=TILE, STEP=STEP, num_warps=8, num_stages=3
+            rows.contiguous(), ends, sums, columns, TILE=TILE, STEP=STEP, num_warps=4, num_stages=3
         )
 
 
