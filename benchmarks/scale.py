@@ -209,7 +209,7 @@ def main() -> None:
         append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
     Console().print(table)
     Console().print({name: count for name, count in result.fallbacks.items() if count}, result.gains)
-    if args.job == "low":
+    if args.job != "defaults":
         begin = time.perf_counter()
         command = [sys.executable, "-m", "gemq", "export", str(result.work), "-o", f"{out}-other", "--bits", "2.5"]
         subprocess.run([*command, "--device", args.device, "--quiet"], check=True)
