@@ -169,7 +169,7 @@ def main() -> None:
         write_model(args.shape, layers, model)
     text = args.dir / f"text-{args.windows * args.window}.txt"
     if not text.exists():
-        write_text(text, args.windows * args.window)  # a word is a token or more
+        write_text(text, round(1.1 * args.windows * args.window))  # two tokens a word: as many again may be asked for
     chosen = recipe(args.job, args.windows, args.window, text)
     if args.changes:
         values = dict(change.split("=") for change in args.changes)
