@@ -1,12 +1,13 @@
 """What does a whole job take at a model's true size? Prints a table and appends one CSV row a stage.
 
-    python benchmarks/scale.py olmoe [--layers 4] [--effort low] [--gpu-memory 24GB] [--host-memory 24GB]
+    python benchmarks/scale.py olmoe [--layers 4] [--job low] [--gpu-memory 24GB] [--host-memory 24GB]
 
 Random bfloat16 weights of the true shapes, written once as the family stores them (an expert a tensor); shuffled words
 of the built-in texts in 128 windows of 2048. ``low`` is the ladder of 1, 2 and 3 bits, scores, allocation and refine;
-``medium`` is everything, with as many tokens that the model writes itself and the guard. With fewer layers than the
-model has, ``seconds_all_layers`` counts each stage as often as it has layers. Random weights end nothing early: an
-epoch that did no good would end distillation, and a job has one.
+``defaults`` is everything, as the goals in docs/speed.md have it: as many tokens again that the model writes itself, 1,
+ternary, 2 and 3 bits, two epochs for ladder and layers, one of distillation, guard. ``routers`` quantizes as ``low``
+and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
+stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
@@ -57,12 +60,25 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-30b": (Qwen3MoeConfig, QWEN3),
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
-ONCE = ("load", "allocate")
-"""Stages that do not take longer with more layers, or not in proportion."""
+POWERS = {"load": 0, "allocate": 0, "sensitivity": 2}
+"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it.
+Windows do not grow where the model writes none."""
+JOBS: dict[str, dict[str, Any]] = {
+    "low": {"effort": "low", "widths": (1, 2, 3), "guard": False},
+    "routers": {
+        "effort": "low",
+        "widths": (1, 2, 3),
+        "guard": False,
+        "distil_epochs": 1,
+        "distil_loss": "next_token",
+        "distil_sets": ("routers",),
+    },
+    "defaults": {"effort": "medium", "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+}
 
 
 def write_model(shape: str, layers: int, out: Path) -> None:
-    """A checkpoint of random weights, a file a layer."""
+    """A checkpoint of random weights, a file a layer, four written at a time."""
     kind, values = SHAPES[shape]
     config = kind(**{**values, "num_hidden_layers": layers}, **ENDS)
     with torch.device("meta"):
@@ -74,34 +90,48 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     config.save_pretrained(partial)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(builtin_model() / name, partial / name)
-    index = {}
-    for number, shard in enumerate(_shards(model)):
+    left = dict(model.state_dict())
+    parts = []
+    for layer in find_structure(model).layers:
+        parts.append({name: left.pop(name) for name in list(left) if name.startswith(f"{layer.path}.")})
+
+    def write(numbered: tuple[int, dict[str, Tensor]]) -> dict[str, str]:
+        number, part = numbered
         file = f"model-{number:05d}.safetensors"
-        save_file(shard, partial / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-    _write_index(partial, index)
+        tensors = hub_state(model, _random(part, number))
+        _write_tensors(partial / file, tensors)
+        return dict.fromkeys(tensors, file)
+
+    with ThreadPoolExecutor(4) as pool:
+        index = {name: file for files in pool.map(write, enumerate([*parts, left])) for name, file in files.items()}
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     partial.rename(out)
 
 
-def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Each layer's tensors by hub name, then the others."""
+def _random(part: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Weights of the given shapes, on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    left = dict(model.state_dict())
-
-    def value(like: Tensor) -> Tensor:
-        made = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
-        return (made.fill_(1.0) if made.dim() == 1 else made.normal_(std=STD, generator=generator)).cpu()
-
-    for layer in find_structure(model).layers:
-        names = [name for name in left if name.startswith(f"{layer.path}.")]
-        yield {n: t.contiguous() for n, t in hub_state(model, {n: value(left.pop(n)) for n in names}).items()}
-    yield {name: value(tensor) for name, tensor in left.items()}
+    generator = torch.Generator(device).manual_seed(seed)
+    made = {name: torch.empty(like.shape, dtype=torch.bfloat16, device=device) for name, like in part.items()}
+    for tensor in made.values():
+        tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(std=STD, generator=generator)
+    return {name: tensor.cpu() for name, tensor in made.items()}
 
 
-def _write_index(directory: Path, index: dict[str, str]) -> None:
-    text = json.dumps({"metadata": {}, "weight_map": index})
-    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of bfloat16 tensors; other threads run meanwhile, as they do not under ``save_file``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def write_text(path: Path, words: int) -> None:
@@ -111,18 +141,16 @@ def write_text(path: Path, words: int) -> None:
     path.write_text(" ".join(draw.choice(known) for _ in range(words)), encoding="utf-8")
 
 
-def recipe(effort: str, windows: int, window: int, text: Path) -> Recipe:
-    common: dict[str, Any] = {"effort": effort, "windows": windows, "window": window, "calib": (str(text),)}
-    if effort == "low":
-        return Recipe(**common, widths=(1, 2, 3), guard=False)
-    return Recipe(**common, total_tokens=2 * windows * window)
+def recipe(job: str, windows: int, window: int, text: Path) -> Recipe:
+    tokens = 2 * windows * window if job == "defaults" else 0
+    return Recipe(windows=windows, window=window, calib=(str(text),), total_tokens=tokens, **JOBS[job])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer than the model has; the rest is extrapolated")
-    parser.add_argument("--effort", default="low", choices=("low", "medium"))
+    parser.add_argument("--job", default="low", choices=JOBS)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--changes", nargs="*", default=[], help="recipe keys, such as guard=false total_tokens=0")
@@ -141,12 +169,12 @@ def main() -> None:
         write_model(args.shape, layers, model)
     text = args.dir / f"text-{args.windows * args.window}.txt"
     if not text.exists():
-        write_text(text, args.windows * args.window)  # a word is a token or more
-    chosen = recipe(args.effort, args.windows, args.window, text)
+        write_text(text, round(1.1 * args.windows * args.window))  # two tokens a word: as many again may be asked for
+    chosen = recipe(args.job, args.windows, args.window, text)
     if args.changes:
         values = dict(change.split("=") for change in args.changes)
         chosen = Recipe.from_dict({**chosen.to_dict(), **{k: _plain(v) for k, v in values.items()}})
-    out = args.dir / f"{args.shape}-{layers}-{args.effort}-{args.gpu_memory or 'free'}"
+    out = args.dir / f"{args.shape}-{layers}-{args.job}-{args.gpu_memory or 'free'}"
     for path in (out, out.with_name(out.name + ".work")):
         shutil.rmtree(path, ignore_errors=True)
     result = gemq.quantize(
@@ -158,15 +186,16 @@ def main() -> None:
         host_memory=parse_size(args.host_memory) if args.host_memory else None,
         monitor=Monitor(),
     )
-    table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.effort}")
+    table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.job}")
     for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    common = {"shape": args.shape, "layers": layers, "effort": args.effort, "tokens": args.windows * args.window}
+    common = {"shape": args.shape, "layers": layers, "job": args.job, "tokens": args.windows * args.window}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
+    powers = POWERS if "self" in result.windows else {**POWERS, "calibration windows": 0}
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
     for name, cost in [*result.stages.items(), ("all", None)]:
         if cost is not None:
-            every = cost["seconds"] * (1 if name in ONCE else true_layers / layers)
+            every = cost["seconds"] * (true_layers / layers) ** powers.get(name, 1)
             row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
             total["seconds"] += row[0]
             total["all"] += row[1]
@@ -180,6 +209,15 @@ def main() -> None:
         append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
     Console().print(table)
     Console().print({name: count for name, count in result.fallbacks.items() if count}, result.gains)
+    if args.job != "defaults":
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "gemq", "export", str(result.work), "-o", f"{out}-other", "--bits", "2.5"]
+        subprocess.run([*command, "--device", args.device, "--quiet"], check=True)
+        seconds = time.perf_counter() - begin
+        Console().print(f"another budget from the work directory, as a command of its own: {seconds:.1f} s")
+        cells = {**common, "stage": "export", "seconds": seconds, "seconds_all_layers": seconds * true_layers / layers}
+        append(args.out, {**cells, **environment()})
+        shutil.rmtree(f"{out}-other")
     if not args.keep:
         for path in (out, out.with_name(out.name + ".work")):
             shutil.rmtree(path, ignore_errors=True)

@@ -30,14 +30,22 @@ def working_bytes(structure: Structure, recipe: Recipe, config: Any, dtype: torc
     """
     text = config.get_text_config()
     logits = recipe.batch_tokens * text.vocab_size * 4 * 4  # themselves, exponentials, a reference's, a gradient
-    chosen = experts_per_token(text) or MOST_CHOSEN
+    chosen = experts_per_token(text)
     return max(logits, *(_layer_bytes(layer, recipe, chosen, dtype, device) for layer in structure.layers))
 
 
-def experts_per_token(text: Any) -> int | None:
+def experts_per_token(text: Any) -> int:
     """Experts that a token chooses, from a text model's configuration: families name it differently."""
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
-    return next((value for n in names if isinstance(value := getattr(text, n, None), int)), None)
+    names = (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+        "experts_per_token",
+    )
+    return next((value for n in names if isinstance(value := getattr(text, n, None), int)), MOST_CHOSEN)
 
 
 def _layer_bytes(layer: Layer, recipe: Recipe, chosen: int, dtype: torch.dtype, device: torch.device) -> int:

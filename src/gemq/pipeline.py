@@ -38,6 +38,7 @@ from gemq.sensitivity import run_sensitivity
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
 from gemq.stages import FULL_PRECISION, Judged, assembled, digest, layer_file, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
+from gemq.workload import Workload
 
 JOB_FILE = "job.json"
 SCORED = ("global", "layerwise")
@@ -161,6 +162,9 @@ def export(
 def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
     replay, stored = job.load()
     structure = replay.structure
+    if job.monitor.console is not None:
+        workload = Workload.of(structure, job.recipe, replay.model.config, job.window, replay.model.dtype)
+        job.monitor.expected = workload.seconds(job.device, replay.model.dtype)
     job.draw_windows(replay)
     ladder = run_ladder(job, replay)
     _count_fallbacks(job, structure, ladder)

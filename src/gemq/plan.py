@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from gemq.data.selfgen import batch_size
-from gemq.footprint import MOST_CHOSEN, experts_per_token, held_bytes, staging_bytes, working_bytes
-from gemq.machine import measure
+from gemq.footprint import held_bytes, staging_bytes, working_bytes
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
@@ -74,21 +72,8 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
     window = calibration_window(model.config, recipe.window)
     compute = pick_dtype(recipe.dtype, device)
-    config = model.config.get_text_config()
-    workload = Workload(
-        structure,
-        recipe,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        per_token=experts_per_token(config) or MOST_CHOSEN,
-        window=window,
-        itemsize=compute.itemsize,
-        windows_at_once=batch_size(config, window),
-    )
-    first = structure.moe_layers[0][1].experts
-    assert first is not None
+    workload = Workload.of(structure, recipe, model.config, window, compute)
     working = working_bytes(structure, recipe, model.config, compute, device)
-    rates = measure(device, compute, first.matrices[0].rows, first.matrices[0].columns)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,
@@ -108,7 +93,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         quickest_bytes=_quickest_bytes(workload, working),
         host_bytes=LIBRARIES + (staging_bytes(model, structure) if device.type == "cuda" else 0),
         device=str(device),
-        seconds={name: round(work.seconds(rates), 1) for name, work in workload.stages().items()},
+        seconds={name: round(seconds, 1) for name, seconds in workload.seconds(device, compute).items()},
     )
 
 

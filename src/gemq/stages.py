@@ -19,16 +19,17 @@ from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
 from gemq.batches import Batches
+from gemq.checkpoint.packing import PackedMatrix
 from gemq.files import check_free_space
 from gemq.job import Job
 from gemq.knapsack import Floats
-from gemq.ladder import LayerLadder, build_layer, rung_weight
+from gemq.ladder import LayerLadder, build_layer
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Structure
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer, assemble_layer
 from gemq.score import (
@@ -196,11 +197,16 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
     recipe = job.recipe
     module = replay.model.get_submodule(experts.path)
     rungs = []
-    layer = load_ladder(job, replay.structure, ladder, index) if recipe.score_weights == "ladder" else None
+    found: dict[str, Tensor] = {}
+    if recipe.score_weights == "ladder":
+        own = f":{width_name(width)}."  # the other widths stay in the file
+        found = ladder.load_tensors(layer_file(index), str(job.device), lambda key: own in key)
     for matrix in experts.matrices:
         weight = expert_weight(module, matrix.name)
-        if layer is not None:
-            rung = rung_weight(layer, matrix.name, width, matrix.columns, recipe.group_size)
+        if found:
+            prefix = f"expert:{matrix.name}:{width_name(width)}"
+            packed = PackedMatrix(*(found[f"{prefix}.{part}"] for part in PackedMatrix._fields))
+            rung = dequantize(packed.unpack(width, group_size_for(matrix.columns, recipe.group_size)))
         else:
             q = round_to_nearest(weight, (width,), group_size_for(matrix.columns, recipe.group_size))
             rung = dequantize(Quantized(*(t[0] for t in q)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -132,17 +133,18 @@ class Stage:
         """Every rank gives the same tensors; the first writes them."""
         self.ranks.agree(lambda: write_tensors(self.directory / name, tensors))
 
-    def load_tensors(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
-        from safetensors.torch import load_file
+    def load_tensors(
+        self, name: str, device: str = "cpu", wanted: Callable[[str], bool] | None = None
+    ) -> dict[str, Tensor]:
+        """A set's tensors by their keys: all, or those that are ``wanted``, without reading the others."""
+        from safetensors import safe_open
 
-        return load_file(self.directory / name, device=device)
+        with safe_open(self.directory / name, framework="pt", device=device) as file:
+            return {key: file.get_tensor(key) for key in file.keys() if wanted is None or wanted(key)}  # noqa: SIM118
 
     def load_tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a set, on the CPU, without reading the others."""
-        from safetensors import safe_open
-
-        with safe_open(self.directory / name, framework="pt") as file:
-            return file.get_tensor(key)
+        return self.load_tensors(name, wanted=lambda other: other == key)[key]
 
     def save_json(self, name: str, value: Any) -> None:
         self.ranks.agree(lambda: write_json(self.directory / name, value))

@@ -1,18 +1,23 @@
 """What each stage of a job computes, counted from shapes and the recipe: the estimates of ``plan`` rest on it.
 
-Counts follow what the stages do (see each function). Knows structures and recipes, no machine: ``machine`` measures
-how fast one is. Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts a token, W widths.
+Counts follow what the stages do (see each function). Knows structures and recipes; ``machine`` measures how fast a
+machine is. Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts a token, W widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from gemq.data.selfgen import batch_size
 from gemq.data.sources import SELF
+from gemq.footprint import experts_per_token
 from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
 from gemq.ladder import LINEAR_TOKENS
-from gemq.machine import Rates
+from gemq.machine import Rates, measure
 from gemq.models.structure import Layer, Structure
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
@@ -83,6 +88,28 @@ class Workload:
     window: int
     itemsize: int
     windows_at_once: int
+
+    @classmethod
+    def of(cls, structure: Structure, recipe: Recipe, config: Any, window: int, dtype: torch.dtype) -> Workload:
+        """config: the model's; ``dtype`` in which it computes"""
+        text = config.get_text_config()
+        return cls(
+            structure,
+            recipe,
+            hidden=text.hidden_size,
+            vocabulary=text.vocab_size,
+            per_token=experts_per_token(text),
+            window=window,
+            itemsize=dtype.itemsize,
+            windows_at_once=batch_size(text, window),
+        )
+
+    def seconds(self, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+        """What each stage is expected to take on ``device``, which is measured for a second."""
+        experts = self.structure.moe_layers[0][1].experts
+        assert experts is not None
+        rates = measure(device, dtype, experts.matrices[0].rows, experts.matrices[0].columns)
+        return {name: work.seconds(rates) for name, work in self.stages().items()}
 
     # Stages
 

@@ -30,11 +30,17 @@ class Moments:
 
     def add(self, rows: Tensor, counts: list[int]) -> None:
         """Adds rows [P, C] sorted by expert, ``counts`` rows of each."""
+        added = torch.tensor(counts).to(self.counts.device, non_blocking=True)
+        self.counts += added
+        if rows.is_cuda and rows.dtype != torch.float32:
+            from gemq.quant import gram_kernel  # triton comes with torch for CUDA, not for CPUs
+
+            gram_kernel.add(self.sums, rows, added.cumsum(0))
+            return
         for e, x in enumerate(rows.split(counts)):
             if len(x):
                 x = x.float()
                 self.sums[e].addmm_(x.T, x)
-        self.counts += torch.tensor(counts, device=self.counts.device)
 
     def close(self, shards: int) -> None:
         """Ends a shard, this rank's number ``shards`` counted from 1: the next rows are added up apart (see ``ranks``).
@@ -52,6 +58,10 @@ class Moments:
             self._shards.add([self.sums])
             (self.sums,) = self._shards.total()
         ranks.add_up(self.sums, self.counts)
+        if self.sums.is_cuda:
+            from gemq.quant import gram_kernel
+
+            gram_kernel.mirror(self.sums)
 
     def hessians(self, shrink: float, experts: slice = slice(None)) -> Tensor:
         """Mean second moments [E, C, C], each mixed with the layer's mean as if it had ``shrink`` * mean n more tokens.
