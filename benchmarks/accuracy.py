@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
@@ -23,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from gemq.data.windows import Windows, cut_windows, eval_windows, from_parts, tokenize_text
 from gemq.evaluate import evaluate, open_model
@@ -31,14 +28,16 @@ from gemq.models.structure import find_structure
 from gemq.pipeline import export, quantize
 from gemq.progress import Monitor
 from gemq.recipe import BUILT_IN, DEFAULT_BITS, Recipe
-from rows import allocation_text, append
+from record import RESULTS as FOLDER
+from record import append, environment
+from rows import allocation_text
 
 WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
-RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
+RESULTS = FOLDER / "accuracy.csv"
 
 FINISH_KEYS = (
     *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "refine", "guard"),
-    *("score_form", "score_labels"),
+    *("score_form", "score_labels", "rescale"),
     *("layer_epochs", "distil_epochs", "distil_loss", "distil_sets"),
 )
 """Recipe keys that change neither ladder nor scores: recipes that differ in these alone share a work directory."""
@@ -67,6 +66,7 @@ SCORE_KEYS: dict[str, dict[str, Any]] = {
     "smoothing 1e9": {"smoothing": 1e9},
     "elementwise": {"score_form": "elementwise"},
     "labels of the text": {"score_labels": "data"},
+    "no rescaling": {"rescale": False},
     "layer rule": {"layer_rule": True},
     "layerwise": {"allocate": "layerwise"},
     "frequency": {"allocate": "frequency"},
@@ -161,7 +161,8 @@ class Bench:
                     work, out=out, changes=changes, finish=experiment.finish, device=self.device, monitor=monitor
                 )
             else:
-                assert experiment.finish, "an assembled experiment comes after one that makes its ladder"
+                if not experiment.finish:
+                    recipe = recipe.replace(refine=False, layer_epochs=0, distil_epochs=0, guard=False)
                 result = quantize(str(self.model), recipe, out=out, work=work, device=self.device, monitor=monitor)
             seconds = time.perf_counter() - begin
             opened = open_model(str(out), "float32", self.device)
@@ -186,7 +187,7 @@ class Bench:
             "seconds_by_stage": _short({n: s["seconds"] for n, s in result.stages.items()}),
             "tokens": sum(result.windows.values()) * result.window,
             "fallbacks": _short({n: c for n, c in result.fallbacks.items() if c}),
-            **provenance(self.device),
+            **environment(self.device),
             "recipe": json.dumps({**more, **experiment.keys}, sort_keys=True),
         }
         append(self.out, row)
@@ -204,21 +205,6 @@ class Bench:
             free = [w for w in cut_windows(stream, WINDOW) if tuple(w.tolist()) not in taken]
             parts.append(torch.stack(free[:INSIDE_WINDOWS]))
         return from_parts(parts, [f.stem for f in self.calib], [p.numel() for p in parts])
-
-
-def provenance(device: str) -> dict[str, str]:
-    """Where a row was measured."""
-    gpu = torch.cuda.is_available() and device != "cpu"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name()
-        if gpu
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def _short(values: dict[str, float]) -> str:

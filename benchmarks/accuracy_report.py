@@ -23,7 +23,8 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from rows import allocation_widths, newest, read
+from record import read
+from rows import allocation_widths, newest
 
 plt.switch_backend("agg")
 

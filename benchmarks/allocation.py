@@ -9,12 +9,9 @@ for each ladder and rule to results/allocation.csv: seconds of ``allocate`` alon
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
-import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import scipy
@@ -22,8 +19,8 @@ import scipy
 import gemq
 from gemq.allocate import Budget, Problem, allocate
 from gemq.quant.widths import Width, matrix_bytes, nominal_bits
+from record import RESULTS, append, commit
 
-RESULTS = Path(__file__).parent / "results" / "allocation.csv"
 LADDERS: tuple[tuple[Width, ...], ...] = ((1, 2, 3), (1, 1.6, 2, 3), (1, 1.6, 2, 3, 4))
 HIDDEN, INTERMEDIATE, GROUP = 7168, 2048, 128  # Kimi-K2
 
@@ -44,16 +41,6 @@ def synthetic(layers: int, experts: int, widths: tuple[Width, ...], seed: int) -
         bytes=np.tile(stored, (n, 1)),
         counts=draw.integers(1, 1000, n),
     )
-
-
-def commit() -> str:
-    """Short hash of the checkout, ``+`` if it has changes; empty without one."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return ""
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changes.stdout else "")
 
 
 def main() -> None:
@@ -92,12 +79,7 @@ def main() -> None:
                 "commit": commit(),
             }
             print(", ".join(f"{key} {value}" for key, value in row.items()))
-            new = not RESULTS.exists()
-            with RESULTS.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(RESULTS / "allocation.csv", row)
 
 
 if __name__ == "__main__":

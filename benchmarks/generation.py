@@ -152,7 +152,7 @@ def with_ratio(row: dict[str, Any], file: Path) -> dict[str, Any]:
     if row["unit"] != "tokens/s" or row["shape"].endswith("-bf16") or not file.exists():
         return row
     base = row["shape"].rpartition("-")[0] + "-bf16"
-    alike = ("what", "batch", "tokens", "gpu", "torch", "transformers")
+    alike = ("what", "batch", "tokens", "device", "torch", "transformers")
     same = {"shape": base, **{key: str(row[key]) for key in alike}}
     with file.open(encoding="utf-8") as stream:
         rows = [r for r in csv.DictReader(stream) if all(r[key] == value for key, value in same.items())]

@@ -1,4 +1,7 @@
-"""Rows of a benchmark's CSV: what a machine and a checkout are called, and appending."""
+"""Rows of a benchmark's CSV: what a machine and a checkout are called, appending and reading.
+
+Knows nothing of what is measured.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,16 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changes.stdout else "") if head.returncode == 0 else ""
 
 
-def environment() -> dict[str, str]:
-    """The columns that tell where a row was measured."""
+def environment(device: str = "auto") -> dict[str, str]:
+    """The columns that tell where a row was measured. ``device`` "cpu" is the CPU, GPU or not."""
     try:
         from triton import __version__ as triton
     except ImportError:
         triton = ""
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else threads,
         "torch": torch.__version__,
         "triton": triton,
         "transformers": transformers.__version__,
@@ -44,13 +49,42 @@ def environment() -> dict[str, str]:
     }
 
 
-def append(file: Path, row: dict[str, Any]) -> None:
-    """One more row; the header comes with the first. Numbers get four significant digits."""
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row, floats with four significant digits.
+
+    A file that lacks one of its columns is first written anew, with that column empty in older rows.
+    """
     cells = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(cells), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(cells)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = _header(path)
+    if missing := [column for column in cells if column not in header]:
+        old = read(path) if header else []
+        header = list(cells) + [column for column in header if column not in cells]
+        _write(path, header, old)
+        if old:
+            print(f"{path}: new columns {', '.join(missing)}, empty in {len(old)} older rows", flush=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, header, restval="", lineterminator="\n").writerow(cells)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows, oldest first."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
+def _header(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
+
+
+def _write(path: Path, header: list[str], rows: list[dict[str, str]]) -> None:
+    """Writes beside the file and renames, so that a kill loses no measured row."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)

@@ -16,15 +16,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from gemq.errors import UserError
-from gemq.knapsack import Floats, Ints, cheapest, relax, solve, take
+from gemq.knapsack import Floats, Ints, cheapest, solve, take
 from gemq.quant.widths import Width, nominal_bits, parse_width, width_name
 
 Kind = Literal["bits", "stored_bits", "bytes"]
@@ -137,12 +136,6 @@ class Allocation:
         return _allocation(problem, budget, str(data.get("method", "file")), choice)
 
 
-class CurvePoint(NamedTuple):
-    budget: Budget
-    predicted_cost: float
-    stored_bytes: int
-
-
 def allocate(
     problem: Problem,
     budget: Budget,
@@ -184,20 +177,6 @@ def allocate(
         costs = problem.costs if method == "global" else _frequency_costs(problem)
         choice, achieved = solve(costs, amounts, limit, _rule_layers(problem, layer_rule), gap)
     return _allocation(problem, budget, method, choice, achieved if method == "global" else None)
-
-
-def pareto_curve(problem: Problem, budgets: Iterable[Budget]) -> list[CurvePoint]:
-    """Predicted cost and bytes of the global allocation at each budget, without the last step by HiGHS.
-
-    Raises UserError for a budget out of reach.
-    """
-    points = []
-    for budget in budgets:
-        _check_reachable(problem, budget, "global", False)
-        choice = relax(problem.costs, *linear_constraint(problem, budget), []).choice
-        found = _allocation(problem, budget, "global", choice)
-        points.append(CurvePoint(budget, found.predicted_cost, found.stored_bytes))
-    return points
 
 
 def linear_constraint(problem: Problem, budget: Budget) -> tuple[Ints, int]:

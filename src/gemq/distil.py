@@ -2,7 +2,9 @@
 
 The loss is the KL divergence from the full-precision model, whose logits are computed again from its last hidden
 states, so that T x vocabulary numbers are never stored; or the next-token loss, with which the paper tunes routers.
-A layer's experts are dequantized when it runs, forward and again backward, and dropped: never are all of them dense.
+A layer is dequantized when it runs, forward and again backward, and dropped: never are all of them dense. What is
+trained of it is updated as soon as its gradient is there, so that one layer at a time is looked at: packed layers and
+their optimizers' states wait where memory has room for them.
 
 Held-out micro-batches decide: a result that is not better on them is dropped.
 Shapes: B windows, S tokens, H hidden, V vocabulary, E experts.
@@ -11,23 +13,25 @@ Shapes: B windows, S tokens, H hidden, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from gemq.calibrate import Activations
+from gemq.batches import Batches
+from gemq.calibrate import Activations, shared
 from gemq.checkpoint.packing import PackedMatrix, unpack_codes
-from gemq.models.stream import Replay
-from gemq.models.structure import Layer, Matrix
+from gemq.memory import Waiting
+from gemq.models.split import join_experts, own_experts, split_experts
+from gemq.models.stream import Call, Replay
+from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
-from gemq.quant.grid import Quantized
+from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.widths import Width, group_size_for
-from gemq.reconstruct import Training, expert_overrides, tunable_names
+from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
 from gemq.refine import RefinedLayer
 
 
@@ -60,12 +64,22 @@ class Distilled:
 
 
 class PackedExperts:
-    """One matrix of a layer's experts, packed, with trainable scales and offsets."""
+    """One matrix of a layer's experts, packed, with trainable scales and offsets: of this rank's experts."""
 
-    def __init__(self, refined: RefinedLayer, path: str, matrix: Matrix, widths: Sequence[Width], group_size: int):
-        self.matrix, self.widths = matrix, widths
+    def __init__(
+        self,
+        refined: RefinedLayer,
+        experts: Experts,
+        own: slice,
+        matrix: Matrix,
+        all_widths: Sequence[Width],
+        group_size: int,
+    ):
+        self.matrix, self.widths = matrix, all_widths[own]
+        widths = self.widths
         self.group = group_size_for(matrix.columns, group_size)
-        self.names = [f"{path}.{e}.{matrix.name}" for e in range(len(widths))]
+        self.all_names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
+        self.names = self.all_names[own]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
         self.members: dict[Width, list[int]] = defaultdict(list)
         for e, width in enumerate(widths):
@@ -86,21 +100,28 @@ class PackedExperts:
         finally:
             self.grids.codes = some  # the unpacked codes live as long as the layer runs
 
-    def result(self) -> dict[str, Tensor]:
+    def held(self) -> list[Tensor]:
+        """All tensors."""
+        grids = self.grids
+        return [*self.packed.values(), grids.base_scale, grids.base_offset, grids.highest, *grids.grids()]
+
+    def result(self, join: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Scales and offsets of all experts by their checkpoint names, on the CPU. ``join``: from all ranks' own."""
         q = self.grids.result()
-        return {
-            f"{name}.{part}": getattr(q, part)[e].clone()
-            for e, name in enumerate(self.names)
-            for part in ("scales", "offsets")
-        }
+        found = {}
+        for part in ("scales", "offsets"):
+            whole = join(getattr(q, part))
+            found.update({f"{name}.{part}": whole[e].to("cpu", copy=True) for e, name in enumerate(self.all_names)})
+        return found
 
 
 def distil(
     replay: Replay,
-    refined: Sequence[RefinedLayer],
+    refined: Callable[[int], RefinedLayer],
     widths: Sequence[Sequence[Width]],
+    dense_bits: int,
     activations: Activations,
-    teacher: list[Tensor],
+    teacher: Batches,
     distillation: Distillation,
     stored: dict[str, torch.dtype],
     group_size: int,
@@ -108,44 +129,52 @@ def distil(
 ) -> Distilled:
     """Distils a quantized model.
 
-    replay:      the model with every layer's quantized and tuned weights installed
-    refined:     its layers, whose packed experts are trained
+    replay:      the model; of its layers only what is not quantized is taken
+    refined:     gives a layer as it was finished
     activations: the inputs of the first layer
     teacher:     the full-precision model's last hidden states [B, S, H], one per micro-batch
     stored:      the type in which each parameter is kept: routers and norms are trained as they will be
     tick:        called with (steps done, all steps)
     """
-    student = _Student(replay, refined, widths, distillation.sets, stored, group_size)
+    activations, teacher = activations.whole(replay), shared(replay, teacher, activations.total)
     training = distillation.training
+    student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size)
     train, held_out = training.split(len(activations.ids))
 
-    def loss(batch: int) -> Tensor:
-        """Mean over tokens, in nats."""
+    def loss(batch: int, logits: Tensor) -> Tensor:
+        """Mean over tokens, in nats. ``logits`` [B, S, V]."""
         ids = activations.ids[batch]
-        logits = student.logits(ids, activations.hidden[batch], activations, batch)
         if distillation.loss == "next_token":
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         with torch.no_grad():
-            expected = student.teacher_logits(ids, teacher[batch]).float().log_softmax(-1)
+            expected = replay.logits(ids, teacher[batch]).float().log_softmax(-1)
         return F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum") / ids.numel()
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        return sum(loss(b).item() for b in held_out) / len(held_out)
+        total = 0.0
+        for batch in held_out:
+            hidden = student.inputs(activations, batch)[-1]
+            total += loss(batch, student.logits(activations.ids[batch], hidden)).item()
+        return replay.ranks.agree(lambda: total / len(held_out))
 
     best = Distilled(before=held_out_loss())
     best.after = best.before
-    optimizer = training.optimizer((), student.grids, student.tuned_list)
     per_epoch = len(train)
     steps = training.epochs * per_epoch
-    for step, batch in enumerate(epochs(per_epoch, training.epochs, training.seed)):
-        optimizer.step(loss(train[batch]), step, steps)
+    for step, number in enumerate(epochs(per_epoch, training.epochs, training.seed)):
+        batch = train[number]
+        inputs = student.inputs(activations, batch)
+        last = replay.leaf(inputs.pop())
+        of_batch = loss(batch, student.logits(activations.ids[batch], last))
+        student.descend(of_batch, last, inputs, activations, batch, step, steps)
         tick(step + 1, steps)
         if (step + 1) % per_epoch == 0:
             now = held_out_loss()
             if now >= best.after:
                 break  # the last epochs did no good, and the next ones would do worse
             best = Distilled(student.tensors(), student.tuned(), best.before, now)
+    student.close()
     return best
 
 
@@ -155,68 +184,177 @@ class _Student:
     def __init__(
         self,
         replay: Replay,
-        refined: Sequence[RefinedLayer],
+        refined: Callable[[int], RefinedLayer],
         widths: Sequence[Sequence[Width]],
-        sets: tuple[str, ...],
+        dense_bits: int,
+        how: Distillation,
         stored: dict[str, torch.dtype],
         group_size: int,
     ):
-        self.replay, self.stored = replay, stored
-        layers = replay.structure.layers
-        self.experts: list[list[PackedExperts]] = []
-        self.parameters: list[dict[str, Tensor]] = []
-        for layer, done, row in zip(layers, refined, widths, strict=True):
-            found = layer.experts
-            matrices = found.matrices if found else ()
-            self.experts.append([PackedExperts(done, found.path, m, row, group_size) for m in matrices if found])
-            self.parameters.append(self._trainable(_wanted(replay, layer, sets)))
-        self.tail_original = {name: self._parameter(name) for name in _tail_norms(replay)}
-        self.tail = self._trainable(list(self.tail_original) if "norms" in sets else [])
-        self.grids = [g for pair in self.experts for m in pair for g in m.grids.grids()] if "grids" in sets else []
-        self.tuned_list = [p for row in [*self.parameters, self.tail] for p in row.values()]
-        for layer in layers:
-            if layer.experts is not None:
-                module = replay.model.get_submodule(layer.experts.path)
-                for matrix in layer.experts.matrices:  # from here on the packed experts are the only ones
-                    weight = getattr(module, matrix.name)
-                    weight.data = weight.new_empty(0)
+        self.replay = replay
+        self.layers = [
+            _PackedLayer(replay, i, refined(i), row, dense_bits, how, stored, group_size)
+            for i, row in enumerate(widths)
+        ]
+        names = _tail_norms(replay) if "norms" in how.sets else []
+        tail = {name: replay.model.get_parameter(name).detach().float().clone() for name in names}
+        self.tail = _Tuned(replay, tail, stored)
+        self.optimizer = how.training.optimizer((), (), list(tail.values())) if tail else None
 
-    def _parameter(self, name: str) -> Tensor:
-        return self.replay.model.get_parameter(name).detach()
+    def inputs(self, activations: Activations, batch: int) -> list[Tensor]:
+        """What each layer receives [B, S, H], and what the last one gives, outside autograd."""
+        hidden = [activations.hidden[batch]]
+        with torch.no_grad():
+            for index, layer in enumerate(self.layers):
+                hidden.append(layer.run(hidden[-1], activations.calls[batch][index]))
+                layer.waiting.leave()
+        return hidden
 
-    def _trainable(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self._parameter(name).float().clone() for name in names}
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        return self.replay.logits(ids, hidden, self.tail.overrides())
 
-    def _rounded(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        model = self.replay.model
-        return {n: rounded_to(p, self.stored[n]).to(model.get_parameter(n).dtype) for n, p in parameters.items()}
+    def descend(
+        self,
+        loss: Tensor,
+        last: Tensor,
+        inputs: list[Tensor],
+        activations: Activations,
+        batch: int,
+        step: int,
+        steps: int,
+    ) -> None:
+        """One step down the gradient of ``loss``, from behind the last layer to the first.
 
-    def logits(self, ids: Tensor, hidden: Tensor, activations: Activations, batch: int) -> Tensor:
-        """[B, S, V]. Each layer is dequantized when it runs, and again when the gradient comes back."""
-
-        def run(index: int, h: Tensor) -> Tensor:
-            experts = self.replay.structure.layers[index].experts
-            overrides = self._rounded(self.parameters[index])
-            if experts is not None:
-                weights = [m.weight() for m in self.experts[index]]
-                overrides.update(expert_overrides(self.replay.model, experts, weights))
-            return self.replay.run(index, h, activations.calls[batch][index], overrides)
-
-        for index in range(len(self.experts)):
-            hidden = checkpoint(run, index, hidden, use_reentrant=False)
-        return self.replay.logits(ids, hidden, self._rounded(self.tail))
-
-    def teacher_logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        return self.replay.logits(ids, hidden, self.tail_original)
+        last: what the last layer gave, a leaf; ``inputs`` of the layers, which are computed again
+        """
+        gradient, *of_tail = torch.autograd.grad(loss, [last, *self.tail.parameters.values()])
+        for parameter, its in zip(self.tail.parameters.values(), of_tail, strict=True):
+            parameter.grad = its
+        if self.optimizer is not None:
+            self.optimizer.update(step, steps)
+        for index in reversed(range(len(self.layers))):
+            layer, leaf = self.layers[index], self.replay.leaf(inputs.pop())
+            output = layer.run(leaf, activations.calls[batch][index])
+            # every parameter's, wanted or not: one that no token met has none
+            of_all = torch.autograd.grad(output, [leaf, *layer.trained], gradient, allow_unused=True)
+            gradient = of_all[0]
+            for parameter, its in zip(layer.trained, of_all[1:], strict=True):
+                parameter.grad = its
+            if layer.optimizer is not None:
+                layer.optimizer.update(step, steps)
+            for parameter in layer.trained:
+                parameter.grad = None
+            layer.waiting.leave(changed=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        if not self.grids:
-            return {}
-        return {name: t for pair in self.experts for m in pair for name, t in m.result().items()}
+        return {name: t for layer in self.layers for name, t in layer.tensors().items()}
 
     def tuned(self) -> dict[str, Tensor]:
-        rows = [*self.parameters, self.tail]
-        return {n: rounded_to(p.detach(), self.stored[n]).clone() for row in rows for n, p in row.items()}
+        found: dict[str, Tensor] = {}
+        for tuned in (*(layer.tuned for layer in self.layers), self.tail):
+            found.update(tuned.result())
+        return found
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.waiting.close()
+
+
+class _Tuned:
+    """Routers and norms under training, float32, by their names inside the model."""
+
+    def __init__(self, replay: Replay, parameters: dict[str, Tensor], stored: dict[str, torch.dtype]):
+        self.replay, self.parameters, self.stored = replay, parameters, stored
+
+    def overrides(self) -> dict[str, Tensor]:
+        model = self.replay.model
+        return {n: rounded_to(p, self.stored[n]).to(model.get_parameter(n).dtype) for n, p in self.parameters.items()}
+
+    def result(self) -> dict[str, Tensor]:
+        ranks = self.replay.ranks
+        found = {n: rounded_to(p.detach(), self.stored[n]) for n, p in self.parameters.items()}
+        return {n: ranks.broadcast(t, 0).to("cpu", copy=True) for n, t in found.items()}
+
+
+class _PackedLayer:
+    """One finished layer: packed matrices, what is not quantized, and what is trained of it."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        index: int,
+        refined: RefinedLayer,
+        widths: Sequence[Width],
+        dense_bits: int,
+        how: Distillation,
+        stored: dict[str, torch.dtype],
+        group_size: int,
+    ):
+        self.replay, self.index = replay, index
+        self.layer = layer = replay.structure.layers[index]
+        self.experts = (
+            [
+                PackedExperts(refined, layer.experts, self._own(layer.experts), m, widths, group_size)
+                for m in layer.experts.matrices
+            ]
+            if layer.experts
+            else []
+        )
+        self.linears = {}
+        for linear in layer.linears if dense_bits < 16 else ():
+            packed = PackedMatrix(*(refined.tensors[f"{linear.path}.{part}"] for part in PackedMatrix._fields))
+            self.linears[f"{linear.path}.weight"] = packed, group_size_for(linear.columns, group_size)
+        self.dense_bits = dense_bits
+        matrices = layer.experts.matrices if layer.experts else ()
+        replaced = {*self.linears, *(f"{layer.experts.path}.{m.name}" for m in matrices if layer.experts)}
+        self.rest = replay.rest(index, replaced)
+        self.rest.update({n: t.to(self.rest[n].dtype) for n, t in refined.tuned.items()})
+        wanted = {n: self.rest[n].float().clone() for n in _wanted(replay, layer, how.sets)}
+        self.tuned = _Tuned(replay, wanted, stored)
+        grids = [g for m in self.experts for g in m.grids.grids()] if "grids" in how.sets else []
+        training = how.training
+        self.with_grids = bool(grids)
+        self.optimizer = training.optimizer((), grids, list(wanted.values())) if grids or wanted else None
+        self.trained = [p for p in (*grids, *wanted.values()) if p.requires_grad]
+        self.waiting = Waiting(replay.memory, self._held, 3 * sum(p.numel() * 4 for p in self.trained))
+
+    def _held(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors that stay as they are, and those that a step changes."""
+        fixed = [*self.rest.values(), *(t for packed, _ in self.linears.values() for t in packed)]
+        fixed += [t for m in self.experts for t in m.held()]
+        changing = list(self.trained)
+        if self.optimizer is not None and self.optimizer.inner is not None:
+            changing += [t for state in self.optimizer.inner.state.values() for t in state.values()]
+        known = {id(t) for t in changing}
+        return [t for t in fixed if id(t) not in known], changing
+
+    def run(self, hidden: Tensor, call: Call) -> Tensor:
+        """The layer's output [B, S, H]; dequantized for the moment, differentiable in what is trained."""
+        self.waiting.come()
+        model = self.replay.model
+        overrides = {**self.rest, **self.tuned.overrides()}
+        for name, (packed, group) in self.linears.items():
+            weight = dequantize(packed.unpack(self.dense_bits, group))
+            overrides[name] = as_parameter(model, name, weight.unsqueeze(0))
+        if self.layer.experts is not None:
+            weights = [m.weight() for m in self.experts]
+            overrides.update(expert_overrides(model, self.layer.experts, weights))
+        with split_experts(model, self.layer.experts, self.replay.ranks):
+            return self.replay.run(self.index, hidden, call, overrides)
+
+    def _own(self, experts: Experts) -> slice:
+        return own_experts(self.replay.model, experts, self.replay.ranks)
+
+    def _join(self, own: Tensor) -> Tensor:
+        assert self.layer.experts is not None
+        return join_experts(self.replay.model, self.layer.experts, self.replay.ranks, own)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Experts' scales and offsets, if they are trained."""
+        self.waiting.come()
+        found = {name: t for m in self.experts for name, t in m.result(self._join).items()} if self.with_grids else {}
+        self.waiting.leave()
+        return found
 
 
 def _wanted(replay: Replay, layer: Layer, sets: tuple[str, ...]) -> list[str]:
@@ -232,7 +370,7 @@ def _tail_norms(replay: Replay) -> list[str]:
     return [
         f"{path}.{name}"
         for path, module in replay.model.named_modules()
-        if "norm" in type(module).__name__.lower() and not path.startswith(inside)
+        if is_norm(module) and not path.startswith(inside)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_floating_point()
     ]

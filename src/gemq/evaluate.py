@@ -22,15 +22,13 @@ from gemq.assets import builtin_texts
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.data.windows import Windows, eval_windows
+from gemq.divergence import chunks, divergence
 from gemq.errors import UserError
 from gemq.inspect import Contents, inspect_checkpoint
 from gemq.models.experts import watch_experts
 from gemq.models.source import DTYPES, Source, longest_window, pick_device
 from gemq.models.structure import Structure, find_structure
 from gemq.progress import Monitor
-
-ROWS = 1024
-"""Positions whose logits are compared at once: bounds the memory that a large vocabulary takes."""
 
 
 @dataclass
@@ -122,13 +120,12 @@ def _run(model: nn.Module, ids: Tensor, paths: list[str]) -> tuple[Tensor, list[
 def _compare(logits: Tensor, reference: Tensor | None, ids: Tensor) -> Sums:
     """One window: logits [S, V] against its tokens [S] and the reference's logits."""
     sums = Sums(tokens=len(ids) - 1)
-    for start in range(0, len(ids) - 1, ROWS):
-        stop = min(start + ROWS, len(ids) - 1)
-        log_q = logits[start:stop].float().log_softmax(-1)
-        sums.nll -= log_q.gather(1, ids[start + 1 : stop + 1, None]).sum().item()
+    for rows in chunks(len(ids) - 1):
+        log_q = logits[rows].float().log_softmax(-1)
+        sums.nll -= log_q.gather(1, ids[rows.start + 1 : rows.stop + 1, None]).sum().item()
         if reference is not None:
-            log_p = reference[start:stop].float().log_softmax(-1)
-            sums.kl += (log_p.exp() * (log_p - log_q)).sum().item()
+            log_p = reference[rows].float().log_softmax(-1)
+            sums.kl += divergence(log_p, log_q)
             sums.top1 += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     return sums
 

@@ -7,18 +7,20 @@ Resumable by layer; distillation, the short last step, starts anew. What is comp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation
+from gemq.batches import Batches
+from gemq.calibrate import advance
 from gemq.distil import Distillation, Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.quant.widths import Width
-from gemq.refine import RefinedLayer, Targets, install_layer, layer_overrides, refine_layer
+from gemq.refine import RefinedLayer, Targets, layer_overrides, refine_layer
 from gemq.stages import Around, digest, layer_file
 from gemq.workdir import Stage
 
@@ -27,16 +29,16 @@ from gemq.workdir import Stage
 class Finish:
     """A finished model, layer by layer from the work directory.
 
+    tuned: every trained router and norm by its name inside the model, float32
     gains: what training gained on held-out windows, for the summary
     """
 
     refined: Stage
     count: int
     distilled: Distilled
-    gains: dict[str, float]
     made_from: dict[str, Any]
-    computed: bool
-    """Something was computed now, so that the model no longer holds its full-precision weights."""
+    tuned: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
 
     def layers(self) -> Iterator[RefinedLayer]:
         """The layers with what distillation changed in them."""
@@ -48,13 +50,6 @@ class Finish:
         layer.tuned.update({n: t.to(device) for n, t in self.distilled.tuned.items() if n in layer.tuned})
         return layer
 
-    def tuned(self) -> dict[str, Tensor]:
-        """Every trained router and norm by its name inside the model, float32."""
-        tuned: dict[str, Tensor] = {}
-        for i in range(self.count):
-            tuned.update(RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(i))).tuned)
-        return {**tuned, **self.distilled.tuned}
-
     def around(self, job: Job, replay: Replay, widths: list[list[Width]]) -> Around:
         """The finished model as one to compute scores around. ``replay`` holds the full-precision one."""
         structure, recipe = replay.structure, job.recipe
@@ -65,12 +60,12 @@ class Finish:
             return layer_overrides(replay.model, structure.layers[index], layer, widths[index], bits, group)
 
         inside = structure.layers_path + "."
-        tail = {n: t.to(replay.model.get_parameter(n)) for n, t in self.tuned().items() if not n.startswith(inside)}
+        tail = {n: t.to(replay.model.get_parameter(n)) for n, t in self.tuned.items() if not n.startswith(inside)}
         return Around(self.made_from, overrides, tail)
 
 
 def run_finish(job: Job, replay: Replay, stored: dict[str, torch.dtype], chosen: Allocation) -> Finish:
-    """Refines, trains and distils at the chosen widths. Leaves the quantized weights in ``replay``'s model."""
+    """Refines, trains and distils at the chosen widths. ``replay`` keeps its full-precision weights."""
     widths = chosen.by_layer
     inputs = {**job.refine_inputs(), "allocation": digest(widths)}
     refined = job.work.stage(f"refined-{digest(inputs)[:8]}", inputs)
@@ -84,7 +79,7 @@ def run_finish(job: Job, replay: Replay, stored: dict[str, torch.dtype], chosen:
         if distils:
             _distil(job, replay, stored, refined, last, widths, teacher)
     distilled = _load_distilled(last) if job.recipe.distil_epochs else Distilled()
-    finish = Finish(refined, len(layers), distilled, {}, inputs, computed=bool(missing or distils))
+    finish = Finish(refined, len(layers), distilled, inputs)
     _describe(job, finish)
     return finish
 
@@ -100,10 +95,10 @@ def _refine(
     widths: list[list[Width]],
     missing: list[int],
     to_the_end: bool,
-) -> list[Tensor]:
+) -> Batches:
     """Refines the missing layers. Returns the full-precision model's hidden states behind the last layer run.
 
-    to_the_end: install the finished layers behind the last missing one as well, as distillation needs them
+    to_the_end: run the full-precision model to its end, as distillation needs that
     """
     recipe, structure = job.recipe, replay.structure
     training = job.training(recipe.layer_epochs, recipe.rate_codes)
@@ -111,21 +106,21 @@ def _refine(
     end = len(structure.layers) if to_the_end else missing[-1] + 1
     with job.monitor.stage("reconstruct" if training else "refine", end) as tick:
         activations = job.start_activations(replay)
-        exact = list(activations.hidden)
-        for i in range(end):
-            if with_teacher:  # before this layer's weights are overwritten
-                with torch.no_grad():
-                    exact = [replay.run(i, h, c[i]) for h, c in zip(exact, activations.calls, strict=True)]
+        exact = activations.hidden.copy() if with_teacher else Batches(replay.memory)
+        for i in replay.walk(range(end)):
+            if with_teacher:
+                advance(replay, i, exact, activations.calls)
             if i in missing:
                 targets = Targets(exact, stored, training) if training is not None else None
                 done = refine_layer(replay, i, activations, job.quantizer, widths[i], recipe.attention_bits, targets)
                 stage.save_tensors(layer_file(i), done.to_tensors())
-            else:
-                done = RefinedLayer.from_tensors(stage.load_tensors(layer_file(i), str(job.device)))
-                layer = structure.layers[i]
-                install_layer(replay.model, layer, done, widths[i], recipe.attention_bits, recipe.group_size)
-            if missing and i < missing[-1]:
                 activations.advance(replay, i)
+                replay.restore(i)  # the next stage finds the model in full precision
+            elif missing and i < missing[-1]:
+                done = RefinedLayer.from_tensors(stage.load_tensors(layer_file(i), str(job.device)))
+                bits, group = recipe.attention_bits, recipe.group_size
+                own = layer_overrides(replay.model, structure.layers[i], done, widths[i], bits, group)
+                activations.advance(replay, i, own)
             tick()
     return exact
 
@@ -137,19 +132,19 @@ def _distil(
     refined: Stage,
     stage: Stage,
     widths: list[list[Width]],
-    teacher: list[Tensor],
+    teacher: Batches,
 ) -> None:
     recipe = job.recipe
     training = job.training(recipe.distil_epochs, 0.0)
     assert training is not None
-    layers = [
-        RefinedLayer.from_tensors(refined.load_tensors(layer_file(i), str(job.device)))
-        for i in range(len(replay.structure.layers))
-    ]
+
+    def layer(index: int) -> RefinedLayer:
+        return RefinedLayer.from_tensors(refined.load_tensors(layer_file(index), str(job.device)))
+
     with job.monitor.stage("distil", 1) as tick:
         how = Distillation(training, recipe.distil_loss, recipe.distil_sets)
-        start = job.start_activations(replay)
-        done = distil(replay, layers, widths, start, teacher, how, stored, recipe.group_size, tick)
+        start, bits, group = job.start_activations(replay), recipe.attention_bits, recipe.group_size
+        done = distil(replay, layer, widths, bits, start, teacher, how, stored, group, tick)
     notes = torch.tensor([done.before, done.after], dtype=torch.float64)
     tuned = {f"tuned:{name}": tensor for name, tensor in done.tuned.items()}
     stage.save_tensors(DISTILLED, {**done.tensors, **tuned, "notes": notes})
@@ -163,15 +158,17 @@ def _load_distilled(stage: Stage) -> Distilled:
 
 
 def _describe(job: Job, finish: Finish) -> None:
-    """Counts and gains for the summary."""
+    """Counts, gains and trained parameters of all layers."""
     retries = kept = 0
     before = after = 0.0
     for i in range(finish.count):
         layer = RefinedLayer.from_tensors(finish.refined.load_tensors(layer_file(i)))
+        finish.tuned.update(layer.tuned)
         retries += layer.retries
         kept += int(bool(job.recipe.layer_epochs) and layer.after >= layer.before)
         before += layer.before / finish.count
         after += layer.after / finish.count
+    finish.tuned.update(finish.distilled.tuned)
     job.fallbacks["hessians_damped_more"] = job.fallbacks.get("hessians_damped_more", 0) + retries
     job.fallbacks["layers_not_improved_by_training"] = kept
     if job.recipe.layer_epochs:

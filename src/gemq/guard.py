@@ -23,12 +23,12 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
-from gemq.calibrate import Activations
-from gemq.data.selfgen import OF_THE_SOURCE, added_to, generate_windows
+from gemq.calibrate import Activations, advance
+from gemq.data.selfgen import OF_THE_SOURCE, added_to
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
-from gemq.files import replacing
-from gemq.job import Job
+from gemq.divergence import window_kl
+from gemq.job import Job, Writer
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
 from gemq.models.stream import Replay
@@ -50,8 +50,6 @@ UNIFORM_SEEDS = 3
 WORSE = 1.03
 """A source may be worse than uniform by this factor before it counts, and then only if it is significant."""
 SIGNIFICANT = 0.05
-ROWS = 1024
-"""Positions whose logits are compared at once: bounds the memory that a large vocabulary takes."""
 
 
 # Judging: pure functions
@@ -178,24 +176,6 @@ def decide(
 
 
 @torch.no_grad()
-def window_kl(replay: Replay, ids: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(full precision || candidate) per token of each window, in nats: float64 [B], from last hidden states.
-
-    ids: int64 [B, S]; teacher, student: [B, S, H]. The tail is the model's own for both. As in ``evaluate``, what
-    would predict the token behind the window does not count.
-    """
-    expected, logits = replay.logits(ids, teacher), replay.logits(ids, student)
-    positions = ids.shape[1] - 1
-    kl = torch.zeros(len(ids), dtype=torch.float64)
-    for row in range(len(ids)):
-        for start in range(0, positions, ROWS):
-            stop = min(start + ROWS, positions)
-            log_p, log_q = (x[row, start:stop].float().log_softmax(-1) for x in (expected, logits))
-            kl[row] += (log_p.exp() * (log_p - log_q)).sum().item()
-    return kl / positions
-
-
-@torch.no_grad()
 def candidates_kl(
     replay: Replay,
     start: Activations,
@@ -211,20 +191,21 @@ def candidates_kl(
     ladders:    gives a layer's ladder
     candidates: widths by layer and expert
     """
-    exact, states = list(start.hidden), [list(start.hidden) for _ in candidates]
-    for i, layer in enumerate(replay.structure.layers):
-        calls = [c[i] for c in start.calls]
-        exact = [replay.run(i, h, c) for h, c in zip(exact, calls, strict=True)]
+    layers = replay.structure.layers
+    exact, states = start.hidden.copy(), [start.hidden.copy() for _ in candidates]
+    for i in replay.walk(range(len(layers))):
+        advance(replay, i, exact, start.calls)
         ladder = ladders(i)
-        for k, by_layer in enumerate(candidates):
-            picked = assemble_layer(ladder, layer, by_layer[i])
-            own = layer_overrides(replay.model, layer, picked, by_layer[i], dense_bits, group_size)
-            states[k] = [replay.run(i, h, c, own) for h, c in zip(states[k], calls, strict=True)]
+        for state, by_layer in zip(states, candidates, strict=True):
+            picked = assemble_layer(ladder, layers[i], by_layer[i])
+            own = layer_overrides(replay.model, layers[i], picked, by_layer[i], dense_bits, group_size)
+            advance(replay, i, state, start.calls, own)
         tick()
     found = []
     for state in states:
         kl = [window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)]
-        found.append(torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, torch.cat(kl)))
+        every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
+        found.append(torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every))
     return found
 
 
@@ -284,40 +265,23 @@ def run_guard(
 def draw_guard_windows(job: Job, replay: Replay) -> Windows:
     """The guard's windows, drawn and written once: they are none of calibration's."""
     recipe = job.recipe
-    stage = job.work.stage("guard-windows", job.guard_inputs())
-    path = stage.directory / "windows.safetensors"
-    if not stage.has(path.name):
-        with job.monitor.stage("guard windows", OWN) as tick:
-            tokenizer = job.source.tokenizer()
-            windows = held_out_windows(
-                recipe.calib,
-                tokenizer=tokenizer,
-                window=job.window,
-                count=recipe.windows,
-                seed=recipe.seed,
-                held_out=PER_SOURCE,
-            )
-            missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
-            failures = 0
-            # those of the source self open as its calibration windows do, the others as those that an effort adds
-            plans = [(OWN, added_to(job.windows.tokens, job.windows.names == (SELF,)))]
-            if SELF in recipe.calib:
-                plans.insert(0, (PER_SOURCE, OF_THE_SOURCE))
-            for number, (count, openings) in enumerate(plans):
-                made = generate_windows(
-                    replay.model,
-                    tokenizer,
-                    count=count,
-                    window=job.window,
-                    seed=recipe.seed + SEED + number,
-                    openings=openings,
-                    progress=tick,
-                )
-                failures += made.chat_fallbacks
-                windows = windows.extended(SELF, made.tokens)
-            stage.save_json("notes.json", {"guard_windows_missing": missing, "chat_template_failures": failures})
-            with replacing(path) as temporary:
-                windows.save(temporary)
-    for name, count in stage.load_json("notes.json").items():
-        job.fallbacks[name] = job.fallbacks.get(name, 0) + count
-    return Windows.load(path)
+
+    def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
+        windows = held_out_windows(
+            recipe.calib,
+            tokenizer=writer.tokenizer,
+            window=job.window,
+            count=recipe.windows,
+            seed=recipe.seed,
+            held_out=PER_SOURCE,
+        )
+        missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
+        # those of the source self open as its calibration windows do, the others as those that an effort adds
+        plans = [(OWN, added_to(job.windows.tokens, job.windows.names == (SELF,)))]
+        if SELF in recipe.calib:
+            plans.insert(0, (PER_SOURCE, OF_THE_SOURCE))
+        for number, (count, openings) in enumerate(plans):
+            windows = windows.extended(SELF, writer.write(count, recipe.seed + SEED + number, openings))
+        return windows, {"guard_windows_missing": missing}
+
+    return job.windows_stage("guard-windows", "guard windows", OWN, job.guard_inputs(), replay, draw)

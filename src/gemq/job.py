@@ -6,6 +6,8 @@ Holds the loaded model, the calibration windows, and what each stage's results a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +17,99 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
-from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
-from gemq.files import replacing
+from gemq.footprint import staging_bytes, working_bytes
 from gemq.ladder import Quantizer
+from gemq.memory import Memory
+from gemq.models.residency import Residency
 from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
-from gemq.progress import Monitor
+from gemq.progress import Monitor, Tick
+from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.reconstruct import Training
+from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
+
+
+class Writer:
+    """Writes windows of ``window`` tokens as a model would: the model itself, or a packed copy of it.
+
+    notes: windows that went without the chat template, and those that a copy wrote
+    """
+
+    def __init__(self, job: Job, replay: Replay, tick: Tick):
+        self.tokenizer = job.source.tokenizer()
+        self.notes = {"chat_template_failures": 0}
+        self._job, self._replay, self._tick = job, replay, tick
+        self._open = ExitStack()
+        self._model: Any = None
+        self._width: Width | None = None
+        config = replay.model.config.get_text_config()
+        self._batch = batch_size(config, job.window)
+        self._each = cache_bytes(config, job.window, replay.model.dtype.itemsize)
+
+    def write(self, count: int, seed: int, openings: Openings) -> Tensor:
+        """int64 [count, window], on the CPU."""
+        batch = min(self._batch, max(1, count))
+        if self._model is None:
+            self._model = self._open.enter_context(self._writing(batch * self._each))
+        if self._width is not None:  # as many side by side as there is room for beside the copy
+            held = copy_bytes(self._replay.structure, self._width, self._outside)
+            room = max(1, (self._replay.memory.on_device.limit - held) // self._each)
+            batch = self._replay.ranks.agree(lambda: min(batch, room))
+            note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
+            self.notes[note] = self.notes.get(note, 0) + count
+        made = generate_windows(
+            self._model,
+            self.tokenizer,
+            count=count,
+            window=self._job.window,
+            seed=seed,
+            openings=openings,
+            batch=batch if self._width is not None else None,
+            progress=self._tick,
+            ranks=self._replay.ranks,
+        )
+        self.notes["chat_template_failures"] += made.chat_fallbacks
+        return made.tokens
+
+    def close(self) -> None:
+        """Lets go of the model that wrote."""
+        self._model = None
+        self._open.close()
+
+    @property
+    def _outside(self) -> int:
+        return self._replay.residency.outside_bytes if self._replay.residency else 0
+
+    def _writing(self, caches: int) -> AbstractContextManager[Any]:
+        """The model that writes, with ``caches`` bytes of keys and values at a time."""
+        replay, memory = self._replay, self._replay.memory
+
+        def width() -> Width | None:
+            given = self._job.recipe.self_width
+            room = max(0, caches - self._job.working)  # nothing else computes meanwhile
+            if given is not None or replay.residency is None or replay.residency.fits(room):
+                return given
+            beside = min(caches, FEWEST_ROWS * self._each)
+            return widest_copy(replay.structure, self._outside, beside + self._outside, memory)
+
+        self._width = replay.ranks.agree(width)
+        if self._width is None:
+            return replay.whole()
+        directory = self._job.work.path / f"{COPY}-{replay.ranks.rank}"
+        return packed_copy(replay, self._job.source, self._width, directory)
+
+
+COPY = "copy-that-writes"
+"""Directory of the packed copy while it is there; each rank has its own."""
+
+FEWEST_ROWS = 8
+"""Windows that a packed copy can at least write side by side: fewer would take hours."""
 
 
 @dataclass
@@ -34,26 +117,40 @@ class Job:
     """What the stages of one job share.
 
     fallbacks: what was not done as asked, counted by name; shown in the summary
+    working:   bytes on the device that a stage may compute with
     """
 
     source: Source
     recipe: Recipe
     work: WorkDir
-    device: torch.device
+    memory: Memory
     monitor: Monitor
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
+    working: int = 0
 
     def load(self) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored."""
         with self.monitor.stage("load", 1) as tick:
-            model, stored = self.source.load(self.device, pick_dtype(self.recipe.dtype, self.device))
+            dtype = pick_dtype(self.recipe.dtype, self.device)
+            model, reader = self.source.open(self.device, dtype)
             self.fallbacks["matrices_left_out"] = len(self.source.left_out)
-            replay = Replay(model, find_structure(model))
+            structure = find_structure(model)
+            residency = Residency(model, structure, reader, self.memory, dtype)
             vocabulary = model.config.get_text_config().vocab_size
+            if self.device.type == "cuda":
+                self.memory.host.take(staging_bytes(model, structure))
+            self.working = working_bytes(structure, self.recipe, model.config, dtype, self.device)
+            room = self.memory.room(self.working)
+            assert room, "bounds are checked before"
+            replay = Replay(model, structure, residency, self.work.ranks)
             replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
             tick()
-        return replay, stored
+        return replay, {name: reader.types[name] for name, _ in model.named_parameters()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
 
     @cached_property
     def window(self) -> int:
@@ -63,43 +160,50 @@ class Job:
     def draw_windows(self, replay: Replay) -> Windows:
         """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``."""
         recipe = self.recipe
-        stage = self.work.stage("windows", self._window_inputs())
+
+        def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
+            windows = calibration_windows(
+                recipe.calib,
+                tokenizer=writer.tokenizer,
+                window=self.window,
+                count=recipe.windows,
+                seed=recipe.seed,
+                generate=lambda count: writer.write(count, recipe.seed, OF_THE_SOURCE),
+            )
+            missing = recipe.windows - len(windows)
+            added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
+            if added:
+                # another seed: these are windows beside those that the source ``self`` may have given
+                openings = added_to(windows.tokens, windows.names == (SELF,))
+                windows = windows.extended(SELF, writer.write(added, recipe.seed + 1, openings))
+            return windows, {"calibration_windows_missing": missing}
+
+        inputs = self._window_inputs()
+        self.windows = self.windows_stage("windows", "calibration windows", recipe.windows, inputs, replay, draw)
+        return self.windows
+
+    def windows_stage(
+        self,
+        name: str,
+        title: str,
+        steps: int,
+        inputs: dict[str, Any],
+        replay: Replay,
+        draw: Callable[[Writer], tuple[Windows, dict[str, int]]],
+    ) -> Windows:
+        """Windows that ``draw`` gives, drawn once; what it counts beside them is added to the fallbacks."""
+        stage = self.work.stage(name, inputs)
         path = stage.directory / "windows.safetensors"
         if not stage.has(path.name):
-            notes = {"chat_template_failures": 0}
-            with self.monitor.stage("calibration windows", recipe.windows) as tick:
-                tokenizer = self.source.tokenizer()
-
-                def generate(count: int, seed: int, openings: Openings = OF_THE_SOURCE) -> Tensor:
-                    model, window = replay.model, self.window
-                    made = generate_windows(
-                        model, tokenizer, count=count, window=window, seed=seed, openings=openings, progress=tick
-                    )
-                    notes["chat_template_failures"] += made.chat_fallbacks
-                    return made.tokens
-
-                windows = calibration_windows(
-                    recipe.calib,
-                    tokenizer=tokenizer,
-                    window=self.window,
-                    count=recipe.windows,
-                    seed=recipe.seed,
-                    generate=lambda count: generate(count, recipe.seed),
-                )
-                missing = recipe.windows - len(windows)
-                added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
-                if added:
-                    # another seed: these are windows beside those that the source ``self`` may have given
-                    more = generate(added, recipe.seed + 1, added_to(windows.tokens, windows.names == (SELF,)))
-                    windows = windows.extended(SELF, more)
-            notes["calibration_windows_missing"] = missing
-            stage.save_json("notes.json", notes)
-            with replacing(path) as temporary:
-                windows.save(temporary)
-        windows = Windows.load(path)
-        self.fallbacks.update(stage.load_json("notes.json"))
-        self.windows = windows
-        return windows
+            with self.monitor.stage(title, steps) as tick:
+                writer = Writer(self, replay, tick)
+                with closing(writer):
+                    windows, notes = draw(writer)
+                stage.save_json("notes.json", {**notes, **writer.notes})
+                stage.save_bytes(path.name, windows.to_bytes())
+        for note, count in stage.load_json("notes.json").items():
+            self.fallbacks[note] = self.fallbacks.get(note, 0) + count
+        return Windows.load(path)
 
     def start_activations(self, replay: Replay) -> Activations:
         return Activations.start(replay, self.windows, self.recipe.batch_tokens, self.recipe.seed)
@@ -109,12 +213,12 @@ class Job:
         r = self.recipe
         return Quantizer(r.quantizer, r.group_size, r.damping, r.hessian_shrink)
 
-    def training(self, epochs: int, rate_codes: float) -> Training | None:
-        """How ``epochs`` epochs train, None when there are none."""
+    def training(self, epochs: int, rate_codes: float, tuned: bool = True) -> Training | None:
+        """How ``epochs`` epochs train, None when there are none. ``tuned`` False leaves routers and norms alone."""
         r = self.recipe
         if epochs == 0:
             return None
-        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned, r.held_out, r.seed)
+        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned * tuned, r.held_out, r.seed)
 
     # Fingerprints: each names only what the stage's own results depend on
 
@@ -127,6 +231,7 @@ class Job:
             "window": self.window,
             "total_tokens": r.total_tokens,
             "seed": r.seed,
+            **({"self_width": r.self_width} if r.self_width is not None else {}),
         }
 
     def guard_inputs(self) -> dict[str, Any]:
@@ -165,6 +270,9 @@ class Job:
     def score_inputs(self) -> dict[str, Any]:
         keys = ("score_form", "score_labels", "score_weights", "seed")
         return {**self.ladder_inputs(), **{key: getattr(self.recipe, key) for key in keys}}
+
+    def sensitivity_inputs(self) -> dict[str, Any]:
+        return {**self.ladder_inputs(), "score_weights": self.recipe.score_weights}
 
 
 def source_digest(source: str) -> str:

@@ -8,23 +8,25 @@ Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, LayerMoments, layer_moments
+from gemq.batches import Batches
+from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.models.experts import ExpertsCall, expert_weight
+from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
+from gemq.quant.fused import latent_type
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
-from gemq.reconstruct import Training, train_rungs
+from gemq.reconstruct import QuantizedParameter, Training, train_layer
+from gemq.rungs import ExpertInputs, expert_chunks, train_rungs
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,35 @@ class Quantizer:
     shrink: float
 
     def every_width(
-        self, weight: Tensor, hessians: Tensor, widths: tuple[Width, ...], latents: Tensor | None = None
+        self,
+        weight: Tensor,
+        moments: Moments,
+        widths: tuple[Width, ...],
+        latents: Tensor | None = None,
+        first: int = 0,
+        shrink: float | None = None,
     ) -> tuple[Quantized, int]:
-        """Weights [E, R, C] with their inputs' Hessians [E, C, C] -> grids [W, E, ...], and Hessians retried.
+        """Weights [E, R, C] with their inputs' moments -> grids [W, E, ...], and how many Hessians were retried.
 
         latents: [W, E, R, C], filled with the codes before rounding
+        first:   number of the first of these experts among those of ``moments``
+        shrink:  in place of the recipe's
         """
         group = self.group(weight.shape[-1])
         if self.method == "rtn":
             return round_to_nearest(weight, widths, group), 0
-        factor = factorize(hessians, self.damping)
-        return gptq(weight, factor.upper, widths, group, latents), factor.retries
+        grids, retries = [], 0
+        shrink = self.shrink if shrink is None else shrink
+        for some in _chunks(weight, len(widths)):
+            which = slice(some.start + first, some.stop + first)
+            factor = factorize(moments.hessians(shrink, which), self.damping)
+            of_some = None if latents is None else latents[:, some]
+            grids.append(gptq(weight[some], factor.upper, widths, group, of_some))
+            retries += factor.retries
+        return _joined(grids, 1), retries
 
     def own_width(
-        self, weight: Tensor, hessians: Tensor, widths: Sequence[Width], latents: Tensor | None = None
+        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None, first: int = 0
     ) -> tuple[Quantized, int]:
         """As ``every_width``, with one width for each expert: grids [E, ...]."""
         group = self.group(weight.shape[-1])
@@ -59,12 +76,34 @@ class Quantizer:
             q = round_to_nearest(weight, distinct, group)
             pick = torch.tensor([distinct.index(w) for w in widths], device=weight.device)
             return Quantized(*(t[pick, torch.arange(len(widths), device=weight.device)] for t in q)), 0
-        factor = factorize(hessians, self.damping)
-        return gptq_mixed(weight, factor.upper, widths, group, latents), factor.retries
+        grids, retries = [], 0
+        for some in _chunks(weight, 1):
+            which = slice(some.start + first, some.stop + first)
+            factor = factorize(moments.hessians(self.shrink, which), self.damping)
+            of_some = None if latents is None else latents[some]
+            grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
+            retries += factor.retries
+        return _joined(grids, 0), retries
 
     def group(self, columns: int) -> int:
         """Group size of a matrix with so many inputs."""
         return group_size_for(columns, self.group_size)
+
+
+CHUNK_BYTES = 4 << 30
+"""Memory for the Hessians, factors and errors of the experts that are quantized together."""
+
+
+def _chunks(weight: Tensor, widths: int) -> Iterator[slice]:
+    """Slices of the experts of weight [E, R, C] that are quantized together, at ``widths`` widths."""
+    experts, rows, columns = weight.shape
+    each = 4 * columns * (3 * columns + widths * rows)
+    count = max(1, min(experts, CHUNK_BYTES // each))
+    return (slice(start, min(start + count, experts)) for start in range(0, experts, count))
+
+
+def _joined(grids: list[Quantized], dim: int) -> Quantized:
+    return grids[0] if len(grids) == 1 else Quantized(*(torch.cat(parts, dim) for parts in zip(*grids, strict=True)))
 
 
 @dataclass
@@ -82,7 +121,7 @@ class LayerLadder:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     retries: int = 0
     untrained: int = 0
-    """Experts and widths whose training did not lower their held-out error, so that GPTQ's codes were kept."""
+    """Experts at a width, and dense linears, that did no better trained on held-out windows: GPTQ's codes stay."""
 
     def to_tensors(self) -> dict[str, Tensor]:
         tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.untrained])}
@@ -107,6 +146,10 @@ class LayerLadder:
         )
 
 
+LINEAR_TOKENS = 262_144
+"""Of calibration that dense linears of the ladder are trained on: they have few weights and many bits."""
+
+
 def build_layer(
     replay: Replay,
     index: int,
@@ -115,44 +158,75 @@ def build_layer(
     widths: tuple[Width, ...],
     dense_bits: int,
     training: Training | None = None,
-) -> tuple[LayerLadder, list[Tensor]]:
+    linear_training: Training | None = None,
+) -> tuple[LayerLadder, Batches]:
     """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs.
 
-    training: trains every expert at every width on its own after GPTQ (the trained ladder)
+    training:        trains every expert at every width on its own after GPTQ (the trained ladder)
+    linear_training: trains the dense linears, together, towards the layer's output
     """
     layer = replay.structure.layers[index]
     linears = layer.linears if dense_bits < 16 else ()
-    calls: list[ExpertsCall] = []
+    calls = KeptCalls(replay.memory)
     kept = calls if training is not None and layer.experts is not None else None
     moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
     ladder = LayerLadder()
-    quantize_linears(replay.model, linears, moments, quantizer, dense_bits, ladder)
+    latents: dict[str, Tensor] | None = {} if linear_training is not None else None
+    of_linears, ranks = 0, replay.ranks
+    quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder, latents)
+    if linear_training is not None and latents:
+        parameters = linear_parameters(linears, ladder, quantizer, dense_bits, latents)
+        inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
+        most = max(2, LINEAR_TOKENS // activations.ids[0].numel())
+        done = train_layer(replay, index, inputs, goals, parameters, linear_training, {}, most)
+        for linear, x in zip(linears, done.parameters, strict=True):
+            q = Quantized(*(ranks.broadcast(t, 0) for t in x.q))
+            ladder.linears[linear.path] = PackedMatrix.pack(q, dense_bits, quantizer.group(linear.columns))
+        of_linears = 0 if done.after < done.before else len(linears)
     if layer.experts is None or moments.experts is None:
+        ladder.untrained = of_linears
         return ladder, outputs
     module = replay.model.get_submodule(layer.experts.path)
-    grids: list[Quantized] = []
-    latents: list[Tensor] = []
-    for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-        weight = expert_weight(module, matrix.name)
-        if training is not None:
-            latents.append(weight.new_empty(len(widths), *weight.shape, dtype=torch.float32))
-        hessians = moment.hessians(quantizer.shrink)
-        q, retries = quantizer.every_width(weight, hessians, widths, latents[-1] if latents else None)
-        grids.append(q)
-        ladder.retries += retries
-    if training is not None:
-        grids, ladder.untrained = train_rungs(module, layer.experts, calls, grids, latents, widths, training, index)
-    for matrix, q in zip(layer.experts.matrices, grids, strict=True):
-        group = quantizer.group(matrix.columns)
-        ladder.experts[matrix.name] = {
-            width: PackedMatrix.pack(Quantized(*(t[i] for t in q)), width, group) for i, width in enumerate(widths)
+    count = layer.experts.count
+    own = ranks.part(count)
+    every = calls.whole(replay, activations.total) if training is not None else calls
+    batches = ExpertInputs(module, layer.experts, every, ranks) if training is not None else None
+    chunks = expert_chunks(layer.experts, len(widths), replay.device, own) if training is not None else [own]
+    of_experts = 0
+    packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
+    for some in chunks:
+        grids: list[Quantized] = []
+        before: list[Tensor] = []
+        for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
+            weight = expert_weight(module, matrix.name)[some]
+            if training is not None:
+                dtype = latent_type(weight.device, weight.dtype)
+                before.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
+            q, retries = quantizer.every_width(weight, moment, widths, before[-1] if before else None, some.start)
+            grids.append(q)
+            of_experts += retries
+        if training is not None and batches is not None:
+            grids, untrained = train_rungs(batches, some, grids, before, widths, training, index)
+            ladder.untrained += untrained
+        for matrix, q in zip(layer.experts.matrices, grids, strict=True):
+            group = quantizer.group(matrix.columns)
+            one = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
+            packed[matrix.name].append(one)
+    for name, parts in packed.items():
+        ladder.experts[name] = {
+            w: PackedMatrix(
+                *(ranks.join(torch.cat(fields), count) for fields in zip(*(part[i] for part in parts), strict=True))
+            )
+            for i, w in enumerate(widths)
         }
+    ladder.retries += ranks.count_up(of_experts)
+    ladder.untrained = ranks.count_up(ladder.untrained) + of_linears
     ladder.counts = moments.experts[0].counts.cpu()
     return ladder, outputs
 
 
 def quantize_linears(
-    model: Any,
+    replay: Replay,
     linears: Sequence[Linear],
     moments: LayerMoments,
     quantizer: Quantizer,
@@ -160,17 +234,46 @@ def quantize_linears(
     ladder: LayerLadder,
     latents: dict[str, Tensor] | None = None,
 ) -> None:
-    """Quantizes dense linears into ``ladder``. ``latents`` receives each one's codes before rounding, [1, R, C]."""
-    for linear in linears:
+    """Quantizes dense linears into ``ladder``, the ranks taking turns.
+
+    ``latents`` receives each one's codes before rounding, [1, R, C].
+    """
+    model, ranks = replay.model, replay.ranks
+    retried = 0
+    for number, linear in enumerate(linears):
+        if number % ranks.count != ranks.rank:
+            continue
         if linear.path not in moments.linears:  # a branch that no calibration token took
-            moments.linears[linear.path] = Moments(1, linear.columns, next(model.parameters()).device)
+            moments.linears[linear.path] = Moments(1, linear.columns, replay.device)
         weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
-        before = None if latents is None else weight.new_empty(weight.shape, dtype=torch.float32)
-        q, retries = quantizer.own_width(weight, moments.linears[linear.path].hessians(0.0), (bits,), before)
+        dtype = latent_type(weight.device, weight.dtype)
+        before = None if latents is None else weight.new_empty(weight.shape, dtype=dtype)
+        q, retries = quantizer.every_width(
+            weight, moments.linears[linear.path], (bits,), None if before is None else before.unsqueeze(0), shrink=0.0
+        )
+        q = Quantized(*(t[0] for t in q))
         if latents is not None and before is not None:
             latents[linear.path] = before
         ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))
-        ladder.retries += retries
+        retried += retries
+    ladder.retries += ranks.count_up(retried)
+    for number, linear in enumerate(linears):
+        owner = number % ranks.count
+        own = ladder.linears.get(linear.path) or [None] * len(PackedMatrix._fields)
+        ladder.linears[linear.path] = PackedMatrix(*(ranks.broadcast(part, owner) for part in own))
+        if latents is not None:
+            latents[linear.path] = ranks.broadcast(latents.get(linear.path), owner)
+
+
+def linear_parameters(
+    linears: Sequence[Linear], ladder: LayerLadder, quantizer: Quantizer, bits: int, latents: dict[str, Tensor]
+) -> list[QuantizedParameter]:
+    """Dense linears that ``quantize_linears`` has quantized, ready to be trained."""
+    found = []
+    for x in linears:
+        q = ladder.linears[x.path].unpack(bits, quantizer.group(x.columns))
+        found.append(QuantizedParameter(f"{x.path}.weight", (bits,), q, latents[x.path]))
+    return found
 
 
 def rung_weight(ladder: LayerLadder, name: str, width: Width, columns: int, group_size: int) -> Tensor:

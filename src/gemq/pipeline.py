@@ -24,17 +24,21 @@ from gemq.files import check_free_space, write_json, write_text
 from gemq.finish import run_finish
 from gemq.guard import run_guard
 from gemq.job import Job, source_digest
-from gemq.models.source import Source, pick_device
+from gemq.memory import Memory
+from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
 from gemq.preflight import check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
+from gemq.ranks import start_ranks
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer
+from gemq.sensitivity import run_sensitivity
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
-from gemq.stages import FULL_PRECISION, assembled, digest, load_ladder, make_problem, run_ladder, run_scores
+from gemq.stages import FULL_PRECISION, Judged, assembled, digest, layer_file, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
+from gemq.workload import Workload
 
 JOB_FILE = "job.json"
 SCORED = ("global", "layerwise")
@@ -66,6 +70,8 @@ class Result:
     """Held-out errors before and after training: of layers' outputs (relative) and of distillation (nats)."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The guard's verdict on the allocation, or why it was ``skipped``: see ``guard``."""
+    waited: dict[str, int] = field(default_factory=dict)
+    """Most bytes of activations and packed layers that lay in ``host memory`` and on ``disk`` for want of room."""
     work_bytes: int = 0
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -83,6 +89,8 @@ def quantize(
     resume: bool = False,
     allocation: str | Path | None = None,
     device: str = "auto",
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
@@ -92,21 +100,28 @@ def quantize(
     work:       directory of intermediate results, ``out`` with ``.work`` added by default
     resume:     go on with an interrupted job instead of refusing its work directory
     allocation: JSON file with a width for every expert, instead of solving for one
+    gpu_memory, host_memory: bytes that the job may hold at most, by default 90 % of what is free; no bound changes
+                the result
     Raises UserError when something cannot be done, before anything is lost or half written.
     """
     recipe = recipe or Recipe()
     out = Path(out)
     work_path = Path(work) if work is not None else out.with_name(out.name + ".work")
     allocation = None if allocation is None else Path(allocation)
-    WorkDir.check(work_path, resume=resume)
-    check_output(out, resume=resume)
-    picked = pick_device(device)
+    ranks = start_ranks(device)
+
+    def check() -> None:
+        WorkDir.check(work_path, resume=resume)
+        check_output(out, resume=resume)
+
+    ranks.agree(check)
+    memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.here)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
-    check_job(source, recipe, out, work_path, allocation, new=not resume)
-    fingerprint = source.fingerprint()
-    with WorkDir(work_path, resume=resume) as directory:
-        _record_job(directory, source, recipe, fingerprint)
-        job = Job(source, recipe, directory, picked, monitor or Monitor(), fingerprint)
+    check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
+    fingerprint = ranks.agree(source.fingerprint)
+    with memory.enforced(), WorkDir(work_path, resume=resume, ranks=ranks) as directory:
+        ranks.agree(lambda: _record_job(directory, source, recipe, fingerprint))
+        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=recipe.refine, guarded=True)
 
 
@@ -118,45 +133,45 @@ def export(
     finish: bool = False,
     allocation: str | Path | None = None,
     device: str = "auto",
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
     """Another budget from the work directory of ``quantize``, in seconds: weights are picked from its ladder.
 
     changes: recipe keys of the budget and the allocation, such as ``{"bits": 1.5}`` or ``{"allocate": "uniform"}``
     finish:  refine at the new widths, as ``quantize`` does, rather than take the ladder's weights
+    gpu_memory, host_memory: as for ``quantize``
     """
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)
-    check_output(out, resume=False)
-    with WorkDir.existing(Path(work)) as directory:
-        recorded = _read_job(directory)
-        recipe = Recipe.from_dict(recorded["recipe"], origin=str(work)).replace(**(changes or {}))
-        kept = tuple(recorded["ladder_widths"])
-        if recipe.ladder_widths != kept:
-            recipe = recipe.replace(widths=kept)
-        source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
-        if not source.path.exists():
-            raise UserError(
-                f"{source.path}, the model of {work}, is gone: put it back, its unquantized parts are needed"
-            )
-        check_job(source, recipe, out, directory.path, allocation, new=False)
-        fingerprint = source.fingerprint()
-        if fingerprint != recorded["fingerprint"]:
+    ranks = start_ranks(device)
+    ranks.agree(lambda: check_output(out, resume=False))
+    with WorkDir.existing(Path(work), ranks) as directory:
+        source, recipe, recorded = recorded_job(directory, changes)
+        memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.here)
+        check_job(source, recipe, out, directory.path, allocation, memory, new=False)
+        fingerprint = ranks.agree(source.fingerprint)
+        if fingerprint != recorded:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
-        job = Job(source, recipe, directory, pick_device(device), monitor or Monitor(), fingerprint)
-        return _run(job, out, allocation, finish=finish, guarded=finish)
+        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
+        with memory.enforced():
+            return _run(job, out, allocation, finish=finish, guarded=finish)
 
 
 def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
     replay, stored = job.load()
     structure = replay.structure
+    if job.monitor.console is not None:
+        workload = Workload.of(structure, job.recipe, replay.model.config, job.window, replay.model.dtype)
+        job.monitor.expected = workload.seconds(job.device, replay.model.dtype)
     job.draw_windows(replay)
     ladder = run_ladder(job, replay)
     _count_fallbacks(job, structure, ladder)
-    scores = None
+    judged = None
     if allocation_file is None and job.recipe.allocate in SCORED:
-        replay, scores = _scores(job, replay, stored, ladder, progressive=finish)
-    problem = make_problem(job, structure, ladder, scores)
+        judged = _judge(job, replay, stored, ladder, progressive=finish)
+    problem = make_problem(job, structure, ladder, judged)
     fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
         chosen = read_allocation(allocation_file, problem)
@@ -167,16 +182,17 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
             tick()
     guard: dict[str, Any] = {"skipped": _why_unguarded(job.recipe, allocation_file, guarded)}
     if not guard["skipped"]:
-        leave_out = lambda name: make_problem(job, structure, ladder, scores, leave_out=name)
+        leave_out = lambda name: make_problem(job, structure, ladder, judged, name)
         chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen, leave_out)
-    write_text(job.work.path / "allocation.json", chosen.to_json())
+    ranks = job.work.ranks
+    ranks.agree(lambda: write_text(job.work.path / "allocation.json", chosen.to_json()))
     result = Result(
         out=out,
         work=job.work.path,
         complete_before=False,
         budget="of the file" if allocation_file else job.recipe.budget_text,
         method="from a file" if allocation_file else chosen.method,
-        predicted_cost=chosen.predicted_cost if scores is not None else None,
+        predicted_cost=chosen.predicted_cost if judged is not None else None,
         allocation=chosen.by_layer,
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, job.recipe),
@@ -190,16 +206,17 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         guard=guard,
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
-    if not _is_complete(out, packed_format):
-        check_free_space(out, result.stored_bytes)
+    if not ranks.agree(lambda: _is_complete(out, packed_format)):
+        ranks.agree(lambda: check_free_space(out, result.stored_bytes))
         layers, tuned = assembled(job, structure, ladder, chosen), {}
         if finish:
             finished = run_finish(job, replay, stored, chosen)
-            layers, tuned, result.gains = finished.layers(), finished.tuned(), finished.gains
+            layers, tuned, result.gains = finished.layers(), finished.tuned, finished.gains
         with job.monitor.stage("save", len(structure.layers)) as tick:
-            _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result)
+            ranks.agree(lambda: _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result))
     else:
         result.complete_before = True
+    result.waited = {place.value: count for place, count in job.memory.spilled.items()}
     result.work_bytes = job.work.size()
     result.stages = {name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()}
     return result
@@ -209,22 +226,16 @@ def _solve(job: Job, problem: Problem, budget: Budget) -> Allocation:
     return allocate(problem, budget, job.recipe.allocate, layer_rule=job.recipe.layer_rule, seed=job.recipe.seed)
 
 
-def _scores(
-    job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool
-) -> tuple[Replay, Stage]:
-    """The scores to allocate by; those of a progressive recipe around its last step's model.
-
-    Returns them with the full-precision model, loaded again where a step has overwritten it.
-    """
+def _judge(job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Stage, progressive: bool) -> Judged:
+    """What to allocate by. The scores of a progressive recipe are around its last step's model."""
+    measured = run_sensitivity(job, replay, ladder) if job.recipe.rescale else None
     around = FULL_PRECISION
     for bits in job.recipe.progressive[:-1] if progressive else ():
-        problem = make_problem(job, replay.structure, ladder, run_scores(job, replay, ladder, around))
+        judged = Judged(run_scores(job, replay, ladder, around), measured)
+        problem = make_problem(job, replay.structure, ladder, judged)
         chosen = _solve(job, problem, Budget("bits", bits))
-        step = run_finish(job, replay, stored, chosen)
-        if step.computed:
-            replay, _ = job.load()
-        around = step.around(job, replay, chosen.by_layer)
-    return replay, run_scores(job, replay, ladder, around)
+        around = run_finish(job, replay, stored, chosen).around(job, replay, chosen.by_layer)
+    return Judged(run_scores(job, replay, ladder, around), measured)
 
 
 # Before anything is computed
@@ -281,6 +292,21 @@ def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str)
             )
 
 
+def recorded_job(work: WorkDir, changes: dict[str, Any] | None = None) -> tuple[Source, Recipe, str]:
+    """The model of a work directory, its recipe with ``changes`` and the ladder's widths, and its fingerprint."""
+    recorded = _read_job(work)
+    recipe = Recipe.from_dict(recorded["recipe"], origin=str(work.path)).replace(**(changes or {}))
+    kept = tuple(recorded["ladder_widths"])
+    if recipe.ladder_widths != kept:
+        recipe = recipe.replace(widths=kept)
+    source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
+    if not source.path.exists():
+        raise UserError(
+            f"{source.path}, the model of {work.path}, is gone: put it back, its unquantized parts are needed"
+        )
+    return source, recipe, recorded["fingerprint"]
+
+
 def _read_job(work: WorkDir) -> dict[str, Any]:
     try:
         return json.loads((work.path / JOB_FILE).read_text(encoding="utf-8"))
@@ -320,7 +346,7 @@ def _save(
 ) -> None:
     def shards() -> Iterator[dict[str, Tensor]]:
         yield from layers
-        state = {**replay.model.state_dict(), **tuned}
+        state = {**replay.unpacked(packed_format.replaced_names()), **tuned}
         own = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         yield dense_state(replay.model, packed_format, own)
 
@@ -351,12 +377,12 @@ def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
     """Counts what was not done as asked: never silent."""
     none = few = retries = untrained = 0
     for i, layer in enumerate(structure.layers):
-        found = load_ladder(job, structure, ladder, i)
-        retries += found.retries
-        untrained += found.untrained
+        counts, notes = (ladder.load_tensor(layer_file(i), key) for key in ("counts", "notes"))
+        retries += int(notes[0])
+        untrained += int(notes[1])
         if layer.experts is not None:
-            none += int((found.counts == 0).sum())
-            few += int(((found.counts > 0) & (found.counts < layer.experts.matrices[0].columns)).sum())
+            none += int((counts == 0).sum())
+            few += int(((counts > 0) & (counts < layer.experts.matrices[0].columns)).sum())
     job.fallbacks.update(
         experts_without_tokens=none,
         experts_with_few_tokens=few,

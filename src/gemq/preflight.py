@@ -12,7 +12,9 @@ from gemq.checkpoint.format import is_packed
 from gemq.data.sources import check_sources
 from gemq.errors import UserError
 from gemq.files import check_free_space, check_writable
-from gemq.models.source import Source, calibration_window, configured_types
+from gemq.footprint import check_bounds
+from gemq.memory import Memory
+from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.sizes import ladder_bytes, linear_bytes, other_bytes
@@ -26,8 +28,10 @@ def check_output(out: Path, *, resume: bool) -> None:
         raise UserError(f"{out} exists: name another output, or delete it first")
 
 
-def check_job(source: Source, recipe: Recipe, out: Path, work: Path, allocation: Path | None, *, new: bool) -> None:
-    """Raises UserError for a model, a recipe or directories with which a job could not end well.
+def check_job(
+    source: Source, recipe: Recipe, out: Path, work: Path, allocation: Path | None, memory: Memory, *, new: bool
+) -> None:
+    """Raises UserError for a model, a recipe, directories or bounds with which a job could not end well.
 
     new: nothing is in the work directory yet, so its disk must hold all of the ladder
     """
@@ -37,6 +41,7 @@ def check_job(source: Source, recipe: Recipe, out: Path, work: Path, allocation:
     model = source.skeleton()
     structure = find_structure(model)
     source.check_weights()
+    check_bounds(memory, model, structure, recipe, pick_dtype(recipe.dtype, memory.device))
     window = calibration_window(source.config(), recipe.window)
     check_sources(recipe.calib, source.tokenizer(), window)
     fixed = other_bytes(model, structure, recipe, configured_types(model)) + linear_bytes(structure, recipe)

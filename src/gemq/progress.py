@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +49,8 @@ class Monitor:
 
     console: Console | None = None
     stages: dict[str, StageCost] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
+    """Seconds that each stage of the whole job is expected to take: only their ratios count."""
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[Tick]:
@@ -54,16 +58,30 @@ class Monitor:
         cost = self.stages.setdefault(name, StageCost())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        _reset_host_peak()
         begin = time.perf_counter()
         try:
-            with self._bar(name, steps) as tick:
+            with _HostPeak() as host, self._bar(name, steps) as tick:
                 yield tick
         finally:
             cost.seconds += time.perf_counter() - begin
-            cost.peak_host_bytes = max(cost.peak_host_bytes, _host_peak())
+            cost.peak_host_bytes = max(cost.peak_host_bytes, host.peak)
             if torch.cuda.is_available():
                 cost.peak_gpu_bytes = max(cost.peak_gpu_bytes, torch.cuda.max_memory_allocated())
+
+    def seconds_left(self, name: str, seconds: float, share: float) -> float | None:
+        """Seconds until the whole job ends, while stage ``name`` has taken ``seconds`` for a ``share`` of its steps.
+
+        The stages to come are expected to be as much slower than expected as those so far were. None: not known.
+        """
+        if name not in self.expected or not share:
+            return None
+        done = [n for n in self.stages if n in self.expected and n != name]
+        measured = sum(self.stages[n].seconds for n in done) + seconds
+        expected = sum(self.expected[n] for n in done) + share * self.expected[name]
+        order = list(self.expected)
+        to_come = sum(self.expected[n] for n in order[order.index(name) + 1 :] if n not in self.stages)
+        slower = measured / expected if expected > 0 else 1.0
+        return seconds * (1 - share) / share + to_come * slower
 
     @contextmanager
     def _bar(self, name: str, steps: int) -> Iterator[Tick]:
@@ -77,32 +95,63 @@ class Monitor:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[job]}"),
         )
+        begin = time.perf_counter()
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=steps)
+            task = progress.add_task(name, total=steps, job="")
 
             def tick(done: int | None = None, total: int | None = None) -> None:
                 if done is None:
                     progress.advance(task)
                 else:
                     progress.update(task, completed=done, total=total)
+                shown = progress.tasks[0]
+                share = shown.completed / shown.total if shown.total else 0.0
+                left = self.seconds_left(name, time.perf_counter() - begin, share)
+                if left is not None:
+                    progress.update(task, job=f"all: {timedelta(seconds=round(left))} left")
 
             yield tick
 
 
-def _reset_host_peak() -> None:
-    """Starts the kernel's record of this process's peak memory anew, where the kernel allows it."""
-    if sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return  # containers may forbid it: the peak is then that of the whole process so far
+class _HostPeak:
+    """Most memory that this process takes while the context is open: ``peak`` bytes, anonymous and pinned.
+
+    Mapped files do not count: the kernel lets go of them when it wants to. Sampled, since the kernel keeps no record
+    of the anonymous part alone.
+    """
+
+    SECONDS = 0.05
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="gemq-memory", daemon=True)
+
+    def __enter__(self) -> _HostPeak:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._end.wait(self.SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        self.peak = max(self.peak, host_bytes())
 
 
-def _host_peak() -> int:
-    """Peak resident bytes of this process."""
+def host_bytes() -> int:
+    """Bytes of this process's anonymous memory, and of PyTorch's pinned memory."""
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_initialized() else 0
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024 + pinned
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -37,7 +37,7 @@ BUDGETS = ("bits", "stored_bits", "size")
 TUNABLE = ("routers", "norms", "grids")
 EFFORTS: dict[str, dict[str, int]] = {
     "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
-    "medium": {"total_tokens": 524_288, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+    "medium": {"total_tokens": 1_048_576, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1},
     "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
 }
 """What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "score_form": "elementwise",
         "score_labels": "data",
         "smoothing": 0.0,
+        "rescale": False,
         "layer_rule": True,
         "progressive": [3.0, 2.5, 2.0],
         "guard": False,
@@ -95,6 +96,9 @@ class Recipe:
     """Tokens per window; None is 2048, or the longest that the model takes."""
     total_tokens: int = FROM_EFFORT
     """Self-generated windows are added until calibration has this many tokens."""
+    self_width: float | None = None
+    """Let a packed copy with experts rounded to this width write the model's own windows. None: the model itself, or
+    where memory does not hold it, the widest copy that it holds."""
     seed: int = 0
 
     # Grids
@@ -119,6 +123,8 @@ class Recipe:
     """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
     smoothing: float = 2.0
     """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
+    rescale: bool = True
+    """Scale a layer's scores at each width to the KL measured with all of the layer's experts at that width."""
     allocate: str = "global"
     layer_rule: bool = False
     """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""
@@ -172,6 +178,8 @@ class Recipe:
         for name in self.distil_sets:
             if name not in TUNABLE:
                 raise UserError(f"distil_sets cannot have {name!r}: choose from {', '.join(TUNABLE)}")
+        if self.self_width is not None:
+            object.__setattr__(self, "self_width", parse_width(self.self_width))
         if self.widths is not None:
             widths = tuple(sorted({parse_width(w) for w in self.widths}))
             if not widths:
@@ -238,6 +246,8 @@ class Recipe:
     @property
     def ladder_widths(self) -> tuple[Width, ...]:
         """The candidate widths, defaults filled in, in ascending order."""
+        if self.self_width is not None:
+            object.__setattr__(self, "self_width", parse_width(self.self_width))
         if self.widths is not None:
             return self.widths
         return (*DEFAULT_WIDTHS, 4) if self.size or (self.bits or self.stored_bits or 0) > 2.5 else DEFAULT_WIDTHS

@@ -1,12 +1,11 @@
 """Training what GPTQ leaves: codes, scales and offsets, by gradients through the rounding.
 
-Two jobs, both with one layer in memory. ``train_rungs`` trains every expert at every width on its own, towards its
-full-precision output on full-precision inputs: a better ladder, still independent of any allocation. ``train_layer``
-trains one layer at its chosen widths, router and norms included, on the inputs that the quantized layers before it
-give, towards the full-precision layer's output on full-precision inputs.
+``train_layer`` trains one layer at its chosen widths, router and norms included, on the inputs that the quantized
+layers before it give, towards the full-precision layer's output on full-precision inputs. ``Training`` and its
+``Optimizer`` also serve the trained ladder (``rungs``) and distillation.
 
 Held-out micro-batches decide: what did not get better on them keeps GPTQ's codes. Knows one layer at a time, no files.
-Shapes: E experts, W widths, P routed pairs, T tokens, B windows, S tokens a window.
+Shapes: E experts, B windows, S tokens a window.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
-from gemq.models.experts import ExpertsCall, Routed, apply_down, apply_first, expert_weight, route
+from gemq.models.split import split_experts
 from gemq.models.stream import Replay
-from gemq.models.structure import Experts, Layer
+from gemq.models.structure import Experts, Layer, is_norm
+from gemq.quant.fused import FusedMatrices, Rates, trainable
 from gemq.quant.gptq import highest_codes
-from gemq.quant.grid import Quantized, dequantize
-from gemq.quant.trainable import TrainableMatrices, cosine_with_warmup, epochs, rounded_to
+from gemq.quant.grid import Quantized, dequantize_each
+from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
 from gemq.quant.widths import Width
 
 
@@ -53,9 +53,24 @@ class Training:
     def optimizer(self, codes: Sequence[Tensor], grids: Sequence[Tensor], tuned: Sequence[Tensor] = ()) -> Optimizer:
         return Optimizer(((codes, self.codes), (grids, self.grids), (tuned, self.tuned)))
 
+    def optimizer_of(
+        self, matrices: Sequence[TrainableMatrices | FusedMatrices], tuned: Sequence[Tensor] = ()
+    ) -> Optimizer:
+        """For whole matrices, whichever way they are trained."""
+        plain = [m for m in matrices if isinstance(m, TrainableMatrices)]
+        optimizer = self.optimizer(
+            [m.latents for m in plain if m.latents is not None], [g for m in plain for g in m.grids()], tuned
+        )
+        optimizer.fused = [m for m in matrices if isinstance(m, FusedMatrices)]
+        optimizer.fused_rates = (self.codes, self.grids)
+        return optimizer
+
 
 class Optimizer:
-    """AdamW over groups of parameters with their own learning rates, on one schedule."""
+    """AdamW over groups of parameters with their own learning rates, on one schedule.
+
+    fused: matrices that take their steps themselves, at ``fused_rates`` of codes and grids
+    """
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]]):
         self.rates = [rate for parameters, rate in groups if parameters and rate > 0]
@@ -63,97 +78,30 @@ class Optimizer:
         for parameters, rate in groups:
             for parameter in parameters:
                 parameter.requires_grad_(rate > 0)
-        self.inner = torch.optim.AdamW(wanted, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.inner = torch.optim.AdamW(wanted, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True) if wanted else None
+        self.fused: list[FusedMatrices] = []
+        self.fused_rates = (0.0, 0.0)
 
-    def step(self, loss: Tensor, step: int, steps: int) -> None:
-        """One step down the gradient of ``loss``, number ``step`` of ``steps``."""
+    def step(self, loss: Tensor, step: int, steps: int, gradient: Tensor | None = None) -> None:
+        """One step down the gradient of ``loss``, number ``step`` of ``steps``.
+
+        gradient: of what is minimised, with respect to ``loss``, which is then no scalar
+        """
+        if self.inner is not None:
+            self.inner.zero_grad(set_to_none=True)
+        loss.backward(gradient)
+        self.update(step, steps)
+
+    def update(self, step: int, steps: int) -> None:
+        """The same from gradients that the parameters have already."""
         factor = cosine_with_warmup(step, steps)
-        for group, rate in zip(self.inner.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.inner.zero_grad(set_to_none=True)
-        loss.backward()
-        self.inner.step()
-
-
-def train_rungs(
-    module: Any,
-    experts: Experts,
-    calls: list[ExpertsCall],
-    grids: list[Quantized],
-    latents: list[Tensor],
-    widths: tuple[Width, ...],
-    training: Training,
-    layer: int,
-) -> tuple[list[Quantized], int]:
-    """Trains all experts of a layer at all widths, each on its own.
-
-    calls:   of the experts module on full-precision activations, one per micro-batch
-    grids:   GPTQ's result for each of the two matrices, [W, E, ...]
-    latents: [W, E, R, C] for each matrix: GPTQ's codes before rounding
-    layer:   the layer's index: part of the seed
-
-    Returns the grids, each expert and width as it was better on held-out micro-batches, and how many stayed GPTQ's.
-    """
-    rungs = []
-    for i, width in enumerate(widths):
-        highest = highest_codes([width] * experts.count, latents[0].device)
-        rungs.append(
-            [
-                TrainableMatrices(Quantized(*(t[i] for t in q)), highest, v[i], by_range=True)
-                for q, v in zip(grids, latents, strict=True)
-            ]
-        )
-    every = [m for pair in rungs for m in pair]
-    exact = [expert_weight(module, m.name).float() for m in experts.matrices]
-    train, held_out = training.split(len(calls))
-
-    def outputs(weights: Sequence[Tensor], x: Tensor, routed: Routed) -> Tensor:
-        h = apply_first(module, experts.matrices[0].name, weights[0].to(x.dtype), x, routed)
-        return apply_down(module, weights[1].to(x.dtype), h, routed).float() * routed.weight.float().unsqueeze(1)
-
-    def pairs(call: ExpertsCall) -> tuple[Routed, Tensor, Tensor]:
-        routed = route(call.top_k_index, call.top_k_weights, experts.count)
-        x = call.hidden.index_select(0, routed.token)
-        with torch.no_grad():
-            return routed, x, outputs(exact, x, routed)
-
-    @torch.no_grad()
-    def errors(weights: list[list[Tensor]]) -> Tensor:
-        """Held-out squared errors [W, E] float64."""
-        total = torch.zeros(len(widths), experts.count, dtype=torch.float64, device=latents[0].device)
-        for batch in held_out:
-            routed, x, target = pairs(calls[batch])
-            for i, pair in enumerate(weights):
-                error = (outputs(pair, x, routed) - target).square().sum(1).double()
-                total[i].index_add_(0, routed.expert, error)
-        return total
-
-    before = errors([[dequantize(Quantized(*(t[i] for t in q))) for q in grids] for i in range(len(widths))])
-    optimizer = training.optimizer(
-        [m.latents for m in every if m.latents is not None], [g for m in every for g in m.grids()]
-    )
-    steps = training.epochs * len(train)
-    for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + layer)):
-        routed, x, target = pairs(calls[train[batch]])
-        energy = target.square().sum(1).mean().clamp_min(1e-20)
-        loss = sum(
-            ((outputs([m.weight() for m in pair], x, routed) - target).square().sum() for pair in rungs),
-            start=torch.zeros((), device=x.device),
-        )
-        optimizer.step(loss / energy, step, steps)
-        for m in every:
-            m.keep_in_range()
-    results = [[m.result() for m in pair] for pair in rungs]
-    after = errors([[dequantize(q) for q in pair] for pair in results])
-    better = after < before
-    chosen = []
-    for j, q in enumerate(grids):
-        parts = []
-        for k, part in enumerate(q):
-            trained = torch.stack([pair[j][k] for pair in results])
-            parts.append(torch.where(better.view(*better.shape, 1, 1), trained, part))
-        chosen.append(Quantized(*parts))
-    return chosen, int((~better).sum())
+        if self.inner is not None:
+            for group, rate in zip(self.inner.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.inner.step()
+        codes, grids = self.fused_rates
+        for number, matrices in enumerate(self.fused):
+            matrices.step(Rates(codes * factor, grids * factor, step + 1), seed=number)
 
 
 @dataclass(frozen=True)
@@ -190,52 +138,66 @@ def train_layer(
     replay: Replay,
     index: int,
     activations: Activations,
-    targets: list[Tensor],
+    targets: Sequence[Tensor],
     parameters: list[QuantizedParameter],
     training: Training,
     stored: dict[str, torch.dtype],
+    most: int | None = None,
 ) -> LayerResult:
     """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
     ``stored`` says in which type routers and norms are kept, so that they are trained as they will be. A layer that
-    did not get better keeps GPTQ's codes.
+    did not get better keeps GPTQ's codes. ``activations`` and ``targets`` are those of all ranks; ``parameters`` of
+    experts are of this rank's (see ``models.split``), and so is what is given back of them; without experts among them
+    every rank does the same work. Only the first ``most`` micro-batches are used.
     """
-    inputs, model = activations.hidden, replay.model
-    trainable = [TrainableMatrices(x.q, highest_codes(x.widths, replay.device), x.latents) for x in parameters]
-    names = tunable_names(replay, replay.structure.layers[index])
+    inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
+    matrices = [_trainable(model, x) for x in parameters]
+    names = tunable_names(replay, layer) if training.tuned else []
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
-    train, held_out = training.split(len(inputs))
+    train, held_out = training.split(min(len(inputs), most or len(inputs)))
+    split = layer.experts if layer.experts and any(x.name.startswith(layer.experts.path) for x in parameters) else None
 
     def run(batch: int, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
-        overrides = {name: rounded_to(p, stored[name]) for name, p in tuned.items()}
+        overrides = {name: rounded_to(p, stored[name]).to(model.get_parameter(name)) for name, p in tuned.items()}
         overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
-        return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
+        with split_experts(model, split, replay.ranks):
+            return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
 
     @torch.no_grad()
     def error(grids: Sequence[Quantized], tuned: dict[str, Tensor]) -> float:
-        weights = [dequantize(q) for q in grids]
+        weights = [
+            dequantize_each(q, model.get_parameter(x.name).dtype) for q, x in zip(grids, parameters, strict=True)
+        ]
         wrong = sum((run(b, weights, tuned) - targets[b]).float().square().sum().item() for b in held_out)
         return wrong / sum(targets[b].float().square().sum().item() for b in held_out)
 
     original = {name: p.clone() for name, p in tuned.items()}
     before = error([x.q for x in parameters], original)
-    codes = [m.latents for m in trainable if m.latents is not None]
-    optimizer = training.optimizer(codes, [g for m in trainable for g in m.grids()], list(tuned.values()))
+    optimizer = training.optimizer_of(matrices, list(tuned.values()))
     steps = training.epochs * len(train)
     for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
         target = targets[train[batch]].float()
-        out = run(train[batch], [m.weight() for m in trainable], tuned)
+        out = run(train[batch], [m.weight() for m in matrices], tuned)
         energy = target.square().sum(-1).mean().clamp_min(1e-20)
         optimizer.step((out.float() - target).square().sum() / energy, step, steps)
-        for m in trainable:
+        for m in matrices:
             m.keep_in_range()
-    grids = [m.result() for m in trainable]
-    tuned = {name: rounded_to(p.detach(), stored[name]) for name, p in tuned.items()}
+    grids = [m.result() for m in matrices]
+    tuned = {name: replay.ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
+    before, after = replay.ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
     if after < before:
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)
     return LayerResult(parameters, original, before, before)
+
+
+def _trainable(model: Any, x: QuantizedParameter) -> TrainableMatrices | FusedMatrices:
+    highest = highest_codes(x.widths, x.q.codes.device)
+    if x.latents is None:
+        return TrainableMatrices(x.q, highest, None)
+    return trainable(x.q, highest, x.latents, model.get_parameter(x.name).dtype)
 
 
 def tunable_names(replay: Replay, layer: Layer) -> list[str]:
@@ -245,8 +207,7 @@ def tunable_names(replay: Replay, layer: Layer) -> list[str]:
     for path, module in replay.model.named_modules():
         if not path.startswith(prefix):
             continue
-        is_norm = "norm" in type(module).__name__.lower()
-        if is_norm or path == layer.router or (layer.router and path.startswith(layer.router + ".")):
+        if is_norm(module) or path == layer.router or (layer.router and path.startswith(layer.router + ".")):
             names += [f"{path}.{n}" for n, p in module.named_parameters(recurse=False) if p.is_floating_point()]
     return names
 

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, layer_moments
+from gemq.batches import Batches
+from gemq.calibrate import Activations, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.ladder import LayerLadder, Quantizer, quantize_linears
+from gemq.ladder import LayerLadder, Quantizer, linear_parameters, quantize_linears
 from gemq.models.experts import expert_weight
+from gemq.models.split import join_experts, own_experts
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
+from gemq.quant.fused import latent_type
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import Width, group_size_for
 from gemq.reconstruct import QuantizedParameter, Training, as_parameter, train_layer
@@ -29,11 +32,11 @@ TUNED = "tuned:"
 class Targets:
     """What reconstruction trains a layer towards, and how.
 
-    hidden: the full-precision layer's outputs [B, S, H], one per micro-batch
+    hidden: the full-precision layer's outputs [B, S, H], one per micro-batch of this rank
     stored: the type in which each parameter of the model is kept
     """
 
-    hidden: list[Tensor]
+    hidden: Batches
     stored: dict[str, torch.dtype]
     training: Training
 
@@ -91,37 +94,42 @@ def refine_layer(
     Attention first; everything behind it then sees the quantized attention's output. With ``targets`` the layer is
     then trained (see ``reconstruct``). Leaves the finished weights in the model.
     """
-    layer, model = replay.structure.layers[index], replay.model
+    layer, model, ranks = replay.structure.layers[index], replay.model, replay.ranks
     result = LayerLadder()
     linears = layer.linears if dense_bits < 16 else ()
     latents: dict[str, Tensor] | None = {} if targets is not None else None
     attention = [x for x in linears if x.kind == "attention"]
     if attention:
-        moments, _ = layer_moments(replay, index, activations, attention, with_experts=False)
-        quantize_linears(model, attention, moments, quantizer, dense_bits, result, latents)
+        moments, _ = layer_moments(replay, index, activations, attention, with_experts=False, with_outputs=False)
+        quantize_linears(replay, attention, moments, quantizer, dense_bits, result, latents)
         install_linears(model, attention, result.linears, dense_bits, quantizer.group_size)
     others = [x for x in linears if x.kind != "attention"]
-    moments, _ = layer_moments(replay, index, activations, others, with_experts=True)
-    quantize_linears(model, others, moments, quantizer, dense_bits, result, latents)
+    moments, _ = layer_moments(replay, index, activations, others, with_experts=True, with_outputs=False)
+    quantize_linears(replay, others, moments, quantizer, dense_bits, result, latents)
     install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
     found: list[QuantizedParameter] = []
     if layer.experts is not None and moments.experts is not None:
         module = model.get_submodule(layer.experts.path)
+        own = own_experts(model, layer.experts, ranks)
+        retried = 0
         for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-            weight = expert_weight(module, matrix.name)
-            before = None if targets is None else torch.empty(weight.shape, device=weight.device)
-            q, retries = quantizer.own_width(weight, moment.hessians(quantizer.shrink), widths, before)
-            found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths), q, before))
-            result.retries += retries
+            weight = expert_weight(module, matrix.name)[own]
+            dtype = latent_type(weight.device, weight.dtype)
+            before = None if targets is None else weight.new_empty(weight.shape, dtype=dtype)
+            q, retries = quantizer.own_width(weight, moment, widths[own], before, own.start)
+            found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths[own]), q, before))
+            retried += retries
+        everything = own.stop - own.start == layer.experts.count
+        result.retries += retried if everything else ranks.count_up(retried)
+        del moments, moment  # as large as what training takes
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
-        for linear in linears:
-            q = result.linears[linear.path].unpack(dense_bits, quantizer.group(linear.columns))
-            found.append(QuantizedParameter(f"{linear.path}.weight", (dense_bits,), q, latents[linear.path]))
+        found += linear_parameters(linears, result, quantizer, dense_bits, latents)
+        every, goals = activations.whole(replay), shared(replay, targets.hidden, activations.total)
         found, refined.tuned, refined.before, refined.after = train_layer(
-            replay, index, activations, targets.hidden, found, targets.training, targets.stored
+            replay, index, every, goals, found, targets.training, targets.stored
         )
-    grids = {x.name: x.q for x in found}
+    grids = {x.name: _of_all_ranks(replay, layer, x) for x in found}
     for linear in linears:
         packed = result.linears[linear.path]
         if f"{linear.path}.weight" in grids:
@@ -135,6 +143,14 @@ def refine_layer(
                 refined.tensors.update(one.named(f"{layer.experts.path}.{e}.{matrix.name}"))
     install_layer(model, layer, refined, widths, dense_bits, quantizer.group_size)
     return refined
+
+
+def _of_all_ranks(replay: Replay, layer: Layer, parameter: QuantizedParameter) -> Quantized:
+    """A parameter's grids, those of experts put together from all ranks."""
+    ranks, q = replay.ranks, parameter.q
+    if layer.experts is not None and parameter.name.startswith(f"{layer.experts.path}."):
+        return Quantized(*(join_experts(replay.model, layer.experts, ranks, t) for t in q))
+    return Quantized(*(ranks.broadcast(t, 0) for t in q))
 
 
 def install_linears(
@@ -160,16 +176,15 @@ def layer_overrides(
         assert layer.experts is not None
         group = group_size_for(matrix.columns, group_size)
         name = f"{layer.experts.path}.{matrix.name}"
-        weight = torch.empty(len(widths), matrix.rows, matrix.columns, device=model.get_parameter(name).device)
-        for width in set(widths):
-            members = [e for e, w in enumerate(widths) if w == width]
-            packed = [_named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}") for e in members]
-            q = PackedMatrix(*(torch.stack(parts) for parts in zip(*packed, strict=True))).unpack(width, group)
-            weight[torch.tensor(members, device=weight.device)] = dequantize(q).to(weight.device)
+        device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
+        dtype = model.get_parameter(name).dtype
+        weight = torch.empty(len(widths), matrix.rows, matrix.columns, dtype=dtype, device=device)
+        for e, width in enumerate(widths):
+            q = _named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}").unpack(width, group)
+            weight[e] = dequantize(q).to(weight)
         overrides[name] = as_parameter(model, name, weight)
     for name, tensor in refined.tuned.items():
-        parameter = model.get_parameter(name)
-        overrides[name] = tensor.to(parameter)
+        overrides[name] = tensor.to(model.get_parameter(name).dtype)
     return overrides
 
 

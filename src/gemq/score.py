@@ -13,13 +13,15 @@ N calibration sources.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemq.batches import Batches
 from gemq.calibrate import Activations
 from gemq.models.experts import (
     ExpertsCall,
@@ -33,6 +35,7 @@ from gemq.models.experts import (
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts
 from gemq.quant.widths import Width
+from gemq.ranks import Ranks, ShardedSum
 
 ExpertWeights = tuple[Tensor, Tensor]
 """All experts' two matrices [E, rows, columns]."""
@@ -42,25 +45,43 @@ ExpertWeights = tuple[Tensor, Tensor]
 class LayerScores:
     """Scores of one layer, kept apart by calibration source.
 
-    costs:  [N, E, W] float64
+    costs:  [N, E, W] float64; what they are of all micro-batches, ``finish`` says
     tokens: [N, E] int64, routed pairs
     """
 
     costs: Tensor
     tokens: Tensor
+    shards: ShardedSum = field(default_factory=ShardedSum)
+    closed: int = 0
+
+    def close(self, shards: int) -> None:
+        """Ends this rank's shards up to number ``shards``, counted from 1: the next costs are added up apart."""
+        for _ in range(shards - self.closed):
+            self.shards.add([self.costs])
+            self.costs = torch.zeros_like(self.costs)
+        self.closed = shards
+
+    def finish(self, ranks: Ranks) -> None:
+        """Adds up all shards of all ranks."""
+        self.shards.add([self.costs])
+        (self.costs,) = self.shards.total()
+        ranks.add_up(self.costs, self.tokens)
 
 
 def loss_gradients(
     replay: Replay, activations: Activations, labels: str, seed: int, overrides: dict[str, Tensor] | None = None
-) -> list[Tensor]:
+) -> Batches:
     """Gradients [B, S, H] of the summed next-token loss at the last layer's outputs (``activations.hidden``).
 
     ``labels`` is ``data`` (the windows' own next tokens) or ``sampled`` (drawn from the model's own prediction, which
     makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
     """
-    generator = torch.Generator(replay.device).manual_seed(seed)
-    gradients = []
-    for ids, hidden in zip(activations.ids, activations.hidden, strict=True):
+    gradients = Batches(replay.memory)
+    first = replay.ranks.own(activations.total).start
+    for number, (ids, hidden) in enumerate(zip(activations.ids, activations.hidden, strict=True), start=first):
+        # a micro-batch's labels do not depend on which rank draws them, nor on those drawn before
+        mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        generator = torch.Generator(replay.device).manual_seed(mixed)
         leaf = hidden.detach().requires_grad_()
         logits = replay.logits(ids, leaf, overrides).float()
         if labels == "sampled":
@@ -78,7 +99,7 @@ def reverse_layer(
     replay: Replay,
     index: int,
     activations: Activations,
-    gradients: list[Tensor],
+    gradients: Batches,
     overrides: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, ExpertsCall | None, Tensor | None]]:
     """Passes gradients [B, S, H] through layer ``index``, whose inputs are ``activations.hidden``, in place.
@@ -100,6 +121,7 @@ def reverse_layer(
         (call,) = watched
         below, at_experts = torch.autograd.grad(output, (leaf, call.output), gradients[i])
         gradients[i] = below
+        del output, leaf
         detached = ExpertsCall(
             call.hidden.detach(), call.top_k_index, call.top_k_weights.detach(), call.output.detach()
         )
@@ -151,6 +173,15 @@ def empty_scores(sources: int, experts: int, widths: tuple[Width, ...], device: 
         torch.zeros(sources, experts, len(widths), dtype=torch.float64, device=device),
         torch.zeros(sources, experts, dtype=torch.int64, device=device),
     )
+
+
+def rescaled(costs: Tensor, kl: Tensor) -> Tensor:
+    """Costs [E, W] of a layer, scaled at each width so that they sum to the KL [W] measured there, in nats a token.
+
+    Costs that are all zero stay zero.
+    """
+    total = costs.sum(0)
+    return costs * torch.where(total > 0, kl / total, 0.0)
 
 
 def smooth_usage(costs: Tensor, tokens: Tensor, k: float) -> Tensor:

@@ -11,21 +11,25 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
+from gemq.batches import Batches
+from gemq.checkpoint.packing import PackedMatrix
 from gemq.files import check_free_space
 from gemq.job import Job
-from gemq.ladder import LayerLadder, build_layer, rung_weight
+from gemq.knapsack import Floats
+from gemq.ladder import LayerLadder, build_layer
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Structure
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer, assemble_layer
 from gemq.score import (
@@ -34,6 +38,7 @@ from gemq.score import (
     empty_scores,
     loss_gradients,
     pair_costs,
+    rescaled,
     reverse_layer,
     smooth_usage,
 )
@@ -49,10 +54,11 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     if not missing:
         return stage
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
-    with job.monitor.stage("ladder", len(layers)) as tick:
+    with job.monitor.stage("ladder", missing[-1] + 1) as tick:
         activations = job.start_activations(replay)
         training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
-        for i in layers:
+        of_linears = job.training(job.recipe.ladder_epochs, job.recipe.rate_codes, tuned=False)
+        for i in replay.walk(range(missing[-1] + 1)):
             if i in missing:
                 ladder, activations.hidden = build_layer(
                     replay,
@@ -62,16 +68,18 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
                     job.recipe.ladder_widths,
                     job.recipe.attention_bits,
                     training,
+                    of_linears,
                 )
                 stage.save_tensors(layer_file(i), ladder.to_tensors())
-            elif i < missing[-1]:
+            else:
                 activations.advance(replay, i)
             tick()
     return stage
 
 
-def load_ladder(job: Job, structure: Structure, stage: Stage, index: int) -> LayerLadder:
-    tensors = stage.load_tensors(layer_file(index), str(job.device))
+def load_ladder(job: Job, structure: Structure, stage: Stage, index: int, device: str | None = None) -> LayerLadder:
+    """A layer of the ladder on ``device``, by default the job's."""
+    tensors = stage.load_tensors(layer_file(index), device or str(job.device))
     return LayerLadder.from_tensors(tensors, structure.layers[index], job.recipe.ladder_widths)
 
 
@@ -104,49 +112,101 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
     missing = {i for i, _ in structure.moe_layers if not stage.has(layer_file(i))}
     if not missing:
         return stage
-    with job.monitor.stage("scores", 2 * len(structure.layers)) as tick:
-        activations = job.start_activations(replay)
-        hidden = []
-        for i in range(len(structure.layers)):
-            hidden.append(activations.hidden)
+    count = len(structure.layers)
+    activations = job.start_activations(replay)
+    ends = replay.ranks.shard_ends(activations.total)
+    each = sum(h.numel() * h.element_size() for h in activations.hidden)
+    segment = segment_length(count, each, replay.memory.quick_bytes)
+    passes = reverse_order(count, segment)
+    with job.monitor.stage("scores", count + len(passes)) as tick:
+        inputs_of: dict[int, Batches] = {}
+        last = (count - 1) // segment * segment  # needs no recomputing: its inputs are kept as they come
+        for i in replay.walk(range(count)):
+            if i % segment == 0 or i > last:
+                inputs_of[i] = activations.hidden.copy()
             activations.advance(replay, i, around.layer(i))
             tick()
         gradients = loss_gradients(replay, activations, recipe.score_labels, recipe.seed, around.tail)
-        for i in reversed(range(len(structure.layers))):
-            activations.hidden = hidden.pop()
+        for i, (_, backward) in zip(replay.walk([i for i, _ in passes]), passes, strict=True):
+            if not backward:
+                if i % segment == 0:
+                    activations.hidden = inputs_of[i].copy()
+                activations.advance(replay, i, around.layer(i))
+                inputs_of[i + 1] = activations.hidden.copy()
+                tick()
+                continue
+            activations.hidden = inputs_of.pop(i)
             experts = structure.layers[i].experts
             scores = None
             if experts is not None and i in missing:
                 scores = empty_scores(len(job.windows.names), experts.count, recipe.ladder_widths, job.device)
                 module = replay.model.get_submodule(experts.path)
-                rungs = [_rung(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
+                rungs = [rung_weights(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
             for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):
                 if scores is not None and call is not None and gradient is not None and experts is not None:
+                    scores.close(sum(end <= batch for end in ends))
                     routed, costs = pair_costs(module, experts, call, gradient, rungs, recipe.score_form)
                     source = activations.source[batch].repeat_interleave(activations.ids[batch].shape[1])
                     add_costs(scores, routed, costs, source)
             if scores is not None:
+                scores.close(len(ends))
+                scores.finish(replay.ranks)
                 stage.save_tensors(layer_file(i), {"costs": scores.costs, "tokens": scores.tokens})
+            rungs = []
             tick()
     return stage
+
+
+def segment_length(layers: int, each: int, room: int) -> int:
+    """Every how many layers the inputs are kept for the reverse pass; those between are computed again.
+
+    each: bytes of one layer's inputs; ``room``: bytes for all that are kept
+    The least that fits, since each layer computed again costs a forward pass; where none fits, what keeps least.
+    """
+
+    def kept(k: int) -> int:
+        """Inputs at once: of every k-th layer and of a segment's layers, the state in motion, and the gradients."""
+        return -(-layers // k) + (k - 1) + 2
+
+    lengths = range(1, layers + 1)
+    return next((k for k in lengths if kept(k) * each <= room), min(lengths, key=kept))
+
+
+def reverse_order(layers: int, segment: int) -> list[tuple[int, bool]]:
+    """The reverse pass as (layer, backward): a segment's layers but its last forward again, then all of it backward.
+
+    The last segment is not computed again.
+    """
+    order: list[tuple[int, bool]] = []
+    for start in reversed(range(0, layers, segment)):
+        stop = min(start + segment, layers)
+        if stop < layers:
+            order += [(i, False) for i in range(start, stop - 1)]
+        order += [(i, True) for i in reversed(range(start, stop))]
+    return order
 
 
 def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation) -> Iterator[RefinedLayer]:
     """The layers of an allocation as the ladder has them."""
     for i, widths in enumerate(chosen.by_layer):
-        yield assemble_layer(load_ladder(job, structure, ladder, i), structure.layers[i], widths)
+        yield assemble_layer(load_ladder(job, structure, ladder, i, "cpu"), structure.layers[i], widths)
 
 
-def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
+def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
     """All experts' matrices of a layer at one width, dequantized, in the model's compute type."""
     recipe = job.recipe
     module = replay.model.get_submodule(experts.path)
     rungs = []
-    layer = load_ladder(job, replay.structure, ladder, index) if recipe.score_weights == "ladder" else None
+    found: dict[str, Tensor] = {}
+    if recipe.score_weights == "ladder":
+        own = f":{width_name(width)}."  # the other widths stay in the file
+        found = ladder.load_tensors(layer_file(index), str(job.device), lambda key: own in key)
     for matrix in experts.matrices:
         weight = expert_weight(module, matrix.name)
-        if layer is not None:
-            rung = rung_weight(layer, matrix.name, width, matrix.columns, recipe.group_size)
+        if found:
+            prefix = f"expert:{matrix.name}:{width_name(width)}"
+            packed = PackedMatrix(*(found[f"{prefix}.{part}"] for part in PackedMatrix._fields))
+            rung = dequantize(packed.unpack(width, group_size_for(matrix.columns, recipe.group_size)))
         else:
             q = round_to_nearest(weight, (width,), group_size_for(matrix.columns, recipe.group_size))
             rung = dequantize(Quantized(*(t[0] for t in q)))
@@ -154,27 +214,48 @@ def _rung(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts,
     return rungs[0], rungs[1]
 
 
-def make_problem(
-    job: Job, structure: Structure, ladder: Stage, scores: Stage | None, leave_out: str | None = None
-) -> Problem:
-    """The allocation problem: costs from ``scores`` (zero without), bytes from shapes, counts from the ladder.
+class Judged(NamedTuple):
+    """What tells the cost of widths: the scores, and the sensitivities that they are scaled to, if any."""
 
-    leave_out: calibration source whose scores do not count
+    scores: Stage
+    measured: Stage | None
+
+
+def make_problem(
+    job: Job,
+    structure: Structure,
+    ladder: Stage,
+    judged: Judged | None,
+    leave_out: str | None = None,
+) -> Problem:
+    """The allocation problem: costs as ``judged`` (zero without), bytes from shapes, counts from the ladder.
+
+    leave_out: calibration source that does not count
     """
     kept = [i for i, name in enumerate(job.windows.names) if name != leave_out]
     problem = shape_problem(structure, job.recipe)
     costs, counts = [], []
     for i, _ in structure.moe_layers:
-        counts.append(load_ladder(job, structure, ladder, i).counts.cpu().numpy())
-        if scores is not None:
-            found = scores.load_tensors(layer_file(i))
-            cost = smooth_usage(found["costs"][kept].sum(0), found["tokens"][kept].sum(0), job.recipe.smoothing)
-            costs.append(cost.numpy())
+        counts.append(ladder.load_tensor(layer_file(i), "counts").numpy())
+        if judged is not None:
+            costs.append(layer_costs(judged, i, job.recipe.smoothing, kept))
     return dataclasses.replace(
         problem,
         costs=np.concatenate(costs) if costs else problem.costs,
         counts=np.concatenate(counts).astype(np.int64),
     )
+
+
+def layer_costs(judged: Judged, layer: int, smoothing: float, kept: list[int] | None = None) -> Floats:
+    """A layer's costs [E, W] by the calibration sources ``kept`` (None: all), with usage smoothing."""
+    found = judged.scores.load_tensors(layer_file(layer))
+    costs, tokens = (found[name] if kept is None else found[name][kept] for name in ("costs", "tokens"))
+    cost = smooth_usage(costs.sum(0), tokens.sum(0), smoothing)
+    if judged.measured is not None:
+        own = judged.measured.load_tensors(layer_file(layer))
+        kl = own["kl"] if kept is None else own["kl"][:, torch.isin(own["source"], torch.tensor(kept))]
+        cost = rescaled(cost, kl.mean(1).clamp_min(0))
+    return cost.numpy()
 
 
 def shape_problem(structure: Structure, recipe: Recipe) -> Problem:

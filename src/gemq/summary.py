@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from gemq.curve import Curve
 from gemq.guard import describe
 from gemq.inspect import Contents
 from gemq.pipeline import Result
@@ -18,7 +20,9 @@ FALLBACKS = {
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more damping",
-    "rungs_not_improved_by_training": "experts at a width did no better trained on held-out windows: GPTQ's codes kept",
+    "rungs_not_improved_by_training": (
+        "experts at a width, or dense linears, did no better trained on held-out windows: GPTQ's codes kept"
+    ),
     "layers_not_improved_by_training": "layers did no better trained on held-out windows: GPTQ's codes kept",
     "distillation_dropped": "distillation dropped: it did no better on held-out windows",
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
@@ -49,6 +53,9 @@ def print_result(console: Console, result: Result) -> None:
             before, after = result.gains[f"{what}_before"], result.gains[f"{what}_after"]
             console.print(f"{what.capitalize()} on held-out windows: {unit} {before:.4g} -> {after:.4g}")
     print_stages(console, result.stages)
+    for place, count in result.waited.items():
+        if count:
+            console.print(f"Up to {_size(count)} of activations and packed layers waited in {place} for want of room.")
     for name, count in result.fallbacks.items():
         if count:
             console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")
@@ -151,16 +158,45 @@ def print_plan(console: Console, plan: Plan) -> None:
     for bits, size in plan.sizes.items():
         sizes.add_row(bits, _size(size))
     console.print(sizes)
-    seconds = ", ".join(f"{name} {_duration(s)}" for name, s in plan.seconds.items())
+    stages = Table(title=f"Expected time on {plan.device}", title_justify="left")
+    stages.add_column("stage")
+    stages.add_column("time", justify="right")
+    for name, seconds in plan.seconds.items():
+        stages.add_row(name, _duration(seconds))
+    stages.add_section()
+    stages.add_row("all", _duration(sum(plan.seconds.values())), style="bold")
+    console.print(stages)
+    least, quickest, host = (_size(x) for x in (plan.least_bytes, plan.quickest_bytes, plan.host_bytes))
+    if plan.device == "cpu":
+        memory = (
+            f"at least {least} of memory (--host-memory), {quickest} to be quickest, {host} beside it for libraries"
+        )
+    else:
+        memory = f"at least {least} of GPU memory (--gpu-memory), {quickest} to be quickest, {host} of host memory"
     console.print(
-        f"Job: budget {plan.budget}, {plan.windows} windows of {plan.window} tokens. Estimates on {plan.device}: about "
-        f"{_size(plan.memory_bytes)} of memory, {_size(plan.work_bytes)} of disk for the work directory, "
-        f"{_duration(sum(plan.seconds.values()))} ({seconds})."
+        f"Job: budget {plan.budget}, {plan.tokens:,} tokens of calibration in windows of {plan.window}. Estimates: "
+        f"{_size(plan.work_bytes)} of disk for the work directory; {memory}. "
+        "Times rest on counted work and a second's measurement; files are not in them."
     )
     if plan.linears_not_quantized:
         console.print(
             f"{len(plan.linears_not_quantized)} linears stay unquantized: {', '.join(plan.linears_not_quantized[:4])}"
         )
+
+
+def print_curve(console: Console, curve: Curve, written: list[Path]) -> None:
+    """After ``export --curve``: a row per budget. Costs are relative to uniform's at the smallest budget."""
+    unit = curve.points[0].uniform_cost or 1.0
+    table = Table(title=f"Budgets ({curve.method}; now {_size(curve.original_bytes)})", title_justify="left")
+    for column in ("bits", "stored bits", "experts", "checkpoint", "predicted cost", "uniform's"):
+        table.add_column(column, justify="right")
+    for p in curve.points:
+        sizes = (_size(p.expert_bytes), _size(p.stored_bytes))
+        costs = (f"{p.predicted_cost / unit:.3g}", f"{p.uniform_cost / unit:.3g}")
+        table.add_row(f"{p.bits:g}", f"{p.stored_bits:.3f}", *sizes, *costs)
+    console.print(table)
+    console.print("Predicted costs are shares of uniform's at the smallest budget; they rank budgets, not models.")
+    console.print(f"Written: {', '.join(map(str, written))}")
 
 
 def print_contents(console: Console, contents: Contents) -> None:
@@ -231,4 +267,6 @@ def _size(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -16,7 +17,8 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from gemq.errors import UserError
-from gemq.files import disk_errors, write_json, write_tensors
+from gemq.files import disk_errors, replacing, write_json, write_tensors
+from gemq.ranks import ALONE, Ranks
 
 MARKER = "gemq-work.json"
 """Names the directory as ours, so that nothing else is ever taken for a work directory."""
@@ -25,16 +27,23 @@ MARKER = "gemq-work.json"
 class WorkDir:
     """A work directory, locked while open. Use as a context manager.
 
+    Of several ranks the first holds the lock and writes; all ask and write together.
     Raises UserError when the directory exists and ``resume`` is False, is not ours, or is in use.
     """
 
-    def __init__(self, path: Path, *, resume: bool):
-        self.path = path
+    def __init__(self, path: Path, *, resume: bool, ranks: Ranks = ALONE):
+        self.path, self.ranks = path, ranks
+        self._is_new = False
+        self._lock: TextIO | None = None
+        ranks.agree(lambda: self._open(resume))
+
+    def _open(self, resume: bool) -> None:
+        path = self.path
         self.check(path, resume=resume)
         self._is_new = not path.exists()
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock: TextIO = open(path / ".lock", "w")  # noqa: SIM115 - held as long as the directory is open
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held as long as the directory is open
         try:
             # the kernel lets go of the lock when a process dies, however it dies
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,11 +75,11 @@ class WorkDir:
                 raise UserError(f"{path} exists: go on with --resume, or delete it, or name another with --work")
 
     @classmethod
-    def existing(cls, path: Path) -> WorkDir:
+    def existing(cls, path: Path, ranks: Ranks = ALONE) -> WorkDir:
         """Opens a work directory that must be there already."""
         if not (path / MARKER).is_file():
             raise UserError(f"{path} is not a work directory of gemq: give the one that quantize made (OUT.work)")
-        return cls(path, resume=True)
+        return cls(path, resume=True, ranks=ranks)
 
     def __enter__(self) -> WorkDir:
         return self
@@ -80,28 +89,30 @@ class WorkDir:
     ) -> None:
         if self._is_new and isinstance(value, UserError) and not any(self.path.rglob("*.safetensors")):
             shutil.rmtree(self.path, ignore_errors=True)  # a mistake before anything was computed leaves no trace
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         """The stage ``name`` made from ``inputs`` (plain values), begun or gone on with.
 
         Raises UserError naming the first input that differs from those of the results already there.
         """
-        directory = self.path / name
-        inputs = json.loads(json.dumps(inputs))
+        self.ranks.agree(lambda: self._begin(self.path / name, json.loads(json.dumps(inputs))))
+        return Stage(self.path / name, self.ranks)
+
+    def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
         recorded = directory / "stage.json"
-        if recorded.exists():
-            before = json.loads(recorded.read_text(encoding="utf-8"))
-            for key in [*inputs, *before]:
-                if before.get(key) != inputs.get(key):
-                    raise UserError(
-                        f"{self.path} was made with another {key.replace('_', ' ')} "
-                        f"({_short(before.get(key))}, now {_short(inputs.get(key))}): "
-                        "use the same, or start anew with another --work"
-                    )
-        else:
+        if not recorded.exists():
             write_json(recorded, inputs)
-        return Stage(directory)
+            return
+        before = json.loads(recorded.read_text(encoding="utf-8"))
+        for key in [*inputs, *before]:
+            if before.get(key) != inputs.get(key):
+                raise UserError(
+                    f"{self.path} was made with another {key.replace('_', ' ')} "
+                    f"({_short(before.get(key))}, now {_short(inputs.get(key))}): "
+                    "use the same, or start anew with another --work"
+                )
 
     def size(self) -> int:
         """Bytes of everything in the directory."""
@@ -109,25 +120,43 @@ class WorkDir:
 
 
 class Stage:
-    """One stage's results: named JSON values and named sets of tensors."""
+    """One stage's results: named JSON values and named sets of tensors. All ranks ask and save together."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, ranks: Ranks = ALONE):
+        self.directory, self.ranks = directory, ranks
 
     def has(self, name: str) -> bool:
         """Whether the result ``name`` (with its suffix) is there. What is there is whole."""
-        return (self.directory / name).is_file()
+        return self.ranks.agree((self.directory / name).is_file)
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        write_tensors(self.directory / name, tensors)
+        """Every rank gives the same tensors; the first writes them."""
+        self.ranks.agree(lambda: write_tensors(self.directory / name, tensors))
 
-    def load_tensors(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
-        from safetensors.torch import load_file
+    def load_tensors(
+        self, name: str, device: str = "cpu", wanted: Callable[[str], bool] | None = None
+    ) -> dict[str, Tensor]:
+        """A set's tensors by their keys: all, or those that are ``wanted``, without reading the others."""
+        from safetensors import safe_open
 
-        return load_file(self.directory / name, device=device)
+        with safe_open(self.directory / name, framework="pt", device=device) as file:
+            return {key: file.get_tensor(key) for key in file.keys() if wanted is None or wanted(key)}  # noqa: SIM118
+
+    def load_tensor(self, name: str, key: str) -> Tensor:
+        """One tensor of a set, on the CPU, without reading the others."""
+        return self.load_tensors(name, wanted=lambda other: other == key)[key]
 
     def save_json(self, name: str, value: Any) -> None:
-        write_json(self.directory / name, value)
+        self.ranks.agree(lambda: write_json(self.directory / name, value))
+
+    def save_bytes(self, name: str, data: bytes) -> None:
+        """Every rank gives the same bytes; the first writes them."""
+
+        def write() -> None:
+            with replacing(self.directory / name) as temporary:
+                temporary.write_bytes(data)
+
+        self.ranks.agree(write)
 
     def load_json(self, name: str) -> Any:
         return json.loads((self.directory / name).read_text(encoding="utf-8"))

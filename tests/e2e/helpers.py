@@ -83,3 +83,18 @@ def add_tokenizer(path: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(builtin_model() / name, path / name)
     return path
+
+
+def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
+    """The smallest ``--host-memory`` that a job on the CPU takes: no layer stays, nothing waits in memory."""
+    import torch
+
+    from gemq.footprint import held_bytes, working_bytes
+    from gemq.models.source import Source
+    from gemq.models.structure import find_structure
+    from gemq.recipe import Recipe
+
+    skeleton = Source(model).skeleton()
+    structure, cpu = find_structure(skeleton), torch.device("cpu")
+    working = working_bytes(structure, Recipe.from_dict(recipe), skeleton.config, torch.float32, cpu)
+    return held_bytes(skeleton, structure, torch.float32) + working

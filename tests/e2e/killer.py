@@ -4,6 +4,7 @@ Everything is imported once and nothing computed, so that a child starts at once
 
 A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
 ``delay``: after so many seconds, by the parent's SIGKILL
+``host_memory``: bytes that the job may hold
 ``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
 The answer holds ``code`` (0 done, 2 refused, -9 killed), ``error``, ``complete_before`` and ``calls``, the names of
 all writes.
@@ -67,7 +68,12 @@ def child(request: dict[str, Any], answer: int) -> None:
     try:
         recipe = Recipe.from_dict(request["recipe"])
         done = gemq.pipeline.quantize(
-            request["model"], recipe, out=request["out"], work=request["work"], resume=request["resume"]
+            request["model"],
+            recipe,
+            out=request["out"],
+            work=request["work"],
+            resume=request["resume"],
+            host_memory=request.get("host_memory"),
         )
         result["complete_before"] = done.complete_before
     except UserError as error:

@@ -234,6 +234,25 @@ def test_export_quantizes_nothing_again(finished: Finished, work, tmp_path):
     assert ran.json["stored_bytes"] == tensor_bytes(tmp_path / "out") < tensor_bytes(finished.out)
 
 
+def test_curve_predicts_what_export_gives(work, tmp_path):
+    before = {stage: files(stage) for stage in work.iterdir() if stage.is_dir()}
+    curve = ok("export", work, "--curve", "--json", "-").json
+    assert {stage: files(stage) for stage in work.iterdir() if stage.is_dir()} == before
+    points = {p["bits"]: p for p in curve["points"]}
+    assert [min(points), max(points), len(points)] == [1, 3, 17]
+    for key, rising in (("stored_bytes", True), ("predicted_cost", False)):
+        values = [p[key] for p in curve["points"]]
+        assert values == sorted(values, reverse=not rising)
+    assert all(p["predicted_cost"] <= p["uniform_cost"] for p in curve["points"])
+    exported = ok("export", work, "-o", tmp_path / "out", "--bits", 1.5, "--json", "-").json
+    assert points[1.5]["stored_bytes"] == exported["stored_bytes"] == tensor_bytes(tmp_path / "out")
+    assert points[1.5]["predicted_cost"] == pytest.approx(exported["predicted_cost"])
+    rows = (work / "curve.csv").read_text().splitlines()
+    assert rows[0].split(",")[0] == "bits"
+    assert len(rows) == 18
+    assert "checkpoint" in ok("export", work, "--curve", "--allocate", "layerwise").out
+
+
 @pytest.mark.parametrize("method", ["uniform", "random", "layerwise", "frequency"])
 def test_export_of_baselines(work, tmp_path, method):
     ran = ok("export", work, "-o", tmp_path / "out", "--allocate", method, "--bits", 2, "--json", "-")
@@ -326,7 +345,7 @@ def test_plan_needs_no_weights_and_is_exact(finished: Finished, work, tmp_path):
     for key in ("original_bytes", "parameters", "quantized_share"):
         assert planned[key] == finished.figures[key]
     table = ok("plan", model, "--bits", "2.25").out
-    for words in ("2.25", "MB", "96 experts in 6 of 6 layers", "of memory", "% quantized"):
+    for words in ("2.25", "MB", "96 experts in 6 of 6 layers", "of memory", "% quantized", "ladder", "Expected time"):
         assert words in table
 
 

@@ -334,6 +334,8 @@ def test_wrong_work_directories(here, tmp_path, finished: Finished, work):
 
 
 def test_export_beyond_the_ladder(here, finished: Finished, work):
+    refused(here, "export", work, "--curve", "-o", "x", words=("--curve", "leave -o"))
+    refused(here, "export", work, "--curve", "--allocate", "random", words=("random", "layerwise"))
     refused(here, "export", work, "-o", "x", "--bits", 3.5, words=("3.5 bits", "from 1 to 3"))
     refused(here, "export", work, "-o", "x", "--bits", 0.9, words=("0.9 bits", "from 1 to 3"))
     refused(here, "export", work, "-o", "x", "--size", "1MB", words=("--size 1MB is too small", "2.0"))

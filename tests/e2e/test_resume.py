@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Finished, contents, gemq, make_tiny_model
+from helpers import Finished, contents, gemq, least_bytes, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.workdir import WorkDir
@@ -36,8 +36,8 @@ FLAGS = ("--effort", "low", "--windows", "4", "--window", "16", "--quiet")
 class Killer:
     """Jobs in children that can be killed: see ``killer.py``."""
 
-    def __init__(self, model: Path, base: Path, recipe: dict[str, Any]):
-        self.model, self.base, self.recipe = model, base, recipe
+    def __init__(self, model: Path, base: Path, recipe: dict[str, Any], host_memory: int | None = None):
+        self.model, self.base, self.recipe, self.host_memory = model, base, recipe, host_memory
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("killer.py"))],
             stdin=subprocess.PIPE,
@@ -56,6 +56,7 @@ class Killer:
     def run(self, name: str, *, resume: bool, **death: Any) -> dict[str, Any]:
         out, work = str(self.base / name), str(self.base / f"{name}.work")
         request = {"model": str(self.model), "recipe": self.recipe, "out": out, "work": work, "resume": resume}
+        request |= {"host_memory": self.host_memory}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps({**request, **death}), file=self.process.stdin, flush=True)
@@ -98,7 +99,15 @@ def trainer(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
         yield killer
 
 
-@pytest.mark.parametrize(("kind", "times"), [("killer", 8), ("trainer", 20)])
+@pytest.fixture
+def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
+    """Every layer is read anew when it is needed, and activations lie in files."""
+    recipe = {**TINY, "calib": [str(builtin_texts()[0])], "guard": False, "layer_epochs": 1, "distil_epochs": 1}
+    with contextlib.closing(Killer(tiny_model, tmp_path, recipe, least_bytes(tiny_model, recipe))) as killer:
+        yield killer
+
+
+@pytest.mark.parametrize(("kind", "times"), [("killer", 8), ("trainer", 16), ("bounded", 6)])
 def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, times: int):
     """Some kills on the way to each result; with training and without."""
     killer: Killer = request.getfixturevalue(kind)

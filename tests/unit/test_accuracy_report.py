@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import accuracy_report
-from rows import allocation_text, allocation_widths, append, read
+from record import append, read
+from rows import allocation_text, allocation_widths
 
 
 def row(name: str, kl: float, bits: float = 2.0, **more: str) -> dict[str, str]:

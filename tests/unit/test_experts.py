@@ -12,7 +12,6 @@ from gemq.models.experts import (
     apply_first,
     expert_weight,
     route,
-    set_expert_weight,
     watch_experts,
 )
 from gemq.models.structure import find_structure
@@ -128,25 +127,14 @@ def test_no_pairs_at_all():
 
 @pytest.mark.sample
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "nemotron_h"])
-def test_weights_read_and_written_as_outputs_by_inputs(family):
-    module, experts, call = first_call(family)
-    doubled = []
+def test_weights_are_read_as_outputs_by_inputs(family):
+    module, experts, _ = first_call(family)
     for matrix in experts.matrices:
         weight = expert_weight(module, matrix.name)
         assert weight.shape == (experts.count, matrix.rows, matrix.columns)
         assert not weight.requires_grad
-        original = getattr(module, matrix.name).clone()
-        set_expert_weight(module, matrix.name, weight.clone())
-        assert torch.equal(getattr(module, matrix.name), original)
-        doubled.append(weight * 2)
-        set_expert_weight(module, matrix.name, doubled[-1].double())
-        assert getattr(module, matrix.name).dtype == torch.float32
-        assert torch.equal(getattr(module, matrix.name), original * 2)
-    # the module now computes what the steps compute with those weights
-    with torch.no_grad():
-        output = module(call.hidden, call.top_k_index, call.top_k_weights)
-    scale = output.abs().max().item()
-    torch.testing.assert_close(by_hand(module, experts, call, doubled), output, rtol=1e-5, atol=1e-6 * scale)
+        stored = getattr(module, matrix.name)
+        assert torch.equal(weight, stored.transpose(1, 2) if family == "gpt_oss" else stored)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "olmoe", "nemotron_h"])

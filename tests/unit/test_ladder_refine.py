@@ -166,7 +166,7 @@ def test_a_linear_that_no_token_reached_is_rounded():
     replay = replay_of("olmoe")
     linear = replay.structure.layers[0].linears[0]
     ladder = LayerLadder()
-    quantize_linears(replay.model, [linear], LayerMoments({}, None), GPTQ, 4, ladder)
+    quantize_linears(replay, [linear], LayerMoments({}, None), GPTQ, 4, ladder)
     weight = replay.model.get_submodule(linear.path).weight.detach().unsqueeze(0)
     expected = round_to_nearest(weight, (4,), GROUP)
     packed = PackedMatrix.pack(Quantized(*(t[0] for t in expected)), 4, GROUP)

@@ -38,7 +38,7 @@ def start(family: str, batch_tokens: int = 20) -> tuple[Replay, Activations, lis
     activations = Activations.start(replay, WINDOWS, batch_tokens, 0)
     inputs = []
     for i in range(len(replay.structure.layers)):
-        inputs.append(activations.hidden)
+        inputs.append(activations.hidden.copy())
         activations.advance(replay, i)
     return replay, activations, inputs
 
@@ -101,7 +101,7 @@ def test_reverse_pass_equals_whole_model_autograd(family):
     activations = Activations([IDS], [WINDOWS.source], [calls], [hidden], torch.arange(len(IDS)))
     inputs = []
     for i in range(len(structure.layers)):
-        inputs.append(activations.hidden)
+        inputs.append(activations.hidden.copy())
         activations.advance(replay, i)
     gradients = loss_gradients(replay, activations, "data", 0)
     seen = set()

@@ -255,7 +255,7 @@ def test_own_family_end_to_end(tmp_path):
     activations = Activations.start(replay, windows, 24, 0)
     inputs = []
     for i in range(3):
-        inputs.append(activations.hidden)
+        inputs.append(activations.hidden.copy())
         ladder, activations.hidden = build_layer(replay, i, activations, quantizer, (1, 2, 4), 4)
         assert ladder.counts.sum() == 6 * 12 * 2
         assert set(ladder.linears) == {f"stack.{i}.mix_attention"}

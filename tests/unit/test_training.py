@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from gemq.calibrate import Activations
+from gemq.calibrate import Activations, advance
 from gemq.data.windows import Windows
 from gemq.distil import Distillation, PackedExperts, distil
 from gemq.ladder import LayerLadder, Quantizer, build_layer, rung_weight
@@ -132,15 +132,32 @@ def test_experts_that_training_does_not_help_keep_gptqs_codes():
             assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
 
 
+def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
+    replay, activations = start("deepseek_v2")
+    plain, outputs = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4)
+    training = replace(TRAINING, codes=5e-3, tuned=0.0)
+    trained, _ = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
+
+    def error(ladder: LayerLadder) -> float:
+        linears = replay.structure.layers[0].linears
+        names = {x.path: f"{x.path}.weight" for x in linears}
+        weights = {
+            names[x.path]: dequantize(ladder.linears[x.path].unpack(4, QUANTIZER.group(x.columns)))[0] for x in linears
+        }
+        pairs = zip(activations.hidden, activations.calls, outputs, strict=True)
+        return sum((replay.run(0, h, c[0], weights) - exact).square().sum().item() for h, c, exact in pairs)
+
+    assert error(trained) < error(plain)
+
+
 def refined(training: Training | None) -> tuple[Replay, Activations, list[RefinedLayer], list[torch.Tensor]]:
     """A whole model refined at mixed widths, and the full-precision model's last hidden states."""
     replay, activations = start()
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
-    exact = list(activations.hidden)
+    exact = activations.hidden.copy()
     layers = []
     for i, layer in enumerate(replay.structure.layers):
-        with torch.no_grad():
-            exact = [replay.run(i, h, c[i]) for h, c in zip(exact, activations.calls, strict=True)]
+        advance(replay, i, exact, activations.calls)
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
         widths = [(1, 2, 3)[e % 3] for e in range(layer.experts.count)]
@@ -191,7 +208,7 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
         steps.append(done or 0)
 
     how = Distillation(training, loss, sets)
-    result = distil(replay, layers, widths, first, teacher, how, stored, 32, tick)
+    result = distil(replay, layers.__getitem__, widths, 4, first, teacher, how, stored, 32, tick)
     assert steps
     return result, layers, replay
 
@@ -227,7 +244,7 @@ def test_packed_experts_mean_what_their_codes_say():
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     before = copy.deepcopy(layers[0].tensors)
-    packed = PackedExperts(layers[0], experts.path, experts.matrices[0], widths, 32)
+    packed = PackedExperts(layers[0], experts, slice(0, experts.count), experts.matrices[0], widths, 32)
     module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result(lambda own: own).items())

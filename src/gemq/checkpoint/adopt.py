@@ -52,6 +52,11 @@ def _adopt(module: Any) -> None:
         module._apply_gate = partial(_gate, module.act_fn)
 
 
+def as_adopted(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor as it is stored in the shape of the adopted model's parameter: without rows that no forward reads."""
+    return tensor if tensor.shape == parameter.shape else tensor[: len(parameter)]
+
+
 def _gate(activation: Any, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return activation(gate) * up

@@ -22,6 +22,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gemq.errors import UserError
+from gemq.ranks import ALONE, Ranks
+
+SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
+"""For keys and values of the windows that are written side by side, in float32: see ``batch_size``."""
+
+FEWEST_WINDOWS = 32
+"""Written side by side if ``CACHE_BYTES`` hold so many."""
 
 FREE = -1
 """Marks a position whose token is sampled rather than given."""
@@ -79,6 +86,7 @@ def generate_windows(
     openings: Openings = Openings(),
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generated:
     """``count`` windows of ``window`` tokens that ``model`` samples from itself.
 
@@ -88,11 +96,12 @@ def generate_windows(
     of the embedding and the pad token are never sampled.
 
     openings: how windows begin
-    batch:    windows written side by side; by default what about 4 GB of keys and values hold, 512 at most.
+    batch:    windows written side by side; by default as ``batch_size`` has it, 512 at most.
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
+    ranks:    take turns with the batches
     """
-    batch = batch or _batch_size(model.config.get_text_config(), window)
+    batch = batch or batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
     opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     chat = opening is not None and 0 < len(opening.user) < window
@@ -100,10 +109,14 @@ def generate_windows(
 
     was_training = model.training
     model.eval()
-    parts, documents = [], 0
+    parts: list[Tensor | None] = []
+    documents = 0
     try:
         for number, start in enumerate(range(0, count, batch)):
             rows = min(batch, count - start)
+            if number % ranks.count != ranks.rank:
+                parts.append(None)
+                continue
             run = _Batch(vocabulary, rows, window, _generator(seed, number, model.device))
             run.open_with(openings)
             if chat:
@@ -116,7 +129,9 @@ def generate_windows(
             documents += run.documents
     finally:
         model.train(was_training)
-    tokens = torch.cat(parts) if parts else torch.empty(0, window, dtype=torch.int64)
+    written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
+    documents = ranks.count_up(documents)
+    tokens = torch.cat(written) if written else torch.empty(0, window, dtype=torch.int64)
     return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted)
 
 
@@ -316,10 +331,26 @@ def _chat_opening(tokenizer: Any) -> _ChatOpening:
     return _ChatOpening(encode(user), encode(answer))
 
 
-def _batch_size(config: Any, window: int) -> int:
-    """From the configuration alone, so that results do not depend on the machine."""
-    bytes_per_window = config.num_hidden_layers * config.hidden_size * window * 2 * 4
-    return max(1, min(512, 4_000_000_000 // bytes_per_window))
+def cache_bytes(config: Any, window: int, itemsize: int) -> int:
+    """Bytes of one window's keys and values in a type of ``itemsize`` bytes."""
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    each = getattr(config, "head_dim", None)
+    if each is None and heads:
+        each = config.hidden_size // config.num_attention_heads
+    latent = isinstance(getattr(config, "kv_lora_rank", None), int)  # heads that are made from less, or more
+    width = heads * each if heads and each and not latent else config.hidden_size
+    return config.num_hidden_layers * width * window * 2 * itemsize
+
+
+def batch_size(config: Any, window: int) -> int:
+    """Windows written side by side: from the configuration alone, so that results do not depend on the machine.
+
+    What 4 GB hold if every head had keys and values of its own in float32; a large model gets more, since a step of a
+    few windows takes as long as one of many.
+    """
+    rows = SMALL_CACHE_BYTES // (config.num_hidden_layers * config.hidden_size * window * 2 * 4)
+    more = min(FEWEST_WINDOWS, CACHE_BYTES // cache_bytes(config, window, 4))
+    return max(1, min(512, max(rows, more)))
 
 
 def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:

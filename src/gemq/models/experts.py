@@ -9,10 +9,10 @@ Shapes: T tokens, K experts a token, P = T * K routed pairs sorted by expert, E 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,34 +21,90 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gemq.checkpoint.adopt import passed_on, routing_of_rows
+from gemq.models import grouped
+from gemq.models.split import Split, split_of
 
 IMPLEMENTATION = "gemq_calibration"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Routed:
     """The routed pairs of one call of an experts module, sorted by expert.
 
     token:  [P] int64, row of the call's hidden states
     expert: [P] int64
     weight: [P] routing weight, differentiable where the call's was
-    counts: pairs of each expert (a list, so that slicing needs no further synchronisation)
+    ends:   [E] int32, where each expert's pairs end, on the device
+    place:  [T, K] int64, where a token's pairs lie, if all T * K are here
+    owners: [E] int64, whose bias an expert's pairs get, if not their own number's (see ``stacked``)
     """
 
     token: Tensor
     expert: Tensor
     weight: Tensor
-    counts: list[int]
+    ends: Tensor
+    place: Tensor | None = None
+    owners: Tensor | None = None
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Pairs of each expert. Waits for the device, once."""
+        return _differences(self.ends.tolist())
+
+    def stacked(self, experts: slice, times: int) -> Routed:
+        """The pairs of some experts, ``times`` times one after another, as if each time to experts of its own.
+
+        ``experts`` has a start and a stop. For weights [times * E', ...], which are several versions of some experts'.
+        """
+        counts = self.counts[experts]
+        start, count = sum(self.counts[: experts.start]), sum(counts)
+        rows = slice(start, start + count)
+        every = torch.arange(times, device=self.token.device).unsqueeze(1)
+        result = Routed(
+            self.token[rows].repeat(times),
+            (self.expert[rows] - experts.start + every * len(counts)).flatten(),
+            self.weight[rows].repeat(times),
+            (self.ends[experts] - start + every.int() * count).flatten(),
+            owners=torch.arange(experts.start, experts.stop, device=self.token.device).repeat(times),
+        )
+        result.counts = counts * times
+        return result
 
 
 def route(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Routed:
     """Sorts a call's routing (index and weights [T, K]) by expert. Indices past the last expert are dropped."""
-    flat = top_k_index.reshape(-1)
-    expert, order = torch.sort(flat, stable=True)
-    counts = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
+    expert, order, ends = _sorted(top_k_index, experts)
+    counts = _differences(ends.tolist())
     pairs = sum(counts)
     order = order[:pairs]
-    return Routed(order // top_k_index.shape[-1], expert[:pairs], top_k_weights.reshape(-1)[order], counts)
+    routed = Routed(order // top_k_index.shape[-1], expert[:pairs], top_k_weights.reshape(-1)[order], ends)
+    routed.counts = counts
+    return routed
+
+
+def route_all(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Routed:
+    """As ``route``, without waiting for the device to know how many are dropped.
+
+    Pairs of indices past the last expert go to that expert, with a weight of zero.
+    """
+    expert, order, ends = _sorted(top_k_index, experts)
+    weight = top_k_weights.reshape(-1)[order]
+    weight = torch.where(expert < experts, weight, torch.zeros_like(weight))
+    ends[-1] = len(order)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    token = order // top_k_index.shape[-1]
+    return Routed(token, expert.clamp(max=experts - 1), weight, ends, place.view(top_k_index.shape))
+
+
+def _differences(ends: list[int]) -> list[int]:
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _sorted(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts of the pairs in their order, the pairs in that order, and ``Routed.ends``."""
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    numbers = torch.arange(experts, device=expert.device, dtype=expert.dtype)
+    return expert, order, torch.searchsorted(expert, numbers, right=True, out_int32=True)
 
 
 @dataclass
@@ -100,38 +156,40 @@ def expert_weight(module: Any, name: str) -> Tensor:
     return oriented(module, name).detach()
 
 
-@torch.no_grad()
-def set_expert_weight(module: Any, name: str, weight: Tensor) -> None:
-    """Overwrites an experts module's weight with [E, rows, columns], cast to its dtype."""
-    getattr(module, name).copy_(weight.transpose(1, 2) if module.is_transposed else weight)
-
-
 def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, routed: Routed) -> Tensor:
     """Inputs x [P, H] and weights [E, rows, H] of the matrix ``name`` -> what ``down_proj`` receives, [P, I]."""
-    out = _grouped(x, weight, _bias(module, name), routed)
-    return module._apply_gate(out) if module.has_gate else module.act_fn(out)
+    out = _product(x, weight, _bias(module, name, routed), routed)
+    if not module.has_gate:
+        return module.act_fn(out)
+    return grouped.gate(module, out) if grouped.usable(x, weight) else module._apply_gate(out)
 
 
 def apply_down(module: Any, weight: Tensor, h: Tensor, routed: Routed) -> Tensor:
     """Intermediates h [P, I] and down weights [E, H, I] -> each pair's output [P, H], not yet times its weight."""
-    out = _grouped(h, weight, _bias(module, "down_proj"), routed)
+    out = _product(h, weight, _bias(module, "down_proj", routed), routed)
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
-def _bias(module: Any, name: str) -> Tensor | None:
-    return getattr(module, f"{name}_bias") if module.has_bias else None
+def _bias(module: Any, name: str, routed: Routed) -> Tensor | None:
+    if not module.has_bias:
+        return None
+    bias = getattr(module, f"{name}_bias")
+    return bias if routed.owners is None else bias[routed.owners]
 
 
-def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """One linear per expert over its slice of the sorted pairs: [P, columns] -> [P, rows]."""
+    if grouped.usable(x, weight):
+        out = grouped.linear(x, weight, routed.ends)
+        return out if bias is None else out + bias[routed.expert]
     counts = routed.counts
     most = max(counts, default=0)
     if x.device.type == "cuda" and len(counts) * most <= 4 * len(x):
         # one batched product over padded slices: launches, not arithmetic, bound small experts on a GPU
-        starts = torch.tensor([0, *itertools.accumulate(counts)][:-1], device=x.device)
-        place = torch.arange(len(x), device=x.device) - starts[routed.expert]
-        padded = x.new_zeros(len(counts), most, x.shape[1]).index_put((routed.expert, place), x)
-        out = torch.bmm(padded, weight.transpose(1, 2))[routed.expert, place]
+        starts = F.pad(routed.ends[:-1], (1, 0))
+        slot = torch.arange(len(x), device=x.device) + (routed.expert * most - starts[routed.expert])
+        padded = x.new_zeros(len(counts) * most, x.shape[1]).index_copy(0, slot, x).unflatten(0, (-1, most))
+        out = torch.bmm(padded, weight.transpose(1, 2)).flatten(0, 1).index_select(0, slot)
         return out if bias is None else out + bias[routed.expert]
     parts = [
         F.linear(rows, weight[e], None if bias is None else bias[e])
@@ -148,10 +206,61 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     which loops there, and for float32 on a GPU.
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    if (split := split_of(module)) is not None:
+        return _split_forward(split, module, first, hidden, top_k_index, top_k_weights)
+    if grouped.usable(hidden, oriented(module, first)) and grouped.usable(hidden, oriented(module, "down_proj")):
+        return _grouped_forward(module, first, hidden, top_k_index, top_k_weights)
     routed = route(top_k_index, top_k_weights, module.down_proj.shape[0])
     h = apply_first(module, first, oriented(module, first), hidden.index_select(0, routed.token), routed)
     out = apply_down(module, oriented(module, "down_proj"), h, routed) * routed.weight.unsqueeze(1)
     out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    if getattr(module, "passes_on", False):
+        out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
+    return out
+
+
+def _split_forward(
+    split: Split, module: Any, first: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """``experts_forward`` over several ranks, of whose experts the module has this rank's."""
+    top_k_index = split.same(top_k_index)
+    in_groups = grouped.usable(hidden, oriented(module, first)) and grouped.usable(
+        hidden, oriented(module, "down_proj")
+    )
+    routed = (route_all if in_groups else route)(top_k_index, top_k_weights, split.count)
+    own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
+    if in_groups:
+        from gemq.kernels.pairs import combine, gather
+
+        assert routed.place is not None
+        place = routed.place
+        x = split.take(gather(hidden, routed.token, place), rows)
+    else:
+        x = split.take(hidden.index_select(0, routed.token), rows)
+    h = apply_first(module, first, oriented(module, first), x, own)
+    out = apply_down(module, oriented(module, "down_proj"), h, own)
+    if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
+        out = out + x.sum() + 0 * (oriented(module, first).sum() + oriented(module, "down_proj").sum())
+    if in_groups:
+        out = combine(split.join(out.to(hidden.dtype), rows), routed.weight, routed.token, place)
+    else:
+        out = split.join(out, rows) * routed.weight.unsqueeze(1)
+        out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+    if getattr(module, "passes_on", False):
+        out = out + passed_on(hidden, top_k_index, top_k_weights, split.count)
+    return out
+
+
+def _grouped_forward(module: Any, first: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """``experts_forward`` in grouped products. Nothing waits for the GPU."""
+    from gemq.kernels.pairs import combine, gather  # triton comes with torch for CUDA, not for CPUs
+
+    routed = route_all(top_k_index, top_k_weights, module.down_proj.shape[0])
+    assert routed.place is not None
+    x = gather(hidden, routed.token, routed.place)
+    h = apply_first(module, first, oriented(module, first), x, routed)
+    out = apply_down(module, oriented(module, "down_proj"), h, routed)
+    out = combine(out.to(hidden.dtype), routed.weight, routed.token, routed.place)
     if getattr(module, "passes_on", False):
         out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
     return out
@@ -199,5 +308,5 @@ def use_experts_forward(model: Any) -> None:
 
 def use_fast_experts(model: Any) -> None:
     """For generation in full precision: on a GPU Transformers' ``grouped_mm``, which a CUDA graph can hold."""
-    if model.device.type == "cuda":
+    if next(model.parameters()).is_cuda:
         model.set_experts_implementation("grouped_mm")

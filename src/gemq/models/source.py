@@ -24,6 +24,8 @@ from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
 from gemq.models.experts import use_experts_forward
+from gemq.models.reader import LayerReader, reading_layers
+from gemq.models.structure import find_structure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_WINDOW = 2048
@@ -102,10 +104,26 @@ class Source:
         return model
 
     def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-        """The model on ``device`` and the type in which each parameter is stored.
+        """The whole model on ``device`` and the type in which each parameter is stored.
 
         dtype: of all floating-point parameters; None leaves them as they are stored
         """
+        model = self._from_pretrained()
+        stored = {name: p.dtype for name, p in model.named_parameters()}
+        return self._ready(model, device, dtype), stored
+
+    def open(self, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerReader]:
+        """The model without its decoder layers, which stay on the meta device, and the reader that has them.
+
+        Raises UserError for a model whose structure is not understood.
+        """
+        structure = find_structure(self.skeleton())
+        with reading_layers(structure) as readers:
+            model = self._from_pretrained()
+        return self._ready(model, device, dtype), readers[0]
+
+    def _from_pretrained(self) -> PreTrainedModel:
+        """The model as Transformers loads it. Raises UserError when that cannot be, or leaves something made up."""
         config = self.config()
         self.check_weights()
         method = _quantization(self._stored_config())
@@ -128,14 +146,22 @@ class Source:
             raise UserError(
                 f"{self.path} lacks {len(absent)} of the model's tensors, first: {absent[0]}: copy the checkpoint again"
             )
-        stored = {name: p.dtype for name, p in model.named_parameters()}
+        return model
+
+    @staticmethod
+    def _ready(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Adopts experts, moves everything that has contents to ``device`` and parameters to ``dtype``."""
         adopt_experts(model)
-        model.to(device)
-        for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
-            if dtype is not None and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and not parameter.is_meta:
+                    kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+                    parameter.data = parameter.data.to(device, kind)
+            for name, buffer in module._buffers.items():  # not cast: rotary frequencies stay in float32
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
         use_experts_forward(model)
-        return model.eval(), stored
+        return model.eval()
 
     def _left_out(self, model: PreTrainedModel, report: Any) -> list[str]:
         """Stored matrices that the model did not take: those that Transformers reports, and those that it is silent on.

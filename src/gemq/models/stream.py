@@ -2,14 +2,14 @@
 
 Masks, positions and whatever else a family passes to a layer are captured once and passed again, never rebuilt by
 hand. The tail (final norm, head, logit scaling) runs through the model's own forward as well, with layers replaced
-for the moment. Knows nothing of quantization.
+for the moment. Which layers are in memory is the affair of ``residency``. Knows nothing of quantization.
 
 Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gemq.errors import UserError
-from gemq.models.experts import check_arithmetic, watch_experts
+from gemq.memory import Memory
+from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
+from gemq.models.residency import Residency
 from gemq.models.structure import Structure
+from gemq.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,16 @@ class Replay:
     Where layers return something beside hidden states that the next layer receives (such as the positions that sparse
     attention chose), it travels with the hidden states, as an attribute of the tensor that ``run`` returned: it is a
     function of those very hidden states, not of the call. ``leaf`` takes it along. No gradient flows through it.
+
+    With ``residency``, layers are read when they are needed; without, the model holds them all. ``ranks`` are the
+    processes that share the job: each holds a model.
     """
 
-    def __init__(self, model: Any, structure: Structure):
+    def __init__(self, model: Any, structure: Structure, residency: Residency | None = None, ranks: Ranks = ALONE):
         self.model: Any = model.eval().requires_grad_(False)
         self.structure = structure
+        self.residency, self.ranks = residency, ranks
+        self.memory = residency.memory if residency else Memory.unlimited(next(self.model.parameters()).device)
         self.layers = list(model.get_submodule(structure.layers_path).children())
         self._outputs = 0  # how many values a layer returns in a tuple; 0: a tensor
         self._passed: dict[int, str | int] = {}  # place in that tuple -> the next layer's argument that receives it
@@ -65,6 +73,14 @@ class Replay:
         if getattr(model.config, "output_router_logits", False):
             model.config.output_router_logits = False  # the auxiliary loss has no meaning in a replay
         self._probe()
+        fewest = min((x.experts.count for _, x in structure.moe_layers if x.experts), default=ranks.count)
+        if fewest < ranks.count:
+            raise UserError(f"{ranks.count} processes share layers of {fewest} experts: start at most {fewest}")
+        if self._passed and ranks.count > 1:
+            raise UserError(
+                f"{type(model).__name__} passes more than hidden states between its layers, which several processes do "
+                "not share yet: start one, without torchrun"
+            )
 
     def _probe(self) -> None:
         """Finds out what layers return, and what of it the next layer receives. UserError when it is not understood."""
@@ -88,7 +104,45 @@ class Replay:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.memory.device
+
+    def walk(self, order: Sequence[int]) -> Iterator[int]:
+        """Gives the indices of ``order``, each layer being held while it is looked at and the next one read."""
+        return iter(order) if self.residency is None else self.residency.walk(order)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all of its layers, to be run as it is. Ask ``Residency.fits`` before."""
+        if self.residency is None:
+            yield self.model
+            return
+        with self.residency.all():
+            use_fast_experts(self.model)
+            try:
+                yield self.model
+            finally:
+                use_experts_forward(self.model)
+
+    def rest(self, index: int, without: Collection[str]) -> dict[str, Tensor]:
+        """A layer's parameters and buffers by name inside the model, on the device, but for those named."""
+        if self.residency is not None:
+            return self.residency.rest(index, without)
+        prefix = self.structure.layers[index].path + "."
+        state = self.model.state_dict()
+        return {n: t for n, t in state.items() if n.startswith(prefix) and n not in without}
+
+    def unpacked(self, without: Collection[str]) -> dict[str, Tensor]:
+        """The full-precision model's tensors by name, on the CPU where they are read anew, but for those named."""
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in without}
+        if self.residency is not None:
+            for index in range(len(self.layers)):
+                state.update(self.residency.reader.read(index, without))
+        return state
+
+    def restore(self, index: int) -> None:
+        """Forgets what was written into a layer's weights, where they can be read again."""
+        if self.residency is not None:
+            self.residency.restore(index)
 
     @torch.no_grad()
     def inputs(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
@@ -121,6 +175,8 @@ class Replay:
 
         overrides: tensors to take in place of the model's parameters, by their name inside the model
         """
+        if self.residency is not None and not (overrides and self.residency.covered(index, overrides)):
+            self.residency.need(index)
         layer = self.layers[index]
         call = self._with_passed(index, hidden, call)
         args = (hidden, *call.args)
@@ -179,9 +235,19 @@ class Replay:
             inputs = {"input_ids": ids.to(self.device), "use_cache": False}
             return functional_call(self.model, overrides or {}, (), inputs).logits
 
-    @torch.no_grad()
     def verify(self, ids: Tensor) -> None:
-        """Compares a replay of token ids [B, S] with the model's own forward. Raises UserError when they differ."""
+        """Compares a replay of token ids [B, S] with the model's own forward. Raises UserError when they differ.
+
+        What is compared is code, not weights: where memory does not hold all layers, one of each kind stands in.
+        """
+        if self.residency is None:
+            self._verify(ids)
+            return
+        with self.residency.all() if self.residency.fits() else self.residency.alike():
+            self._verify(ids)
+
+    @torch.no_grad()
+    def _verify(self, ids: Tensor) -> None:
         expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
         self._check_arithmetic(ids)
         hidden, calls = self.inputs(ids)

@@ -164,6 +164,11 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes: its few parameters are trained with routers."""
+    return "norm" in type(module).__name__.lower()
+
+
 def _senses(path: str) -> bool:
     return any(word in path for word in SENSES)
 

@@ -2,7 +2,8 @@
 
 For each column in turn (Frantar et al., arXiv:2210.17323): round it to its group's grid, then spread the rounding
 error over the columns still to come, in proportion to the rows of the Cholesky factor of the inverse Hessian. Rows are
-independent given the factor, and so are experts and widths: all of them go through one loop over columns.
+independent given the factor, and so are experts and widths: all of them go through one loop over columns. On a GPU
+that loop is inside a kernel (``gptq_kernel``).
 
 Shapes: W widths, E experts, R rows, C columns, G group size.
 """
@@ -52,11 +53,17 @@ def gptq_mixed(
 
 def _gptq(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
     """``highest`` [W or 1, E or 1]: the highest code of each matrix."""
+    if weight.is_cuda:
+        from gemq.quant.gptq_kernel import quantize  # needs triton, which comes with torch for CUDA
+
+        every = highest.expand(len(highest), len(weight))
+        return quantize(weight, upper, every, group_size, latents)
     with _one_thread(weight.device):
         return _column_loop(weight, upper, highest.unsqueeze(2), group_size, latents)
 
 
 def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
+    """The plain loop: for CPUs, and what ``gptq_kernel`` is tested against. ``highest`` [W, E or 1, 1]."""
     experts, rows, columns = weight.shape
     lowest = highest.new_zeros(())
     w = weight.float().expand(len(highest), experts, rows, columns).clone()

@@ -32,3 +32,11 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     codes = q.codes.reshape(*q.codes.shape[:-1], groups, columns // groups).float()
     w = torch.addcmul(q.offsets.float().unsqueeze(-1), codes, q.scales.float().unsqueeze(-1))
     return w.reshape(q.codes.shape).to(dtype)
+
+
+def dequantize_each(q: Quantized, dtype: torch.dtype) -> Tensor:
+    """``dequantize`` of matrices [E, R, C], one at a time: in float32 all at once may be larger than all else."""
+    weight = torch.empty(q.codes.shape, dtype=dtype, device=q.codes.device)
+    for one, *parts in zip(weight, *q, strict=True):
+        one.copy_(dequantize(Quantized(*parts)))
+    return weight

@@ -10,39 +10,74 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemq.ranks import Ranks, ShardedSum
+
+BLOCK = 128
+"""Columns that ``factorize`` takes at once on a GPU."""
+
 
 class Moments:
     """Sums of x x^T and counts for E matrices with C input columns, in float32.
 
-    sums:   [E, C, C] float32
+    sums:   [E, C, C] float32; what they are of all rows, ``finish`` says
     counts: [E] int64, rows added
     """
 
     def __init__(self, experts: int, columns: int, device: torch.device):
         self.sums = torch.zeros(experts, columns, columns, device=device)
         self.counts = torch.zeros(experts, dtype=torch.int64, device=device)
+        self._shards, self._closed = ShardedSum(), 0
 
     def add(self, rows: Tensor, counts: list[int]) -> None:
         """Adds rows [P, C] sorted by expert, ``counts`` rows of each."""
+        added = torch.tensor(counts).to(self.counts.device, non_blocking=True)
+        self.counts += added
+        if rows.is_cuda and rows.dtype != torch.float32:
+            from gemq.quant import gram_kernel  # triton comes with torch for CUDA, not for CPUs
+
+            gram_kernel.add(self.sums, rows, added.cumsum(0))
+            return
         for e, x in enumerate(rows.split(counts)):
             if len(x):
                 x = x.float()
                 self.sums[e].addmm_(x.T, x)
-        self.counts += torch.tensor(counts, device=self.counts.device)
 
-    def hessians(self, shrink: float) -> Tensor:
+    def close(self, shards: int) -> None:
+        """Ends a shard, this rank's number ``shards`` counted from 1: the next rows are added up apart (see ``ranks``).
+
+        The last shard is ended by ``finish``.
+        """
+        for _ in range(shards - self._closed):  # several, if no rows came before
+            self._shards.add([self.sums])
+            self.sums = torch.zeros_like(self.sums)
+        self._closed = shards
+
+    def finish(self, ranks: Ranks) -> None:
+        """Adds up all shards of all ranks."""
+        if self._closed:
+            self._shards.add([self.sums])
+            (self.sums,) = self._shards.total()
+        ranks.add_up(self.sums, self.counts)
+        if self.sums.is_cuda:
+            from gemq.quant import gram_kernel
+
+            gram_kernel.mirror(self.sums)
+
+    def hessians(self, shrink: float, experts: slice = slice(None)) -> Tensor:
         """Mean second moments [E, C, C], each mixed with the layer's mean as if it had ``shrink`` * mean n more tokens.
 
         An expert that saw no token gets the layer's mean alone. With no token in the whole layer: the identity.
+        ``experts`` picks those that are wanted.
         """
+        sums = self.sums[experts]
         total = self.counts.sum()
         if total == 0:
-            return torch.eye(self.sums.shape[-1], device=self.sums.device).expand_as(self.sums).clone()
+            return torch.eye(sums.shape[-1], device=sums.device).expand_as(sums).clone()
         mean = self.sums.sum(0) / total
         extra = shrink * total / len(self.counts)
-        counts = self.counts.view(-1, 1, 1)
+        counts = self.counts[experts].view(-1, 1, 1)
         extra = torch.where(counts > 0, extra, torch.ones_like(extra))
-        return (self.sums + extra * mean) / (counts + extra)
+        return (sums + extra * mean) / (counts + extra)
 
 
 class Factor(NamedTuple):
@@ -63,23 +98,19 @@ def factorize(hessians: Tensor, damping: float) -> Factor:
     matrix is multiplied by ten until it is not; such matrices are counted. Inputs that are always zero get a diagonal
     of one, so that their weights are simply rounded.
     """
-    h = hessians.clone()
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    dead = diagonal <= 0
-    diagonal[dead] = 1.0
+    diagonal = torch.where(diagonal <= 0, torch.ones_like(diagonal), diagonal)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    pending = torch.arange(len(h), device=h.device)
-    upper = torch.empty_like(h)
+    pending = torch.arange(len(hessians), device=hessians.device)
+    upper = torch.empty_like(hessians)
     retries = 0
     amount = max(damping, 1e-6)
     for attempt in range(12):
-        damped = h[pending] + amount * torch.diag_embed(mean[pending].expand(-1, h.shape[-1]))
-        # H = R R^T with R upper (a Cholesky factor of H read backwards), so R^-1 is the factor of the inverse
-        reverse, failed = torch.linalg.cholesky_ex(damped.flip(-1, -2))
-        identity = torch.eye(h.shape[-1], device=h.device).expand_as(damped)
-        inverse = torch.linalg.solve_triangular(reverse.flip(-1, -2), identity, upper=True)
-        bad = (failed != 0) | ~torch.isfinite(inverse).flatten(1).all(1)
+        damped = hessians[pending]
+        damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal[pending] + amount * mean[pending])
+        inverse, failed = _in_blocks(damped) if damped.is_cuda else _at_once(damped)
+        bad = failed | ~torch.isfinite(inverse).flatten(1).all(1)
         upper[pending[~bad]] = inverse[~bad]
         pending = pending[bad]
         if not len(pending):
@@ -88,3 +119,34 @@ def factorize(hessians: Tensor, damping: float) -> Factor:
             retries = len(pending)
         amount *= 10
     raise ArithmeticError("a Hessian is not finite: the model's activations overflow; try --dtype float32")
+
+
+def _at_once(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factors of the inverses of h [E, C, C], and which of them failed [E]."""
+    # H = R R^T with R upper (a Cholesky factor of H read backwards), so R^-1 is the factor of the inverse
+    reverse, failed = torch.linalg.cholesky_ex(h.flip(-1, -2))
+    identity = torch.eye(h.shape[-1], device=h.device).expand_as(h)
+    return torch.linalg.solve_triangular(reverse.flip(-1, -2), identity, upper=True), failed != 0
+
+
+def _in_blocks(h: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """As ``_at_once``, of which only blocks on the diagonal are left and the rest is batched products.
+
+    On a GPU the libraries' batched factorizations are made for small matrices. Overwrites h.
+    """
+    columns = h.shape[-1]
+    inverse = torch.zeros_like(h)
+    failed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    for start in reversed(range(0, columns, size)):
+        stop = min(start + size, columns)
+        here, before, after = slice(start, stop), slice(0, start), slice(stop, columns)
+        block, wrong = _at_once(h[:, here, here])  # what is left of H here; R^-1's block
+        failed |= wrong
+        inverse[:, here, here] = block
+        # the block's rows right of it: R^-1 R = 1 solved for them
+        inverse[:, here, after] = -(block @ h[:, here, after]) @ inverse[:, after, after]
+        # R's columns above the block, and what they explain of the rest of H
+        panel = h[:, before, here] @ block.mT
+        h[:, before, here] = panel
+        h[:, before, before].baddbmm_(panel, panel.mT, alpha=-1)
+    return inverse, failed

@@ -21,6 +21,10 @@ MARGIN = 0.4
 """How far a latent may lie outside the codes: less than a rounding, so that it can always come back."""
 
 
+BETAS, EPS = (0.9, 0.95), 1e-8
+"""Of AdamW, everywhere."""
+
+
 class TrainableMatrices:
     """E matrices on their grids, trainable.
 

@@ -1,0 +1,64 @@
+"""Is ``gemq plan`` right? A stage's expected seconds and bytes beside those of a real job on this machine.
+
+    python benchmarks/plan.py MODEL [--effort low] [--windows 40] [--window 512] [--calib FILE ...] [--keep DIR]
+
+One row per stage in results/plan.csv: planned and measured seconds, and the peak memory of the whole job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from gemq.models.source import Source, pick_device
+from gemq.pipeline import quantize
+from gemq.plan import plan
+from gemq.recipe import Recipe
+from record import RESULTS, append, environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--effort", default="low")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--calib", action="append", default=[])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "plan.csv")
+    args = parser.parse_args()
+    flags = {"effort": args.effort, "windows": args.windows, "window": args.window, "bits": 2.0}
+    recipe = Recipe.from_yaml(args.recipe, {**flags, **({"calib": args.calib} if args.calib else {})})
+    device = pick_device(args.device)
+    planned = plan(Source.resolve(args.model), recipe, device)
+    with tempfile.TemporaryDirectory() as directory:
+        result = quantize(args.model, recipe, out=Path(directory) / "out", device=args.device)
+    seconds = {name: cost["seconds"] for name, cost in result.stages.items()}
+    tries = len(result.guard.get("tried", []))
+    seconds["all"] = sum(seconds.values())
+    peak = "peak_gpu_bytes" if device.type == "cuda" else "peak_host_bytes"
+    held = max(cost[peak] for cost in result.stages.values())
+    beside = 0 if device.type == "cuda" else planned.host_bytes
+    for name, measured in seconds.items():
+        expected = planned.seconds.get(name, 0.0) if name != "all" else sum(planned.seconds.values())
+        row = {
+            "model": Path(args.model).name,
+            "effort": args.effort,
+            "tokens": planned.tokens,
+            "stage": name,
+            "planned_s": expected,
+            "measured_s": measured,
+            "planned_gb": (planned.quickest_bytes + beside) / 1e9 if name == "all" else "",
+            "measured_gb": held / 1e9 if name == "all" else "",
+            "guard_tries": tries,
+            **environment(),
+        }
+        append(args.csv, row)
+        print(f"{name:22} planned {expected:8.1f} s, measured {measured:8.1f} s", flush=True)
+    print(f"memory: planned {(planned.quickest_bytes + beside) / 1e9:.3f} GB, measured {held / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()

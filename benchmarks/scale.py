@@ -1,0 +1,231 @@
+"""What does a whole job take at a model's true size? Prints a table and appends one CSV row a stage.
+
+    python benchmarks/scale.py olmoe [--layers 4] [--job low] [--gpu-memory 24GB] [--host-memory 24GB]
+
+Random bfloat16 weights of the true shapes, written once as the family stores them (an expert a tensor); shuffled words
+of the built-in texts in 128 windows of 2048. ``low`` is the ladder of 1, 2 and 3 bits, scores, allocation and refine;
+``defaults`` is everything, as the goals in docs/speed.md have it: as many tokens again that the model writes itself, 1,
+ternary, 2 and 3 bits, two epochs for ladder and layers, one of distillation, guard. ``routers`` quantizes as ``low``
+and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
+stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+
+import gemq
+from gemq.assets import builtin_model, builtin_texts
+from gemq.checkpoint.names import hub_state
+from gemq.models.structure import find_structure
+from gemq.progress import Monitor
+from gemq.recipe import Recipe, parse_size
+from record import RESULTS, append, environment
+from shapes import MIXTRAL, OLMOE, SMALL, STD
+
+FILE = RESULTS / "scale.csv"
+ENDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "dtype": "bfloat16"}
+QWEN3 = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "olmoe": (OlmoeConfig, OLMOE),
+    "mixtral": (MixtralConfig, MIXTRAL),
+    "qwen3-30b": (Qwen3MoeConfig, QWEN3),
+    "small": (OlmoeConfig, SMALL),  # to try the script out
+}
+POWERS = {"load": 0, "allocate": 0, "sensitivity": 2}
+"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it.
+Windows do not grow where the model writes none."""
+JOBS: dict[str, dict[str, Any]] = {
+    "low": {"effort": "low", "widths": (1, 2, 3), "guard": False},
+    "routers": {
+        "effort": "low",
+        "widths": (1, 2, 3),
+        "guard": False,
+        "distil_epochs": 1,
+        "distil_loss": "next_token",
+        "distil_sets": ("routers",),
+    },
+    "defaults": {"effort": "medium", "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+}
+
+
+def write_model(shape: str, layers: int, out: Path) -> None:
+    """A checkpoint of random weights, a file a layer, four written at a time."""
+    kind, values = SHAPES[shape]
+    config = kind(**{**values, "num_hidden_layers": layers}, **ENDS)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config.save_pretrained(partial)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(builtin_model() / name, partial / name)
+    left = dict(model.state_dict())
+    parts = []
+    for layer in find_structure(model).layers:
+        parts.append({name: left.pop(name) for name in list(left) if name.startswith(f"{layer.path}.")})
+
+    def write(numbered: tuple[int, dict[str, Tensor]]) -> dict[str, str]:
+        number, part = numbered
+        file = f"model-{number:05d}.safetensors"
+        tensors = hub_state(model, _random(part, number))
+        _write_tensors(partial / file, tensors)
+        return dict.fromkeys(tensors, file)
+
+    with ThreadPoolExecutor(4) as pool:
+        index = {name: file for files in pool.map(write, enumerate([*parts, left])) for name, file in files.items()}
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    partial.rename(out)
+
+
+def _random(part: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Weights of the given shapes, on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    made = {name: torch.empty(like.shape, dtype=torch.bfloat16, device=device) for name, like in part.items()}
+    for tensor in made.values():
+        tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(std=STD, generator=generator)
+    return {name: tensor.cpu() for name, tensor in made.items()}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of bfloat16 tensors; other threads run meanwhile, as they do not under ``save_file``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def write_text(path: Path, words: int) -> None:
+    """Shuffled words of the built-in texts."""
+    known = " ".join(file.read_text(encoding="utf-8") for file in builtin_texts()).split()
+    draw = random.Random(0)
+    path.write_text(" ".join(draw.choice(known) for _ in range(words)), encoding="utf-8")
+
+
+def recipe(job: str, windows: int, window: int, text: Path) -> Recipe:
+    tokens = 2 * windows * window if job == "defaults" else 0
+    return Recipe(windows=windows, window=window, calib=(str(text),), total_tokens=tokens, **JOBS[job])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer than the model has; the rest is extrapolated")
+    parser.add_argument("--job", default="low", choices=JOBS)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--changes", nargs="*", default=[], help="recipe keys, such as guard=false total_tokens=0")
+    parser.add_argument("--gpu-memory")
+    parser.add_argument("--host-memory")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dir", type=Path, default=Path("/tmp/scale"))
+    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--keep", action="store_true", help="keep the result and the work directory")
+    args = parser.parse_args()
+
+    true_layers = SHAPES[args.shape][1]["num_hidden_layers"]
+    layers = args.layers or true_layers
+    model = args.dir / f"{args.shape}-{layers}"
+    if not model.exists():
+        write_model(args.shape, layers, model)
+    text = args.dir / f"text-{args.windows * args.window}.txt"
+    if not text.exists():
+        write_text(text, round(1.1 * args.windows * args.window))  # two tokens a word: as many again may be asked for
+    chosen = recipe(args.job, args.windows, args.window, text)
+    if args.changes:
+        values = dict(change.split("=") for change in args.changes)
+        chosen = Recipe.from_dict({**chosen.to_dict(), **{k: _plain(v) for k, v in values.items()}})
+    out = args.dir / f"{args.shape}-{layers}-{args.job}-{args.gpu_memory or 'free'}"
+    for path in (out, out.with_name(out.name + ".work")):
+        shutil.rmtree(path, ignore_errors=True)
+    result = gemq.quantize(
+        str(model),
+        chosen,
+        out=out,
+        device=args.device,
+        gpu_memory=parse_size(args.gpu_memory) if args.gpu_memory else None,
+        host_memory=parse_size(args.host_memory) if args.host_memory else None,
+        monitor=Monitor(),
+    )
+    table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.job}")
+    for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    common = {"shape": args.shape, "layers": layers, "job": args.job, "tokens": args.windows * args.window}
+    common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
+    powers = POWERS if "self" in result.windows else {**POWERS, "calibration windows": 0}
+    total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
+    for name, cost in [*result.stages.items(), ("all", None)]:
+        if cost is not None:
+            every = cost["seconds"] * (true_layers / layers) ** powers.get(name, 1)
+            row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
+            total["seconds"] += row[0]
+            total["all"] += row[1]
+            total["gpu"], total["host"] = max(total["gpu"], row[2]), max(total["host"], row[3])
+        else:
+            row = (total["seconds"], total["all"], int(total["gpu"]), int(total["host"]))
+        table.add_row(name, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{row[2] / 1e9:.2f}", f"{row[3] / 1e9:.2f}")
+        names = ("seconds", "seconds_all_layers", "peak_gpu_bytes", "peak_host_bytes")
+        waited = {f"waited_{place.split()[0]}_bytes": count for place, count in result.waited.items()}
+        cells = {**common, "stage": name, **dict(zip(names, row, strict=True)), **waited}
+        append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
+    Console().print(table)
+    Console().print({name: count for name, count in result.fallbacks.items() if count}, result.gains)
+    if args.job != "defaults":
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "gemq", "export", str(result.work), "-o", f"{out}-other", "--bits", "2.5"]
+        subprocess.run([*command, "--device", args.device, "--quiet"], check=True)
+        seconds = time.perf_counter() - begin
+        Console().print(f"another budget from the work directory, as a command of its own: {seconds:.1f} s")
+        cells = {**common, "stage": "export", "seconds": seconds, "seconds_all_layers": seconds * true_layers / layers}
+        append(args.out, {**cells, **environment()})
+        shutil.rmtree(f"{out}-other")
+    if not args.keep:
+        for path in (out, out.with_name(out.name + ".work")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _plain(text: str) -> Any:
+    return {"true": True, "false": False}.get(text, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Two GPUs against one of the same host: whole jobs, what they give, and a packed layer cut in two.
+
+    python benchmarks/two_gpus.py jobs [--effort low medium] [--layers 16] [--windows 128]
+    python benchmarks/two_gpus.py quality --model refmoe-olmoe-23m --texts TEXTS [--seeds 3]
+    python benchmarks/two_gpus.py tensor-parallel
+    (--small: shapes and windows to try the script out, two processes on a CPU)
+
+``jobs``: random weights of OLMoE-1B-7B's true shape, made on the machine; one process, then ``torchrun
+--nproc-per-node 2``, with the same text. A row a stage, one for the computing stages and one for the whole process from
+start to saved checkpoint; then how alike the two results are. ``quality``: defaults on a trained model, KL of both over
+seeds. ``tensor-parallel``: the experts of all layers at batch 1, each rank half of the intermediate size and one sum
+over ranks a layer, in a CUDA graph. Rows go to results/two_gpus.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from gemq.checkpoint.packing import PackedMatrix, unpack_codes
+from gemq.quant.widths import group_size_for
+from record import RESULTS, append, environment
+from scale import recipe, write_model, write_text
+from shapes import SHAPES, Shape, packed_model
+
+FILE = RESULTS / "two_gpus.csv"
+OUTSIDE = ("load", "allocate", "save")
+"""Stages that compute nothing which two ranks could share."""
+ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0"}  # NVLink multicast stays off
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", choices=("jobs", "quality", "tensor-parallel", "rank"))
+    parser.add_argument("--effort", nargs="+", default=["low", "medium"])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="directory for models and results; default: a temporary one")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--csv", type=Path, default=FILE)
+    args = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    if args.part == "rank":
+        time_experts(args)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        run = {"jobs": jobs, "quality": quality, "tensor-parallel": tensor_parallel}[args.part]
+        run(args, args.keep or Path(directory))
+
+
+def record(args: argparse.Namespace, what: str, name: str, one: float, two: float, unit: str) -> None:
+    ratio = one / two if two else 0.0
+    row = {"what": what, "name": name, "one": one, "two": two, "ratio": ratio, "unit": unit, **environment()}
+    append(args.csv, row)
+    print(f"{what}, {name}: one {one:.4g} {unit}, two {two:.4g} {unit}, ratio {ratio:.3g}", flush=True)
+
+
+# Whole jobs
+
+
+def command(ranks: int, *arguments: object) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+def quantize(ranks: int, model: Path, out: Path, *flags: object) -> tuple[dict[str, Any], float]:
+    """The figures of a job, and the seconds of the whole process."""
+    for path in (out, out.with_name(out.name + ".work")):
+        shutil.rmtree(path, ignore_errors=True)
+    figures = out.with_suffix(".json")
+    begin = time.perf_counter()
+    job = command(ranks, "-m", "gemq", "quantize", model, "-o", out, "-q", "--json", figures, *flags)
+    subprocess.run(job, check=True)
+    return json.loads(figures.read_text()), time.perf_counter() - begin
+
+
+def shape(args: argparse.Namespace) -> Shape:
+    if args.small:
+        return SHAPES["small-2.0"]
+    found = SHAPES["olmoe-1b-7b-2.0"]
+    return replace(found, changes={**found.changes, "num_hidden_layers": args.layers})
+
+
+def jobs(args: argparse.Namespace, directory: Path) -> None:
+    name = "small" if args.small else "olmoe"
+    model, text = directory / "model", directory / "words.txt"
+    windows, window = (8, 64) if args.small else (args.windows, 2048)
+    if not model.exists():
+        write_model(name, 4 if args.small else args.layers, model)
+    write_text(text, windows * window)
+    for effort in args.effort:
+        file = directory / f"{effort}.yaml"
+        keys = recipe(effort, windows, window, text).to_dict()
+        file.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
+        flags = ("--recipe", file, "--bits", 2, *(("--device", "cpu") if args.small else ()))
+        results = [quantize(ranks, model, directory / f"{effort}-{ranks}", *flags) for ranks in (1, 2)]
+        (one, whole_one), (two, whole_two) = results
+        stages = [{name: cost["seconds"] for name, cost in figures["stages"].items()} for figures in (one, two)]
+        for name in stages[0]:
+            record(args, f"job {effort}", name, stages[0][name], stages[1].get(name, 0.0), "s")
+        computing = [sum(s for name, s in found.items() if name not in OUTSIDE) for found in stages]
+        record(args, f"job {effort}", "computing stages", computing[0], computing[1], "s")
+        record(args, f"job {effort}", "whole process", whole_one, whole_two, "s")
+        record(args, f"job {effort}", "predicted cost", one["predicted_cost"], two["predicted_cost"], "")
+        alike(args, effort, directory, one["allocation"], two["allocation"])
+
+
+def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two: Any) -> None:
+    """Share of experts at the same width, and of equal codes among them."""
+    pairs = [(a, b) for rows in zip(one, two, strict=True) for a, b in zip(*rows, strict=True)]
+    record(args, f"job {effort}", "experts at the same width", 1.0, sum(a == b for a, b in pairs) / len(pairs), "")
+    from safetensors import safe_open
+
+    from gemq.inspect import inspect_checkpoint
+
+    outs = [directory / f"{effort}-{ranks}" for ranks in (1, 2)]
+    paths = [path for path, _ in inspect_checkpoint(outs[0]).layers]
+    tensors: list[dict[str, Any]] = []
+    for out in outs:
+        opened = [safe_open(file, "pt") for file in sorted(out.glob("*.safetensors"))]
+        tensors.append({name: file for file in opened for name in file.keys()})  # noqa: SIM118
+    equal = total = 0
+    for path, rows in zip(paths, zip(*([r for r in x if r] for x in (one, two)), strict=True), strict=True):
+        for e, (a, b) in enumerate(zip(*rows, strict=True)):
+            if a != b:
+                continue
+            for name in ("gate_up_proj", "down_proj"):
+                full = f"{path}.{e}.{name}"
+                found = [
+                    PackedMatrix(*(files[f"{full}.{p}"].get_tensor(f"{full}.{p}") for p in PackedMatrix._fields))
+                    for files in tensors
+                ]
+                columns = found[0].scales.shape[1] * group_size_of(found[0], a)
+                codes = [unpack_codes(m.codes, a, group_size_for(columns, 128)) for m in found]
+                equal += int((codes[0] == codes[1]).sum())
+                total += codes[0].numel()
+    record(args, f"job {effort}", "equal codes", 1.0, equal / max(total, 1), "")
+
+
+def group_size_of(matrix: PackedMatrix, width: float) -> int:
+    from gemq.quant.widths import bytes_per_group
+
+    each = matrix.codes.shape[1] // matrix.scales.shape[1]
+    return next(g for g in (128, 64, 32, 16) if bytes_per_group(width, g) == each)
+
+
+# What the results are worth
+
+
+def quality(args: argparse.Namespace, directory: Path) -> None:
+    """KL of one process and of two on a trained model, seed by seed."""
+    calibration = [flag for file in sorted(args.texts.glob("calib_*.txt")) for flag in ("--calib", file)]
+    texts = [flag for file in sorted(args.texts.glob("val_*.txt")) for flag in ("--text", file)]
+    for seed in range(args.seeds):
+        found = []
+        for ranks in (1, 2):
+            out = directory / f"seed{seed}-{ranks}"
+            quantize(
+                ranks, args.model, out, "--bits", 2, "--window", 512, "--windows", 130, "--seed", seed, *calibration
+            )
+            told = directory / "eval.json"
+            limits = ("--max-windows", 120, "-q", "--json", told)
+            subprocess.run(
+                command(1, "-m", "gemq", "eval", out, "--reference", args.model, *texts, *limits), check=True
+            )
+            found.append(json.loads(told.read_text())["mean_kl"])
+        record(args, "quality", f"KL, seed {seed}", found[0], found[1], "nats")
+
+
+# Tensor parallel
+
+
+def tensor_parallel(args: argparse.Namespace, directory: Path) -> None:
+    times = []
+    for ranks in (1, 2):
+        told = directory / "times.json"
+        flags = ["--small"] if args.small else []
+        subprocess.run(command(ranks, __file__, "rank", "--keep", told, "--layers", args.layers, *flags), check=True)
+        times.append(json.loads(told.read_text()))
+    for percentile in times[0]:
+        one, two = (t[percentile] for t in times)
+        record(args, "tensor parallel", f"experts of a layer, {percentile}", one, two, "us")
+
+
+def time_experts(args: argparse.Namespace) -> None:
+    """One rank of ``tensor_parallel``: microseconds of a layer's experts and the sum over ranks."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu" if args.small else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("gloo" if args.small else "nccl")
+    found = shape(args)
+    half = {"intermediate_size": found.changes["intermediate_size"] // ranks}
+    model = packed_model(replace(found, changes={**found.changes, **half}), device)
+    config = model.config
+    layers = [layer.mlp.experts for layer in model.model.layers]
+    draw = torch.Generator(device).manual_seed(1)  # the same on all ranks
+    x = torch.randn(1, config.hidden_size, device=device, dtype=torch.bfloat16, generator=draw)
+    chosen = [
+        torch.randperm(config.num_experts, device=device, generator=draw)[None, : config.num_experts_per_tok]
+        for _ in layers
+    ]
+    weights = torch.full((1, config.num_experts_per_tok), 0.125, device=device, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def step() -> torch.Tensor:
+        h = x
+        for experts, index in zip(layers, chosen, strict=True):
+            out = experts(h, index, weights)
+            if ranks > 1:
+                dist.all_reduce(out)
+            h = x + out
+        return h
+
+    replay: Any = step
+    if device.type == "cuda":
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replay = graph.replay
+    times = []
+    for _ in range(3 if args.small else 50):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(10):
+            replay()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) / 10 / len(layers) * 1e6)
+    if rank == 0:
+        spread = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        args.keep.write_text(json.dumps(dict(zip(("p20", "p50", "p80"), spread, strict=True))))
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Commands that use checkpoints: eval, generate, bench, inspect, and demo. Import torch only when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemq.cli_flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, numbers
+from gemq.errors import UserError
+from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    reference: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text file; may be repeated. Default: the built-in texts.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Perplexity, and how far a model is from its reference."""
+    check_json(json_file)
+    if window < 2:
+        raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
+    from gemq.evaluate import evaluate_paths
+    from gemq.summary import print_evaluation
+
+    values = evaluate_paths(
+        model,
+        reference=reference,
+        texts=text,
+        window=window,
+        max_windows=max_windows,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        monitor=make_monitor(quiet or to_stdout(json_file)),
+    )
+    if not print_json(json_file, values) and not quiet:
+        print_evaluation(make_console(), values)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: compile the layers after the first token; pays for long texts.")
+    ] = False,
+    dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Streams text that a model writes."""
+    quiet_libraries()
+    from gemq.evaluate import open_model
+    from gemq.generate import generate as write
+    from gemq.models.experts import use_fast_experts
+
+    opened = open_model(model, dtype, device, trust_remote_code)
+    if opened.contents is None:
+        use_fast_experts(opened.model)
+    write(
+        opened.model,
+        opened.tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=raw,
+        stream=True,
+        compile_layers=compiled,
+    )
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    batch: Annotated[str | None, typer.Option(help="Sequences decoded together (default 1,4,16; CPU: 1).")] = None,
+    prefill: Annotated[str | None, typer.Option(help="Prompt lengths (default 128,512,2048; CPU: 128).")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded a run (default 128; CPU: 16).")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers (on a GPU).")
+    ] = True,
+    dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Speed: decode, prefill and first token, beside what memory allows."""
+    check_json(json_file)
+    batches, prefills = numbers("--batch", batch), numbers("--prefill", prefill)
+    monitor = make_monitor(quiet or to_stdout(json_file))
+    from gemq.bench import bench_path
+    from gemq.summary import print_bench
+
+    values = bench_path(
+        model,
+        batches=batches,
+        prefills=prefills,
+        new_tokens=new_tokens,
+        compiled=compiled,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        monitor=monitor,
+    )
+    if not print_json(json_file, values) and not quiet:
+        print_bench(make_console(), values)
+
+
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
+    """What a packed checkpoint holds: widths, bytes, format."""
+    check_json(json_file)
+    from gemq.inspect import inspect_checkpoint
+    from gemq.summary import print_contents
+
+    contents = inspect_checkpoint(checkpoint)
+    if not print_json(json_file, contents.to_dict()):
+        print_contents(make_console(), contents)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the results.")] = Path("demo-out"),
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """The whole job on the built-in model: quantize, compare, write."""
+    check_json(json_file)
+    quiet_libraries()
+    from gemq.demo import run_demo
+
+    print_json(json_file, run_demo(out, device, make_console()))

@@ -1,0 +1,171 @@
+"""The size curve: what each budget over the ladder's range takes and predicts, from a work directory's scores.
+
+Only the allocation is solved, once for every point: neither weights nor the ladder are read. The scores are those
+around the full-precision model, as in an ``export`` without ``finish``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemq.allocate import Budget, Problem, allocate, smallest_budget
+from gemq.errors import UserError
+from gemq.files import replacing, write_text
+from gemq.models.source import configured_types
+from gemq.models.structure import Structure, find_structure
+from gemq.pipeline import recorded_job
+from gemq.quant.widths import nominal_bits
+from gemq.recipe import Recipe
+from gemq.sizes import linear_bytes, other_bytes
+from gemq.stages import Judged, layer_costs, layer_file, shape_problem
+from gemq.workdir import Stage, WorkDir
+
+STEP = 0.125
+"""Bits between two budgets of a curve."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One budget of ``bits`` nominal bits per expert weight, and what its allocation takes and predicts.
+
+    nominal_bits, stored_bits: that it uses per expert weight, without and with scales and offsets
+    expert_bytes:   of all experts
+    stored_bytes:   of the whole checkpoint's tensors
+    predicted_cost: sum of the chosen scores
+    uniform_cost:   the same for uniform widths within the budget
+    """
+
+    bits: float
+    nominal_bits: float
+    stored_bits: float
+    expert_bytes: int
+    stored_bytes: int
+    predicted_cost: float
+    uniform_cost: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``points`` in order of budget. ``original_bytes``: of the full-precision model."""
+
+    model: str
+    method: str
+    original_bytes: int
+    points: tuple[CurvePoint, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def size_curve(work: str | Path, method: str | None = None, step: float = STEP) -> Curve:
+    """The curve of a work directory of ``quantize``, in seconds.
+
+    method: ``global`` or ``layerwise``; None is the recipe's own if it goes by scores, else global
+    step:   bits between two budgets
+    Raises UserError when the directory holds no complete scores.
+    """
+    with WorkDir.existing(Path(work)) as directory:
+        source, recipe, _ = recorded_job(directory)
+        model = source.skeleton()
+        structure = find_structure(model)
+        problem = _scored_problem(directory, structure, recipe)
+    method = method or (recipe.allocate if recipe.allocate == "layerwise" else "global")
+    if method not in ("global", "layerwise"):
+        raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
+    stored = configured_types(model)
+    fixed = other_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
+    least = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
+    points = []
+    for bits in budgets(nominal_bits(problem.widths[0]), nominal_bits(problem.widths[-1]), step):
+        if bits < least:
+            continue
+        budget = Budget("bits", bits)
+        found = allocate(problem, budget, method, layer_rule=recipe.layer_rule, seed=recipe.seed)
+        uniform = allocate(problem, budget, "uniform", seed=recipe.seed)
+        points.append(
+            CurvePoint(
+                bits,
+                found.nominal_bits,
+                found.stored_bits,
+                found.stored_bytes,
+                fixed + found.stored_bytes,
+                found.predicted_cost,
+                uniform.predicted_cost,
+            )
+        )
+    original = sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters())
+    return Curve(str(source.path), method, original, tuple(points))
+
+
+def budgets(low: float, high: float, step: float) -> list[float]:
+    """Multiples of ``step`` between ``low`` and ``high``, and these two."""
+    inside = np.arange(np.floor(low / step) + 1, np.ceil(high / step)) * step
+    return [low, *(float(b) for b in inside), high] if high > low else [low]
+
+
+def write_curve(curve: Curve, directory: Path) -> list[Path]:
+    """Writes ``curve.csv`` and, where matplotlib is installed, ``curve.svg``. Returns what was written."""
+    text = io.StringIO()
+    rows = [asdict(point) for point in curve.points]
+    writer = csv.DictWriter(text, list(CurvePoint.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(directory / "curve.csv", text.getvalue())
+    written = [directory / "curve.csv"]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return written
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot()
+    sizes = [p.stored_bytes / 1e9 for p in curve.points]
+    axes.plot(sizes, [p.predicted_cost for p in curve.points], marker="o", label=f"allocated ({curve.method})")
+    axes.plot(sizes, [p.uniform_cost for p in curve.points], "--", color="gray", label="uniform widths")
+    for point, size in zip(curve.points, sizes, strict=True):
+        if point.bits % 0.5 == 0:
+            axes.annotate(f"{point.bits:g}", (size, point.predicted_cost), textcoords="offset points", xytext=(4, 6))
+    axes.set(
+        xlabel="checkpoint in GB (numbers: budget in bits per expert weight)", ylabel="predicted cost", yscale="log"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(directory / "curve.svg") as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return [*written, directory / "curve.svg"]
+
+
+def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Problem:
+    """The allocation problem with the costs of all calibration sources. Token counts, which it does not need, are 0."""
+    problem = shape_problem(structure, recipe)
+    measured = _complete(work, structure, "sensitivity") if recipe.rescale else None
+    judged = Judged(_complete(work, structure, "scores-*"), measured)
+    costs = [layer_costs(judged, i, recipe.smoothing) for i, _ in structure.moe_layers]
+    return Problem(
+        problem.widths,
+        problem.layer,
+        np.concatenate(costs),
+        problem.weights,
+        problem.bytes,
+        problem.counts,
+        problem.layers,
+    )
+
+
+def _complete(work: WorkDir, structure: Structure, name: str) -> Stage:
+    """The stage ``name``, around full precision, with a file for every layer."""
+    for recorded in sorted(work.path.glob(f"{name}/stage.json")):
+        stage = Stage(recorded.parent)
+        around = json.loads(recorded.read_text(encoding="utf-8")).get("around")
+        if not around and all(stage.has(layer_file(i)) for i, _ in structure.moe_layers):
+            return stage
+    raise UserError(
+        f"{work.path} holds no complete scores: go on with gemq quantize --resume, or make them with "
+        f"gemq export {work.path} -o OUT --allocate global"
+    )

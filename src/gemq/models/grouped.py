@@ -1,0 +1,60 @@
+"""Products of routed tokens with their experts' weights as one call: torch's grouped product on tensor cores.
+
+For bfloat16 on a GPU; ``experts`` has the plain loop for everything else. Nothing here waits for the GPU.
+Shapes: P pairs sorted by expert, E experts, R rows (outputs), C columns (inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ALIGNMENT = 8
+"""Rows and columns are multiples of this: 16 bytes."""
+
+
+def usable(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear`` takes x [P, C] and weight [E, R, C]."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype == weight.dtype == torch.bfloat16
+        and not any(size % ALIGNMENT for size in weight.shape[1:])
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x, weight.mT, offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_x = F.grouped_mm(gradient, weight, offs=ends) if ctx.needs_input_grad[0] else None
+        # rows of the result are the weight's: what trains the weight reads it in that order
+        of_weight = F.grouped_mm(gradient.mT, x, offs=ends) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, None
+
+
+def linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [P, C] and weight [E, R, C] -> [P, R], differentiable in both.
+
+    ends: [E] int32 on the device, where each expert's pairs end; the last is P
+    """
+    return _Linear.apply(x.contiguous(), weight, ends)
+
+
+def gate(module: Any, x: Tensor) -> Tensor:
+    """An experts module's gate, [P, 2 I] -> [P, I]: in one pass if it is the usual one."""
+    from gemq.kernels.gates import SILU, Gate, gate_of  # triton comes with torch for CUDA, not for CPUs
+    from gemq.kernels.pairs import silu_gate
+
+    return silu_gate(x) if gate_of(module) == Gate(SILU) else module._apply_gate(x)

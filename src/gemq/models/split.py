@@ -1,0 +1,120 @@
+"""A layer's experts over several ranks: each computes the routed pairs of its own, and all get every pair's output.
+
+What surrounds the experts every rank computes alike, so a step of training costs each rank its part of the experts and
+moves only pairs. The result is that of one rank to the bit, on a CPU: pairs are put together, never added up.
+
+Shapes: P routed pairs sorted by expert, H hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemq.models.structure import Experts
+from gemq.ranks import Ranks
+
+_SPLIT = "gemq_split"
+
+
+@dataclass(frozen=True)
+class Split:
+    """``count`` experts over ``ranks``; the weights that a module has meanwhile are those of this rank's experts."""
+
+    ranks: Ranks
+    count: int
+
+    @property
+    def own(self) -> slice:
+        """This rank's experts."""
+        return self.ranks.part(self.count)
+
+    def same(self, top_k_index: Tensor) -> Tensor:
+        """The routing [T, K] that all ranks take: on a GPU, roundings could give each its own."""
+        if top_k_index.device.type == "cpu":
+            return top_k_index
+        chosen = top_k_index.contiguous().clone()
+        self.ranks.overwrite(chosen, 0)
+        return chosen
+
+    def rows(self, counts: Sequence[int]) -> list[slice]:
+        """Each rank's pairs, of ``counts`` pairs of each expert."""
+        ends = [0, *itertools.accumulate(counts)]
+        return [slice(ends[part.start], ends[part.stop]) for part in self.ranks.parts(self.count)]
+
+    def take(self, pairs: Tensor, rows: list[slice]) -> Tensor:
+        """This rank's rows of ``pairs`` [P, H], which every rank has. Their gradients come from all ranks."""
+        return _Take.apply(pairs, self.ranks, rows)
+
+    def join(self, own: Tensor, rows: list[slice]) -> Tensor:
+        """All pairs [P, H] on every rank, from each rank's own. Every rank has the gradient of all."""
+        return _Join.apply(own, self.ranks, rows)
+
+
+def own_experts(model: Any, experts: Experts, ranks: Ranks) -> slice:
+    """This rank's of a layer's experts where they run on several ranks.
+
+    All of them where their class computes them itself (see ``checkpoint.adopt``): it stays whole on every rank.
+    """
+    adopted = hasattr(model.get_submodule(experts.path), "batched_rows")
+    return slice(0, experts.count) if adopted else ranks.part(experts.count)
+
+
+@contextmanager
+def split_experts(model: Any, experts: Experts | None, ranks: Ranks) -> Iterator[None]:
+    """Lets a layer run with the weights of ``own_experts`` alone, the others being those of the other ranks."""
+    if experts is None or own_experts(model, experts, ranks) == slice(0, experts.count):
+        yield
+        return
+    module = model.get_submodule(experts.path)
+    setattr(module, _SPLIT, Split(ranks, experts.count))
+    try:
+        yield
+    finally:
+        delattr(module, _SPLIT)
+
+
+def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Tensor) -> Tensor:
+    """Something [E, ...] of all experts, from each rank's ``own_experts``."""
+    if own_experts(model, experts, ranks) == slice(0, experts.count):
+        return ranks.broadcast(own, 0)
+    return ranks.join(own, experts.count)
+
+
+def split_of(module: Any) -> Split | None:
+    return getattr(module, _SPLIT, None)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, ranks: Ranks, rows: list[slice]) -> Tensor:
+        ctx.ranks, ctx.rows, ctx.pairs = ranks, rows, len(pairs)
+        return pairs[rows[ranks.rank]].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _joined(gradient, ctx.ranks, ctx.rows, ctx.pairs), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks, rows: list[slice]) -> Tensor:
+        ctx.ranks, ctx.rows = ranks, rows
+        return _joined(own, ranks, rows, rows[-1].stop)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.rows[ctx.ranks.rank]].contiguous(), None, None
+
+
+def _joined(own: Tensor, ranks: Ranks, rows: list[slice], pairs: int) -> Tensor:
+    whole = own.new_zeros(pairs, own.shape[1])
+    whole[rows[ranks.rank]] = own
+    ranks.fill(whole, rows)
+    return whole

@@ -1,0 +1,96 @@
+"""Sensitivity: what a layer's experts at one width cost the whole model, measured rather than estimated.
+
+Scores compare the experts of one layer well, and layers with each other less well: they are of first order, and a
+change deep in the model is worth less than one at its start that predicts as much. So for every layer and width the KL
+to the full-precision model is measured with that layer's experts at that width and all else as it was, on a few
+calibration windows, and scores are scaled to sum to it (``score.rescaled``).
+
+Shapes: N windows, W widths, S tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from gemq.batches import Batches
+from gemq.calibrate import Activations, advance
+from gemq.data.windows import Windows, from_parts
+from gemq.divergence import window_kl
+from gemq.job import Job
+from gemq.models.stream import Replay
+from gemq.progress import Tick
+from gemq.reconstruct import expert_overrides
+from gemq.score import ExpertWeights
+from gemq.stages import layer_file, rung_weights
+from gemq.workdir import Stage
+
+TOKENS = 16_384
+"""Tokens that are measured on, the same share from every calibration source."""
+
+
+@torch.no_grad()
+def layer_kl(
+    replay: Replay,
+    start: Activations,
+    rungs: Callable[[int], Iterable[ExpertWeights]],
+    tick: Tick,
+) -> dict[int, Tensor]:
+    """KL per token, float64 [W, N], by layer with experts: all experts of that layer at one width, all else exact.
+
+    start: the windows in front of the first layer; N is in their stored order
+    rungs: a layer's experts at every width
+    All measured models advance together, so that each layer is needed once.
+    """
+    layers = replay.structure.layers
+    exact = start.hidden.copy()
+    states: dict[int, list[Batches]] = {}
+    for i in replay.walk(range(len(layers))):
+        for changed in states.values():
+            for state in changed:
+                advance(replay, i, state, start.calls)
+        experts = layers[i].experts
+        if experts is not None:
+            states[i] = []
+            for weights in rungs(i):
+                states[i].append(exact.copy())
+                advance(replay, i, states[i][-1], start.calls, expert_overrides(replay.model, experts, weights))
+        advance(replay, i, exact, start.calls)
+        tick()
+    return {i: torch.stack([_in_order(replay, start, exact, s) for s in changed]) for i, changed in states.items()}
+
+
+def _in_order(replay: Replay, start: Activations, exact: Batches, state: Batches) -> Tensor:
+    kl = [window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)]
+    every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
+    return torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every)
+
+
+def measured_windows(windows: Windows, tokens: int = TOKENS) -> Windows:
+    """The first windows of every source, equally many, up to ``tokens`` in all; at least one of each."""
+    each = max(1, tokens // windows.window // len(windows.names))
+    parts = [windows.tokens[windows.source == i][:each] for i in range(len(windows.names))]
+    return from_parts(parts, windows.names, windows.tokens_available)
+
+
+def run_sensitivity(job: Job, replay: Replay, ladder: Stage) -> Stage:
+    """Every layer's KL at every width, by window: a file per layer with experts, and the windows' sources."""
+    stage = job.work.stage("sensitivity", job.sensitivity_inputs())
+    moe = [i for i, _ in replay.structure.moe_layers]
+    if all(stage.has(layer_file(i)) for i in moe):
+        return stage
+    windows = measured_windows(job.windows)
+    with job.monitor.stage("sensitivity", len(replay.structure.layers)) as tick:
+        start = Activations.start(replay, windows, job.recipe.batch_tokens, job.recipe.seed)
+
+        def rungs(index: int) -> Iterator[ExpertWeights]:
+            experts = replay.structure.layers[index].experts
+            assert experts is not None
+            return (rung_weights(job, replay, ladder, index, experts, w) for w in job.recipe.ladder_widths)
+
+        for i, kl in layer_kl(replay, start, rungs, tick).items():
+            if not stage.has(layer_file(i)):
+                stage.save_tensors(layer_file(i), {"kl": kl, "source": windows.source})
+    return stage

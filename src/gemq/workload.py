@@ -1,0 +1,329 @@
+"""What each stage of a job computes, counted from shapes and the recipe: the estimates of ``plan`` rest on it.
+
+Counts follow what the stages do (see each function). Knows structures and recipes; ``machine`` measures how fast a
+machine is. Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts a token, W widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemq.data.selfgen import batch_size
+from gemq.data.sources import SELF
+from gemq.footprint import experts_per_token
+from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
+from gemq.ladder import LINEAR_TOKENS
+from gemq.machine import Rates, measure
+from gemq.models.structure import Layer, Structure
+from gemq.quant.widths import group_size_for
+from gemq.recipe import Recipe
+from gemq.sensitivity import TOKENS as MEASURED
+
+GUARD_TRIES = 3
+"""Allocations that the guard is expected to look at: the one that scores make, and softer ones."""
+
+DENSE_PASSES = 45.0
+"""Numbers of a token's hidden size that a layer reads and writes beside its products: norms, residuals, rotations."""
+EXPERT_PASSES = 9.0
+"""The same for each routed pair, of the hidden and of the intermediate size."""
+DENSE_CALLS, EXPERT_CALLS = 150.0, 10.0
+"""PyTorch operations of one call of a layer, and those that each expert adds."""
+LOGIT_BYTES = 24.0
+"""Read and written for each logit by a softmax and what is made of it, in float32."""
+FIT_BYTES = 760.0
+"""Read and written for each weight by fitting a grid: six rounds of rounding and least squares."""
+COLUMN_BYTES, UPDATE_BYTES = 80.0, 16.0
+"""The same for rounding a column, and for each of the columns that its error then changes."""
+DEQUANTIZED_BYTES = 30.0
+TRAINED_BYTES = 150.0
+"""Read and written for each weight in a step of training: rounding, its gradient, AdamW."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of what takes time; the rates of ``machine`` have the same names."""
+
+    products: float = 0.0
+    bytes: float = 0.0
+    near: float = 0.0
+    calls: float = 0.0
+    draws: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(a * times for a in self._values()))
+
+    def seconds(self, rates: Rates) -> float:
+        """One after the other: an upper bound where they overlap."""
+        return sum(getattr(self, name) / getattr(rates, name) for name in Work.__dataclass_fields__)
+
+    def _values(self) -> tuple[float, ...]:
+        return self.products, self.bytes, self.near, self.calls, self.draws
+
+
+def total(parts: Iterable[Work]) -> Work:
+    return sum(parts, start=Work())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A job's counts.
+
+    hidden, vocabulary: of the model; ``per_token``: experts that a token chooses
+    window:   tokens per calibration window
+    itemsize: bytes of the compute type; ``windows_at_once``: that the model writes side by side
+    """
+
+    structure: Structure
+    recipe: Recipe
+    hidden: int
+    vocabulary: int
+    per_token: int
+    window: int
+    itemsize: int
+    windows_at_once: int
+
+    @classmethod
+    def of(cls, structure: Structure, recipe: Recipe, config: Any, window: int, dtype: torch.dtype) -> Workload:
+        """config: the model's; ``dtype`` in which it computes"""
+        text = config.get_text_config()
+        return cls(
+            structure,
+            recipe,
+            hidden=text.hidden_size,
+            vocabulary=text.vocab_size,
+            per_token=experts_per_token(text),
+            window=window,
+            itemsize=dtype.itemsize,
+            windows_at_once=batch_size(text, window),
+        )
+
+    def seconds(self, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+        """What each stage is expected to take on ``device``, which is measured for a second."""
+        experts = self.structure.moe_layers[0][1].experts
+        assert experts is not None
+        rates = measure(device, dtype, experts.matrices[0].rows, experts.matrices[0].columns)
+        return {name: work.seconds(rates) for name, work in self.stages().items()}
+
+    # Stages
+
+    def stages(self) -> dict[str, Work]:
+        """The stages of the job that the recipe asks for, in order, by the names that its bars have."""
+        r, layers = self.recipe, self.structure.layers
+        scored = r.allocate in ("global", "layerwise")
+        steps = max(1, len(r.progressive))
+        stages = {"calibration windows": self.generate(self._own_windows), "ladder": total(map(self.ladder, layers))}
+        if scored and r.rescale:
+            stages["sensitivity"] = self.sensitivity()
+        if scored:
+            stages["scores"] = (self.loss() + total(map(self.scores, layers))) * steps
+        if scored and r.guard and r.refine:
+            stages["guard windows"] = self.generate(OWN + PER_SOURCE * (SELF in r.calib))
+            stages["guard"] = self.guard()
+        if r.refine:
+            name = "reconstruct" if r.layer_epochs else "refine"
+            stages[name] = total(map(self.refine, layers)) * steps
+            if r.distil_epochs:
+                stages["distil"] = self.distil() * steps
+        return {name: work for name, work in stages.items() if work != Work()}
+
+    @property
+    def _own_windows(self) -> int:
+        """Windows that the model writes: its share of the sources', and those that the effort adds."""
+        r = self.recipe
+        of_sources = r.windows // len(r.calib) if SELF in r.calib else 0
+        return of_sources + (self.tokens - self.given_tokens) // self.window
+
+    def generate(self, windows: int) -> Work:
+        """``windows`` written token by token: a step reads all weights for one token of each window of a batch."""
+        if not windows:
+            return Work()
+        batches = -(-windows // self.windows_at_once)
+        steps, tokens = self.window * batches, windows * self.window
+        work = total(self.forward(x, tokens, self.window // 2, steps) for x in self.structure.layers)
+        weights = self.structure.total_parameters * self.itemsize
+        logits = tokens * self.vocabulary * LOGIT_BYTES
+        return work + self.head(tokens) + Work(bytes=logits, near=steps * weights, calls=40 * steps)
+
+    def ladder(self, layer: Layer) -> Work:
+        work = self.forward(layer, self.tokens) + self.moments(layer) + self.gptq(layer, self.widths)
+        epochs = self.recipe.ladder_epochs
+        if not epochs:
+            return work
+        if layer.linears and self.recipe.attention_bits < 16:
+            some = min(self.tokens, LINEAR_TOKENS) * epochs
+            dense = sum(x.rows * x.columns for x in layer.linears)
+            work += self.forward(layer, some) * 3 + self.train(dense, some / self.batch_tokens)
+        if layer.experts is None:
+            return work
+        steps, tokens = self._steps(epochs)
+        once = self.experts(layer, tokens, steps)
+        judged = self.experts(layer, self.tokens * self.recipe.held_out * 2, 2) * (1 + self.widths)
+        weights = layer.experts.count * layer.experts.weights_per_expert * self.widths
+        return work + once * (1 + 3 * self.widths) + judged + self.train(weights, steps)
+
+    def loss(self) -> Work:
+        """Logits, the gradient that goes back through them, and labels drawn from them."""
+        logits = float(self.tokens * self.vocabulary)
+        drawn = logits if self.recipe.score_labels == "sampled" else 0.0
+        return self.head(self.tokens) * 2 + Work(bytes=logits * 2 * LOGIT_BYTES, draws=drawn)
+
+    def scores(self, layer: Layer) -> Work:
+        """Forward, forward again and back; then every routed pair in full precision and at each width."""
+        work = self.forward(layer, self.tokens) * 3
+        if layer.experts is None:
+            return work
+        pairs = self.experts(layer, self.tokens, self.batches) * (1 + self.widths)
+        differences = self.tokens * self.per_token * self.widths * self.hidden * 16.0
+        return work + pairs + Work(bytes=differences) + self.dequantize(layer) * self.widths
+
+    def sensitivity(self) -> Work:
+        """Every layer at every width, all else exact: each such model runs from that layer to the end."""
+        tokens = float(min(MEASURED, self.given_tokens))
+        work, models = Work(), 0
+        for layer in self.structure.layers:
+            if layer.experts is not None:
+                models += self.widths
+                work += self.dequantize(layer) * self.widths
+            work += self.forward(layer, tokens) * (1 + models)
+        return work + (self.head(tokens * 2) + Work(bytes=2 * tokens * self.vocabulary * LOGIT_BYTES)) * models
+
+    def guard(self) -> Work:
+        """Candidates beside full precision: the allocation and uniform, softer ones, and each source left out."""
+        r = self.recipe
+        given = [name for name in r.calib if name != SELF]
+        windows = PER_SOURCE * len(r.calib) + OWN
+        draws = 1 if float(r.bits or 2.0).is_integer() else UNIFORM_SEEDS
+        passes = windows * (2 + draws + 2 * (GUARD_TRIES - 1)) + 2 * (GUARD_TRIES - 1) * PER_SOURCE * len(given)
+        tokens = passes * self.window
+        work = total(
+            self.forward(x, tokens) + self.dequantize(x) * (draws + GUARD_TRIES) for x in self.structure.layers
+        )
+        return work + self.head(tokens) + Work(bytes=tokens * self.vocabulary * LOGIT_BYTES)
+
+    def refine(self, layer: Layer) -> Work:
+        """GPTQ on the quantized model's activations, then training towards the full-precision layer's outputs."""
+        r = self.recipe
+        attends = r.attention_bits < 16 and any(x.kind == "attention" for x in layer.linears)
+        passes = 2 + attends + bool(r.layer_epochs or r.distil_epochs)
+        work = self.forward(layer, self.tokens) * passes + self.moments(layer) + self.gptq(layer, 1)
+        work += self.dequantize(layer)
+        if not r.layer_epochs:
+            return work
+        steps, tokens = self._steps(r.layer_epochs)
+        judged = self.forward(layer, self.tokens * r.held_out * 2)
+        return work + self.forward(layer, tokens) * 3 + judged + self.train(self._weights(layer), steps)
+
+    def distil(self) -> Work:
+        """Each step runs a layer forward, again for its gradient, and back; its experts are dequantized twice."""
+        steps, tokens = self._steps(self.recipe.distil_epochs)
+        judged = self.tokens * self.recipe.held_out * (1 + self.recipe.distil_epochs)
+        work = self.head(tokens * 3 + judged * 2) + Work(bytes=(tokens + judged) * self.vocabulary * 2.0 * LOGIT_BYTES)
+        for layer in self.structure.layers:
+            work += self.forward(layer, tokens) * 4 + self.forward(layer, judged) + self.dequantize(layer) * (3 * steps)
+        return work
+
+    # Parts
+
+    @property
+    def given_tokens(self) -> int:
+        """In windows of the sources."""
+        return self.recipe.windows * self.window
+
+    @property
+    def tokens(self) -> int:
+        """Of calibration, those that the effort adds included."""
+        added = -(-max(0, self.recipe.total_tokens - self.given_tokens) // self.window)
+        return self.given_tokens + added * self.window
+
+    @property
+    def batch_tokens(self) -> int:
+        return max(1, self.recipe.batch_tokens // self.window) * self.window
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of calibration."""
+        return -(-self.tokens // self.batch_tokens)
+
+    @property
+    def widths(self) -> int:
+        return len(self.recipe.ladder_widths)
+
+    def _steps(self, epochs: int) -> tuple[int, int]:
+        """Steps of training, and the tokens that they see."""
+        batches = self.batches - min(max(1, round(self.recipe.held_out * self.batches)), self.batches - 1)
+        return epochs * batches, epochs * batches * self.batch_tokens
+
+    def _weights(self, layer: Layer) -> int:
+        """Weights of a layer that are quantized."""
+        experts = layer.experts.count * layer.experts.weights_per_expert if layer.experts else 0
+        return experts + sum(x.rows * x.columns for x in layer.linears if self.recipe.attention_bits < 16)
+
+    def forward(self, layer: Layer, tokens: float, context: int | None = None, batches: float | None = None) -> Work:
+        """One layer on ``tokens`` tokens, each of which sees ``context`` others (default: a window)."""
+        batches = tokens / self.batch_tokens if batches is None else batches
+        dense = sum(x.rows * x.columns for x in layer.linears)
+        attends = any(x.kind == "attention" for x in layer.linears)
+        attention = 4.0 * self.hidden * (self.window if context is None else context) * attends
+        moved = DENSE_PASSES * self.hidden * self.itemsize
+        work = Work(tokens * (2.0 * dense + attention), tokens * moved, calls=DENSE_CALLS * batches)
+        return work + self.experts(layer, tokens, batches) if layer.experts else work
+
+    def experts(self, layer: Layer, tokens: float, batches: float) -> Work:
+        """The routed experts alone: gathering, two products, the gate, weighting and summing."""
+        assert layer.experts is not None
+        pairs = tokens * self.per_token
+        inside = layer.experts.matrices[1].columns
+        moved = EXPERT_PASSES * (self.hidden + inside) * self.itemsize
+        calls = batches * EXPERT_CALLS * layer.experts.count
+        return Work(2.0 * pairs * layer.experts.weights_per_expert, pairs * moved, calls=calls)
+
+    def head(self, tokens: float) -> Work:
+        """Logits."""
+        return Work(2.0 * tokens * self.hidden * self.vocabulary)
+
+    def moments(self, layer: Layer) -> Work:
+        """Second moments of what the matrices receive, the experts' intermediates computed once more."""
+        seen = {(x.path.rpartition(".")[2] in SAME_INPUT and "q_proj") or x.path: x.columns**2 for x in layer.linears}
+        work = Work(2.0 * self.tokens * sum(seen.values()) * (self.recipe.attention_bits < 16))
+        if layer.experts is None:
+            return work
+        first, down = layer.experts.matrices
+        pairs = self.tokens * self.per_token
+        products = 2.0 * (first.rows * first.columns + first.columns**2 + down.columns**2)
+        moved = 3.0 * (first.columns + first.rows + down.columns) * self.itemsize
+        calls = self.batches * EXPERT_CALLS * layer.experts.count
+        return work + Work(pairs * products, pairs * moved, calls=calls)
+
+    def gptq(self, layer: Layer, widths: int) -> Work:
+        """Every expert at ``widths`` widths and every dense linear at one."""
+        matrices = [(x.rows, x.columns, 1, 1) for x in layer.linears if self.recipe.attention_bits < 16]
+        if layer.experts:
+            matrices += [(m.rows, m.columns, layer.experts.count, widths) for m in layer.experts.matrices]
+        work = Work()
+        for rows, columns, count, times in matrices:
+            weights = float(rows * columns * count * times)
+            group = group_size_for(columns, self.recipe.group_size)
+            work += Work(near=weights * FIT_BYTES)
+            if self.recipe.quantizer == "gptq":  # after each column half of its group, on average, is updated
+                near = weights * (COLUMN_BYTES + group / 2 * UPDATE_BYTES)
+                factor = count * (4.0 / 3 * columns**3)
+                work += Work(factor + weights * columns, near=near, calls=columns * 16 + columns / group * 200)
+        return work
+
+    def dequantize(self, layer: Layer) -> Work:
+        """A layer's codes unpacked and multiplied out."""
+        return Work(bytes=self._weights(layer) * DEQUANTIZED_BYTES, calls=60)
+
+    def train(self, weights: float, steps: float) -> Work:
+        """Latents to weights, gradients back to them, and the optimizer: all weights at each step."""
+        return Work(bytes=weights * steps * TRAINED_BYTES, calls=100 * steps)
+
+
+SAME_INPUT = ("q_proj", "k_proj", "v_proj")

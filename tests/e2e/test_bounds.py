@@ -1,0 +1,77 @@
+"""Bounds of memory: they decide where layers and activations are, never what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import contents, gemq, least_bytes, make_tiny_model
+
+import gemq as library
+from gemq.assets import builtin_texts
+from gemq.models.reader import LayerReader
+from gemq.recipe import Recipe
+
+LOW = {"effort": "low", "windows": 8, "window": 32, "batch_tokens": 64, "widths": (1, 2, 3), "guard": False}
+TRAINED = {**LOW, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1}
+TEXT = {"calib": (str(builtin_texts()[0]),)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers, of which a bound of memory leaves room for two."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=5, vocab_size=512 + 3584)
+
+
+def job(model: Path, recipe: Recipe, out: Path, **how: Any) -> tuple[Any, dict[str, bytes]]:
+    result = library.quantize(str(model), recipe, out=out, device="cpu", **how)
+    made = {f"out/{n}": b for n, b in contents(out).items()}
+    return result, {**made, **{n: b for n, b in contents(out.with_name(f"{out.name}.work")).items() if n != "job.json"}}
+
+
+@pytest.mark.parametrize("keys", [LOW, TRAINED], ids=["low", "trained"])
+def test_a_bound_changes_no_byte(keys, model, tmp_path, monkeypatch):
+    """Nothing but two layers fits: each is read again whenever it is needed, activations lie in files."""
+    read: list[int] = []
+    monkeypatch.setattr(LayerReader, "read", _counted(LayerReader.read, read))
+    recipe = Recipe(**keys, **TEXT)
+    free, expected = job(model, recipe, tmp_path / "free")
+    assert free.waited == {"host memory": 0, "disk": 0}
+    often = len(read)
+    bound, found = job(model, recipe, tmp_path / "bound", host_memory=least_bytes(model, {**keys, **TEXT}))
+    assert bound.waited["disk"] > 0
+    assert len(read) - often > 2 * often
+    assert found == expected
+    assert not list(tmp_path.rglob(".waiting*"))
+
+
+def _counted(function: Any, seen: list[int]) -> Any:
+    def call(self: Any, index: int, *rest: Any) -> Any:
+        seen.append(index)
+        return function(self, index, *rest)
+
+    return call
+
+
+def test_a_bound_that_cannot_hold_is_refused_with_one_that_can(model, tmp_path):
+    text = builtin_texts()[0]
+    flags = ("--effort", "low", "--windows", "8", "--window", "32", "--calib", text)
+    ran = gemq("quantize", model, "-o", tmp_path / "out", *flags, "--host-memory", "4MB", "--device", "cpu")
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
+    assert "give at least --host-memory" in ran.err
+    assert not list(tmp_path.iterdir())
+    enough = ran.err.split()[-1]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("guard: false\n")
+    again = gemq("quantize", model, "-o", tmp_path / "out", *flags, "--recipe", recipe, "--host-memory", enough)
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("flags", [("--gpu-memory", "1GB"), ("--host-memory", "90TB"), ("--host-memory", "much")])
+def test_bounds_that_make_no_sense_are_refused(flags, model, tmp_path):
+    ran = gemq("quantize", model, "-o", tmp_path / "out", *flags, "--device", "cpu")
+    assert ran.code == 2
+    assert ran.err.startswith(f"gemq: {flags[0]}")
+    assert ran.err.count("\n") == 1

@@ -1,0 +1,100 @@
+"""Several processes under torchrun: the bytes of one, a killed rank, one line for a mistake."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import contents, gemq
+
+RECIPE = """
+effort: low
+total_tokens: 700
+windows: 12
+window: 32
+batch_tokens: 64
+ladder_epochs: 1
+layer_epochs: 1
+distil_epochs: 1
+"""
+
+
+def launched(*arguments: object) -> subprocess.Popen[str]:
+    """``torchrun --nproc-per-node 2 -m gemq ARGUMENTS`` on the CPU."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gemq"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*run, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def ours(told: str) -> list[str]:
+    """What gemq wrote among torchrun's own lines."""
+    return [line for line in told.splitlines() if line.startswith("gemq: ")]
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Process ids of the ranks that a launcher has started."""
+    found = {}
+    for directory in Path("/proc").iterdir():
+        try:
+            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher:
+                environment = dict(e.partition("=")[::2] for e in (directory / "environ").read_text().split("\0"))
+                found[int(environment["RANK"])] = int(directory.name)
+        except (KeyError, OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    job = ("quantize", tiny_model, "--bits", 2, "--recipe", tmp_path / "r.yaml", "--device", "cpu", "-q")
+    one, two = tmp_path / "one", tmp_path / "two"
+    ran = gemq(*job, "-o", one)
+    assert ran.code == 0, ran.err
+
+    process = launched(*job, "-o", two)
+    first = tmp_path / "two.work" / "ladder" / "layer-000.safetensors"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    begin = time.monotonic()
+    told = process.communicate(timeout=60)[1]
+    assert time.monotonic() - begin < 30
+    assert process.returncode != 0
+    assert len(ours(told)) == 1, told
+    assert "process" in ours(told)[0]
+    assert "--resume" in ours(told)[0]
+    assert not two.exists()
+
+    process = launched(*job, "-o", two, "--resume")
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, told
+    assert contents(two) == contents(one)
+    works = [contents(out.with_name(out.name + ".work")) for out in (one, two)]
+    assert works[0] == works[1]
+
+    # what two began, one can end
+    shutil.rmtree(two)
+    for directory in (tmp_path / "two.work").glob("refined-*"):
+        (directory / "layer-001.safetensors").unlink()
+    ran = gemq(*job, "-o", two, "--resume")
+    assert ran.code == 0, ran.err
+    assert contents(two) == contents(one)
+
+
+def test_a_mistake_is_told_once(tiny_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    process = launched("quantize", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert len(ours(told)) == 1, told
+    assert "exists" in ours(told)[0]

@@ -1,0 +1,115 @@
+"""The kernel that takes a training step, against the plain matrices under torch's AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreted import DEVICE
+from torch import Tensor
+
+from gemq.quant.fused import FusedMatrices, Rates, decoded, encoded
+from gemq.quant.gptq import highest_codes
+from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.trainable import TrainableMatrices
+from gemq.reconstruct import Training
+
+torch.set_num_threads(1)
+WIDTHS = (1, 2, 3)
+STEPS = 12
+ROWS, COLUMNS, GROUP = 6, 96, 32
+
+
+def start(seed: int = 0) -> tuple[Quantized, Tensor, Tensor]:
+    """Grids, latents that round to their codes, and highest codes of three matrices of different widths."""
+    generator = torch.Generator().manual_seed(seed)
+    highest = highest_codes(WIDTHS, torch.device("cpu"))
+    codes = (torch.rand(3, ROWS, COLUMNS, generator=generator) * (highest.view(-1, 1, 1) + 1)).floor()
+    jitter = (torch.rand(codes.shape, generator=generator) - 0.5) * 0.9
+    grid = [torch.rand(3, ROWS, COLUMNS // GROUP, generator=generator).add(0.5).half() for _ in range(2)]
+    return Quantized(codes.to(torch.uint8), grid[0], -grid[1]), codes + jitter, highest
+
+
+def target(seed: int = 1) -> Tensor:
+    return torch.randn(3, ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
+
+
+def trained_plainly(by_range: bool) -> TrainableMatrices:
+    q, latents, highest = start()
+    matrices = TrainableMatrices(q, highest, latents, by_range)
+    assert matrices.latents is not None
+    optimizer = Training(1, 2e-2, 3e-3, 0.0, 0.1, 0).optimizer([matrices.latents], matrices.grids())
+    for number in range(STEPS):
+        loss = (matrices.weight() - target()).square().sum()
+        optimizer.step(loss * (1 + number % 3), 50, 1000)
+        matrices.keep_in_range()
+    return matrices
+
+
+def trained_fused(by_range: bool, fixed: bool, compute: torch.dtype = torch.float32) -> FusedMatrices:
+    q, latents, highest = start()
+    if fixed:
+        latents = encoded(latents, highest.view(-1, 1, 1))
+    q = Quantized(*(t.to(DEVICE) for t in q))
+    matrices = FusedMatrices(q, highest.to(DEVICE), latents.to(DEVICE), compute, by_range)
+    assert torch.equal(matrices.weight().detach(), dequantize(q, compute))
+    for number in range(STEPS):
+        ((matrices.weight().float() - target().to(DEVICE)).square().sum() * (1 + number % 3)).backward()
+        matrices.step(Rates(2e-2, 3e-3, number + 1))
+        matrices.keep_in_range()
+        assert matrices.leaf.grad is None
+    return matrices
+
+
+@pytest.mark.parametrize("by_range", [False, True])
+def test_steps_are_adamws(by_range):
+    plain, fused = trained_plainly(by_range), trained_fused(by_range, fixed=False)
+    assert plain.latents is not None
+    expected = (plain.latents / plain.unit).detach()
+    assert (expected - start()[1]).abs().max() > 0.05
+    torch.testing.assert_close(fused.state.latents.cpu(), expected, rtol=0, atol=2e-4)
+    for ours, theirs in zip(fused.state.changes, plain.grids(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.detach(), rtol=0, atol=1e-5)
+    found, wanted = (Quantized(*(t.cpu() for t in m.result())) for m in (fused, plain))
+    assert (found.codes == wanted.codes).float().mean() > 0.995
+    torch.testing.assert_close(found.scales, wanted.scales, rtol=2e-3, atol=0)
+    torch.testing.assert_close(fused.weight().detach().cpu(), dequantize(found))
+
+
+def test_sixteen_bits_are_close_to_float32():
+    """Latents to parts of 1e-4 of their range, moments to 2^-9: far less than what a step moves."""
+    exact, fused = trained_fused(True, fixed=False), trained_fused(True, fixed=True)
+    assert fused.state.latents.dtype == torch.int16
+    assert {t.dtype for t in fused.state.moments} == {torch.bfloat16}
+    highest = fused.highest.view(-1, 1, 1)
+    difference = (decoded(fused.state.latents, highest) - exact.state.latents).abs()
+    moved = (exact.state.latents.cpu() - start()[1]).abs().mean()
+    assert difference.mean().cpu() < 0.02 * moved
+    assert (fused.result().codes == exact.result().codes).float().mean() > 0.99
+
+
+def test_steps_smaller_than_a_part_count_on_average():
+    codes = torch.ones(1, 64, 32, dtype=torch.uint8, device=DEVICE)
+    grid = torch.ones(1, 64, 1, dtype=torch.float16, device=DEVICE)
+    highest = torch.full((1,), 3.0, device=DEVICE)
+    matrices = FusedMatrices(Quantized(codes, grid, grid), highest, encoded(codes.float(), highest), torch.float32)
+    part = 3.8 / 65535
+    before = decoded(matrices.state.latents, highest).mean().item()
+    for number in range(20):
+        matrices.weight().sum().backward()
+        matrices.step(Rates(part / 10, 0.0, number + 1), seed=3)
+    moved = before - decoded(matrices.state.latents, highest).mean().item()
+    assert moved == pytest.approx(2 * part, rel=0.1)  # Adam's steps of equal gradients are the rate
+
+
+def test_latents_stay_in_range_in_bfloat16():
+    q, latents, highest = start()
+    q = Quantized(*(t.to(DEVICE) for t in q))
+    fixed = encoded(latents, highest.view(-1, 1, 1)).to(DEVICE)
+    matrices = FusedMatrices(q, highest.to(DEVICE), fixed, torch.bfloat16)
+    (matrices.weight().float() * torch.sign(target()).to(DEVICE)).sum().backward()
+    matrices.step(Rates(100.0, 0.0, 1))
+    result = matrices.result()
+    wanted = torch.where(target() > 0, torch.zeros(1), highest.view(-1, 1, 1)).to(torch.uint8)
+    assert torch.equal(result.codes.cpu(), wanted)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds
+    torch.testing.assert_close(matrices.weight().detach().float(), dequantize(result), rtol=2**-7, atol=2**-12)

@@ -1,0 +1,142 @@
+"""Experts' arithmetic for training on a GPU against the plain one: products, gathering, combining, gate, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreted import DEVICE
+from torch import Tensor
+
+from families import tiny
+from gemq.kernels.pairs import combine, gather, residual_gradient, silu_gate
+from gemq.models import experts, grouped
+from gemq.models.experts import Routed, route, route_all
+from gemq.models.structure import find_structure
+from gemq.rungs import _residuals
+
+torch.set_num_threads(1)
+
+
+def routing(tokens: int = 13, k: int = 2, count: int = 4, past: bool = False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens + k)
+    index = torch.rand(tokens, count + past, generator=generator).topk(k).indices
+    index = torch.where(index == 1, (index + 1) % (count + past), index)  # expert 1 gets none
+    return index.to(DEVICE), torch.rand(tokens, k, generator=generator).to(DEVICE)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    # sums in another order
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_route_all_is_route_with_what_is_dropped_at_weight_zero(past):
+    index, weights = routing(past=past)
+    routed, every = route(index, weights, 4), route_all(index, weights, 4)
+    pairs = len(routed.token)
+    assert sum(every.counts) == index.numel()
+    assert torch.equal(every.token[:pairs], routed.token)
+    assert torch.equal(every.expert[:pairs], routed.expert)
+    assert torch.equal(every.weight[:pairs], routed.weight)
+    assert (pairs < index.numel()) == past
+    assert not every.weight[pairs:].any()
+    assert every.place is not None
+    assert torch.equal(every.token[every.place], torch.arange(len(index), device=DEVICE)[:, None].expand_as(index))
+
+
+def test_stacked_pairs_belong_to_experts_of_their_own():
+    index, weights = routing(k=3)
+    routed = route(index, weights, 4)
+    twice = routed.stacked(slice(2, 4), 2)
+    some = routed.expert >= 2
+    count = int(some.sum())
+    assert twice.counts == routed.counts[2:] * 2
+    assert twice.counts == Routed(twice.token, twice.expert, twice.weight, twice.ends).counts
+    for i in range(2):
+        part = slice(i * count, (i + 1) * count)
+        assert torch.equal(twice.token[part], routed.token[some])
+        assert torch.equal(twice.expert[part], routed.expert[some] - 2 + 2 * i)
+        assert torch.equal(twice.weight[part], routed.weight[some])
+    assert twice.owners is not None
+    assert twice.owners.tolist() == [2, 3, 2, 3]
+
+
+def test_gathering_and_combining_with_gradients():
+    index, weights = routing(tokens=9, k=2)
+    routed = route_all(index, weights, 4)
+    assert routed.place is not None
+    hidden = torch.randn(9, 40, device=DEVICE)
+    slope = torch.randn(9, 40, device=DEVICE)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return combine(gather(x, routed.token, routed.place) * 2, w, routed.token, routed.place)
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_add(0, routed.token, x[routed.token] * 2 * w.unsqueeze(1))
+
+    found, expected = [], []
+    for function, results in ((ours, found), (plain, expected)):
+        x, w = hidden.clone().requires_grad_(), routed.weight.clone().requires_grad_()
+        y = function(x, w)
+        results += [y, *torch.autograd.grad((y * slope).sum(), (x, w))]
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+
+
+def test_gate_with_gradient():
+    x = torch.randn(7, 2 * 20, device=DEVICE, requires_grad=True)
+    slope = torch.randn(7, 20, device=DEVICE)
+    gate, up = x.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    found = silu_gate(x)
+    same(found, expected)
+    same(*(torch.autograd.grad((y * slope).sum(), x)[0] for y in (found, expected)))
+
+
+def test_gradient_of_residuals():
+    out = torch.randn(3 * 5, 40, device=DEVICE, requires_grad=True)
+    exact, weight, energy = torch.randn(5, 40, device=DEVICE), torch.rand(5, device=DEVICE), torch.tensor(0.3)
+    weight, energy = weight.repeat(3), energy.to(DEVICE)
+    (expected,) = torch.autograd.grad(_residuals(out, exact, weight).square().sum() / energy, out)
+    same(residual_gradient(out.detach(), exact, weight, energy), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_product_with_gradients(transposed):
+    """Against a product per expert, one of which has no rows. bfloat16 rounds results to 2^-9."""
+    counts, dtype = [9, 0, 17, 6], torch.bfloat16
+    ends = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    x = torch.randn(sum(counts), 24, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.randn(4, 16, 24, device=DEVICE).to(dtype)
+    if transposed:
+        weight = weight.mT.contiguous().mT
+    weight.requires_grad_()
+    expected = torch.cat([rows.float() @ w.float().T for rows, w in zip(x.split(counts), weight, strict=True)])
+    found = grouped.linear(x, weight, ends)
+    slope = torch.randn_like(found)
+    torch.full((1 << 20,), torch.nan, device=DEVICE)  # what is not written shows
+    ours = [found, *torch.autograd.grad(found, (x, weight), slope)]
+    theirs = [expected, *torch.autograd.grad(expected, (x, weight), slope.float())]
+    for a, b in zip(ours, theirs, strict=True):
+        assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 6e-3
+    assert not ours[2][1].any()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_grouped_forward_is_the_plain_one(family, monkeypatch):
+    """Bias, transposed weights and other gates included; gradients to hidden states, routing weights and weights."""
+    model = tiny(family).to(DEVICE)
+    _, layer = find_structure(model).moe_layers[-1]
+    assert layer.experts is not None
+    module = model.get_submodule(layer.experts.path).to(torch.bfloat16)
+    index, weights = routing(tokens=20, k=2, count=layer.experts.count)
+    hidden = torch.randn(20, 64, device=DEVICE).to(torch.bfloat16)
+    results = []
+    for usable in (True, False):
+        monkeypatch.setattr(grouped, "usable", lambda *_, usable=usable: usable)
+        x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+        module.requires_grad_()
+        y = experts.experts_forward(module, x, index, w)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, w, module.down_proj))])
+    for a, b in zip(*results, strict=True):
+        assert ((a - b).float().norm() / b.float().norm()).item() < 3e-2

@@ -1,0 +1,231 @@
+"""Where things wait: on the device, in host memory, in files. And layers read one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import MORE, random_model, tiny_config, tokens
+from gemq import UserError, stages
+from gemq.batches import PASSED, Batches
+from gemq.memory import Bound, Memory, Place, Waiting, gigabytes
+from gemq.models.residency import Residency
+from gemq.models.source import Source
+from gemq.models.stream import Replay
+from gemq.models.structure import find_structure
+from gemq.stages import reverse_order, segment_length
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def memory(device: int, host: int, directory: Path | None) -> Memory:
+    """Bounds as on a GPU, the CPU standing for it."""
+    return Memory(CPU, Bound(device), Bound(host), directory)
+
+
+def some(*shape: int) -> Tensor:
+    return torch.arange(float(torch.Size(shape).numel())).view(shape)
+
+
+# Batches
+
+
+def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
+    m = memory(40, 64, tmp_path)
+    tensors = [some(10), some(2, 5) + 1, some(10).to(torch.int64), some(3)]
+    batches = Batches(m, tensors)
+    assert [slot.place for slot in batches._slots] == [Place.DEVICE, Place.HOST, Place.DISK, Place.DISK]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batches, tensors, strict=True))
+    assert m.spilled == {Place.HOST: 40, Place.DISK: 92}
+    for i in range(4):
+        batches[i] = tensors[i] * 2
+        assert torch.equal(batches[i], tensors[i] * 2)
+    copied = batches.copy()
+    batches[1] = torch.zeros(2, 5)
+    assert torch.equal(copied[1], tensors[1] * 2)
+    batches[2].zero_()  # what is given out is not what is kept
+    assert torch.equal(batches[2], tensors[2] * 2)
+    batches.clear()
+    del copied
+    assert (m.on_device.used, m.host.used) == (0, 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", [1000, 0])
+def test_what_a_layer_passes_on_waits_with_its_hidden_states(room, tmp_path):
+    hidden, chosen = some(2, 3), torch.tensor([1, 2])
+    setattr(hidden, PASSED, {1: chosen, 2: "word"})
+    batches = Batches(memory(room, 0, tmp_path), [hidden])
+    for _ in range(2):
+        found = batches[0]
+        assert torch.equal(found, some(2, 3))
+        passed = getattr(found, PASSED)
+        assert torch.equal(passed[1], chosen)
+        assert passed[2] == "word"
+        again = found + 0
+        setattr(again, PASSED, passed)
+        batches[0] = again
+
+
+def test_without_a_directory_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="give more with --host-memory"):
+        Batches(memory(10, 10, None), [some(10)])
+
+
+@pytest.mark.parametrize(("device", "host"), [(10**6, 0), (0, 10**6), (0, 0)])
+def test_an_optimizers_state_waits_with_its_parameters(device, host, tmp_path):
+    """The same numbers wherever they wait."""
+    fixed, parameter = some(4) + 1, torch.zeros(4, requires_grad=True)
+    expected = torch.zeros(4, requires_grad=True)
+    optimizers = [torch.optim.AdamW([p], lr=0.1) for p in (parameter, expected)]
+
+    def tensors() -> tuple[list[Tensor], list[Tensor]]:
+        return [fixed], [parameter, *(t for state in optimizers[0].state.values() for t in state.values())]
+
+    m = memory(device, host, tmp_path)
+    waiting = Waiting(m, tensors, 40)
+    for _ in range(3):
+        waiting.come()
+        parameter.grad, expected.grad = fixed.clone(), some(4) + 1
+        for optimizer in optimizers:
+            optimizer.step()
+        parameter.grad = None
+        waiting.leave(changed=True)
+    waiting.come()
+    assert torch.equal(parameter, expected)
+    waiting.close()
+    assert (m.on_device.used, m.host.used) == (0, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_rounded_up_to_what_would_do():
+    assert gigabytes(20_000_000_001) == "20.01GB"
+    assert gigabytes(5) == "0.01MB"
+
+
+# Layers
+
+
+def source_of(family: str, directory: Path) -> Source:
+    random_model(tiny_config(family)).save_pretrained(directory)
+    return Source(directory)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("family", MORE)
+def test_layers_read_alone_are_those_of_the_whole_model(family, tmp_path):
+    source = source_of(family, tmp_path)
+    whole, stored = source.load(CPU, torch.float32)
+    model, reader = source.open(CPU, torch.float32)
+    assert {name: reader.types[name] for name in stored} == stored
+    residency = Residency(model, find_structure(model), reader, Memory.unlimited(CPU), torch.float32)
+    with residency.all():
+        found = model.state_dict()
+        assert found.keys() == whole.state_dict().keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
+        buffers = dict(model.named_buffers())
+        assert all(torch.equal(buffers[name], tensor) for name, tensor in whole.named_buffers())
+    residency.close()
+
+
+def test_rest_of_a_layer_is_read_without_what_is_packed(tmp_path):
+    model, reader = source_of("gpt_oss", tmp_path).open(CPU, torch.float32)
+    layer = find_structure(model).layers[0]
+    packed = {f"{layer.experts.path}.{m.name}" for m in layer.experts.matrices} | {
+        f"{x.path}.weight" for x in layer.linears
+    }
+    rest = reader.read(0, packed)
+    assert rest.keys() == reader.given[0] - packed
+    assert all(torch.equal(t, reader.read(0)[n]) for n, t in rest.items())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "nemotron_h"])
+def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
+    """Also verified: layers of a kind stand in for each other, so that few are read."""
+    source, ids = source_of(family, tmp_path), tokens(2, 12)
+    expected = source.load(CPU, torch.float32)[0](ids, use_cache=False).logits
+    model, reader = source.open(CPU, torch.float32)
+    structure = find_structure(model)
+    free = Residency(model, structure, reader, Memory.unlimited(CPU), torch.float32)
+    bound = Bound(free.least_bytes)
+    m = Memory(CPU, bound, bound)
+    model, reader = source.open(CPU, torch.float32)
+    residency = Residency(model, structure, reader, m, torch.float32)
+    assert not residency.fits()
+    replay = Replay(model, structure, residency)
+    with residency.alike():
+        replay._verify(ids)
+    for _ in range(2):
+        with torch.no_grad():
+            hidden, calls = replay.inputs(ids)
+            for index in replay.walk(range(len(calls))):
+                hidden = replay.run(index, hidden, calls[index])
+            assert torch.equal(replay.logits(ids, hidden), expected)
+    assert bound.used == bound.limit
+
+
+def test_a_changed_layer_is_read_anew(tmp_path):
+    model, reader = source_of("olmoe", tmp_path).open(CPU, torch.float32)
+    structure = find_structure(model)
+    replay = Replay(model, structure, Residency(model, structure, reader, Memory.unlimited(CPU), torch.float32))
+    ids = tokens()
+    with torch.no_grad():
+        hidden, calls = replay.inputs(ids)
+        before = replay.run(1, hidden, calls[1])
+        name = f"{structure.layers[1].linears[0].path}.weight"
+        model.get_parameter(name).zero_()
+        assert not torch.equal(replay.run(1, hidden, calls[1]), before)
+        replay.restore(1)
+        assert torch.equal(replay.run(1, hidden, calls[1]), before)
+
+
+# The reverse pass
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 16])
+def test_every_layer_goes_backward_once_after_its_input_is_there(layers):
+    for k in range(1, layers + 1):
+        last = (layers - 1) // k * k
+        known = {i for i in range(layers) if i % k == 0 or i > last}
+        done = []
+        for index, backward in reverse_order(layers, k):
+            assert index in known
+            if backward:
+                done.append(index)
+            else:
+                known.add(index + 1)
+        assert done == list(reversed(range(layers)))
+
+
+def test_as_few_layers_as_possible_are_computed_again():
+    assert segment_length(16, 10, 10**6) == 1
+    assert segment_length(16, 10, 180) == 1
+    assert segment_length(16, 10, 170) == 2
+    assert segment_length(16, 10, 90) == 4
+    assert segment_length(16, 10, 0) == 4  # 4 + 3 + 2: the least there is
+
+
+def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, monkeypatch):
+    import gemq
+    from gemq.assets import builtin_texts
+    from gemq.recipe import Recipe
+
+    source = tmp_path / "model"
+    source_of("deepseek_v2", source)
+    from conformance import save_tokenizer
+
+    save_tokenizer(source)
+    recipe = Recipe(effort="low", windows=4, window=24, batch_tokens=48, calib=(str(builtin_texts()[0]),), guard=False)
+    found: list[Any] = []
+    for k in (1, 2, 3):
+        monkeypatch.setattr(stages, "segment_length", lambda *_, k=k: k)
+        work = tmp_path / f"out{k}.work"
+        gemq.quantize(str(source), recipe, out=tmp_path / f"out{k}", work=work, device="cpu")
+        found.append({f.name: f.read_bytes() for f in sorted(work.glob("scores-*/*.safetensors"))})
+    assert found[0]
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,135 @@
+"""Ranks: who does what, sums in one order, and what several real processes tell each other through gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemq.ranks import SHARDS, Ranks, ShardedSum, added_in_pairs
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 17, 128])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_every_micro_batch_and_expert_has_one_rank(total, count):
+    ranks = [Ranks(r, count, CPU) for r in range(count)]
+    assert [i for r in ranks for shard in r.shards(total) for i in shard] == list(range(total))
+    assert [i for r in ranks for i in r.own(total)] == list(range(total))
+    for i in range(total):
+        assert i in ranks[ranks[0].owner(i, total)].own(total)
+    experts = list(range(total))
+    assert [e for r in ranks for e in experts[r.part(total)]] == experts
+
+
+@pytest.mark.parametrize("total", [1, 3, 7, 16])
+def test_shards_do_not_depend_on_the_ranks(total):
+    alone = Ranks(0, 1, CPU).shards(total)
+    assert len(alone) == SHARDS
+    for count in (2, 4):
+        assert [s for r in range(count) for s in Ranks(r, count, CPU).shards(total)] == alone
+
+
+def test_sums_of_1_2_and_4_ranks_are_the_same_bits():
+    parts = [torch.randn(1000) * 10.0**i for i in range(-2, 2)]
+    sums = []
+    for count in (1, 2, 4):
+        each, of_ranks = SHARDS // count, []
+        for rank in range(count):
+            sharded = ShardedSum()
+            for part in parts[rank * each : (rank + 1) * each]:
+                sharded.add([part.clone()])
+            of_ranks.append(sharded.total()[0])
+        sums.append(added_in_pairs(of_ranks))
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+    assert not torch.equal(sums[0], ((parts[0] + parts[1]) + parts[2]) + parts[3])  # another order is another sum
+
+
+MEETING = """
+import sys, torch
+from pathlib import Path
+from gemq.errors import UserError
+from gemq.ranks import leave_ranks, start_ranks
+from gemq.workdir import WorkDir
+
+ranks = start_ranks("cpu")
+assert ranks.count == 3
+own = [torch.full((2,), float(i)) for i in ranks.own(7)]
+assert [t[0].item() for t in ranks.share(own, 7)] == list(range(7))
+whole = torch.arange(5.0)
+assert torch.equal(ranks.join(whole[ranks.part(5)].half(), 5), whole.half())
+total = torch.tensor([1 << 40, ranks.rank])
+ranks.add_up(total)
+assert total.tolist() == [3 << 40, 3]
+filled = torch.zeros(5, 3, dtype=torch.bfloat16)
+rows = [slice(0, 2), slice(2, 2), slice(2, 5)]
+filled[rows[ranks.rank]] = ranks.rank + 1
+ranks.fill(filled, rows)
+assert filled[:, 0].tolist() == [1, 1, 3, 3, 3]
+assert ranks.agree(lambda: ranks.rank + 10) == 10
+def wrong():
+    raise UserError("no")
+try:
+    ranks.agree(wrong)
+except UserError as error:
+    assert str(error) == "no"
+else:
+    raise AssertionError
+with WorkDir(Path(sys.argv[1]) / "work", resume=False, ranks=ranks) as work:
+    stage = work.stage("s", {"a": 1})
+    assert not stage.has("x.safetensors")
+    stage.save_tensors("x.safetensors", {"x": torch.ones(2) * (ranks.rank + 1)})
+    assert stage.load_tensors("x.safetensors")["x"].tolist() == [1, 1]
+
+# experts split over the ranks, by the plain loop and by grouped products (Triton's interpreter)
+from gemq.models import experts, grouped, split
+
+class Module(torch.nn.Module):
+    has_gate, has_bias, is_transposed = True, False, False
+    def _apply_gate(self, x):
+        a, b = x.chunk(2, -1)
+        return torch.nn.functional.silu(a) * b
+
+torch.manual_seed(0)
+weights = {"gate_up_proj": torch.randn(8, 64, 32).bfloat16(), "down_proj": torch.randn(8, 32, 32).bfloat16()}
+hidden, routing = torch.randn(20, 32).bfloat16(), torch.rand(20, 2).bfloat16()
+busy = torch.stack([torch.randperm(8)[:2] for _ in range(20)])
+idle = torch.stack([torch.randperm(2) for _ in range(20)])  # no pair for two of the ranks
+
+def run(index, own, divided):
+    module = Module()
+    for name, weight in weights.items():
+        setattr(module, name, torch.nn.Parameter(weight[own].clone()))
+    if divided is not None:
+        setattr(module, split._SPLIT, divided)
+    x, w = hidden.clone().requires_grad_(), routing.clone().requires_grad_()
+    out = experts.experts_forward(module, x, index, w)
+    out.float().square().sum().backward()
+    return [out, x.grad, w.grad], [module.gate_up_proj.grad, module.down_proj.grad]
+
+own = ranks.part(8)
+grouped.gate = lambda module, x: module._apply_gate(x)
+for in_groups in (False, True):
+    grouped.usable = lambda *_: in_groups
+    for index in (busy, idle):
+        alike, of_weights = run(index, slice(None), None)
+        found, of_own = run(index, own, split.Split(ranks, 8))
+        assert all(torch.equal(a, b) for a, b in zip(alike, found)), in_groups
+        assert all(torch.equal(a[own], b) for a, b in zip(of_weights, of_own)), in_groups
+leave_ranks()
+"""
+
+
+def test_what_three_processes_tell_each_other(tmp_path: Path):
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script, tmp_path]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(launch, capture_output=True, text=True, timeout=120, env=environment)
+    assert ran.returncode == 0, ran.stderr[-3000:]
