@@ -73,7 +73,7 @@ def _load(codes, scales, offsets, group, row, j, zero, LEVELS: tl.constexpr, G: 
     if LEVELS == 3:
         ALIGN: tl.constexpr = window(LEVELS, G, NG)
         first = ((group * BYTES // ALIGN) * (ALIGN // 4))[:, None] + row[None, :] * (NG * BYTES // 4)
-    elif LEVELS == 2:
+    elif LEVELS == 2 and BYTES % 8 == 0:
         first = (at * (BYTES // 8) + zero) * 2  # loads of 8 bytes: a thread with 16 would own 128 columns
     else:
         first = at * (BYTES // 4)
