@@ -49,7 +49,7 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2, ((4096, 4096), (1024, 4096))),
 }
 CUTS = (Cut(32, 4), Cut(64, 4), Cut(16, 4))
-LINEAR_CUTS = (*CUTS, Cut(8, 128, 2), Cut(8, 256, 4), Cut(16, 256, 4), Config(16, 8, 4), Config(32, 4, 4))
+LINEAR_CUTS = (*CUTS, Config(16, 8, 4), Config(32, 4, 4))
 
 
 def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
