@@ -48,8 +48,8 @@ SHAPES = {
     "olmoe": Shape(2048, 1024, 64, 8, ((2048, 2048), (6144, 2048))),
     "mixtral": Shape(4096, 14336, 8, 2, ((4096, 4096), (1024, 4096))),
 }
-CUTS = (Cut(32, 4), Cut(64, 4), Cut(16, 4))
-LINEAR_CUTS = (*CUTS, Config(16, 8, 4), Config(32, 4, 4))
+CUTS = tuple(Cut(rows, 4, registers, True) for rows in (16, 32, 64) for registers in (None, 96))
+LINEAR_CUTS = (Cut(16, 4), Cut(16, 4, None, True), Cut(8, 4, None, True), Cut(4, 1), Config(16, 8, 4), Config(32, 4, 4))
 
 
 def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
@@ -270,7 +270,7 @@ def sweep(names: list[str], batches: list[int], replays: int) -> None:
     for name in names:
         layers = build(SHAPES[name], SHARES)
         for batch in batches:
-            print(f"{name} batch {batch}: rows lanes warps -> us up, us down", flush=True)
+            print(f"{name} batch {batch}: rows warps registers prefetch -> us up, us down", flush=True)
             sweep_work(Work(SHAPES[name], layers, batch), replays, copy)
         del layers
         torch.cuda.empty_cache()

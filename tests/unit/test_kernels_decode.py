@@ -42,7 +42,8 @@ def device(request, monkeypatch):
     monkeypatch.setattr(kernels, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
         monkeypatch.setattr(launch, "config_for", few_programs)
-        monkeypatch.setattr(launch, "cut_for", lambda rows, units: launch.Cut(64, 4))
+        monkeypatch.setattr(launch, "cut_for", lambda units, down=False: launch.Cut(64, 4))
+        monkeypatch.setattr(launch, "linear_cut_for", lambda tokens: launch.Cut(64, 4))
     return request.param
 
 
