@@ -43,7 +43,7 @@ class Writer:
 
     def __init__(self, job: Job, replay: Replay, tick: Tick):
         self.tokenizer = job.source.tokenizer()
-        self.notes = {"chat_template_failures": 0}
+        self.notes = {"chat_template_failures": 0, "windows_launched_by_steps": 0}
         self._job, self._replay, self._tick = job, replay, tick
         self._open = ExitStack()
         self._model: Any = None
@@ -75,6 +75,7 @@ class Writer:
             ranks=self._replay.ranks,
         )
         self.notes["chat_template_failures"] += made.chat_fallbacks
+        self.notes["windows_launched_by_steps"] += made.launched
         return made.tokens
 
     def close(self) -> None:
