@@ -122,7 +122,7 @@ class Recipe:
     score_weights: str = "ladder"
     """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
     score_tokens: int = 262_144
-    """Calibration tokens that are scored, the same share of every source: the first windows of each. 0 scores all."""
+    """Calibration tokens that are scored, the same share of every source. 0 scores all."""
     smoothing: float = 2.0
     """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
     rescale: bool = True
