@@ -37,7 +37,7 @@ RESULTS = FOLDER / "accuracy.csv"
 
 FINISH_KEYS = (
     *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "refine", "guard"),
-    *("score_form", "score_labels", "rescale"),
+    *("score_form", "score_labels", "score_tokens", "rescale"),
     *("layer_epochs", "distil_epochs", "distil_loss", "distil_sets"),
 )
 """Recipe keys that change neither ladder nor scores: recipes that differ in these alone share a work directory."""
@@ -66,6 +66,9 @@ SCORE_KEYS: dict[str, dict[str, Any]] = {
     "smoothing 1e9": {"smoothing": 1e9},
     "elementwise": {"score_form": "elementwise"},
     "labels of the text": {"score_labels": "data"},
+    "all tokens": {"score_tokens": 0},
+    "a quarter of the tokens": {"score_tokens": 65_536},
+    "an eighth of the tokens": {"score_tokens": 32_768},
     "no rescaling": {"rescale": False},
     "layer rule": {"layer_rule": True},
     "layerwise": {"allocate": "layerwise"},

@@ -43,7 +43,7 @@ class Writer:
 
     def __init__(self, job: Job, replay: Replay, tick: Tick):
         self.tokenizer = job.source.tokenizer()
-        self.notes = {"chat_template_failures": 0}
+        self.notes = {"chat_template_failures": 0, "windows_launched_by_steps": 0}
         self._job, self._replay, self._tick = job, replay, tick
         self._open = ExitStack()
         self._model: Any = None
@@ -75,6 +75,7 @@ class Writer:
             ranks=self._replay.ranks,
         )
         self.notes["chat_template_failures"] += made.chat_fallbacks
+        self.notes["windows_launched_by_steps"] += made.launched
         return made.tokens
 
     def close(self) -> None:
@@ -205,8 +206,10 @@ class Job:
             self.fallbacks[note] = self.fallbacks.get(note, 0) + count
         return Windows.load(path)
 
-    def start_activations(self, replay: Replay) -> Activations:
-        return Activations.start(replay, self.windows, self.recipe.batch_tokens, self.recipe.seed)
+    def start_activations(self, replay: Replay, windows: Windows | None = None) -> Activations:
+        """``windows``, by default all of calibration's, in front of the first layer."""
+        windows = self.windows if windows is None else windows
+        return Activations.start(replay, windows, self.recipe.batch_tokens, self.recipe.seed)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -268,7 +271,7 @@ class Job:
         return {"epochs": epochs, **{key: getattr(self.recipe, key) for key in keys}}
 
     def score_inputs(self) -> dict[str, Any]:
-        keys = ("score_form", "score_labels", "score_weights", "seed")
+        keys = ("score_form", "score_labels", "score_weights", "score_tokens", "seed")
         return {**self.ladder_inputs(), **{key: getattr(self.recipe, key) for key in keys}}
 
     def sensitivity_inputs(self) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class Recipe:
     """Labels of the loss: ``sampled`` from the model's own prediction, or the next tokens of the ``data``."""
     score_weights: str = "ladder"
     """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
+    score_tokens: int = 262_144
+    """Calibration tokens that are scored, the same share of every source. 0 scores all."""
     smoothing: float = 2.0
     """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
     rescale: bool = True
@@ -196,6 +198,7 @@ class Recipe:
             ("batch_tokens", 1),
             ("seed", 0),
             ("total_tokens", 0),
+            ("score_tokens", 0),
             ("ladder_epochs", 0),
             ("layer_epochs", 0),
             ("distil_epochs", 0),

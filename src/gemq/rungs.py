@@ -155,8 +155,9 @@ def train_rungs(
 
 def _residuals(out: Tensor, exact: Tensor, weight: Tensor) -> Tensor:
     """What outputs [W * P, H] add to the layer's output beside the exact ones' [P, H]: float32 [W * P, H]."""
-    weight = weight.float().unsqueeze(1)
-    return out.float() * weight - (exact.float() * weight[: len(exact)]).repeat(len(out) // max(len(exact), 1), 1)
+    weight, pairs = weight.float().unsqueeze(1), len(exact)
+    versions = (out.float() * weight).unflatten(0, (len(out) // max(pairs, 1), pairs))
+    return versions.sub_(exact.float() * weight[:pairs]).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -166,4 +167,6 @@ def _gradient(out: Tensor, exact: Tensor, weight: Tensor, energy: Tensor) -> Ten
         from gemq.kernels.pairs import residual_gradient  # triton comes with torch for CUDA, not for CPUs
 
         return residual_gradient(out, exact, weight, energy)
-    return (2 * _residuals(out, exact, weight) * (1 / energy) * weight.float().unsqueeze(1)).to(out.dtype)
+    # in place: memory that the system hands out anew costs more than the products
+    residuals = _residuals(out, exact, weight).mul_(2 * (1 / energy))
+    return residuals.mul_(weight.float().unsqueeze(1)).to(out.dtype)

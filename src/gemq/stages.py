@@ -113,7 +113,7 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
     if not missing:
         return stage
     count = len(structure.layers)
-    activations = job.start_activations(replay)
+    activations = job.start_activations(replay, job.windows.share(recipe.score_tokens))
     ends = replay.ranks.shard_ends(activations.total)
     each = sum(h.numel() * h.element_size() for h in activations.hidden)
     segment = segment_length(count, each, replay.memory.quick_bytes)

@@ -300,3 +300,13 @@ def test_dataset_without_the_extra(tokenizer, monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no file someone/notes; .*pip install gemq\[datasets\]"):
         calibrate(tokenizer, "someone/notes")
+
+
+def test_a_share_of_windows_has_the_same_share_of_every_source():
+    tokens = torch.arange(26 * 4).view(26, 4)
+    windows = Windows(tokens, torch.tensor([0] * 20 + [1] * 5 + [2]), ("a", "b", "c"), (80, 20, 4))
+    share = windows.share(41)
+    assert share.counts() == {"a": 8, "b": 2, "c": 1}
+    assert torch.equal(share.tokens[:8], tokens[[0, 2, 5, 7, 10, 12, 15, 17]])
+    assert windows.share(0) is windows
+    assert windows.share(104) is windows

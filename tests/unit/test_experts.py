@@ -10,7 +10,9 @@ from families import MORE, OWN, tiny, tokens
 from gemq.models.experts import (
     apply_down,
     apply_first,
+    every_expert_forward,
     expert_weight,
+    experts_forward,
     route,
     watch_experts,
 )
@@ -47,6 +49,19 @@ def test_steps_reproduce_the_modules_output(family):
     # float32: products over groups of rows and sums over experts in another order than the module's
     scale = call.output.abs().max().item()
     torch.testing.assert_close(by_hand(module, experts, call), call.output, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("family", [*MORE, OWN])
+def test_every_expert_on_every_token_gives_the_same(family):
+    module, _, call = first_call(family)
+    if getattr(module, "batched_rows", False):
+        pytest.skip("routes rows, not tokens")
+    given = call.hidden, call.top_k_index, call.top_k_weights
+    with torch.no_grad():
+        expected, found = experts_forward(module, *given), every_expert_forward(module, *given)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
 
 
 @pytest.mark.sample

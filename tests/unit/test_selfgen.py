@@ -10,6 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
+from families import tiny
 from gemq.data.selfgen import generate_windows, sample
 from gemq.errors import UserError
 
@@ -142,6 +143,22 @@ def test_cached_steps_see_what_a_full_forward_sees(olmoe, tokenizer):
     with torch.no_grad():
         full = olmoe(made.tokens).logits[:, :-1]
     torch.testing.assert_close(torch.stack(steps, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_static_steps_write_the_same_tokens(olmoe, tokenizer):
+    """As on a GPU, where a graph holds them: batch after batch over one cache, the last one smaller."""
+    steps = write(olmoe, tokenizer, count=7, batch=3, static=True)
+    plain = write(olmoe, tokenizer, count=7, batch=3)
+    assert torch.equal(steps.tokens, plain.tokens)
+    assert steps.documents == plain.documents
+    assert steps.launched == 0
+
+
+def test_models_without_static_steps_write_all_the_same(tokenizer):
+    model = tiny("nemotron_h")  # its state is more than keys and values
+    made = write(model, tokenizer, count=3, batch=2, static=True)
+    assert torch.equal(made.tokens, write(model, tokenizer, count=3, batch=2).tokens)
+    assert made.launched == 3
 
 
 def test_bos_follows_an_end_token(tokenizer):

@@ -19,9 +19,8 @@ import jinja2
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from gemq.errors import UserError
+from gemq.data.steps import Step, Steps
 from gemq.ranks import ALONE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
@@ -74,6 +73,8 @@ class Generated:
     """Windows that open with the chat template's user turn."""
     chat_fallbacks: int
     """Windows that should have, but the template could not be used for it."""
+    launched: int
+    """Windows whose steps were launched kernel by kernel on a GPU, where a static step was not to be had."""
 
 
 def generate_windows(
@@ -87,6 +88,7 @@ def generate_windows(
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    static: bool | None = None,
 ) -> Generated:
     """``count`` windows of ``window`` tokens that ``model`` samples from itself.
 
@@ -100,6 +102,7 @@ def generate_windows(
               Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
     ranks:    take turns with the batches
+    static:   steps over a static cache, as ``data.steps`` has it; by default on a GPU
     """
     batch = batch or batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
@@ -110,7 +113,8 @@ def generate_windows(
     was_training = model.training
     model.eval()
     parts: list[Tensor | None] = []
-    documents = 0
+    steps = Steps(model, window, static)
+    documents = launched = 0
     try:
         for number, start in enumerate(range(0, count, batch)):
             rows = min(batch, count - start)
@@ -125,14 +129,15 @@ def generate_windows(
             report = None
             if progress:
                 report = lambda done, start=start, rows=rows: progress(start * window + done * rows, count * window)
-            parts.append(run.write(model, report))
+            parts.append(run.write(steps.begin(rows), report))
+            launched += rows * bool(steps.why)
             documents += run.documents
     finally:
         model.train(was_training)
     written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
-    documents = ranks.count_up(documents)
+    documents, launched = ranks.count_up(documents), ranks.count_up(launched)
     tokens = torch.cat(written) if written else torch.empty(0, window, dtype=torch.int64)
-    return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted)
+    return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted, launched)
 
 
 @dataclass(frozen=True)
@@ -203,20 +208,18 @@ class _Batch:
             self.answers[row] = opening.answer
 
     @torch.no_grad()
-    def write(self, model: Any, report: Callable[[int], None] | None) -> Tensor:
+    def write(self, next_logits: Step, report: Callable[[int], None] | None) -> Tensor:
         """int64 [rows, window] on the CPU. ``report`` takes the tokens per window written so far."""
         device = self.given.device
         ends = torch.tensor(sorted(self.vocabulary.ends), dtype=torch.int64, device=device)
         tokens = torch.empty_like(self.given)
         tokens[:, 0] = self.given[:, 0]
-        cache = unsampled = None
+        unsampled = None
         for step in range(1, self.window):
-            out = model(input_ids=tokens[:, step - 1 : step], past_key_values=cache, use_cache=True)
-            logits = out.logits[:, -1].float()  # [rows, V]
+            logits = next_logits(tokens[:, step - 1 : step])  # [rows, V]
             if unsampled is None:
                 unsampled = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
                 unsampled[torch.tensor(sorted(self.vocabulary.known), device=device)] = False
-                cache = _preallocate(out.past_key_values, self.window, model)
             sampled = sample(logits.masked_fill(unsampled, -torch.inf), self.generator)
             given = self.given[:, step]
             free = given == FREE
@@ -267,42 +270,6 @@ def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     chance = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=logits.device)
     # right: a token of probability 0 has the same sum as its neighbour below, which is then found first.
     return torch.searchsorted(below, chance * below[:, -1:], right=True)[:, 0]
-
-
-class _Preallocated(DynamicLayer):
-    """A layer of the cache that holds a whole window from the start, so that a step copies its own keys and
-    values only."""
-
-    def __init__(self, layer: DynamicLayer, window: int) -> None:
-        super().__init__()
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        self.lazy_initialization(keys, values)
-        self._all_keys = keys.new_empty(*keys.shape[:-2], window, keys.shape[-1])
-        self._all_values = values.new_empty(*values.shape[:-2], window, values.shape[-1])
-        self._used = 0
-        self.update(keys, values)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, self._used = self._used, self._used + key_states.shape[-2]
-        self._all_keys[:, :, start : self._used] = key_states
-        self._all_values[:, :, start : self._used] = value_states
-        self.keys = self._all_keys[:, :, : self._used]
-        self.values = self._all_values[:, :, : self._used]
-        return self.keys, self.values
-
-
-def _preallocate(cache: Any, window: int, model: Any) -> Any:
-    """The cache that the model made in its first step, its plain growing layers replaced; others stay as they
-    are."""
-    if cache is None:
-        raise UserError(f"{type(model).__name__} has no key-value cache to write windows with: give --calib FILE")
-    layers = getattr(cache, "layers", [])
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[index] = _Preallocated(layer, window)
-    return cache
 
 
 def _token_ids(holders: Iterable[Any], name: str) -> list[int]:

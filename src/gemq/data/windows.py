@@ -59,6 +59,17 @@ class Windows:
         tokens = self.tokens[self.source == source]
         return from_parts([tokens], [self.names[source]], [self.tokens_available[source]])
 
+    def share(self, tokens: int) -> Windows:
+        """Windows of every source, the same share of each and evenly spread over it, with about ``tokens`` tokens in
+        all; at least one of each. All windows where they have no more, or for 0."""
+        every = self.tokens.numel()
+        if not 0 < tokens < every:
+            return self
+        parts = [self.tokens[self.source == i] for i in range(len(self.names))]
+        counts = [max(1, round(len(part) * tokens / every)) for part in parts]
+        some = [part[torch.arange(n) * len(part) // n] for part, n in zip(parts, counts, strict=True)]
+        return from_parts(some, self.names, self.tokens_available)
+
     def extended(self, name: str, tokens: Tensor) -> Windows:
         """These windows and more, int64 [n, window], from the source ``name``, which may be among ours already."""
         names = self.names if name in self.names else (*self.names, name)

@@ -25,6 +25,10 @@ from gemq.models import grouped
 from gemq.models.split import Split, split_of
 
 IMPLEMENTATION = "gemq_calibration"
+EVERY_EXPERT = "gemq_every_expert"
+
+EVERY_BYTES = 1 << 28
+"""For what every expert makes of every token: see ``every_expert_forward``."""
 
 
 @dataclass
@@ -191,9 +195,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> 
         padded = x.new_zeros(len(counts) * most, x.shape[1]).index_copy(0, slot, x).unflatten(0, (-1, most))
         out = torch.bmm(padded, weight.transpose(1, 2)).flatten(0, 1).index_select(0, slot)
         return out if bias is None else out + bias[routed.expert]
+    # unbind: the backward of weight[e] would fill a tensor of all experts' size for each of them
+    biases = [None] * len(counts) if bias is None else bias.unbind()
     parts = [
-        F.linear(rows, weight[e], None if bias is None else bias[e])
-        for e, rows in enumerate(x.split(counts))
+        F.linear(rows, own, own_bias)
+        for rows, own, own_bias in zip(x.split(counts), weight.unbind(), biases, strict=True)
         if len(rows)
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
@@ -266,6 +272,36 @@ def _grouped_forward(module: Any, first: str, hidden: Tensor, top_k_index: Tenso
     return out
 
 
+def every_expert_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """``experts_forward`` with every expert run on every token, as one batched product on a GPU, so that nothing waits.
+
+    For steps of few tokens, which read all experts anyway. What is too much for that, or split over ranks, goes to
+    ``experts_forward``.
+    """
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    weight = oriented(module, first)
+    tokens, count = len(hidden), len(weight)
+    if split_of(module) is not None or tokens * count * sum(weight.shape[1:]) * hidden.itemsize > EVERY_BYTES:
+        return experts_forward(module, hidden, top_k_index, top_k_weights)
+    numbers = torch.arange(count, device=hidden.device)
+    shares = hidden.new_zeros(tokens, count + 1).scatter_add_(
+        1, top_k_index.clamp(max=count), top_k_weights.to(hidden.dtype)
+    )[:, :count]
+    every = Routed(
+        torch.arange(tokens, device=hidden.device).repeat(count),
+        numbers.repeat_interleave(tokens, output_size=tokens * count),
+        shares.T.reshape(-1),
+        ((numbers + 1) * tokens).int(),
+    )
+    every.counts = [tokens] * count
+    h = apply_first(module, first, weight, hidden.repeat(count, 1), every)
+    out = apply_down(module, oriented(module, "down_proj"), h, every) * every.weight.unsqueeze(1)
+    out = out.view(count, tokens, -1).sum(0)
+    if getattr(module, "passes_on", False):
+        out = out + passed_on(hidden, top_k_index, top_k_weights, count)
+    return out.to(hidden.dtype)
+
+
 @contextmanager
 def _own_forward(module: Any) -> Iterator[None]:
     """Lets an experts module run the forward of its class for the moment, whatever implementation was chosen."""
@@ -307,6 +343,13 @@ def use_experts_forward(model: Any) -> None:
 
 
 def use_fast_experts(model: Any) -> None:
-    """For generation in full precision: on a GPU Transformers' ``grouped_mm``, which a CUDA graph can hold."""
-    if next(model.parameters()).is_cuda:
-        model.set_experts_implementation("grouped_mm")
+    """For generation in full precision on a GPU: what a CUDA graph can hold.
+
+    Transformers' ``grouped_mm`` in bfloat16; in other types it waits for the device and loops over the experts.
+    """
+    parameter = next(model.parameters())
+    if not parameter.is_cuda:
+        return
+    if EVERY_EXPERT not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(EVERY_EXPERT, every_expert_forward)
+    model.set_experts_implementation("grouped_mm" if parameter.dtype == torch.bfloat16 else EVERY_EXPERT)
