@@ -174,6 +174,9 @@ def build_layer(
     every = calls.whole(replay, activations.total) if training is not None else calls
     batches = ExpertInputs(module, layer.experts, every, ranks) if training is not None else None
     chunks = expert_chunks(layer.experts, len(widths), replay.device, own) if training is not None else [own]
+    if training is not None:  # what trains takes the room where the moments are
+        for moment in moments.experts:
+            moment.park(lambda sums: Batches(replay.memory, sums))
     of_experts = 0
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
     for some in chunks:

@@ -171,6 +171,7 @@ class Memory:
             total = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), index)
+            _use_expandable_segments(True)
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -180,6 +181,7 @@ class Memory:
             ) from error
         finally:
             if bounded:
+                _use_expandable_segments(False)
                 torch.cuda.set_per_process_memory_fraction(1.0, index)
 
     @property
@@ -262,6 +264,15 @@ class Waiting:
         tensor, path = self.memory.mapped(like.shape, like.dtype)
         self._files.append(path)
         return tensor
+
+
+def _use_expandable_segments(used: bool) -> None:
+    """Lets PyTorch's reserves grow and shrink by pages, where the user has not chosen for himself.
+
+    Under a bound, pieces that are free but lie apart were seen to take a seventh of it.
+    """
+    if "expandable_segments" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{used}")
 
 
 def pinned_bytes(count: int) -> int:

@@ -150,7 +150,6 @@ def train_layer(
     experts are of this rank's (see ``models.split``), and so is what is given back of them.
     """
     inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
-    matrices = [_trainable(model, x) for x in parameters]
     names = tunable_names(replay, layer)
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
     train, held_out = training.split(len(inputs))
@@ -171,16 +170,22 @@ def train_layer(
 
     original = {name: p.clone() for name, p in tuned.items()}
     before = error([x.q for x in parameters], original)
-    optimizer = training.optimizer_of(matrices, list(tuned.values()))
-    steps = training.epochs * len(train)
-    for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
-        target = targets[train[batch]].float()
-        out = run(train[batch], [m.weight() for m in matrices], tuned)
-        energy = target.square().sum(-1).mean().clamp_min(1e-20)
-        optimizer.step((out.float() - target).square().sum() / energy, step, steps)
-        for m in matrices:
-            m.keep_in_range()
-    grids = [m.result() for m in matrices]
+
+    def after_training() -> list[Quantized]:
+        """What is in training is gone afterwards: judging takes as much memory again."""
+        matrices = [_trainable(model, x) for x in parameters]
+        optimizer = training.optimizer_of(matrices, list(tuned.values()))
+        steps = training.epochs * len(train)
+        for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
+            target = targets[train[batch]].float()
+            out = run(train[batch], [m.weight() for m in matrices], tuned)
+            energy = target.square().sum(-1).mean().clamp_min(1e-20)
+            optimizer.step((out.float() - target).square().sum() / energy, step, steps)
+            for m in matrices:
+                m.keep_in_range()
+        return [m.result() for m in matrices]
+
+    grids = after_training()
     tuned = {name: replay.ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
     before, after = replay.ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own

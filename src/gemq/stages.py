@@ -28,7 +28,7 @@ from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Structure
 from gemq.quant.gptq import round_to_nearest
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer, assemble_layer
@@ -204,11 +204,13 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
         if found:
             prefix = f"expert:{matrix.name}:{width_name(width)}"
             packed = PackedMatrix(*(found[f"{prefix}.{part}"] for part in PackedMatrix._fields))
-            rung = dequantize(packed.unpack(width, group_size_for(matrix.columns, recipe.group_size)))
+            rung = dequantize_each(
+                packed.unpack(width, group_size_for(matrix.columns, recipe.group_size)), weight.dtype
+            )
         else:
             q = round_to_nearest(weight, (width,), group_size_for(matrix.columns, recipe.group_size))
-            rung = dequantize(Quantized(*(t[0] for t in q)))
-        rungs.append(rung.to(weight.dtype))
+            rung = dequantize_each(Quantized(*(t[0] for t in q)), weight.dtype)
+        rungs.append(rung)
     return rungs[0], rungs[1]
 
 
