@@ -98,9 +98,9 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     def write(numbered: tuple[int, dict[str, Tensor]]) -> dict[str, str]:
         number, part = numbered
         file = f"model-{number:05d}.safetensors"
-        tensors = hub_state(model, _random(part, number))
-        _write_tensors(partial / file, tensors)
-        return dict.fromkeys(tensors, file)
+        shapes = {name: tensor.shape for name, tensor in hub_state(model, part).items()}
+        _write_random(partial / file, shapes, number)
+        return dict.fromkeys(shapes, file)
 
     with ThreadPoolExecutor(4) as pool:
         index = {name: file for files in pool.map(write, enumerate([*parts, left])) for name, file in files.items()}
@@ -109,29 +109,26 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     partial.rename(out)
 
 
-def _random(part: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Weights of the given shapes, on the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
-    made = {name: torch.empty(like.shape, dtype=torch.bfloat16, device=device) for name, like in part.items()}
-    for tensor in made.values():
-        tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(std=STD, generator=generator)
-    return {name: tensor.cpu() for name, tensor in made.items()}
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file of bfloat16 tensors; other threads run meanwhile, as they do not under ``save_file``."""
+def _write_random(path: Path, shapes: dict[str, torch.Size], seed: int) -> None:
+    """A safetensors file of bfloat16 tensors, one at a time; other threads run meanwhile."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    most = max(shape.numel() for shape in shapes.values())
+    staging = torch.empty(most, dtype=torch.bfloat16, pin_memory=device == "cuda")
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        for shape in shapes.values():
+            made = torch.empty(shape.numel(), dtype=torch.bfloat16, device=device)
+            made.fill_(1.0) if len(shape) == 1 else made.normal_(std=STD, generator=generator)
+            on_host = staging[: shape.numel()].copy_(made)
+            file.write(on_host.view(torch.uint8).numpy().data)
 
 
 def write_text(path: Path, words: int) -> None:
