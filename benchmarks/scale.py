@@ -186,7 +186,8 @@ def main() -> None:
     table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.job}")
     for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    common = {"shape": args.shape, "layers": layers, "job": args.job, "tokens": args.windows * args.window}
+    common = {"shape": args.shape, "layers": layers, "job": args.job}
+    common |= {"tokens": sum(result.windows.values()) * result.window}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
     powers = POWERS if "self" in result.windows else {**POWERS, "calibration windows": 0}
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}

@@ -64,6 +64,7 @@ class Quantizer:
             of_some = None if latents is None else latents[:, some]
             grids.append(gptq(weight[some], factor.upper, widths, group, of_some))
             retries += factor.retries
+            del factor  # as large as what the next ones take
         return _joined(grids, 1), retries
 
     def own_width(
@@ -83,6 +84,7 @@ class Quantizer:
             of_some = None if latents is None else latents[some]
             grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
             retries += factor.retries
+            del factor  # as large as what the next ones take
         return _joined(grids, 0), retries
 
     def group(self, columns: int) -> int:

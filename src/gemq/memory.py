@@ -271,8 +271,9 @@ def _use_expandable_segments(used: bool) -> None:
 
     Under a bound, pieces that are free but lie apart were seen to take a seventh of it.
     """
-    if "expandable_segments" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{used}")
+    chosen = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    if not any("expandable_segments" in text for text in chosen):
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{used}")
 
 
 def pinned_bytes(count: int) -> int:

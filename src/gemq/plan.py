@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gemq.footprint import held_bytes, staging_bytes, working_bytes
+from gemq.footprint import held_bytes, stage_bytes, staging_bytes
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
@@ -73,7 +73,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     window = calibration_window(model.config, recipe.window)
     compute = pick_dtype(recipe.dtype, device)
     workload = Workload.of(structure, recipe, model.config, window, compute)
-    working = working_bytes(structure, recipe, model.config, compute, device)
+    working = stage_bytes(structure, recipe, model.config, compute, device)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,
@@ -89,7 +89,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         windows=recipe.windows,
         tokens=workload.tokens,
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
-        least_bytes=held_bytes(model, structure, compute) + working,
+        least_bytes=held_bytes(model, structure, compute) + max(working.values()),
         quickest_bytes=_quickest_bytes(workload, working),
         host_bytes=LIBRARIES + (staging_bytes(model, structure) if device.type == "cuda" else 0),
         device=str(device),
@@ -97,13 +97,22 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     )
 
 
-def _quickest_bytes(workload: Workload, working: int) -> int:
-    """What a job would hold on its device if it could: every layer, every layer's inputs, and a gradient.
+def _quickest_bytes(workload: Workload, working: dict[str, int]) -> int:
+    """What a job would hold on its device if it could: every layer, and what a stage keeps of activations.
 
     With less, layers are read again, and activations wait elsewhere or are computed again.
+    working: bytes to compute with, by stage
     """
-    layers, of_state = len(workload.structure.layers), workload.tokens * workload.hidden
-    return (workload.structure.total_parameters + (layers + 2) * of_state) * workload.itemsize + working
+    recipe, layers = workload.recipe, len(workload.structure.layers)
+    states = {  # inputs and outputs; what experts receive or a teacher gives; every layer's inputs and a gradient
+        "ladder": 2 + bool(recipe.ladder_epochs),
+        "scores": layers + 2,
+        "refine": 1 + bool(recipe.layer_epochs or recipe.distil_epochs),
+        "distil": 2,
+    }
+    of_state = workload.tokens * workload.hidden * workload.itemsize
+    most = max(count + states[stage] * of_state for stage, count in working.items())
+    return workload.structure.total_parameters * workload.itemsize + most
 
 
 def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:
