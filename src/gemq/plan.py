@@ -72,7 +72,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
     window = calibration_window(model.config, recipe.window)
     compute = pick_dtype(recipe.dtype, device)
-    workload = Workload.of(structure, recipe, model.config, window, compute)
+    workload = Workload.of(structure, recipe, model.config, window, compute, device)
     working = stage_bytes(structure, recipe, model.config, compute, device)
     return Plan(
         model=str(source.path),
