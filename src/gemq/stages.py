@@ -1,4 +1,4 @@
-"""The long stages, layer by layer: every layer is written before the next begins.
+"""The long stages, layer by layer: every layer is written before the next ends.
 
 A stopped job finds what it has written and only replays the layers to get past it, so a resumed stage gives the same
 bytes as an uninterrupted one. What is computed for a layer stands in ``ladder``, ``score`` and ``refine``.
@@ -54,7 +54,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     if not missing:
         return stage
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
-    with job.monitor.stage("ladder", missing[-1] + 1) as tick:
+    with job.monitor.stage("ladder", missing[-1] + 1) as tick, stage.writing_behind() as save:
         activations = job.start_activations(replay)
         training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
         for i in replay.walk(range(missing[-1] + 1)):
@@ -68,7 +68,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
                     job.recipe.attention_bits,
                     training,
                 )
-                stage.save_tensors(layer_file(i), ladder.to_tensors())
+                save(layer_file(i), ladder.to_tensors())
             else:
                 activations.advance(replay, i)
             tick()
