@@ -13,12 +13,14 @@ stage as often as it has layers. Nothing ends early: distillation could after an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTr
 import gemq
 from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.names import hub_state
+from gemq.machine import Rates
+from gemq.models.source import Source
 from gemq.models.structure import find_structure
 from gemq.progress import Monitor
 from gemq.recipe import Recipe, parse_size
+from gemq.workload import Workload
 from record import RESULTS, append, environment
 from shapes import MIXTRAL, OLMOE, SMALL, STD
 
@@ -60,9 +65,11 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-30b": (Qwen3MoeConfig, QWEN3),
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
-POWERS = {"load": 0, "allocate": 0, "sensitivity": 2}
-"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it.
-Windows do not grow where the model writes none."""
+H100 = Rates(products=6.5e14, bytes=2e12, near=2e12, calls=6e4, draws=8e11)
+"""As ``gemq.machine`` measures them."""
+
+ONCE = ("load", "allocate")
+"""Stages that do not take longer with more layers, or not in proportion."""
 JOBS: dict[str, dict[str, Any]] = {
     "low": {"effort": "low", "widths": (1, 2, 3), "guard": False},
     "routers": {
@@ -131,6 +138,30 @@ def _write_random(path: Path, shapes: dict[str, torch.Size], seed: int) -> None:
             file.write(on_host.view(torch.uint8).numpy().data)
 
 
+def growth(source: Source, chosen: Recipe, true_layers: int, own_windows: bool) -> Callable[[str], float]:
+    """How many times longer each stage takes with all layers, by its name.
+
+    In proportion, but for sensitivities, whose work is counted: each layer's changes pass all layers behind it.
+    """
+    counted = []
+    model = source.skeleton()
+    structure = find_structure(model)
+    layers = len(structure.layers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    window = chosen.window or 2048
+    for count in (layers, true_layers):
+        every = dataclasses.replace(structure, layers=(structure.layers * count)[:count])
+        workload = Workload.of(every, chosen, model.config, window, torch.bfloat16, device)
+        counted.append(workload.sensitivity().seconds(H100) if chosen.rescale else 1.0)
+
+    def times(stage: str) -> float:
+        if stage in ONCE or (stage == "calibration windows" and not own_windows):
+            return 1.0
+        return counted[1] / counted[0] if stage == "sensitivity" else true_layers / layers
+
+    return times
+
+
 def write_text(path: Path, words: int) -> None:
     """Shuffled words of the built-in texts."""
     known = " ".join(file.read_text(encoding="utf-8") for file in builtin_texts()).split()
@@ -189,11 +220,11 @@ def main() -> None:
     common = {"shape": args.shape, "layers": layers, "job": args.job}
     common |= {"tokens": sum(result.windows.values()) * result.window}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
-    powers = POWERS if "self" in result.windows else {**POWERS, "calibration windows": 0}
+    times = growth(Source.resolve(str(model)), chosen, true_layers, "self" in result.windows)
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
     for name, cost in [*result.stages.items(), ("all", None)]:
         if cost is not None:
-            every = cost["seconds"] * (true_layers / layers) ** powers.get(name, 1)
+            every = cost["seconds"] * times(name)
             row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
             total["seconds"] += row[0]
             total["all"] += row[1]
