@@ -27,8 +27,8 @@ MOST_CHOSEN = 8
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
 """Bytes a weight while it is trained, by compute type: code, latent, moments, weight in use, gradients."""
 
-LOSS_BYTES = {"scores": 18, "distil": 24}
-"""Bytes a logit in a loss and its gradient: in the compute type, and float32 copies."""
+LOSS_BYTES = {"scores": (12, 3), "distil": (20, 2)}
+"""Bytes a logit in a loss and its gradient: of float32, and how many in the compute type if that is another."""
 
 WORKSPACES = 400_000_000
 """On a GPU: what libraries of products take, routing that is kept, rounding of sizes."""
@@ -50,9 +50,10 @@ def stage_bytes(
     window = calibration_window(config, recipe.window)
     windows = max(1, recipe.batch_tokens // window)
     together = min(windows, max(1, LOGITS_TOGETHER // (window * text.vocab_size))) * window * text.vocab_size
-    found = {"ladder": 0, "scores": together * LOSS_BYTES["scores"], "refine": 0}
-    if recipe.distil_epochs:
-        found["distil"] = together * LOSS_BYTES["distil"]
+    found = {"ladder": 0, "refine": 0}
+    for stage in ("scores", "distil") if recipe.distil_epochs else ("scores",):
+        bytes_of, others = LOSS_BYTES[stage]
+        found[stage] = together * (bytes_of + others * dtype.itemsize * (dtype != torch.float32))
     for layer in structure.layers:
         for stage, count in _Layer(layer, recipe, experts_per_token(text), dtype, device).stages().items():
             if stage in found:
@@ -104,7 +105,7 @@ class _Layer:
         if recipe.ladder_epochs:
             some = max(x.stop - x.start for x in expert_chunks(experts, widths, self.device))
             trained = some * experts.weights_per_expert * widths * TRAINED_BYTES.get(self.dtype, 28)
-            share = min(1.0, widths * 2 * some / experts.count)  # of a micro-batch's pairs, at every width
+            share = widths * min(1.0, 2 * some / experts.count)  # of a micro-batch's pairs, at every width
             packed = round(weights * sum(map(nominal_bits, recipe.ladder_widths)) / 8 * 1.2)
             at_first = some * experts.weights_per_expert * widths * 3 + self._chunk(widths)  # codes and latents
             ladder = means + packed + max(at_first, trained + round(max(share, 0.25) * self._pairs(True)), packed)
@@ -120,7 +121,7 @@ class _Layer:
             "ladder": max(collecting, ladder),
             "scores": widths * weights * size + max(self._pairs(True), 3 * largest),
             "refine": max(collecting, refine),
-            "distil": 2 * weights * size + self._pairs(True) + 20 * UNPACKED_TOGETHER,
+            "distil": 2 * weights * size + self._pairs(True) + 20 * min(UNPACKED_TOGETHER, largest),
         }
 
     def _pairs(self, backward: bool) -> int:

@@ -20,8 +20,8 @@ from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
 
-LIBRARIES = 550_000_000
-"""Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded."""
+LIBRARIES, CUDA_LIBRARIES = 430_000_000, 900_000_000
+"""Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded; CUDA's."""
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
 
@@ -91,7 +91,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
         least_bytes=held_bytes(model, structure, compute) + max(working.values()),
         quickest_bytes=_quickest_bytes(workload, working),
-        host_bytes=LIBRARIES + (staging_bytes(model, structure) if device.type == "cuda" else 0),
+        host_bytes=LIBRARIES + (CUDA_LIBRARIES + staging_bytes(model, structure) if device.type == "cuda" else 0),
         device=str(device),
         seconds={name: round(seconds, 1) for name, seconds in workload.seconds(device, compute).items()},
     )
