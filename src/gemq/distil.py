@@ -86,10 +86,11 @@ class PackedExperts:
         self.all_names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
         self.names = self.all_names[own]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
-        self.members: dict[Width, list[int]] = defaultdict(list)
+        members: dict[Width, list[int]] = defaultdict(list)
         for e, width in enumerate(widths):
-            self.members[width].append(e)
-        self.packed = {w: torch.stack([packed[e].codes for e in members]) for w, members in self.members.items()}
+            members[width].append(e)
+        self.packed = {w: torch.stack([packed[e].codes for e in some]) for w, some in members.items()}
+        self.places = {w: torch.tensor(some, device=packed[0].codes.device) for w, some in members.items()}
         scales, offsets = (torch.stack([getattr(p, part) for p in packed]) for part in ("scales", "offsets"))
         self.grids = TrainableMatrices(Quantized(packed[0].codes, scales, offsets), scales.new_zeros(len(widths)), None)
 
@@ -97,13 +98,12 @@ class PackedExperts:
         """[E, rows, columns], differentiable in scales and offsets."""
         return weights(*self.grids.grid(), self._codes, self.matrix.columns, dtype)
 
-    def _codes(self) -> Iterator[tuple[list[int], Tensor]]:
+    def _codes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Codes of some experts of one width after another."""
         most = max(1, UNPACKED_TOGETHER // (self.matrix.rows * self.matrix.columns))
-        for width, members in self.members.items():
-            for start in range(0, len(members), most):
-                some = slice(start, start + most)
-                yield members[some], unpack_codes(self.packed[width][some], width, self.group)
+        for width, places in self.places.items():
+            for some, codes in zip(places.split(most), self.packed[width].split(most), strict=True):
+                yield some, unpack_codes(codes, width, self.group)
 
     def held(self) -> list[Tensor]:
         """All tensors."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Codes = Callable[[], Iterable[tuple[list[int], Tensor]]]
-"""Gives the numbers of some matrices and their codes [n, R, C] uint8, until all were given."""
+Codes = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Gives numbers of some matrices, [n] int64 on the device, and their codes [n, R, C] uint8, until all were given."""
 
 
 class _Weights(torch.autograd.Function):
