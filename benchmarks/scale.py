@@ -13,12 +13,14 @@ stage as often as it has layers. Nothing ends early: distillation could after an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTr
 import gemq
 from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.names import hub_state
+from gemq.machine import Rates
+from gemq.models.source import Source
 from gemq.models.structure import find_structure
 from gemq.progress import Monitor
 from gemq.recipe import Recipe, parse_size
+from gemq.workload import Workload
 from record import RESULTS, append, environment
 from shapes import MIXTRAL, OLMOE, SMALL, STD
 
@@ -60,9 +65,11 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-30b": (Qwen3MoeConfig, QWEN3),
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
-POWERS = {"load": 0, "allocate": 0, "sensitivity": 2}
-"""How stages grow with layers, those that do not in proportion: every layer's changes pass all layers behind it.
-Windows do not grow where the model writes none."""
+H100 = Rates(products=6.5e14, bytes=2e12, near=2e12, calls=6e4, draws=8e11)
+"""As ``gemq.machine`` measures them."""
+
+ONCE = ("load", "allocate")
+"""Stages that do not take longer with more layers, or not in proportion."""
 JOBS: dict[str, dict[str, Any]] = {
     "low": {"effort": "low", "widths": (1, 2, 3), "guard": False},
     "routers": {
@@ -98,9 +105,9 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     def write(numbered: tuple[int, dict[str, Tensor]]) -> dict[str, str]:
         number, part = numbered
         file = f"model-{number:05d}.safetensors"
-        tensors = hub_state(model, _random(part, number))
-        _write_tensors(partial / file, tensors)
-        return dict.fromkeys(tensors, file)
+        shapes = {name: tensor.shape for name, tensor in hub_state(model, part).items()}
+        _write_random(partial / file, shapes, number)
+        return dict.fromkeys(shapes, file)
 
     with ThreadPoolExecutor(4) as pool:
         index = {name: file for files in pool.map(write, enumerate([*parts, left])) for name, file in files.items()}
@@ -109,29 +116,50 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     partial.rename(out)
 
 
-def _random(part: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Weights of the given shapes, on the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
-    made = {name: torch.empty(like.shape, dtype=torch.bfloat16, device=device) for name, like in part.items()}
-    for tensor in made.values():
-        tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(std=STD, generator=generator)
-    return {name: tensor.cpu() for name, tensor in made.items()}
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file of bfloat16 tensors; other threads run meanwhile, as they do not under ``save_file``."""
+def _write_random(path: Path, shapes: dict[str, torch.Size], seed: int) -> None:
+    """A safetensors file of bfloat16 tensors, one at a time; other threads run meanwhile."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    most = max(shape.numel() for shape in shapes.values())
+    staging = torch.empty(most, dtype=torch.bfloat16, pin_memory=device == "cuda")
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        for shape in shapes.values():
+            made = torch.empty(shape.numel(), dtype=torch.bfloat16, device=device)
+            made.fill_(1.0) if len(shape) == 1 else made.normal_(std=STD, generator=generator)
+            on_host = staging[: shape.numel()].copy_(made)
+            file.write(on_host.view(torch.uint8).numpy().data)
+
+
+def growth(source: Source, chosen: Recipe, true_layers: int, own_windows: bool) -> Callable[[str], float]:
+    """How many times longer each stage takes with all layers, by its name.
+
+    In proportion, but for sensitivities, whose work is counted: each layer's changes pass all layers behind it.
+    """
+    counted = []
+    model = source.skeleton()
+    structure = find_structure(model)
+    layers = len(structure.layers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    window = chosen.window or 2048
+    for count in (layers, true_layers):
+        every = dataclasses.replace(structure, layers=(structure.layers * count)[:count])
+        workload = Workload.of(every, chosen, model.config, window, torch.bfloat16, device)
+        counted.append(workload.sensitivity().seconds(H100) if chosen.rescale else 1.0)
+
+    def times(stage: str) -> float:
+        if stage in ONCE or (stage == "calibration windows" and not own_windows):
+            return 1.0
+        return counted[1] / counted[0] if stage == "sensitivity" else true_layers / layers
+
+    return times
 
 
 def write_text(path: Path, words: int) -> None:
@@ -189,13 +217,14 @@ def main() -> None:
     table = Table(title=f"{args.shape}, {layers} of {true_layers} layers, {args.job}")
     for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    common = {"shape": args.shape, "layers": layers, "job": args.job, "tokens": args.windows * args.window}
+    common = {"shape": args.shape, "layers": layers, "job": args.job}
+    common |= {"tokens": sum(result.windows.values()) * result.window}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
-    powers = POWERS if "self" in result.windows else {**POWERS, "calibration windows": 0}
+    times = growth(Source.resolve(str(model)), chosen, true_layers, "self" in result.windows)
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
     for name, cost in [*result.stages.items(), ("all", None)]:
         if cost is not None:
-            every = cost["seconds"] * (true_layers / layers) ** powers.get(name, 1)
+            every = cost["seconds"] * times(name)
             row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
             total["seconds"] += row[0]
             total["all"] += row[1]

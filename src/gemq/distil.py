@@ -13,7 +13,7 @@ Shapes: B windows, S tokens, H hidden, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
+from gemq.quant.dequantized import weights
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.widths import Width, group_size_for
@@ -63,6 +64,10 @@ class Distilled:
     after: float = 0.0
 
 
+UNPACKED_TOGETHER = 1 << 26
+"""Weights that are unpacked at once: in float32 on their way."""
+
+
 class PackedExperts:
     """One matrix of a layer's experts, packed, with trainable scales and offsets: of this rank's experts."""
 
@@ -81,24 +86,24 @@ class PackedExperts:
         self.all_names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
         self.names = self.all_names[own]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
-        self.members: dict[Width, list[int]] = defaultdict(list)
+        members: dict[Width, list[int]] = defaultdict(list)
         for e, width in enumerate(widths):
-            self.members[width].append(e)
-        self.packed = {w: torch.stack([packed[e].codes for e in members]) for w, members in self.members.items()}
+            members[width].append(e)
+        self.packed = {w: torch.stack([packed[e].codes for e in some]) for w, some in members.items()}
+        self.places = {w: torch.tensor(some, device=packed[0].codes.device) for w, some in members.items()}
         scales, offsets = (torch.stack([getattr(p, part) for p in packed]) for part in ("scales", "offsets"))
         self.grids = TrainableMatrices(Quantized(packed[0].codes, scales, offsets), scales.new_zeros(len(widths)), None)
 
-    def weight(self) -> Tensor:
-        """[E, rows, columns] float32, differentiable in scales and offsets."""
-        some = next(iter(self.packed.values()))
-        codes = some.new_empty(len(self.widths), self.matrix.rows, self.matrix.columns)
-        for width, members in self.members.items():
-            codes[members] = unpack_codes(self.packed[width], width, self.group)
-        self.grids.codes = codes
-        try:
-            return self.grids.weight()
-        finally:
-            self.grids.codes = some  # the unpacked codes live as long as the layer runs
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[E, rows, columns], differentiable in scales and offsets."""
+        return weights(*self.grids.grid(), self._codes, self.matrix.columns, dtype)
+
+    def _codes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes of some experts of one width after another."""
+        most = max(1, UNPACKED_TOGETHER // (self.matrix.rows * self.matrix.columns))
+        for width, places in self.places.items():
+            for some, codes in zip(places.split(most), self.packed[width].split(most), strict=True):
+                yield some, unpack_codes(codes, width, self.group)
 
     def held(self) -> list[Tensor]:
         """All tensors."""
@@ -141,21 +146,26 @@ def distil(
     student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size)
     train, held_out = training.split(len(activations.ids))
 
-    def loss(batch: int, logits: Tensor) -> Tensor:
-        """Mean over tokens, in nats. ``logits`` [B, S, V]."""
-        ids = activations.ids[batch]
-        if distillation.loss == "next_token":
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        with torch.no_grad():
-            expected = replay.logits(ids, teacher[batch]).float().log_softmax(-1)
-        return F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum") / ids.numel()
+    def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
+        """Parts of the mean over tokens, in nats, from the student's last hidden states [B, S, H]."""
+        ids, wanted = activations.ids[batch], teacher[batch]
+        for some in replay.windows_together(ids):
+            logits = student.logits(ids[some], hidden[some])
+            if distillation.loss == "next_token":
+                share = len(ids[some]) / len(ids)
+                yield F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[some, 1:].flatten()) * share
+                continue
+            with torch.no_grad():
+                expected = replay.logits(ids[some], wanted[some]).float().log_softmax(-1)
+            of_part = F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
+            yield of_part / ids.numel()
 
     @torch.no_grad()
     def held_out_loss() -> float:
         total = 0.0
         for batch in held_out:
             hidden = student.inputs(activations, batch)[-1]
-            total += loss(batch, student.logits(activations.ids[batch], hidden)).item()
+            total += sum(part.item() for part in losses(batch, hidden))
         return replay.ranks.agree(lambda: total / len(held_out))
 
     best = Distilled(before=held_out_loss())
@@ -166,8 +176,7 @@ def distil(
         batch = train[number]
         inputs = student.inputs(activations, batch)
         last = replay.leaf(inputs.pop())
-        of_batch = loss(batch, student.logits(activations.ids[batch], last))
-        student.descend(of_batch, last, inputs, activations, batch, step, steps)
+        student.descend(losses(batch, last), last, inputs, activations, batch, step, steps)
         tick(step + 1, steps)
         if (step + 1) % per_epoch == 0:
             now = held_out_loss()
@@ -215,7 +224,7 @@ class _Student:
 
     def descend(
         self,
-        loss: Tensor,
+        losses: Iterable[Tensor],
         last: Tensor,
         inputs: list[Tensor],
         activations: Activations,
@@ -223,11 +232,13 @@ class _Student:
         step: int,
         steps: int,
     ) -> None:
-        """One step down the gradient of ``loss``, from behind the last layer to the first.
+        """One step down the gradient of the sum of ``losses``, from behind the last layer to the first.
 
         last: what the last layer gave, a leaf; ``inputs`` of the layers, which are computed again
         """
-        gradient, *of_tail = torch.autograd.grad(loss, [last, *self.tail.parameters.values()])
+        sources = [last, *self.tail.parameters.values()]
+        parts = [torch.autograd.grad(part, sources) for part in losses]
+        gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
         for parameter, its in zip(self.tail.parameters.values(), of_tail, strict=True):
             parameter.grad = its
         if self.optimizer is not None:
@@ -337,8 +348,9 @@ class _PackedLayer:
             weight = dequantize(packed.unpack(self.dense_bits, group))
             overrides[name] = as_parameter(model, name, weight.unsqueeze(0))
         if self.layer.experts is not None:
-            weights = [m.weight() for m in self.experts]
-            overrides.update(expert_overrides(model, self.layer.experts, weights))
+            dtype = model.get_parameter(f"{self.layer.experts.path}.{self.experts[0].matrix.name}").dtype
+            unpacked = [m.weight(dtype) for m in self.experts]
+            overrides.update(expert_overrides(model, self.layer.experts, unpacked))
         with split_experts(model, self.layer.experts, self.replay.ranks):
             return self.replay.run(self.index, hidden, call, overrides)
 

@@ -107,7 +107,8 @@ def _refine(
     with job.monitor.stage("reconstruct" if training else "refine", end) as tick:
         activations = job.start_activations(replay)
         exact = activations.hidden.copy() if with_teacher else Batches(replay.memory)
-        for i in replay.walk(range(end)):
+        # what trains a layer takes the next one's room: see ``footprint``
+        for i in replay.walk(range(end), ahead=training is None):
             if with_teacher:
                 advance(replay, i, exact, activations.calls)
             if i in missing:

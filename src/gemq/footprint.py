@@ -5,14 +5,19 @@ Knows structures and recipes, no weights and no machine.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from gemq.distil import UNPACKED_TOGETHER
 from gemq.errors import UserError
 from gemq.ladder import CHUNK_BYTES
 from gemq.memory import Memory, gigabytes
+from gemq.models.source import calibration_window
+from gemq.models.stream import LOGITS_TOGETHER
 from gemq.models.structure import Layer, Structure
+from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
 from gemq.rungs import expert_chunks
 
@@ -22,16 +27,39 @@ MOST_CHOSEN = 8
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
 """Bytes a weight while it is trained, by compute type: code, latent, moments, weight in use, gradients."""
 
+LOSS_BYTES = {"scores": (12, 3), "distil": (20, 2)}
+"""Bytes a logit in a loss and its gradient: of float32, and how many in the compute type if that is another."""
+
+WORKSPACES = 400_000_000
+"""On a GPU: what libraries of products take, routing that is kept, rounding of sizes."""
+
 
 def working_bytes(structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device) -> int:
     """Most bytes that any stage has on the device for one layer's or one micro-batch's arithmetic.
 
     config: the model's
     """
+    return max(stage_bytes(structure, recipe, config, dtype, device).values())
+
+
+def stage_bytes(
+    structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """``working_bytes`` of each stage that is large: ladder, scores, refine (or reconstruct), distil."""
     text = config.get_text_config()
-    logits = recipe.batch_tokens * text.vocab_size * 4 * 4  # themselves, exponentials, a reference's, a gradient
-    chosen = experts_per_token(text)
-    return max(logits, *(_layer_bytes(layer, recipe, chosen, dtype, device) for layer in structure.layers))
+    window = calibration_window(config, recipe.window)
+    windows = max(1, recipe.batch_tokens // window)
+    together = min(windows, max(1, LOGITS_TOGETHER // (window * text.vocab_size))) * window * text.vocab_size
+    found = {"ladder": 0, "refine": 0}
+    for stage in ("scores", "distil") if recipe.distil_epochs else ("scores",):
+        bytes_of, others = LOSS_BYTES[stage]
+        found[stage] = together * (bytes_of + others * dtype.itemsize * (dtype != torch.float32))
+    for layer in structure.layers:
+        for stage, count in _Layer(layer, recipe, experts_per_token(text), dtype, device).stages().items():
+            if stage in found:
+                found[stage] = max(found[stage], count)
+    beside = WORKSPACES if device.type == "cuda" else 0
+    return {stage: count + beside for stage, count in found.items()}
 
 
 def experts_per_token(text: Any) -> int:
@@ -48,29 +76,78 @@ def experts_per_token(text: Any) -> int:
     return next((value for n in names if isinstance(value := getattr(text, n, None), int)), MOST_CHOSEN)
 
 
-def _layer_bytes(layer: Layer, recipe: Recipe, chosen: int, dtype: torch.dtype, device: torch.device) -> int:
-    widths = len(recipe.ladder_widths)
-    columns = {x.columns for x in layer.linears}
-    moments = 4 * sum(c * c for c in columns)
-    quantizing = max((4 * c * 4 * c + 8 * c * x.rows for x in layer.linears for c in (x.columns,)), default=0)
-    if layer.experts is None:
-        return moments + quantizing
-    first, down = layer.experts.matrices
-    # a micro-batch's routed pairs on their way through the experts, in float32 where outputs are compared
-    pairs = recipe.batch_tokens * chosen * (4 * first.columns + 3 * down.columns) * 4
-    count, weights = layer.experts.count, layer.experts.count * layer.experts.weights_per_expert
-    moments += 4 * count * sum(m.columns**2 for m in layer.experts.matrices)
-    each = max(4 * m.columns * (4 * m.columns + widths * m.rows) for m in layer.experts.matrices)
-    quantizing = max(quantizing, each, min(CHUNK_BYTES, count * each))
-    codes = widths * weights
-    scoring = widths * weights * dtype.itemsize
-    training, trained = 0, TRAINED_BYTES.get(dtype, TRAINED_BYTES[torch.float32])
-    if recipe.ladder_epochs:
-        together = max(x.stop - x.start for x in expert_chunks(layer.experts, widths, device))
-        training = together * layer.experts.weights_per_expert * widths * trained + codes
-    if recipe.layer_epochs:
-        training = max(training, weights * trained)
-    return max(moments + quantizing + codes, moments + pairs, scoring + pairs, training + pairs)
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's bytes, step by step. Follows ``build_layer``, ``run_scores``, ``refine_layer`` and ``distil``."""
+
+    layer: Layer
+    recipe: Recipe
+    chosen: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def stages(self) -> dict[str, int]:
+        recipe, experts = self.recipe, self.layer.experts
+        columns = {x.columns for x in self.layer.linears}
+        squares = 4 * sum(c * c for c in columns)
+        dense = max((16 * x.columns**2 + 8 * x.columns * x.rows for x in self.layer.linears), default=0)
+        if experts is None:
+            return dict.fromkeys(("ladder", "refine"), squares + dense)
+        weights = experts.count * experts.weights_per_expert
+        largest = max(m.rows * m.columns for m in experts.matrices) * experts.count
+        widths, size = len(recipe.ladder_widths), self.dtype.itemsize
+        of_experts = 4 * experts.count * sum(m.columns**2 for m in experts.matrices)
+        means = 4 * sum(m.columns**2 for m in experts.matrices)
+        collecting = squares + of_experts + max(self._pairs(False), means)
+        ladder = squares + of_experts + means + self._quantizing(widths)
+        ladder = max(ladder, squares + dense + of_experts)
+        refine = max(squares + of_experts + means + self._quantizing(1), weights * (1 + 2 * size) + 4 * largest // 8)
+        if recipe.ladder_epochs:
+            some = max(x.stop - x.start for x in expert_chunks(experts, widths, self.device))
+            trained = some * experts.weights_per_expert * widths * TRAINED_BYTES.get(self.dtype, 28)
+            share = widths * min(1.0, 2 * some / experts.count)  # of a micro-batch's pairs, at every width
+            packed = round(weights * sum(map(nominal_bits, recipe.ladder_widths)) / 8 * 1.2)
+            at_first = some * experts.weights_per_expert * widths * 3 + self._chunk(widths)  # codes and latents
+            ladder = means + packed + max(at_first, trained + round(max(share, 0.25) * self._pairs(True)), packed)
+            if self.device.type != "cuda":  # where moments wait is the device
+                ladder += of_experts
+        if recipe.layer_epochs:
+            trained = (weights + sum(x.rows * x.columns for x in self.layer.linears)) * TRAINED_BYTES.get(
+                self.dtype, 28
+            )
+            # the next layer is not read meanwhile
+            refine = max(refine, trained + self._pairs(True) - (weights * size if self.device.type == "cuda" else 0))
+        return {
+            "ladder": max(collecting, ladder),
+            "scores": widths * weights * size + max(self._pairs(True), 3 * largest),
+            "refine": max(collecting, refine),
+            "distil": 2 * weights * size + self._pairs(True) + 20 * min(UNPACKED_TOGETHER, largest),
+        }
+
+    def _pairs(self, backward: bool) -> int:
+        """A micro-batch's routed pairs on their way through the experts; in float32 where outputs are compared."""
+        assert self.layer.experts is not None
+        first, down = self.layer.experts.matrices
+        each = (3 * first.columns + first.rows + 2 * down.columns) * self.dtype.itemsize
+        if backward:
+            each = max(2 * each, each + 5 * 4 * first.columns)
+        return self.recipe.batch_tokens * self.chosen * each
+
+    def _chunk(self, widths: int) -> int:
+        """Hessians, factors and errors of the experts that are quantized together."""
+        assert self.layer.experts is not None
+        most = 0
+        for m in self.layer.experts.matrices:
+            each = 4 * m.columns * (3 * m.columns + widths * m.rows)
+            count = max(1, min(self.layer.experts.count, CHUNK_BYTES // each))
+            most = max(most, 4 * count * max(3 * m.columns**2, m.columns**2 + widths * m.rows * m.columns))
+        return most
+
+    def _quantizing(self, widths: int) -> int:
+        """``_chunk`` and the codes of all experts, which are put together from those of chunks."""
+        assert self.layer.experts is not None
+        codes = [widths * self.layer.experts.count * m.rows * m.columns for m in self.layer.experts.matrices]
+        return sum(codes) + max(self._chunk(widths), *codes)
 
 
 def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:

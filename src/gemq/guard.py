@@ -255,7 +255,8 @@ def run_guard(
 
     draws = list(uniform.values())
     # the model's own windows are no text that a user could bring: they stay in
-    given = [n for n in windows.names if n != SELF] if len(windows.names) > 1 else []
+    counts = windows.counts()  # none of a source that calibration has taken whole
+    given = [n for n in windows.names if n != SELF and counts[n]] if len(windows.names) > 1 else []
     without = {windows.names.index(name): leave_out(name) for name in given}
     kept, verdict = decide(problem, chosen, draws, solve, measure, windows.source.numpy(), windows.names, without)
     stage.save_json(f"verdict-{digest(chosen.by_layer)}.json", verdict)

@@ -64,6 +64,7 @@ class Quantizer:
             of_some = None if latents is None else latents[:, some]
             grids.append(gptq(weight[some], factor.upper, widths, group, of_some))
             retries += factor.retries
+            del factor  # as large as what the next ones take
         return _joined(grids, 1), retries
 
     def own_width(
@@ -83,6 +84,7 @@ class Quantizer:
             of_some = None if latents is None else latents[some]
             grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
             retries += factor.retries
+            del factor  # as large as what the next ones take
         return _joined(grids, 0), retries
 
     def group(self, columns: int) -> int:
@@ -192,6 +194,9 @@ def build_layer(
     every = calls.whole(replay, activations.total) if training is not None else calls
     batches = ExpertInputs(module, layer.experts, every, ranks) if training is not None else None
     chunks = expert_chunks(layer.experts, len(widths), replay.device, own) if training is not None else [own]
+    if training is not None:  # what trains takes the room where the moments are
+        for moment in moments.experts:
+            moment.park(lambda sums: Batches(replay.memory, sums))
     of_experts = 0
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
     for some in chunks:

@@ -171,6 +171,7 @@ class Memory:
             total = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), index)
+            _use_expandable_segments(True)
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -180,6 +181,7 @@ class Memory:
             ) from error
         finally:
             if bounded:
+                _use_expandable_segments(False)
                 torch.cuda.set_per_process_memory_fraction(1.0, index)
 
     @property
@@ -262,6 +264,16 @@ class Waiting:
         tensor, path = self.memory.mapped(like.shape, like.dtype)
         self._files.append(path)
         return tensor
+
+
+def _use_expandable_segments(used: bool) -> None:
+    """Lets PyTorch's reserves grow and shrink by pages, where the user has not chosen for himself.
+
+    Under a bound, pieces that are free but lie apart were seen to take a seventh of it.
+    """
+    chosen = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    if not any("expandable_segments" in text for text in chosen):
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{used}")
 
 
 def pinned_bytes(count: int) -> int:

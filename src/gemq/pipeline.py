@@ -163,8 +163,9 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     replay, stored = job.load()
     structure = replay.structure
     if job.monitor.console is not None:
-        workload = Workload.of(structure, job.recipe, replay.model.config, job.window, replay.model.dtype)
-        job.monitor.expected = workload.seconds(job.device, replay.model.dtype)
+        dtype = replay.model.dtype
+        workload = Workload.of(structure, job.recipe, replay.model.config, job.window, dtype, job.device)
+        job.monitor.expected = workload.seconds(job.device, dtype)
     job.draw_windows(replay)
     ladder = run_ladder(job, replay)
     _count_fallbacks(job, structure, ladder)

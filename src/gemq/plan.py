@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gemq.footprint import held_bytes, staging_bytes, working_bytes
+from gemq.footprint import held_bytes, stage_bytes, staging_bytes
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
@@ -20,8 +20,8 @@ from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
 
-LIBRARIES = 550_000_000
-"""Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded."""
+LIBRARIES, CUDA_LIBRARIES = 430_000_000, 900_000_000
+"""Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded; CUDA's."""
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
 
@@ -72,8 +72,8 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
     window = calibration_window(model.config, recipe.window)
     compute = pick_dtype(recipe.dtype, device)
-    workload = Workload.of(structure, recipe, model.config, window, compute)
-    working = working_bytes(structure, recipe, model.config, compute, device)
+    workload = Workload.of(structure, recipe, model.config, window, compute, device)
+    working = stage_bytes(structure, recipe, model.config, compute, device)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,
@@ -89,21 +89,30 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         windows=recipe.windows,
         tokens=workload.tokens,
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
-        least_bytes=held_bytes(model, structure, compute) + working,
+        least_bytes=held_bytes(model, structure, compute) + max(working.values()),
         quickest_bytes=_quickest_bytes(workload, working),
-        host_bytes=LIBRARIES + (staging_bytes(model, structure) if device.type == "cuda" else 0),
+        host_bytes=LIBRARIES + (CUDA_LIBRARIES + staging_bytes(model, structure) if device.type == "cuda" else 0),
         device=str(device),
         seconds={name: round(seconds, 1) for name, seconds in workload.seconds(device, compute).items()},
     )
 
 
-def _quickest_bytes(workload: Workload, working: int) -> int:
-    """What a job would hold on its device if it could: every layer, every layer's inputs, and a gradient.
+def _quickest_bytes(workload: Workload, working: dict[str, int]) -> int:
+    """What a job would hold on its device if it could: every layer, and what a stage keeps of activations.
 
     With less, layers are read again, and activations wait elsewhere or are computed again.
+    working: bytes to compute with, by stage
     """
-    layers, of_state = len(workload.structure.layers), workload.tokens * workload.hidden
-    return (workload.structure.total_parameters + (layers + 2) * of_state) * workload.itemsize + working
+    recipe, layers = workload.recipe, len(workload.structure.layers)
+    states = {  # inputs and outputs; what experts receive or a teacher gives; every layer's inputs and a gradient
+        "ladder": 2 + bool(recipe.ladder_epochs),
+        "scores": layers + 2,
+        "refine": 1 + bool(recipe.layer_epochs or recipe.distil_epochs),
+        "distil": 2,
+    }
+    of_state = workload.tokens * workload.hidden * workload.itemsize
+    most = max(count + states[stage] * of_state for stage, count in working.items())
+    return workload.structure.total_parameters * workload.itemsize + most
 
 
 def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:

@@ -152,7 +152,6 @@ def train_layer(
     every rank does the same work. Only the first ``most`` micro-batches are used.
     """
     inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
-    matrices = [_trainable(model, x) for x in parameters]
     names = tunable_names(replay, layer) if training.tuned else []
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
     train, held_out = training.split(min(len(inputs), most or len(inputs)))
@@ -174,16 +173,22 @@ def train_layer(
 
     original = {name: p.clone() for name, p in tuned.items()}
     before = error([x.q for x in parameters], original)
-    optimizer = training.optimizer_of(matrices, list(tuned.values()))
-    steps = training.epochs * len(train)
-    for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
-        target = targets[train[batch]].float()
-        out = run(train[batch], [m.weight() for m in matrices], tuned)
-        energy = target.square().sum(-1).mean().clamp_min(1e-20)
-        optimizer.step((out.float() - target).square().sum() / energy, step, steps)
-        for m in matrices:
-            m.keep_in_range()
-    grids = [m.result() for m in matrices]
+
+    def after_training() -> list[Quantized]:
+        """What is in training is gone afterwards: judging takes as much memory again."""
+        matrices = [_trainable(model, x) for x in parameters]
+        optimizer = training.optimizer_of(matrices, list(tuned.values()))
+        steps = training.epochs * len(train)
+        for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
+            target = targets[train[batch]].float()
+            out = run(train[batch], [m.weight() for m in matrices], tuned)
+            energy = target.square().sum(-1).mean().clamp_min(1e-20)
+            optimizer.step((out.float() - target).square().sum() / energy, step, steps)
+            for m in matrices:
+                m.keep_in_range()
+        return [m.result() for m in matrices]
+
+    grids = after_training()
     tuned = {name: replay.ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
     before, after = replay.ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own

@@ -103,10 +103,6 @@ def train_rungs(
     count, device = some.stop - some.start, latents[0].device
     compute = batches.calls[0].hidden.dtype
     highest = highest_codes(widths, device).repeat_interleave(count)
-    matrices = [
-        trainable(Quantized(*(t.flatten(0, 1) for t in q)), highest, v.flatten(0, 1), compute, by_range=True)
-        for q, v in zip(grids, latents, strict=True)
-    ]
     train, held_out = training.split(len(batches.calls))
     once = [routed.stacked(some, 1) for routed in batches.routed]
     every = [routed.stacked(some, len(widths)) for routed in batches.routed]
@@ -128,17 +124,25 @@ def train_rungs(
 
     start = [Quantized(*(t.flatten(0, 1) for t in q)) for q in grids]
     before = errors([dequantize_each(q, compute) for q in start])
-    optimizer = training.optimizer_of(matrices)
-    steps = training.epochs * len(train)
-    for step, number in enumerate(epochs(len(train), training.epochs, training.seed + layer)):
-        batch = train[number]
-        x, exact = inputs(batch)
-        out = batches.outputs([m.weight() for m in matrices], x, every[batch])
-        gradient = _gradient(out.detach(), exact, every[batch].weight, batches.energy(batch))
-        optimizer.step(out, step, steps, gradient)
-        for m in matrices:
-            m.keep_in_range()
-    results = [m.result() for m in matrices]
+
+    def trained() -> list[Quantized]:
+        """What is in training is gone afterwards: judging takes as much memory again."""
+        matrices = [
+            trainable(q, highest, v.flatten(0, 1), compute, by_range=True) for q, v in zip(start, latents, strict=True)
+        ]
+        optimizer = training.optimizer_of(matrices)
+        steps = training.epochs * len(train)
+        for step, number in enumerate(epochs(len(train), training.epochs, training.seed + layer)):
+            batch = train[number]
+            x, exact = inputs(batch)
+            out = batches.outputs([m.weight() for m in matrices], x, every[batch])
+            gradient = _gradient(out.detach(), exact, every[batch].weight, batches.energy(batch))
+            optimizer.step(out, step, steps, gradient)
+            for m in matrices:
+                m.keep_in_range()
+        return [m.result() for m in matrices]
+
+    results = trained()
     after = errors([dequantize_each(q, compute) for q in results])
     better = after < before
     chosen = [

@@ -82,17 +82,22 @@ def loss_gradients(
         # a micro-batch's labels do not depend on which rank draws them, nor on those drawn before
         mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         generator = torch.Generator(replay.device).manual_seed(mixed)
-        leaf = hidden.detach().requires_grad_()
-        logits = replay.logits(ids, leaf, overrides).float()
-        if labels == "sampled":
-            with torch.no_grad():
-                probabilities = logits.flatten(0, 1).softmax(-1)
-                target = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-            loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
-        else:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        gradients.append(torch.autograd.grad(loss, leaf)[0])
+        parts = []
+        for some in replay.windows_together(ids):
+            leaf = hidden[some].detach().requires_grad_()
+            loss = _loss(replay.logits(ids[some], leaf, overrides).float(), ids[some], labels, generator)
+            parts.append(torch.autograd.grad(loss, leaf)[0])
+        gradients.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return gradients
+
+
+def _loss(logits: Tensor, ids: Tensor, labels: str, generator: torch.Generator) -> Tensor:
+    """The summed next-token loss of logits [B, S, V] float32."""
+    if labels == "data":
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    with torch.no_grad():
+        target = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator).squeeze(1)
+    return F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
 
 
 def reverse_layer(

@@ -1,4 +1,4 @@
-"""The long stages, layer by layer: every layer is written before the next begins.
+"""The long stages, layer by layer: every layer is written before the next ends.
 
 A stopped job finds what it has written and only replays the layers to get past it, so a resumed stage gives the same
 bytes as an uninterrupted one. What is computed for a layer stands in ``ladder``, ``score`` and ``refine``.
@@ -28,7 +28,7 @@ from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Structure
 from gemq.quant.gptq import round_to_nearest
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer, assemble_layer
@@ -54,7 +54,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     if not missing:
         return stage
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
-    with job.monitor.stage("ladder", missing[-1] + 1) as tick:
+    with job.monitor.stage("ladder", missing[-1] + 1) as tick, stage.writing_behind() as save:
         activations = job.start_activations(replay)
         training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
         of_linears = job.training(job.recipe.ladder_epochs, job.recipe.rate_codes, tuned=False)
@@ -70,7 +70,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
                     training,
                     of_linears,
                 )
-                stage.save_tensors(layer_file(i), ladder.to_tensors())
+                save(layer_file(i), ladder.to_tensors())
             else:
                 activations.advance(replay, i)
             tick()
@@ -206,11 +206,13 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
         if found:
             prefix = f"expert:{matrix.name}:{width_name(width)}"
             packed = PackedMatrix(*(found[f"{prefix}.{part}"] for part in PackedMatrix._fields))
-            rung = dequantize(packed.unpack(width, group_size_for(matrix.columns, recipe.group_size)))
+            rung = dequantize_each(
+                packed.unpack(width, group_size_for(matrix.columns, recipe.group_size)), weight.dtype
+            )
         else:
             q = round_to_nearest(weight, (width,), group_size_for(matrix.columns, recipe.group_size))
-            rung = dequantize(Quantized(*(t[0] for t in q)))
-        rungs.append(rung.to(weight.dtype))
+            rung = dequantize_each(Quantized(*(t[0] for t in q)), weight.dtype)
+        rungs.append(rung)
     return rungs[0], rungs[1]
 
 

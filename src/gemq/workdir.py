@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -132,6 +134,26 @@ class Stage:
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Every rank gives the same tensors; the first writes them."""
         self.ranks.agree(lambda: write_tensors(self.directory / name, tensors))
+
+    @contextmanager
+    def writing_behind(self) -> Iterator[Callable[[str, dict[str, Tensor]], None]]:
+        """Gives a ``save_tensors`` that returns before its file is written. All are when the context ends."""
+        writing: list[Future[None]] = []  # one at most: memory holds no more
+
+        def settle() -> None:
+            last = [writing.pop()] if writing else []
+            self.ranks.agree(lambda: [future.result() for future in last] and None)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="gemq-files") as pool:
+
+            def save(name: str, tensors: dict[str, Tensor]) -> None:
+                settle()
+                if self.ranks.first:
+                    on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+                    writing.append(pool.submit(write_tensors, self.directory / name, on_host))
+
+            yield save
+            settle()
 
     def load_tensors(
         self, name: str, device: str = "cpu", wanted: Callable[[str], bool] | None = None

@@ -18,7 +18,7 @@ from gemq.footprint import experts_per_token
 from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
 from gemq.ladder import LINEAR_TOKENS
 from gemq.machine import Rates, measure
-from gemq.models.structure import Layer, Structure
+from gemq.models.structure import Experts, Layer, Structure
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
 from gemq.sensitivity import TOKENS as MEASURED
@@ -32,6 +32,12 @@ EXPERT_PASSES = 9.0
 """The same for each routed pair, of the hidden and of the intermediate size."""
 DENSE_CALLS, EXPERT_CALLS = 150.0, 10.0
 """PyTorch operations of one call of a layer, and those that each expert adds."""
+GPU_DENSE_CALLS, GPU_EXPERT_CALLS = 60.0, 20.0
+"""The same on a GPU, where most run behind the device's back and all experts are one product."""
+GPU_GPTQ = 45.0
+"""Operations of bfloat16 products in the time of one of GPTQ's float32 ones: factors, and errors into later columns."""
+GPU_TRAINED_BYTES = 22.0
+"""As ``TRAINED_BYTES``, in one pass over latents and moments of 16 bits."""
 LOGIT_BYTES = 24.0
 """Read and written for each logit by a softmax and what is made of it, in float32."""
 FIT_BYTES = 760.0
@@ -78,6 +84,7 @@ class Workload:
     hidden, vocabulary: of the model; ``per_token``: experts that a token chooses
     window:   tokens per calibration window
     itemsize: bytes of the compute type; ``windows_at_once``: that the model writes side by side
+    on_gpu:   count as its kernels work
     """
 
     structure: Structure
@@ -88,10 +95,19 @@ class Workload:
     window: int
     itemsize: int
     windows_at_once: int
+    on_gpu: bool = False
 
     @classmethod
-    def of(cls, structure: Structure, recipe: Recipe, config: Any, window: int, dtype: torch.dtype) -> Workload:
-        """config: the model's; ``dtype`` in which it computes"""
+    def of(
+        cls,
+        structure: Structure,
+        recipe: Recipe,
+        config: Any,
+        window: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Workload:
+        """config: the model's; it computes in ``dtype`` on ``device``"""
         text = config.get_text_config()
         return cls(
             structure,
@@ -102,6 +118,7 @@ class Workload:
             window=window,
             itemsize=dtype.itemsize,
             windows_at_once=batch_size(text, window),
+            on_gpu=device.type == "cuda",
         )
 
     def seconds(self, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -180,7 +197,8 @@ class Workload:
         if layer.experts is None:
             return work
         pairs = self.experts(layer, self.tokens, self.batches) * (1 + self.widths)
-        differences = self.tokens * self.per_token * self.widths * self.hidden * 16.0
+        each = 40.0 if self.on_gpu else 16.0  # a CPU's caches hold what comes between
+        differences = self.tokens * self.per_token * self.widths * self.hidden * each
         return work + pairs + Work(bytes=differences) + self.dequantize(layer) * self.widths
 
     def sensitivity(self) -> Work:
@@ -272,7 +290,8 @@ class Workload:
         attends = any(x.kind == "attention" for x in layer.linears)
         attention = 4.0 * self.hidden * (self.window if context is None else context) * attends
         moved = DENSE_PASSES * self.hidden * self.itemsize
-        work = Work(tokens * (2.0 * dense + attention), tokens * moved, calls=DENSE_CALLS * batches)
+        calls = GPU_DENSE_CALLS if self.on_gpu else DENSE_CALLS
+        work = Work(tokens * (2.0 * dense + attention), tokens * moved, calls=calls * batches)
         return work + self.experts(layer, tokens, batches) if layer.experts else work
 
     def experts(self, layer: Layer, tokens: float, batches: float) -> Work:
@@ -281,8 +300,11 @@ class Workload:
         pairs = tokens * self.per_token
         inside = layer.experts.matrices[1].columns
         moved = EXPERT_PASSES * (self.hidden + inside) * self.itemsize
-        calls = batches * EXPERT_CALLS * layer.experts.count
+        calls = batches * self._expert_calls(layer.experts)
         return Work(2.0 * pairs * layer.experts.weights_per_expert, pairs * moved, calls=calls)
+
+    def _expert_calls(self, experts: Experts) -> float:
+        return GPU_EXPERT_CALLS if self.on_gpu else EXPERT_CALLS * experts.count
 
     def head(self, tokens: float) -> Work:
         """Logits."""
@@ -298,8 +320,9 @@ class Workload:
         pairs = self.tokens * self.per_token
         products = 2.0 * (first.rows * first.columns + first.columns**2 + down.columns**2)
         moved = 3.0 * (first.columns + first.rows + down.columns) * self.itemsize
-        calls = self.batches * EXPERT_CALLS * layer.experts.count
-        return work + Work(pairs * products, pairs * moved, calls=calls)
+        calls = self.batches * self._expert_calls(layer.experts)
+        sums = 4.0 * layer.experts.count * (first.columns**2 + down.columns**2) * self.batches if self.on_gpu else 0.0
+        return work + Work(pairs * products, pairs * moved + sums, calls=calls)
 
     def gptq(self, layer: Layer, widths: int) -> Work:
         """Every expert at ``widths`` widths and every dense linear at one."""
@@ -310,6 +333,9 @@ class Workload:
         for rows, columns, count, times in matrices:
             weights = float(rows * columns * count * times)
             group = group_size_for(columns, self.recipe.group_size)
+            if self.on_gpu:
+                work += Work(GPU_GPTQ * (count * columns**3 + weights * columns), calls=columns / group * 6)
+                continue
             work += Work(near=weights * FIT_BYTES)
             if self.recipe.quantizer == "gptq":  # after each column half of its group, on average, is updated
                 near = weights * (COLUMN_BYTES + group / 2 * UPDATE_BYTES)
@@ -323,7 +349,8 @@ class Workload:
 
     def train(self, weights: float, steps: float) -> Work:
         """Latents to weights, gradients back to them, and the optimizer: all weights at each step."""
-        return Work(bytes=weights * steps * TRAINED_BYTES, calls=100 * steps)
+        each = GPU_TRAINED_BYTES if self.on_gpu else TRAINED_BYTES
+        return Work(bytes=weights * steps * each, calls=100 * steps)
 
 
 SAME_INPUT = ("q_proj", "k_proj", "v_proj")

@@ -137,3 +137,13 @@ def test_scale_of_inputs_does_not_matter(size):
     factor = factorize(hessians * size, 0.01)
     assert factor.retries == 0
     torch.testing.assert_close(factor.upper * size**0.5, factorize(hessians, 0.01).upper, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 70], [0, 0]])
+def test_moments_that_wait_elsewhere_give_the_same_hessians(counts):
+    here, _ = filled(counts)
+    away, _ = filled(counts)
+    away.park(list)
+    for some in (slice(None), slice(1, 2)):
+        assert torch.equal(here.hessians(0.1, some), away.hessians(0.1, some))
+    assert not away.sums.numel()

@@ -220,6 +220,16 @@ def test_sampled_labels_are_seeded_and_alone():
         assert not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("labels", ["data", "sampled"])
+def test_a_large_vocabularys_loss_goes_by_windows(labels, monkeypatch):
+    replay, activations, _ = start("mixtral", 60)
+    whole = loss_gradients(replay, activations, labels, 5)
+    monkeypatch.setattr("gemq.models.stream.LOGITS_TOGETHER", 1)
+    assert len(replay.windows_together(activations.ids[0])) == len(activations.ids[0]) > 1
+    for a, b in zip(whole, loss_gradients(replay, activations, labels, 5), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_data_labels_leave_the_last_token_alone():
     """It has no next token: nothing behind it, so no gradient at it in a causal model."""
     replay, activations, _ = start("olmoe")

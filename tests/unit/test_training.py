@@ -224,6 +224,16 @@ def test_distillation_lowers_the_held_out_loss():
     assert tail == {"model.norm.weight"}
 
 
+@pytest.mark.parametrize("loss", ["kl", "next_token"])
+def test_distillation_by_windows_is_the_same_descent(loss, monkeypatch):
+    short = replace(TRAINING, codes=0.0, epochs=1)
+    whole, _, _ = run_distil(short, loss)
+    monkeypatch.setattr("gemq.models.stream.LOGITS_TOGETHER", 1)
+    parts, _, _ = run_distil(short, loss)
+    assert parts.before == pytest.approx(whole.before, rel=1e-5)
+    assert parts.after == pytest.approx(whole.after, rel=1e-3)
+
+
 def test_distillation_that_does_not_help_is_dropped():
     result, _, _ = run_distil(replace(STILL, codes=0.0))
     assert result.after == result.before
@@ -248,3 +258,23 @@ def test_packed_experts_mean_what_their_codes_say():
     module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in packed.result(lambda own: own).items())
+
+
+def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
+    monkeypatch.setattr("gemq.distil.UNPACKED_TOGETHER", 1)  # one expert at a time
+    replay, _, layers, _ = refined(None)
+    experts = replay.structure.layers[0].experts
+    assert experts is not None
+    widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
+    packed = PackedExperts(layers[0], experts, slice(0, experts.count), experts.matrices[0], widths, 32)
+    whole = torch.zeros(packed.weight().shape, dtype=torch.uint8)
+    for some, codes in packed._codes():
+        whole[some] = codes
+    base = packed.grids
+    plain = TrainableMatrices(Quantized(whole, base.base_scale.half(), base.base_offset.half()), base.highest, None)
+    slope = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
+    for matrices in (packed, plain):
+        (matrices.weight() * slope).sum().backward()
+    for ours, theirs in zip(base.grids(), plain.grids(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert packed.weight(torch.bfloat16).dtype == torch.bfloat16

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from gemq.workdir import WorkDir
+from gemq.errors import UserError
+from gemq.workdir import Stage, WorkDir
 
 
 def test_what_a_killed_job_left_half_written_is_gone(tmp_path):
@@ -19,3 +21,18 @@ def test_what_a_killed_job_left_half_written_is_gone(tmp_path):
             "stage.json",
         ]
         assert work.stage("ladder", {"a": 1}).has("layer-000.safetensors")
+
+
+def test_what_is_written_behind_is_there_in_the_end_and_a_full_disk_is_told(tmp_path, monkeypatch):
+    stage = Stage(tmp_path)
+    with stage.writing_behind() as save:
+        for number in range(3):
+            save(f"{number}.safetensors", {"x": torch.full((2,), number)})
+    assert [int(stage.load_tensor(f"{n}.safetensors", "x")[0]) for n in range(3)] == [0, 1, 2]
+
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("gemq.workdir.write_tensors", full)
+    with pytest.raises(UserError, match="full"), stage.writing_behind() as save:
+        save("3.safetensors", {"x": torch.zeros(1)})

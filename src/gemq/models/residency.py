@@ -93,11 +93,14 @@ class Residency:
                 tensor.record_stream(now)
         self._place(index, ready.tensors)
 
-    def walk(self, order: Sequence[int]) -> Iterator[int]:
-        """Gives the layers of ``order`` one after the other, each in the model while it is looked at."""
+    def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
+        """Gives the layers of ``order`` one after the other, each in the model while it is looked at.
+
+        ahead: read the next one meanwhile, into the room that is set aside for it
+        """
         for index, following in zip(order, [*order[1:], None], strict=True):
             self.need(index)
-            if following is not None and following != index and following not in self._kept:
+            if ahead and following is not None and following != index and following not in self._kept:
                 self._fetch(following)
             yield index
 

@@ -38,6 +38,9 @@ _WRONG_STATE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, V
 """What model code raises when it is given something else than it expects."""
 
 
+LOGITS_TOGETHER = 1 << 27
+"""Numbers that go through a loss at once, at most, if that is a window or more: each takes up to 22 bytes there."""
+
 MOST_OUTPUTS = 3
 """Values that a layer may return: hidden states and what belongs to them."""
 
@@ -106,9 +109,9 @@ class Replay:
     def device(self) -> torch.device:
         return self.memory.device
 
-    def walk(self, order: Sequence[int]) -> Iterator[int]:
-        """Gives the indices of ``order``, each layer being held while it is looked at and the next one read."""
-        return iter(order) if self.residency is None else self.residency.walk(order)
+    def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
+        """Gives the indices of ``order``, each layer being held while it is looked at; ``ahead``: the next one read."""
+        return iter(order) if self.residency is None else self.residency.walk(order, ahead)
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
@@ -234,6 +237,12 @@ class Replay:
         with self._patched(substitute):
             inputs = {"input_ids": ids.to(self.device), "use_cache": False}
             return functional_call(self.model, overrides or {}, (), inputs).logits
+
+    def windows_together(self, ids: Tensor) -> list[slice]:
+        """Slices of windows [B, S] whose logits are looked at together: all in one where the vocabulary is small."""
+        each = ids.shape[1] * self.model.config.get_text_config().vocab_size
+        step = max(1, LOGITS_TOGETHER // each)
+        return [slice(start, start + step) for start in range(0, len(ids), step)]
 
     def verify(self, ids: Tensor) -> None:
         """Compares a replay of token ids [B, S] with the model's own forward. Raises UserError when they differ.

@@ -5,6 +5,7 @@ Knows nothing of models: rows of inputs go in, one Hessian per expert comes out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,12 @@ class Moments:
         self.sums = torch.zeros(experts, columns, columns, device=device)
         self.counts = torch.zeros(experts, dtype=torch.int64, device=device)
         self._shards, self._closed = ShardedSum(), 0
+        self._mean: Tensor | None = None
+        self._parked: Sequence[Tensor] | None = None
 
     def add(self, rows: Tensor, counts: list[int]) -> None:
         """Adds rows [P, C] sorted by expert, ``counts`` rows of each."""
+        self._mean = None
         added = torch.tensor(counts).to(self.counts.device, non_blocking=True)
         self.counts += added
         if rows.is_cuda and rows.dtype != torch.float32:
@@ -63,21 +67,38 @@ class Moments:
 
             gram_kernel.mirror(self.sums)
 
+    def park(self, keep: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        """Lets the sums wait elsewhere until ``hessians`` asks for some. ``keep``: [E, C, C] -> what gives [C, C]s."""
+        self._find_mean()
+        self._parked, self.sums = keep(self.sums), self.sums.new_empty(0)
+
     def hessians(self, shrink: float, experts: slice = slice(None)) -> Tensor:
         """Mean second moments [E, C, C], each mixed with the layer's mean as if it had ``shrink`` * mean n more tokens.
 
         An expert that saw no token gets the layer's mean alone. With no token in the whole layer: the identity.
-        ``experts`` picks those that are wanted.
+        ``experts`` picks those that are wanted. Call when all rows are added.
         """
-        sums = self.sums[experts]
-        total = self.counts.sum()
-        if total == 0:
-            return torch.eye(sums.shape[-1], device=sums.device).expand_as(sums).clone()
-        mean = self.sums.sum(0) / total
-        extra = shrink * total / len(self.counts)
+        which = range(len(self.counts))[experts]
+        mean = self._find_mean()
+        if mean is None:
+            columns = (self.sums if self._parked is None else self._parked[0]).shape[-1]
+            return torch.eye(columns, device=self.counts.device).expand(len(which), -1, -1).clone()
+        extra = shrink * self.counts.sum() / len(self.counts)
         counts = self.counts[experts].view(-1, 1, 1)
         extra = torch.where(counts > 0, extra, torch.ones_like(extra))
-        return (sums + extra * mean) / (counts + extra)
+        found = extra * mean
+        if self._parked is None:
+            found += self.sums[experts]
+        else:
+            for one, e in zip(found, which, strict=True):
+                one += self._parked[e]
+        return found.div_(counts + extra)
+
+    def _find_mean(self) -> Tensor | None:
+        """The layer's mean second moments [C, C], found once; None without any token."""
+        if self._mean is None and (total := self.counts.sum()) > 0:
+            self._mean = self.sums.sum(0).div_(total)
+        return self._mean
 
 
 class Factor(NamedTuple):
@@ -103,14 +124,17 @@ def factorize(hessians: Tensor, damping: float) -> Factor:
     diagonal = torch.where(diagonal <= 0, torch.ones_like(diagonal), diagonal)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     pending = torch.arange(len(hessians), device=hessians.device)
-    upper = torch.empty_like(hessians)
+    upper: Tensor | None = None
     retries = 0
     amount = max(damping, 1e-6)
     for attempt in range(12):
         damped = hessians[pending]
         damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal[pending] + amount * mean[pending])
         inverse, failed = _in_blocks(damped) if damped.is_cuda else _at_once(damped)
-        bad = failed | ~torch.isfinite(inverse).flatten(1).all(1)
+        bad = failed | ~torch.isfinite(inverse.sum((1, 2)))  # what is not finite makes the sum so
+        if upper is None and not bad.any():
+            return Factor(inverse, 0)
+        upper = torch.empty_like(hessians) if upper is None else upper
         upper[pending[~bad]] = inverse[~bad]
         pending = pending[bad]
         if not len(pending):

@@ -54,7 +54,7 @@ class TrainableMatrices:
 
     def weight(self) -> Tensor:
         """[E, R, C] float32, as a checkpoint with these codes would mean it; differentiable."""
-        scale, offset = self._grid()
+        scale, offset = self.grid()
         if self.latents is None:
             codes = self.codes.float()
         else:
@@ -71,7 +71,7 @@ class TrainableMatrices:
     @torch.no_grad()
     def result(self) -> Quantized:
         """What training arrived at."""
-        scale, offset = self._grid()
+        scale, offset = self.grid()
         codes = self.codes if self.latents is None else self._rounded().to(torch.uint8)
         return Quantized(codes, scale.to(torch.float16), offset.to(torch.float16))
 
@@ -79,8 +79,8 @@ class TrainableMatrices:
         assert self.latents is not None
         return (self.latents.detach() / self.unit).round_().clamp_(self.latents.new_zeros(()), self.highest)
 
-    def _grid(self) -> tuple[Tensor, Tensor]:
-        """Scales and offsets, rounded to what float16 holds."""
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scales and offsets [E, R, G] float32, rounded to what float16 holds; differentiable."""
         scale = self.base_scale * (1 + self.scale_change)
         offset = self.base_offset + self.base_scale * self.offset_change
         return tuple(_straight_through(x, x.detach().to(torch.float16).float()) for x in (scale, offset))  # type: ignore[return-value]
