@@ -2,37 +2,34 @@
 
 Random weights of a true shape, widths 1 / ternary / 2 / 3 in shares of 15 / 45 / 99 / 33. CUDA graphs run
 through layers of which at least 4 times the L2 cache is read between two visits to the same one; each replay
-draws fresh routing. The kernels are compared with the reference before they are timed. Bytes are codes,
+draws fresh routing. The kernels are compared with float64 before they are timed. Bytes are codes,
 scales and offsets of the experts that were chosen, each counted once. Appends rows to results/kernels.csv.
 
     python benchmarks/kernels.py [--shape olmoe mixtral] [--batch 1 4 16] [--replays 50]
-    python benchmarks/kernels.py --sweep           a table of block sizes and warps instead, nothing appended
+    python benchmarks/kernels.py --sweep           a table of cuts instead, nothing appended
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import multiprocessing
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemq.kernels.activation import SILU, Activation
+from gemq.kernels.launch import Config, Cut, Matrices, launch_down, launch_linear, launch_up
 from gemq.kernels.packed import PackedMatrices, PackedMatrix
-from gemq.quant.widths import bytes_per_group, matrix_bytes
+from gemq.quant.widths import LEVELS, bytes_per_group, matrix_bytes
+from record import RESULTS, append, environment
 
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
-SHARES = {1: 15, 1.6: 45, 2: 99, 3: 33}
+FILE = RESULTS / "kernels.csv"
+SHARES: dict[float, int] = {1: 15, 1.6: 45, 2: 99, 3: 33}
 GROUP = 128
 L2_TIMES = 4
 DTYPE = torch.bfloat16
@@ -48,32 +45,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "olmoe": Shape(2048, 1024, 64, 8, ((2048, 2048),)),
+    "olmoe": Shape(2048, 1024, 64, 8, ((2048, 2048), (6144, 2048))),
     "mixtral": Shape(4096, 14336, 8, 2, ((4096, 4096), (1024, 4096))),
 }
-# block_rows, split, num_warps, num_stages, max_registers
-Cut = tuple[int, int, int, int, int | None]
-CUTS: tuple[Cut, ...] = (
-    (32, 4, 4, 1, None),
-    (32, 4, 4, 2, None),
-    (32, 4, 4, 3, None),
-    (32, 4, 4, 4, None),
-    (32, 4, 4, 3, 128),
-    (32, 2, 2, 1, None),
-    (32, 2, 2, 3, None),
-    (32, 2, 2, 3, 128),
-    (32, 1, 1, 1, None),
-    (32, 8, 4, 1, None),
-    (32, 8, 8, 1, None),
-    (32, 8, 8, 3, None),
-    (64, 4, 4, 1, None),
-    (16, 4, 4, 1, None),
-    (16, 4, 4, 3, None),
-    (16, 8, 4, 1, None),
-    (16, 8, 4, 3, None),
-    (16, 8, 8, 1, None),
-    (16, 8, 8, 3, None),
-)
+CUTS = (Cut(32, 4), Cut(64, 4), Cut(16, 4))
+LINEAR_CUTS = (*CUTS, Config(16, 8, 4), Config(32, 4, 4))
 
 
 def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
@@ -86,25 +62,26 @@ def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
 
 
 class Layer(NamedTuple):
-    up: PackedMatrices
-    down: PackedMatrices
+    up: Matrices
+    down: Matrices
+    packed: tuple[PackedMatrices, PackedMatrices]
     bytes: Tensor  # [E] of an expert's two matrices
 
     @classmethod
-    def random(cls, shape: Shape) -> Layer:
-        widths = random.choices(list(SHARES), list(SHARES.values()), k=shape.experts)
+    def random(cls, shape: Shape, shares: dict[float, int]) -> Layer:
+        widths = random.choices(list(shares), list(shares.values()), k=shape.experts)
         sizes = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
-        up, down = (PackedMatrices([random_matrix(*s, w) for w in widths], widths, GROUP) for s in sizes)
+        packed = [PackedMatrices([random_matrix(*s, w) for w in widths], widths, GROUP) for s in sizes]
+        up, down = (
+            Matrices(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [LEVELS[w] for w in SHARES])
+            for m in packed
+        )
         total = [sum(matrix_bytes(*s, w, GROUP) for s in sizes) for w in widths]
-        return cls(up, down, torch.tensor(total, device="cuda"))
-
-    def arguments(self, which: str) -> tuple[Any, ...]:
-        m = getattr(self, which)
-        return m.codes, m.scales, m.offsets, m.table, None, m.rows, m.group_size, m.levels
+        return cls(up, down, (packed[0], packed[1]), torch.tensor(total, device="cuda"))
 
 
 class Work:
-    """Layers, inputs and routing of one shape and batch; ``replay`` draws new routing."""
+    """Layers, inputs and routing of one shape and batch; ``route`` draws new routing."""
 
     def __init__(self, shape: Shape, layers: list[Layer], batch: int) -> None:
         self.shape, self.layers, self.batch = shape, layers, batch
@@ -112,45 +89,26 @@ class Work:
         self.index = torch.empty(len(layers), batch, shape.slots, dtype=torch.int64, device="cuda")
         self.weights = torch.rand(len(layers), batch, shape.slots, device="cuda").to(DTYPE)
         self.h = torch.randn(batch, shape.slots, shape.inner, dtype=DTYPE, device="cuda")
-        self.arrivals = torch.zeros(len(layers), shape.hidden, dtype=torch.int32, device="cuda")
         self.route()
 
     def route(self) -> tuple[float, float]:
         """Fresh routing for all layers -> bytes that a layer reads, busiest expert over the mean, both averages."""
         scores = torch.rand(*self.index.shape[:2], self.shape.experts, device="cuda")
-        self.arrivals.zero_()
         self.index.copy_(scores.topk(self.shape.slots, dim=-1).indices)
         loads = torch.stack([torch.bincount(i.flatten(), minlength=self.shape.experts) for i in self.index])
         read = sum((layer.bytes * (load > 0)).sum() for layer, load in zip(self.layers, loads, strict=True))
         mean = self.batch * self.shape.slots / self.shape.experts
         return float(read) / len(self.layers), float(loads.amax(1).float().mean()) / mean
 
-    def experts(self, i: int) -> Tensor:
-        from gemq.kernels import decode
+    def up(self, i: int, cut: Any = None) -> Tensor:
+        return launch_up(self.x[i], self.index[i], self.layers[i].up, GATE, cut)
 
-        layer = self.layers[i]
-        up, down = layer.arguments("up"), layer.arguments("down")
-        sizes = (*up[5:], *down[6:])
-        return decode.decode_experts(self.x[i], self.index[i], self.weights[i], *up[:5], *down[:5], *sizes, *GATE)
+    def down(self, i: int, cut: Any = None, h: Tensor | None = None) -> Tensor:
+        return launch_down(self.h if h is None else h, self.index[i], self.weights[i], self.layers[i].down, cut)
 
-    def up(self, i: int, config: Any = None, blocks: int = 64) -> Tensor:
-        from gemq.kernels import launch
-
-        arguments = self.layers[i].arguments("up")
-        kwargs = {"activation": GATE, "arrivals": self.arrivals[i, :blocks], "config": config}
-        return launch.launch_up(self.x[i], self.index[i], *arguments, **kwargs)
-
-    def down(self, i: int, config: Any = None, h: Tensor | None = None) -> Tensor:
-        """Alone it relies on ``route`` for zeros in ``arrivals``."""
-        from gemq.kernels import launch
-
-        arguments = self.layers[i].arguments("down")
-        h = self.h if h is None else h
-        kwargs = {"arrivals": self.arrivals[i], "config": config}
-        return launch.launch_down(h, self.index[i], self.weights[i], *arguments, **kwargs)
-
-    def both(self, i: int, up: Any, down: Any) -> Tensor:
-        return self.down(i, down, self.up(i, up, -(-self.shape.hidden // down.block_rows)))
+    def both(self, i: int, up: Any = None, down: Any = None) -> Tensor:
+        """[T, K, H]: the sum over K is another kernel's."""
+        return self.down(i, down, self.up(i, up))
 
 
 def capture(calls: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -184,28 +142,28 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / statistics.median(timed(graph) for _ in range(20))
 
 
-def build(shape: Shape) -> list[Layer]:
+def build(shape: Shape, shares: dict[float, int]) -> list[Layer]:
     """Enough layers that batch 1 reads 4 times the L2 cache before it comes back to one."""
-    layers = [Layer.random(shape)]
+    layers = [Layer.random(shape, shares)]
     step = float(layers[0].bytes.float().mean()) * shape.slots
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return layers + [Layer.random(shape) for _ in range(max(3, -int(-L2_TIMES * l2 // step) - 1))]
+    return layers + [Layer.random(shape, shares) for _ in range(max(3, -int(-L2_TIMES * l2 // step) - 1))]
 
 
-def check(work: Work) -> None:
-    """Kernels against the reference on the first layer, in float64 arithmetic of the same weights."""
-    layer, x = work.layers[0], work.x[0].double()
-    mine = work.experts(0).double()
+def check(work: Work, call: Callable[[int], Tensor]) -> float:
+    """Kernels against float64 arithmetic of the same weights on the first layer: the relative error."""
+    (up, down), x = work.layers[0].packed, work.x[0].double()
+    mine = call(0).sum(1).double()
     truth = torch.zeros_like(mine)
     for e in work.index[0].unique().tolist():
         token, slot = torch.where(work.index[0] == e)
-        h = GATE(x[token] @ layer.up.dequantize(e, torch.float64).T).to(DTYPE).double()
-        y = h @ layer.down.dequantize(e, torch.float64).T
+        h = GATE(x[token] @ up.dequantize(e, torch.float64).T).to(DTYPE).double()
+        y = h @ down.dequantize(e, torch.float64).T
         truth.index_add_(0, token, y * work.weights[0][token, slot, None].double())
     error = ((mine - truth).norm() / truth.norm()).item()
-    # One rounding of the output, and of the activations between the products: 2^-9 each at most.
+    # One rounding of the activations between the products: 2^-9 each at most.
     assert error < 2**-8, f"kernels are wrong: relative error {error:.2e}"
-    print(f"  relative error {error:.1e} against float64")
+    return error
 
 
 def measure(work: Work, call: Callable[[int], Any], replays: int) -> tuple[list[float], float, float]:
@@ -230,67 +188,56 @@ def measure(work: Work, call: Callable[[int], Any], replays: int) -> tuple[list[
 
 def row(kernel: str, name: str, batch: int, seconds: list[float], read: float, copy: float, **more: Any) -> dict:
     quantiles = statistics.quantiles(seconds, n=5)
-    rate = read / statistics.median(seconds)
+    median = statistics.median(seconds)
     result = {
         "kernel": kernel,
         "shape": name,
         "batch": batch,
-        "p20_us": f"{quantiles[0] * 1e6:.2f}",
-        "p50_us": f"{statistics.median(seconds) * 1e6:.2f}",
-        "p80_us": f"{quantiles[3] * 1e6:.2f}",
+        "p20_us": quantiles[0] * 1e6,
+        "p50_us": median * 1e6,
+        "p80_us": quantiles[3] * 1e6,
         "bytes": round(read),
-        "gb_per_s": f"{rate / 1e9:.0f}",
-        "copy_gb_per_s": f"{copy / 1e9:.0f}",
-        "share": f"{rate / copy:.3f}",
+        "gb_per_s": read / median / 1e9,
+        "copy_gb_per_s": copy / 1e9,
+        "share": read / median / copy,
         "max_over_mean": "",
         **more,
-        **versions(),
+        **environment(),
     }
-    print("  " + " ".join(f"{k}={result[k]}" for k in ("kernel", "batch", "p50_us", "bytes", "gb_per_s", "share")))
+    shown = {k: result[k] for k in ("kernel", "shape", "batch", "p50_us", "gb_per_s", "share")}
+    print("  " + " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()), flush=True)
     return result
 
 
-def versions() -> dict[str, str]:
-    import triton
+class Linears:
+    """Distinct 4-bit matrices of one size, together at least four times the L2 cache."""
 
-    git = ["git", "-C", str(RESULTS.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": head + ("+" if changes else ""),
-    }
+    def __init__(self, rows: int, columns: int, batch: int) -> None:
+        self.read = matrix_bytes(rows, columns, 4, GROUP)
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        self.matrices = []
+        for _ in range(-(-L2_TIMES * l2 // self.read) + 1):
+            codes, scales, offsets = random_matrix(rows, columns, 4)
+            grids = scales.view(torch.int16), offsets.view(torch.int16)
+            self.matrices.append(Matrices(codes, *grids, None, None, rows, GROUP, [16]))
+        self.x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
 
+    def seconds(self, replays: int, cut: Any = None) -> list[float]:
+        def all_matrices() -> None:
+            for m in self.matrices:
+                launch_linear(self.x, m, cut)
 
-def append(rows: list[dict]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        graph = capture(all_matrices)
+        for _ in range(2):
+            timed(graph)
+        return [timed(graph) / len(self.matrices) for _ in range(replays)]
 
 
 def bench_linears(name: str, shape: Shape, batch: int, replays: int, copy: float) -> Iterator[dict]:
     """4-bit attention projections."""
-    from gemq.kernels import decode
-
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
     for rows, columns in shape.linears:
-        read = matrix_bytes(rows, columns, 4, GROUP)
-        matrices = [random_matrix(rows, columns, 4) for _ in range(-(-L2_TIMES * l2 // read) + 1)]
-        grids = [tuple(grid.view(torch.int16) for grid in m[1:]) for m in matrices]
-        x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
-
-        def all_matrices(x: Tensor = x, matrices: list = matrices, grids: list = grids) -> None:
-            for m, grid in zip(matrices, grids, strict=True):
-                decode.decode_linear(x, m.codes, *grid, None, 16, GROUP)
-
-        graph = capture(all_matrices)
-        seconds = [timed(graph) / len(matrices) for _ in range(replays)]
-        yield row(f"linear {rows}x{columns} 4 bit", name, batch, seconds, read, copy)
+        work = Linears(rows, columns, batch)
+        yield row(f"linear {rows}x{columns} 4 bit", name, batch, work.seconds(replays), work.read, copy)
 
 
 def bench(names: list[str], batches: list[int], replays: int, save: bool) -> None:
@@ -298,95 +245,75 @@ def bench(names: list[str], batches: list[int], replays: int, save: bool) -> Non
     print(f"{torch.cuda.get_device_name()}: copies {copy / 1e9:.0f} GB/s")
     for name in names:
         shape = SHAPES[name]
-        layers = build(shape)
+        layers = build(shape, SHARES)
         print(f"{name}: {len(layers)} layers")
-        rows = []
         for batch in batches:
             work = Work(shape, layers, batch)
             started = time.perf_counter()
-            work.experts(0)
+            work.both(0)
             torch.cuda.synchronize()
-            print(f"  batch {batch}: first call {time.perf_counter() - started:.2f} s")
-            check(work)
-            seconds, read, load = measure(work, work.experts, replays)
-            rows.append(row("experts", name, batch, seconds, read, copy, max_over_mean=f"{load:.2f}"))
+            first = time.perf_counter() - started
+            print(f"  batch {batch}: first call {first:.2f} s, relative error {check(work, work.both):.1e}")
+            seconds, read, load = measure(work, work.both, replays)
+            rows = [row("experts", name, batch, seconds, read, copy, max_over_mean=load)]
             rows += bench_linears(name, shape, batch, replays, copy)
-        if save:
-            append(rows)
+            for found in rows if save else ():
+                append(FILE, found)
         del layers, work
         torch.cuda.empty_cache()
 
 
-def compile_cut(job: tuple[str, int, Cut, bool]) -> None:
-    """Leaves a cut's kernels in Triton's cache, without running them. For a process of its own."""
-    from triton.runtime.jit import JITFunction
-
-    from gemq.kernels import launch
-
-    name, batch, cut, pdl = job
-    shape, config = SHAPES[name], launch.Config(*cut, pdl)
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
-    x = torch.empty(batch, shape.hidden, dtype=DTYPE, device="cuda")
-    index = torch.empty(batch, shape.slots, dtype=torch.int64, device="cuda")
-    codes, grid = (torch.empty(64, dtype=dtype, device="cuda") for dtype in (torch.uint8, torch.int16))
-    table = torch.empty(shape.experts, 3, dtype=torch.int64, device="cuda")
-    arrivals = torch.empty(-(-shape.hidden // config.block_rows), dtype=torch.int32, device="cuda")
-    packed = (codes, grid, grid, table, None)
-    levels = [2, 3, 4, 8]
-    h = launch.launch_up(x, index, *packed, 2 * shape.inner, GROUP, levels, GATE, arrivals, config)
-    launch.launch_down(h, index, x[:, : shape.slots].clone(), *packed, shape.hidden, GROUP, levels, arrivals, config)
-
-
-def sweep(names: list[str], batches: list[int], replays: int, jobs: int) -> None:
-    """Microseconds of up and down for every cut, then both together in the best ones."""
-
-    combinations = [(*job, False) for job in itertools.product(names, batches, CUTS)]
-    started = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        pool.map(compile_cut, combinations, chunksize=2)
-    print(f"compiled {len(combinations)} cuts in {time.perf_counter() - started:.0f} s")
+def sweep(names: list[str], batches: list[int], replays: int) -> None:
+    """Microseconds of up and down for every cut, then both together in the best ones; then linears."""
     copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copies {copy / 1e9:.0f} GB/s")
     for name in names:
-        layers = build(SHAPES[name])
+        layers = build(SHAPES[name], SHARES)
         for batch in batches:
-            print(f"{name} batch {batch}: block_rows split num_warps num_stages max_registers -> us up, us down")
+            print(f"{name} batch {batch}: rows lanes warps -> us up, us down", flush=True)
             sweep_work(Work(SHAPES[name], layers, batch), replays, copy)
         del layers
         torch.cuda.empty_cache()
+        for width in SHARES:
+            layers = build(SHAPES[name], {width: 1})
+            work = Work(SHAPES[name], layers, 1)
+            up, down = (statistics.median(measure(work, call, replays)[0]) * 1e6 for call in (work.up, work.down))
+            print(f"{name} all {width} bits, batch 1: up {up:.2f} us, down {down:.2f} us", flush=True)
+            del layers, work
+            torch.cuda.empty_cache()
+        for rows, columns in SHAPES[name].linears:
+            for batch in (1, *(b for b in batches if b > 1)):
+                linears = Linears(rows, columns, batch)
+                cells = []
+                for cut in LINEAR_CUTS:
+                    seconds = statistics.median(linears.seconds(replays, cut))
+                    cells.append(f"{'x' if isinstance(cut, Config) else ''}{tuple(cut[:4])} {seconds * 1e6:.2f}")
+                print(f"linear {rows}x{columns}, batch {batch}: " + "; ".join(cells), flush=True)
 
 
 def sweep_work(work: Work, replays: int, copy: float) -> None:
-    from triton.runtime.errors import OutOfResources
-
-    from gemq.kernels import launch
-
-    check(work)
-    best: dict[str, tuple[float, Any]] = {}
+    best: dict[str, tuple[float, Cut]] = {}
     for cut in CUTS:
-        config, cells = launch.Config(*cut), []
+        error = check(work, partial(work.both, up=cut, down=cut))
+        cells = []
         for which, call in (("up", work.up), ("down", work.down)):
-            try:
-                call(0, config)
-                times, _, _ = measure(work, partial(call, config=config), replays)
-            except OutOfResources:
-                cells.append("      -")
-                continue
-            found = (statistics.median(times), config)
+            times, _, _ = measure(work, partial(call, cut=cut), replays)
+            found = (statistics.median(times), cut)
             cells.append(f"{found[0] * 1e6:7.2f}")
             best[which] = min(best.get(which, found), found)
-        print("  " + " ".join(f"{n or 0:3d}" for n in cut) + " " + " ".join(cells), flush=True)
+        print(
+            "  " + " ".join(f"{n or 0:3d}" for n in cut[:4]) + " " + " ".join(cells) + f"  error {error:.1e}",
+            flush=True,
+        )
     up, down = best["up"][1], best["down"][1]
     print(f"  best: {up} {down}")
     calls: dict[str, Callable[[int], Any]] = {
         "best": partial(work.both, up=up, down=down),
         "best with pdl": partial(work.both, up=up._replace(pdl=True), down=down._replace(pdl=True)),
-        "as configured": work.experts,
+        "as configured": work.both,
     }
     for label, both in calls.items():
-        expected = work.experts(0).float()
-        difference = (both(0).float() - expected).norm() / expected.norm()
-        assert difference < 2**-8, f"{label}: {difference:.1e} away"  # another order of sums
+        check(work, both)
         times, read, _ = measure(work, both, replays)
         seconds = statistics.median(times)
         print(f"  {label}: {seconds * 1e6:.2f} us, {read / seconds / copy:.1%} of copies", flush=True)
@@ -397,8 +324,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--replays", type=int, default=50)
-    parser.add_argument("--sweep", action="store_true", help="time every block size instead; nothing is appended")
-    parser.add_argument("--jobs", type=int, default=12, help="processes that compile for --sweep")
+    parser.add_argument("--sweep", action="store_true", help="time every cut instead; nothing is appended")
     parser.add_argument("--no-save", action="store_true", help="append nothing to results/kernels.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -406,7 +332,7 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     if args.sweep:
-        sweep(args.shape, args.batch, min(args.replays, 12), args.jobs)
+        sweep(args.shape, args.batch, min(args.replays, 12))
     else:
         bench(args.shape, args.batch, args.replays, not args.no_save)
 

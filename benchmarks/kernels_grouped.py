@@ -13,9 +13,7 @@ are CUDA graphs (the reference, which waits for the GPU, is not); times are of s
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from record import RESULTS, append, environment
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "kernels_grouped.csv"
+FILE = RESULTS / "kernels_grouped.csv"
 TOKENS = (17, 64, 128, 512, 2048, 8192)
 STEPS = 8  # distinct steps; each is a graph of its own
 REPEATS = 5
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--no-reference", action="store_true", help="leave out the plain reference, which is slow")
     parser.add_argument("--sweep", action="store_true", help="try tile configurations instead; writes no rows")
     parser.add_argument("--linear", action="store_true", help="dense linears of 4 and 8 bits instead")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=Path, default=FILE)
     args = parser.parse_args()
 
     import torch
@@ -262,7 +262,7 @@ def bench_experts(args: argparse.Namespace, name: str, shape: Shape, layers: lis
         for way, (steps, graph) in ways.items():
             times = time_steps(steps, graph)
             base = base or times[1]
-            row = {"kernel": "experts", "shape": name, "tokens": tokens, "way": way, "imbalance": f"{imbalance:.2f}"}
+            row = {"kernel": "experts", "shape": name, "tokens": tokens, "way": way, "imbalance": imbalance}
             write(args.csv, row, times, flops, base)
             torch.cuda.empty_cache()
 
@@ -335,13 +335,13 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
 
         layer, (hidden, index, weights) = layers[0], draws[0]
         first, down = (grouped.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))
-        gate = grouped.gate_of(layer)
+        activation = grouped.activation_of(layer) or grouped.RAW
         routing = sort_pairs(index, shape.experts, chosen.block_m)
-        h = matmul(hidden, first, chosen, routing, top_k=shape.top_k, gate=gate)
+        h = matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation)
         y = matmul(h, down, chosen, routing, scatter=True)
         for part, step in {
             "sort": lambda: sort_pairs(index, shape.experts, chosen.block_m),  # noqa: B023
-            "first": lambda: matmul(hidden, first, chosen, routing, top_k=shape.top_k, gate=gate),  # noqa: B023
+            "first": lambda: matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation),  # noqa: B023
             "down": lambda: matmul(h, down, chosen, routing, scatter=True),  # noqa: B023
             "combine": lambda: combine(y, index, weights, shape.experts),  # noqa: B023
         }.items():
@@ -352,26 +352,14 @@ def parts(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor, config: An
     from gemq.kernels import grouped
 
     first, down = (grouped.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))
-    return grouped.experts(hidden, index, weights, first, down, grouped.gate_of(layer), config)
+    return grouped.experts(hidden, index, weights, first, down, grouped.activation_of(layer) or grouped.RAW, config)
 
 
 def write(path: Path, row: dict[str, Any], times: tuple[float, float, float], flops: int, base: float) -> None:
-    import torch
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    row |= {f"p{p}_us": f"{t * 1e6:.1f}" for p, t in zip((20, 50, 80), times, strict=True)}
-    row |= {"tflops": f"{flops / times[1] / 1e12:.1f}", "speed_over_dense": f"{base / times[1]:.3f}"}
-    row |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    row |= {"commit": commit}
-    print("  ".join(str(row[key]) for key in list(row)[:10]), flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    row |= {f"p{p}_us": t * 1e6 for p, t in zip((20, 50, 80), times, strict=True)}
+    row |= {"tflops": flops / times[1] / 1e12, "speed_over_dense": base / times[1]}
+    print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+    append(path, row | environment())
 
 
 if __name__ == "__main__":

@@ -213,12 +213,12 @@ class Job:
         r = self.recipe
         return Quantizer(r.quantizer, r.group_size, r.damping, r.hessian_shrink)
 
-    def training(self, epochs: int, rate_codes: float) -> Training | None:
-        """How ``epochs`` epochs train, None when there are none."""
+    def training(self, epochs: int, rate_codes: float, tuned: bool = True) -> Training | None:
+        """How ``epochs`` epochs train, None when there are none. ``tuned`` False leaves routers and norms alone."""
         r = self.recipe
         if epochs == 0:
             return None
-        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned, r.held_out, r.seed)
+        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned * tuned, r.held_out, r.seed)
 
     # Fingerprints: each names only what the stage's own results depend on
 

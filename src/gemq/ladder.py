@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemq.batches import Batches
-from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments
+from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
@@ -25,7 +25,7 @@ from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
-from gemq.reconstruct import Training
+from gemq.reconstruct import QuantizedParameter, Training, train_layer
 from gemq.rungs import ExpertInputs, expert_chunks, train_rungs
 
 
@@ -123,7 +123,7 @@ class LayerLadder:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     retries: int = 0
     untrained: int = 0
-    """Experts and widths whose training did not lower their held-out error, so that GPTQ's codes were kept."""
+    """Experts at a width, and dense linears, that did no better trained on held-out windows: GPTQ's codes stay."""
 
     def to_tensors(self) -> dict[str, Tensor]:
         tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.untrained])}
@@ -148,6 +148,10 @@ class LayerLadder:
         )
 
 
+LINEAR_TOKENS = 262_144
+"""Of calibration that dense linears of the ladder are trained on: they have few weights and many bits."""
+
+
 def build_layer(
     replay: Replay,
     index: int,
@@ -156,10 +160,12 @@ def build_layer(
     widths: tuple[Width, ...],
     dense_bits: int,
     training: Training | None = None,
+    linear_training: Training | None = None,
 ) -> tuple[LayerLadder, Batches]:
     """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs.
 
-    training: trains every expert at every width on its own after GPTQ (the trained ladder)
+    training:        trains every expert at every width on its own after GPTQ (the trained ladder)
+    linear_training: trains the dense linears, together, towards the layer's output
     """
     layer = replay.structure.layers[index]
     linears = layer.linears if dense_bits < 16 else ()
@@ -167,11 +173,23 @@ def build_layer(
     kept = calls if training is not None and layer.experts is not None else None
     moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
     ladder = LayerLadder()
-    quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder)
+    latents: dict[str, Tensor] | None = {} if linear_training is not None else None
+    of_linears, ranks = 0, replay.ranks
+    quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder, latents)
+    if linear_training is not None and latents:
+        parameters = linear_parameters(linears, ladder, quantizer, dense_bits, latents)
+        inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
+        most = max(2, LINEAR_TOKENS // activations.ids[0].numel())
+        done = train_layer(replay, index, inputs, goals, parameters, linear_training, {}, most)
+        for linear, x in zip(linears, done.parameters, strict=True):
+            q = Quantized(*(ranks.broadcast(t, 0) for t in x.q))
+            ladder.linears[linear.path] = PackedMatrix.pack(q, dense_bits, quantizer.group(linear.columns))
+        of_linears = 0 if done.after < done.before else len(linears)
     if layer.experts is None or moments.experts is None:
+        ladder.untrained = of_linears
         return ladder, outputs
     module = replay.model.get_submodule(layer.experts.path)
-    ranks, count = replay.ranks, layer.experts.count
+    count = layer.experts.count
     own = ranks.part(count)
     every = calls.whole(replay, activations.total) if training is not None else calls
     batches = ExpertInputs(module, layer.experts, every, ranks) if training is not None else None
@@ -183,17 +201,17 @@ def build_layer(
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
     for some in chunks:
         grids: list[Quantized] = []
-        latents: list[Tensor] = []
+        before: list[Tensor] = []
         for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
             weight = expert_weight(module, matrix.name)[some]
             if training is not None:
                 dtype = latent_type(weight.device, weight.dtype)
-                latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
-            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, some.start)
+                before.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
+            q, retries = quantizer.every_width(weight, moment, widths, before[-1] if before else None, some.start)
             grids.append(q)
             of_experts += retries
         if training is not None and batches is not None:
-            grids, untrained = train_rungs(batches, some, grids, latents, widths, training, index)
+            grids, untrained = train_rungs(batches, some, grids, before, widths, training, index)
             ladder.untrained += untrained
         for matrix, q in zip(layer.experts.matrices, grids, strict=True):
             group = quantizer.group(matrix.columns)
@@ -207,7 +225,7 @@ def build_layer(
             for i, w in enumerate(widths)
         }
     ladder.retries += ranks.count_up(of_experts)
-    ladder.untrained = ranks.count_up(ladder.untrained)
+    ladder.untrained = ranks.count_up(ladder.untrained) + of_linears
     ladder.counts = moments.experts[0].counts.cpu()
     return ladder, outputs
 
@@ -250,6 +268,17 @@ def quantize_linears(
         ladder.linears[linear.path] = PackedMatrix(*(ranks.broadcast(part, owner) for part in own))
         if latents is not None:
             latents[linear.path] = ranks.broadcast(latents.get(linear.path), owner)
+
+
+def linear_parameters(
+    linears: Sequence[Linear], ladder: LayerLadder, quantizer: Quantizer, bits: int, latents: dict[str, Tensor]
+) -> list[QuantizedParameter]:
+    """Dense linears that ``quantize_linears`` has quantized, ready to be trained."""
+    found = []
+    for x in linears:
+        q = ladder.linears[x.path].unpack(bits, quantizer.group(x.columns))
+        found.append(QuantizedParameter(f"{x.path}.weight", (bits,), q, latents[x.path]))
+    return found
 
 
 def rung_weight(ladder: LayerLadder, name: str, width: Width, columns: int, group_size: int) -> Tensor:

@@ -142,22 +142,25 @@ def train_layer(
     parameters: list[QuantizedParameter],
     training: Training,
     stored: dict[str, torch.dtype],
+    most: int | None = None,
 ) -> LayerResult:
     """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
     ``stored`` says in which type routers and norms are kept, so that they are trained as they will be. A layer that
     did not get better keeps GPTQ's codes. ``activations`` and ``targets`` are those of all ranks; ``parameters`` of
-    experts are of this rank's (see ``models.split``), and so is what is given back of them.
+    experts are of this rank's (see ``models.split``), and so is what is given back of them; without experts among them
+    every rank does the same work. Only the first ``most`` micro-batches are used.
     """
     inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
-    names = tunable_names(replay, layer)
+    names = tunable_names(replay, layer) if training.tuned else []
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
-    train, held_out = training.split(len(inputs))
+    train, held_out = training.split(min(len(inputs), most or len(inputs)))
+    split = layer.experts if layer.experts and any(x.name.startswith(layer.experts.path) for x in parameters) else None
 
     def run(batch: int, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
         overrides = {name: rounded_to(p, stored[name]).to(model.get_parameter(name)) for name, p in tuned.items()}
         overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
-        with split_experts(model, layer.experts, replay.ranks):
+        with split_experts(model, split, replay.ranks):
             return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemq.batches import Batches
 from gemq.calibrate import Activations, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.ladder import LayerLadder, Quantizer, quantize_linears
+from gemq.ladder import LayerLadder, Quantizer, linear_parameters, quantize_linears
 from gemq.models.experts import expert_weight
 from gemq.models.split import join_experts, own_experts
 from gemq.models.stream import Replay
@@ -124,9 +124,7 @@ def refine_layer(
         del moments, moment  # as large as what training takes
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
-        for linear in linears:
-            q = result.linears[linear.path].unpack(dense_bits, quantizer.group(linear.columns))
-            found.append(QuantizedParameter(f"{linear.path}.weight", (dense_bits,), q, latents[linear.path]))
+        found += linear_parameters(linears, result, quantizer, dense_bits, latents)
         every, goals = activations.whole(replay), shared(replay, targets.hidden, activations.total)
         found, refined.tuned, refined.before, refined.after = train_layer(
             replay, index, every, goals, found, targets.training, targets.stored

@@ -57,6 +57,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     with job.monitor.stage("ladder", missing[-1] + 1) as tick, stage.writing_behind() as save:
         activations = job.start_activations(replay)
         training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
+        of_linears = job.training(job.recipe.ladder_epochs, job.recipe.rate_codes, tuned=False)
         for i in replay.walk(range(missing[-1] + 1)):
             if i in missing:
                 ladder, activations.hidden = build_layer(
@@ -67,6 +68,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
                     job.recipe.ladder_widths,
                     job.recipe.attention_bits,
                     training,
+                    of_linears,
                 )
                 save(layer_file(i), ladder.to_tensors())
             else:

@@ -20,7 +20,9 @@ FALLBACKS = {
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more damping",
-    "rungs_not_improved_by_training": "experts at a width did no better trained on held-out windows: GPTQ's codes kept",
+    "rungs_not_improved_by_training": (
+        "experts at a width, or dense linears, did no better trained on held-out windows: GPTQ's codes kept"
+    ),
     "layers_not_improved_by_training": "layers did no better trained on held-out windows: GPTQ's codes kept",
     "distillation_dropped": "distillation dropped: it did no better on held-out windows",
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",

@@ -16,6 +16,7 @@ from gemq.data.selfgen import batch_size
 from gemq.data.sources import SELF
 from gemq.footprint import experts_per_token
 from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
+from gemq.ladder import LINEAR_TOKENS
 from gemq.machine import Rates, measure
 from gemq.models.structure import Experts, Layer, Structure
 from gemq.quant.widths import group_size_for
@@ -170,7 +171,13 @@ class Workload:
     def ladder(self, layer: Layer) -> Work:
         work = self.forward(layer, self.tokens) + self.moments(layer) + self.gptq(layer, self.widths)
         epochs = self.recipe.ladder_epochs
-        if layer.experts is None or not epochs:
+        if not epochs:
+            return work
+        if layer.linears and self.recipe.attention_bits < 16:
+            some = min(self.tokens, LINEAR_TOKENS) * epochs
+            dense = sum(x.rows * x.columns for x in layer.linears)
+            work += self.forward(layer, some) * 3 + self.train(dense, some / self.batch_tokens)
+        if layer.experts is None:
             return work
         steps, tokens = self._steps(epochs)
         once = self.experts(layer, tokens, steps)

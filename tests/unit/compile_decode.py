@@ -59,14 +59,17 @@ def launch_all(dtype: torch.dtype, hidden: int, inner: int, experts: int, levels
     packed = (torch.empty(16, dtype=torch.uint8), *(torch.empty(8, dtype=torch.int16) for _ in range(2)))
     table = torch.empty(experts, 3, dtype=torch.int64)
     index = torch.empty(tokens, slots, dtype=torch.int64)
-    arrivals = torch.empty(128, dtype=torch.int32)
     x, weights = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, slots, dtype=dtype)
     activation = Activation(SILU, gated=True)
-    h = launch.launch_up(x, index, *packed, table, None, 2 * inner, 128, levels, activation, arrivals)
-    launch.launch_down(h, index, weights, *packed, table, None, hidden, 128, levels, arrivals)
-    for levels in (16, 256):
+    up = launch.Matrices(*packed, table, None, 2 * inner, 128, levels)
+    down = launch.Matrices(*packed, table, None, hidden, 128, levels)
+    h = launch.launch_up(x, index, up, activation)
+    launch.launch_down(h, index, weights, down)
+    for bits in (16, 256):
         grid = torch.empty(2048, hidden // 128, dtype=torch.int16)
-        launch.launch_linear(x, packed[0], grid, grid, None, levels, 128)
+        linear = launch.Matrices(packed[0], grid, grid, None, None, 2048, 128, [bits])
+        for tokens in (1, 16):
+            launch.launch_linear(x[:tokens], linear)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gemq.kernels import matmul, routing, unpack
+from gemq.kernels.activation import NO_CLAMP, NONE, SILU
 
 EIGHT_BITS, EVERY_WIDTH = unpack.width_bit(256), unpack.levels_mask([256])
 TYPES = {"x": "*bf16", "codes": "*u8", "scales": "*i16", "offsets": "*i16", "table": "*i64", "bias": "*bf16"}
@@ -36,7 +37,8 @@ def compiled(fn: Any, arch: int, constants: dict[str, Any], warps: int = 4, stag
 
 def compiled_matmul(arch: int, config: matmul.Config, widths: int, dtype: str, **others: Any) -> dict:
     constants = {"WIDTHS": widths, "GROUPS": 16, "GROUP": 128, "HAS_BIAS": True, "ROUTED": True, "GATHER": 8}
-    constants |= {"SCATTER": False, "KIND": 1, "GATED": True, "INTERLEAVED": False}
+    constants |= {"SCATTER": False, "GATED": True, "INTERLEAVED": False}
+    constants |= {"ACTIVATION": SILU, "CLAMP": NO_CLAMP}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     constants |= others
     types = {name: f"*{dtype}" for name in ("x", "bias", "out")}
@@ -51,7 +53,7 @@ def main() -> None:
         kernels += [compiled_matmul(arch, config, EIGHT_BITS, "bf16") for config in sorted(configs)]
         kernels += [compiled_matmul(arch, matmul.config_for(1, 1, torch.float32), EIGHT_BITS, "fp32")]
     kernels += [compiled_matmul(90, max(configs), EVERY_WIDTH, "fp16")]
-    linear = {"WIDTHS": unpack.width_bit(16), "ROUTED": False, "GATHER": 0, "KIND": 0, "GATED": False}
+    linear = {"WIDTHS": unpack.width_bit(16), "ROUTED": False, "GATHER": 0, "ACTIVATION": NONE, "GATED": False}
     kernels += [compiled_matmul(90, matmul.config_for(17, 1, torch.bfloat16), linear.pop("WIDTHS"), "bf16", **linear)]
     kernels += [compiled(routing._sort_kernel, 90, {"BLOCK": 4096})]
     kernels += [compiled(routing._combine_kernel, 90, {"K": 8, "BLOCK": 1024})]

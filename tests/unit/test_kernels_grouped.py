@@ -22,7 +22,15 @@ from torch import nn
 from families import OWN, tiny
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels import grouped, reference
-from gemq.kernels.gates import GELU, GELU_TANH, NONE, RELU_SQUARED, SILU, Gate, gate_of
+from gemq.kernels.activation import (
+    CLAMP_BEFORE,
+    GELU,
+    GELU_TANH,
+    RELU_SQUARED,
+    SILU,
+    Activation,
+    activation_of,
+)
 from gemq.kernels.matmul import config_for
 from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices, make_packed
 from gemq.kernels.routing import combine, sort_pairs
@@ -191,18 +199,18 @@ def packed_family(family: str) -> PackedExperts:
 
 
 @pytest.mark.parametrize(
-    ("family", "gate"),
+    ("family", "activation"),
     [
-        ("mixtral", Gate(SILU)),
-        (OWN, Gate(GELU)),
-        ("gpt_oss", Gate(SILU, interleaved=True, alpha=1.702, limit=7.0, shift=1.0)),
-        ("nemotron_h", Gate(RELU_SQUARED, gated=False)),
+        ("mixtral", Activation(SILU, gated=True)),
+        (OWN, Activation(GELU, gated=True)),
+        ("gpt_oss", Activation(SILU, True, True, CLAMP_BEFORE, limit=7.0, alpha=1.702, shift=1.0)),
+        ("nemotron_h", Activation(RELU_SQUARED, gated=False)),
     ],
 )
-def test_families(family, gate):
+def test_families(family, activation):
     """Their activations, clamps, row orders and biases, by their own attributes."""
     module = packed_family(family)
-    assert gate_of(module) == gate
+    assert activation_of(module) == activation
     x, index, weights = routed(20, module.down_proj.num_experts, 2, 64, FP32)
     assert_close_to_truth(module, 3 * x, index, weights)
 
@@ -214,7 +222,7 @@ def test_an_unknown_activation_is_applied_by_the_module():
             return torch.sin(gate) * up
 
     module = Odd(64, 32, MIXED, 32)
-    assert gate_of(module).kind == NONE
+    assert activation_of(module) is None
     assert_close_to_truth(module, *routed(20, 7, 2, 64, FP16))
 
 
@@ -224,7 +232,7 @@ def test_a_norm_after_the_experts_and_an_approximate_gelu():
     module.has_post_expert_norm = True
     module.post_expert_norm = nn.RMSNorm(64, dtype=FP16, device=DEVICE)
     nn.init.uniform_(module.post_expert_norm.weight)
-    assert gate_of(module).kind == GELU_TANH
+    assert activation_of(module) == Activation(GELU_TANH, gated=True)
     assert_close_to_truth(module, *routed(20, 7, 2, 64, FP16))
 
 

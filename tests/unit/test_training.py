@@ -132,6 +132,24 @@ def test_experts_that_training_does_not_help_keep_gptqs_codes():
             assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
 
 
+def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
+    replay, activations = start("deepseek_v2")
+    plain, outputs = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4)
+    training = replace(TRAINING, codes=5e-3, tuned=0.0)
+    trained, _ = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
+
+    def error(ladder: LayerLadder) -> float:
+        linears = replay.structure.layers[0].linears
+        names = {x.path: f"{x.path}.weight" for x in linears}
+        weights = {
+            names[x.path]: dequantize(ladder.linears[x.path].unpack(4, QUANTIZER.group(x.columns)))[0] for x in linears
+        }
+        pairs = zip(activations.hidden, activations.calls, outputs, strict=True)
+        return sum((replay.run(0, h, c[0], weights) - exact).square().sum().item() for h, c, exact in pairs)
+
+    assert error(trained) < error(plain)
+
+
 def refined(training: Training | None) -> tuple[Replay, Activations, list[RefinedLayer], list[torch.Tensor]]:
     """A whole model refined at mixed widths, and the full-precision model's last hidden states."""
     replay, activations = start()

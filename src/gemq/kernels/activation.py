@@ -81,8 +81,9 @@ def _recognise(module: Any) -> Activation | None:
     generator = torch.Generator().manual_seed(0)
     probe = torch.cat([torch.rand(512, generator=generator) * 60 - 30, torch.randn(512, generator=generator)])
     probe = probe[torch.randperm(1024, generator=generator)].reshape(8, 128)
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     with torch.no_grad():
-        wanted = function(probe.to(module.down_proj.codes.device)).cpu()
+        wanted = function(probe.to(device)).cpu()
     forms = _forms(module.has_gate, sorted({float(v) for v in numbers.values()}))
     return next((form for form in forms if _same(form(probe), wanted)), None)
 

@@ -4,7 +4,8 @@ Legend: T tokens, K experts a token, E experts, H hidden size, I intermediate si
 
 The operators take plain tensors and numbers, never modules; they do not wait for the device and decide
 nothing from values on it, so that CUDA graphs and torch.compile take them as they are. Two launches do the
-experts of a layer: gate and up of every chosen expert with the activation, then down with the weighted sum.
+experts of a layer: gate and up of every chosen expert with the activation, then down; the sum over experts is left to
+torch, since a compiler merges it with the residual connection's.
 Importing this needs triton; with ``TRITON_INTERPRET=1`` set before, all of it runs on the CPU.
 """
 
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemq.kernels import launch
 from gemq.kernels.activation import RAW, Activation, activation_of
+from gemq.kernels.launch import Matrices, launch_down, launch_linear, launch_up
 from gemq.quant.widths import LEVELS
 
 if TYPE_CHECKING:
@@ -52,26 +53,23 @@ def decode_experts(
     alpha: float,
     shift: float,
 ) -> Tensor:
-    """[T, H] with T up to 16, [T, K], [T, K] -> [T, H]: experts with a fused activation, weighted and summed.
+    """[T, H] with T up to 16, [T, K], [T, K] -> [T, K, H] float32: each expert's share, weighted, zeros if none.
 
     codes, scales, offsets, table: as in ``packed.PackedMatrices``; levels: those of the experts' widths
     function ... shift: an ``activation.Activation``
     """
-    hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
+    up = Matrices(up_codes, up_scales, up_offsets, up_table, up_bias, up_rows, up_group_size, up_levels)
     rows = hidden.shape[1]
-    inner = up_rows // 2 if gated else up_rows
-    blocks = launch.down_blocks(rows, inner, down_group_size, index, down_table, hidden.dtype)
-    arrivals = torch.empty(blocks, dtype=torch.int32, device=hidden.device)
+    down = Matrices(down_codes, down_scales, down_offsets, down_table, down_bias, rows, down_group_size, down_levels)
     activation = Activation(function, gated, interleaved, clamp, limit, alpha, shift)
-    up = (up_codes, up_scales, up_offsets, up_table, up_bias, up_rows, up_group_size, up_levels)
-    h = launch.launch_up(hidden, index, *up, activation, arrivals)
-    down = (down_codes, down_scales, down_offsets, down_table, down_bias, rows, down_group_size, down_levels)
-    return launch.launch_down(h, index, weights, *down, arrivals)
+    index = index.contiguous()
+    h = launch_up(hidden.contiguous(), index, up, activation)
+    return launch_down(h, index, weights.contiguous(), down)
 
 
 @decode_experts.register_fake
-def _(hidden: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+def _(hidden: Tensor, index: Tensor, *_: object) -> Tensor:
+    return hidden.new_empty(*index.shape, hidden.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("gemq::decode_up", mutates_args=())
@@ -88,8 +86,8 @@ def decode_up(
     levels: Sequence[int],
 ) -> Tensor:
     """[T, H], [T, K] -> [T, K, rows]: the first product alone. Unused slots are not written."""
-    arguments = (codes, scales, offsets, table, bias, rows, group_size, levels)
-    return launch.launch_up(hidden.contiguous(), index.contiguous(), *arguments, RAW, None)
+    up = Matrices(codes, scales, offsets, table, bias, rows, group_size, levels)
+    return launch_up(hidden.contiguous(), index.contiguous(), up, RAW)
 
 
 @decode_up.register_fake
@@ -121,16 +119,9 @@ def decode_down(
     group_size: int,
     levels: Sequence[int],
 ) -> Tensor:
-    """[T, K, I] -> weighted sum [T, rows]; without weights [T, K, rows], unused slots not written."""
-    h, index = h.contiguous(), index.contiguous()
-    arrivals = None
-    if weights is not None:
-        weights = weights.contiguous()
-        blocks = launch.down_blocks(rows, h.shape[2], group_size, index, table, h.dtype)
-        arrivals = torch.zeros(blocks, dtype=torch.int32, device=h.device)
-    return launch.launch_down(
-        h, index, weights, codes, scales, offsets, table, bias, rows, group_size, levels, arrivals
-    )
+    """[T, K, I] -> [T, K, rows]: weighted, in float32, zeros in unused slots; in h's dtype without weights."""
+    down = Matrices(codes, scales, offsets, table, bias, rows, group_size, levels)
+    return launch_down(h.contiguous(), index.contiguous(), None if weights is None else weights.contiguous(), down)
 
 
 @decode_down.register_fake
@@ -146,7 +137,7 @@ def _(
     rows: int,
     *_: object,
 ) -> Tensor:
-    return h.new_empty(*(index.shape if weights is None else index.shape[:1]), rows)
+    return h.new_empty(*index.shape, rows, dtype=h.dtype if weights is None else torch.float32)
 
 
 @torch.library.custom_op("gemq::decode_linear", mutates_args=())
@@ -154,7 +145,9 @@ def decode_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None, levels: int, group_size: int
 ) -> Tensor:
     """[T, columns] with T up to 16 -> [T, rows]. codes, scales, offsets: as in ``packed.PackedLinear``."""
-    return launch.launch_linear(x.contiguous(), codes, scales, offsets, bias, levels, group_size)
+    return launch_linear(
+        x.contiguous(), Matrices(codes, scales, offsets, None, bias, codes.shape[0], group_size, [levels])
+    )
 
 
 @decode_linear.register_fake
@@ -180,13 +173,14 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     normed = getattr(module, "has_post_expert_norm", False)
     if activation is not None and not normed:
         sizes = (first.rows, first.group_size, first.levels, down.group_size, down.levels)
-        return decode_experts(hidden, top_k_index, top_k_weights, *up_arguments, *down_arguments, *sizes, *activation)
+        arguments = (*up_arguments, *down_arguments, *sizes, *activation)
+        return decode_experts(hidden, top_k_index, top_k_weights, *arguments).sum(1).to(hidden.dtype)
     y = decode_up(hidden, top_k_index, *up_arguments, first.rows, first.group_size, first.levels)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = y.to(hidden.dtype)
     down_sizes = (down.rows, down.group_size, down.levels)
     if not normed:
-        return decode_down(y, top_k_index, top_k_weights, *down_arguments, *down_sizes)
+        return decode_down(y, top_k_index, top_k_weights, *down_arguments, *down_sizes).sum(1).to(hidden.dtype)
     y = module.post_expert_norm(decode_down(y, top_k_index, None, *down_arguments, *down_sizes))
     y = (y * top_k_weights[..., None]).float()
     used = (top_k_index < down.num_experts)[..., None]

@@ -12,21 +12,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemq.kernels import activation
+from gemq.kernels.gates import activated, gated
 from gemq.kernels.tiles import any_width, rows_times_columns
-
-SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = (
-    tl.constexpr(function)
-    for function in (
-        activation.SILU,
-        activation.GELU,
-        activation.GELU_TANH,
-        activation.RELU,
-        activation.RELU_SQUARED,
-    )
-)
 
 
 @triton.jit
@@ -60,24 +48,6 @@ def _expert(unit, index, table, pairs, experts, BY_PAIR: tl.constexpr, P: tl.con
     )
 
 
-@triton.jit
-def _activate(gate, limit, alpha, ACTIVATION: tl.constexpr):
-    if ACTIVATION == SILU:
-        return gate * tl.sigmoid(alpha * gate)
-    elif ACTIVATION == GELU:
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == GELU_TANH:
-        # 1 + tanh(z) = 2 sigmoid(2 z)
-        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    elif ACTIVATION == RELU:
-        return tl.maximum(gate, 0.0)
-    elif ACTIVATION == RELU_SQUARED:
-        positive = tl.maximum(gate, 0.0)
-        return positive * positive
-    else:
-        return gate
-
-
 @triton.jit(do_not_specialize=["tokens", "limit", "alpha", "shift"])
 def experts_up_kernel(
     x,  # [T, NG * G]
@@ -88,15 +58,12 @@ def experts_up_kernel(
     table,  # [E, 3] int64
     bias,  # [E, rows]
     out,  # [T, K, rows / 2 if GATED else rows]
-    arrivals,  # [blocks of the down kernel] int32, set to zero here
     tokens,
     rows,
     experts,
-    arrival_count,
     limit,
     alpha,
     shift,
-    ARRIVALS: tl.constexpr,  # arrival_count, rounded up
     K: tl.constexpr,
     P: tl.constexpr,  # T * K, rounded up
     EXPERTS: tl.constexpr,  # E, rounded up
@@ -104,7 +71,7 @@ def experts_up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CLAMP: tl.constexpr,  # 0 none, 1 before the activation, 2 after it
+    CLAMP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDTHS: tl.constexpr,
     KIND: tl.constexpr,
@@ -113,16 +80,9 @@ def experts_up_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid [U, blocks of M rows]. Tokens write to the slots in which they chose the unit's expert."""
-    if PDL:
-        gdc_launch_dependents()
     unit, block = tl.program_id(0), tl.program_id(1)
-    if unit == 0 and block == 0:
-        b = tl.arange(0, ARRIVALS)
-        tl.store(arrivals + b, tl.zeros([ARRIVALS], tl.int32), mask=b < arrival_count)
     active, expert, levels, byte, scale = _expert(unit, index, table, tokens * K, experts, BY_PAIR, P, EXPERTS)
     if active:
         # A block of gated rows is M / 2 of the gate followed by the same M / 2 of up.
@@ -149,24 +109,16 @@ def experts_up_kernel(
             G,
             NG,
             S,
-            STAGES,
         )
         if HAS_BIAS:
             y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF, N]), [1, 2, 0]))
-            if CLAMP == 1:
-                gate = tl.minimum(gate, limit)
-            gate = _activate(gate, limit, alpha, ACTIVATION)
-            if CLAMP == 2:
-                gate = tl.minimum(gate, limit)
-            if CLAMP != 0:
-                up = tl.minimum(tl.maximum(up, -limit), limit)
-            y = gate * (up + shift)
+            y = gated(gate, up, limit, alpha, shift, ACTIVATION, CLAMP)
             result = block * HALF + tl.arange(0, HALF)
             width = rows // 2
         else:
-            y = _activate(y, limit, alpha, ACTIVATION)
+            y = activated(y, limit, alpha, ACTIVATION, CLAMP)
             result = inner
             width = rows
         for k in tl.static_range(K):
@@ -185,19 +137,16 @@ def experts_down_kernel(
     offsets,
     table,  # [E, 3] int64
     bias,  # [E, rows]
-    parts,  # [T, K, rows] float32
-    arrivals,  # [blocks] int32, zero
-    out,  # [T, rows]
+    parts,  # [T, K, rows], zeros
     tokens,
     rows,
     experts,
-    units,
     K: tl.constexpr,
     P: tl.constexpr,
     EXPERTS: tl.constexpr,
     BY_PAIR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # else ``parts`` is the result
+    WEIGHTED: tl.constexpr,
     WIDTHS: tl.constexpr,
     KIND: tl.constexpr,
     G: tl.constexpr,
@@ -205,17 +154,13 @@ def experts_down_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Grid [U, blocks of M rows]. The last program of a block to arrive sums the parts, in the order of slots."""
+    """Grid [U, blocks of M rows]. What is summed over K is summed by the caller, in the order of slots."""
     unit, block = tl.program_id(0), tl.program_id(1)
     active, expert, levels, byte, scale = _expert(unit, index, table, tokens * K, experts, BY_PAIR, P, EXPERTS)
     inner = block * M + tl.arange(0, M)
     row = tl.where(inner < rows, inner, 0)
     t = tl.arange(0, N)
-    if PDL:
-        gdc_wait()
     if active:
         slot = tl.full([N], -1, tl.int32)
         for k in tl.static_range(K):
@@ -234,7 +179,6 @@ def experts_down_kernel(
             G,
             NG,
             S,
-            STAGES,
         )
         if HAS_BIAS:
             y += tl.load(bias + expert.to(tl.int64) * rows + row).to(tl.float32)[:, None]
@@ -245,18 +189,6 @@ def experts_down_kernel(
                 part *= tl.load(weights + t * K + k, mask=here, other=0.0).to(tl.float32)[None, :]
             at = (t * K + k)[None, :] * rows + inner[:, None]
             tl.store(parts + at, part.to(parts.dtype.element_ty), mask=here[None, :] & (inner < rows)[:, None])
-    if WEIGHTED:
-        tl.debug_barrier()  # every thread's parts are written before one of them says so
-        if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == units - 1:
-            total = tl.zeros([M, N], tl.float32)
-            for k in tl.static_range(K):
-                e = tl.load(index + t * K + k, mask=t < tokens, other=-1)
-                used = (e >= 0) & (e < experts)
-                at = (t * K + k)[None, :] * rows + inner[:, None]
-                mask = used[None, :] & (inner < rows)[:, None]
-                total += tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
-            at = t[None, :] * rows + inner[:, None]
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=(t < tokens)[None, :] & (inner < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -277,13 +209,12 @@ def linear_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Grid [blocks of M rows]."""
     inner = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.where(inner < rows, inner, 0)
     t = tl.arange(0, N)
-    y = rows_times_columns(codes, scales, offsets, row, x + t * (NG * G), t < tokens, LEVELS, KIND, G, NG, S, STAGES)
+    y = rows_times_columns(codes, scales, offsets, row, x + t * (NG * G), t < tokens, LEVELS, KIND, G, NG, S)
     if HAS_BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     at = t[None, :] * rows + inner[:, None]

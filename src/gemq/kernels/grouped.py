@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemq.kernels.gates import NONE, UNKNOWN, Gate, gate_of
+from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.matmul import Config, Packed, config_for, matmul
 from gemq.kernels.routing import combine, sort_pairs
 from gemq.kernels.unpack import dequantize, levels_mask, width_bit
@@ -37,17 +37,17 @@ def experts(
     top_k_weights: Tensor,
     first: Packed,
     down: Packed,
-    gate: Gate,
+    activation: Activation,
     config: Config | None = None,
 ) -> Tensor:
-    """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] in hidden's dtype. ``gate`` is a known one.
+    """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] in hidden's dtype.
 
     Indices from E up mark unused slots and are skipped. ``config`` is for benchmarks.
     """
     count = _count(down)
     config = config or config_for(top_k_index.numel(), count, hidden.dtype)
     routing = sort_pairs(top_k_index, count, config.block_m)
-    y = matmul(hidden, first, config, routing, top_k=top_k_index.shape[1], gate=gate)
+    y = matmul(hidden, first, config, routing, top_k=top_k_index.shape[1], activation=activation)
     y = matmul(y, down, config, routing, scatter=True)
     return combine(y, top_k_index, top_k_weights, count)
 
@@ -87,17 +87,17 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     name = "gate_up_proj" if module.has_gate else "up_proj"
     first = packed_experts(getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None)
     down = packed_experts(module.down_proj, module.down_proj_bias if module.has_bias else None)
-    gate = gate_of(module)
+    activation = activation_of(module)
     hidden = hidden.contiguous()
     normed = getattr(module, "has_post_expert_norm", False)  # absent before Transformers 5.23
-    if gate.kind != NONE and not normed:
-        return experts(hidden, top_k_index, top_k_weights, first, down, gate)
+    if activation is not None and not normed:
+        return experts(hidden, top_k_index, top_k_weights, first, down, activation)
 
     count, k = _count(down), top_k_index.shape[1]
     config = config_for(top_k_index.numel(), count, hidden.dtype)
     routing = sort_pairs(top_k_index, count, config.block_m)
-    y = matmul(hidden, first, config, routing, top_k=k, gate=gate)
-    if gate == UNKNOWN:
+    y = matmul(hidden, first, config, routing, top_k=k, activation=activation or RAW)
+    if activation is None:
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = matmul(y.contiguous(), down, config, routing, scatter=True)
     if normed:

@@ -1,12 +1,13 @@
 """How the decode kernels are cut and launched.
 
-Block sizes are ``configure``'s rule, not a search at run time, and layers with the usual widths share their
-kernels: compiling is part of the time to the first token. Knows tensors, not modules; triton is imported here.
+Two designs do the same. In 16-bit floats ``vector_kernels`` take one token at a time without tensor cores; float32, and
+groups whose bytes do not come in words, go through the tensor cores, 8 or 16 tokens at once (``decode_kernels``).
+Block sizes are rules, not a search at run time, and layers with the usual widths share their kernels: compiling is
+part of the time to the first token. Knows tensors, not modules; triton is imported here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -15,35 +16,75 @@ import torch
 import triton
 from torch import Tensor
 
-from gemq.kernels import decode_kernels, fields
-from gemq.kernels.activation import Activation
+from gemq.kernels import decode_kernels, fields, vector_kernels
+from gemq.kernels.activation import RAW, Activation
+from gemq.kernels.fixed import covered
+from gemq.kernels.gates import kernel_arguments
 
 _LOW = (2, 3, 4, 8)
 
 
-class Config(NamedTuple):
-    """How a kernel is cut. One compiled kernel for each."""
+class Matrices(NamedTuple):
+    """One projection of all experts, as in ``packed.PackedMatrices``; a linear has no table."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor
+    table: Tensor | None
+    bias: Tensor | None  # [E, rows], or [rows]
+    rows: int
+    group_size: int
+    levels: Sequence[int]  # of the widths that occur
+
+    @property
+    def experts(self) -> int:
+        return 1 if self.table is None else self.table.shape[0]
+
+    def tensors(self, stand_in: Tensor) -> tuple[Tensor, ...]:
+        """As kernels take them: what is missing is never read."""
+        bias = stand_in if self.bias is None else self.bias
+        table = () if self.table is None else (self.table,)
+        return (self.codes, self.scales, self.offsets, *table, bias)
+
+
+class Cut(NamedTuple):
+    """How a vector kernel is cut. One compiled kernel for each."""
 
     block_rows: int  # rows of a program
-    split: int  # groups taken at once, spread over the warps
     num_warps: int
-    num_stages: int = 1  # of asynchronous copies; 1: none
     max_registers: int | None = None  # of a thread; None leaves it to the compiler
+    prefetch: bool = False
     pdl: bool = False  # the down kernel starts while the up kernel ends (Hopper)
 
-    def options(self) -> dict[str, int | None]:
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
+
+class Config(NamedTuple):
+    """How a kernel on the tensor cores is cut."""
+
+    block_rows: int
+    split: int  # groups taken at once, spread over the warps
+    num_warps: int
 
 
-def configure(rows: int, groups: int, units: int, columns: int, dtype: torch.dtype) -> Config:
-    """The cut for ``units`` matrices of [rows, groups of columns] and 8 or 16 columns of activations."""
-    # Measured on an H100 for OLMoE's experts (docs/kernels.md): 64 rows without asynchronous copies. Small problems
-    # need more programs than that gives, for a GPU has 100 to 150 multiprocessors; float32 needs more registers.
+def cut_for(rows: int, units: int) -> Cut:
+    """The cut for ``units`` vectors through matrices of so many rows."""
+    return Cut(64 if rows * units >= 64 * 256 else 32, num_warps=4)
+
+
+def config_for(rows: int, groups: int, units: int, dtype: torch.dtype) -> Config:
+    """The cut for ``units`` matrices of [rows, groups of columns]."""
+    # Measured on an H100 for OLMoE's experts (docs/kernels.md): 64 rows. Small problems need more programs than that
+    # gives, for a GPU has 100 to 150 multiprocessors; float32 needs more registers.
     if rows * units >= 64 * 256 and dtype != torch.float32:
         return Config(64, min(4, triton.next_power_of_2(groups)), num_warps=4)
     block_rows = 32 if rows * units >= 32 * 256 else 16
     split = 4 if block_rows == 32 or dtype == torch.float32 else 8  # shared memory: three parts of each x
     return Config(block_rows, min(split, triton.next_power_of_2(groups)), num_warps=4)
+
+
+def vectors_cover(m: Matrices, x: Tensor) -> bool:
+    """Whether the vector kernels compute with x [..., columns]."""
+    groups = x.shape[-1] // m.group_size
+    return x.dtype != torch.float32 and all(covered(levels, m.group_size, groups) for levels in m.levels)
 
 
 def _widths(levels: Sequence[int]) -> tuple[int, ...]:
@@ -64,189 +105,126 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-class _Routing(NamedTuple):
-    """What both kernels need to know of a routing."""
+def _routed(index: Tensor, experts: int) -> dict[str, int | bool]:
+    """Constants of the kernels on the tensor cores."""
+    tokens, slots = index.shape
+    columns = _columns(tokens)
+    return {
+        "K": slots,
+        "P": triton.next_power_of_2(columns * slots),
+        "EXPERTS": triton.next_power_of_2(experts),
+        "BY_PAIR": tokens * slots <= experts,
+        "N": columns,
+    }
 
-    tokens: int
-    slots: int
-    experts: int
-    units: int
-    columns: int
 
-    @classmethod
-    def of(cls, index: Tensor, table: Tensor) -> _Routing:
-        tokens, slots = index.shape
-        experts = table.shape[0]
-        return cls(tokens, slots, experts, min(experts, tokens * slots), 8 if tokens <= 8 else 16)
-
-    def constants(self) -> dict[str, int | bool]:
-        return {
-            "K": self.slots,
-            "P": triton.next_power_of_2(self.columns * self.slots),
-            "EXPERTS": triton.next_power_of_2(self.experts),
-            "BY_PAIR": self.tokens * self.slots <= self.experts,
-            "N": self.columns,
-        }
+def _columns(tokens: int) -> int:
+    return 8 if tokens <= 8 else 16
 
 
 def launch_up(
-    hidden: Tensor,
-    index: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    group_size: int,
-    levels: Sequence[int],
-    activation: Activation,
-    arrivals: Tensor | None,
-    config: Config | None = None,
+    hidden: Tensor, index: Tensor, up: Matrices, activation: Activation, cut: Cut | Config | None = None
 ) -> Tensor:
-    function, gated, interleaved, clamp, limit, alpha, shift = activation
-    routing = _Routing.of(index, table)
-    groups = hidden.shape[1] // group_size
-    config = config or configure(rows, groups, routing.units, routing.columns, hidden.dtype)
-    out = hidden.new_empty(routing.tokens, routing.slots, rows // 2 if gated else rows)
-    count = 0 if arrivals is None else arrivals.numel()
-    blocks = triton.cdiv(rows, config.block_rows)
+    """[T, H], [T, K] -> [T, K, rows], or half of them if gated; unused slots are not written."""
+    tokens, slots = index.shape
+    out = hidden.new_empty(tokens, slots, up.rows // 2 if activation.gated else up.rows)
+    if isinstance(cut, Cut) or (cut is None and vectors_cover(up, hidden)):
+        cut = cut or cut_for(up.rows, tokens * slots)
+        _launch_vectors(hidden, index, None, up, out, activation, cut)
+        return out
+    units = min(up.experts, tokens * slots)
+    config = cut or config_for(up.rows, hidden.shape[1] // up.group_size, units, hidden.dtype)
+    numbers, constants = kernel_arguments(activation)
     with _on(hidden):
-        decode_kernels.experts_up_kernel[(routing.units, blocks)](
-            hidden,
-            index,
-            codes,
-            scales,
-            offsets,
-            table,
-            hidden if bias is None else bias,
-            out,
-            index if arrivals is None else arrivals,
-            routing.tokens,
-            rows,
-            routing.experts,
-            count,
-            limit if math.isfinite(limit) else 0.0,
-            alpha,
-            shift,
-            ARRIVALS=triton.next_power_of_2(max(count, 1)),
-            **routing.constants(),
-            GATED=gated,
-            INTERLEAVED=interleaved,
-            ACTIVATION=function,
-            CLAMP=clamp,
-            HAS_BIAS=bias is not None,
-            WIDTHS=_widths(levels),
-            KIND=_kind(hidden),
-            G=group_size,
-            NG=groups,
-            M=config.block_rows,
-            S=config.split,
-            STAGES=config.num_stages,
-            PDL=config.pdl,
-            **config.options(),
+        decode_kernels.experts_up_kernel[(units, triton.cdiv(up.rows, config.block_rows))](
+            *(hidden, index, *up.tensors(hidden), out, tokens, up.rows, up.experts, *numbers),
+            **constants,
+            **_routed(index, up.experts),
+            **_column_constants(hidden, up, config),
+            WIDTHS=_widths(up.levels),
         )
     return out
 
 
 def launch_down(
-    h: Tensor,
-    index: Tensor,
-    weights: Tensor | None,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    group_size: int,
-    levels: Sequence[int],
-    arrivals: Tensor | None,
-    config: Config | None = None,
+    h: Tensor, index: Tensor, weights: Tensor | None, down: Matrices, cut: Cut | Config | None = None
 ) -> Tensor:
-    """[T, rows], or the unweighted [T, K, rows] without ``weights``. ``arrivals``: zeros, one for each block."""
-    routing = _Routing.of(index, table)
-    groups = h.shape[2] // group_size
-    config = config or configure(rows, groups, routing.units, routing.columns, h.dtype)
-    weighted = weights is not None
-    parts = torch.empty(
-        (routing.tokens, routing.slots, rows), dtype=torch.float32 if weighted else h.dtype, device=h.device
-    )
-    out = h.new_empty(routing.tokens, rows) if weighted else parts
-    options = {"launch_pdl": True} if config.pdl else {}
+    """[T, K, I] -> [T, K, rows]: times ``weights`` in float32 with zeros in unused slots, or in h's dtype without."""
+    tokens, slots = index.shape
+    size, dtype = (tokens, slots, down.rows), h.dtype if weights is None else torch.float32
+    if isinstance(cut, Cut) or (cut is None and vectors_cover(down, h)):
+        parts = torch.empty(size, dtype=dtype, device=h.device)
+        _launch_vectors(h, index, weights, down, parts, RAW, cut or cut_for(down.rows, tokens * slots))
+        return parts
+    units = min(down.experts, tokens * slots)
+    config = cut or config_for(down.rows, h.shape[2] // down.group_size, units, h.dtype)
+    parts = torch.zeros(size, dtype=dtype, device=h.device)
+    inputs = (h, index, h if weights is None else weights, *down.tensors(h))
     with _on(h):
-        decode_kernels.experts_down_kernel[(routing.units, triton.cdiv(rows, config.block_rows))](
-            h,
-            index,
-            h if weights is None else weights,
-            codes,
-            scales,
-            offsets,
-            table,
-            h if bias is None else bias,
-            parts,
-            index if arrivals is None else arrivals,
-            out,
-            routing.tokens,
-            rows,
-            routing.experts,
-            routing.units,
-            **routing.constants(),
-            HAS_BIAS=bias is not None,
-            WEIGHTED=weighted,
-            WIDTHS=_widths(levels),
-            KIND=_kind(h),
-            G=group_size,
-            NG=groups,
-            M=config.block_rows,
-            S=config.split,
-            STAGES=config.num_stages,
-            PDL=config.pdl,
-            **config.options(),
-            **options,
+        decode_kernels.experts_down_kernel[(units, triton.cdiv(down.rows, config.block_rows))](
+            *(*inputs, parts, tokens, down.rows, down.experts),
+            **_routed(index, down.experts),
+            **_column_constants(h, down, config),
+            WEIGHTED=weights is not None,
+            WIDTHS=_widths(down.levels),
         )
-    return out
+    return parts
 
 
-def down_blocks(rows: int, columns: int, group_size: int, index: Tensor, table: Tensor, dtype: torch.dtype) -> int:
-    routing = _Routing.of(index, table)
-    return triton.cdiv(rows, configure(rows, columns // group_size, routing.units, routing.columns, dtype).block_rows)
-
-
-def launch_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    levels: int,
-    group_size: int,
-    config: Config | None = None,
-) -> Tensor:
+def launch_linear(x: Tensor, w: Matrices, cut: Cut | Config | None = None) -> Tensor:
+    """[T, columns] -> [T, rows]."""
     tokens, columns = x.shape
-    rows, groups = scales.shape
-    padded = 8 if tokens <= 8 else 16
-    config = config or configure(rows, groups, 1, padded, x.dtype)
-    out = x.new_empty(tokens, rows)
+    out = x.new_empty(tokens, w.rows)
+    if isinstance(cut, Cut) or (cut is None and tokens <= VECTOR_ROWS and vectors_cover(w, x)):
+        _launch_vectors(x, None, None, w, out, RAW, cut or cut_for(w.rows, tokens))
+        return out
+    config = cut or config_for(w.rows, columns // w.group_size, 1, x.dtype)
     with _on(x):
-        decode_kernels.linear_kernel[(triton.cdiv(rows, config.block_rows),)](
-            x,
-            codes,
-            scales,
-            offsets,
-            x if bias is None else bias,
-            out,
-            tokens,
-            rows,
-            HAS_BIAS=bias is not None,
-            LEVELS=levels,
-            KIND=_kind(x),
-            G=group_size,
-            NG=columns // group_size,
-            M=config.block_rows,
-            S=config.split,
-            N=padded,
-            STAGES=config.num_stages,
-            **config.options(),
+        decode_kernels.linear_kernel[(triton.cdiv(w.rows, config.block_rows),)](
+            *(x, *w.tensors(x), out, tokens, w.rows),
+            **_column_constants(x, w, config),
+            N=_columns(tokens),
+            LEVELS=w.levels[0],
         )
     return out
+
+
+def _launch_vectors(
+    x: Tensor, index: Tensor | None, weights: Tensor | None, w: Matrices, out: Tensor, activation: Activation, cut: Cut
+) -> None:
+    """x [T, columns], or [T, K, columns] of pairs; without ``index`` the one matrix, K = 1."""
+    slots = 1 if index is None else index.shape[1]
+    vectors = x.shape[0] * slots
+    numbers, constants = kernel_arguments(activation)
+    stand_in = lambda tensor: x if tensor is None else tensor  # never read
+    with _on(x):
+        vector_kernels.vectors_kernel[(vectors, triton.cdiv(w.rows, cut.block_rows))](
+            *(x, stand_in(index), stand_in(weights), w.codes, w.scales, w.offsets, stand_in(w.table)),
+            *(stand_in(w.bias), out, w.rows, w.experts, *numbers),
+            **constants,
+            K=slots,
+            ROUTED=index is not None,
+            PER_PAIR=x.dim() == 3,
+            HAS_BIAS=w.bias is not None,
+            WEIGHTED=weights is not None,
+            WIDTHS=_widths(w.levels),
+            PLAIN=_kind(x) == fields.PLAIN,
+            G=w.group_size,
+            NG=x.shape[-1] // w.group_size,
+            M=cut.block_rows,
+            THREADS=32 * cut.num_warps,
+            PREFETCH=cut.prefetch and x.is_cuda,
+            PDL=cut.pdl,
+            num_warps=cut.num_warps,
+            maxnreg=cut.max_registers,
+            **({"launch_pdl": True} if cut.pdl else {}),
+        )
+
+
+def _column_constants(x: Tensor, w: Matrices, config: Config) -> dict[str, Any]:
+    sizes = {"G": w.group_size, "NG": x.shape[-1] // w.group_size, "M": config.block_rows, "S": config.split}
+    return {**sizes, "KIND": _kind(x), "HAS_BIAS": w.bias is not None, "num_warps": config.num_warps}
+
+
+VECTOR_ROWS = 4
+"""Most rows of x that a linear takes one by one; more share the tensor cores' tile."""

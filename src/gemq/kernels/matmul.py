@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.kernels.gates import NONE, UNKNOWN, Gate, act, gated
+from gemq.kernels.activation import RAW, Activation
+from gemq.kernels.gates import activated, gated, kernel_arguments
 from gemq.kernels.routing import Routing
 from gemq.kernels.unpack import ONE_BITS, WIDTHS_TO_TRY, group_bytes, levels_at, load_half, load_weights, only_levels
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its dot takes bfloat16 for integers
-_NO_GATE = tl.constexpr(NONE)
 
 
 class Config(NamedTuple):
@@ -120,8 +120,8 @@ def _matmul_kernel(
     num_rows,
     pairs,
     one_bits,
-    alpha,
     limit,
+    alpha,
     shift,
     WIDTHS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -130,9 +130,10 @@ def _matmul_kernel(
     ROUTED: tl.constexpr,
     GATHER: tl.constexpr,  # x row of a pair: its place in ``order``, or the token order[place] // GATHER
     SCATTER: tl.constexpr,  # out row: place, or order[place]
-    KIND: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -199,11 +200,11 @@ def _matmul_kernel(
 
     if GATED:
         gate, up = _halves(acc, BLOCK_M, BLOCK_N)
-        y = gated(gate, up, alpha, limit, shift, KIND)
+        y = gated(gate, up, limit, alpha, shift, ACTIVATION, CLAMP)
         out_column = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         width = num_rows // 2
     else:
-        y = acc if KIND == _NO_GATE else act(acc, alpha, KIND)
+        y = activated(acc, limit, alpha, ACTIVATION, CLAMP)
         out_column = block * BLOCK_N + n
         width = num_rows
     y = tl.trans(y.to(out.dtype.element_ty))
@@ -231,9 +232,9 @@ def matmul(
     routing: Routing | None,
     top_k: int = 0,
     scatter: bool = False,
-    gate: Gate = UNKNOWN,
+    activation: Activation = RAW,
 ) -> Tensor:
-    """All pairs times their expert's matrix: [P, rows], or [P, rows / 2] with a gate, in x's dtype.
+    """All pairs times their expert's matrix: [P, rows], or [P, rows / 2] with a gated activation, in x's dtype.
 
     x is [T, columns] with top_k = K, or [P, columns] in the order of ``routing`` with 0. Output rows lie in the order
     of ``routing``, with ``scatter`` in that of the pairs; rows that no routed pair owns are left unwritten. Without
@@ -242,8 +243,8 @@ def matmul(
     pairs = routing.order.shape[0] if routing else x.shape[0]
     order, starts, tiles = (routing.order, routing.starts, routing.tiles) if routing else (w.codes,) * 3
     num_tiles = tiles.shape[0] if routing else triton.cdiv(pairs, config.block_m)
-    fused = gate.kind != NONE and gate.gated
-    out = torch.empty(pairs, w.rows // 2 if fused else w.rows, dtype=x.dtype, device=x.device)
+    numbers, constants = kernel_arguments(activation)
+    out = torch.empty(pairs, w.rows // 2 if activation.gated else w.rows, dtype=x.dtype, device=x.device)
     _matmul_kernel[(num_tiles * triton.cdiv(w.rows, config.block_n),)](
         *(
             x,
@@ -254,7 +255,7 @@ def matmul(
             w.codes if w.bias is None else w.bias,
             out,
         ),
-        *(order, starts, tiles, w.rows, pairs, ONE_BITS, gate.alpha, gate.limit, gate.shift),
+        *(order, starts, tiles, w.rows, pairs, ONE_BITS, *numbers),
         WIDTHS=w.widths,
         GROUPS=x.shape[-1] // w.group_size,
         GROUP=w.group_size,
@@ -262,9 +263,7 @@ def matmul(
         ROUTED=routing is not None,
         GATHER=top_k,
         SCATTER=scatter,
-        KIND=gate.kind,
-        GATED=fused,
-        INTERLEAVED=fused and gate.interleaved,
+        **constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=min(w.group_size, config.block_k),

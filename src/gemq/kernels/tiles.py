@@ -152,7 +152,6 @@ def rows_times_columns(
     G: tl.constexpr,
     NG: tl.constexpr,
     S: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """[M, N] float32: rows of one packed matrix times the columns."""
     FACTOR: tl.constexpr = factor(LEVELS, KIND)
@@ -161,8 +160,7 @@ def rows_times_columns(
     total = tl.zeros([S, row.shape[0], x.shape[0]], tl.float32)
     next_at = row[None, :] * NG + tl.minimum(s, NG - 1)[:, None]
     next_scale, next_offset = tl.load(scales + next_at), tl.load(offsets + next_at)
-    # Triton's pipelining would spoil the tiles of 16 bytes that one bit has.
-    for g in tl.range(0, NG, S, num_stages=1 if LEVELS == 2 else STAGES):
+    for g in tl.range(0, NG, S, num_stages=1):  # asynchronous copies were slower
         group = g + s
         mask = x_mask[None, :] & (group < NG)[:, None]
         if NG % S != 0:  # beyond the last group: its bytes times x = 0
@@ -193,11 +191,10 @@ def any_width(
     G: tl.constexpr,
     NG: tl.constexpr,
     S: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """``rows_times_columns`` for the width that ``levels`` names: one branch each."""
     y = tl.zeros([row.shape[0], x.shape[0]], tl.float32)
     for i in tl.static_range(len(WIDTHS)):
         if levels == WIDTHS[i]:
-            y = rows_times_columns(codes, scales, offsets, row, x, x_mask, WIDTHS[i], KIND, G, NG, S, STAGES)
+            y = rows_times_columns(codes, scales, offsets, row, x, x_mask, WIDTHS[i], KIND, G, NG, S)
     return y

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemq.kernels.activation import SILU, Activation, activation_of
+
 ALIGNMENT = 8
 """Rows and columns are multiples of this: 16 bytes."""
 
@@ -54,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def gate(module: Any, x: Tensor) -> Tensor:
     """An experts module's gate, [P, 2 I] -> [P, I]: in one pass if it is the usual one."""
-    from gemq.kernels.gates import SILU, Gate, gate_of  # triton comes with torch for CUDA, not for CPUs
-    from gemq.kernels.pairs import silu_gate
+    from gemq.kernels.pairs import silu_gate  # triton comes with torch for CUDA, not for CPUs
 
-    return silu_gate(x) if gate_of(module) == Gate(SILU) else module._apply_gate(x)
+    usual = activation_of(module) == Activation(SILU, gated=True)
+    return silu_gate(x) if usual else module._apply_gate(x)
