@@ -25,7 +25,10 @@ MOST_CHOSEN = 8
 """Experts that a token chooses where a configuration does not tell: at most so many in nearly all families."""
 
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
-"""Bytes a weight while it is trained, by compute type: code, latent, moments, weight in use, gradients."""
+"""Bytes a weight while it is trained on a GPU, by compute type: code, latent, moments, weight in use, gradients."""
+
+CPU_TRAINED_BYTES = 90
+"""The same on a CPU, where autograd keeps every step from latents to weights; measured on both reference models."""
 
 LOSS_BYTES = {"scores": (12, 3), "distil": (20, 2)}
 """Bytes a logit in a loss and its gradient: of float32, and how many in the compute type if that is another."""
@@ -104,13 +107,13 @@ class _Layer:
         refine = max(squares + of_experts + means + self._quantizing(1), weights * (1 + 2 * size) + 4 * largest // 8)
         if recipe.ladder_epochs:
             some = max(x.stop - x.start for x in expert_chunks(experts, widths, self.device))
-            trained = some * experts.weights_per_expert * widths * TRAINED_BYTES.get(self.dtype, 28)
+            trained = some * experts.weights_per_expert * widths * self._trained
             share = widths * min(1.0, 2 * some / experts.count)  # of a micro-batch's pairs, at every width
             packed = round(weights * sum(map(nominal_bits, recipe.ladder_widths)) / 8 * 1.2)
             at_first = some * experts.weights_per_expert * widths * 3 + self._chunk(widths)  # codes and latents
             ladder = means + packed + max(at_first, trained + round(max(share, 0.25) * self._pairs(True)), packed)
-            if self.device.type != "cuda":  # where moments wait is the device
-                ladder += of_experts
+            if self.device.type != "cuda":  # where moments wait is the device; of pairs less is kept than is counted
+                ladder += of_experts - round(0.35 * share * self._pairs(True))
         if recipe.layer_epochs:
             trained = (weights + sum(x.rows * x.columns for x in self.layer.linears)) * TRAINED_BYTES.get(
                 self.dtype, 28
@@ -123,6 +126,12 @@ class _Layer:
             "refine": max(collecting, refine),
             "distil": 2 * weights * size + self._pairs(True) + 20 * min(UNPACKED_TOGETHER, largest),
         }
+
+    @property
+    def _trained(self) -> int:
+        if self.device.type != "cuda":
+            return CPU_TRAINED_BYTES
+        return TRAINED_BYTES.get(self.dtype, TRAINED_BYTES[torch.float32])
 
     def _pairs(self, backward: bool) -> int:
         """A micro-batch's routed pairs on their way through the experts; in float32 where outputs are compared."""
