@@ -187,9 +187,9 @@ class Workload:
 
     def loss(self) -> Work:
         """Logits, the gradient that goes back through them, and labels drawn from them."""
-        logits = float(self.tokens * self.vocabulary)
+        logits = float(self.scored_tokens * self.vocabulary)
         drawn = logits if self.recipe.score_labels == "sampled" else 0.0
-        return self.head(self.tokens) * 2 + Work(bytes=logits * 2 * LOGIT_BYTES, draws=drawn)
+        return self.head(self.scored_tokens) * 2 + Work(bytes=logits * 2 * LOGIT_BYTES, draws=drawn)
 
     def scores(self, layer: Layer) -> Work:
         """Forward, forward again and back; then every routed pair in full precision and at each width."""
@@ -259,6 +259,11 @@ class Workload:
         """Of calibration, those that the effort adds included."""
         added = -(-max(0, self.recipe.total_tokens - self.given_tokens) // self.window)
         return self.given_tokens + added * self.window
+
+    @property
+    def scored_tokens(self) -> int:
+        """Of calibration, those that scores take."""
+        return min(self.tokens, self.recipe.score_tokens or self.tokens)
 
     @property
     def batch_tokens(self) -> int:

@@ -14,6 +14,7 @@ from packed_cases import (
     Experts,
     assert_as_close,
     exact_experts,
+    few_programs,
     random_linear,
     random_routing,
     silu_gate,
@@ -45,10 +46,6 @@ def device(request, monkeypatch):
         monkeypatch.setattr(launch, "cut_for", lambda units, down=False: launch.Cut(64, 4))
         monkeypatch.setattr(launch, "linear_cut_for", lambda tokens: launch.Cut(64, 4))
     return request.param
-
-
-def few_programs(rows, groups, units, dtype):
-    return launch.Config(64, min(8, 1 << (groups - 1).bit_length()), 4)
 
 
 @pytest.fixture
