@@ -193,12 +193,13 @@ class Workload:
 
     def scores(self, layer: Layer) -> Work:
         """Forward, forward again and back; then every routed pair in full precision and at each width."""
-        work = self.forward(layer, self.tokens) * 3
+        tokens = self.scored_tokens
+        work = self.forward(layer, tokens) * 3
         if layer.experts is None:
             return work
-        pairs = self.experts(layer, self.tokens, self.batches) * (1 + self.widths)
+        pairs = self.experts(layer, tokens, tokens / self.batch_tokens) * (1 + self.widths)
         each = 40.0 if self.on_gpu else 16.0  # a CPU's caches hold what comes between
-        differences = self.tokens * self.per_token * self.widths * self.hidden * each
+        differences = tokens * self.per_token * self.widths * self.hidden * each
         return work + pairs + Work(bytes=differences) + self.dequantize(layer) * self.widths
 
     def sensitivity(self) -> Work:
