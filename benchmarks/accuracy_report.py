@@ -107,7 +107,8 @@ def between_markers(text: str, content: str) -> str:
 
 
 def _table(rows: Rows) -> str:
-    shown = {name: row for name, row in rows.items() if not _is_score_ablation(name)}
+    again = {name for name in rows if name.removesuffix(" default") in rows.keys() - {name}}  # "assembled 2.0 default"
+    shown = {name: row for name, row in rows.items() if name not in again and not _is_score_ablation(name)}
     texts = sorted({text for row in shown.values() for text in by_text(row)})
     lines = [_line(["", "stored bits", "val KL", "inside KL", *texts, "perplexity", "seconds"])]
     lines.append("|---" * (len(texts) + 6) + "|")
