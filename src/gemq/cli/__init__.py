@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from gemq.cli_jobs import export, plan, quantize
-from gemq.cli_models import bench, demo, evaluate, generate, inspect
+from gemq.cli.jobs import export, plan, quantize
+from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
 from gemq.processes import before_failing
 

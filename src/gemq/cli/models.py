@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemq.cli_flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, numbers
+from gemq.cli.flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, numbers
 from gemq.errors import UserError
 from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gemq.cli_flags import (
+from gemq.cli.flags import (
     Allocate,
     AllocationFile,
     AttentionBits,
