@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from gemq.batches import Batches
 from gemq.calibrate import Activations, layer_moments
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer, build_layer
@@ -29,6 +28,7 @@ from gemq.models.structure import Experts, find_structure
 from gemq.quant.hessian import factorize
 from gemq.reconstruct import Training
 from gemq.refine import Targets, refine_layer
+from gemq.resources.batches import Batches
 from gemq.score import pair_costs, reverse_layer
 from record import RESULTS, append, environment
 

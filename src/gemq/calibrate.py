@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq.batches import Batches
 from gemq.data.windows import Windows
-from gemq.memory import Memory
 from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route, watch_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Linear
 from gemq.quant.hessian import Moments
-from gemq.ranks import Ranks
+from gemq.resources.batches import Batches
+from gemq.resources.memory import Memory
+from gemq.resources.ranks import Ranks
 
 
 @dataclass

@@ -20,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.batches import Batches
 from gemq.calibrate import Activations, shared
 from gemq.checkpoint.packing import PackedMatrix, unpack_codes
-from gemq.memory import Waiting
 from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, Matrix, is_norm
@@ -34,6 +32,8 @@ from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.widths import Width, group_size_for
 from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
 from gemq.refine import RefinedLayer
+from gemq.resources.batches import Batches
+from gemq.resources.memory import Waiting
 
 
 @dataclass(frozen=True)

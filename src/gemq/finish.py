@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation
-from gemq.batches import Batches
 from gemq.calibrate import advance
 from gemq.distil import Distillation, Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.quant.widths import Width
 from gemq.refine import RefinedLayer, Targets, layer_overrides, refine_layer
+from gemq.resources.batches import Batches
 from gemq.stages import Around, digest, layer_file
 from gemq.workdir import Stage
 

@@ -20,9 +20,7 @@ from gemq.calibrate import Activations
 from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
-from gemq.footprint import staging_bytes, working_bytes
 from gemq.ladder import Quantizer
-from gemq.memory import Memory
 from gemq.models.residency import Residency
 from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
@@ -31,6 +29,8 @@ from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.reconstruct import Training
+from gemq.resources.footprint import staging_bytes, working_bytes
+from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
 

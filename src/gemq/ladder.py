@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemq.batches import Batches
 from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
@@ -26,6 +25,7 @@ from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.reconstruct import QuantizedParameter, Training, train_layer
+from gemq.resources.batches import Batches
 from gemq.rungs import ExpertInputs, expert_chunks, train_rungs
 
 

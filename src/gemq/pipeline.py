@@ -24,16 +24,16 @@ from gemq.files import check_free_space, write_json, write_text
 from gemq.finish import run_finish
 from gemq.guard import run_guard
 from gemq.job import Job, source_digest
-from gemq.memory import Memory
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
 from gemq.preflight import check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
-from gemq.ranks import start_ranks
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer
+from gemq.resources.memory import Memory
+from gemq.resources.ranks import start_ranks
 from gemq.sensitivity import run_sensitivity
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
 from gemq.stages import FULL_PRECISION, Judged, assembled, digest, layer_file, make_problem, run_ladder, run_scores

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from gemq.footprint import held_bytes, stage_bytes, staging_bytes
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.resources.footprint import held_bytes, stage_bytes, staging_bytes
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
 

@@ -12,11 +12,11 @@ from gemq.checkpoint.format import is_packed
 from gemq.data.sources import check_sources
 from gemq.errors import UserError
 from gemq.files import check_free_space, check_writable
-from gemq.footprint import check_bounds
-from gemq.memory import Memory
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.resources.footprint import check_bounds
+from gemq.resources.memory import Memory
 from gemq.sizes import ladder_bytes, linear_bytes, other_bytes
 from gemq.stages import shape_problem
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.batches import Batches
 from gemq.calibrate import Activations, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.ladder import LayerLadder, Quantizer, linear_parameters, quantize_linears
@@ -24,6 +23,7 @@ from gemq.quant.fused import latent_type
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.widths import Width, group_size_for
 from gemq.reconstruct import QuantizedParameter, Training, as_parameter, train_layer
+from gemq.resources.batches import Batches
 
 TUNED = "tuned:"
 

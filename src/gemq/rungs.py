@@ -23,8 +23,8 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import epochs
 from gemq.quant.widths import Width
-from gemq.ranks import ALONE, Ranks
 from gemq.reconstruct import Training
+from gemq.resources.ranks import ALONE, Ranks
 
 TRAIN_BYTES = 4 << 30
 """Memory on a GPU for the state of the experts that are trained together."""

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.batches import Batches
 from gemq.calibrate import Activations
 from gemq.models.experts import (
     ExpertsCall,
@@ -35,7 +34,8 @@ from gemq.models.experts import (
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts
 from gemq.quant.widths import Width
-from gemq.ranks import Ranks, ShardedSum
+from gemq.resources.batches import Batches
+from gemq.resources.ranks import Ranks, ShardedSum
 
 ExpertWeights = tuple[Tensor, Tensor]
 """All experts' two matrices [E, rows, columns]."""

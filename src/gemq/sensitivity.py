@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from gemq.batches import Batches
 from gemq.calibrate import Activations, advance
 from gemq.data.windows import Windows, from_parts
 from gemq.divergence import window_kl
@@ -23,6 +22,7 @@ from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.progress import Tick
 from gemq.reconstruct import expert_overrides
+from gemq.resources.batches import Batches
 from gemq.score import ExpertWeights
 from gemq.stages import layer_file, rung_weights
 from gemq.workdir import Stage

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
-from gemq.batches import Batches
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.files import check_free_space
 from gemq.job import Job
@@ -32,6 +31,7 @@ from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer, assemble_layer
+from gemq.resources.batches import Batches
 from gemq.score import (
     ExpertWeights,
     add_costs,

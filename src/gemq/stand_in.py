@@ -21,7 +21,6 @@ from gemq.checkpoint.load import load
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.errors import UserError
-from gemq.memory import Memory, gigabytes
 from gemq.models.experts import expert_weight
 from gemq.models.source import Source
 from gemq.models.stream import Replay
@@ -29,6 +28,7 @@ from gemq.models.structure import Structure
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized
 from gemq.quant.widths import LEVELS, Width, group_size_for, matrix_bytes
+from gemq.resources.memory import Memory, gigabytes
 from gemq.sizes import expert_bytes
 
 LINEAR_BITS = 8

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gemq.errors import UserError
 from gemq.files import disk_errors, replacing, write_json, write_tensors
-from gemq.ranks import ALONE, Ranks
+from gemq.resources.ranks import ALONE, Ranks
 
 MARKER = "gemq-work.json"
 """Names the directory as ours, so that nothing else is ever taken for a work directory."""

@@ -14,13 +14,13 @@ import torch
 
 from gemq.data.selfgen import batch_size
 from gemq.data.sources import SELF
-from gemq.footprint import experts_per_token
 from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
 from gemq.ladder import LINEAR_TOKENS
-from gemq.machine import Rates, measure
 from gemq.models.structure import Experts, Layer, Structure
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
+from gemq.resources.footprint import experts_per_token
+from gemq.resources.machine import Rates, measure
 from gemq.sensitivity import TOKENS as MEASURED
 
 GUARD_TRIES = 3

@@ -89,10 +89,10 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     """The smallest ``--host-memory`` that a job on the CPU takes: no layer stays, nothing waits in memory."""
     import torch
 
-    from gemq.footprint import held_bytes, working_bytes
     from gemq.models.source import Source
     from gemq.models.structure import find_structure
     from gemq.recipe import Recipe
+    from gemq.resources.footprint import held_bytes, working_bytes
 
     skeleton = Source(model).skeleton()
     structure, cpu = find_structure(skeleton), torch.device("cpu")

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from families import MORE, random_model, tiny_config, tokens
 from gemq import UserError, stages
-from gemq.batches import PASSED, Batches
-from gemq.memory import Bound, Memory, Place, Waiting, gigabytes
 from gemq.models.residency import Residency
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
+from gemq.resources.batches import PASSED, Batches
+from gemq.resources.memory import Bound, Memory, Place, Waiting, gigabytes
 from gemq.stages import reverse_order, segment_length
 
 torch.set_num_threads(1)

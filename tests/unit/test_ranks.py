@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemq.ranks import SHARDS, Ranks, ShardedSum, added_in_pairs
+from gemq.resources.ranks import SHARDS, Ranks, ShardedSum, added_in_pairs
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ MEETING = """
 import sys, torch
 from pathlib import Path
 from gemq.errors import UserError
-from gemq.ranks import leave_ranks, start_ranks
+from gemq.resources.ranks import leave_ranks, start_ranks
 from gemq.workdir import WorkDir
 
 ranks = start_ranks("cpu")

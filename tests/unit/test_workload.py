@@ -9,11 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gemq.assets import builtin_model
-from gemq.machine import Rates, measure
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
 from gemq.recipe import Recipe
+from gemq.resources.machine import Rates, measure
 from gemq.workload import Work, Workload
 
 WINDOW = 64

@@ -11,7 +11,7 @@ import typer
 from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
-from gemq.processes import before_failing
+from gemq.resources.processes import before_failing
 
 # from typer: some of its versions use the package click, others carry their own copy
 ClickException: Any = typer.BadParameter.__mro__[2]

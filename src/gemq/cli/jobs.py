@@ -40,8 +40,8 @@ from gemq.cli.flags import (
 )
 from gemq.errors import UserError
 from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
-from gemq.processes import is_first
 from gemq.recipe import Recipe
+from gemq.resources.processes import is_first
 
 
 def plan(
@@ -110,7 +110,7 @@ def quantize(
     check_json(json_file)
     quiet = quiet or not is_first()
     from gemq.pipeline import quantize as run_quantize
-    from gemq.ranks import leave_ranks
+    from gemq.resources.ranks import leave_ranks
     from gemq.summary import print_result
 
     try:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gemq.data.steps import Step, Steps
-from gemq.ranks import ALONE, Ranks
+from gemq.resources.ranks import ALONE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
 """For keys and values of the windows that are written side by side, in float32: see ``batch_size``."""

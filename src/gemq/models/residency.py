@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gemq.checkpoint.adopt import as_adopted
-from gemq.memory import Memory
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
+from gemq.resources.memory import Memory
 
 
 @dataclass

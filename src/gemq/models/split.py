@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemq.models.structure import Experts
-from gemq.ranks import Ranks
+from gemq.resources.ranks import Ranks
 
 _SPLIT = "gemq_split"
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gemq.errors import UserError
-from gemq.memory import Memory
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.structure import Structure
-from gemq.ranks import ALONE, Ranks
+from gemq.resources.memory import Memory
+from gemq.resources.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemq.ranks import Ranks, ShardedSum
+from gemq.resources.ranks import Ranks, ShardedSum
 
 BLOCK = 128
 """Columns that ``factorize`` takes at once on a GPU."""

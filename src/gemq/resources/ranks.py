@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gemq.errors import UserError
-from gemq.processes import end, end_when_told
+from gemq.resources.processes import end, end_when_told
 
 SHARDS = 4
 """Shards of the micro-batches on a CPU. On a GPU, where sums differ from run to run anyway, each rank is one shard."""

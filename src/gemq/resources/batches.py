@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gemq.memory import Memory, Place
+from gemq.resources.memory import Memory, Place
 
 PASSED = "gemq_passed"
 """Attribute of a hidden state: what else its layer gave to the next (see ``models.stream``)."""

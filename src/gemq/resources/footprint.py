@@ -13,12 +13,12 @@ import torch
 from gemq.distil import UNPACKED_TOGETHER
 from gemq.errors import UserError
 from gemq.ladder import CHUNK_BYTES
-from gemq.memory import Memory, gigabytes
 from gemq.models.source import calibration_window
 from gemq.models.stream import LOGITS_TOGETHER
 from gemq.models.structure import Layer, Structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
+from gemq.resources.memory import Memory, gigabytes
 from gemq.rungs import expert_chunks
 
 MOST_CHOSEN = 8
