@@ -6,6 +6,7 @@ machine is. Shapes: T tokens, H hidden size, I intermediate size, E experts, K e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,9 @@ COLUMN_BYTES, UPDATE_BYTES = 80.0, 16.0
 DEQUANTIZED_BYTES = 30.0
 TRAINED_BYTES = 150.0
 """Read and written for each weight in a step of training: rounding, its gradient, AdamW."""
+
+REPLAYED = 0.2
+"""What an operation costs that a CUDA graph replays, of what it costs to launch: written windows, lab log, entry 24."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,8 @@ class Workload:
         work = total(self.forward(x, tokens, self.window // 2, steps) for x in self.structure.layers)
         weights = self.structure.total_parameters * self.itemsize
         logits = tokens * self.vocabulary * LOGIT_BYTES
-        return work + self.head(tokens) + Work(bytes=logits, near=steps * weights, calls=40 * steps)
+        work += self.head(tokens) + Work(bytes=logits, near=steps * weights, calls=40 * steps)
+        return dataclasses.replace(work, calls=work.calls * REPLAYED) if self.on_gpu else work
 
     def ladder(self, layer: Layer) -> Work:
         work = self.forward(layer, self.tokens) + self.moments(layer) + self.gptq(layer, self.widths)
