@@ -18,7 +18,7 @@ from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, 
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
-from gemq.models.structure import Layer, Linear
+from gemq.models.structure import Experts, Layer, Linear
 from gemq.quant.fused import latent_type
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
@@ -174,46 +174,75 @@ def build_layer(
     moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
     ladder = LayerLadder()
     latents: dict[str, Tensor] | None = {} if linear_training is not None else None
-    of_linears, ranks = 0, replay.ranks
     quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder, latents)
+    if training is not None:  # what trains takes the room where the moments are
+        for moment in moments.experts or ():
+            moment.park(lambda sums: Batches(replay.memory, sums))
     if linear_training is not None and latents:
         parameters = linear_parameters(linears, ladder, quantizer, dense_bits, latents)
-        inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
-        most = max(2, LINEAR_TOKENS // activations.ids[0].numel())
-        done = train_layer(replay, index, inputs, goals, parameters, linear_training, {}, most)
-        for linear, x in zip(linears, done.parameters, strict=True):
-            q = Quantized(*(ranks.broadcast(t, 0) for t in x.q))
-            ladder.linears[linear.path] = PackedMatrix.pack(q, dense_bits, quantizer.group(linear.columns))
-        of_linears = 0 if done.after < done.before else len(linears)
-    if layer.experts is None or moments.experts is None:
-        ladder.untrained = of_linears
-        return ladder, outputs
-    module = replay.model.get_submodule(layer.experts.path)
-    count = layer.experts.count
+        _train_linears(replay, index, activations, outputs, parameters, quantizer, linear_training, ladder)
+    if layer.experts is not None and moments.experts is not None:
+        every = calls.whole(replay, activations.total) if training is not None else None
+        _quantize_experts(replay, index, layer.experts, moments.experts, every, quantizer, widths, training, ladder)
+        ladder.counts = moments.experts[0].counts.cpu()
+    return ladder, outputs
+
+
+def _train_linears(
+    replay: Replay,
+    index: int,
+    activations: Activations,
+    outputs: Batches,
+    parameters: list[QuantizedParameter],
+    quantizer: Quantizer,
+    training: Training,
+    ladder: LayerLadder,
+) -> None:
+    """Trains a layer's dense linears towards its ``outputs`` and packs them into ``ladder``; all else is exact."""
+    inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
+    most = max(2, LINEAR_TOKENS // activations.ids[0].numel())
+    done = train_layer(replay, index, inputs, goals, parameters, training, {}, most)
+    for x in done.parameters:
+        q = Quantized(*(replay.ranks.broadcast(t, 0) for t in x.q))
+        group = quantizer.group(q.codes.shape[-1])
+        ladder.linears[x.name.removesuffix(".weight")] = PackedMatrix.pack(q, x.widths[0], group)
+    if done.after >= done.before:
+        ladder.untrained += len(parameters)
+
+
+def _quantize_experts(
+    replay: Replay,
+    index: int,
+    experts: Experts,
+    moments: tuple[Moments, Moments],
+    calls: KeptCalls | None,
+    quantizer: Quantizer,
+    widths: tuple[Width, ...],
+    training: Training | None,
+    ladder: LayerLadder,
+) -> None:
+    """Quantizes a layer's experts at every width into ``ladder``, the ranks their own. ``calls``: to train on."""
+    module, ranks, count = replay.model.get_submodule(experts.path), replay.ranks, experts.count
     own = ranks.part(count)
-    every = calls.whole(replay, activations.total) if training is not None else calls
-    batches = ExpertInputs(module, layer.experts, every, ranks) if training is not None else None
-    chunks = expert_chunks(layer.experts, len(widths), replay.device, own) if training is not None else [own]
-    if training is not None:  # what trains takes the room where the moments are
-        for moment in moments.experts:
-            moment.park(lambda sums: Batches(replay.memory, sums))
-    of_experts = 0
-    packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in layer.experts.matrices}
+    batches = ExpertInputs(module, experts, calls, ranks) if calls is not None else None
+    chunks = expert_chunks(experts, len(widths), replay.device, own) if training is not None else [own]
+    retried = untrained = 0
+    packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in experts.matrices}
     for some in chunks:
         grids: list[Quantized] = []
-        before: list[Tensor] = []
-        for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
+        latents: list[Tensor] = []
+        for matrix, moment in zip(experts.matrices, moments, strict=True):
             weight = expert_weight(module, matrix.name)[some]
             if training is not None:
                 dtype = latent_type(weight.device, weight.dtype)
-                before.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
-            q, retries = quantizer.every_width(weight, moment, widths, before[-1] if before else None, some.start)
+                latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
+            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, some.start)
             grids.append(q)
-            of_experts += retries
+            retried += retries
         if training is not None and batches is not None:
-            grids, untrained = train_rungs(batches, some, grids, before, widths, training, index)
-            ladder.untrained += untrained
-        for matrix, q in zip(layer.experts.matrices, grids, strict=True):
+            grids, kept = train_rungs(batches, some, grids, latents, widths, training, index)
+            untrained += kept
+        for matrix, q in zip(experts.matrices, grids, strict=True):
             group = quantizer.group(matrix.columns)
             one = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
             packed[matrix.name].append(one)
@@ -224,10 +253,8 @@ def build_layer(
             )
             for i, w in enumerate(widths)
         }
-    ladder.retries += ranks.count_up(of_experts)
-    ladder.untrained = ranks.count_up(ladder.untrained) + of_linears
-    ladder.counts = moments.experts[0].counts.cpu()
-    return ladder, outputs
+    ladder.retries += ranks.count_up(retried)
+    ladder.untrained += ranks.count_up(untrained)
 
 
 def quantize_linears(
