@@ -16,7 +16,7 @@ from gemq.ladder import CHUNK_BYTES
 from gemq.models.source import calibration_window
 from gemq.models.stream import LOGITS_TOGETHER
 from gemq.models.structure import Layer, Structure
-from gemq.quant.widths import nominal_bits
+from gemq.quant.widths import group_size_for, nominal_bits
 from gemq.recipe import Recipe
 from gemq.resources.memory import Memory, gigabytes
 from gemq.rungs import expert_chunks
@@ -33,8 +33,8 @@ CPU_TRAINED_BYTES = 90
 LOSS_BYTES = {"scores": (12, 3), "distil": (20, 2)}
 """Bytes a logit in a loss and its gradient: of float32, and how many in the compute type if that is another."""
 
-WORKSPACES = 400_000_000
-"""On a GPU: what libraries of products take, routing that is kept, rounding of sizes."""
+WORKSPACES = 900_000_000
+"""On a GPU: what libraries of products take, routing that is kept, and what the allocator cannot give out again."""
 
 
 def working_bytes(structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device) -> int:
@@ -153,9 +153,12 @@ class _Layer:
         return most
 
     def _quantizing(self, widths: int) -> int:
-        """``_chunk`` and the codes of all experts, which are put together from those of chunks."""
+        """``_chunk`` and the grids of all experts, which are put together from those of chunks."""
         assert self.layer.experts is not None
-        codes = [widths * self.layer.experts.count * m.rows * m.columns for m in self.layer.experts.matrices]
+        codes = []
+        for m in self.layer.experts.matrices:
+            groups = m.columns // group_size_for(m.columns, self.recipe.group_size)
+            codes.append(widths * self.layer.experts.count * m.rows * (m.columns + 4 * groups))  # scales, offsets
         return sum(codes) + max(self._chunk(widths), *codes)
 
 
