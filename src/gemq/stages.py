@@ -71,6 +71,7 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
                     of_linears,
                 )
                 save(layer_file(i), ladder.to_tensors())
+                del ladder  # not beside the next one
             else:
                 activations.advance(replay, i)
             tick()
