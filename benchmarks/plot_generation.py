@@ -17,14 +17,14 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="olmoe-1b-7b")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "generation.csv")
-    parser.add_argument("--out", type=Path, default=RESULTS / "generation.svg")
+    parser.add_argument("--csv", type=Path, default=ROOT / "results" / "generation.csv")
+    parser.add_argument("--out", type=Path, default=ROOT.parent / "docs" / "generation.svg")
     args = parser.parse_args()
     with args.csv.open(encoding="utf-8") as stream:
         rows = [r for r in csv.DictReader(stream) if r["what"] == "decode" and r["batch"] == "1"]
@@ -53,7 +53,7 @@ def main() -> None:
     axes.set(
         xlabel="nominal bits per expert weight (attention 4 bit)",
         ylabel="tokens/s, batch 1",
-        title=f"{args.shape} on {points[-1]['gpu']}: decode speed against bits",
+        title=f"{args.shape} on {points[-1]['device']}: decode speed against bits",
         ylim=(0, None),
     )
     axes.grid(alpha=0.3)
