@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import SILU, Activation
-from gemq.kernels.launch import Config, Cut, Matrices, launch_down, launch_linear, launch_up
+from gemq.kernels.launch import Config, Cut, Linears, Matrices, launch_down, launch_linears, launch_up
 from gemq.kernels.packed import PackedMatrices, PackedMatrix
-from gemq.quant.widths import LEVELS, bytes_per_group, matrix_bytes
+from gemq.quant.widths import LEVELS, matrix_bytes
 from record import RESULTS, append, environment
+from shapes import random_codes
 
 FILE = RESULTS / "kernels.csv"
 SHARES: dict[float, int] = {1: 15, 1.6: 45, 2: 99, 3: 33}
@@ -41,21 +42,30 @@ class Shape(NamedTuple):
     inner: int
     experts: int
     slots: int
-    linears: tuple[tuple[int, int], ...]  # (rows, columns) of attention
+    linears: tuple[tuple[tuple[int, ...], int], ...]  # (rows of those in one launch, columns) of attention
 
 
 SHAPES = {
-    "olmoe": Shape(2048, 1024, 64, 8, ((2048, 2048), (6144, 2048))),
-    "mixtral": Shape(4096, 14336, 8, 2, ((4096, 4096), (1024, 4096))),
+    "olmoe": Shape(2048, 1024, 64, 8, (((2048,), 2048), ((2048, 2048, 2048), 2048))),
+    "mixtral": Shape(4096, 14336, 8, 2, (((4096,), 4096), ((4096, 1024, 1024), 4096))),
 }
-CUTS = tuple(Cut(rows, 4, registers, True) for rows in (16, 32, 64) for registers in (None, 96))
-LINEAR_CUTS = (Cut(16, 4), Cut(16, 4, None, True), Cut(8, 4, None, True), Cut(4, 1), Config(16, 8, 4), Config(32, 4, 4))
+CUTS = (
+    *(Cut(rows, warps, 64) for rows, warps in ((16, 4), (32, 4), (32, 8), (64, 8))),
+    *(Cut(rows, warps, 128) for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 8))),
+    *(Cut(rows, 4, 128, registers) for rows, registers in ((32, 96), (64, 128))),
+)
+LINEAR_CUTS = (
+    *(Cut(rows, warps, columns) for columns in (64, 128) for rows, warps in ((4, 1), (8, 2), (16, 4), (32, 4))),
+    Config(16, 8, 4),
+    Config(32, 4, 4),
+)
 
 
 def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
     """Random codes on the GPU; weights of about 1 / sqrt(columns)."""
-    code_bytes = columns // GROUP * bytes_per_group(width, GROUP)
-    codes = torch.randint(0, 243 if width == 1.6 else 256, (rows, code_bytes), dtype=torch.uint8, device="cuda")
+    codes = random_codes(
+        rows, columns // GROUP, width, GROUP, torch.Generator("cuda").manual_seed(random.getrandbits(32))
+    )
     grid = (rows, columns // GROUP)
     scales = (torch.rand(grid, device="cuda") + 0.5) * columns**-0.5
     return PackedMatrix(codes, scales.half(), (torch.randn(grid, device="cuda") * columns**-0.5).half())
@@ -209,23 +219,23 @@ def row(kernel: str, name: str, batch: int, seconds: list[float], read: float, c
     return result
 
 
-class Linears:
-    """Distinct 4-bit matrices of one size, together at least four times the L2 cache."""
+class LinearWork:
+    """Distinct 4-bit matrices of attention, those of one launch together, at least four times the L2 cache in all."""
 
-    def __init__(self, rows: int, columns: int, batch: int) -> None:
-        self.read = matrix_bytes(rows, columns, 4, GROUP)
+    def __init__(self, rows: tuple[int, ...], columns: int, batch: int) -> None:
+        self.read = sum(matrix_bytes(count, columns, 4, GROUP) for count in rows)
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
         self.matrices = []
         for _ in range(-(-L2_TIMES * l2 // self.read) + 1):
-            codes, scales, offsets = random_matrix(rows, columns, 4)
-            grids = scales.view(torch.int16), offsets.view(torch.int16)
-            self.matrices.append(Matrices(codes, *grids, None, None, rows, GROUP, [16]))
+            parts = [random_matrix(count, columns, 4) for count in rows]
+            scales, offsets = ([part[i].view(torch.int16) for part in parts] for i in (1, 2))
+            self.matrices.append(Linears([part.codes for part in parts], scales, offsets, [], 16, GROUP))
         self.x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
 
     def seconds(self, replays: int, cut: Any = None) -> list[float]:
         def all_matrices() -> None:
             for m in self.matrices:
-                launch_linear(self.x, m, cut)
+                launch_linears(self.x, m, cut)
 
         graph = capture(all_matrices)
         for _ in range(2):
@@ -236,8 +246,10 @@ class Linears:
 def bench_linears(name: str, shape: Shape, batch: int, replays: int, copy: float) -> Iterator[dict]:
     """4-bit attention projections."""
     for rows, columns in shape.linears:
-        work = Linears(rows, columns, batch)
-        yield row(f"linear {rows}x{columns} 4 bit", name, batch, work.seconds(replays), work.read, copy)
+        work = LinearWork(rows, columns, batch)
+        yield row(
+            f"linear {'+'.join(map(str, rows))}x{columns} 4 bit", name, batch, work.seconds(replays), work.read, copy
+        )
 
 
 def bench(names: list[str], batches: list[int], replays: int, save: bool) -> None:
@@ -270,7 +282,7 @@ def sweep(names: list[str], batches: list[int], replays: int) -> None:
     for name in names:
         layers = build(SHAPES[name], SHARES)
         for batch in batches:
-            print(f"{name} batch {batch}: rows warps registers prefetch -> us up, us down", flush=True)
+            print(f"{name} batch {batch}: rows warps columns registers -> us up, us down", flush=True)
             sweep_work(Work(SHAPES[name], layers, batch), replays, copy)
         del layers
         torch.cuda.empty_cache()
@@ -283,12 +295,12 @@ def sweep(names: list[str], batches: list[int], replays: int) -> None:
             torch.cuda.empty_cache()
         for rows, columns in SHAPES[name].linears:
             for batch in (1, *(b for b in batches if b > 1)):
-                linears = Linears(rows, columns, batch)
+                linears = LinearWork(rows, columns, batch)
                 cells = []
                 for cut in LINEAR_CUTS:
                     seconds = statistics.median(linears.seconds(replays, cut))
-                    cells.append(f"{'x' if isinstance(cut, Config) else ''}{tuple(cut[:4])} {seconds * 1e6:.2f}")
-                print(f"linear {rows}x{columns}, batch {batch}: " + "; ".join(cells), flush=True)
+                    cells.append(f"{'x' if isinstance(cut, Config) else ''}{tuple(cut[:3])} {seconds * 1e6:.2f}")
+                print(f"linear {'+'.join(map(str, rows))}x{columns}, batch {batch}: " + "; ".join(cells), flush=True)
 
 
 def sweep_work(work: Work, replays: int, copy: float) -> None:
@@ -309,7 +321,7 @@ def sweep_work(work: Work, replays: int, copy: float) -> None:
     print(f"  best: {up} {down}")
     calls: dict[str, Callable[[int], Any]] = {
         "best": partial(work.both, up=up, down=down),
-        "best with pdl": partial(work.both, up=up._replace(pdl=True), down=down._replace(pdl=True)),
+        "best, each after the other": partial(work.both, up=up._replace(pdl=False), down=down._replace(pdl=False)),
         "as configured": work.both,
     }
     for label, both in calls.items():

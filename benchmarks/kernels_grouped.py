@@ -128,11 +128,11 @@ def random_matrix(rows: int, columns: int, width: float) -> Any:
     import torch
 
     from gemq.checkpoint.packing import PackedMatrix
-    from gemq.quant.widths import LEVELS, bytes_per_group
+    from gemq.quant.widths import LEVELS
+    from shapes import random_codes
 
     groups, levels = columns // 128, LEVELS[width]
-    size = (rows, groups * bytes_per_group(width, 128))
-    codes = torch.randint(0, 243 if width == 1.6 else 256, size, dtype=torch.uint8, device="cuda")
+    codes = random_codes(rows, groups, width, 128, torch.Generator("cuda").manual_seed(torch.initial_seed()))
     scales = (1 + torch.rand(rows, groups, device="cuda")) * 2.3 / (levels * columns**0.5)
     offsets = -scales * (levels - 1) / 2 * (0.8 + 0.4 * torch.rand(rows, groups, device="cuda"))
     return PackedMatrix(codes, scales.half(), offsets.half())

@@ -174,12 +174,20 @@ def mean_bits(shape: Shape) -> float:
     return sum(nominal_bits(w) * n for w, n in shape.mix.items()) / sum(shape.mix.values())
 
 
+def random_codes(rows: int, groups: int, width: Width, size: int, random: torch.Generator) -> Tensor:
+    """Codes drawn evenly, uint8 [rows, groups * bytes of a group], on the generator's device."""
+    each = bytes_per_group(width, size)
+    values = 243 if width == 1.6 else 256  # a byte of five ternary codes
+    codes = torch.randint(values, (rows, groups, each), dtype=torch.uint8, device=random.device, generator=random)
+    if width == 1.6:
+        codes[..., size - 4 * each :] %= 81  # the fifth code of these bytes is none of the group's
+    return codes.view(rows, -1)
+
+
 def _random_matrix(rows: int, columns: int, width: Width, size: int, random: torch.Generator) -> PackedMatrix:
     """Codes drawn evenly; scales and offsets such that weights have mean 0 and standard deviation ``STD``."""
     groups, levels = columns // size, LEVELS[width]
-    values = 243 if width == 1.6 else 256  # a byte of five ternary codes
-    shape = (rows, groups * bytes_per_group(width, size))
-    codes = torch.randint(values, shape, dtype=torch.uint8, device=random.device, generator=random)
+    codes = random_codes(rows, groups, width, size, random)
     step = STD / ((levels**2 - 1) / 12) ** 0.5
     spread = torch.rand(rows, groups, device=random.device, generator=random) * 0.2 + 0.9
     return PackedMatrix(codes, (step * spread).half(), (-step * spread * (levels - 1) / 2).half())

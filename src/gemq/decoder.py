@@ -16,7 +16,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from gemq import step_attention
+from gemq.kernels.merge import merge_linears
 from gemq.layer_compiler import LayerCompiler
 
 LENGTH_MULTIPLE = 64
@@ -37,6 +39,7 @@ ATTENTION = ("eager", "sdpa")
 """Attention implementations that take an additive mask."""
 
 FALLBACKS = {
+    "attention_by_transformers": "a decode step's attention goes through the whole cache under a mask",
     "layers_not_compiled": "decoder layers could not be compiled: their small kernels run one by one",
     "step_not_captured": "the decode step could not be captured in a CUDA graph: it is launched kernel by kernel",
     "decoded_by_transformers": "this model needs model.generate of Transformers, which runs without a CUDA graph",
@@ -81,6 +84,8 @@ class Decoder:
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self._position = torch.zeros(1, dtype=torch.long, device=self.device)
         self._places = torch.arange(self.length, device=self.device)
+        self._own_attention = False
+        self._seen, self._advance = _seen, _advance
         self._step_cache = _StepCache(self._cache.layers, self._position)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -106,12 +111,16 @@ class Decoder:
         if not cuda and not compile_layers:
             return
         start = time.perf_counter()
-        self._warm_up(None)  # loads and compiles the packed kernels, out of Dynamo's sight
+        if step_attention.usable(self.model, self._config):
+            self._own_attention = True
+            self._own_attention = self._try(partial(self._warm_up, None), "attention_by_transformers")
+        if not self._own_attention:
+            self._warm_up(None)  # loads and compiles the packed kernels, out of Dynamo's sight
         self.seconds["warm_up"] = time.perf_counter() - start
         if compile_layers:
             start = time.perf_counter()
             attempt = self._capture if cuda else self._warm_up
-            if self._try(partial(attempt, LayerCompiler(backend)), "layers_not_compiled"):
+            if self._try(partial(attempt, LayerCompiler(backend, merge_linears)), "layers_not_compiled"):
                 self.execution = "compiled layers in a CUDA graph" if cuda else "compiled layers"
                 self.seconds["compile"] = time.perf_counter() - start - self.seconds.get("capture", 0.0)
                 return
@@ -150,15 +159,15 @@ class Decoder:
             yield read[i].tolist()
 
     def _step(self) -> None:
-        logits = self.model(
-            input_ids=self._token,
-            attention_mask=self._masks(),
-            position_ids=self._position.expand(self.batch, 1),
-            past_key_values=self._step_cache,
-            use_cache=True,
-        ).logits[:, -1]
-        self._token.copy_(self._choose(logits))
-        self._position.add_(1)
+        with step_attention.attending(self._config) if self._own_attention else nullcontext():
+            logits = self.model(
+                input_ids=self._token,
+                attention_mask=self._seen(self._position, self._windows) if self._own_attention else self._masks(),
+                position_ids=self._position.expand(self.batch, 1),
+                past_key_values=self._step_cache,
+                use_cache=True,
+            ).logits[:, -1]
+        self._advance(self._token, self._position, self._choose, logits)
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Logits [batch, V] -> tokens [batch, 1]."""
@@ -203,11 +212,21 @@ class Decoder:
             if stream is not None:
                 torch.cuda.current_stream().wait_stream(stream)
 
-    def _layers(self, compiler: LayerCompiler | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _layers(self, compiler: LayerCompiler | None) -> Iterator[None]:
+        """While open, a step's parts run compiled."""
         if compiler is None:
-            return nullcontext()
+            yield
+            return
         own = [_StepCache([layer], self._position) for layer in self._cache.layers]
-        return compiler.through(_decoder_layers(self.model, len(own)), own)
+        self._seen = compiler.function(_seen)
+        if self.temperature == 0:  # Inductor's random numbers are not those of torch
+            self._advance = compiler.function(_advance)
+        try:
+            with compiler.through(_decoder_layers(self.model, len(own)), own, _around_layers(self.model)):
+                yield
+        finally:
+            self._seen, self._advance = _seen, _advance
 
     def _try(self, attempt: Callable[[], None], name: str) -> bool:
         token, position = self._token.clone(), self._position.clone()
@@ -222,6 +241,21 @@ class Decoder:
             self._position.copy_(position)
             return False
         return True
+
+
+def _advance(token: Tensor, position: Tensor, choose: Callable[[Tensor], Tensor], logits: Tensor) -> None:
+    token.copy_(choose(logits))
+    position.add_(1)
+
+
+def _seen(position: Tensor, windows: dict[str, int | None]) -> Any:
+    """What ``step_attention`` takes for a mask, int32 [1, 1, 1, 2], in the forms of ``Decoder._masks``."""
+    end = position.to(torch.int32) + 1
+    bounds = {}
+    for kind, window in windows.items():
+        first = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
+        bounds[kind] = torch.cat([first, end]).view(1, 1, 1, 2)
+    return bounds.get("all", bounds)
 
 
 class _StepCache(Cache):
@@ -269,6 +303,12 @@ def _attention_windows(model: Any, config: Any) -> dict[str, int | None]:
 def _last_logits(model: Any) -> dict[str, int]:
     """Asks for the last position's logits only, where the family can."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _around_layers(model: Any) -> list[nn.Module]:
+    """The last norm and the rotary embedding: many small kernels, run one by one."""
+    lists = (nn.ModuleList, nn.Embedding)
+    return [child for child in model.get_decoder().children() if not isinstance(child, lists)]
 
 
 def _decoder_layers(model: Any, count: int) -> list[nn.Module]:

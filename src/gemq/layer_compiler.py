@@ -7,7 +7,7 @@ The layers' own ``forward`` is compiled from outside; classes and instances stay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,28 +21,43 @@ MOST_KINDS = 6
 WIDEST_SORT = 256
 """Top-k over at most this many values is compiled as a sort, which Inductor fuses; top-k itself takes two kernels."""
 
+FEW_ROWS, FEW_COLUMNS = 16, 256
+"""A product with so few rows and columns at most, a router's, is compiled as products and sums, which Inductor fuses
+with what stands around it; a vendor's kernel for it takes longer than to read its weights."""
+
 
 class LayerCompiler:
     """Compiles decoder layers for fixed shapes with ``backend`` (any that ``torch.compile`` takes).
 
-    kinds: how many different layers have been compiled so far
+    rewrite: what is done to each traced layer before
+    kinds:   how many different layers have been compiled so far
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(
+        self, backend: str = "inductor", rewrite: Callable[[torch.fx.GraphModule], Any] = lambda graph: None
+    ) -> None:
         self.kinds = 0
+        self._rewrite = rewrite
         self._inner = _inductor if backend == "inductor" else torch._dynamo.lookup_backend(backend)
-        self._compiled = torch.compile(_forward, backend=self._backend, fullgraph=True, dynamic=False)
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        self._compiled = torch.compile(_forward, backend=self._backend, **options)
+        self._around = torch.compile(_forward, backend=self._inner, **options)
 
     @contextmanager
-    def through(self, layers: Sequence[nn.Module], caches: Sequence[Any]) -> Iterator[None]:
+    def through(
+        self, layers: Sequence[nn.Module], caches: Sequence[Any], around: Sequence[nn.Module] = ()
+    ) -> Iterator[None]:
         """While open, each of ``layers`` runs compiled and is given its own of ``caches`` as ``past_key_values``: with
         one cache for all, a layer's index would be a constant of the code, which would then serve that layer alone.
+        So do modules ``around`` them that take no cache.
 
         Raises RuntimeError (Dynamo's and Inductor's errors are) from the first call of a layer that cannot be compiled.
         """
         _mark_sizes_that_differ(layers)
         for layer, cache in zip(layers, caches, strict=True):
             layer.forward = partial(self._call, layer, cache)
+        for module in around:
+            module.forward = partial(self._around, module)
         try:
             # The limits count what this process compiled for other batch sizes too; ours is MOST_KINDS.
             with torch._dynamo.config.patch(
@@ -50,8 +65,12 @@ class LayerCompiler:
             ):
                 yield
         finally:
-            for layer in layers:
-                del layer.forward
+            for module in (*layers, *around):
+                del module.forward
+
+    def function(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, of tensors alone, compiled for fixed shapes."""
+        return torch.compile(call, backend=self._inner, fullgraph=True, dynamic=False)
 
     def _call(self, layer: nn.Module, cache: Any, *args: Any, **kwargs: Any) -> Any:
         if "past_key_values" not in kwargs:
@@ -62,6 +81,7 @@ class LayerCompiler:
         self.kinds += 1
         if self.kinds > MOST_KINDS:
             raise RuntimeError(f"its layers differ in more than {MOST_KINDS} ways")
+        self._rewrite(graph)
         return self._inner(graph, inputs)
 
 
@@ -88,7 +108,14 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), torch.ops.aten.topk.default: _topk})
+    own: dict[Any, Any] = {torch.ops.aten.topk.default: _topk, torch.ops.aten.mm.default: _mm}
+    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **own})
+
+
+def _mm(a: Tensor, b: Tensor) -> Any:
+    if a.shape[0] > FEW_ROWS or b.shape[1] > FEW_COLUMNS or not a.dtype.is_floating_point:
+        return NotImplemented
+    return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:

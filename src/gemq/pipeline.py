@@ -160,7 +160,9 @@ def export(
 
 
 def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
-    replay, stored = job.load(verify=guarded)  # a plain export: quantize verified before the work directory had a ladder
+    replay, stored = job.load(
+        verify=guarded
+    )  # a plain export: quantize verified before the work directory had a ladder
     structure = replay.structure
     if job.monitor.console is not None:
         dtype = replay.model.dtype

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from gemq.kernels import fields, launch
+from gemq.kernels import attention, fields, launch
 from gemq.kernels.activation import SILU, Activation
 
 
@@ -49,6 +49,7 @@ def main() -> None:
         else:
             launch_all(torch.bfloat16, 4096, 14336, 8, [2, 3, 4, 8])
         for name, kernel in compiled:
+            launch._check_layout(kernel)
             print(capability, name, kernel.metadata.shared)
         compiled.clear()
 
@@ -67,9 +68,14 @@ def launch_all(dtype: torch.dtype, hidden: int, inner: int, experts: int, levels
     launch.launch_down(h, index, weights, down)
     for bits in (16, 256):
         grid = torch.empty(2048, hidden // 128, dtype=torch.int16)
-        linear = launch.Matrices(packed[0], grid, grid, None, None, 2048, 128, [bits])
+        codes = torch.empty(2048, hidden // 2, dtype=torch.uint8)
+        linears = launch.Linears([codes] * 3, [grid] * 3, [grid] * 3, [], bits, 128)
         for tokens in (1, 16):
-            launch.launch_linear(x[:tokens], linear)
+            launch.launch_linears(x[:tokens], linears)
+    bounds = torch.empty(2, dtype=torch.int32)
+    for length in (64, 4096):
+        cache = torch.empty(1, 2, length, 128, dtype=dtype)
+        attention.decode_attention(torch.empty(1, 8, 128, dtype=dtype), cache, cache, bounds, 1.0)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from gemq import kernels
 from gemq.kernels import reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.autograd import experts_with_grids, linear_with_grids
+from gemq.kernels.merge import merge_linears
 
 pytest.importorskip("triton")
 from gemq.kernels import decode, launch
@@ -43,7 +44,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(kernels, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
         monkeypatch.setattr(launch, "config_for", few_programs)
-        monkeypatch.setattr(launch, "cut_for", lambda units, down=False: launch.Cut(64, 4))
+        monkeypatch.setattr(launch, "cut_for", lambda units, groups, down=False: launch.Cut(64, 4))
         monkeypatch.setattr(launch, "linear_cut_for", lambda tokens: launch.Cut(64, 4))
     return request.param
 
@@ -268,7 +269,9 @@ def test_operators_trace(device, generator):
     kernels.prepare(module)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        decode.decode_linear, (hidden, linear.codes, linear.scales, linear.offsets, None, 16, 32), test_utils=tests
+        decode.decode_linears,
+        (hidden, [linear.codes], [linear.scales], [linear.offsets], [], 16, 32),
+        test_utils=tests,
     )
     down = (*decode._tensors(module.down_proj), None, 32, 16, [4, 8])
     h = torch.randn(2, 1, 16, generator=generator).to(device)
@@ -325,6 +328,80 @@ def test_shared_memory_fits_consumer_cards():
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {name for _, name, _ in lines} == {
-        *("vectors_kernel", "linear_kernel", "experts_up_kernel", "experts_down_kernel")
+        *("experts_vectors_kernel", "linears_vectors_kernel", "linears_kernel"),
+        *("experts_up_kernel", "experts_down_kernel", "_attend_kernel", "_combine_kernel"),
     }
     assert max(int(shared) for *_, shared in lines) <= 99 * 1024
+
+
+def test_linears_of_one_launch(device, generator):
+    """Rows that fill no block, with biases and without, one row of x and several."""
+    for tokens, bias, dtype in ((1, True, torch.bfloat16), (3, False, torch.float16), (9, True, torch.float32)):
+        linears = [random_linear(rows, 256, 4, 64, generator, bias=bias).to(device) for rows in (70, 20, 33)]
+        x = torch.randn(tokens, 256, generator=generator).to(device, dtype)
+        parts = [[getattr(linear, name) for linear in linears] for name in ("codes", "scales", "offsets")]
+        biases = [linear.bias for linear in linears] if bias else []
+        for count in (2, 3):
+            mine = decode.decode_linears(x, *(part[:count] for part in parts), biases[:count], 16, 64)
+            each = [reference.linear_forward(linear, x) for linear in linears[:count]]
+            truth = [linear.dequantize(torch.float64) @ x.double().T for linear in linears[:count]]
+            truth = [
+                y.T if linear.bias is None else y.T + linear.bias.double()
+                for y, linear in zip(truth, linears, strict=False)
+            ]
+            assert_as_close(mine, torch.cat(each, 1), torch.cat(truth, 1))
+
+
+def test_rows_that_several_programs_share(device, generator):
+    """Mixtral's down projection has 112 groups; an unused slot's parts are zero, a bias is added once."""
+    module = Experts(32, 35 * 16, (2, 4), generator, group_sizes=(32, 16), bias=True)
+    check_experts(module, 2, 2, torch.bfloat16, device, generator, unused=True)
+    assert launch.parts_of(torch.bfloat16, 35 * 16, 16, [4]) == 3
+    assert launch.parts_of(torch.float32, 35 * 16, 16, [4]) == 1
+
+
+def test_a_row_of_many_groups_in_one_program(device, generator):
+    linear = random_linear(20, 70 * 32, 2, 32, generator).to(device)
+    x = torch.randn(1, 70 * 32, generator=generator).to(device, torch.bfloat16)
+    truth = F.linear(x.double(), linear.dequantize(torch.float64))
+    assert_as_close(kernels.linear_forward(linear, x), reference.linear_forward(linear, x), truth)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypatch):
+    """Three of one input are one launch; one of another input, or of another width, is left alone."""
+    monkeypatch.setattr(kernels, "mode", "triton")
+    widths, rows = (4, 4, 4, 8, 4), (32, 16, 16, 16, 128)
+    q, k, v, other, out = (random_linear(n, 128, w, 64, generator, bias) for n, w in zip(rows, widths, strict=True))
+    counts = []
+
+    def backend(graph, inputs):
+        counts.append((merge_linears(graph), sum("decode_linears" in str(node.target) for node in graph.graph.nodes)))
+        return graph.forward
+
+    def layer(x):
+        mixed = torch.cat([q(x) * 2, k(x), v(x), other(x), x[..., :48]], -1)
+        return out(mixed)
+
+    x = torch.randn(1, 2, 128, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert counts == [(2, 3)]
+
+
+def test_layers_that_mix_other_widths_share_a_kernel():
+    assert launch.widths_for([2, 4], 128) == launch.widths_for([3, 8], 128) == [2, 3, 4, 8]
+    assert launch.widths_for([4, 16], 128) == [2, 3, 4, 8, 16]
+    assert launch.widths_for([4], 128) == [4]
+    assert launch.widths_for([4, 2], 64) == [2, 4]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_vector_of_16_bit_floats(width, device, generator):
+    """Every width in groups of 128, as models have them: rows of one block and of several, groups for one lane each."""
+    for groups, dtype in ((4, torch.bfloat16), (16, torch.float16)):
+        linear = random_linear(40, groups * 128, width, 128, generator).to(device)
+        assert launch.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
+        x = torch.randn(1, groups * 128, generator=generator).to(device, dtype)
+        mine, theirs = kernels.linear_forward(linear, x), reference.linear_forward(linear, x)
+        assert_as_close(mine, theirs, F.linear(x.double(), linear.dequantize(torch.float64)))

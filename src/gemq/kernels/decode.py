@@ -12,13 +12,13 @@ Importing this needs triton; with ``TRITON_INTERPRET=1`` set before, all of it r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation, activation_of
-from gemq.kernels.launch import Matrices, launch_down, launch_linear, launch_up
+from gemq.kernels.launch import Linears, Matrices, launch_down, launch_linears, launch_up, parts_of, widths_for
 from gemq.quant.widths import LEVELS
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def decode_experts(
     alpha: float,
     shift: float,
 ) -> Tensor:
-    """[T, H] with T up to 16, [T, K], [T, K] -> [T, K, H] float32: each expert's share, weighted, zeros if none.
+    """[T, H] with T up to 16, [T, K], [T, K] -> [T, K * P, H] float32: each expert's share, weighted, zeros if none, in
+    P parts (``launch.parts_of``) that are to be added up.
 
     codes, scales, offsets, table: as in ``packed.PackedMatrices``; levels: those of the experts' widths
     function ... shift: an ``activation.Activation``
@@ -68,8 +69,15 @@ def decode_experts(
 
 
 @decode_experts.register_fake
-def _(hidden: Tensor, index: Tensor, *_: object) -> Tensor:
-    return hidden.new_empty(*index.shape, hidden.shape[1], dtype=torch.float32)
+def _(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *arguments: Any,
+) -> Tensor:
+    up_rows, _, _, group_size, levels, _, gated = arguments[10:17]
+    parts = parts_of(hidden.dtype, up_rows // 2 if gated else up_rows, group_size, levels)
+    return hidden.new_empty(index.shape[0], index.shape[1] * parts, hidden.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("gemq::decode_up", mutates_args=())
@@ -119,7 +127,7 @@ def decode_down(
     group_size: int,
     levels: Sequence[int],
 ) -> Tensor:
-    """[T, K, I] -> [T, K, rows]: weighted, in float32, zeros in unused slots; in h's dtype without weights."""
+    """[T, K, I] -> [T, K, rows] in h's dtype without weights; with them as ``decode_experts``."""
     down = Matrices(codes, scales, offsets, table, bias, rows, group_size, levels)
     return launch_down(h.contiguous(), index.contiguous(), None if weights is None else weights.contiguous(), down)
 
@@ -135,24 +143,35 @@ def _(
     table: Tensor,
     bias: Tensor | None,
     rows: int,
-    *_: object,
+    group_size: int,
+    levels: Sequence[int],
 ) -> Tensor:
-    return h.new_empty(*index.shape, rows, dtype=h.dtype if weights is None else torch.float32)
+    if weights is None:
+        return h.new_empty(*index.shape, rows)
+    parts = parts_of(h.dtype, h.shape[2], group_size, levels)
+    return h.new_empty(index.shape[0], index.shape[1] * parts, rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("gemq::decode_linear", mutates_args=())
-def decode_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None, levels: int, group_size: int
+@torch.library.custom_op("gemq::decode_linears", mutates_args=())
+def decode_linears(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    levels: int,
+    group_size: int,
 ) -> Tensor:
-    """[T, columns] with T up to 16 -> [T, rows]. codes, scales, offsets: as in ``packed.PackedLinear``."""
-    return launch_linear(
-        x.contiguous(), Matrices(codes, scales, offsets, None, bias, codes.shape[0], group_size, [levels])
-    )
+    """[T, columns] with T up to 16 -> [T, rows of all], of one to three matrices of the same columns and width.
+
+    codes, scales, offsets: as in ``packed.PackedLinear``; biases: as many, or none
+    """
+    return launch_linears(x.contiguous(), Linears(codes, scales, offsets, biases, levels, group_size))
 
 
-@decode_linear.register_fake
-def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
+@decode_linears.register_fake
+def _(x: Tensor, codes: Sequence[Tensor], *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], sum(one.shape[0] for one in codes))
 
 
 def _tensors(matrices: PackedMatrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,7 +191,8 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     activation = activation_of(module)
     normed = getattr(module, "has_post_expert_norm", False)
     if activation is not None and not normed:
-        sizes = (first.rows, first.group_size, first.levels, down.group_size, down.levels)
+        levels, down_levels = widths_for(first.levels, first.group_size), widths_for(down.levels, down.group_size)
+        sizes = (first.rows, first.group_size, levels, down.group_size, down_levels)
         arguments = (*up_arguments, *down_arguments, *sizes, *activation)
         return decode_experts(hidden, top_k_index, top_k_weights, *arguments).sum(1).to(hidden.dtype)
     y = decode_up(hidden, top_k_index, *up_arguments, first.rows, first.group_size, first.levels)
@@ -189,6 +209,6 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     """As ``reference.linear_forward``, for 1 to 16 rows of x."""
-    tensors = (module.codes, module.scales, module.offsets, module.bias)
-    y = decode_linear(x.reshape(-1, module.in_features), *tensors, LEVELS[module.width], module.group_size)
+    tensors = ([module.codes], [module.scales], [module.offsets], [] if module.bias is None else [module.bias])
+    y = decode_linears(x.reshape(-1, module.in_features), *tensors, LEVELS[module.width], module.group_size)
     return y.view(*x.shape[:-1], module.out_features)

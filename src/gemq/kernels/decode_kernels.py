@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gemq.kernels.gates import activated, gated
+from gemq.kernels.matrices import of_three, place_of
 from gemq.kernels.tiles import any_width, rows_times_columns
 
 
@@ -191,16 +192,26 @@ def experts_down_kernel(
             tl.store(parts + at, part.to(parts.dtype.element_ty), mask=here[None, :] & (inner < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def linear_kernel(
+@triton.jit
+def linears_kernel(
     x,  # [T, NG * G]
-    codes,
-    scales,
-    offsets,
-    bias,  # [rows]
-    out,  # [T, rows]
+    codes_0,  # of up to three matrices that follow each other in ``out``
+    codes_1,
+    codes_2,
+    scales_0,
+    scales_1,
+    scales_2,
+    offsets_0,
+    offsets_1,
+    offsets_2,
+    bias_0,  # [rows]
+    bias_1,
+    bias_2,
+    out,  # [T, rows of all]
     tokens,
-    rows,
+    rows_0,
+    rows_1,  # 0 for a matrix that is not there
+    rows_2,
     HAS_BIAS: tl.constexpr,
     LEVELS: tl.constexpr,
     KIND: tl.constexpr,
@@ -210,12 +221,16 @@ def linear_kernel(
     S: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Grid [blocks of M rows]."""
-    inner = tl.program_id(0) * M + tl.arange(0, M)
+    """Grid [blocks of M rows of each matrix]."""
+    which, block, before = place_of(tl.program_id(0), rows_0, rows_1, M)
+    rows = of_three(which, rows_0, rows_1, rows_2)
+    inner = block * M + tl.arange(0, M)
     row = tl.where(inner < rows, inner, 0)
     t = tl.arange(0, N)
+    codes = of_three(which, codes_0, codes_1, codes_2)
+    scales, offsets = of_three(which, scales_0, scales_1, scales_2), of_three(which, offsets_0, offsets_1, offsets_2)
     y = rows_times_columns(codes, scales, offsets, row, x + t * (NG * G), t < tokens, LEVELS, KIND, G, NG, S)
     if HAS_BIAS:
-        y += tl.load(bias + row).to(tl.float32)[:, None]
-    at = t[None, :] * rows + inner[:, None]
+        y += tl.load(of_three(which, bias_0, bias_1, bias_2) + row).to(tl.float32)[:, None]
+    at = t[None, :] * (rows_0 + rows_1 + rows_2) + before + inner[:, None]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=(t < tokens)[None, :] & (inner < rows)[:, None])

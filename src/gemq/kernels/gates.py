@@ -11,9 +11,10 @@ import triton.language as tl
 from gemq.kernels import activation
 from gemq.kernels.activation import Activation
 
-SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, CLAMP_BEFORE, CLAMP_AFTER = (
+NONE, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, CLAMP_BEFORE, CLAMP_AFTER = (
     tl.constexpr(number)
     for number in (
+        activation.NONE,
         activation.SILU,
         activation.GELU,
         activation.GELU_TANH,

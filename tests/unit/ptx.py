@@ -1,0 +1,73 @@
+"""Runs the assembly of ``gemq.kernels.dots`` on numbers: the few PTX instructions it is made of, one thread's worth."""
+
+from __future__ import annotations
+
+import re
+
+WORD = 0xFFFFFFFF
+
+
+def signed(value: int, bits: int = 32) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _dp4a(a: int, b: int, c: int, b_signed: bool) -> int:
+    total = c
+    for i in range(4):
+        x, y = (a >> 8 * i) & 255, (b >> 8 * i) & 255
+        total += x * (signed(y, 8) if b_signed else y)
+    return total
+
+
+def _prmt(a: int, b: int, selector: int) -> int:
+    both = (b << 32) | a
+    chosen = 0
+    for i in range(4):
+        nibble = (selector >> 4 * i) & 15
+        assert nibble < 8, "no replication of signs here"
+        chosen |= ((both >> 8 * nibble) & 255) << 8 * i
+    return chosen
+
+
+def _lop3(a: int, b: int, c: int, table: int) -> int:
+    chosen = 0
+    for i in range(32):
+        place = ((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1)
+        chosen |= ((table >> place) & 1) << i
+    return chosen
+
+
+INSTRUCTIONS = {
+    "dp4a.u32.s32": lambda a, b, c: _dp4a(a, b, signed(c), True),
+    "dp4a.u32.u32": lambda a, b, c: _dp4a(a, b, c, False),
+    "prmt.b32": _prmt,
+    "shr.b32": lambda a, b: a >> min(b, 32),
+    "shl.b32": lambda a, b: a << min(b, 32),
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "add.u32": lambda a, b: a + b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "mov.b32": lambda a: a,
+    "lop3.b32": _lop3,
+    "selp.b32": lambda a, b, p: a if p else b,
+    "shf.r.wrap.b32": lambda a, b, c: ((b << 32) | a) >> (c & 31),
+    "setp.ge.u32": lambda a, b: int(a >= b),
+}
+
+
+def run(assembly: str, outputs: int, inputs: list[int]) -> list[int]:
+    """Operands $0 ... are outputs, then inputs, all 32 bits. Returns the outputs."""
+    registers = {f"${i}": None for i in range(outputs)}
+    registers |= {f"${outputs + i}": value & WORD for i, value in enumerate(inputs)}
+    for line in assembly.strip().strip("{}").split("\n"):
+        line = line.strip()
+        if not line or line.startswith(".reg"):
+            continue
+        name, rest = line.rstrip(";").split(None, 1)
+        target, *operands = re.split(r",\s*", rest)
+        values = [int(o, 0) if o[0].isdigit() else registers[o] for o in operands]
+        registers[target] = INSTRUCTIONS[name](*values) & WORD
+    return [registers[f"${i}"] for i in range(outputs)]

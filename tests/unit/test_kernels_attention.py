@@ -1,0 +1,94 @@
+"""Attention of a decode step against Transformers' and float64: in Triton's interpreter, or on a GPU (marker gpu)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from families import tiny, tokens
+from gemq import kernels, step_attention
+from gemq.decoder import Decoder
+
+pytest.importorskip("triton")
+from gemq.kernels import attention
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
+    monkeypatch.setattr(kernels, "mode", "triton")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "length", "dtype"),
+    [
+        (4, 4, 64, 256, torch.bfloat16),
+        (6, 2, 40, 192, torch.float32),
+        (8, 1, 32, 128, torch.float16),
+        (2, 1, 16, 1088, torch.float32),  # several programs for each sequence
+        (4, 2, 128, 640, torch.bfloat16),
+    ],
+)
+def test_against_float64(heads, groups, size, length, dtype, device):
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    draw = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, heads, size, generator=draw).to(device, dtype)
+    keys, values = (torch.randn(2, groups, length, size, generator=draw).to(device, dtype) for _ in range(2))
+    for first, end in ((0, 1), (0, length), (length // 3, length // 3 + 70), (length - 3, length)):
+        unseen = torch.full_like(keys, torch.nan)  # is not read
+        unseen[:, :, first:end] = keys[:, :, first:end]
+        bounds = torch.tensor([first, end], dtype=torch.int32, device=device)
+        mine = attention.decode_attention(query, unseen, values, bounds, size**-0.5)
+        seen = [x[:, :, first:end].repeat_interleave(heads // groups, 1) for x in (keys, values)]
+        theirs, truth = (
+            F.scaled_dot_product_attention(query[:, :, None].to(t), *(x.to(t) for x in seen))[:, :, 0]
+            for t in (dtype, torch.float64)
+        )
+        noise = (theirs.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert (mine.double() - truth).abs().max() <= 8 * noise
+
+
+def test_a_fake_step_has_the_shape_of_a_real_one(device):
+    query, cache = torch.randn(1, 4, 16, device=device), torch.randn(1, 2, 64, 16, device=device)
+    bounds = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    arguments = (query, cache, cache, bounds, 0.25)
+    torch.library.opcheck(attention.decode_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_a_decoder_attends_with_it(family, device, monkeypatch):
+    """The same tokens as with Transformers' attention; heads that share keys and values, sliding windows."""
+    model = tiny(family).to(device)
+    ids = tokens(2, 9).to(device)
+    steps = []
+    for own in (False, True):
+        with monkeypatch.context() as patch:
+            if not own:
+                patch.setattr(step_attention, "usable", lambda model, config: False)
+            decoder = Decoder(model, 2, 40)
+            decoder.prefill(ids)
+            decoder.prepare(compile_layers=True, backend="eager")
+            assert decoder._own_attention == own
+            steps.append([decoder.prefill(ids).tolist(), *decoder.decode(12)])
+    assert steps[0] == steps[1]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_it_does_not_compute_is_left_to_transformers(device, monkeypatch):
+    model = tiny("deepseek_v2").to(device)  # keys are wider than values
+    decoder = Decoder(model, 1, 40)
+    decoder.prefill(tokens(1, 5).to(device))
+    decoder.prepare(compile_layers=True, backend="eager")
+    assert decoder.fallbacks["attention_by_transformers"] == 1
+    assert not decoder._own_attention
+    assert isinstance(model, nn.Module)
+    assert len(list(decoder.decode(3))) == 3
