@@ -1,15 +1,17 @@
 """Two GPUs against one of the same host: whole jobs, what they give, and a packed layer cut in two.
 
-    python benchmarks/two_gpus.py jobs [--effort low medium] [--layers 16] [--windows 128]
+    python benchmarks/two_gpus.py jobs [--effort low defaults] [--layers 16] [--windows 128]
     python benchmarks/two_gpus.py quality --model refmoe-olmoe-23m --texts TEXTS [--seeds 3]
     python benchmarks/two_gpus.py tensor-parallel
+    python benchmarks/two_gpus.py lost
     (--small: shapes and windows to try the script out, two processes on a CPU)
 
 ``jobs``: random weights of OLMoE-1B-7B's true shape, made on the machine; one process, then ``torchrun
 --nproc-per-node 2``, with the same text. A row a stage, one for the computing stages and one for the whole process from
 start to saved checkpoint; then how alike the two results are. ``quality``: defaults on a trained model, KL of both over
 seeds. ``tensor-parallel``: the experts of all layers at batch 1, each rank half of the intermediate size and one sum
-over ranks a layer, in a CUDA graph. Rows go to results/two_gpus.csv.
+over ranks a layer, in a CUDA graph. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other
+has stopped, and what it says; then both ways of going on. Rows go to results/two_gpus.csv.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,10 +33,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from gemq.assets import builtin_model
 from gemq.checkpoint.packing import PackedMatrix, unpack_codes
 from gemq.quant.widths import group_size_for
 from record import RESULTS, append, environment
-from scale import recipe, write_model, write_text
+from scale import JOBS, recipe, write_model, write_text
 from shapes import SHAPES, Shape, packed_model
 
 FILE = RESULTS / "two_gpus.csv"
@@ -44,8 +48,8 @@ ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0"}  # NVLink multicast stays off
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("jobs", "quality", "tensor-parallel", "rank"))
-    parser.add_argument("--effort", nargs="+", default=["low", "medium"])
+    parser.add_argument("part", choices=("jobs", "quality", "tensor-parallel", "lost", "rank"))
+    parser.add_argument("--effort", nargs="+", default=["low", "defaults"], choices=JOBS)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--model", type=Path)
@@ -60,8 +64,10 @@ def main() -> None:
         time_experts(args)
         return
     with tempfile.TemporaryDirectory() as directory:
-        run = {"jobs": jobs, "quality": quality, "tensor-parallel": tensor_parallel}[args.part]
-        run(args, args.keep or Path(directory))
+        run = {"jobs": jobs, "quality": quality, "tensor-parallel": tensor_parallel, "lost": lost}[args.part]
+        kept = args.keep or Path(directory)
+        kept.mkdir(parents=True, exist_ok=True)
+        run(args, kept)
 
 
 def record(args: argparse.Namespace, what: str, name: str, one: float, two: float, unit: str) -> None:
@@ -147,7 +153,8 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
                     for files in tensors
                 ]
                 columns = found[0].scales.shape[1] * group_size_of(found[0], a)
-                codes = [unpack_codes(m.codes, a, group_size_for(columns, 128)) for m in found]
+                device = "cpu" if args.small else "cuda"
+                codes = [unpack_codes(m.codes.to(device), a, group_size_for(columns, 128)) for m in found]
                 equal += int((codes[0] == codes[1]).sum())
                 total += codes[0].numel()
     record(args, f"job {effort}", "equal codes", 1.0, equal / max(total, 1), "")
@@ -158,6 +165,50 @@ def group_size_of(matrix: PackedMatrix, width: float) -> int:
 
     each = matrix.codes.shape[1] // matrix.scales.shape[1]
     return next(g for g in (128, 64, 32, 16) if bytes_per_group(width, g) == each)
+
+
+# A rank that is lost
+
+
+def lost(args: argparse.Namespace, directory: Path) -> None:
+    """Kills rank 1 once a layer's ladder is there, then resumes with two ranks and, from a copy, with one."""
+    device = ("--device", "cpu") if args.small else ()
+    keys = ("--effort", "low", "--windows", 64, "--window", 256, "--bits", 2, "-q", *device)
+    out = directory / "lost"
+    for path in directory.glob("lost*"):
+        shutil.rmtree(path)
+    job = command(2, "-m", "gemq", "quantize", builtin_model(), "-o", out, *keys)
+    process = subprocess.Popen(job, stderr=subprocess.PIPE, text=True)
+    work = directory / "lost.work"
+    while not (work / "ladder" / "layer-000.safetensors").exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+    begin = time.perf_counter()
+    told = process.communicate()[1]
+    seconds = time.perf_counter() - begin
+    ours = [line for line in told.splitlines() if line.startswith("gemq: ")]
+    print("\n".join(ours), flush=True)
+    record(args, "lost rank", "until the other has stopped", seconds, seconds, "s")
+    record(args, "lost rank", "lines of ours", 1, len(ours), "")
+    shutil.copytree(work, directory / "lost-alone.work")
+    for ranks, name in ((2, "lost"), (1, "lost-alone")):
+        goes_on = command(ranks, "-m", "gemq", "quantize", builtin_model(), "-o", directory / name, *keys, "--resume")
+        begin = time.perf_counter()
+        subprocess.run(goes_on, check=True)
+        seconds = time.perf_counter() - begin
+        record(args, "lost rank", f"resumed with {ranks}", seconds, seconds, "s")
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    """The process id of a rank that ``launcher`` has started."""
+    for directory in Path("/proc").iterdir():
+        try:
+            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"\0RANK={rank}\0" in (directory / "environ").read_text():
+                return int(directory.name)
+        except (OSError, ValueError, IndexError):
+            continue
+    raise SystemExit(f"rank {rank} is not there any more")
 
 
 # What the results are worth

@@ -200,7 +200,7 @@ def _train_linears(
 ) -> None:
     """Trains a layer's dense linears towards its ``outputs`` and packs them into ``ladder``; all else is exact."""
     inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
-    most = max(2, LINEAR_TOKENS // activations.ids[0].numel())
+    most = max(2, LINEAR_TOKENS // inputs.ids[0].numel())
     done = train_layer(replay, index, inputs, goals, parameters, training, {}, most)
     for x in done.parameters:
         q = Quantized(*(replay.ranks.broadcast(t, 0) for t in x.q))
