@@ -100,6 +100,16 @@ def format_of(model: PreTrainedModel) -> PackedFormat:
     return PackedFormat(experts=experts, linears=linears, group_size=64)
 
 
+def test_layers_are_read_in_the_models_order():
+    """config.json sorts its keys: layer 10 stands before layer 2 there, and would in ``gemq inspect``."""
+    experts = {f"model.layers.{i}.mlp.experts": {"down_proj": (i % 3 + 1.0,), "up_proj": (2.0,)} for i in range(12)}
+    linears = {f"model.layers.{i}.self_attn.{name}_proj": 4.0 for i in range(12) for name in "qk"}
+    packed = PackedFormat(experts=experts, linears=linears, group_size=64)
+    read = PackedFormat.from_dict(json.loads(json.dumps(packed.to_dict(), sort_keys=True)))
+    assert list(read.experts) == list(experts)
+    assert [path.split(".")[2] for path in read.linears] == [str(i) for i in range(12) for _ in "qk"]
+
+
 def quantize_in_place(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, torch.Tensor]:
     """Fake-quantizes the model's weights and returns the same weights packed, under their names."""
     tensors = {}

@@ -72,7 +72,9 @@ class PackedFormat:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackedFormat:
-        """From config.json's ``quantization_config``. Raises UserError for anything that is not version 1."""
+        """From config.json's ``quantization_config``, layers in the model's order: in the file they are in that of
+        their names, 10 before 2. Raises UserError for anything that is not version 1.
+        """
         if values.get("quant_method") != QUANT_METHOD:
             raise UserError(
                 f"quant_method is {values.get('quant_method')!r}, not {QUANT_METHOD!r}: "
@@ -91,9 +93,9 @@ class PackedFormat:
         return cls(
             experts={
                 path: {proj: tuple(parse_width(w) for w in widths) for proj, widths in projections.items()}
-                for path, projections in experts.items()
+                for path, projections in sorted(experts.items(), key=_by_number)
             },
-            linears={path: parse_width(width) for path, width in linears.items()},
+            linears={path: parse_width(width) for path, width in sorted(linears.items(), key=_by_number)},
             group_size=group_size,
             fingerprint=str(values.get("fingerprint", "")),
         )
@@ -228,6 +230,11 @@ def verify_unpacked(expected: Mapping[str, tuple[int, ...]], found: Mapping[str,
 
 def _describe(spec: TensorSpec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
+
+
+def _by_number(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
+    """Sorts by module path, numbers in it by their size."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
 
 
 def _damaged(what: str) -> UserError:
