@@ -28,7 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     with args.csv.open(encoding="utf-8") as stream:
         rows = [r for r in csv.DictReader(stream) if r["what"] == "decode" and r["batch"] == "1"]
-    rows = [r for r in rows if r["shape"].startswith(args.shape + "-") and r["device"] == rows[-1]["device"]]
+    rows = [r for r in rows if r["shape"].startswith(args.shape + "-")]
+    if not rows:
+        raise SystemExit(f"{args.csv} has no decode rows of {args.shape} at batch 1: measure them with generation.py")
+    rows = [r for r in rows if r["device"] == rows[-1]["device"]]
     best: dict[str, dict[str, str]] = {}
     for row in rows:  # the newest commit's fastest way
         old = best.get(row["shape"])

@@ -118,9 +118,9 @@ def quantize(
     memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.here)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
-    fingerprint = ranks.agree(source.fingerprint)
+    fingerprint, files = ranks.agree(lambda: source.fingerprint(_files_before(work_path)))
     with memory.enforced(), WorkDir(work_path, resume=resume, ranks=ranks) as directory:
-        ranks.agree(lambda: _record_job(directory, source, recipe, fingerprint))
+        ranks.agree(lambda: _record_job(directory, source, recipe, fingerprint, files))
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
         return _run(job, out, allocation, finish=recipe.refine, guarded=True)
 
@@ -151,7 +151,7 @@ def export(
         source, recipe, recorded = recorded_job(directory, changes)
         memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.here)
         check_job(source, recipe, out, directory.path, allocation, memory, new=False)
-        fingerprint = ranks.agree(source.fingerprint)
+        fingerprint, _ = ranks.agree(lambda: source.fingerprint(_files_before(directory.path)))
         if fingerprint != recorded:
             raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
@@ -266,12 +266,13 @@ def _is_complete(out: Path, packed_format: PackedFormat) -> bool:
     return True
 
 
-def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str) -> None:
+def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str, files: dict[str, list[Any]]) -> None:
     """Writes what the work directory is for, or refuses to go on with another job in it."""
     record = {
         "model": str(source.path.resolve()),
         "trust_remote_code": source.trust_remote_code,
         "fingerprint": fingerprint,
+        "files": files,
         "recipe": recipe.to_dict(),
         "ladder_widths": list(recipe.ladder_widths),
         "calibration": [source_digest(s) for s in recipe.calib],
@@ -315,6 +316,14 @@ def _read_job(work: WorkDir) -> dict[str, Any]:
         return json.loads((work.path / JOB_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{work.path} holds no job yet: run gemq quantize first") from error
+
+
+def _files_before(work: Path) -> dict[str, list[Any]]:
+    """The model's files as a job in this directory has read them; empty if there is none."""
+    try:
+        return json.loads((work / JOB_FILE).read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError):
+        return {}
 
 
 def _show(value: Any) -> str:

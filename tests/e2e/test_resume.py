@@ -19,6 +19,8 @@ import pytest
 from helpers import Finished, contents, gemq, least_bytes, make_tiny_model
 
 from gemq.assets import builtin_texts
+from gemq.models import source
+from gemq.models.source import Source
 from gemq.workdir import WorkDir
 
 TINY = {"effort": "low", "windows": 4, "window": 16, "batch_tokens": 32}
@@ -205,6 +207,32 @@ def test_another_recipe_is_refused(job, flags, words):
 def test_a_changed_model_is_refused(job, tmp_path):
     make_tiny_model(tmp_path / "model", seed=1)
     refused(job, "another model", "has changed")
+
+
+def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, monkeypatch):
+    """A fingerprint is one of every byte; what was read before is known by its size and time."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    model = Source(tmp_path / "model")
+    first, files = model.fingerprint()
+    read: list[str] = []
+    digest = source._file_digest
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(source, "_file_digest", noted)
+    assert model.fingerprint(files) == (first, files)
+    assert read == []
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(0, files[weights.name][1] + 1))
+    assert model.fingerprint(files)[0] != first
+    assert read == [weights.name]
+    os.utime(tmp_path / "model" / "config.json")  # touched, not changed
+    assert model.fingerprint(files)[0] == model.fingerprint()[0]
 
 
 def test_another_model_is_refused(job, tmp_path):

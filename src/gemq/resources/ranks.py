@@ -253,6 +253,8 @@ def start_ranks(device: str) -> Ranks:
             raise UserError(f"{here} processes and {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
+        # torchrun gives each process one thread, through which all files would go. On a CPU threads decide the bytes.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     end_when_told()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
