@@ -13,6 +13,7 @@ causal language models of Transformers with full or sliding attention; nothing o
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,9 @@ from gemq.layer_compiler import LayerCompiler
 
 LENGTH_MULTIPLE = 64
 """Cache lengths are rounded up to this: attention kernels want aligned masks."""
+
+LARGEST_PARTS = 64
+"""Parts of a vocabulary whose largest logits are found apart, at most."""
 
 IN_FLIGHT = 4
 """Steps that the GPU may be ahead of the token that is read: the host never keeps it waiting."""
@@ -175,7 +179,7 @@ class Decoder:
             # The largest of p / Exp(1) is drawn with probability p; torch.multinomial would wait for the device.
             chances = (logits.float() / self.temperature).softmax(-1)
             return (chances / torch.empty_like(chances).exponential_()).argmax(-1, keepdim=True)
-        return logits.argmax(-1, keepdim=True)
+        return _largest(logits)
 
     def _masks(self) -> Any:
         """Additive masks [batch, 1, 1, length] in the form in which Transformers passes them: by kind, or one alone."""
@@ -246,6 +250,14 @@ class Decoder:
 def _advance(token: Tensor, position: Tensor, choose: Callable[[Tensor], Tensor], logits: Tensor) -> None:
     token.copy_(choose(logits))
     position.add_(1)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """Argmax of logits [batch, V] -> [batch, 1]: of parts of a row first, for which a GPU has more programs."""
+    parts = math.gcd(logits.shape[1], LARGEST_PARTS)
+    values, places = logits.view(logits.shape[0], parts, -1).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    return part * (logits.shape[1] // parts) + places.gather(-1, part)
 
 
 def _seen(position: Tensor, windows: dict[str, int | None]) -> Any:

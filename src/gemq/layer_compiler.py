@@ -25,6 +25,9 @@ FEW_ROWS, FEW_COLUMNS = 16, 256
 """A product with so few rows and columns at most, a router's, is compiled as products and sums, which Inductor fuses
 with what stands around it; a vendor's kernel for it takes longer than to read its weights."""
 
+INDUCTOR: dict[str, Any] = {"combo_kernels": True}
+"""One launch for small kernels that do not need each other: a launch takes about as long as most of them run."""
+
 
 class LayerCompiler:
     """Compiles decoder layers for fixed shapes with ``backend`` (any that ``torch.compile`` takes).
@@ -109,7 +112,7 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     own: dict[Any, Any] = {torch.ops.aten.topk.default: _topk, torch.ops.aten.mm.default: _mm}
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **own})
+    return compile_fx(graph, inputs, config_patches=INDUCTOR, decompositions={**select_decomp_table(), **own})
 
 
 def _mm(a: Tensor, b: Tensor) -> Any:
