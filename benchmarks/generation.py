@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave decoder layers uncompiled")
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes of a start: part")
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--profile", metavar="SHAPE", help="print a decode step's kernels instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -76,7 +77,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     if part.startswith("first-token:"):
         return [first_token(Path(part.removeprefix("first-token:")))]
     if part.startswith("start:"):
-        return start(part.removeprefix("start:"))
+        return start(part.removeprefix("start:"), args.starts)
     return speed(part, args)
 
 
@@ -163,7 +164,7 @@ def with_ratio(row: dict[str, Any], file: Path) -> dict[str, Any]:
 # From packed files to the first token
 
 
-def start(name: str, runs: int = 3) -> list[dict[str, Any]]:
+def start(name: str, runs: int) -> list[dict[str, Any]]:
     """Writes a packed checkpoint and loads it in fresh processes, each with empty caches."""
     import statistics
 
@@ -213,6 +214,7 @@ def first_token(path: Path) -> dict[str, Any]:
     first = time.perf_counter()
     seconds = {"imports": imported - begin, "load": loaded - imported, "prefill": first - loaded}
     seconds["files to first token"] = first - imported
+    print(seconds, file=sys.stderr, flush=True)
     for name, compiled in (("then capture", False), ("then compile and capture", True)):
         if device == "cuda":
             since = time.perf_counter()
@@ -220,7 +222,7 @@ def first_token(path: Path) -> dict[str, Any]:
             for _ in decoder.decode(2):
                 pass
             seconds[name] = time.perf_counter() - since
-            print(f"{name}: {decoder.execution} {decoder.reasons}", file=sys.stderr)
+            print(f"{name}: {seconds[name]:.1f} s, {decoder.execution} {decoder.reasons}", file=sys.stderr, flush=True)
     return seconds
 
 

@@ -281,6 +281,7 @@ def time_experts(args: argparse.Namespace) -> None:
         return h
 
     replay: Any = step
+    graph: Any = None
     if device.type == "cuda":
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -288,7 +289,8 @@ def time_experts(args: argparse.Namespace) -> None:
                 step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Threads of NCCL ask for events while this one captures.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
         replay = graph.replay
     times = []
@@ -304,6 +306,8 @@ def time_experts(args: argparse.Namespace) -> None:
     if rank == 0:
         spread = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         args.keep.write_text(json.dumps(dict(zip(("p20", "p50", "p80"), spread, strict=True))))
+    if graph is not None:
+        graph.reset()  # NCCL waits for graphs that hold its calls before it ends
     if ranks > 1:
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ from typing import Any
 from gemq.assets import builtin_model
 
 SMALL = ("--effort", "low", "--windows", "8", "--window", "64")
-"""Flags of the smallest job that means anything on the built-in model: about 3 seconds."""
+"""Flags of the smallest job that means anything on the built-in model: about 10 seconds."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,10 @@ def test_plan_needs_no_weights_and_is_exact(finished: Finished, work, tmp_path):
 
 
 @pytest.mark.sample
+def test_version():
+    assert ok("--version").out.startswith(f"gemq {metadata.version('gemq')}, torch {metadata.version('torch')}, ")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], [], ["quantize", "x"], ["bogus"]])
 def test_help_imports_no_torch(arguments):
     code = (

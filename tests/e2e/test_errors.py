@@ -482,7 +482,8 @@ def test_stderr_of_a_real_process_holds_one_line(here, tiny_model, tmp_path):
 
 def test_ctrl_c(here):
     """Interrupted during a stage: exit code 1, a line that says how to go on, and going on works."""
-    job = ["quantize", str(builtin_model()), "-o", "x", "--effort", "low", "--windows", "16", "--window", "128"]
+    Path("quick.yaml").write_text("effort: low\nwindows: 4\nwindow: 64\nguard: false\n")
+    job = ["quantize", str(builtin_model()), "-o", "x", "--recipe", "quick.yaml"]
     with open("log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "gemq", *job], stdout=log, stderr=subprocess.STDOUT)
     first = Path("x.work/ladder/layer-000.safetensors")

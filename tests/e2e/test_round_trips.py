@@ -51,6 +51,7 @@ def test_files_of_push_to_hub(finished, expected, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: Repository)
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", keep)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: huggingface_hub.ModelCard(""))
     gemq.load(finished.out).push_to_hub("someone/packed")
     AutoTokenizer.from_pretrained(finished.out).push_to_hub("someone/packed")
     names = {file.name for file in (tmp_path / "pushed").iterdir()}

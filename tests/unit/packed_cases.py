@@ -114,8 +114,8 @@ def assert_as_close(mine: Tensor, reference: Tensor, truth: Tensor) -> None:
     assert (mine.double() - truth).abs().max() <= 16 * (noise + floor)
 
 
-def few_programs(rows: int, groups: int, units: int, dtype: torch.dtype) -> Any:
+def few_programs(rows: int, groups: int, units: int, dtype: torch.dtype, block_rows: int = 64) -> Any:
     """In place of ``launch.config_for``: a program costs the interpreter about as much however large its tiles are."""
     from gemq.kernels.launch import Config  # triton is not everywhere
 
-    return Config(64, min(8, 1 << (groups - 1).bit_length()), 4)
+    return Config(block_rows, min(8, 1 << (groups - 1).bit_length()), 4)

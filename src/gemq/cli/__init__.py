@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # what is no user's mistake is a bug: a plain traceback is the better report
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the versions of gemq and what it runs on.")] = False,
+) -> None:
+    if version:
+        names = ("gemq", "torch", "transformers", "triton")
+        print(", ".join(f"{name} {found}" for name in names if (found := _installed(name))))
+        raise typer.Exit
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
 
 app.command()(plan)
 app.command()(quantize)
