@@ -2,8 +2,8 @@
 
     python benchmarks/plot_generation.py [--shape olmoe-1b-7b] [--csv FILE] [--out FILE.svg]
 
-Takes each shape's last row for one GPU. The limit is the GPU's measured copy bandwidth over the bytes of weights that a
-step reads. Needs matplotlib.
+The fastest row of each shape and commit, for one GPU; the newest commit's are filled. The limit is the GPU's measured
+copy bandwidth over the bytes of weights that a step reads. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -32,26 +33,36 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"{args.csv} has no decode rows of {args.shape} at batch 1: measure them with generation.py")
     rows = [r for r in rows if r["device"] == rows[-1]["device"]]
-    best: dict[str, dict[str, str]] = {}
-    for row in rows:  # the newest commit's fastest way
-        old = best.get(row["shape"])
-        if old is None or old["commit"] != row["commit"] or float(old["p50"]) < float(row["p50"]):
-            best[row["shape"]] = row
+    best: dict[tuple[str, str], dict[str, str]] = {}  # of a commit and shape, the fastest way
+    for row in rows:
+        key = row["commit"], row["shape"]
+        if key not in best or float(best[key]["p50"]) < float(row["p50"]):
+            best[key] = row
     points = sorted(best.values(), key=lambda r: float(r["bits"]))
     packed = [r for r in points if not r["shape"].endswith("-bf16")]
-    plain = [r for r in points if r["shape"].endswith("-bf16")]
+    newest = next(r["commit"] for r in reversed(rows) if r in packed)
+    plain = {r["shape"]: r for r in rows if r in points and r not in packed}
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    bits = [float(r["bits"]) for r in packed]
-    limits = [float(r["copy_gb_per_s"]) * 1e9 / float(r["bytes"]) for r in packed]
-    axes.plot(bits, limits, "--", color="gray", label="limit: measured copy bandwidth / bytes a token")
-    middle = [float(r["p50"]) for r in packed]
-    spread = [
-        [float(r["p50"]) - float(r["p20"]) for r in packed],
-        [float(r["p80"]) - float(r["p50"]) for r in packed],
-    ]
-    axes.errorbar(bits, middle, yerr=spread, marker="o", capsize=3, label="gemq, end to end")
-    for row in plain:
+    lines = {float(r["bits"]): float(r["copy_gb_per_s"]) * 1e9 / float(r["bytes"]) for r in packed}
+    axes.plot(
+        list(lines), list(lines.values()), "--", color="gray", label="limit: measured copy bandwidth / bytes a token"
+    )
+    for now in (True, False):
+        shown = [r for r in packed if (r["commit"] == newest) == now]
+        if shown:
+            middle, low, high = ([float(r[p]) for r in shown] for p in ("p50", "p20", "p80"))
+            spread = [[abs(m - x) for m, x in zip(middle, p, strict=True)] for p in (low, high)]
+            label = "gemq, end to end" if now else "earlier commits"
+            style: dict[str, Any] = {
+                "color": "tab:blue",
+                "linestyle": "-" if now else "none",
+                "mfc": None if now else "white",
+            }
+            axes.errorbar(
+                [float(r["bits"]) for r in shown], middle, spread, marker="o", capsize=3, label=label, **style
+            )
+    for row in plain.values():
         axes.axhline(float(row["p50"]), color="tab:red", linewidth=1, label=f"bf16, {row['execution']}")
     axes.set(
         xlabel="nominal bits per expert weight (attention 4 bit)",
