@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, Finished, contents, gemq
+from helpers import SMALL, Finished, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
@@ -382,8 +382,11 @@ def test_output_into_a_pipe_that_closes(finished: Finished):
 
 
 def test_demo(tmp_path, monkeypatch):
+    """On a tiny random model; ``make demo`` runs it on the built-in one."""
     from gemq import demo, evaluate, recipe
 
+    model = make_tiny_model(tmp_path / "model", max_position_embeddings=512)
+    monkeypatch.setattr(demo, "builtin_model", lambda: model)
     monkeypatch.setattr(demo, "WINDOWS", 8)
     monkeypatch.setattr(demo, "WINDOW", 64)
     monkeypatch.setattr(demo, "TOKENS", 512)
