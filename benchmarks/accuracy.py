@@ -27,6 +27,7 @@ from gemq.evaluate import evaluate, open_model
 from gemq.models.structure import find_structure
 from gemq.pipeline import export, quantize
 from gemq.progress import Monitor
+from gemq.quant.widths import ExpertWidths
 from gemq.recipe import BUILT_IN, DEFAULT_BITS, Recipe
 from record import RESULTS as FOLDER
 from record import append, environment
@@ -64,7 +65,8 @@ SCORE_KEYS: dict[str, dict[str, Any]] = {
     "smoothing 0.5": {"smoothing": 0.5},
     "smoothing 8": {"smoothing": 8},
     "smoothing 1e9": {"smoothing": 1e9},
-    "elementwise": {"score_form": "elementwise"},
+    "elementwise": {"score_form": "elementwise", "allocate_by": "expert"},
+    "by expert": {"allocate_by": "expert"},
     "labels of the text": {"score_labels": "data"},
     "all tokens": {"score_tokens": 0},
     "a quarter of the tokens": {"score_tokens": 65_536},
@@ -214,9 +216,11 @@ def _short(values: dict[str, float]) -> str:
     return " ".join(f"{name.removeprefix('val_').replace(' ', '_')}={value:.4g}" for name, value in values.items())
 
 
-def _counts(allocation: Iterable[list[float]]) -> str:
-    widths = [w for row in allocation for w in row]
-    return " ".join(f"{w:g}:{widths.count(w)}" for w in sorted(set(widths)))
+def _counts(allocation: Iterable[list[ExpertWidths]]) -> str:
+    """Matrices at each width: of experts, or of gate and up and of down apart where these differ."""
+    first, down = zip(*(both for row in allocation for both in row), strict=True)
+    told = [" ".join(f"{w:g}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
+    return told[0] if first == down else " / ".join(told)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,19 +288,23 @@ def _gemq(rows: Rows) -> Rows:
 
 
 def _counts(row: Row) -> dict[float, int]:
-    return {float(width): int(count) for width, _, count in (part.partition(":") for part in row["widths"].split())}
+    counts = Counter[float]()
+    for part in row["widths"].replace("/", " ").split():
+        width, _, count = part.partition(":")
+        counts[float(width)] += int(count)
+    return dict(counts)
 
 
-def _draw_experts(model: str, by_budget: dict[str, list[list[float]]]) -> Any:
+def _draw_experts(model: str, by_budget: dict[str, list[list[tuple[float, float]]]]) -> Any:
     # Experts have no order of their own: by their widths over all budgets, the same in each panel.
-    total = np.sum([np.array(layers) for layers in by_budget.values()], axis=0)
+    total = np.sum([np.array(layers) for layers in by_budget.values()], axis=(0, 3))
     order = np.argsort(-total, axis=1, kind="stable")
     layers, experts = total.shape
     figure, panels = plt.subplots(
         1, len(by_budget), figsize=(9, 1.3 + 0.25 * layers), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, (bits, widths) in zip(panels[0], by_budget.items(), strict=True):
-        sorted_widths = np.take_along_axis(np.array(widths), order, axis=1)
+        sorted_widths = np.take_along_axis(np.array(widths), order[..., None], axis=1).reshape(layers, -1)
         colours = np.array([[to_rgb(WIDTH_COLOURS[w]) for w in layer] for layer in sorted_widths.tolist()])
         axes.pcolormesh(colours, edgecolors="white", linewidth=0.7)
         axes.set_xticks([])
@@ -309,9 +314,15 @@ def _draw_experts(model: str, by_budget: dict[str, list[list[float]]]) -> Any:
         axes.spines[:].set_visible(False)
     panels[0, 0].invert_yaxis()
     panels[0, 0].set_ylabel("layer")
-    told = f"each layer's {experts} experts, most bits over all budgets first; one place is one expert in all panels"
+    told = (
+        f"each layer's {experts} experts, most bits over all budgets first: gate and up, then down, of one and the next"
+    )
     figure.supxlabel(told, fontsize=10, color=DARK)
-    _key(figure, f"{model}: bits of each expert", {w for rows in by_budget.values() for row in rows for w in row})
+    _key(
+        figure,
+        f"{model}: bits of each expert",
+        {w for rows in by_budget.values() for row in rows for both in row for w in both},
+    )
     return figure
 
 

@@ -213,7 +213,7 @@ class Bench:
             for _, call, gradient in reverse_layer(self.replay, 0, self.activations, gradients):
                 assert call is not None
                 assert gradient is not None
-                pair_costs(self.module, self.experts, call, gradient, rungs, "token")
+                pair_costs(self.module, self.experts, call, gradient, rungs, "token", 2)
 
         run()
         done = len(self.activations.ids) * self.activations.ids[0].numel()
@@ -256,7 +256,7 @@ class Bench:
             for hidden, calls in zip(self.activations.hidden, self.activations.calls, strict=True):
                 exact.append(self.replay.run(0, hidden, calls[0]))
         stored = {name: torch.bfloat16 for name, _ in self.replay.model.named_parameters()}
-        widths = [(1.6, 2, 2, 3)[e % 4] for e in range(self.experts.count)]
+        widths = [((1.6, 2, 2, 3)[e % 4], (2, 3)[e % 2]) for e in range(self.experts.count)]
 
         def run(epochs: int) -> None:
             targets = Targets(exact, stored, self._training(epochs))

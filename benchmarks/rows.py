@@ -17,11 +17,14 @@ def newest(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
     return found
 
 
-def allocation_text(by_layer: Sequence[Sequence[float]]) -> str:
-    """Widths by layer and expert as one string: ``1 1.6 2/2 2 3`` is two layers of three experts."""
-    return "/".join(" ".join(f"{width:g}" for width in layer) for layer in by_layer)
+def allocation_text(by_layer: Sequence[Sequence[tuple[float, float]]]) -> str:
+    """Widths by layer and expert as one string: ``1 1.6+2 2/2 2 3`` is two layers of three experts, one of which has
+    1.6 bits for gate and up and 2 for down."""
+    name = lambda first, down: f"{first:g}" if first == down else f"{first:g}+{down:g}"
+    return "/".join(" ".join(name(*both) for both in layer) for layer in by_layer)
 
 
-def allocation_widths(text: str) -> list[list[float]]:
+def allocation_widths(text: str) -> list[list[tuple[float, float]]]:
     """What ``allocation_text`` wrote."""
-    return [[float(width) for width in layer.split()] for layer in text.split("/")]
+    pairs = [[[float(w) for w in expert.split("+")] for expert in layer.split()] for layer in text.split("/")]
+    return [[(widths[0], widths[-1]) for widths in layer] for layer in pairs]

@@ -136,7 +136,7 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
     from gemq.inspect import inspect_checkpoint
 
     outs = [directory / f"{effort}-{ranks}" for ranks in (1, 2)]
-    paths = [path for path, _ in inspect_checkpoint(outs[0]).layers]
+    paths = [path for path, _, _ in inspect_checkpoint(outs[0]).layers]
     tensors: list[dict[str, Any]] = []
     for out in outs:
         opened = [safe_open(file, "pt") for file in sorted(out.glob("*.safetensors"))]

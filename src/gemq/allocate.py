@@ -6,8 +6,9 @@ multiple-choice knapsack: one price on the budget nearly solves it and proves a 
 choices; HiGHS gets the rest, and only when the bound is not within the gap yet. It sees numbers in units of
 the decision that is left, so that costs from 1e-12 to 1e6 in one problem do not meet its absolute tolerances.
 
-Shapes: N experts of all layers, ordered by layer; W candidate widths, ascending. A *choice* is int64 [N],
-indices into the widths. Amounts are exact integers: no budget is exceeded, not even by rounding.
+Shapes: N rows, what gets a width: the matrices of all experts, or the experts, ordered by layer and expert; W candidate
+widths, ascending. A *choice* is int64 [N], indices into the widths. Amounts are exact integers: no budget is exceeded,
+not even by rounding.
 Knows nothing of tensors, models or files. Deterministic.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -24,23 +25,25 @@ import numpy as np
 
 from gemq.errors import UserError
 from gemq.knapsack import Floats, Ints, cheapest, solve, take
-from gemq.quant.widths import Width, nominal_bits, parse_width, width_name
+from gemq.quant.widths import ExpertWidths, Width, nominal_bits, parse_width, plain_widths, width_name
 
 Kind = Literal["bits", "stored_bits", "bytes"]
+OF_BOTH = ", or give two in brackets: that of gate and up, that of down"
 METHODS = ("global", "layerwise", "frequency", "uniform", "random")
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What each expert costs at each width, in error and in memory."""
+    """What each matrix of each expert, or each expert, costs at each width, in error and in memory."""
 
     widths: tuple[Width, ...]  # the candidates, ascending
-    layer: Ints  # [N] layer of each expert, ascending; dense layers have none
+    layer: Ints  # [N] layer of each row, ascending; dense layers have none
     costs: Floats  # [N, W] predicted increase of the loss, finite and >= 0, any unit
     weights: Ints  # [N] weight parameters
     bytes: Ints  # [N, W] stored bytes, scales and offsets included
-    counts: Ints  # [N] calibration tokens routed to each expert
+    counts: Ints  # [N] calibration tokens routed to the expert
     layers: int = 0  # of the model, dense ones included; 0: up to the last that has experts
+    units: int = 1  # rows of an expert: 2, its matrices one after the other, or 1
 
     def __post_init__(self) -> None:
         experts = len(self.layer)
@@ -53,9 +56,18 @@ class Problem:
         object.__setattr__(self, "layers", self.layers or int(self.layer[-1]) + 1)
         assert self.layers > self.layer[-1]
 
+    def of_experts(self) -> Problem:
+        """The same with a row for each expert."""
+        if self.units == 1:
+            return self
+        add = lambda table: table.reshape(-1, self.units, *table.shape[1:]).sum(1)
+        tables = {name: add(getattr(self, name)) for name in ("costs", "weights", "bytes")}
+        own = {name: getattr(self, name)[:: self.units] for name in ("layer", "counts")}
+        return replace(self, **tables, **own, units=1)
+
     @property
     def by_layer(self) -> list[slice]:
-        """The experts of each layer; empty for dense layers."""
+        """The rows of each layer; empty for dense layers."""
         edges = np.searchsorted(self.layer, np.arange(self.layers + 1)).tolist()
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
@@ -85,10 +97,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A width for every expert, and what that predicts and takes. Means are per expert weight."""
+    """A width for every row, and what that predicts and takes. Means are per expert weight."""
 
     widths: tuple[Width, ...]  # [N], in the problem's order
-    layer_sizes: tuple[int, ...]  # experts in each layer, 0 for dense layers
+    units: int  # as in the problem
+    layer_sizes: tuple[int, ...]  # rows of each layer, 0 for dense layers
+    layer_bits: tuple[float, ...]  # mean nominal bits of each layer, 0 for dense layers
     method: str
     budget: Budget | None
     predicted_cost: float  # sum of the chosen costs, in their unit
@@ -99,15 +113,17 @@ class Allocation:
     """Proven bound on (cost - optimum) / cost. Only of method ``global``."""
 
     @property
-    def by_layer(self) -> list[list[Width]]:
+    def by_layer(self) -> list[list[ExpertWidths]]:
         """Widths of the experts of each layer; empty for dense layers."""
         edges = [0, *itertools.accumulate(self.layer_sizes)]
-        return [list(self.widths[a:b]) for a, b in itertools.pairwise(edges)]
+        rows = [self.widths[a:b] for a, b in itertools.pairwise(edges)]
+        return [list(zip(row[:: self.units], row[self.units - 1 :: self.units], strict=True)) for row in rows]
 
     def to_json(self) -> str:
-        """A file to read, edit and pass back: one line of bits per expert for each layer."""
+        """A file to read, edit and pass back: a line for each layer, and for each of its experts the bits, or a list of
+        those of its gate and up, and of its down matrix."""
         budget = json.dumps({self.budget.kind: self.budget.value} if self.budget else None)
-        rows = ",\n".join(f"    [{', '.join(map(width_name, row))}]" for row in self.by_layer)
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in plain_widths(self.by_layer))
         method = json.dumps(self.method)
         return f'{{\n  "budget": {budget},\n  "method": {method},\n  "widths": [\n{rows}\n  ]\n}}\n'
 
@@ -145,9 +161,10 @@ def allocate(
     seed: int = 0,
     gap: float = 1e-4,
 ) -> Allocation:
-    """Chooses a width for every expert within ``budget``, which no method ever exceeds.
+    """Chooses a width for every row within ``budget``, which no method ever exceeds.
 
-    ``global``     the paper's program over all experts at once, to a relative ``gap`` of the optimum.
+    ``global``     the paper's program over all rows at once, to a relative ``gap`` of the optimum. The others give
+                   an expert's matrices one width.
     ``layerwise``  a program of its own for every layer, each with the same mean budget (PMQ style).
     ``frequency``  the global program with cost = share of the layer's tokens * 4^-bits.
     ``uniform``    one width; between two widths, the same shares of them in every layer, drawn by ``seed``.
@@ -160,6 +177,10 @@ def allocate(
     if method not in METHODS:
         raise UserError(f"there is no allocation method {method!r}: choose from {', '.join(METHODS)}")
     layer_rule = layer_rule and method not in ("uniform", "random")
+    if method != "global" and problem.units > 1:
+        whole = allocate(problem.of_experts(), budget, method, layer_rule=layer_rule, seed=seed, gap=gap)
+        choice = np.array([problem.widths.index(w) for w in whole.widths]).repeat(problem.units)
+        return _allocation(problem, budget, method, choice)
     _check_reachable(problem, budget, method, layer_rule)
     amounts, limit = linear_constraint(problem, budget)
     achieved = None
@@ -241,15 +262,18 @@ def _allocation(
     problem: Problem, budget: Budget | None, method: str, choice: Ints, gap: float | None = None
 ) -> Allocation:
     total = int(problem.weights.sum())
-    bits = np.array([nominal_bits(w) for w in problem.widths])[choice]
+    bits = np.array([nominal_bits(w) for w in problem.widths])[choice] * problem.weights
+    weights = np.bincount(problem.layer, problem.weights, problem.layers)
     stored = int(take(problem.bytes, choice).sum())
     return Allocation(
         widths=tuple(problem.widths[w] for w in choice),
+        units=problem.units,
         layer_sizes=tuple(rows.stop - rows.start for rows in problem.by_layer),
+        layer_bits=tuple((np.bincount(problem.layer, bits, problem.layers) / np.maximum(weights, 1)).tolist()),
         method=method,
         budget=budget,
         predicted_cost=float(take(problem.costs, choice).sum()),
-        nominal_bits=float(bits @ problem.weights) / total,
+        nominal_bits=float(bits.sum()) / total,
         stored_bits=stored * 8 / total,
         stored_bytes=stored,
         gap=gap,
@@ -263,17 +287,20 @@ def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
         raise UserError(f"{origin} has {count}: give each a list, [] for a dense one")
     choice = []
     for index, (row, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
-        experts = rows.stop - rows.start
+        experts = (rows.stop - rows.start) // problem.units
         if not isinstance(row, list) or len(row) != experts:
             found = f"{len(row)} widths" if isinstance(row, list) else repr(row)
             raise UserError(f"{origin}: layer {index} has {experts} experts, not {found}: give one for each")
         for expert, value in enumerate(row):
+            both = value if isinstance(value, list) else [value] * problem.units
             try:
-                choice.append(problem.widths.index(parse_width(value)))
+                if len(both) != problem.units:
+                    raise ValueError
+                choice += [problem.widths.index(parse_width(v)) for v in both]
             except ValueError as error:  # no width at all (UserError), or not among these
                 raise UserError(
                     f"{origin}: layer {index}, expert {expert} cannot have width {value!r}: "
-                    f"choose from {problem.width_names}"
+                    f"choose from {problem.width_names}{OF_BOTH if problem.units > 1 else ''}"
                 ) from error
     return np.array(choice, np.int64)
 

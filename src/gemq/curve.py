@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,7 @@ def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Prob
     measured = _complete(work, structure, "sensitivity") if recipe.rescale else None
     judged = Judged(_complete(work, structure, "scores-*"), measured)
     costs = [layer_costs(judged, i, recipe.smoothing) for i, _ in structure.moe_layers]
-    return Problem(
-        problem.widths,
-        problem.layer,
-        np.concatenate(costs),
-        problem.weights,
-        problem.bytes,
-        problem.counts,
-        problem.layers,
-    )
+    return replace(problem, costs=np.concatenate(costs))
 
 
 def _complete(work: WorkDir, structure: Structure, name: str) -> Stage:

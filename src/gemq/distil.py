@@ -29,9 +29,9 @@ from gemq.progress import Tick
 from gemq.quant.dequantized import weights
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
-from gemq.refine import RefinedLayer
+from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.batches import Batches
 from gemq.resources.memory import Waiting
 
@@ -123,7 +123,7 @@ class PackedExperts:
 def distil(
     replay: Replay,
     refined: Callable[[int], RefinedLayer],
-    widths: Sequence[Sequence[Width]],
+    widths: Sequence[Sequence[ExpertWidths]],
     dense_bits: int,
     activations: Activations,
     teacher: Batches,
@@ -194,7 +194,7 @@ class _Student:
         self,
         replay: Replay,
         refined: Callable[[int], RefinedLayer],
-        widths: Sequence[Sequence[Width]],
+        widths: Sequence[Sequence[ExpertWidths]],
         dense_bits: int,
         how: Distillation,
         stored: dict[str, torch.dtype],
@@ -295,7 +295,7 @@ class _PackedLayer:
         replay: Replay,
         index: int,
         refined: RefinedLayer,
-        widths: Sequence[Width],
+        widths: Sequence[ExpertWidths],
         dense_bits: int,
         how: Distillation,
         stored: dict[str, torch.dtype],
@@ -303,9 +303,10 @@ class _PackedLayer:
     ):
         self.replay, self.index = replay, index
         self.layer = layer = replay.structure.layers[index]
+        of_matrices = matrix_widths(layer, widths)
         self.experts = (
             [
-                PackedExperts(refined, layer.experts, self._own(layer.experts), m, widths, group_size)
+                PackedExperts(refined, layer.experts, self._own(layer.experts), m, of_matrices[m.name], group_size)
                 for m in layer.experts.matrices
             ]
             if layer.experts

@@ -172,7 +172,7 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
 
 def _experts_paths(opened: Opened) -> list[str]:
     if opened.contents is not None:
-        return [path for path, _ in opened.contents.layers]
+        return [path for path, _, _ in opened.contents.layers]
     return [layer.experts.path for _, layer in find_structure(opened.model).moe_layers if layer.experts]
 
 

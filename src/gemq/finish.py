@@ -18,7 +18,7 @@ from gemq.calibrate import advance
 from gemq.distil import Distillation, Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
-from gemq.quant.widths import Width
+from gemq.quant.widths import ExpertWidths
 from gemq.refine import RefinedLayer, Targets, layer_overrides, refine_layer
 from gemq.resources.batches import Batches
 from gemq.stages import Around, digest, layer_file
@@ -50,7 +50,7 @@ class Finish:
         layer.tuned.update({n: t.to(device) for n, t in self.distilled.tuned.items() if n in layer.tuned})
         return layer
 
-    def around(self, job: Job, replay: Replay, widths: list[list[Width]]) -> Around:
+    def around(self, job: Job, replay: Replay, widths: list[list[ExpertWidths]]) -> Around:
         """The finished model as one to compute scores around. ``replay`` holds the full-precision one."""
         structure, recipe = replay.structure, job.recipe
 
@@ -92,7 +92,7 @@ def _refine(
     replay: Replay,
     stored: dict[str, torch.dtype],
     stage: Stage,
-    widths: list[list[Width]],
+    widths: list[list[ExpertWidths]],
     missing: list[int],
     to_the_end: bool,
 ) -> Batches:
@@ -132,7 +132,7 @@ def _distil(
     stored: dict[str, torch.dtype],
     refined: Stage,
     stage: Stage,
-    widths: list[list[Width]],
+    widths: list[list[ExpertWidths]],
     teacher: Batches,
 ) -> None:
     recipe = job.recipe

@@ -33,7 +33,7 @@ from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
 from gemq.models.stream import Replay
 from gemq.progress import Tick
-from gemq.quant.widths import Width
+from gemq.quant.widths import ExpertWidths, Width
 from gemq.refine import assemble_layer, layer_overrides
 from gemq.stages import digest, load_ladder
 from gemq.workdir import Stage
@@ -88,11 +88,15 @@ def paired_p(differences: Floats) -> float:
 
 
 def soften(problem: Problem, m: float) -> Problem:
-    """Costs moved towards their layer's mean at each width: ``c' = (1 - m) c + m mean``. At 1, experts are alike."""
+    """Costs moved towards their layer's mean at each width: ``c' = (1 - m) c + m mean``. At 1, experts are alike.
+
+    Each of an expert's matrices has a mean of its own.
+    """
     costs = problem.costs.copy()
     for rows in problem.by_layer:
         if rows.stop > rows.start:
-            costs[rows] = (1 - m) * costs[rows] + m * costs[rows].mean(axis=0)
+            of_layer = costs[rows].reshape(-1, problem.units, costs.shape[1])
+            costs[rows] = ((1 - m) * of_layer + m * of_layer.mean(axis=0)).reshape(-1, costs.shape[1])
     return dataclasses.replace(problem, costs=costs)
 
 
@@ -180,7 +184,7 @@ def candidates_kl(
     replay: Replay,
     start: Activations,
     ladders: Callable[[int], LayerLadder],
-    candidates: Sequence[list[list[Width]]],
+    candidates: Sequence[list[list[ExpertWidths]]],
     dense_bits: int,
     group_size: int,
     tick: Tick,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gemq.checkpoint.format import (
     read_quantization_config,
     weight_files,
 )
-from gemq.quant.widths import Width, nominal_bits, width_name
+from gemq.quant.widths import ExpertWidths, Width, nominal_bits, plain_widths, width_name
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
@@ -24,13 +25,13 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16"
 class Contents:
     """A packed checkpoint in figures.
 
-    layers: per experts module its path and the widths of its experts' first matrix
+    layers: per experts module its path, the widths of its experts and their mean bits
     """
 
     path: Path
     model_type: str
     group_size: int
-    layers: tuple[tuple[str, tuple[Width, ...]], ...]
+    layers: tuple[tuple[str, list[ExpertWidths], float], ...]
     linears: dict[str, int]
     expert_bytes: int
     linear_bytes: int
@@ -57,7 +58,7 @@ class Contents:
             "other_bytes": self.other_bytes,
             "expert_bits_nominal": self.expert_bits_nominal,
             "expert_bits_stored": self.expert_bits_stored,
-            "allocation": [list(widths) for _, widths in self.layers],
+            "allocation": plain_widths([widths for _, widths, _ in self.layers]),
             "linears": self.linears,
         }
 
@@ -70,20 +71,20 @@ def inspect_checkpoint(path: str | Path) -> Contents:
     for file in weight_files(path):
         headers.update(read_header(file))
     sizes = {name: _bytes(spec) for name, spec in headers.items()}
-    expert_bytes = linear_bytes = weights = 0
-    bits = 0.0
+    expert_bytes = linear_bytes = 0
+    weights, bits = defaultdict[str, float](float), defaultdict[str, float](float)  # by experts module
     listed = set()
-    expert_paths = tuple(packed.experts)
     for matrix in packed.matrices():
         names = [f"{matrix.name}.{part}" for part in ("codes", "scales", "offsets")]
         taken = sum(sizes.get(n, 0) for n in names)
         listed.update(names)
-        if matrix.kind.startswith(expert_paths):
+        module = matrix.kind.rpartition(".")[0]
+        if module in packed.experts:
             rows, groups = headers[names[1]].shape
             count = rows * _columns(headers[names[0]], groups, matrix.width)
             expert_bytes += taken
-            weights += count
-            bits += nominal_bits(matrix.width) * count
+            weights[module] += count
+            bits[module] += nominal_bits(matrix.width) * count
         else:
             linear_bytes += taken
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -91,14 +92,22 @@ def inspect_checkpoint(path: str | Path) -> Contents:
         path,
         str(config.get("model_type")),
         packed.group_size,
-        tuple((p, next(iter(projections.values()))) for p, projections in packed.experts.items()),
+        tuple(
+            (path, list(zip(*map(widths.get, _in_order(widths)), strict=True)), bits[path] / max(weights[path], 1))
+            for path, widths in packed.experts.items()
+        ),
         dict(Counter(width_name(w) for w in packed.linears.values())),
         expert_bytes,
         linear_bytes,
         sum(size for name, size in sizes.items() if name not in listed),
-        weights,
-        bits / max(weights, 1),
+        int(sum(weights.values())),
+        sum(bits.values()) / max(sum(weights.values()), 1),
     )
+
+
+def _in_order(projections: Iterable[str]) -> list[str]:
+    """Gate and up, or up, before down: JSON has them by name."""
+    return sorted(projections, key=lambda name: name == "down_proj")
 
 
 def _bytes(spec: TensorSpec) -> int:

@@ -275,7 +275,7 @@ class Job:
         return {"epochs": epochs, **{key: getattr(self.recipe, key) for key in keys}}
 
     def score_inputs(self) -> dict[str, Any]:
-        keys = ("score_form", "score_labels", "score_weights", "score_tokens", "seed")
+        keys = ("score_form", "score_labels", "score_weights", "score_tokens", "allocate_by", "seed")
         return {**self.ladder_inputs(), **{key: getattr(self.recipe, key) for key in keys}}
 
     def sensitivity_inputs(self) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from gemq.models.stream import Replay
 from gemq.models.structure import Structure
 from gemq.preflight import check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
-from gemq.quant.widths import Width, width_name
+from gemq.quant.widths import ExpertWidths, plain_widths, width_name
 from gemq.recipe import Recipe
-from gemq.refine import RefinedLayer
+from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Memory
 from gemq.resources.ranks import start_ranks
 from gemq.sensitivity import run_sensitivity
@@ -56,7 +56,10 @@ class Result:
     budget: str
     method: str
     predicted_cost: float | None
-    allocation: list[list[Width]]
+    allocation: list[list[ExpertWidths]]
+    """By layer and expert the widths of gate and up, and of down; in JSON one number where they are the same."""
+    layer_bits: list[float]
+    """Mean nominal bits of each layer's expert weights, 0 for a dense layer."""
     parameters: dict[str, int]
     quantized_share: float
     original_bytes: int
@@ -76,7 +79,7 @@ class Result:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "allocation": plain_widths(self.allocation)}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
@@ -197,6 +200,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         method="from a file" if allocation_file else chosen.method,
         predicted_cost=chosen.predicted_cost if judged is not None else None,
         allocation=chosen.by_layer,
+        layer_bits=list(chosen.layer_bits),
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, job.recipe),
         original_bytes=sum(p.numel() * stored[name].itemsize for name, p in replay.model.named_parameters()),
@@ -335,11 +339,11 @@ def _show(value: Any) -> str:
 # Checkpoint
 
 
-def _packed_format(job: Job, structure: Structure, widths: list[list[Width]], finish: bool) -> PackedFormat:
+def _packed_format(job: Job, structure: Structure, widths: list[list[ExpertWidths]], finish: bool) -> PackedFormat:
     experts = {}
     for i, layer in structure.moe_layers:
         assert layer.experts is not None
-        experts[layer.experts.path] = {m.name: tuple(widths[i]) for m in layer.experts.matrices}
+        experts[layer.experts.path] = matrix_widths(layer, widths[i])
     bits = job.recipe.attention_bits
     linears = {x.path: bits for layer in structure.layers for x in layer.linears} if bits < 16 else {}
     made_from = job.distil_inputs() if finish else job.ladder_inputs()

@@ -29,6 +29,7 @@ CHOICES = {
     "score_labels": ("sampled", "data"),
     "score_weights": ("ladder", "rtn"),
     "allocate": ("global", "uniform", "random", "layerwise", "frequency"),
+    "allocate_by": ("matrix", "expert"),
     "dtype": ("auto", "float32", "bfloat16"),
     "distil_loss": ("kl", "next_token"),
 }
@@ -54,6 +55,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "score_labels": "data",
         "smoothing": 0.0,
         "rescale": False,
+        "allocate_by": "expert",
         "layer_rule": True,
         "progressive": [3.0, 2.5, 2.0],
         "guard": False,
@@ -128,6 +130,9 @@ class Recipe:
     rescale: bool = True
     """Scale a layer's scores at each width to the KL measured with all of the layer's experts at that width."""
     allocate: str = "global"
+    allocate_by: str = "matrix"
+    """What the global program gives a width: every ``matrix`` of every expert (gate and up are one), or the ``expert``
+    as a whole, as in the paper. The other ways to allocate go by expert."""
     layer_rule: bool = False
     """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""
 
@@ -254,6 +259,11 @@ class Recipe:
         if self.widths is not None:
             return self.widths
         return (*DEFAULT_WIDTHS, 4) if self.size or (self.bits or self.stored_bits or 0) > 2.5 else DEFAULT_WIDTHS
+
+    @property
+    def units(self) -> int:
+        """How many widths an expert gets: one for each of its two matrices, or one for all of it."""
+        return 2 if self.allocate_by == "matrix" else 1
 
     @property
     def width_names(self) -> str:

@@ -21,7 +21,7 @@ from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear
 from gemq.quant.fused import latent_type
 from gemq.quant.grid import Quantized, dequantize
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.reconstruct import QuantizedParameter, Training, as_parameter, train_layer
 from gemq.resources.batches import Batches
 
@@ -68,15 +68,21 @@ class RefinedLayer:
         return cls(tensors, tuned, int(retries), before, after)
 
 
-def assemble_layer(ladder: LayerLadder, layer: Layer, widths: Sequence[Width]) -> RefinedLayer:
+def matrix_widths(layer: Layer, widths: Sequence[ExpertWidths]) -> dict[str, tuple[Width, ...]]:
+    """The width of every expert by the name of the matrix; empty for a dense layer."""
+    matrices = layer.experts.matrices if layer.experts is not None else ()
+    return {matrix.name: tuple(both[i] for both in widths) for i, matrix in enumerate(matrices)}
+
+
+def assemble_layer(ladder: LayerLadder, layer: Layer, widths: Sequence[ExpertWidths]) -> RefinedLayer:
     """A layer with each expert's codes picked from the ladder."""
     tensors: dict[str, Tensor] = {}
     for path, packed in ladder.linears.items():
         tensors.update(_row(packed, 0).named(path))
-    for name, rungs in ladder.experts.items():
+    for name, own in matrix_widths(layer, widths).items():
         assert layer.experts is not None
-        for e, width in enumerate(widths):
-            tensors.update(_row(rungs[width], e).named(f"{layer.experts.path}.{e}.{name}"))
+        for e, width in enumerate(own):
+            tensors.update(_row(ladder.experts[name][width], e).named(f"{layer.experts.path}.{e}.{name}"))
     return RefinedLayer(tensors)
 
 
@@ -85,7 +91,7 @@ def refine_layer(
     index: int,
     activations: Activations,
     quantizer: Quantizer,
-    widths: Sequence[Width],
+    widths: Sequence[ExpertWidths],
     dense_bits: int,
     targets: Targets | None = None,
 ) -> RefinedLayer:
@@ -108,6 +114,7 @@ def refine_layer(
     quantize_linears(replay, others, moments, quantizer, dense_bits, result, latents)
     install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
     found: list[QuantizedParameter] = []
+    of_matrices = matrix_widths(layer, widths)
     if layer.experts is not None and moments.experts is not None:
         module = model.get_submodule(layer.experts.path)
         own = own_experts(model, layer.experts, ranks)
@@ -116,8 +123,9 @@ def refine_layer(
             weight = expert_weight(module, matrix.name)[own]
             dtype = latent_type(weight.device, weight.dtype)
             before = None if targets is None else weight.new_empty(weight.shape, dtype=dtype)
-            q, retries = quantizer.own_width(weight, moment, widths[own], before, own.start)
-            found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", tuple(widths[own]), q, before))
+            at = of_matrices[matrix.name][own]
+            q, retries = quantizer.own_width(weight, moment, at, before, own.start)
+            found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", at, q, before))
             retried += retries
         everything = own.stop - own.start == layer.experts.count
         result.retries += retried if everything else ranks.count_up(retried)
@@ -138,7 +146,7 @@ def refine_layer(
     if layer.experts is not None:
         for matrix in layer.experts.matrices:
             q, group = grids[f"{layer.experts.path}.{matrix.name}"], quantizer.group(matrix.columns)
-            for e, width in enumerate(widths):
+            for e, width in enumerate(of_matrices[matrix.name]):
                 one = PackedMatrix.pack(Quantized(*(t[e] for t in q)), width, group)
                 refined.tensors.update(one.named(f"{layer.experts.path}.{e}.{matrix.name}"))
     install_layer(model, layer, refined, widths, dense_bits, quantizer.group_size)
@@ -164,7 +172,7 @@ def install_linears(
 
 
 def layer_overrides(
-    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[Width], dense_bits: int, group_size: int
+    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[ExpertWidths], dense_bits: int, group_size: int
 ) -> dict[str, Tensor]:
     """What a finished layer's tensors make of the model's parameters, by their names inside the model."""
     overrides = {}
@@ -179,7 +187,7 @@ def layer_overrides(
         device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
         dtype = model.get_parameter(name).dtype
         weight = torch.empty(len(widths), matrix.rows, matrix.columns, dtype=dtype, device=device)
-        for e, width in enumerate(widths):
+        for e, width in enumerate(matrix_widths(layer, widths)[matrix.name]):
             q = _named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}").unpack(width, group)
             weight[e] = dequantize(q).to(weight)
         overrides[name] = as_parameter(model, name, weight)
@@ -190,7 +198,7 @@ def layer_overrides(
 
 @torch.no_grad()
 def install_layer(
-    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[Width], dense_bits: int, group_size: int
+    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[ExpertWidths], dense_bits: int, group_size: int
 ) -> None:
     """Overwrites a whole layer's quantized and tuned weights with what its checkpoint tensors mean."""
     for name, tensor in layer_overrides(model, layer, refined, widths, dense_bits, group_size).items():

@@ -3,11 +3,12 @@
 GEMQ (arXiv:2605.23078), importance by quantization-error analysis. With g[t] the gradient of the loss at the output of
 a layer's experts and D[t] = w[t, e] (f_{e,b}(x[t]) - f_e(x[t])) the change that width b makes, the cost is a sum over
 the tokens routed to e: of (g[t, d] D[t, d])^2 over dimensions d in the paper (``elementwise``), or of (g[t] . D[t])^2
-(``token``), which counts the change of the loss that dimensions make together.
+(``token``), which counts the change of the loss that dimensions make together. Where the two matrices of an expert get
+widths of their own, each has its own D, with the other one exact.
 
 The reverse pass walks the layers from the last to the first and keeps no gradient but the one at hand.
 Knows one layer at a time, no files. Shapes: B windows, S tokens, T = B * S, P routed pairs, E experts, W widths,
-N calibration sources.
+U units of an expert that get a width of their own (its two matrices, or 1: the whole), N calibration sources.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ExpertWeights = tuple[Tensor, Tensor]
 class LayerScores:
     """Scores of one layer, kept apart by calibration source.
 
-    costs:  [N, E, W] float64; what they are of all micro-batches, ``finish`` says
+    costs:  [N, E, U, W] float64; what they are of all micro-batches, ``finish`` says
     tokens: [N, E] int64, routed pairs
     """
 
@@ -141,64 +142,86 @@ def pair_costs(
     gradient: Tensor,
     rungs: Sequence[ExpertWeights],
     form: str,
+    units: int,
 ) -> tuple[Routed, Tensor]:
-    """Each routed pair's cost at each width: (routing, [P, W] float64).
+    """Each routed pair's cost at each width: (routing, [P, U, W] float64).
 
-    gradient: [T, H] at the experts' output; ``rungs`` gives all experts' weights at one width after another.
+    gradient: [T, H] at the experts' output; ``rungs`` gives all experts' weights at one width after another
+    units:    2 for the cost of each matrix, 1 for that of both together
     """
     routed = route(call.top_k_index, call.top_k_weights, experts.count)
     x = call.hidden.index_select(0, routed.token)
     g = gradient[routed.token].float() * routed.weight.float().unsqueeze(1)
+    exact_first, exact_down = (expert_weight(module, m.name) for m in experts.matrices)
 
-    def outputs(first: Tensor, down: Tensor) -> Tensor:
-        h = apply_first(module, experts.matrices[0].name, first.to(x.dtype), x, routed)
-        return apply_down(module, down.to(x.dtype), h, routed).float()
+    def first(weight: Tensor) -> Tensor:
+        return apply_first(module, experts.matrices[0].name, weight.to(x.dtype), x, routed)
 
-    exact = outputs(*(expert_weight(module, m.name) for m in experts.matrices))
+    def down(weight: Tensor, h: Tensor) -> Tensor:
+        return apply_down(module, weight.to(x.dtype), h, routed).float()
+
+    h = first(exact_first)
+    slope = None
+    if units == 2 and form == "token":
+        # g . (change of h, through the exact down matrix) is (g through it backwards) . (change of h): one product for
+        # all widths. To first order where a norm follows.
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            out = down(exact_down, leaf)
+            (slope,) = torch.autograd.grad(out, leaf, g)
+        out = out.detach()
+    else:
+        out = down(exact_down, h)
     columns = []
     for weights in rungs:
-        product = g * (outputs(*weights) - exact)
-        columns.append(product.sum(1).square() if form == "token" else product.square().sum(1))
-    return routed, torch.stack(columns, 1).double()
+        other = first(weights[0])
+        if units == 1:
+            products = [g * (down(weights[1], other) - out)]
+        else:
+            of_first = g * (down(exact_down, other) - out) if slope is None else slope * other.sub_(h)
+            products = [of_first, g * (down(weights[1], h) - out)]
+        of_units = [p.sum(1, dtype=torch.float32).square() if form == "token" else p.square().sum(1) for p in products]
+        columns.append(torch.stack(of_units, 1))
+    return routed, torch.stack(columns, 2).double()
 
 
 def add_costs(scores: LayerScores, routed: Routed, costs: Tensor, source: Tensor) -> None:
-    """Adds pairs' costs [P, W] to ``scores``; ``source`` [T] is each token's calibration source.
+    """Adds pairs' costs [P, U, W] to ``scores``; ``source`` [T] is each token's calibration source.
 
     Experts that are given a row of every token for each of them route rows, not tokens: row r is that of token r % T.
     """
-    sources, experts, widths = scores.costs.shape
+    sources, experts = scores.costs.shape[:2]
     slot = source[routed.token % len(source)] * experts + routed.expert
-    scores.costs.view(-1, widths).index_add_(0, slot, costs)
+    scores.costs.flatten(0, 1).index_add_(0, slot, costs)
     scores.tokens += torch.bincount(slot, minlength=sources * experts).view(sources, experts)
 
 
-def empty_scores(sources: int, experts: int, widths: tuple[Width, ...], device: torch.device) -> LayerScores:
+def empty_scores(
+    sources: int, experts: int, units: int, widths: tuple[Width, ...], device: torch.device
+) -> LayerScores:
     return LayerScores(
-        torch.zeros(sources, experts, len(widths), dtype=torch.float64, device=device),
+        torch.zeros(sources, experts, units, len(widths), dtype=torch.float64, device=device),
         torch.zeros(sources, experts, dtype=torch.int64, device=device),
     )
 
 
 def rescaled(costs: Tensor, kl: Tensor) -> Tensor:
-    """Costs [E, W] of a layer, scaled at each width so that they sum to the KL [W] measured there, in nats a token.
+    """Costs [E, U, W] of a layer, scaled at each width so that they sum to the KL [W] measured there, in nats a token.
 
     Costs that are all zero stay zero.
     """
-    total = costs.sum(0)
+    total = costs.sum((0, 1))
     return costs * torch.where(total > 0, kl / total, 0.0)
 
 
 def smooth_usage(costs: Tensor, tokens: Tensor, k: float) -> Tensor:
-    """Usage smoothing: costs [E, W] as they would be if token counts [E] were drawn towards their mean.
+    """Usage smoothing: costs [E, U, W] as they would be if token counts [E] were drawn towards their mean.
 
     A cost is multiplied by (n + k mean n) / ((1 + k) n). Experts that saw no token get the layer's mean cost per token.
     """
-    n = tokens.double()
+    n = tokens.double().view(-1, 1, 1)
     mean = n.mean()
     if mean == 0:
         return costs
-    per_token = torch.where(
-        (n > 0).unsqueeze(1), costs / n.clamp_min(1).unsqueeze(1), (costs.sum(0) / n.sum()).unsqueeze(0)
-    )
-    return per_token * ((n + k * mean) / (1 + k)).unsqueeze(1)
+    per_token = torch.where(n > 0, costs / n.clamp_min(1), costs.sum(0) / n.sum())
+    return per_token * (n + k * mean) / (1 + k)

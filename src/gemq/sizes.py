@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from gemq.models.structure import Experts, Structure
+from gemq.models.structure import Experts, Matrix, Structure
 from gemq.quant.widths import Width, group_size_for, matrix_bytes
 from gemq.recipe import Recipe
 
 
+def matrix_sizes(matrix: Matrix, widths: Sequence[Width], group_size: int) -> list[int]:
+    """Stored bytes of one of an expert's matrices at each width, scales and offsets included."""
+    group = group_size_for(matrix.columns, group_size)
+    return [matrix_bytes(matrix.rows, matrix.columns, width, group) for width in widths]
+
+
 def expert_bytes(experts: Experts, width: Width, group_size: int) -> int:
     """Stored bytes of one expert at a width, scales and offsets included."""
-    return sum(matrix_bytes(m.rows, m.columns, width, group_size_for(m.columns, group_size)) for m in experts.matrices)
+    return sum(matrix_sizes(m, (width,), group_size)[0] for m in experts.matrices)
 
 
 def linear_bytes(structure: Structure, recipe: Recipe) -> int:

@@ -42,7 +42,7 @@ from gemq.score import (
     reverse_layer,
     smooth_usage,
 )
-from gemq.sizes import expert_bytes, ladder_bytes
+from gemq.sizes import ladder_bytes, matrix_sizes
 from gemq.workdir import Stage
 
 
@@ -140,13 +140,15 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
             experts = structure.layers[i].experts
             scores = None
             if experts is not None and i in missing:
-                scores = empty_scores(len(job.windows.names), experts.count, recipe.ladder_widths, job.device)
+                scores = empty_scores(
+                    len(job.windows.names), experts.count, recipe.units, recipe.ladder_widths, job.device
+                )
                 module = replay.model.get_submodule(experts.path)
                 rungs = [rung_weights(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
             for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):
                 if scores is not None and call is not None and gradient is not None and experts is not None:
                     scores.close(sum(end <= batch for end in ends))
-                    routed, costs = pair_costs(module, experts, call, gradient, rungs, recipe.score_form)
+                    routed, costs = pair_costs(module, experts, call, gradient, rungs, recipe.score_form, recipe.units)
                     source = activations.source[batch].repeat_interleave(activations.ids[batch].shape[1])
                     add_costs(scores, routed, costs, source)
             if scores is not None:
@@ -245,12 +247,12 @@ def make_problem(
     return dataclasses.replace(
         problem,
         costs=np.concatenate(costs) if costs else problem.costs,
-        counts=np.concatenate(counts).astype(np.int64),
+        counts=np.concatenate(counts).astype(np.int64).repeat(problem.units),
     )
 
 
 def layer_costs(judged: Judged, layer: int, smoothing: float, kept: list[int] | None = None) -> Floats:
-    """A layer's costs [E, W] by the calibration sources ``kept`` (None: all), with usage smoothing."""
+    """A layer's costs [E * U, W] by the calibration sources ``kept`` (None: all), with usage smoothing."""
     found = judged.scores.load_tensors(layer_file(layer))
     costs, tokens = (found[name] if kept is None else found[name][kept] for name in ("costs", "tokens"))
     cost = smooth_usage(costs.sum(0), tokens.sum(0), smoothing)
@@ -258,7 +260,7 @@ def layer_costs(judged: Judged, layer: int, smoothing: float, kept: list[int] | 
         own = judged.measured.load_tensors(layer_file(layer))
         kl = own["kl"] if kept is None else own["kl"][:, torch.isin(own["source"], torch.tensor(kept))]
         cost = rescaled(cost, kl.mean(1).clamp_min(0))
-    return cost.numpy()
+    return cost.flatten(0, 1).numpy()
 
 
 def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
@@ -266,10 +268,14 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
     widths = recipe.ladder_widths
     layer, weights, sizes = [], [], []
     for i, info in structure.moe_layers:
-        assert info.experts is not None
-        layer += [i] * info.experts.count
-        weights += [info.experts.weights_per_expert] * info.experts.count
-        sizes += [[expert_bytes(info.experts, w, recipe.group_size) for w in widths]] * info.experts.count
+        experts = info.experts
+        assert experts is not None
+        each = [np.array([m.rows * m.columns, *matrix_sizes(m, widths, recipe.group_size)]) for m in experts.matrices]
+        rows = each if recipe.units == 2 else [sum(each[1:], start=each[0])]
+        for row in rows * experts.count:
+            layer.append(i)
+            weights.append(row[0])
+            sizes.append(row[1:])
     return Problem(
         widths,
         np.array(layer, np.int64),
@@ -278,6 +284,7 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
         np.array(sizes, np.int64),
         np.zeros(len(layer), np.int64),
         layers=len(structure.layers),
+        units=recipe.units,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gemq.guard import describe
 from gemq.inspect import Contents
 from gemq.pipeline import Result
 from gemq.plan import Plan
-from gemq.quant.widths import Width, nominal_bits, width_name
+from gemq.quant.widths import ExpertWidths, width_name
 
 FALLBACKS = {
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
@@ -37,7 +38,9 @@ FALLBACKS = {
 
 def print_result(console: Console, result: Result) -> None:
     """After ``quantize`` and ``export``: widths by layer, bytes, stages, fallbacks."""
-    print_widths(console, [(str(i), row) for i, row in enumerate(result.allocation) if row])
+    layers = enumerate(zip(result.allocation, result.layer_bits, strict=True))
+    rows = [(str(i), row, bits) for i, (row, bits) in layers if row]
+    print_widths(console, rows, result.expert_bits_nominal)
     share = result.stored_bytes / result.original_bytes
     console.print(
         f"[bold]{_size(result.original_bytes)} -> {_size(result.stored_bytes)}[/] ({share:.1%}), "
@@ -70,21 +73,28 @@ def print_result(console: Console, result: Result) -> None:
     console.print(f'[green]{done}[/]. Try: gemq generate {result.out} -p "Once"')
 
 
-def print_widths(console: Console, layers: list[tuple[str, list[Width]]]) -> None:
-    """A table of layers with the number of experts at each width."""
-    widths = sorted({w for _, row in layers for w in row})
-    table = Table(title="Experts at each width", title_justify="left")
+def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths], float]], mean: float) -> None:
+    """A table of layers with the number of experts at each width, for each of their matrices if these differ.
+
+    layers: name, widths and mean bits of each; mean: bits of all
+    """
+    widths = sorted({w for _, row, _ in layers for both in row for w in both})
+    differ = any(first != down for _, row, _ in layers for first, down in row)
+    title = "Experts at each width" + (": gate and up / down" if differ else "")
+    table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
     for width in widths:
         table.add_column(f"{width_name(width)} bit", justify="right")
     table.add_column("mean bits", justify="right")
-    total: Counter[Width] = Counter()
-    for name, row in layers:
-        counts = Counter(row)
-        total += counts
-        table.add_row(name, *(str(counts[w] or "·") for w in widths), f"{_mean_bits(counts):.2f}")
+
+    def cells(row: list[ExpertWidths]) -> list[str]:
+        counts = [Counter(matrix) for matrix in zip(*row, strict=True)][: 2 if differ else 1]
+        return [" / ".join(str(count[w] or "·") for count in counts) for w in widths]
+
+    for name, row, bits in layers:
+        table.add_row(name, *cells(row), f"{bits:.2f}")
     table.add_section()
-    table.add_row("all", *(str(total[w]) for w in widths), f"{_mean_bits(total):.2f}", style="bold")
+    table.add_row("all", *cells([both for _, row, _ in layers for both in row]), f"{mean:.2f}", style="bold")
     console.print(table)
 
 
@@ -202,7 +212,7 @@ def print_curve(console: Console, curve: Curve, written: list[Path]) -> None:
 
 def print_contents(console: Console, contents: Contents) -> None:
     """After ``inspect``."""
-    print_widths(console, [(path, list(widths)) for path, widths in contents.layers])
+    print_widths(console, list(contents.layers), contents.expert_bits_nominal)
     linears = ", ".join(f"{count} at {bits} bits" for bits, count in contents.linears.items()) or "none quantized"
     console.print(
         f"{contents.path} ({contents.model_type}, groups of {contents.group_size}): "
@@ -250,10 +260,6 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
 
 def _rate(bytes_per_second: float) -> str:
     return f"{bytes_per_second / 1e9:,.1f} GB/s"
-
-
-def _mean_bits(counts: Counter[Width]) -> float:
-    return sum(nominal_bits(w) * n for w, n in counts.items()) / max(counts.total(), 1)
 
 
 def _count(parameters: int) -> str:

@@ -157,8 +157,8 @@ def test_other_calibration_sources(here, tmp_path, monkeypatch):
     refused(here, *arguments, "owner/texts", words=("owner/texts", "pip install gemq[datasets]"))
 
 
-def edited(change: Callable[[list[list[float]]], None]) -> str:
-    widths: list[list[float]] = [[2] * 16 for _ in range(6)]
+def edited(change: Callable[[list[list[Any]]], None]) -> str:
+    widths: list[list[Any]] = [[2] * 16 for _ in range(6)]
     change(widths)
     return json.dumps({"widths": widths})
 
@@ -170,6 +170,8 @@ def edited(change: Callable[[list[list[float]]], None]) -> str:
         (edited(lambda w: w.pop()), ("5 layers, the model 6",)),
         (edited(lambda w: w[1].__setitem__(3, 5)), ("layer 1, expert 3", "5", "choose from 1, 1.6, 2, 3")),
         (edited(lambda w: w[1].__setitem__(3, 8)), ("layer 1, expert 3", "8", "choose from 1, 1.6, 2, 3")),
+        (edited(lambda w: w[1].__setitem__(3, [2, 5])), ("layer 1, expert 3", "[2, 5]", "two in brackets")),
+        (edited(lambda w: w[1].__setitem__(3, [2, 3, 1])), ("layer 1, expert 3", "[2, 3, 1]", "two in brackets")),
         ("[1, 2]", ('"widths"',)),
         ("{", ("not valid JSON",)),
     ],

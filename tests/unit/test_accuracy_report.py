@@ -31,7 +31,7 @@ def row(name: str, kl: float, bits: float = 2.0, **more: str) -> dict[str, str]:
 def test_a_new_column_leaves_older_rows_whole(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     append(file, {"name": "old", "note": 'with, comma and "quotes"', "dropped": "1"})
-    layers = [[1, 1.6, 2], [3, 2, 2]]
+    layers = [[(1, 1), (1.6, 3), (2, 2)], [(3, 3), (2, 1.6), (2, 2)]]
     append(file, {"name": "new", "allocation": allocation_text(layers), "note": ""})
     append(file, {"name": "newer", "note": "x"})
     old, new, newer = read(file)

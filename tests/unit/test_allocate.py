@@ -17,7 +17,7 @@ from gemq.allocate import (
     smallest_budget,
 )
 from gemq.errors import UserError
-from gemq.quant.widths import matrix_bytes, nominal_bits
+from gemq.quant.widths import matrix_bytes, nominal_bits, plain_widths
 
 LADDER = (1, 1.6, 2, 3)
 
@@ -38,6 +38,14 @@ def make(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noise=0.3) ->
         counts=draw.integers(1, 1000, n),
         layers=len(sizes),
     )
+
+
+def of_matrices(sizes, seed=0) -> Problem:
+    """A row for each matrix of every expert: gate and up with twice the weights of down."""
+    rows = make([2 * n for n in sizes], seed=seed)
+    weights = np.tile([32_768, 16_384], sum(sizes))
+    sizes_of = rows.bytes * 2 // np.tile([[1], [2]], (sum(sizes), 1))
+    return dataclasses.replace(rows, weights=weights, bytes=sizes_of, units=2)
 
 
 def amount(problem: Problem, budget: Budget, found: Allocation) -> tuple[int, int]:
@@ -136,8 +144,8 @@ def test_layer_rule():
     problem = make([6, 0, 6, 6])
     problem.costs[:6] *= 1e-6  # without the rule, layer 0 gets 1 bit throughout
     plain, ruled = (allocate(problem, Budget("bits", 1.7), layer_rule=rule) for rule in (False, True))
-    assert set(plain.by_layer[0]) == {1}
-    assert all({2, 3} <= set(row) for row in ruled.by_layer if row)
+    assert set(plain.by_layer[0]) == {(1, 1)}
+    assert all({(2, 2), (3, 3)} <= set(row) for row in ruled.by_layer if row)
     assert ruled.by_layer[1] == []
     assert ruled.predicted_cost >= plain.predicted_cost
     with pytest.raises(UserError, match="layer 1 has one expert"):
@@ -148,14 +156,34 @@ def test_layerwise_gives_each_layer_the_same_budget():
     problem = make([16, 0, 16, 16], spread=1)
     problem.costs[:16] *= 1e6
     found = allocate(problem, Budget("bits", 1.5), "layerwise")
-    assert [sum(row) / 16 for row in found.by_layer if row] == [1.5, 1.5, 1.5]
+    assert found.layer_bits == (1.5, 0, 1.5, 1.5)
     assert found.predicted_cost > allocate(problem, Budget("bits", 1.5)).predicted_cost
+
+
+def test_matrices_get_widths_of_their_own():
+    """Only from the global program, and for at most what whole experts cost; the other ways keep experts whole."""
+    problem = of_matrices([8, 0, 8])
+    whole = problem.of_experts()
+    assert len(whole.weights) == 16
+    np.testing.assert_allclose(whole.costs[3], problem.costs[6] + problem.costs[7])
+    for budget in (Budget("bits", 1.5), Budget("stored_bits", 2.5), Budget("bytes", 130_000)):
+        found = allocate(problem, budget)
+        used, limit = amount(problem, budget, found)
+        assert used <= limit
+        assert any(first != down for row in found.by_layer for first, down in row)
+        assert found.predicted_cost < allocate(whole, budget).predicted_cost
+        for method in ("uniform", "random", "layerwise", "frequency"):
+            apart, together = (allocate(p, budget, method) for p in (problem, whole))
+            assert apart.by_layer == together.by_layer
+            assert apart.stored_bytes == together.stored_bytes
+            assert (apart.nominal_bits, apart.layer_bits) == (together.nominal_bits, together.layer_bits)
 
 
 def test_frequency_prefers_frequent_experts():
     problem = make([8, 8])
     found = allocate(problem, Budget("bits", 1.5), "frequency")
-    for rows, widths in zip(problem.by_layer, found.by_layer, strict=True):
+    for rows in problem.by_layer:
+        widths = found.widths[rows]
         ranked = [widths[i] for i in np.argsort(problem.counts[rows])]
         assert ranked == sorted(ranked)
     problem.counts[:8] *= 1000  # shares within a layer count, not tokens
@@ -168,7 +196,7 @@ def test_uniform():
     assert set(allocate(problem, Budget("stored_bits", 2.25), "uniform").widths) == {2}
     assert set(allocate(problem, Budget("bits", 1.625), "uniform").widths) == {1.6}
     mixed = allocate(problem, Budget("bits", 2.5), "uniform")
-    assert [sorted(row) for row in mixed.by_layer] == [[2] * 4 + [3] * 4, [], [2] * 4 + [3] * 4]
+    assert [sorted(row) for row in mixed.by_layer] == [[(2, 2)] * 4 + [(3, 3)] * 4, [], [(2, 2)] * 4 + [(3, 3)] * 4]
     assert mixed == allocate(problem, Budget("bits", 2.5), "uniform")
     assert mixed.widths != allocate(problem, Budget("bits", 2.5), "uniform", seed=1).widths
     only_ternary_below = make([8], (1.6, 2, 3))
@@ -238,11 +266,18 @@ def test_json_round_trip():
         found = allocate(problem, budget)
         text = found.to_json()
         assert Allocation.from_json(text, problem) == found
-        assert json.loads(text)["widths"] == found.by_layer
+        assert json.loads(text)["widths"] == plain_widths(found.by_layer)
     assert allocate(problem, Budget("bits", 1.625), "uniform").to_json() == (
         '{\n  "budget": {"bits": 1.625},\n  "method": "uniform",\n'
         '  "widths": [\n    [1.6, 1.6, 1.6],\n    [],\n    [1.6, 1.6],\n    []\n  ]\n}\n'
     )
+    apart = of_matrices([3, 0, 2])
+    found = allocate(apart, Budget("bits", 2.0))
+    assert len(set(found.by_layer[0])) > 1
+    assert Allocation.from_json(found.to_json(), apart) == found
+    read = Allocation.from_json('{"widths": [[1, [2, 3], 2], [], [[1, 1], 3]]}', apart)
+    assert read.by_layer == [[(1, 1), (2, 3), (2, 2)], [], [(1, 1), (3, 3)]]
+    assert plain_widths(read.by_layer) == [[1, [2, 3], 2], [], [1, 3]]
     edited = Allocation.from_json('{"widths": [[1, 2, 3], [], [1, 1.6], []]}', problem)
     assert (edited.widths, edited.method, edited.budget) == ((1, 2, 3, 1, 1.6), "file", None)
 

@@ -239,8 +239,8 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
         ladder, activations.hidden = build_layer(replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, 4)
         ladders.append(ladder)
     counts = [x.experts.count if x.experts else 0 for x in replay.structure.layers]
-    mixed = [[WIDTHS[(e + i) % 3] for e in range(n)] for i, n in enumerate(counts)]
-    three = [[3] * n for n in counts]
+    mixed = [[(WIDTHS[(e + i) % 3], WIDTHS[e % 3]) for e in range(n)] for i, n in enumerate(counts)]
+    three = [[(3, 3)] * n for n in counts]
     start = Activations.start(replay, windows, 24, 0)
     found = candidates_kl(replay, start, ladders.__getitem__, [mixed, three], 4, group, lambda *_: None)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -27,7 +27,7 @@ NEW = 2
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
     quick = {"effort": "low", "windows": 2, "window": 32, "quantizer": "rtn", "refine": False, "guard": False}
-    recipe = Recipe.from_dict({**quick, "bits": 2.0, "allocate": "random", "calib": [str(Path(__file__))]})
+    recipe = Recipe.from_dict({**quick, "bits": 2.0, "calib": [str(Path(__file__))]})
     gemq.quantize(str(builtin_model()), recipe, out=out, device="cpu")
     return out
 

@@ -23,8 +23,8 @@ from gemq.models.stream import Replay
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
-from gemq.quant.widths import group_size_for
-from gemq.refine import RefinedLayer, assemble_layer, install_layer, refine_layer
+from gemq.quant.widths import ExpertWidths, group_size_for
+from gemq.refine import RefinedLayer, assemble_layer, install_layer, matrix_widths, refine_layer
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
@@ -54,7 +54,9 @@ def build(
     return ladders
 
 
-def refine(replay: Replay, w: Windows, widths: list[list[float]], quantizer: Quantizer = GPTQ, dense_bits: int = 4):
+def refine(
+    replay: Replay, w: Windows, widths: list[list[ExpertWidths]], quantizer: Quantizer = GPTQ, dense_bits: int = 4
+):
     activations = Activations.start(replay, w, 24, 0)
     layers = []
     for i in range(len(replay.structure.layers)):
@@ -63,10 +65,11 @@ def refine(replay: Replay, w: Windows, widths: list[list[float]], quantizer: Qua
     return layers
 
 
-def mixed(structure: Structure, seed: int = 0) -> list[list[float]]:
-    """A width for every expert of every layer, all of them taken; empty in dense layers."""
+def mixed(structure: Structure) -> list[list[ExpertWidths]]:
+    """Widths for both matrices of every expert of every layer, all of them taken; empty in dense layers."""
     counts = [x.experts.count if x.experts else 0 for x in structure.layers]
-    return [[WIDTHS[(e + seed + i) % len(WIDTHS)] for e in range(n)] for i, n in enumerate(counts)]
+    at = lambda place: WIDTHS[place % len(WIDTHS)]
+    return [[(at(e + i), at(2 * e + i)) for e in range(n)] for i, n in enumerate(counts)]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -185,8 +188,8 @@ def test_assembling_picks_rows():
         assert len(tensors) == 3 * (len(layer.linears) + count)
         for path, packed in ladder.linears.items():
             assert torch.equal(tensors[f"{path}.codes"], packed.codes[0])
-        for e, width in enumerate(chosen):
-            for name in ("gate_up_proj", "down_proj"):
+        for e, both in enumerate(chosen):
+            for name, width in zip(("gate_up_proj", "down_proj"), both, strict=True):
                 for part in PackedMatrix._fields:
                     expected = getattr(ladder.experts[name][width], part)[e]
                     assert torch.equal(tensors[f"{layer.experts.path}.{e}.{name}.{part}"], expected)
@@ -222,8 +225,8 @@ def test_refine_equals_the_ladder_in_the_first_attention(family):
 
 def test_refine_of_one_expert_does_not_depend_on_the_others_widths():
     replay, other = replay_of("olmoe"), replay_of("olmoe")
-    widths = [[2] * 6 for _ in range(3)]
-    changed = [[4, 2, 2, 2, 2, 2], *widths[1:]]
+    widths = [[(2, 2)] * 6 for _ in range(3)]
+    changed = [[(4, 3), *widths[0][1:]], *widths[1:]]
     one = refine(replay, windows(), widths, dense_bits=16)[0].tensors
     two = refine(other, windows(), changed, dense_bits=16)[0].tensors
     path = replay.structure.layers[0].experts.path
@@ -274,10 +277,10 @@ def test_installed_weights_are_what_the_codes_mean(family):
             expected = dequantize(ladder.linears[linear.path].unpack(4, group))[0]
             assert torch.equal(replay.model.get_submodule(linear.path).weight, expected)
             touched.add(f"{linear.path}.weight")
-        for matrix in layer.experts.matrices if layer.experts else ():
+        for m, matrix in enumerate(layer.experts.matrices if layer.experts else ()):
             weight = expert_weight(replay.model.get_submodule(layer.experts.path), matrix.name)
-            for e, width in enumerate(chosen):
-                rung = rung_weight(ladder, matrix.name, width, matrix.columns, GROUP)
+            for e, both in enumerate(chosen):
+                rung = rung_weight(ladder, matrix.name, both[m], matrix.columns, GROUP)
                 assert torch.equal(weight[e], rung[e])
             touched.add(f"{layer.experts.path}.{matrix.name}")
     for name, tensor in replay.model.state_dict().items():
@@ -293,11 +296,7 @@ def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtyp
     layers = refine(replay, windows(), widths)
     structure = replay.structure
     packed = PackedFormat(
-        experts={
-            x.experts.path: {m.name: tuple(widths[i]) for m in x.experts.matrices}
-            for i, x in structure.moe_layers
-            if x.experts
-        },
+        experts={x.experts.path: matrix_widths(x, widths[i]) for i, x in structure.moe_layers if x.experts},
         linears={x.path: 4 for layer in structure.layers for x in layer.linears},
         group_size=GROUP,
     )

@@ -196,7 +196,7 @@ def test_efforts():
         Recipe(),
         Recipe(effort="low", bits=2.25, calib=("a.txt", "self"), widths=(1.6, 2, 4), layer_rule=True, window=512),
         Recipe(size=12 * 10**9, allocate="random", refine=False, smoothing=0.0, dtype="float32"),
-        Recipe(effort="low", stored_bits=2.5, quantizer="rtn", score_form="elementwise", attention_bits=16),
+        Recipe(effort="low", stored_bits=2.5, quantizer="rtn", allocate_by="expert", attention_bits=16),
     ],
 )
 def test_round_trips(recipe, tmp_path):

@@ -53,7 +53,7 @@ def rungs_of(module: Any, experts: Experts, seed: int = 0) -> list[tuple[Tensor,
     return rungs
 
 
-def scores_of(family: str, form: str, batch_tokens: int = 20) -> dict[int, LayerScores]:
+def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) -> dict[int, LayerScores]:
     replay, activations, inputs = start(family, batch_tokens)
     gradients = loss_gradients(replay, activations, "data", 0)
     found = {}
@@ -65,8 +65,8 @@ def scores_of(family: str, form: str, batch_tokens: int = 20) -> dict[int, Layer
             if call is None or gradient is None or experts is None:
                 continue
             module = replay.model.get_submodule(experts.path)
-            scores = found.setdefault(i, empty_scores(3, experts.count, WIDTHS, replay.device))
-            routed, costs = pair_costs(module, experts, call, gradient, rungs_of(module, experts, i), form)
+            scores = found.setdefault(i, empty_scores(3, experts.count, units, WIDTHS, replay.device))
+            routed, costs = pair_costs(module, experts, call, gradient, rungs_of(module, experts, i), form, units)
             add_costs(scores, routed, costs, activations.source[batch].repeat_interleave(10))
     return found
 
@@ -120,21 +120,21 @@ def test_reverse_pass_equals_whole_model_autograd(family):
     assert seen == set(expected)
 
 
-@pytest.mark.parametrize("form", ["token", "elementwise"])
+@pytest.mark.parametrize(("form", "units"), [("token", 1), ("token", 2), ("elementwise", 1), ("elementwise", 2)])
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2", "gpt_oss", "nemotron_h"])
-def test_costs_equal_the_definition(family, form):
+def test_costs_equal_the_definition(family, form, units):
     """Loops over tokens, experts and widths in float64, with gradients from plain autograd."""
     model = tiny(family)
     structure = find_structure(model)
     expected = whole_model_gradients(model, structure, next_token_loss)
-    found = scores_of(family, form)
+    found = scores_of(family, form, units=units)
     for i, layer in structure.moe_layers:
         experts = layer.experts
         module = model.get_submodule(experts.path)
         call, gradient = expected[i]
         rungs = rungs_of(module, experts, i)
         exact = [expert_weight(module, m.name) for m in experts.matrices]
-        costs = torch.zeros(3, experts.count, 2, dtype=torch.float64)
+        costs = torch.zeros(3, experts.count, units, 2, dtype=torch.float64)
         counts = torch.zeros(3, experts.count, dtype=torch.int64)
         for t in range(60):
             source = int(WINDOWS.source[t // 10])
@@ -142,10 +142,12 @@ def test_costs_equal_the_definition(family, form):
                 counts[source, e] += 1
                 before = expert_output(module, exact, e, call.hidden[t])
                 for b, rung in enumerate(rungs):
-                    change = expert_output(module, rung, e, call.hidden[t]) - before
-                    change = change * call.top_k_weights[t, slot].double()
-                    product = gradient[t].double() * change
-                    costs[source, e, b] += product.sum() ** 2 if form == "token" else (product**2).sum()
+                    changed = [rung] if units == 1 else [(rung[0], exact[1]), (exact[0], rung[1])]
+                    for unit, pair in enumerate(changed):
+                        change = expert_output(module, pair, e, call.hidden[t]) - before
+                        change = change * call.top_k_weights[t, slot].double()
+                        product = gradient[t].double() * change
+                        costs[source, e, unit, b] += product.sum() ** 2 if form == "token" else (product**2).sum()
         assert torch.equal(found[i].tokens, counts)
         # differences of float32 outputs, 2e-7 of outputs up to 50 times the differences, squared
         torch.testing.assert_close(found[i].costs, costs.detach(), rtol=1e-3, atol=1e-5 * costs.max().item())
@@ -179,18 +181,19 @@ def test_exact_weights_cost_nothing():
     module = replay.model.get_submodule(experts.path)
     for _, call, gradient in reverse_layer(replay, 2, activations, gradients):
         exact = tuple(expert_weight(module, m.name) for m in experts.matrices)
-        _, costs = pair_costs(module, experts, call, gradient, [exact], "token")
-        assert costs.shape == (40, 1)
-        assert not costs.any()
+        for units in (1, 2):
+            _, costs = pair_costs(module, experts, call, gradient, [exact], "token", units)
+            assert costs.shape == (40, units, 1)
+            assert not costs.any()
 
 
 def test_sources_add_up():
-    scores = empty_scores(3, 4, WIDTHS, torch.device("cpu"))
+    scores = empty_scores(3, 4, 2, WIDTHS, torch.device("cpu"))
     from gemq.models.experts import route
 
     index = torch.tensor([[0, 3], [1, 3], [3, 0], [2, 1]])
     routed = route(index, torch.ones(4, 2), 4)
-    costs = torch.rand(8, 2, dtype=torch.float64)
+    costs = torch.rand(8, 2, 2, dtype=torch.float64)
     source = torch.tensor([0, 2, 2, 0])
     add_costs(scores, routed, costs, source)
     add_costs(scores, routed, costs, source)
@@ -255,7 +258,7 @@ def test_sampled_labels_follow_the_models_prediction():
 @pytest.mark.parametrize("k", [0.0, 0.5, 2.0, 1e9])
 def test_smoothing_formula(k):
     generator = torch.Generator().manual_seed(0)
-    costs = torch.rand(5, 3, generator=generator, dtype=torch.float64)
+    costs = torch.rand(5, 2, 3, generator=generator, dtype=torch.float64)
     counts = torch.tensor([4, 0, 10, 1, 25])
     costs[1] = 0
     mean = 8.0
@@ -267,7 +270,7 @@ def test_smoothing_formula(k):
 
 
 def test_smoothing_keeps_what_it_should():
-    costs = torch.rand(4, 2, dtype=torch.float64)
+    costs = torch.rand(4, 1, 2, dtype=torch.float64)
     even = torch.full((4,), 7)
     torch.testing.assert_close(smooth_usage(costs, even, 3.0), costs)
     torch.testing.assert_close(smooth_usage(costs, torch.tensor([1, 2, 3, 4]), 0.0), costs)

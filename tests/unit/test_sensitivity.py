@@ -55,9 +55,9 @@ def test_windows_are_the_same_share_of_every_source():
 
 
 def test_rescaled_costs_sum_to_what_was_measured():
-    costs = torch.rand(5, 3, dtype=torch.float64)
-    costs[:, 2] = 0  # a width without error stays without cost
+    costs = torch.rand(5, 2, 3, dtype=torch.float64)
+    costs[..., 2] = 0  # a width without error stays without cost
     kl = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64)
     scaled = rescaled(costs, kl)
-    torch.testing.assert_close(scaled.sum(0), torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(scaled[:, 0] / scaled[0, 0], costs[:, 0] / costs[0, 0])
+    torch.testing.assert_close(scaled.sum((0, 1)), torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(scaled[..., 0] / scaled[0, 0, 0], costs[..., 0] / costs[0, 0, 0])

@@ -62,7 +62,7 @@ def test_bytes_are_those_of_the_tensors(family, group_size):
             found = sum(nbytes(rungs[width]) for rungs in ladder.experts.values())
             assert found == layer.experts.count * expert_bytes(layer.experts, width, group_size)
             total += found
-            tensors = assemble_layer(ladder, layer, [width] * layer.experts.count).tensors
+            tensors = assemble_layer(ladder, layer, [(width, width)] * layer.experts.count).tensors
             mine = [t for n, t in tensors.items() if n.startswith(f"{layer.experts.path}.0.")]
             assert nbytes(mine) == expert_bytes(layer.experts, width, group_size)
     assert linear_bytes(structure, recipe) == linears

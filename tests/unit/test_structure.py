@@ -20,7 +20,8 @@ from gemq.data.windows import Windows
 from gemq.ladder import Quantizer, build_layer
 from gemq.models.stream import Replay
 from gemq.models.structure import FEWEST_ROWS, Structure, find_structure
-from gemq.refine import refine_layer
+from gemq.quant.widths import ExpertWidths
+from gemq.refine import matrix_widths, refine_layer
 from gemq.score import loss_gradients, reverse_layer
 
 torch.set_num_threads(1)
@@ -266,7 +267,7 @@ def test_own_family_end_to_end(tmp_path):
             assert call is not None
             assert gradient is not None
             assert gradient.abs().sum() > 0
-    widths = [1, 2, 4, 2, 1]
+    widths: list[ExpertWidths] = [(1, 1), (2, 4), (4, 4), (2, 1), (1, 2)]
     shards = []
     activations = Activations.start(replay, windows, 24, 0)
     for i in range(3):
@@ -287,13 +288,9 @@ def test_own_family_end_to_end(tmp_path):
         torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
-def packed_format(structure: Structure, widths: list[float]) -> PackedFormat:
+def packed_format(structure: Structure, widths: list[ExpertWidths]) -> PackedFormat:
     return PackedFormat(
-        experts={
-            x.experts.path: {m.name: tuple(widths) for m in x.experts.matrices}
-            for _, x in structure.moe_layers
-            if x.experts
-        },
+        experts={x.experts.path: matrix_widths(x, widths) for _, x in structure.moe_layers if x.experts},
         linears={linear.path: 4 for layer in structure.layers for linear in layer.linears},
         group_size=32,
     )

@@ -18,6 +18,7 @@ from gemq.models.structure import find_structure
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
+from gemq.quant.widths import ExpertWidths
 from gemq.reconstruct import Training, tunable_names
 from gemq.refine import RefinedLayer, Targets, refine_layer
 
@@ -150,6 +151,10 @@ def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
     assert error(trained) < error(plain)
 
 
+def mixed(count: int) -> list[ExpertWidths]:
+    return [((1, 2, 3)[e % 3], (2, 3)[e % 2]) for e in range(count)]
+
+
 def refined(training: Training | None) -> tuple[Replay, Activations, list[RefinedLayer], list[torch.Tensor]]:
     """A whole model refined at mixed widths, and the full-precision model's last hidden states."""
     replay, activations = start()
@@ -160,7 +165,7 @@ def refined(training: Training | None) -> tuple[Replay, Activations, list[Refine
         advance(replay, i, exact, activations.calls)
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
-        widths = [(1, 2, 3)[e % 3] for e in range(layer.experts.count)]
+        widths = mixed(layer.experts.count)
         layers.append(refine_layer(replay, i, activations, QUANTIZER, widths, 4, targets))
         activations.advance(replay, i)
     return replay, activations, layers, exact
@@ -200,7 +205,7 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
     first = Activations.start(replay, windows, 128, 0)
-    widths = [[(1, 2, 3)[e % 3] for e in range(x.experts.count)] for x in replay.structure.layers if x.experts]
+    widths = [mixed(x.experts.count) for x in replay.structure.layers if x.experts]
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     steps: list[int] = []
 

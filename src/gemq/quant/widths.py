@@ -9,6 +9,8 @@ from __future__ import annotations
 from gemq.errors import UserError
 
 Width = float
+ExpertWidths = tuple[Width, Width]
+"""Of an expert's two matrices: gate and up (or up alone), and down."""
 
 LEVELS: dict[Width, int] = {1: 2, 1.6: 3, 2: 4, 3: 8, 4: 16, 8: 256}
 """Number of code values of each width."""
@@ -19,6 +21,11 @@ SMALLEST_GROUP = 16
 def width_name(width: Width) -> str:
     """``1``, ``1.6``, ``2`` ...: how a width is written everywhere."""
     return f"{width:g}"
+
+
+def plain_widths(by_layer: list[list[ExpertWidths]]) -> list[list[Width | list[Width]]]:
+    """Widths by layer and expert as they stand in files: one number where both matrices have the same, else both."""
+    return [[first if first == down else [first, down] for first, down in layer] for layer in by_layer]
 
 
 def parse_width(value: object) -> Width:
