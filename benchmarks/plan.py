@@ -11,10 +11,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from gemq.models.source import Source, pick_device
+from gemq.models.source import Source
 from gemq.pipeline import quantize
 from gemq.plan import plan
 from gemq.recipe import Recipe
+from gemq.resources.machine import pick_device
 from record import RESULTS, append, environment
 
 

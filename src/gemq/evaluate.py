@@ -26,9 +26,10 @@ from gemq.divergence import chunks, divergence
 from gemq.errors import UserError
 from gemq.inspect import Contents, inspect_checkpoint
 from gemq.models.experts import watch_experts
-from gemq.models.source import DTYPES, Source, longest_window, pick_device
+from gemq.models.source import DTYPES, Source, longest_window
 from gemq.models.structure import Structure, find_structure
 from gemq.progress import Monitor
+from gemq.resources.machine import pick_device
 
 
 @dataclass

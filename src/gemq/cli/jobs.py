@@ -66,8 +66,9 @@ def plan(
     keys = given(locals(), Recipe)
     check_json(json_file)
     chosen = recipe_of(recipe, keys)
-    from gemq.models.source import Source, pick_device
+    from gemq.models.source import Source
     from gemq.plan import plan as make_plan
+    from gemq.resources.machine import pick_device
     from gemq.summary import print_plan
 
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)

@@ -222,19 +222,6 @@ class Source:
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], files
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises UserError when that device is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"there is no device {name!r}: give auto, cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name} is not there ({torch.cuda.device_count()} GPUs found): give --device cpu")
-    return device
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute type that a recipe's ``dtype`` means on ``device``."""
     if name == "auto":

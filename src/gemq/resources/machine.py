@@ -1,4 +1,5 @@
-"""How fast this machine is, measured in about a second: products, elementwise passes, calls, random numbers.
+"""The device that a name means, and how fast it is, measured in about a second: products, elementwise passes, calls,
+random numbers.
 
 Knows no models: ``workload`` counts how much of each a stage takes.
 """
@@ -14,10 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemq.errors import UserError
+
 SECONDS, TRIES = 0.05, 3
 """What a figure is measured for, and how often: the best counts, as others may use the machine now and then."""
 LARGEST = 2048
 """Rows and columns of a measured product at most: larger ones are no faster."""
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises UserError when that device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"there is no device {name!r}: give auto, cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not there ({torch.cuda.device_count()} GPUs found): give --device cpu")
+    return device
 
 
 @dataclass(frozen=True)

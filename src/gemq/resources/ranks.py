@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gemq.errors import UserError
+from gemq.resources.machine import pick_device
 from gemq.resources.processes import end, end_when_told
 
 SHARDS = 4
@@ -239,8 +240,6 @@ def start_ranks(device: str) -> Ranks:
     device: as the user gave it; on GPUs each rank gets its own
     Raises UserError when there are fewer GPUs than ranks.
     """
-    from gemq.models.source import pick_device
-
     picked = pick_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
