@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave decoder layers uncompiled")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes of a start: part")
+    parser.add_argument("--layers", type=int, help="fewer than the model has: what a CPU's memory and patience allow")
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--profile", metavar="SHAPE", help="print a decode step's kernels instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -88,7 +90,7 @@ def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from gemq.bench import Work, bench
-    from shapes import SHAPES, dense_model, mean_bits, packed_model
+    from shapes import SHAPES, Shape, dense_model, mean_bits, packed_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
@@ -96,22 +98,27 @@ def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     full = {"batches": args.batches, "prefills": prefills, "new_tokens": NEW_TOKENS}
     sizes: dict[str, Any] = full if cuda else SMALL
     compiled = cuda and not args.no_compile
+    named = f"{args.layers}-layers-{part}" if args.layers else part
+
+    def cut(shape: Shape) -> Shape:
+        return replace(shape, changes={**shape.changes, "num_hidden_layers": args.layers}) if args.layers else shape
+
     if not part.endswith("-bf16"):
-        shape = SHAPES[part]
+        shape = cut(SHAPES[part])
         values = bench(packed_model(shape, device), Work(**sizes, compiled=compiled))
-        rows = to_rows(part, mean_bits(shape), "packed", values)
+        rows = to_rows(named, mean_bits(shape), "packed", values)
         if compiled:  # what `gemq generate` does unless told to compile
             plain = bench(packed_model(shape, device), Work([1], [], NEW_TOKENS, compiled=False))
-            rows += to_rows(part, mean_bits(shape), "packed", plain)
+            rows += to_rows(named, mean_bits(shape), "packed", plain)
         return rows
-    shape = next(s for s in SHAPES.values() if s.name.startswith(part.removesuffix("bf16")))
+    shape = cut(next(s for s in SHAPES.values() if s.name.startswith(part.removesuffix("bf16"))))
     model = dense_model(shape, device)
     rows = []
     for experts in ("batched_mm", "grouped_mm"):
         model.set_experts_implementation(experts)
         # Gathering the chosen experts' weights pays for few tokens only, and does not fit for a long prompt.
         few = {"batches": sizes["batches"][:1], "prefills": []} if experts == "batched_mm" else {}
-        rows += to_rows(part, 16.0, experts, bench(model, Work(**{**sizes, **few}, compiled=compiled)))
+        rows += to_rows(named, 16.0, experts, bench(model, Work(**{**sizes, **few}, compiled=compiled)))
     return rows
 
 
