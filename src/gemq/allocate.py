@@ -58,8 +58,6 @@ class Problem:
 
     def of_experts(self) -> Problem:
         """The same with a row for each expert."""
-        if self.units == 1:
-            return self
         add = lambda table: table.reshape(-1, self.units, *table.shape[1:]).sum(1)
         tables = {name: add(getattr(self, name)) for name in ("costs", "weights", "bytes")}
         own = {name: getattr(self, name)[:: self.units] for name in ("layer", "counts")}

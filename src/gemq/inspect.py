@@ -72,7 +72,7 @@ def inspect_checkpoint(path: str | Path) -> Contents:
         headers.update(read_header(file))
     sizes = {name: _bytes(spec) for name, spec in headers.items()}
     expert_bytes = linear_bytes = 0
-    weights, bits = defaultdict[str, float](float), defaultdict[str, float](float)  # by experts module
+    weights, bits = Counter[str](), defaultdict[str, float](float)  # by experts module
     listed = set()
     for matrix in packed.matrices():
         names = [f"{matrix.name}.{part}" for part in ("codes", "scales", "offsets")]
@@ -100,8 +100,8 @@ def inspect_checkpoint(path: str | Path) -> Contents:
         expert_bytes,
         linear_bytes,
         sum(size for name, size in sizes.items() if name not in listed),
-        int(sum(weights.values())),
-        sum(bits.values()) / max(sum(weights.values()), 1),
+        weights.total(),
+        sum(bits.values()) / max(weights.total(), 1),
     )
 
 

@@ -163,9 +163,8 @@ def export(
 
 
 def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
-    replay, stored = job.load(
-        verify=guarded
-    )  # a plain export: quantize verified before the work directory had a ladder
+    # A plain export does not verify: quantize did, before the work directory had a ladder.
+    replay, stored = job.load(verify=guarded)
     structure = replay.structure
     if job.monitor.console is not None:
         dtype = replay.model.dtype

@@ -180,6 +180,7 @@ def layer_overrides(
         q = _named(refined.tensors, linear.path).unpack(dense_bits, group_size_for(linear.columns, group_size))
         name = f"{linear.path}.weight"
         overrides[name] = as_parameter(model, name, dequantize(q).unsqueeze(0))
+    of_matrices = matrix_widths(layer, widths)
     for matrix in layer.experts.matrices if layer.experts is not None else ():
         assert layer.experts is not None
         group = group_size_for(matrix.columns, group_size)
@@ -187,7 +188,7 @@ def layer_overrides(
         device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
         dtype = model.get_parameter(name).dtype
         weight = torch.empty(len(widths), matrix.rows, matrix.columns, dtype=dtype, device=device)
-        for e, width in enumerate(matrix_widths(layer, widths)[matrix.name]):
+        for e, width in enumerate(of_matrices[matrix.name]):
             q = _named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}").unpack(width, group)
             weight[e] = dequantize(q).to(weight)
         overrides[name] = as_parameter(model, name, weight)

@@ -22,6 +22,7 @@ from gemq.kernels import decode_kernels, fields, vector_kernels
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.fixed import covered, lanes_of
 from gemq.kernels.gates import kernel_arguments
+from gemq.kernels.merge import MOST_LINEARS
 
 _LOW = (2, 3, 4, 8)
 
@@ -339,9 +340,6 @@ def _column_constants(x: Tensor, group_size: int, config: Config) -> dict[str, A
     sizes = {"G": group_size, "NG": x.shape[-1] // group_size, "M": config.block_rows, "S": config.split}
     return {**sizes, "KIND": _kind(x), "num_warps": config.num_warps}
 
-
-MOST_LINEARS = 3
-"""Matrices that one launch takes at most: query, key and value."""
 
 VECTOR_PRODUCTS = 1 << 26
 """Below so many products in all linears take rows one by one; more share the tensor cores' tile. Measured: they meet at

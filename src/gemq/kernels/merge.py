@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import fx, ops
 
-MOST = 3
-"""As ``launch.MOST_LINEARS``, which needs triton."""
+MOST_LINEARS = 3
+"""Matrices that one launch takes at most: query, key and value."""
 
 
 def merge_linears(module: fx.GraphModule) -> int:
@@ -22,8 +22,8 @@ def merge_linears(module: fx.GraphModule) -> int:
     """
     saved = 0
     for nodes in _alike(module.graph):
-        for start in range(0, len(nodes), MOST):
-            together = nodes[start : start + MOST]
+        for start in range(0, len(nodes), MOST_LINEARS):
+            together = nodes[start : start + MOST_LINEARS]
             if len(together) > 1:
                 _merge(module.graph, together)
                 saved += len(together) - 1
