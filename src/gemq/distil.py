@@ -12,7 +12,6 @@ Shapes: B windows, S tokens, H hidden, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemq.calibrate import Activations, shared
-from gemq.checkpoint.packing import PackedMatrix, unpack_codes
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.kernels.unpacked import codes_of, weights
 from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
-from gemq.quant.dequantized import weights
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import Quantized
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
@@ -64,10 +63,6 @@ class Distilled:
     after: float = 0.0
 
 
-UNPACKED_TOGETHER = 1 << 26
-"""Weights that are unpacked at once: in float32 on their way."""
-
-
 class PackedExperts:
     """One matrix of a layer's experts, packed, with trainable scales and offsets: of this rank's experts."""
 
@@ -81,34 +76,24 @@ class PackedExperts:
         group_size: int,
     ):
         self.matrix, self.widths = matrix, all_widths[own]
-        widths = self.widths
-        self.group = group_size_for(matrix.columns, group_size)
         self.all_names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
         self.names = self.all_names[own]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
-        members: dict[Width, list[int]] = defaultdict(list)
-        for e, width in enumerate(widths):
-            members[width].append(e)
-        self.packed = {w: torch.stack([packed[e].codes for e in some]) for w, some in members.items()}
-        self.places = {w: torch.tensor(some, device=packed[0].codes.device) for w, some in members.items()}
+        self.codes = codes_of(packed, self.widths, group_size_for(matrix.columns, group_size))
         scales, offsets = (torch.stack([getattr(p, part) for p in packed]) for part in ("scales", "offsets"))
-        self.grids = TrainableMatrices(Quantized(packed[0].codes, scales, offsets), scales.new_zeros(len(widths)), None)
+        # their codes stay packed: of these only scales and offsets are used
+        self.grids = TrainableMatrices(
+            Quantized(packed[0].codes, scales, offsets), scales.new_zeros(len(self.widths)), None
+        )
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[E, rows, columns], differentiable in scales and offsets."""
-        return weights(*self.grids.grid(), self._codes, self.matrix.columns, dtype)
-
-    def _codes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Codes of some experts of one width after another."""
-        most = max(1, UNPACKED_TOGETHER // (self.matrix.rows * self.matrix.columns))
-        for width, places in self.places.items():
-            for some, codes in zip(places.split(most), self.packed[width].split(most), strict=True):
-                yield some, unpack_codes(codes, width, self.group)
+        return weights(*self.grids.grid(), self.codes, dtype)
 
     def held(self) -> list[Tensor]:
         """All tensors."""
         grids = self.grids
-        return [*self.packed.values(), grids.base_scale, grids.base_offset, grids.highest, *grids.grids()]
+        return [*self.codes.held(), grids.base_scale, grids.base_offset, grids.highest, *grids.grids()]
 
     def result(self, join: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Scales and offsets of all experts by their checkpoint names, on the CPU. ``join``: from all ranks' own."""
@@ -315,8 +300,8 @@ class _PackedLayer:
         self.linears = {}
         for linear in layer.linears if dense_bits < 16 else ():
             packed = PackedMatrix(*(refined.tensors[f"{linear.path}.{part}"] for part in PackedMatrix._fields))
-            self.linears[f"{linear.path}.weight"] = packed, group_size_for(linear.columns, group_size)
-        self.dense_bits = dense_bits
+            codes = codes_of([packed], [dense_bits], group_size_for(linear.columns, group_size))
+            self.linears[f"{linear.path}.weight"] = codes, packed.scales[None], packed.offsets[None]
         matrices = layer.experts.matrices if layer.experts else ()
         replaced = {*self.linears, *(f"{layer.experts.path}.{m.name}" for m in matrices if layer.experts)}
         self.rest = replay.rest(index, replaced)
@@ -332,7 +317,7 @@ class _PackedLayer:
 
     def _held(self) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors that stay as they are, and those that a step changes."""
-        fixed = [*self.rest.values(), *(t for packed, _ in self.linears.values() for t in packed)]
+        fixed = [*self.rest.values(), *(t for codes, *grids in self.linears.values() for t in (*codes.held(), *grids))]
         fixed += [t for m in self.experts for t in m.held()]
         changing = list(self.trained)
         if self.optimizer is not None and self.optimizer.inner is not None:
@@ -345,9 +330,9 @@ class _PackedLayer:
         self.waiting.come()
         model = self.replay.model
         overrides = {**self.rest, **self.tuned.overrides()}
-        for name, (packed, group) in self.linears.items():
-            weight = dequantize(packed.unpack(self.dense_bits, group))
-            overrides[name] = as_parameter(model, name, weight.unsqueeze(0))
+        for name, (codes, scales, offsets) in self.linears.items():
+            weight = codes.weights(scales.float(), offsets.float(), model.get_parameter(name).dtype)
+            overrides[name] = as_parameter(model, name, weight)
         if self.layer.experts is not None:
             dtype = model.get_parameter(f"{self.layer.experts.path}.{self.experts[0].matrix.name}").dtype
             unpacked = [m.weight(dtype) for m in self.experts]

@@ -35,6 +35,7 @@ from gemq.kernels.matmul import config_for
 from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices, make_packed
 from gemq.kernels.routing import combine, sort_pairs
 from gemq.kernels.unpack import dequantize
+from gemq.kernels.unpacked import KernelCodes, TorchCodes
 from gemq.models.structure import find_structure
 from gemq.quant.grid import Quantized
 from gemq.quant.widths import LEVELS, group_size_for
@@ -114,6 +115,21 @@ def test_dequantize_equals_the_reference(group):
                 assert torch.equal(dense[e], expected)
             else:  # the sum before the rounding may differ in its last bits
                 torch.testing.assert_close(dense[e], expected, rtol=2**-10, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+def test_weights_and_gradients_of_grids_equal_the_reference(group):
+    matrices = random_matrices(70, 2 * group, MIXED, group)
+    parts = [matrices.matrix(e) for e in range(len(MIXED))]
+    plain, ours = (kind(parts, MIXED, group) for kind in (TorchCodes, KernelCodes))
+    scales, offsets = (torch.stack([getattr(part, name) for part in parts]).float() for name in ("scales", "offsets"))
+    expected = plain.weights(scales, offsets, FP32)
+    assert torch.equal(ours.weights(scales, offsets, FP32), expected)
+    rounded = ours.weights(scales, offsets, FP16)
+    torch.testing.assert_close(rounded.float(), expected, rtol=2**-10, atol=1e-4)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for found, wanted in zip(ours.grid_gradients(slope), plain.grid_gradients(slope), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -266,14 +266,14 @@ def test_packed_experts_mean_what_their_codes_say():
 
 
 def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
-    monkeypatch.setattr("gemq.distil.UNPACKED_TOGETHER", 1)  # one expert at a time
+    monkeypatch.setattr("gemq.kernels.unpacked.UNPACKED_TOGETHER", 1)  # one expert at a time
     replay, _, layers, _ = refined(None)
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     packed = PackedExperts(layers[0], experts, slice(0, experts.count), experts.matrices[0], widths, 32)
     whole = torch.zeros(packed.weight().shape, dtype=torch.uint8)
-    for some, codes in packed._codes():
+    for some, codes in packed.codes.unpacked(whole.shape[-1]):
         whole[some] = codes
     base = packed.grids
     plain = TrainableMatrices(Quantized(whole, base.base_scale.half(), base.base_offset.half()), base.highest, None)

@@ -1,4 +1,4 @@
-"""Packed codes -> tiles of weights in registers, for Triton kernels that multiply whole tiles.
+"""Packed codes -> tiles of weights in registers, for Triton kernels that multiply whole tiles or write weights out.
 
 A code's bits go to the top of a float32 mantissa and an exponent of 1.0 is put above them, so that the value is
 1 + code / levels, exactly, and one multiply-add with group constants gives the weight: no integer conversion,
@@ -228,6 +228,48 @@ def _dequantize_kernel(
                     tl.store(target[:, None] + (h * BLOCK + tl.arange(0, BLOCK))[None, :], w, mask=mask[:, None])
 
 
+@triton.jit
+def _grid_gradients_kernel(
+    gradient,
+    codes,
+    table,
+    of_scales,
+    of_offsets,
+    num_rows,
+    groups,
+    one_bits,
+    WIDTHS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program (i, g, e): rows i * ROWS ... of expert e, group g."""
+    expert, group = tl.program_id(2), tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < num_rows
+    levels = tl.load(table + 3 * expert)
+    codes += tl.multiple_of(tl.load(table + 3 * expert + 1), 16)
+    at = (expert.to(tl.int64) * num_rows + row) * groups + group
+    slopes = gradient + at * GROUP
+    zero = tl.zeros([ROWS], tl.float32)
+    of_scale, of_offset = zero, zero
+    for i in tl.static_range(WIDTHS_TO_TRY):
+        if (WIDTHS >> i) & 1:  # noqa: SIM102 - the outer is the compiler's
+            if levels == levels_at(i):
+                n = group_bytes(levels_at(i), GROUP)
+                first = codes + row.to(tl.int64) * (groups * n) + group * n
+                for h in tl.static_range(GROUP // BLOCK):
+                    code = load_weights(
+                        first, mask, zero + 1, zero, one_bits, h * BLOCK, levels_at(i), GROUP, BLOCK, tl.float32
+                    )
+                    column = h * BLOCK + tl.arange(0, BLOCK)
+                    slope = tl.load(slopes[:, None] + column[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+                    of_scale += tl.sum(slope * code, 1)
+                    of_offset += tl.sum(slope, 1)
+    tl.store(of_scales + at, of_scale, mask=mask)
+    tl.store(of_offsets + at, of_offset, mask=mask)
+
+
 def dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -262,3 +304,33 @@ def dequantize(
         num_warps=4,
     )
     return out
+
+
+def grid_gradients(
+    gradient: Tensor, codes: Tensor, table: Tensor, widths: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of all matrices' scales and offsets, [E, rows, groups] float32 each, from that of their weights.
+
+    gradient: [E, rows, columns] of any float type; codes, table, widths as in ``dequantize``.
+    """
+    experts, rows, columns = gradient.shape
+    groups = columns // group_size
+    of_scales, of_offsets = (
+        torch.empty(experts, rows, groups, dtype=torch.float32, device=gradient.device) for _ in range(2)
+    )
+    _grid_gradients_kernel[(triton.cdiv(rows, 64), groups, experts)](
+        gradient.contiguous(),
+        codes,
+        table,
+        of_scales,
+        of_offsets,
+        rows,
+        groups,
+        ONE_BITS,
+        WIDTHS=widths,
+        GROUP=group_size,
+        BLOCK=min(group_size, BLOCK_COLUMNS),
+        ROWS=64,
+        num_warps=4,
+    )
+    return of_scales, of_offsets

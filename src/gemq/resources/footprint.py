@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gemq.distil import UNPACKED_TOGETHER
 from gemq.errors import UserError
+from gemq.kernels.unpacked import UNPACKED_TOGETHER
 from gemq.ladder import CHUNK_BYTES
 from gemq.models.source import calibration_window
 from gemq.models.stream import LOGITS_TOGETHER
