@@ -128,9 +128,14 @@ def jobs(args: argparse.Namespace, directory: Path) -> None:
 
 
 def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two: Any) -> None:
-    """Share of experts at the same width, and of equal codes among them."""
-    pairs = [(a, b) for rows in zip(one, two, strict=True) for a, b in zip(*rows, strict=True)]
-    record(args, f"job {effort}", "experts at the same width", 1.0, sum(a == b for a, b in pairs) / len(pairs), "")
+    """Share of matrices at the same width, and of equal codes among them."""
+    pairs = [
+        pair
+        for rows in zip(one, two, strict=True)
+        for expert in zip(*rows, strict=True)
+        for pair in zip(*map(both, expert), strict=True)
+    ]
+    record(args, f"job {effort}", "matrices at the same width", 1.0, sum(a == b for a, b in pairs) / len(pairs), "")
     from safetensors import safe_open
 
     from gemq.inspect import inspect_checkpoint
@@ -143,10 +148,10 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
         tensors.append({name: file for file in opened for name in file.keys()})  # noqa: SIM118
     equal = total = 0
     for path, rows in zip(paths, zip(*([r for r in x if r] for x in (one, two)), strict=True), strict=True):
-        for e, (a, b) in enumerate(zip(*rows, strict=True)):
-            if a != b:
-                continue
-            for name in ("gate_up_proj", "down_proj"):
+        for e, expert in enumerate(zip(*rows, strict=True)):
+            for name, a, b in zip(("gate_up_proj", "down_proj"), *map(both, expert), strict=True):
+                if a != b:
+                    continue
                 full = f"{path}.{e}.{name}"
                 found = [
                     PackedMatrix(*(files[f"{full}.{p}"].get_tensor(f"{full}.{p}") for p in PackedMatrix._fields))
@@ -158,6 +163,11 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
                 equal += int((codes[0] == codes[1]).sum())
                 total += codes[0].numel()
     record(args, f"job {effort}", "equal codes", 1.0, equal / max(total, 1), "")
+
+
+def both(widths: Any) -> list[float]:
+    """An expert's two widths, as they are or from the one that stands for both."""
+    return list(widths) if isinstance(widths, list | tuple) else [widths, widths]
 
 
 def group_size_of(matrix: PackedMatrix, width: float) -> int:

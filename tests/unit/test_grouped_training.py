@@ -8,9 +8,9 @@ from interpreted import DEVICE
 from torch import Tensor
 
 from families import tiny
-from gemq.kernels.pairs import combine, gather, residual_gradient, silu_gate
+from gemq.kernels.pairs import Shared, combine, gather, residual_gradient, silu_gate
 from gemq.models import experts, grouped
-from gemq.models.experts import Routed, route, route_all
+from gemq.models.experts import Routed, route, route_all, route_own
 from gemq.models.structure import find_structure
 from gemq.rungs import _residuals
 
@@ -81,6 +81,30 @@ def test_gathering_and_combining_with_gradients():
         results += [y, *torch.autograd.grad((y * slope).sum(), (x, w))]
     for a, b in zip(found, expected, strict=True):
         same(a, b)
+
+
+def test_rows_of_other_ranks_are_never_looked_at():
+    """Two ranks' sums and gradients, one after the other, add up to those of one; what is not theirs is NaN here."""
+    index, weights = routing(tokens=9, k=2)
+    hidden, slope = (torch.randn(9, 40, device=DEVICE) for _ in range(2))
+
+    def run(routed: Routed, shared: Shared | None) -> list[Tensor]:
+        x, w = hidden.clone().requires_grad_(), routed.weight.clone().requires_grad_()
+        assert routed.place is not None
+        y = gather(x, routed.token, routed.place, shared) * 2
+        if shared is not None:
+            own = torch.arange(len(y), device=DEVICE)[:, None] < shared.used
+            y = torch.where(own, y, torch.nan) + torch.where(own, 0.0, torch.nan)
+        out = combine(y, w, routed.token, routed.place, shared)
+        of_x, of_w = torch.autograd.grad((out * slope).sum(), (x, w))
+        assert routed.place is not None
+        return [out, of_x, of_w[routed.place]]
+
+    parts = [route_own(index, weights, own) for own in (slice(0, 3), slice(3, 4))]
+    assert sum(int(part.ends[-1]) for part in parts) == index.numel()
+    found = [run(part, Shared(part.ends[-1:], lambda _: None)) for part in parts]
+    for expected, *each in zip(run(route_all(index, weights, 4), None), *found, strict=True):
+        same(each[0] + each[1], expected)
 
 
 def test_gate_with_gradient():

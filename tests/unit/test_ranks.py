@@ -120,8 +120,11 @@ for in_groups in (False, True):
     for index in (busy, idle):
         alike, of_weights = run(index, slice(None), None)
         found, of_own = run(index, own, split.Split(ranks, 8))
-        assert all(torch.equal(a, b) for a, b in zip(alike, found)), in_groups
-        assert all(torch.equal(a[own], b) for a, b in zip(of_weights, of_own)), in_groups
+        pairs = [*zip(alike, found), *zip((a[own] for a in of_weights), of_own)]
+        if in_groups:  # sums over ranks are rounded by torch, those of one in the interpreter, which cuts off
+            assert all((a - b).float().norm() <= 2**-7 * a.float().norm() for a, b in pairs)
+        else:
+            assert all(torch.equal(a, b) for a, b in pairs)
 leave_ranks()
 """
 

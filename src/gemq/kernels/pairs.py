@@ -1,12 +1,14 @@
 """What surrounds the products of routed pairs when experts are trained, on a GPU: one pass each, with gradients.
 
 Pairs are sorted by expert; ``place`` [T, K] says where a token's pairs lie. Sums go in fixed order, without atomics.
+Where several ranks share the experts (``Shared``), a rank's own pairs come first and sums over all pairs are added up.
 Knows nothing of modules. Legend: T tokens, K experts per token, P = T K pairs, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,16 +17,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+class Shared(NamedTuple):
+    """One rank's share of the pairs.
+
+    used:   [1] int32, how many of the first rows of y [P, H] are this rank's; what the others hold is never looked at
+    add_up: replaces a tensor by its sum over all ranks
+    """
+
+    used: Tensor
+    add_up: Callable[[Tensor], None]
+
+
 @triton.jit
-def _sum_kernel(y, weights, place, out, columns, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """out [T, H]: the (weighted) sum of each token's rows of y [P, H]."""
+def _sum_kernel(
+    y,
+    weights,
+    place,
+    used,
+    out,
+    columns,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [T, H]: the (weighted) sum of each token's rows of y [P, H], of the first ``used`` rows where SHARED."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(K):
         row = tl.load(place + token * K + k)
-        value = tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        here = inside & (row < tl.load(used)) if SHARED else inside
+        value = tl.load(y + row * columns + column, mask=here, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + row).to(tl.float32)
         total += value
@@ -32,16 +57,19 @@ def _sum_kernel(y, weights, place, out, columns, K: tl.constexpr, WEIGHTED: tl.c
 
 
 @triton.jit
-def _spread_kernel(gradient, y, weights, token, of_y, of_weights, columns, BLOCK: tl.constexpr):
-    """Gradients of ``_sum_kernel``: of y [P, H] and of the weights [P]."""
+def _spread_kernel(
+    gradient, y, weights, token, used, of_y, of_weights, columns, SHARED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradients of ``_sum_kernel``: of y [P, H] and of the weights [P], which are zero for rows that it left out."""
     row = tl.program_id(0).to(tl.int64)
+    here = row < tl.load(used) if SHARED else row >= 0
     source = tl.load(token + row)
     weight = tl.load(weights + row).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     start = 0
     while start < columns:
         column = start + tl.arange(0, BLOCK)
-        inside = column < columns
+        inside = (column < columns) & here
         slope = tl.load(gradient + source * columns + column, mask=inside, other=0.0).to(tl.float32)
         total += slope * tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(of_y + row * columns + column, (slope * weight).to(of_y.dtype.element_ty), mask=inside)
@@ -49,42 +77,59 @@ def _spread_kernel(gradient, y, weights, token, of_y, of_weights, columns, BLOCK
     tl.store(of_weights + row, tl.sum(total, 0).to(of_weights.dtype.element_ty))
 
 
-def _summed(y: Tensor, weights: Tensor | None, place: Tensor) -> Tensor:
+def _summed(y: Tensor, weights: Tensor | None, place: Tensor, shared: Shared | None) -> Tensor:
+    """The sums [T, H] in y's type; those of several ranks meet before they are rounded."""
     tokens, k = place.shape
-    out = y.new_empty(tokens, y.shape[1])
+    out = torch.empty(tokens, y.shape[1], dtype=y.dtype if shared is None else torch.float32, device=y.device)
     block = min(1024, triton.next_power_of_2(y.shape[1]))
     grid = (tokens, triton.cdiv(y.shape[1], block))
     if tokens:
         _sum_kernel[grid](
-            y, y if weights is None else weights, place, out, y.shape[1], K=k, WEIGHTED=weights is not None, BLOCK=block
+            y,
+            y if weights is None else weights,
+            place,
+            place if shared is None else shared.used,
+            out,
+            y.shape[1],
+            K=k,
+            WEIGHTED=weights is not None,
+            SHARED=shared is not None,
+            BLOCK=block,
         )
-    return out
+    if shared is not None:
+        shared.add_up(out)
+    return out.to(y.dtype)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, token: Tensor, place: Tensor, shared: Shared | None) -> Tensor:
         ctx.save_for_backward(place)
+        ctx.shared = shared
         return hidden.index_select(0, token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        return _summed(gradient.contiguous(), None, place), None, None
+        return _summed(gradient.contiguous(), None, place, ctx.shared), None, None, None
 
 
-def gather(hidden: Tensor, token: Tensor, place: Tensor) -> Tensor:
-    """Rows of hidden [T, H] for pairs: token [P] and place [T, K] int64 -> [P, H]."""
-    return _Gather.apply(hidden, token, place)
+def gather(hidden: Tensor, token: Tensor, place: Tensor, shared: Shared | None = None) -> Tensor:
+    """Rows of hidden [T, H] for pairs: token [P] and place [T, K] int64 -> [P, H].
+
+    The gradient of ``hidden`` is that of all ranks' pairs.
+    """
+    return _Gather.apply(hidden, token, place, shared)
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weights: Tensor, token: Tensor, place: Tensor, shared: Shared | None) -> Tensor:
         y, weights = y.contiguous(), weights.contiguous()
         ctx.save_for_backward(y, weights, token)
-        return _summed(y, weights, place)
+        ctx.shared = shared
+        return _summed(y, weights, place, shared)
 
     @staticmethod
     @once_differentiable
@@ -94,14 +139,26 @@ class _Combine(torch.autograd.Function):
         block = min(1024, triton.next_power_of_2(y.shape[1]))
         if len(y):
             _spread_kernel[(len(y),)](
-                gradient.contiguous(), y, weights, token, of_y, of_weights, y.shape[1], BLOCK=block
+                gradient.contiguous(),
+                y,
+                weights,
+                token,
+                token if ctx.shared is None else ctx.shared.used,
+                of_y,
+                of_weights,
+                y.shape[1],
+                SHARED=ctx.shared is not None,
+                BLOCK=block,
             )
-        return of_y, of_weights, None, None
+        return of_y, of_weights, None, None, None
 
 
-def combine(y: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
-    """Weighted sum of each token's pairs: y [P, H], weights [P] -> [T, H] in y's type, added up in float32."""
-    return _Combine.apply(y, weights, token, place)
+def combine(y: Tensor, weights: Tensor, token: Tensor, place: Tensor, shared: Shared | None = None) -> Tensor:
+    """Weighted sum of each token's pairs: y [P, H], weights [P] -> [T, H] in y's type, added up in float32.
+
+    Of all ranks' pairs where they are shared; the gradient of ``weights`` is that of this rank's pairs.
+    """
+    return _Combine.apply(y, weights, token, place, shared)
 
 
 @triton.jit

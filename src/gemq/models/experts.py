@@ -95,9 +95,27 @@ def route_all(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Route
     weight = top_k_weights.reshape(-1)[order]
     weight = torch.where(expert < experts, weight, torch.zeros_like(weight))
     ends[-1] = len(order)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     token = order // top_k_index.shape[-1]
-    return Routed(token, expert.clamp(max=experts - 1), weight, ends, place.view(top_k_index.shape))
+    return Routed(token, expert.clamp(max=experts - 1), weight, ends, _places(order, top_k_index))
+
+
+def route_own(top_k_index: Tensor, top_k_weights: Tensor, own: slice) -> Routed:
+    """The pairs of some of the experts, counted from the first of these, and behind them all others, in no group.
+
+    Does not wait for the device. ``own`` has a start and a stop.
+    """
+    count = own.stop - own.start
+    inside = (top_k_index >= own.start) & (top_k_index < own.stop)
+    expert, order, ends = _sorted(torch.where(inside, top_k_index - own.start, count), count)
+    token, weight = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order]
+    owners = torch.arange(own.start, own.stop, device=order.device)
+    return Routed(token, expert.clamp(max=count - 1), weight, ends, _places(order, top_k_index), owners)
+
+
+def _places(order: Tensor, top_k_index: Tensor) -> Tensor:
+    """``Routed.place`` of pairs in an order."""
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return place.view(top_k_index.shape)
 
 
 def _differences(ends: list[int]) -> list[int]:
@@ -230,26 +248,17 @@ def _split_forward(
 ) -> Tensor:
     """``experts_forward`` over several ranks, of whose experts the module has this rank's."""
     top_k_index = split.same(top_k_index)
-    in_groups = grouped.usable(hidden, oriented(module, first)) and grouped.usable(
-        hidden, oriented(module, "down_proj")
-    )
-    routed = (route_all if in_groups else route)(top_k_index, top_k_weights, split.count)
-    own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
-    if in_groups:
-        from gemq.kernels.pairs import combine, gather
-
-        assert routed.place is not None
-        place = routed.place
-        x = split.take(gather(hidden, routed.token, place), rows)
+    matrices = oriented(module, first), oriented(module, "down_proj")
+    if all(grouped.usable(hidden, matrix) for matrix in matrices):
+        own = route_own(top_k_index, split.with_all_gradients(top_k_weights), split.own)
+        out = _grouped(module, first, hidden, own, split)
     else:
+        routed = route(top_k_index, top_k_weights, split.count)
+        own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
         x = split.take(hidden.index_select(0, routed.token), rows)
-    h = apply_first(module, first, oriented(module, first), x, own)
-    out = apply_down(module, oriented(module, "down_proj"), h, own)
-    if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
-        out = out + x.sum() + 0 * (oriented(module, first).sum() + oriented(module, "down_proj").sum())
-    if in_groups:
-        out = combine(split.join(out.to(hidden.dtype), rows), routed.weight, routed.token, place)
-    else:
+        out = apply_down(module, matrices[1], apply_first(module, first, matrices[0], x, own), own)
+        if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
+            out = out + x.sum() + 0 * sum(matrix.sum() for matrix in matrices)
         out = split.join(out, rows) * routed.weight.unsqueeze(1)
         out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
     if getattr(module, "passes_on", False):
@@ -259,17 +268,23 @@ def _split_forward(
 
 def _grouped_forward(module: Any, first: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``experts_forward`` in grouped products. Nothing waits for the GPU."""
-    from gemq.kernels.pairs import combine, gather  # triton comes with torch for CUDA, not for CPUs
-
     routed = route_all(top_k_index, top_k_weights, module.down_proj.shape[0])
-    assert routed.place is not None
-    x = gather(hidden, routed.token, routed.place)
-    h = apply_first(module, first, oriented(module, first), x, routed)
-    out = apply_down(module, oriented(module, "down_proj"), h, routed)
-    out = combine(out.to(hidden.dtype), routed.weight, routed.token, routed.place)
+    out = _grouped(module, first, hidden, routed, None)
     if getattr(module, "passes_on", False):
         out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
     return out
+
+
+def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Split | None) -> Tensor:
+    """Every token's weighted sum over its experts [T, H]: of all ranks' where ``routed`` are one rank's."""
+    from gemq.kernels.pairs import Shared, combine, gather  # triton comes with torch for CUDA, not for CPUs
+
+    assert routed.place is not None
+    shared = None if split is None else Shared(routed.ends[-1:], split.ranks.add_up)
+    x = gather(hidden, routed.token, routed.place, shared)
+    h = apply_first(module, first, oriented(module, first), x, routed)
+    out = apply_down(module, oriented(module, "down_proj"), h, routed)
+    return combine(out.to(hidden.dtype), routed.weight, routed.token, routed.place, shared)
 
 
 def every_expert_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

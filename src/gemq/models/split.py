@@ -1,7 +1,8 @@
 """A layer's experts over several ranks: each computes the routed pairs of its own, and all get every pair's output.
 
-What surrounds the experts every rank computes alike, so a step of training costs each rank its part of the experts and
-moves only pairs. The result is that of one rank to the bit, on a CPU: pairs are put together, never added up.
+What surrounds the experts every rank computes alike, so a step of training costs each rank its part of the experts. In
+grouped products on GPUs, ranks add up the sums over their own pairs, and nothing waits. On a CPU the result is that of
+one rank to the bit: there pairs are put together, never added up.
 
 Shapes: P routed pairs sorted by expert, H hidden size.
 """
@@ -52,6 +53,10 @@ class Split:
         """This rank's rows of ``pairs`` [P, H], which every rank has. Their gradients come from all ranks."""
         return _Take.apply(pairs, self.ranks, rows)
 
+    def with_all_gradients(self, tensor: Tensor) -> Tensor:
+        """A tensor that every rank has and uses a part of; its gradient is then the sum over all ranks."""
+        return _Everywhere.apply(tensor, self.ranks)
+
     def join(self, own: Tensor, rows: list[slice]) -> Tensor:
         """All pairs [P, H] on every rank, from each rank's own. Every rank has the gradient of all."""
         return _Join.apply(own, self.ranks, rows)
@@ -89,6 +94,19 @@ def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Tensor) -> Ten
 
 def split_of(module: Any) -> Split | None:
     return getattr(module, _SPLIT, None)
+
+
+class _Everywhere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = gradient.contiguous().clone()
+        ctx.ranks.add_up(whole)
+        return whole, None
 
 
 class _Take(torch.autograd.Function):
