@@ -22,7 +22,7 @@ import torch
 from gemq.calibrate import Activations, layer_moments
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer, build_layer
-from gemq.models.experts import expert_weight
+from gemq.models.experts import expert_weight, use_experts_forward
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.quant.hessian import factorize
@@ -135,6 +135,7 @@ class Bench:
         torch.manual_seed(0)
         with self.device:
             model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16)
+        use_experts_forward(model)  # as jobs do
         self.model = model
         self.replay = Replay(model, find_structure(model))
         self.layer = self.replay.structure.layers[0]
