@@ -3,10 +3,10 @@
 Random weights of a true shape, widths 1 / ternary / 2 / 3 in shares of 15 / 45 / 99 / 33. CUDA graphs run
 through layers of which at least 4 times the L2 cache is read between two visits to the same one; each replay
 draws fresh routing. The kernels are compared with float64 before they are timed. Bytes are codes,
-scales and offsets of the experts that were chosen, each counted once. Appends rows to results/kernels.csv.
+scales and offsets of the experts that were chosen, each counted once. Appends rows to results/kernels_decode.csv.
 
-    python benchmarks/kernels.py [--shape olmoe mixtral] [--batch 1 4 16] [--replays 50]
-    python benchmarks/kernels.py --sweep           a table of cuts instead, nothing appended
+    python benchmarks/kernels_decode.py [--shape olmoe mixtral] [--batch 1 4 16] [--replays 50]
+    python benchmarks/kernels_decode.py --sweep           a table of cuts instead, nothing appended
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gemq.quant.widths import LEVELS, matrix_bytes
 from record import RESULTS, append, environment
 from shapes import random_codes
 
-FILE = RESULTS / "kernels.csv"
+FILE = RESULTS / "kernels_decode.csv"
 SHARES: dict[float, int] = {1: 15, 1.6: 45, 2: 99, 3: 33}
 GROUP = 128
 L2_TIMES = 4
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--sweep", action="store_true", help="time every cut instead; nothing is appended")
-    parser.add_argument("--no-save", action="store_true", help="append nothing to results/kernels.csv")
+    parser.add_argument("--no-save", action="store_true", help="append nothing to results/kernels_decode.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernels are timed on a CUDA device: there is none here")
