@@ -29,19 +29,22 @@ from gemq.resources.ranks import ALONE, Ranks
 TRAIN_BYTES = 4 << 30
 """Memory on a GPU for the state of the experts that are trained together."""
 
+CPU_TRAIN_BYTES = 64 << 20
+"""The same on a CPU, whose caches are quicker than its memory."""
+
 BYTES_PER_WEIGHT = 16
 """Code, latent, moments, weight in use and gradient, at most; 11 in bfloat16 jobs."""
 
 
 def expert_chunks(experts: Experts, widths: int, device: torch.device, own: slice | None = None) -> Iterator[slice]:
-    """Slices of a layer's experts that are trained together at ``widths`` widths. On a CPU: all of them.
+    """Slices of a layer's experts that are trained together at ``widths`` widths.
 
     own: those of this rank, if not all
     """
     own = own or slice(0, experts.count)
     each = experts.weights_per_expert * widths * BYTES_PER_WEIGHT
     count = own.stop - own.start
-    most = count if device.type == "cpu" else max(1, min(count, TRAIN_BYTES // each))
+    most = max(1, min(count, (CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES) // each))
     chunks = -(-count // most)
     size = -(-count // chunks)
     return (slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size))
@@ -159,9 +162,13 @@ def train_rungs(
 
 def _residuals(out: Tensor, exact: Tensor, weight: Tensor) -> Tensor:
     """What outputs [W * P, H] add to the layer's output beside the exact ones' [P, H]: float32 [W * P, H]."""
-    weight, pairs = weight.float().unsqueeze(1), len(exact)
-    versions = (out.float() * weight).unflatten(0, (len(out) // max(pairs, 1), pairs))
-    return versions.sub_(exact.float() * weight[:pairs]).flatten(0, 1)
+    return _differences(out, exact).mul_(weight.float().unsqueeze(1))
+
+
+def _differences(out: Tensor, exact: Tensor) -> Tensor:
+    """Outputs [W * P, H] less the exact ones' [P, H], float32."""
+    pairs = len(exact)
+    return torch.sub(out.float().unflatten(0, (len(out) // max(pairs, 1), pairs)), exact.float()).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -172,5 +179,4 @@ def _gradient(out: Tensor, exact: Tensor, weight: Tensor, energy: Tensor) -> Ten
 
         return residual_gradient(out, exact, weight, energy)
     # in place: memory that the system hands out anew costs more than the products
-    residuals = _residuals(out, exact, weight).mul_(2 * (1 / energy))
-    return residuals.mul_(weight.float().unsqueeze(1)).to(out.dtype)
+    return _differences(out, exact).mul_((weight.float().square() * (2 / energy)).unsqueeze(1)).to(out.dtype)

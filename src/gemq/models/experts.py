@@ -213,14 +213,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> 
         padded = x.new_zeros(len(counts) * most, x.shape[1]).index_copy(0, slot, x).unflatten(0, (-1, most))
         out = torch.bmm(padded, weight.transpose(1, 2)).flatten(0, 1).index_select(0, slot)
         return out if bias is None else out + bias[routed.expert]
-    # unbind: the backward of weight[e] would fill a tensor of all experts' size for each of them
-    biases = [None] * len(counts) if bias is None else bias.unbind()
-    parts = [
-        F.linear(rows, own, own_bias)
-        for rows, own, own_bias in zip(x.split(counts), weight.unbind(), biases, strict=True)
-        if len(rows)
-    ]
-    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+    return grouped.looped(x, weight, bias, counts)
 
 
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

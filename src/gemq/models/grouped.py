@@ -1,6 +1,6 @@
-"""Products of routed tokens with their experts' weights as one call: torch's grouped product on tensor cores.
+"""Products of routed tokens with their experts' weights: torch's grouped product on tensor cores, or a loop.
 
-For bfloat16 on a GPU; ``experts`` has the plain loop for everything else. Nothing here waits for the GPU.
+The grouped product is for bfloat16 on a GPU and waits for nothing.
 Shapes: P pairs sorted by expert, E experts, R rows (outputs), C columns (inputs).
 """
 
@@ -52,6 +52,55 @@ def linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     ends: [E] int32 on the device, where each expert's pairs end; the last is P
     """
     return _Linear.apply(x.contiguous(), weight, ends)
+
+
+class _Looped(torch.autograd.Function):
+    """Every product lands where it belongs: putting parts together costs as much as a third of the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        out = x.new_empty(len(x), weight.shape[1])
+        for e, (rows, into) in enumerate(zip(x.split(counts), out.split(counts), strict=True)):
+            if not len(rows):
+                continue
+            if bias is None:
+                torch.mm(rows, weight[e].T, out=into)
+            else:
+                torch.addmm(bias[e], rows, weight[e].T, out=into)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        wanted = ctx.needs_input_grad
+        of_x = torch.empty_like(x) if wanted[0] else None
+        of_weight = weight.new_empty(weight.shape) if wanted[1] else None
+        of_bias = gradient.new_zeros(weight.shape[:2]) if wanted[2] else None
+        start = 0
+        for e, count in enumerate(ctx.counts):
+            rows = slice(start, start + count)
+            start += count
+            if of_weight is not None and count:
+                torch.mm(gradient[rows].T, x[rows], out=of_weight[e])
+            elif of_weight is not None:
+                of_weight[e].zero_()
+            if of_x is not None and count:
+                torch.mm(gradient[rows], weight[e], out=of_x[rows])
+            if of_bias is not None:
+                of_bias[e] = gradient[rows].sum(0)
+        return of_x, of_weight, of_bias, None
+
+
+def looped(x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    """x [P, C] and weight [E, R, C] -> [P, R], plus bias [E, R], differentiable.
+
+    counts: pairs of each expert; one product each
+    """
+    return _Looped.apply(x, weight, bias, counts)
 
 
 def gate(module: Any, x: Tensor) -> Tensor:
