@@ -46,6 +46,9 @@ FIT_BYTES = 760.0
 COLUMN_BYTES, UPDATE_BYTES = 80.0, 16.0
 """The same for rounding a column, and for each of the columns that its error then changes."""
 DEQUANTIZED_BYTES = 30.0
+"""Read and written for each weight while torch unpacks codes and multiplies them out."""
+UNPACKED_BYTES = 2.5
+"""The same by a GPU's kernel in distillation, which reads codes and writes weights, or reads their gradients."""
 TRAINED_BYTES = 150.0
 """Read and written for each weight in a step of training: rounding, its gradient, AdamW."""
 
@@ -250,7 +253,11 @@ class Workload:
         judged = self.tokens * self.recipe.held_out * (1 + self.recipe.distil_epochs)
         work = self.head(tokens * 3 + judged * 2) + Work(bytes=(tokens + judged) * self.vocabulary * 2.0 * LOGIT_BYTES)
         for layer in self.structure.layers:
-            work += self.forward(layer, tokens) * 4 + self.forward(layer, judged) + self.dequantize(layer) * (3 * steps)
+            work += self.forward(layer, tokens) * 4 + self.forward(layer, judged)
+            if self.on_gpu:
+                work += Work(bytes=self._weights(layer) * UNPACKED_BYTES, calls=20) * (3 * steps)
+            else:
+                work += self.dequantize(layer) * (3 * steps)
         return work
 
     # Parts
