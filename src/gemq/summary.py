@@ -1,21 +1,22 @@
-"""What the user reads: tables on the terminal, from plain results. Computes nothing."""
+"""What the user reads: tables on the terminal, from plain results. Computes nothing and imports no torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gemq.curve import Curve
-from gemq.guard import describe
-from gemq.inspect import Contents
-from gemq.pipeline import Result
-from gemq.plan import Plan
 from gemq.quant.widths import ExpertWidths, width_name
+
+if TYPE_CHECKING:
+    from gemq.curve import Curve
+    from gemq.inspect import Contents
+    from gemq.pipeline import Result
+    from gemq.plan import Plan
 
 FALLBACKS = {
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
@@ -38,6 +39,8 @@ FALLBACKS = {
 
 def print_result(console: Console, result: Result) -> None:
     """After ``quantize`` and ``export``: widths by layer, bytes, stages, fallbacks."""
+    from gemq.guard import describe
+
     layers = enumerate(zip(result.allocation, result.layer_bits, strict=True))
     rows = [(str(i), row, bits) for i, (row, bits) in layers if row]
     print_widths(console, rows, result.expert_bits_nominal)
