@@ -149,7 +149,7 @@ class Opened:
     @cached_property
     def tokenizer(self) -> Any:
         """Raises UserError when the model has none."""
-        return self.source.tokenizer()
+        return self.source.tokenizer
 
 
 def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = False) -> Opened:

@@ -42,7 +42,7 @@ class Writer:
     """
 
     def __init__(self, job: Job, replay: Replay, tick: Tick):
-        self.tokenizer = job.source.tokenizer()
+        self.tokenizer = job.source.tokenizer
         self.notes = {"chat_template_failures": 0, "windows_launched_by_steps": 0}
         self._job, self._replay, self._tick = job, replay, tick
         self._open = ExitStack()

@@ -43,7 +43,7 @@ def check_job(
     source.check_weights()
     check_bounds(memory, model, structure, recipe, pick_dtype(recipe.dtype, memory.device))
     window = calibration_window(source.config(), recipe.window)
-    check_sources(recipe.calib, source.tokenizer(), window)
+    check_sources(recipe.calib, source.tokenizer, window)
     fixed = other_bytes(model, structure, recipe, configured_types(model)) + linear_bytes(structure, recipe)
     size = fixed + check_allocation(structure, recipe, fixed, allocation).stored_bytes
     if not is_packed(out):

@@ -211,7 +211,7 @@ def test_what_was_not_judged_says_why():
 
 
 def test_held_out_windows_are_those_that_calibration_left():
-    tokenizer = Source(builtin_model()).tokenizer()
+    tokenizer = Source(builtin_model()).tokenizer
     how = {"tokenizer": tokenizer, "window": 64, "count": 12, "seed": 3}
     sources = [*map(str, builtin_texts()[:2]), "self"]
     taken = calibration_windows(sources, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64), **how)
