@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,13 @@ class Rates:
     draws: float
 
 
+@cache
 @torch.no_grad()
 def measure(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> Rates:
-    """The rates of ``device``, products with matrices [rows, columns] as the model's experts have them."""
+    """The rates of ``device``, products with matrices [rows, columns] as the model's experts have them.
+
+    Measured once in a process: the demo runs several jobs.
+    """
     on_cpu = device.type == "cpu"
     rows, columns = min(rows, LARGEST), min(columns, LARGEST)
     tokens = (1 if on_cpu else 32) * max(64, (1 << 26) // (rows * columns))
