@@ -6,16 +6,23 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, Finished, gemq, make_tiny_model
+from helpers import SMALL, Finished, few_guard_windows, gemq, make_tiny_model
 
 from gemq.assets import builtin_model
+
+
+@pytest.fixture(autouse=True)
+def quick_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_guard_windows(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     base = tmp_path_factory.mktemp("finished")
     model, out = builtin_model(), base / "out"
-    ran = gemq("quantize", model, "-o", out, "--bits", "2", *SMALL, "--json", "-")
+    with pytest.MonkeyPatch.context() as patch:
+        few_guard_windows(patch)
+        ran = gemq("quantize", model, "-o", out, "--bits", "2", *SMALL, "--json", "-")
     assert ran.code == 0, ran.err
     return Finished(model, out, base / "out.work", ran.json)
 
@@ -28,5 +35,5 @@ def work(finished: Finished, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random OLMoE of two layers with the built-in tokenizer: a job on it takes a fraction of a second."""
+    """A random OLMoE of two layers with a part of the built-in tokenizer: a job on it takes a fraction of a second."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gemq.assets import builtin_model
 
 SMALL = ("--effort", "low", "--windows", "8", "--window", "64")
 """Flags of the smallest job that means anything on the built-in model: about 10 seconds."""
+BUILTIN_TOKENS = 4096
+"""Of the built-in model's vocabulary."""
+
+
+def few_guard_windows(patch: pytest.MonkeyPatch) -> None:
+    """Lets the guard judge by 6 windows, not 24: models write them token by token, and no job here is about them."""
+    patch.setattr("gemq.guard.PER_SOURCE", 2)
+    patch.setattr("gemq.guard.OWN", 4)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def make_tiny_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     values = {
-        "vocab_size": 4096,
+        "vocab_size": 512,
         "hidden_size": 32,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
@@ -76,12 +86,19 @@ def make_tiny_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     }
     torch.manual_seed(seed)
     OlmoeForCausalLM(OlmoeConfig(**values)).save_pretrained(path)
-    return add_tokenizer(path)
+    return add_tokenizer(path, values["vocab_size"])
 
 
-def add_tokenizer(path: Path) -> Path:
+def add_tokenizer(path: Path, vocabulary: int = BUILTIN_TOKENS) -> Path:
+    """The built-in tokenizer, or the first so many of its tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(builtin_model() / name, path / name)
+    if vocabulary < BUILTIN_TOKENS:
+        values = json.loads((path / "tokenizer.json").read_text())
+        known = {token: i for token, i in values["model"]["vocab"].items() if i < vocabulary}
+        merges = [pair for pair in values["model"]["merges"] if "".join(pair) in known]
+        values["model"] |= {"vocab": known, "merges": merges}
+        (path / "tokenizer.json").write_text(json.dumps(values))
     return path
 
 

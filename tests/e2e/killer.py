@@ -6,8 +6,9 @@ A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
 ``delay``: after so many seconds, by the parent's SIGKILL
 ``host_memory``: bytes that the job may hold
 ``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
+``rename``: before this file is renamed, or the directory that holds it, by its own SIGKILL
 The answer holds ``code`` (0 done, 2 refused, -9 killed), ``error``, ``complete_before`` and ``calls``, the names of
-all writes.
+all writes; of a job that was killed ``code`` and ``path``, what it was about to write or rename.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 import transformers.models.olmoe.modeling_olmoe
+from helpers import few_guard_windows
 
 import gemq.checkpoint.save
 import gemq.files
@@ -41,21 +44,23 @@ WRITES = (
 class Writes:
     """Counts every call that changes what is on the disk, and kills the process at one of them."""
 
-    def __init__(self, fatal: int | None, half: bool):
+    def __init__(self, request: dict[str, Any], answer: int):
         self.calls: list[str] = []
-        self.fatal, self.half = fatal, half
+        self.fatal, self.half, self.rename = request.get("call"), request.get("half", False), request.get("rename")
+        self.answer = answer
         for owner, name in WRITES:
             setattr(owner, name, self._watched(getattr(owner, name), name))
 
     def _watched(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             self.calls.append(name)
-            if len(self.calls) == self.fatal:
+            path = next((a for a in arguments if isinstance(a, Path)), None)
+            renamed = self.rename and name in ("replace", "rename") and Path(self.rename).is_relative_to(path)
+            if renamed or len(self.calls) == self.fatal:
                 if self.half:
                     real(*arguments, **more)
-                    for path in arguments if name.startswith(("write_", "save_")) else ():
-                        if isinstance(path, Path):
-                            os.truncate(path, path.stat().st_size // 2)
+                    os.truncate(path, path.stat().st_size // 2)
+                os.write(self.answer, json.dumps({"code": -signal.SIGKILL, "path": str(path)}).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments, **more)
 
@@ -63,7 +68,7 @@ class Writes:
 
 
 def child(request: dict[str, Any], answer: int) -> None:
-    writes = Writes(request.get("call"), request.get("half", False))
+    writes = Writes(request, answer)
     result: dict[str, Any] = {"code": 0}
     try:
         recipe = Recipe.from_dict(request["recipe"])
@@ -104,5 +109,6 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert transformers.models.olmoe.modeling_olmoe
+    few_guard_windows(pytest.MonkeyPatch())
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), flush=True)

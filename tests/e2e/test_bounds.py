@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import contents, gemq, least_bytes, make_tiny_model
+from helpers import BUILTIN_TOKENS, contents, gemq, least_bytes, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
@@ -21,7 +21,7 @@ TEXT = {"calib": (str(builtin_texts()[0]),)}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five layers, of which a bound of memory leaves room for two."""
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=5, vocab_size=512 + 3584)
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=5, vocab_size=BUILTIN_TOKENS)
 
 
 def job(model: Path, recipe: Recipe, out: Path, **how: Any) -> tuple[Any, dict[str, bytes]]:

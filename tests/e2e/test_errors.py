@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
+from helpers import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
 
 from gemq.assets import builtin_model, builtin_texts
 from gemq.workdir import WorkDir
@@ -431,7 +431,7 @@ def test_eval_and_generate(here, tmp_path, finished: Finished):
 
 
 def test_reference_with_another_vocabulary(here, tmp_path, finished: Finished):
-    other = make_tiny_model(tmp_path / "other")
+    other = make_tiny_model(tmp_path / "other", vocab_size=BUILTIN_TOKENS)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)[-2:]
@@ -447,13 +447,14 @@ def test_reference_with_another_vocabulary(here, tmp_path, finished: Finished):
     )
 
 
-def test_reference_of_another_shape(here, tiny_model, finished: Finished):
+def test_reference_of_another_shape(here, tmp_path, finished: Finished):
+    other = make_tiny_model(tmp_path / "other", vocab_size=BUILTIN_TOKENS)
     refused(
         here,
         "eval",
         finished.out,
         "--reference",
-        tiny_model,
+        other,
         words=("other experts", "the model that it was made from"),
     )
 
@@ -482,10 +483,11 @@ def test_stderr_of_a_real_process_holds_one_line(here, tiny_model, tmp_path):
     assert list(here.iterdir()) == []
 
 
-def test_ctrl_c(here):
+def test_ctrl_c(here, tmp_path):
     """Interrupted during a stage: exit code 1, a line that says how to go on, and going on works."""
-    Path("quick.yaml").write_text("effort: low\nwindows: 4\nwindow: 64\nguard: false\n")
-    job = ["quantize", str(builtin_model()), "-o", "x", "--recipe", "quick.yaml"]
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=8)
+    Path("quick.yaml").write_text("effort: low\nwindows: 4\nwindow: 16\nguard: false\n")
+    job = ["quantize", str(model), "-o", "x", "--recipe", "quick.yaml"]
     with open("log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "gemq", *job], stdout=log, stderr=subprocess.STDOUT)
     first = Path("x.work/ladder/layer-000.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from scipy import stats
 
+from conformance import save_tokenizer
 from families import tiny, tokens
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.assets import builtin_model, builtin_texts
@@ -260,11 +262,19 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
 # A job
 
 
-def test_a_job_with_its_guard(tmp_path):
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model"
+    tiny("olmoe").save_pretrained(path)
+    save_tokenizer(path)
+    return str(path)
+
+
+def test_a_job_with_its_guard(model, tmp_path):
     """At low effort, with 16 windows of its own; kept in the work directory, run again by export --finish alone."""
     text = str(builtin_texts()[0])
     recipe = Recipe(effort="low", calib=(text,), windows=4, window=32, bits=2.25, refine=False)
-    made = quantize(str(builtin_model()), recipe, out=tmp_path / "out", work=tmp_path / "work")
+    made = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work")
     sources = made.guard["tried"][0]["sources"]
     assert {n: s["windows"] for n, s in sources.items()} == {"c": 8, "self": 16}
     assert made.guard["uniform_draws"] == 3
@@ -275,7 +285,7 @@ def test_a_job_with_its_guard(tmp_path):
     assert f"Guard: {describe(made.guard)}\n" in console.file.getvalue()
     written = Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes()
 
-    again = quantize(str(builtin_model()), recipe, out=tmp_path / "out", work=tmp_path / "work", resume=True)
+    again = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work", resume=True)
     assert again.complete_before
     assert (again.guard, again.allocation) == (made.guard, made.allocation)
     assert not {"guard", "guard windows"} & set(again.stages)  # nothing is measured twice
@@ -289,9 +299,9 @@ def test_a_job_with_its_guard(tmp_path):
     assert Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes() == written
 
 
-def test_a_recipe_without_guard(tmp_path):
+def test_a_recipe_without_guard(model, tmp_path):
     text = str(builtin_texts()[0])
     recipe = Recipe(effort="low", calib=(text,), windows=2, window=16, refine=False, guard=False)
-    made = quantize(str(builtin_model()), recipe, out=tmp_path / "out")
+    made = quantize(model, recipe, out=tmp_path / "out")
     assert made.guard == {"skipped": "switched off in the recipe"}
     assert not (tmp_path / "out.work" / "guard-windows").exists()
