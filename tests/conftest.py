@@ -1,8 +1,23 @@
-"""Without a GPU, Triton kernels run in its interpreter, which has to be chosen before triton is imported."""
+"""Without a GPU, Triton kernels run in its interpreter, which has to be chosen before triton is imported.
+
+Tests that share something that takes long to make go to one process, which makes it once (``--dist loadgroup``).
+"""
 
 import os
 
+import pytest
 import torch
+
+SHARED = ("finished", "killer", "made")
+"""Fixtures that take long."""
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in SHARED:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
+                break
