@@ -1,4 +1,5 @@
-"""The built-in model, packed at mixed widths, writes the same tokens through Triton's kernels as through the reference.
+"""The built-in model's first layers, packed at mixed widths, write the same tokens through Triton's kernels as through
+the reference.
 
 In the interpreter, so without a GPU; ``tests/gpu`` has the same on one.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed_cases import few_programs
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gemq
 from gemq import kernels
@@ -21,14 +23,18 @@ pytest.importorskip("triton", reason="torch for CPUs comes without it")
 from gemq.kernels import launch
 
 NEW = 2
+LAYERS = 2
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
+    base = tmp_path_factory.mktemp("packed")
+    model, out = base / "model", base / "out"
+    AutoModelForCausalLM.from_pretrained(builtin_model(), num_hidden_layers=LAYERS).save_pretrained(model)
+    AutoTokenizer.from_pretrained(builtin_model()).save_pretrained(model)
     quick = {"effort": "low", "windows": 2, "window": 32, "quantizer": "rtn", "refine": False, "guard": False}
     recipe = Recipe.from_dict({**quick, "bits": 2.0, "calib": [str(Path(__file__))]})
-    gemq.quantize(str(builtin_model()), recipe, out=out, device="cpu")
+    gemq.quantize(str(model), recipe, out=out, device="cpu")
     return out
 
 

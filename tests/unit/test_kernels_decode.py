@@ -312,11 +312,15 @@ def test_no_tokens(device, generator):
 
 
 def test_environment_forces_the_reference():
-    code = "import gemq.kernels as k, torch; print(k.mode, k._choose(torch.ones(1, 1), 1).__name__)"
-    for value, wanted in (("reference", "reference gemq.kernels.reference"), ("triton", "triton gemq.kernels.decode")):
-        env = {**os.environ, "GEMQ_KERNELS": value}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == wanted
+    code = """
+import importlib, os, torch, gemq.kernels as k
+for mode in ("reference", "triton"):
+    os.environ["GEMQ_KERNELS"] = mode
+    importlib.reload(k)
+    print(k.mode, k._choose(torch.ones(1, 1), 1).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "reference gemq.kernels.reference\ntriton gemq.kernels.decode\n"
 
 
 def test_shared_memory_fits_consumer_cards():
