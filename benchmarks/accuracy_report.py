@@ -180,7 +180,8 @@ def draw_curves(models: dict[str, Rows]) -> Any:
             ours = series.family is FAMILIES[0]
             look = {"color": series.family.colour, "linestyle": series.family.line, "zorder": 4 if ours else 3}
             axes.plot(series.x, series.y, marker="o", ms=7 if ours else 5, lw=2.8 if ours else 1.5, **look)
-        sizes = {float(r["stored_bits"]): int(r["bytes"]) / 1e6 for r in rows.values() if _family(r["name"])}
+        shown = [row for row in rows.values() if _family(row["name"])]
+        sizes = {round(float(row["stored_bits"]), 2): int(row["bytes"]) / 1e6 for row in shown}  # some use up not quite
         axes.set_xlim(min(sizes) - 0.2, max(sizes) + 0.3)
         low, high = min(min(s.y) for s in all_series), max(max(s.y) for s in all_series)
         axes.set_ylim(low / 1.35, high * 1.25)
