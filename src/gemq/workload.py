@@ -253,11 +253,9 @@ class Workload:
         judged = self.tokens * self.recipe.held_out * (1 + self.recipe.distil_epochs)
         work = self.head(tokens * 3 + judged * 2) + Work(bytes=(tokens + judged) * self.vocabulary * 2.0 * LOGIT_BYTES)
         for layer in self.structure.layers:
-            work += self.forward(layer, tokens) * 4 + self.forward(layer, judged)
-            if self.on_gpu:
-                work += Work(bytes=self._weights(layer) * UNPACKED_BYTES, calls=20) * (3 * steps)
-            else:
-                work += self.dequantize(layer) * (3 * steps)
+            by_kernel = Work(bytes=self._weights(layer) * UNPACKED_BYTES, calls=20)
+            unpacking = by_kernel if self.on_gpu else self.dequantize(layer)
+            work += self.forward(layer, tokens) * 4 + self.forward(layer, judged) + unpacking * (3 * steps)
         return work
 
     # Parts

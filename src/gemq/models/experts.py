@@ -223,53 +223,47 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     which loops there, and for float32 on a GPU.
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    if (split := split_of(module)) is not None:
-        return _split_forward(split, module, first, hidden, top_k_index, top_k_weights)
-    if grouped.usable(hidden, oriented(module, first)) and grouped.usable(hidden, oriented(module, "down_proj")):
-        return _grouped_forward(module, first, hidden, top_k_index, top_k_weights)
-    routed = route(top_k_index, top_k_weights, module.down_proj.shape[0])
-    h = apply_first(module, first, oriented(module, first), hidden.index_select(0, routed.token), routed)
-    out = apply_down(module, oriented(module, "down_proj"), h, routed) * routed.weight.unsqueeze(1)
-    out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
-    if getattr(module, "passes_on", False):
-        out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
-    return out
-
-
-def _split_forward(
-    split: Split, module: Any, first: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """``experts_forward`` over several ranks, of whose experts the module has this rank's."""
-    top_k_index = split.same(top_k_index)
     matrices = oriented(module, first), oriented(module, "down_proj")
-    if all(grouped.usable(hidden, matrix) for matrix in matrices):
+    in_groups = all(grouped.usable(hidden, matrix) for matrix in matrices)
+    split = split_of(module)
+    count = len(matrices[1]) if split is None else split.count
+    if split is not None:
+        top_k_index = split.same(top_k_index)
+    if in_groups and split is not None:
         own = route_own(top_k_index, split.with_all_gradients(top_k_weights), split.own)
         out = _grouped(module, first, hidden, own, split)
+    elif in_groups:
+        out = _grouped(module, first, hidden, route_all(top_k_index, top_k_weights, count), None)
     else:
-        routed = route(top_k_index, top_k_weights, split.count)
-        own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
-        x = split.take(hidden.index_select(0, routed.token), rows)
-        out = apply_down(module, matrices[1], apply_first(module, first, matrices[0], x, own), own)
-        if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
-            out = out + x.sum() + 0 * sum(matrix.sum() for matrix in matrices)
-        out = split.join(out, rows) * routed.weight.unsqueeze(1)
+        routed = route(top_k_index, top_k_weights, count)
+        if split is None:
+            h = apply_first(module, first, matrices[0], hidden.index_select(0, routed.token), routed)
+            out = apply_down(module, matrices[1], h, routed)
+        else:
+            out = _split_pairs(split, module, first, hidden, routed)
+        out = out * routed.weight.unsqueeze(1)
         out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
     if getattr(module, "passes_on", False):
-        out = out + passed_on(hidden, top_k_index, top_k_weights, split.count)
+        out = out + passed_on(hidden, top_k_index, top_k_weights, count)
     return out
 
 
-def _grouped_forward(module: Any, first: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """``experts_forward`` in grouped products. Nothing waits for the GPU."""
-    routed = route_all(top_k_index, top_k_weights, module.down_proj.shape[0])
-    out = _grouped(module, first, hidden, routed, None)
-    if getattr(module, "passes_on", False):
-        out = out + passed_on(hidden, top_k_index, top_k_weights, module.down_proj.shape[0])
-    return out
+def _split_pairs(split: Split, module: Any, first: str, hidden: Tensor, routed: Routed) -> Tensor:
+    """Every pair's output [P, H] on every rank, where the module has this rank's experts. ``hidden`` [T, H]."""
+    matrices = oriented(module, first), oriented(module, "down_proj")
+    own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
+    x = split.take(hidden.index_select(0, routed.token), rows)
+    out = apply_down(module, matrices[1], apply_first(module, first, matrices[0], x, own), own)
+    if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
+        out = out + x.sum() + 0 * sum(matrix.sum() for matrix in matrices)
+    return split.join(out, rows)
 
 
 def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Split | None) -> Tensor:
-    """Every token's weighted sum over its experts [T, H]: of all ranks' where ``routed`` are one rank's."""
+    """Every token's weighted sum over its experts [T, H], in grouped products; nothing waits for the GPU.
+
+    split: the ranks whose sums are added up, where ``routed`` are one rank's pairs
+    """
     from gemq.kernels.pairs import Shared, combine, gather  # triton comes with torch for CUDA, not for CPUs
 
     assert routed.place is not None
