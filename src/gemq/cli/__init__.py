@@ -12,7 +12,7 @@ import typer
 from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
-from gemq.resources.processes import before_failing
+from gemq.resources.processes import after_failing, before_failing
 
 # from typer: some of its versions use the package click, others carry their own copy
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -77,4 +77,5 @@ def run(arguments: list[str]) -> int:
 def _fail(message: str) -> int:
     before_failing()
     print(f"gemq: {' '.join(message.split())}", file=sys.stderr)
+    after_failing(2)
     return 2
