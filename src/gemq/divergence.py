@@ -1,13 +1,18 @@
-"""How far one prediction is from another. Knows no files; V is the vocabulary."""
+"""How far one prediction is from another. Knows no files.
+
+Shapes: V vocabulary, N windows, B windows in a micro-batch, S tokens, H hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from gemq.calibrate import Activations
 from gemq.models.stream import Replay
+from gemq.resources.batches import Batches
 
 ROWS = 1024
 """Positions whose logits are compared at once: bounds the memory that a large vocabulary takes."""
@@ -24,17 +29,31 @@ def divergence(log_p: Tensor, log_q: Tensor) -> float:
 
 
 @torch.no_grad()
-def window_kl(replay: Replay, ids: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(full precision || candidate) per token of each window, in nats: float64 [B], from last hidden states.
+def windows_kl(replay: Replay, start: Activations, exact: Batches, states: Sequence[Batches]) -> list[Tensor]:
+    """Each state's KL(full precision || state) per token of each window, in nats: float64 [N], in their stored order.
 
-    ids: int64 [B, S]; teacher, student: [B, S, H]. The tail is the model's own for both. As in ``evaluate``, what
-    would predict the token behind the window does not count.
+    start:  the windows in front of the first layer
+    exact:  what the last layer gives in full precision; [B, S, H] a micro-batch
+    states: what it gives in other models. The tail is the model's own for all of them
+    As in ``evaluate``, what would predict the token behind the window does not count.
     """
-    expected, logits = replay.logits(ids, teacher), replay.logits(ids, student)
-    positions = ids.shape[1] - 1
-    kl = torch.zeros(len(ids), dtype=torch.float64)
-    for row in range(len(ids)):
-        for part in chunks(positions):
-            log_p, log_q = (x[row, part].float().log_softmax(-1) for x in (expected, logits))
-            kl[row] += divergence(log_p, log_q)
-    return kl / positions
+    found: list[list[Tensor]] = [[] for _ in states]
+    for ids, teacher, *students in zip(start.ids, exact, *states, strict=True):
+        kl = torch.zeros(len(states), len(ids), dtype=torch.float64)
+        for part in replay.windows_together(ids):
+            expected = replay.logits(ids[part], teacher[part])[:, :-1].float().log_softmax(-1)
+            for i, student in enumerate(students):
+                logits = replay.logits(ids[part], student[part])
+                for row, log_p in enumerate(expected, part.start):
+                    for some in chunks(len(log_p)):
+                        log_q = logits[row - part.start, some].float().log_softmax(-1)
+                        kl[i, row] += divergence(log_p[some], log_q)
+        for every, own in zip(found, kl / (ids.shape[1] - 1), strict=True):
+            every.append(own)
+    return [_in_order(replay, start, every) for every in found]
+
+
+def _in_order(replay: Replay, start: Activations, kl: Sequence[Tensor]) -> Tensor:
+    """All ranks' windows in their stored order, from [B] a micro-batch of this one."""
+    every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
+    return torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every)

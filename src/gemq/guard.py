@@ -27,7 +27,7 @@ from gemq.calibrate import Activations, advance
 from gemq.data.selfgen import OF_THE_SOURCE, added_to
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
-from gemq.divergence import window_kl
+from gemq.divergence import windows_kl
 from gemq.job import Job, Writer
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
@@ -205,12 +205,7 @@ def candidates_kl(
             own = layer_overrides(replay.model, layers[i], picked, by_layer[i], dense_bits, group_size)
             advance(replay, i, state, start.calls, own)
         tick()
-    found = []
-    for state in states:
-        kl = [window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)]
-        every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
-        found.append(torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every))
-    return found
+    return windows_kl(replay, start, exact, states)
 
 
 # In a job

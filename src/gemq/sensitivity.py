@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemq.calibrate import Activations, advance
 from gemq.data.windows import Windows, from_parts
-from gemq.divergence import window_kl
+from gemq.divergence import windows_kl
 from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.progress import Tick
@@ -27,8 +27,13 @@ from gemq.score import ExpertWeights
 from gemq.stages import layer_file, rung_weights
 from gemq.workdir import Stage
 
-TOKENS = 16_384
-"""Tokens that are measured on, the same share from every calibration source."""
+TOKENS, SHARE = 16_384, 4
+"""Tokens that are measured on, at most one in ``SHARE`` of those that calibrate; of every source equally many."""
+
+
+def measured_tokens(calibrated: int) -> int:
+    """How many tokens are measured on where so many calibrate."""
+    return min(TOKENS, calibrated // SHARE)
 
 
 @torch.no_grad()
@@ -59,16 +64,11 @@ def layer_kl(
                 advance(replay, i, states[i][-1], start.calls, expert_overrides(replay.model, experts, weights))
         advance(replay, i, exact, start.calls)
         tick()
-    return {i: torch.stack([_in_order(replay, start, exact, s) for s in changed]) for i, changed in states.items()}
+    found = iter(windows_kl(replay, start, exact, [state for changed in states.values() for state in changed]))
+    return {i: torch.stack([next(found) for _ in changed]) for i, changed in states.items()}
 
 
-def _in_order(replay: Replay, start: Activations, exact: Batches, state: Batches) -> Tensor:
-    kl = [window_kl(replay, ids, p, q) for ids, p, q in zip(start.ids, exact, state, strict=True)]
-    every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
-    return torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every)
-
-
-def measured_windows(windows: Windows, tokens: int = TOKENS) -> Windows:
+def measured_windows(windows: Windows, tokens: int) -> Windows:
     """The first windows of every source, equally many, up to ``tokens`` in all; at least one of each."""
     each = max(1, tokens // windows.window // len(windows.names))
     parts = [windows.tokens[windows.source == i][:each] for i in range(len(windows.names))]
@@ -81,7 +81,7 @@ def run_sensitivity(job: Job, replay: Replay, ladder: Stage) -> Stage:
     moe = [i for i, _ in replay.structure.moe_layers]
     if all(stage.has(layer_file(i)) for i in moe):
         return stage
-    windows = measured_windows(job.windows)
+    windows = measured_windows(job.windows, measured_tokens(job.windows.tokens.numel()))
     with job.monitor.stage("sensitivity", len(replay.structure.layers)) as tick:
         start = Activations.start(replay, windows, job.recipe.batch_tokens, job.recipe.seed)
 

@@ -22,7 +22,7 @@ from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
 from gemq.resources.footprint import experts_per_token
 from gemq.resources.machine import Rates, measure
-from gemq.sensitivity import TOKENS as MEASURED
+from gemq.sensitivity import measured_tokens
 
 GUARD_TRIES = 3
 """Allocations that the guard is expected to look at: the one that scores make, and softer ones."""
@@ -212,14 +212,14 @@ class Workload:
 
     def sensitivity(self) -> Work:
         """Every layer at every width, all else exact: each such model runs from that layer to the end."""
-        tokens = float(min(MEASURED, self.given_tokens))
+        tokens = float(measured_tokens(self.tokens))
         work, models = Work(), 0
         for layer in self.structure.layers:
             if layer.experts is not None:
                 models += self.widths
                 work += self.dequantize(layer) * self.widths
             work += self.forward(layer, tokens) * (1 + models)
-        return work + (self.head(tokens * 2) + Work(bytes=2 * tokens * self.vocabulary * LOGIT_BYTES)) * models
+        return work + (self.head(tokens) + Work(bytes=tokens * self.vocabulary * LOGIT_BYTES)) * (1 + models)
 
     def guard(self) -> Work:
         """Candidates beside full precision: the allocation and uniform, softer ones, and each source left out."""

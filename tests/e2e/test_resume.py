@@ -23,14 +23,14 @@ from gemq.models import source
 from gemq.models.source import Source
 from gemq.workdir import WorkDir
 
-TINY = {"effort": "low", "windows": 4, "window": 16, "batch_tokens": 32}
+TINY = {"effort": "low", "windows": 4, "window": 8, "batch_tokens": 16}
 TRAINED = {
     **TINY,
     "progressive": [2.5, 2.0],
     "ladder_epochs": 1,
     "layer_epochs": 1,
     "distil_epochs": 1,
-    "total_tokens": 128,
+    "total_tokens": 64,
 }
 FLAGS = ("--effort", "low", "--windows", "4", "--window", "16", "--quiet")
 
@@ -109,7 +109,7 @@ def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
         yield killer
 
 
-@pytest.mark.parametrize(("kind", "times"), [("killer", 5), ("trainer", 10), ("bounded", 5)])
+@pytest.mark.parametrize(("kind", "times"), [("killer", 3), ("trainer", 6), ("bounded", 3)])
 def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, times: int):
     """Some kills on the way to each result; with training and without."""
     killer: Killer = request.getfixturevalue(kind)
