@@ -32,7 +32,7 @@ TRAINED = {
     "distil_epochs": 1,
     "total_tokens": 64,
 }
-FLAGS = ("--effort", "low", "--windows", "4", "--window", "16", "--quiet")
+FLAGS = ("--effort", "low", "--windows", "4", "--window", "8", "--quiet")
 
 
 class Killer:
@@ -109,7 +109,10 @@ def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
         yield killer
 
 
-@pytest.mark.parametrize(("kind", "times"), [("killer", 3), ("trainer", 6), ("bounded", 3)])
+@pytest.mark.parametrize(
+    ("kind", "times"),
+    [pytest.param("killer", 3, marks=pytest.mark.xdist_group("killer")), ("trainer", 4), ("bounded", 3)],
+)
 def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, times: int):
     """Some kills on the way to each result; with training and without."""
     killer: Killer = request.getfixturevalue(kind)
@@ -276,7 +279,7 @@ def test_resume_with_nothing_usable_starts_anew(tiny_model, tmp_path, killer, le
     if left:
         assert gemq(*arguments).code == 2
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("batch_tokens: 32\n")
+    recipe.write_text(f"batch_tokens: {TINY['batch_tokens']}\n")
     ran = gemq(*arguments, "--resume", "--recipe", recipe)
     assert ran.code == 0, ran.err
     assert contents(tmp_path / "out") == killer.bytes
