@@ -38,12 +38,12 @@ def windows_kl(replay: Replay, start: Activations, exact: Batches, states: Seque
     As in ``evaluate``, what would predict the token behind the window does not count.
     """
     found: list[list[Tensor]] = [[] for _ in states]
-    for ids, teacher, *students in zip(start.ids, exact, *states, strict=True):
+    for batch, ids in enumerate(start.ids):
         kl = torch.zeros(len(states), len(ids), dtype=torch.float64)
         for part in replay.windows_together(ids):
-            expected = replay.logits(ids[part], teacher[part])[:, :-1].float().log_softmax(-1)
-            for i, student in enumerate(students):
-                logits = replay.logits(ids[part], student[part])
+            expected = replay.logits(ids[part], exact[batch][part])[:, :-1].float().log_softmax(-1)
+            for i, state in enumerate(states):  # one of them on the device at a time
+                logits = replay.logits(ids[part], state[batch][part])
                 for row, log_p in enumerate(expected, part.start):
                     for some in chunks(len(log_p)):
                         log_q = logits[row - part.start, some].float().log_softmax(-1)
