@@ -43,14 +43,18 @@ def windows_kl(replay: Replay, start: Activations, exact: Batches, states: Seque
         for part in replay.windows_together(ids):
             expected = replay.logits(ids[part], exact[batch][part])[:, :-1].float().log_softmax(-1)
             for i, state in enumerate(states):  # one of them on the device at a time
-                logits = replay.logits(ids[part], state[batch][part])
-                for row, log_p in enumerate(expected, part.start):
-                    for some in chunks(len(log_p)):
-                        log_q = logits[row - part.start, some].float().log_softmax(-1)
-                        kl[i, row] += divergence(log_p[some], log_q)
+                kl[i, part] = _of_windows(expected, replay.logits(ids[part], state[batch][part]))
         for every, own in zip(found, kl / (ids.shape[1] - 1), strict=True):
             every.append(own)
     return [_in_order(replay, start, every) for every in found]
+
+
+def _of_windows(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL of each window, summed over positions: float64 [B], from [B, S - 1, V] and [B, S, V]."""
+    found = torch.zeros(len(log_p), dtype=torch.float64)
+    for row, (p, q) in enumerate(zip(log_p, logits, strict=True)):
+        found[row] = sum(divergence(p[some], q[some].float().log_softmax(-1)) for some in chunks(len(p)))
+    return found
 
 
 def _in_order(replay: Replay, start: Activations, kl: Sequence[Tensor]) -> Tensor:

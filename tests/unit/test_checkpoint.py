@@ -235,7 +235,9 @@ with torch.no_grad():
     assert float(done.stdout) == logits(gemq.load(written("olmoe").packed)).float().sum().item()
 
 
-@pytest.mark.parametrize("first", ["import transformers.quantizers", "from gemq import load"])
+@pytest.mark.parametrize(
+    "first", ["import transformers.quantizers", "from gemq import load", "from gemq.checkpoint.load import load"]
+)
 def test_load_in_a_fresh_interpreter(written, first):
     """Whatever is imported first: importing ``load`` imports Transformers' registry, which looks for gemq then."""
     code = f"{first}; import gemq, sys; gemq.load(sys.argv[1]); gemq.checkpoint.load.register()"

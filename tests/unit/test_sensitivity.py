@@ -14,7 +14,7 @@ from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
 from gemq.reconstruct import expert_overrides
 from gemq.score import rescaled
-from gemq.sensitivity import layer_kl, measured_windows
+from gemq.sensitivity import TOKENS, layer_kl, measured_tokens, measured_windows
 
 torch.set_num_threads(1)
 WINDOWS = Windows(tokens(6, 10), torch.tensor([0, 0, 1, 1, 1, 2]), ("a", "b", "c"), (20, 30, 10))
@@ -52,6 +52,8 @@ def test_layer_kl_is_that_of_the_whole_model_with_one_layer_changed(family):
 def test_windows_are_the_same_share_of_every_source():
     assert measured_windows(WINDOWS, 60).counts() == {"a": 2, "b": 2, "c": 1}
     assert measured_windows(WINDOWS, 1).counts() == {"a": 1, "b": 1, "c": 1}
+    assert measured_tokens(1000) == 250
+    assert measured_tokens(100 * TOKENS) == TOKENS
 
 
 def test_rescaled_costs_sum_to_what_was_measured():

@@ -34,6 +34,7 @@ def after_failing(code: int) -> None:
     To take apart all that was imported takes seconds, in which another process would tell the same.
     """
     if "RANK" in os.environ:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
