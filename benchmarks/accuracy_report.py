@@ -117,7 +117,7 @@ def _table(rows: Rows) -> str:
         title, kl = _title(name), f"{float(row['val_kl']):.4f}"
         lines.append(
             _line(
-                [title, f"{float(row['stored_bits']):.2f}", f"**{kl}**" if title.startswith("**") else kl]
+                [title, f"{float(row['stored_bits']):.3f}", f"**{kl}**" if title.startswith("**") else kl]
                 + [f"{float(row['inside_kl']):.4f}"]
                 + [f"{by_text(row)[text]:.3f}".removeprefix("0") for text in texts]
                 + [f"{float(row['val_perplexity']):.3f}", f"{float(row['seconds']):.0f}"]

@@ -25,6 +25,7 @@ from torch import Tensor
 from gemq.kernels.activation import SILU, Activation
 from gemq.kernels.launch import Config, Cut, Linears, Matrices, launch_down, launch_linears, launch_up
 from gemq.kernels.packed import PackedMatrices, PackedMatrix
+from gemq.quant.grid import encode
 from gemq.quant.widths import LEVELS, matrix_bytes
 from record import RESULTS, append, environment
 from shapes import random_codes
@@ -68,7 +69,8 @@ def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
     )
     grid = (rows, columns // GROUP)
     scales = (torch.rand(grid, device="cuda") + 0.5) * columns**-0.5
-    return PackedMatrix(codes, scales.half(), (torch.randn(grid, device="cuda") * columns**-0.5).half())
+    offsets = torch.randn(grid, device="cuda") * columns**-0.5
+    return PackedMatrix(codes, *encode(scales, offsets, LEVELS[width] - 1))
 
 
 class Layer(NamedTuple):
@@ -228,8 +230,8 @@ class LinearWork:
         self.matrices = []
         for _ in range(-(-L2_TIMES * l2 // self.read) + 1):
             parts = [random_matrix(count, columns, 4) for count in rows]
-            scales, offsets = ([part[i].view(torch.int16) for part in parts] for i in (1, 2))
-            self.matrices.append(Linears([part.codes for part in parts], scales, offsets, [], 16, GROUP))
+            codes, scales, offsets = zip(*parts, strict=True)
+            self.matrices.append(Linears(codes, scales, offsets, [], 16, GROUP))
         self.x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
 
     def seconds(self, replays: int, cut: Any = None) -> list[float]:

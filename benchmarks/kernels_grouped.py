@@ -128,6 +128,7 @@ def random_matrix(rows: int, columns: int, width: float) -> Any:
     import torch
 
     from gemq.checkpoint.packing import PackedMatrix
+    from gemq.quant.grid import encode
     from gemq.quant.widths import LEVELS
     from shapes import random_codes
 
@@ -135,7 +136,7 @@ def random_matrix(rows: int, columns: int, width: float) -> Any:
     codes = random_codes(rows, groups, width, 128, torch.Generator("cuda").manual_seed(torch.initial_seed()))
     scales = (1 + torch.rand(rows, groups, device="cuda")) * 2.3 / (levels * columns**0.5)
     offsets = -scales * (levels - 1) / 2 * (0.8 + 0.4 * torch.rand(rows, groups, device="cuda"))
-    return PackedMatrix(codes, scales.half(), offsets.half())
+    return PackedMatrix(codes, *encode(scales, offsets, levels - 1))
 
 
 def routings(shape: Shape, tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -26,6 +26,7 @@ from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import model_card, write_checkpoint
 from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
+from gemq.quant.grid import encode
 from gemq.quant.widths import LEVELS, Width, bytes_per_group, group_size_for, nominal_bits
 
 GROUP_SIZE = 128
@@ -190,7 +191,7 @@ def _random_matrix(rows: int, columns: int, width: Width, size: int, random: tor
     codes = random_codes(rows, groups, width, size, random)
     step = STD / ((levels**2 - 1) / 12) ** 0.5
     spread = torch.rand(rows, groups, device=random.device, generator=random) * 0.2 + 0.9
-    return PackedMatrix(codes, (step * spread).half(), (-step * spread * (levels - 1) / 2).half())
+    return PackedMatrix(codes, *encode(step * spread, -step * spread * (levels - 1) / 2, levels - 1))
 
 
 def _fill(model: nn.Module, random: torch.Generator) -> None:

@@ -48,10 +48,10 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
 
     def shards() -> Iterator[dict[str, Tensor]]:
         for name, spec in expected.items():
-            if spec.dtype == "U8":  # below 243, so that every byte is a ternary one too
+            if name.endswith(".codes"):  # below 243, so that every byte is a ternary one too
                 yield {name: torch.randint(0, 243, spec.shape, dtype=torch.uint8, generator=generator)}
-            else:
-                yield {name: torch.full(spec.shape, 0.01 if name.endswith("scales") else -0.01, dtype=torch.float16)}
+            else:  # a scale of 0.0107, and offsets that put the middle at zero
+                yield {name: torch.full(spec.shape, 139 if name.endswith("scales") else 128, dtype=torch.uint8)}
         for name, tensor in dense_state(model, packed).items():
             yield {name: torch.randn(tensor.shape, generator=generator).mul(0.02).to(tensor.dtype)}
 

@@ -64,7 +64,7 @@ def dequantized(tensors: dict[str, torch.Tensor], path: str, width: float, wante
     """[rows, columns] float32 of one packed matrix; takes its tensors out of ``tensors``."""
     codes, scales, offsets = (tensors.pop(f"{path}.{part}").numpy() for part in ("codes", "scales", "offsets"))
     assert codes.dtype == np.uint8
-    assert scales.dtype == offsets.dtype == np.float16
+    assert scales.dtype == offsets.dtype == np.uint8
     for group in (wanted_group >> i for i in range(20)):  # columns follow from the bytes; the group must agree
         if group < 16:
             raise AssertionError(f"{path}: no group size fits")
@@ -75,8 +75,11 @@ def dequantized(tensors: dict[str, torch.Tensor], path: str, width: float, wante
         if codes.shape[1] == scales.shape[1] * per_group[width]:
             break
     values = codes_of(codes, width, group).reshape(*scales.shape, group).astype(np.float32)
-    values = values * scales[..., None].astype(np.float32) + offsets[..., None].astype(np.float32)
-    return values.reshape(scales.shape[0], -1)
+    scale = 2.0 ** (scales.astype(np.float32) // 8 - 24) * (1 + scales % 8 / np.float32(8))
+    highest = {1: 1, 1.6: 2, 2: 3, 3: 7, 4: 15, 8: 255}[width]
+    offset = scale * highest * (64 - offsets.astype(np.float32)) / 128
+    values = values * scale[..., None] + offset[..., None]
+    return values.astype(np.float32).reshape(scales.shape[0], -1)
 
 
 def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
@@ -84,7 +87,7 @@ def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     config = json.loads((directory / "config.json").read_text())
     listed = config.pop("quantization_config")
     assert listed["quant_method"] == "gemq"
-    assert listed["format_version"] == 1
+    assert listed["format_version"] == 2
     tensors = read_files(directory)
     weights = {}
     for path, projections in listed["experts"].items():

@@ -26,7 +26,8 @@ from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
-from gemq.quant.grid import Quantized
+from gemq.quant.gptq import highest_codes
+from gemq.quant.grid import Quantized, encode
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
@@ -52,7 +53,7 @@ class Distillation:
 class Distilled:
     """What distillation gave. Empty when it was dropped.
 
-    tensors: experts' scales and offsets by their checkpoint names, float16
+    tensors: experts' scales and offsets by their checkpoint names, uint8
     tuned:   routers and norms by their name inside the model, float32
     before, after: the loss per token on held-out windows, in nats
     """
@@ -80,11 +81,11 @@ class PackedExperts:
         self.names = self.all_names[own]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
         self.codes = codes_of(packed, self.widths, group_size_for(matrix.columns, group_size))
-        scales, offsets = (torch.stack([getattr(p, part) for p in packed]) for part in ("scales", "offsets"))
+        grids = [one.grids(width) for one, width in zip(packed, self.widths, strict=True)]
+        scales, offsets = (torch.stack(parts) for parts in zip(*grids, strict=True))
         # their codes stay packed: of these only scales and offsets are used
-        self.grids = TrainableMatrices(
-            Quantized(packed[0].codes, scales, offsets), scales.new_zeros(len(self.widths)), None
-        )
+        q = Quantized(packed[0].codes, scales, offsets)
+        self.grids = TrainableMatrices(q, highest_codes(self.widths, scales.device), None)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[E, rows, columns], differentiable in scales and offsets."""
@@ -99,8 +100,8 @@ class PackedExperts:
         """Scales and offsets of all experts by their checkpoint names, on the CPU. ``join``: from all ranks' own."""
         q = self.grids.result()
         found = {}
-        for part in ("scales", "offsets"):
-            whole = join(getattr(q, part))
+        for part, own in zip(("scales", "offsets"), encode(q.scales, q.offsets, self.grids.highest), strict=True):
+            whole = join(own)
             found.update({f"{name}.{part}": whole[e].to("cpu", copy=True) for e, name in enumerate(self.all_names)})
         return found
 
@@ -301,7 +302,8 @@ class _PackedLayer:
         for linear in layer.linears if dense_bits < 16 else ():
             packed = PackedMatrix(*(refined.tensors[f"{linear.path}.{part}"] for part in PackedMatrix._fields))
             codes = codes_of([packed], [dense_bits], group_size_for(linear.columns, group_size))
-            self.linears[f"{linear.path}.weight"] = codes, packed.scales[None], packed.offsets[None]
+            scales, offsets = packed.grids(dense_bits)
+            self.linears[f"{linear.path}.weight"] = codes, scales[None], offsets[None]
         matrices = layer.experts.matrices if layer.experts else ()
         replaced = {*self.linears, *(f"{layer.experts.path}.{m.name}" for m in matrices if layer.experts)}
         self.rest = replay.rest(index, replaced)
@@ -331,7 +333,7 @@ class _PackedLayer:
         model = self.replay.model
         overrides = {**self.rest, **self.tuned.overrides()}
         for name, (codes, scales, offsets) in self.linears.items():
-            weight = codes.weights(scales.float(), offsets.float(), model.get_parameter(name).dtype)
+            weight = codes.weights(scales, offsets, model.get_parameter(name).dtype)
             overrides[name] = as_parameter(model, name, weight)
         if self.layer.experts is not None:
             dtype = model.get_parameter(f"{self.layer.experts.path}.{self.experts[0].matrix.name}").dtype

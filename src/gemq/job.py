@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
+from gemq.checkpoint.format import FORMAT_VERSION
 from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
@@ -250,6 +251,7 @@ class Job:
         r = self.recipe
         keys = ("group_size", "attention_bits", "quantizer", "damping", "hessian_shrink", "batch_tokens", "seed")
         return {
+            "format": FORMAT_VERSION,
             "model": self.fingerprint,
             "calibration": self.windows.digest()[:16],
             "dtype": str(pick_dtype(r.dtype, self.device)),

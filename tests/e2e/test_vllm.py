@@ -270,7 +270,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] =
         "5 widths for the 6 experts",
     ),
     "group size": (lambda t, c: c.update(group_size=32), "do not match config.json"),
-    "format version": (lambda t, c: c.update(format_version=2), "format version 2 is not 1"),
+    "format version": (lambda t, c: c.update(format_version=1), "format version 1 is not 2"),
 }
 
 

@@ -16,7 +16,7 @@ from gemq.kernels import matmul, routing, unpack
 from gemq.kernels.activation import NO_CLAMP, NONE, SILU
 
 EIGHT_BITS, EVERY_WIDTH = unpack.width_bit(256), unpack.levels_mask([256])
-TYPES = {"x": "*bf16", "codes": "*u8", "scales": "*i16", "offsets": "*i16", "table": "*i64", "bias": "*bf16"}
+TYPES = {"x": "*bf16", "codes": "*u8", "scales": "*u8", "offsets": "*u8", "table": "*i64", "bias": "*bf16"}
 TYPES |= {"out": "*bf16", "order": "*i32", "starts": "*i32", "tiles": "*i32", "index": "*i64", "weights": "*fp32"}
 TYPES |= {"y": "*bf16", "alpha": "fp32", "limit": "fp32", "shift": "fp32"}
 ALIGNED = ("num_rows", "one_bits", "columns")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint.packing import PackedMatrix, pack_codes
+from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices
+from gemq.quant.grid import Quantized
 from gemq.quant.widths import LEVELS
 
 
@@ -19,7 +20,7 @@ def random_matrix(rows: int, columns: int, width: float, group_size: int, genera
     shape = (rows, columns // group_size)
     scales = (torch.rand(shape, generator=generator) + 0.5) / LEVELS[width]
     offsets = torch.randn(shape, generator=generator) * 0.2 - scales * LEVELS[width] / 2
-    return PackedMatrix(pack_codes(codes, width, group_size), scales.half(), offsets.half())
+    return PackedMatrix.pack(Quantized(codes, scales, offsets), width, group_size)
 
 
 def random_matrices(

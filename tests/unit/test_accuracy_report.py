@@ -13,7 +13,7 @@ def row(name: str, kl: float, bits: float = 2.0, **more: str) -> dict[str, str]:
     return {
         "name": name,
         "model": "small",
-        "stored_bits": str(bits + 0.25),
+        "stored_bits": str(bits + 0.125),
         "bytes": str(int(1e6 * bits)),
         "val_kl": str(kl),
         "val_perplexity": "10",
@@ -52,9 +52,9 @@ def test_report(tmp_path: Path) -> None:
     assert text.startswith("before\n<!-- table -->\n")
     assert text.endswith("\n<!-- /table -->\nafter\n")
     assert [line for line in text.splitlines() if line.startswith("| ")][1:] == [
-        "| **gemq 2.0** | 2.25 | **0.1000** | 0.1000 | .250 | .500 | 10.000 | 7 |",
-        "| plain uniform 2 | 2.25 | 0.2000 | 0.1000 | .250 | .500 | 10.000 | 7 |",
-        "| **gemq 1.5** | 1.75 | **0.4000** | 0.1000 | .250 | .500 | 10.000 | 7 |",
+        "| **gemq 2.0** | 2.125 | **0.1000** | 0.1000 | .250 | .500 | 10.000 | 7 |",
+        "| plain uniform 2 | 2.125 | 0.2000 | 0.1000 | .250 | .500 | 10.000 | 7 |",
+        "| **gemq 1.5** | 1.625 | **0.4000** | 0.1000 | .250 | .500 | 10.000 | 7 |",
     ]
     figures = [path.read_bytes() for path in written[1:]]
     # With each expert's width known there is another figure; the same rows again change nothing.

@@ -193,7 +193,7 @@ def test_frequency_prefers_frequent_experts():
 def test_uniform():
     problem = make([8, 0, 8], LADDER)
     assert set(allocate(problem, Budget("bits", 2), "uniform").widths) == {2}
-    assert set(allocate(problem, Budget("stored_bits", 2.25), "uniform").widths) == {2}
+    assert set(allocate(problem, Budget("stored_bits", 2.125), "uniform").widths) == {2}
     assert set(allocate(problem, Budget("bits", 1.625), "uniform").widths) == {1.6}
     mixed = allocate(problem, Budget("bits", 2.5), "uniform")
     assert [sorted(row) for row in mixed.by_layer] == [[(2, 2)] * 4 + [(3, 3)] * 4, [], [(2, 2)] * 4 + [(3, 3)] * 4]
@@ -210,7 +210,7 @@ def test_random():
         found = allocate(problem, Budget("bits", bits), "random")
         assert {w: found.widths.count(w) for w in sorted(set(found.widths))} == expected
         assert found.nominal_bits == bits
-    third = allocate(problem, Budget("stored_bits", 2.25), "random")
+    third = allocate(problem, Budget("stored_bits", 2.125), "random")
     assert third.widths == allocate(problem, Budget("bits", 2), "random").widths
     assert third.widths != allocate(problem, Budget("bits", 2), "random", seed=1).widths
     assert len({tuple(sorted(row)) for row in third.by_layer}) > 2  # over the model, not within layers

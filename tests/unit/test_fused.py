@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemq.quant.fused import FusedMatrices, Rates, decoded, encoded
 from gemq.quant.gptq import highest_codes
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import TrainableMatrices
 from gemq.reconstruct import Training
 
@@ -25,8 +25,9 @@ def start(seed: int = 0) -> tuple[Quantized, Tensor, Tensor]:
     highest = highest_codes(WIDTHS, torch.device("cpu"))
     codes = (torch.rand(3, ROWS, COLUMNS, generator=generator) * (highest.view(-1, 1, 1) + 1)).floor()
     jitter = (torch.rand(codes.shape, generator=generator) - 0.5) * 0.9
-    grid = [torch.rand(3, ROWS, COLUMNS // GROUP, generator=generator).add(0.5).half() for _ in range(2)]
-    return Quantized(codes.to(torch.uint8), grid[0], -grid[1]), codes + jitter, highest
+    grid = [torch.rand(3, ROWS, COLUMNS // GROUP, generator=generator).add(0.5) for _ in range(2)]
+    grid = nearest(grid[0], -grid[1], highest.view(-1, 1, 1))
+    return Quantized(codes.to(torch.uint8), *grid), codes + jitter, highest
 
 
 def target(seed: int = 1) -> Tensor:
@@ -89,7 +90,7 @@ def test_sixteen_bits_are_close_to_float32():
 
 def test_steps_smaller_than_a_part_count_on_average():
     codes = torch.ones(1, 64, 32, dtype=torch.uint8, device=DEVICE)
-    grid = torch.ones(1, 64, 1, dtype=torch.float16, device=DEVICE)
+    grid = torch.ones(1, 64, 1, device=DEVICE)
     highest = torch.full((1,), 3.0, device=DEVICE)
     matrices = FusedMatrices(Quantized(codes, grid, grid), highest, encoded(codes.float(), highest), torch.float32)
     part = 3.8 / 65535

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemq.quant.gptq import FP16_MAX, LLOYD_ROUNDS, fit_grid, gptq, gptq_mixed, round_to_nearest
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.gptq import LLOYD_ROUNDS, WIDER, fit_grid, gptq, gptq_mixed, round_to_nearest
+from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.hessian import factorize
 from gemq.quant.widths import LEVELS
 
@@ -58,10 +58,13 @@ def reference_grid(w: Tensor, levels: int, importance: Tensor) -> tuple[Tensor, 
                 slope = (weights * (code - mean_code) * (row - mean_w)).sum() / variance
                 scale = slope if slope > 0 else scale
             offset = mean_w - scale * mean_code
-        scales.append(scale)
-        offsets.append(offset)
-    # what is stored is float16, and the codes are chosen for what is stored
-    return torch.stack(scales).half().double(), torch.stack(offsets).half().double()
+        # codes are chosen for what is stored, and so is the offset, once the scale is known
+        stored, _ = nearest(scale * (WIDER if levels > 16 else 1), offset, levels - 1)
+        offset = mean_w - stored * mean_code if stored < 1.2 * scale else offset
+        scale, offset = nearest(stored, offset, levels - 1)
+        scales.append(scale.double())
+        offsets.append(offset.double())
+    return torch.stack(scales), torch.stack(offsets)
 
 
 def reference_gptq(weight: Tensor, hessian: Tensor, levels: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +152,7 @@ def test_shapes_types_and_inputs_untouched(dtype):
     assert torch.equal(weight, before)
     assert (q.codes.shape, q.codes.dtype) == ((2, 2, 12, 64), torch.uint8)
     assert q.scales.shape == q.offsets.shape == (2, 2, 12, 4)
-    assert q.scales.dtype == q.offsets.dtype == torch.float16
+    assert q.scales.dtype == q.offsets.dtype == torch.float32
     assert q.codes[0].max() <= 1
     assert q.codes[1].max() <= 7
 
@@ -159,7 +162,8 @@ def assert_sane(q: Quantized) -> None:
     for i, width in enumerate(ALL):
         assert torch.isfinite(q.scales[i]).all()
         assert torch.isfinite(q.offsets[i]).all()
-        assert (q.scales[i] >= 0).all()
+        assert (q.scales[i] > 0).all()
+        assert all(map(torch.equal, nearest(q.scales[i], q.offsets[i], LEVELS[width] - 1), pick(q, i)[1:]))
         assert q.codes[i].max().item() < LEVELS[width]
         assert torch.isfinite(dequantize(pick(q, i))).all()
         assert torch.isfinite(dequantize(pick(q, i), torch.bfloat16)).all()
@@ -213,9 +217,9 @@ def test_weights_all_alike(value, round_only):
     upper = factorize(hessian.float(), DAMPING).upper
     q = round_to_nearest(weight, ALL, 16) if round_only else gptq(weight, upper, ALL, 16)
     assert_sane(q)
-    if abs(value) <= FP16_MAX and round_only:
-        for i in range(len(ALL)):  # the offset alone says it, to fp16 precision (2^-11, or 2^-25 near zero)
-            torch.testing.assert_close(dequantize(pick(q, i)), weight, rtol=2**-11, atol=2**-25)
+    if abs(value) <= 100 and round_only:
+        for i in range(len(ALL)):  # the offset alone says it, in 128ths of a span that reaches to zero and twice as far
+            torch.testing.assert_close(dequantize(pick(q, i)), weight, rtol=1e-2, atol=2**-25)
 
 
 @pytest.mark.parametrize("round_only", [False, True])
@@ -232,12 +236,12 @@ def test_one_group_of_zeros(round_only):
 
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 3e-7, 1e-4, 1e3, 6e4, 1e6, 1e20, 1e35])
 def test_tiny_and_huge_weights(size):
-    """Outside what float16 scales can say, weights saturate (or vanish); they never become NaN or infinite."""
+    """Outside what scales can say, weights saturate (or vanish); they never become NaN or infinite."""
     weight, hessian = problem()
     weight = weight * (size / 0.05)
     for q in (gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, 16), round_to_nearest(weight, ALL, 16)):
         assert_sane(q)
-        if 1e-4 <= size <= 1e3:  # 8 bits are good where float16 is
+        if 1e-4 <= size <= 1e3:
             assert (dequantize(pick(q, 5)) - weight).norm() < 0.02 * weight.norm()
 
 
@@ -255,9 +259,10 @@ def test_one_bit_has_two_free_levels():
     q = round_to_nearest(row.view(1, 1, 64), (1,), 64)
     scale, offset = q.scales.float().item(), q.offsets.float().item()
     assert torch.equal(q.codes.flatten().bool(), high)
-    # the best two levels are the means of the two modes; float16 keeps 11 bits
-    assert offset == pytest.approx(row[~high].mean().item(), rel=2**-10)
-    assert offset + scale == pytest.approx(row[high].mean().item(), rel=2**-10)
+    # the best two levels are the means of the two modes; their distance has eight steps an octave
+    low, up = row[~high].mean().item(), row[high].mean().item()
+    assert offset == pytest.approx(low, abs=(up - low) / 16)
+    assert offset + scale == pytest.approx(up, abs=(up - low) / 16)
 
 
 def test_one_bit_is_a_local_optimum_of_k_means():
@@ -271,7 +276,7 @@ def test_one_bit_is_a_local_optimum_of_k_means():
     ):
         low, high = offset.float(), offset.float() + scale.float()
         assert torch.equal(code, (row - high).abs() < (row - low).abs())
-        fits = abs(row[~code].mean() - low) < 0.02 and abs(row[code].mean() - high) < 0.02
+        fits = abs(row[~code].mean() - low) < 0.08 and abs(row[code].mean() - high) < 0.08
         settled += bool(fits)
     assert settled >= 45  # six rounds leave a few rows one member away
 
@@ -285,8 +290,8 @@ def test_fit_uses_importance(width):
     highest = torch.tensor([LEVELS[width] - 1.0])
 
     def weighted_error(scale: Tensor, offset: Tensor) -> Tensor:
-        code = ((w - offset.float()[..., None]) / scale.float()[..., None]).round().clamp(0, highest.item())
-        error = w - offset.float()[..., None] - scale.float()[..., None] * code
+        code = ((w - offset[..., None]) / scale[..., None]).round().clamp(0, highest.item())
+        error = w - offset[..., None] - scale[..., None] * code
         return (importance * error.square()).sum()
 
     assert weighted_error(*fit_grid(w, highest, importance)) < 0.95 * weighted_error(*fit_grid(w, highest, None))
@@ -295,9 +300,9 @@ def test_fit_uses_importance(width):
 @pytest.mark.parametrize("width", ALL)
 @pytest.mark.parametrize("kind", ["normal", "uniform", "heavy", "skewed", "two values", "shifted"])
 def test_fit_is_never_worse_than_min_max(kind, width):
-    """Property over many random groups: alternating projections only go down, then both grids are rounded to fp16.
+    """Property over many random groups: alternating projections only go down, then both grids are rounded to bytes.
 
-    That rounding alone can reverse the order of near ties, by 2^-11 of the largest weight times a code's rounding.
+    That rounding alone decides where the smallest and largest weight fit exactly, or where groups are far from zero.
     """
     generator = torch.Generator().manual_seed(int(10 * width))
     w = torch.randn(1, 1, 400, 32, generator=generator, dtype=torch.float32)
@@ -313,18 +318,16 @@ def test_fit_is_never_worse_than_min_max(kind, width):
     highest = torch.tensor([LEVELS[width] - 1.0])
 
     def weighted_error(scale: Tensor, offset: Tensor) -> Tensor:
-        scale, offset = scale.float()[..., None], offset.float()[..., None]
+        scale, offset = scale[..., None], offset[..., None]
         step = torch.where(scale > 0, scale, torch.ones_like(scale))
         code = ((w - offset) / step).round().clamp(0, highest.item())
         return (importance * (w - offset - scale * code).square()).sum(-1) / importance.sum()
 
     low, high = w.amin(-1), w.amax(-1)
-    plain = weighted_error(((high - low) / highest.item()).half(), low.half())
+    plain = weighted_error(*nearest((high - low) / highest.item(), low, highest.item()))
     fitted = weighted_error(*fit_grid(w, highest, importance))
-    fp16 = w.abs().amax(-1) * 2**-11
-    slack = 2 * plain.sqrt() * fp16 + fp16**2
-    assert (fitted <= plain + slack).all()
-    assert fitted.mean() <= plain.mean() * 1.0001 + 1e-9
+    bound = 1.1 if kind in ("two values", "shifted") else 1.0
+    assert fitted.mean() <= plain.mean() * bound + 1e-9
 
 
 def test_a_width_for_each_expert():

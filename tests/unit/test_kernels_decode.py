@@ -224,7 +224,7 @@ def test_gradients_of_grids(generator):
     """Scales and offsets given as tensors, against plain autograd through dequantized weights."""
     linear = random_linear(12, 64, 3, 32, generator, bias=True)
     x = torch.randn(2, 4, 64, generator=generator).requires_grad_()
-    scales, offsets = (grid.float().requires_grad_() for grid in linear.matrix()[1:])
+    scales, offsets = (grid.requires_grad_() for grid in linear.matrix().grids(3))
     y = linear_with_grids(x, linear.codes, scales, offsets, 3, 32, linear.bias)
     codes = linear.matrix().unpack(3, 32).codes.float().unflatten(-1, (-1, 32))
     plain = F.linear(x, (scales[..., None] * codes + offsets[..., None]).flatten(1), linear.bias)
@@ -242,7 +242,8 @@ def test_gradients_of_experts_grids(generator):
     for name in ("gate_up_proj", "down_proj"):
         matrices = getattr(module, name)
         parts = [matrices.matrix(e) for e in range(3)]
-        grids[name] = tuple(torch.stack([p[i] for p in parts]).float().requires_grad_() for i in (1, 2))
+        each = [p.grids(width) for p, width in zip(parts, matrices.widths, strict=True)]
+        grids[name] = tuple(torch.stack(same).requires_grad_() for same in zip(*each, strict=True))
         codes = [p.unpack(w, matrices.group_size).codes for p, w in zip(parts, matrices.widths, strict=True)]
         codes = torch.stack(codes).float().unflatten(-1, (-1, matrices.group_size))
         dense[name] = (grids[name][0][..., None] * codes + grids[name][1][..., None]).flatten(2)

@@ -122,7 +122,8 @@ def test_weights_and_gradients_of_grids_equal_the_reference(group):
     matrices = random_matrices(70, 2 * group, MIXED, group)
     parts = [matrices.matrix(e) for e in range(len(MIXED))]
     plain, ours = (kind(parts, MIXED, group) for kind in (TorchCodes, KernelCodes))
-    scales, offsets = (torch.stack([getattr(part, name) for part in parts]).float() for name in ("scales", "offsets"))
+    grids = [part.grids(width) for part, width in zip(parts, MIXED, strict=True)]
+    scales, offsets = (torch.stack(same) for same in zip(*grids, strict=True))
     expected = plain.weights(scales, offsets, FP32)
     assert torch.equal(ours.weights(scales, offsets, FP32), expected)
     rounded = ours.weights(scales, offsets, FP16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemq.checkpoint.packing import PackedMatrix, pack_codes, unpack_codes
-from gemq.quant.grid import Quantized
+from gemq.quant.grid import Quantized, nearest
 from gemq.quant.widths import LEVELS, bytes_per_group, matrix_bytes
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -63,8 +63,9 @@ def test_ternary_is_base_three():
 @pytest.mark.parametrize("width", LEVELS)
 def test_packed_matrix(width):
     rows, columns, group_size = 6, 128, 32
-    scales, offsets = torch.rand(2, rows, columns // group_size).half()
-    q = Quantized(random_codes(width, rows, columns), scales, offsets)
+    scales, offsets = torch.rand(2, rows, columns // group_size)
+    grids = nearest(scales, -offsets, LEVELS[width] - 1)
+    q = Quantized(random_codes(width, rows, columns), *grids)
     packed = PackedMatrix.pack(q, width, group_size)
     assert sum(part.nbytes for part in packed) == matrix_bytes(rows, columns, width, group_size)
     assert all(torch.equal(a, b) for a, b in zip(packed.unpack(width, group_size), q, strict=True))

@@ -317,7 +317,7 @@ def test_bytes():
     """Ternary: 26 bytes a group of 128, 13 of 64. Everything else without waste."""
     assert [bytes_per_group(w, 128) for w in LEVELS] == [16, 26, 32, 48, 64, 128]
     assert [bytes_per_group(1.6, g) for g in (64, 32, 16)] == [13, 7, 4]
-    assert matrix_bytes(10, 256, 3, 128) == 10 * 2 * (48 + 4)
+    assert matrix_bytes(10, 256, 3, 128) == 10 * 2 * (48 + 2)
     assert [group_size_for(c, 128) for c in (256, 192, 96, 80, 1408)] == [128, 64, 32, 16, 128]
     assert group_size_for(256, 32) == 32
     for columns in (24, 8, 1407):

@@ -129,4 +129,4 @@ def test_one_expert_by_hand():
     config = OwnConfig()
     structure = find_structure(AutoModelForCausalLM.from_config(config))
     experts = structure.layers[0].experts
-    assert expert_bytes(experts, 3, 32) == (64 * 2 + 64 * 1) * (12 + 4)
+    assert expert_bytes(experts, 3, 32) == (64 * 2 + 64 * 1) * (12 + 2)

@@ -1,6 +1,6 @@
 """What a packed checkpoint holds: config.json's ``quantization_config`` and the tensors that follow from it.
 
-Schema version 1 (``docs/checkpoint-format.md``). Imports neither torch nor Transformers: a checkpoint can
+Schema version 2 (``docs/checkpoint-format.md``). Imports neither torch nor Transformers: a checkpoint can
 be planned, inspected and verified from JSON and safetensors headers alone.
 """
 
@@ -23,7 +23,7 @@ from gemq.quant.widths import (
 )
 
 QUANT_METHOD = "gemq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTS = ("codes", "scales", "offsets")
 UP_PROJECTIONS = ("gate_up_proj", "up_proj")
 
@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as a safetensors header describes it: dtype ``U8`` or ``F16``, and shape."""
+    """A tensor as a safetensors header describes it: dtype (``U8`` if packed) and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class PackedFormat:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackedFormat:
         """From config.json's ``quantization_config``, layers in the model's order: in the file they are in that of
-        their names, 10 before 2. Raises UserError for anything that is not version 1.
+        their names, 10 before 2. Raises UserError for anything that is not version 2.
         """
         if values.get("quant_method") != QUANT_METHOD:
             raise UserError(
@@ -136,7 +136,7 @@ class PackedFormat:
             group_size = group_size_for(columns, self.group_size)
             groups = columns // group_size
             specs[f"{matrix.name}.codes"] = TensorSpec("U8", (rows, groups * bytes_per_group(matrix.width, group_size)))
-            specs[f"{matrix.name}.scales"] = specs[f"{matrix.name}.offsets"] = TensorSpec("F16", (rows, groups))
+            specs[f"{matrix.name}.scales"] = specs[f"{matrix.name}.offsets"] = TensorSpec("U8", (rows, groups))
         return specs
 
     def total_bytes(self, shapes: Shapes) -> int:

@@ -46,8 +46,6 @@ from gemq.quant.widths import Width, group_size_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TORCH_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
-
 
 def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
     """The model of a packed checkpoint, in eval mode.
@@ -156,8 +154,6 @@ class GemqQuantizer(HfQuantizer):
             for proj, widths in projections.items():
                 matrices = [_take(experts, e, proj) for e in range(len(widths))]
                 setattr(experts, proj, PackedMatrices(matrices, widths, self._group_size(f"{path}.{proj}")))
-        for path in self._format.linears:
-            cast(PackedLinear, model.get_submodule(path)).seal()
         self._settle_dtypes(model)
 
     def _group_size(self, kind: str) -> int:
@@ -179,7 +175,7 @@ class _Placeholder(nn.Module):
     def __init__(self, specs: dict[str, TensorSpec]) -> None:
         super().__init__()
         for part, spec in specs.items():
-            self.register_buffer(part, torch.empty(spec.shape, dtype=_TORCH_DTYPES[spec.dtype], device="meta"))
+            self.register_buffer(part, torch.empty(spec.shape, dtype=torch.uint8, device="meta"))
 
 
 def _hang_placeholders(

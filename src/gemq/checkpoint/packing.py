@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemq.quant.grid import Quantized
-from gemq.quant.widths import Width, bytes_per_group
+from gemq.quant.grid import Quantized, decode, encode
+from gemq.quant.widths import LEVELS, Width, bytes_per_group
 
 
 class PackedMatrix(NamedTuple):
     """Matrices of one width as they are stored. Leading dimensions (experts) are free.
 
     codes:   [..., rows, groups * bytes_per_group] uint8
-    scales:  [..., rows, groups] float16
-    offsets: [..., rows, groups] float16
+    scales:  [..., rows, groups] uint8, as ``quant.grid`` encodes them
+    offsets: [..., rows, groups] uint8, likewise
     """
 
     codes: Tensor
@@ -33,10 +33,14 @@ class PackedMatrix(NamedTuple):
 
     @classmethod
     def pack(cls, q: Quantized, width: Width, group_size: int) -> PackedMatrix:
-        return cls(pack_codes(q.codes, width, group_size), q.scales.half(), q.offsets.half())
+        return cls(pack_codes(q.codes, width, group_size), *encode(q.scales, q.offsets, LEVELS[width] - 1))
 
     def unpack(self, width: Width, group_size: int) -> Quantized:
-        return Quantized(unpack_codes(self.codes, width, group_size), self.scales, self.offsets)
+        return Quantized(unpack_codes(self.codes, width, group_size), *self.grids(width))
+
+    def grids(self, width: Width) -> tuple[Tensor, Tensor]:
+        """Scales and offsets, float32."""
+        return decode(self.scales, self.offsets, LEVELS[width] - 1)
 
     def named(self, prefix: str) -> dict[str, Tensor]:
         """``{prefix}.codes``, ``.scales`` and ``.offsets``: the tensors under their names in a checkpoint."""

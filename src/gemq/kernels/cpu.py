@@ -106,8 +106,8 @@ def _repack(matrix: PackedMatrix, width: Width, group_size: int) -> tuple[_Int4,
 
     The middle is taken where it is small, since it is rounded: halfway up the grid.
     """
-    codes = matrix.unpack(width, group_size).codes.int()
-    scales, offsets, levels = matrix.scales.float(), matrix.offsets.float(), LEVELS[width]
+    codes, scales, offsets = matrix.unpack(width, group_size)
+    codes, levels = codes.int(), LEVELS[width]
     if levels <= 8:  # twice as fine a grid has a nibble for the halfway point: 8
         return (_int4(2 * codes + (9 - levels), scales / 2, offsets + scales * ((levels - 1) / 2), group_size),)
     if levels == 16:

@@ -18,7 +18,8 @@ from torch import Tensor
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.gates import activated, gated, kernel_arguments
 from gemq.kernels.routing import Routing
-from gemq.kernels.unpack import ONE_BITS, WIDTHS_TO_TRY, group_bytes, levels_at, load_half, load_weights, only_levels
+from gemq.kernels.unpack import ONE_BITS, WIDTHS_TO_TRY, group_bytes, levels_at, load_weights, only_levels
+from gemq.quant.grid_kernel import decode_offset, decode_scale
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its dot takes bfloat16 for integers
 
@@ -69,11 +70,14 @@ def _accumulate(
     codes += row.to(tl.int64) * (GROUPS * group_length)
     scales += row.to(tl.int64) * GROUPS
     offsets += row.to(tl.int64) * GROUPS
-    next_scale, next_offset = load_half(scales, row_mask), load_half(offsets, row_mask)
+    next_scale = tl.load(scales, mask=row_mask, other=0)
+    next_offset = tl.load(offsets, mask=row_mask, other=0)
     for group in range(GROUPS):
-        scale, offset = next_scale, next_offset
+        scale = decode_scale(next_scale)
+        offset = decode_offset(next_offset, scale, LEVELS - 1.0)
         following = tl.minimum(group + 1, GROUPS - 1)  # a load's latency is longer than unpacking
-        next_scale, next_offset = load_half(scales + following, row_mask), load_half(offsets + following, row_mask)
+        next_scale = tl.load(scales + following, mask=row_mask, other=0)
+        next_offset = tl.load(offsets + following, mask=row_mask, other=0)
         for h in tl.static_range(GROUP // BLOCK):
             w = load_weights(
                 codes + group * group_length,

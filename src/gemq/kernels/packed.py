@@ -4,9 +4,8 @@ The experts of one layer lie in flat buffers with a table, so that one kernel la
 different widths. ``state_dict`` still shows the names and shapes of the checkpoint format, one entry an
 expert.
 
-Scales and offsets are float16 but kept as int16 views: ``model.to(dtype)`` casts every floating buffer and
-would round them. Knows nothing of Transformers: an experts module is known by the attributes that its
-forward uses.
+Scales and offsets stay bytes, which ``model.to(dtype)`` leaves alone. Knows nothing of Transformers: an experts module
+is known by the attributes that its forward uses.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 class PackedMatrices(nn.Module):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
-    codes:   uint8, experts one after the other, each [rows, groups * bytes_per_group], aligned scales:
-    int16 views of float16, [experts, rows, groups] flat offsets: as scales table:   [experts, 3] int64: the
-    width's levels (2, 3, 4, 8, 16, 256), first byte in codes, first in scales
+    codes:   uint8, experts one after the other, each [rows, groups * bytes_per_group], aligned
+    scales:  uint8, [experts, rows, groups] flat; offsets likewise
+    table:   [experts, 3] int64: the width's levels (2, 3, 4, 8, 16, 256), first byte in codes, first in scales
     """
 
     codes: Tensor
@@ -64,7 +63,7 @@ class PackedMatrices(nn.Module):
         ]
         self.register_buffer("codes", torch.zeros(end, dtype=torch.uint8, device=device), persistent=False)
         for name in ("scales", "offsets"):
-            flat = torch.empty(self.num_experts * per_expert, dtype=torch.int16, device=device)
+            flat = torch.empty(self.num_experts * per_expert, dtype=torch.uint8, device=device)
             self.register_buffer(name, flat, persistent=False)
         self.register_buffer("table", torch.tensor(table, dtype=torch.int64, device=device), persistent=False)
         for e, matrix in enumerate(matrices):
@@ -80,7 +79,7 @@ class PackedMatrices(nn.Module):
         start = self._starts[expert]
         codes = self.codes[start : start + groups * bytes_per_group(width, self.group_size)]
         scales, offsets = (
-            flat[expert * groups : (expert + 1) * groups].view(torch.float16).view(self.rows, self.groups)
+            flat[expert * groups : (expert + 1) * groups].view(self.rows, self.groups)
             for flat in (self.scales, self.offsets)
         )
         return PackedMatrix(codes.view(self.rows, -1), scales, offsets)
@@ -190,7 +189,7 @@ class PackedLinear(nn.Linear):
     An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is what is stored, the codes, and no
     parameter: enough to ask for the device; merging an adapter into it fails.
 
-    codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups], int16 views of float16.
+    codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups] uint8.
     """
 
     codes: Tensor
@@ -206,7 +205,7 @@ class PackedLinear(nn.Linear):
         bias: nn.Parameter | None,
         device: Any = None,
     ) -> None:
-        """Empty: load float16 scales and offsets into the buffers, then call ``seal``."""
+        """Empty buffers, to be filled."""
         nn.Module.__init__(self)  # nn.Linear's own would make the weight
         self.in_features, self.out_features = columns, rows
         self.width, self.group_size = width, group_size
@@ -214,7 +213,7 @@ class PackedLinear(nn.Linear):
         code_bytes = groups * bytes_per_group(width, group_size)
         self.register_buffer("codes", torch.empty(rows, code_bytes, dtype=torch.uint8, device=device))
         for name in ("scales", "offsets"):
-            self.register_buffer(name, torch.empty(rows, groups, dtype=torch.float16, device=device))
+            self.register_buffer(name, torch.empty(rows, groups, dtype=torch.uint8, device=device))
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -222,19 +221,14 @@ class PackedLinear(nn.Linear):
         """The packed replacement of ``linear``; keeps its bias."""
         packed = cls(linear.out_features, linear.in_features, width, group_size, linear.bias, device="meta")
         packed.codes, packed.scales, packed.offsets = matrix
-        packed.seal()
         return packed
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.codes
 
-    def seal(self) -> None:
-        """Turns float16 scales and offsets into int16 views, which no later cast touches."""
-        self.scales, self.offsets = self.scales.view(torch.int16), self.offsets.view(torch.int16)
-
     def matrix(self) -> PackedMatrix:
-        return PackedMatrix(self.codes, self.scales.view(torch.float16), self.offsets.view(torch.float16))
+        return PackedMatrix(self.codes, self.scales, self.offsets)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Weights: [rows, columns] in ``dtype``."""
@@ -242,19 +236,6 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear_forward(self, x)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.scales.dtype == torch.int16:
-            destination.update(self.matrix().named(prefix.removesuffix(".")))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        rest = dict(state_dict)
-        if self.scales.dtype == torch.int16:  # copying float16 into int16 would convert values, not bits
-            for name in (f"{prefix}scales", f"{prefix}offsets"):
-                if name in rest and rest[name].dtype == torch.float16:
-                    rest[name] = rest[name].view(torch.int16)
-        super()._load_from_state_dict(rest, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

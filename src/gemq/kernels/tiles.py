@@ -25,6 +25,7 @@ from gemq.kernels.fields import (
     three_bit_fields,
     upper_byte,
 )
+from gemq.quant.grid_kernel import decode_offset, decode_scale
 
 
 @triton.constexpr_function
@@ -166,8 +167,8 @@ def rows_times_columns(
         if NG % S != 0:  # beyond the last group: its bytes times x = 0
             group = tl.minimum(group, NG - 1)
         at = row[None, :] * NG + group[:, None]
-        scale = next_scale.to(tl.float16, bitcast=True).to(tl.float32)
-        offset = next_offset.to(tl.float16, bitcast=True).to(tl.float32)
+        scale = decode_scale(next_scale)
+        offset = decode_offset(next_offset, scale, LEVELS - 1.0)
         if NG > S:  # an iteration ahead, for these are waited for last
             next_at = row[None, :] * NG + tl.minimum(group + S, NG - 1)[:, None]
             next_scale, next_offset = tl.load(scales + next_at), tl.load(offsets + next_at)

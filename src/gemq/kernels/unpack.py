@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemq.quant.grid_kernel import decode_offset, decode_scale
+
 ONE_BITS = 0x3F800000
 """float32 1.0. Handed to kernels as an argument: known at run time only, the compiler keeps it in a register and
 needs one instruction instead of two to put it above the code's bits."""
@@ -173,12 +175,6 @@ def load_weights(
 
 
 @triton.jit
-def load_half(pointers, mask):
-    """float16 that is stored as int16 -> float32."""
-    return tl.load(pointers, mask=mask, other=0).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def _dequantize_kernel(
     codes,
     scales,
@@ -205,7 +201,10 @@ def _dequantize_kernel(
         at += tl.load(table + 3 * expert + 2)
     else:
         levels: tl.constexpr = only_levels(WIDTHS)  # type: ignore[no-redef]
-    scale, offset = load_half(scales + at, mask), load_half(offsets + at, mask)
+    scale, offset = tl.load(scales + at, mask=mask, other=0), tl.load(offsets + at, mask=mask, other=0)
+    if scales.dtype.element_ty == tl.uint8:  # else float32, in training
+        scale = decode_scale(scale)
+        offset = decode_offset(offset, scale, levels - 1.0)
     target = out + (expert.to(tl.int64) * num_rows + row) * (groups * GROUP) + group * GROUP
     for i in tl.static_range(WIDTHS_TO_TRY):
         if (WIDTHS >> i) & 1:  # noqa: SIM102 - the outer is the compiler's
@@ -282,6 +281,8 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """All matrices of flat buffers (see PackedMatrices): [E, rows, columns] in ``dtype``. widths: levels_mask.
+
+    scales, offsets: bytes, or float32 as in training
 
     Without a table: one matrix, widths a width_bit, E = 1.
     """

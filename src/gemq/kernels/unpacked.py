@@ -88,9 +88,8 @@ class KernelCodes:
         from gemq.kernels.unpack import dequantize, levels_mask  # triton comes with torch for CUDA, not for CPUs
 
         rows, columns = scales.shape[1], scales.shape[2] * self.group
-        halves = [t.half().contiguous().view(torch.int16) for t in (scales, offsets)]
-        mask = levels_mask(self.levels)
-        return dequantize(self.codes, halves[0], halves[1], self.table, mask, rows, columns, self.group, dtype)
+        grids = scales.contiguous(), offsets.contiguous()
+        return dequantize(self.codes, *grids, self.table, levels_mask(self.levels), rows, columns, self.group, dtype)
 
     def grid_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         from gemq.kernels.unpack import grid_gradients, levels_mask
@@ -115,6 +114,6 @@ class _Weights(torch.autograd.Function):
 def weights(scales: Tensor, offsets: Tensor, codes: TorchCodes | KernelCodes, dtype: torch.dtype) -> Tensor:
     """``scale * code + offset``: [E, R, C] in ``dtype``.
 
-    scales, offsets: [E, R, G] float32 with values that float16 holds
+    scales, offsets: [E, R, G] float32
     """
     return _Weights.apply(scales, offsets, codes, dtype)

@@ -23,6 +23,7 @@ from gemq.kernels.fixed import fixed_point, groups_at_once, lanes_of_group, plan
 from gemq.kernels.gates import NONE, activated, gated
 from gemq.kernels.matrices import of_three, place_of
 from gemq.kernels.tiles import group_bytes
+from gemq.quant.grid_kernel import decode_offset, decode_scale
 
 
 @triton.jit
@@ -33,11 +34,6 @@ def _load(codes, first, W: tl.constexpr, WIDE: tl.constexpr):
         at = first[:, :, None] + (i + tl.arange(0, WIDE))[None, None, :]
         tiles = tiles + (tl.load(codes + at),)  # noqa: RUF005 - Triton cannot unpack
     return tiles
-
-
-@triton.jit
-def _half(bits):
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -82,12 +78,13 @@ def _groups_times_vector(
             upper = _load(codes, at + (G // 16 + share * W % HALF)[:, None], min(W, HALF), WIDE)
     # Scales that followed each other, for all that Triton knew, would go to other threads than their codes.
     at = row[None, :] * NG + (group * one)[:, None]
-    scale, offset = tl.load(scales + at), tl.load(offsets + at)
+    scale_byte, offset_byte = tl.load(scales + at), tl.load(offsets + at)
     if WAIT:
         gdc_wait()
     high, low, per_code, sums = fixed_point(x, first, end, FULL, LEVELS, PLAIN, G, S, S * SHARING, WIDE)
     d = dot(words, upper, shift, high, low, LEVELS, HALF, WIDE, PLAIN).to(tl.float32)
-    return _half(scale) * (d * per_code) + _half(offset) * sums
+    scale = decode_scale(scale_byte)
+    return scale * (d * per_code) + decode_offset(offset_byte, scale, LEVELS - 1.0) * sums
 
 
 @triton.jit

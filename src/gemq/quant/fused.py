@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemq.quant.grid import Quantized, dequantize_each
+from gemq.quant.grid import Quantized, dequantize_each, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices
 
 PARTS = 65535
@@ -24,7 +24,7 @@ class State(NamedTuple):
     weight:  in use, the compute type
     latents: float32, or int16 (see above)
     moments: first and second of the latents
-    base:    scales and offsets where training started, float16
+    base:    scales and offsets where training started, float32
     changes: of scales and offsets, relative to the scales; float32
     grid_moments: first and second of both changes, float32
     """
@@ -109,10 +109,10 @@ class FusedMatrices:
         codes = torch.empty(self.leaf.shape, dtype=torch.uint8, device=self.leaf.device)
         for one, latents, highest in zip(codes, self.state.latents, self.highest, strict=True):
             one.copy_(decoded(latents, highest).round_().clamp_(highest.new_zeros(()), highest))
-        base_scale, base_offset = (t.float() for t in self.state.base)
+        base_scale, base_offset = self.state.base
         scale = base_scale * (1 + self.state.changes[0])
         offset = base_offset + base_scale * self.state.changes[1]
-        return Quantized(codes, scale.to(torch.float16), offset.to(torch.float16))
+        return Quantized(codes, *nearest(scale, offset, self.highest.view(-1, 1, 1)))
 
 
 def encoded(latents: Tensor, highest: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gemq.quant.grid import Quantized
+from gemq.quant.grid import Quantized, nearest
 from gemq.quant.widths import LEVELS, Width
 
 LLOYD_ROUNDS = 6
 """Rounds of rounding to the grid and fitting the grid to the rounding. More changes nothing that can be measured."""
 
-FP16_MAX = 65504.0
+WIDER = 1.04
+"""By how much scales of 8 bits are widened before they are rounded: steps too wide cost less there than cut ends."""
 
 
 def gptq(
@@ -34,7 +35,7 @@ def gptq(
     upper:   [E, C, C] float32, from ``hessian.factorize``
     latents: [W, E, R, C], filled with each weight in units of codes before it was rounded, where training starts
 
-    Returns codes [W, E, R, C] uint8 with scales and offsets [W, E, R, C / G] float16.
+    Returns codes [W, E, R, C] uint8 with scales and offsets [W, E, R, C / G] float32.
     """
     return _gptq(weight, upper, highest_codes(widths, weight.device).unsqueeze(1), group_size, latents)
 
@@ -68,7 +69,7 @@ def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int
     lowest = highest.new_zeros(())
     w = weight.float().expand(len(highest), experts, rows, columns).clone()
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(*w.shape[:3], columns // group_size, dtype=torch.float16, device=w.device)
+    scales = torch.empty(*w.shape[:3], columns // group_size, device=w.device)
     offsets = torch.empty_like(scales)
     for start in range(0, columns, group_size):
         stop = start + group_size
@@ -80,12 +81,10 @@ def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int
         importance = (pivots.amin(-1, keepdim=True) / pivots).square().unsqueeze(1)  # [E, 1, G]
         scale, offset = fit_grid(block, highest.unsqueeze(3), importance)
         scales[..., start // group_size], offsets[..., start // group_size] = scale, offset
-        scale, offset = scale.float(), offset.float()
-        step = torch.where(scale > 0, scale, torch.ones_like(scale))
         errors = torch.empty_like(block)
         for j in range(group_size):
             column = block[..., j]
-            latent = (column - offset) / step
+            latent = (column - offset) / scale
             code = latent.round().clamp_(lowest, highest)
             codes[..., start + j] = code.to(torch.uint8)
             if latents is not None:
@@ -104,16 +103,16 @@ def round_to_nearest(weight: Tensor, widths: tuple[Width, ...], group_size: int)
     highest = highest_codes(widths, weight.device).view(-1, 1, 1, 1, 1)
     w = weight.float().unflatten(-1, (-1, group_size)).expand(len(widths), -1, -1, -1, -1)
     scale, offset = fit_grid(w, highest, None)
-    step = torch.where(scale > 0, scale, torch.ones_like(scale)).float().unsqueeze(-1)
-    codes = ((w - offset.float().unsqueeze(-1)) / step).round_().clamp_(highest.new_zeros(()), highest)
+    codes = ((w - offset.unsqueeze(-1)) / scale.unsqueeze(-1)).round_().clamp_(highest.new_zeros(()), highest)
     return Quantized(codes.to(torch.uint8).reshape(len(widths), *weight.shape), scale, offset)
 
 
 def fit_grid(w: Tensor, highest: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and offset (float16) of each group of weights w [..., G], for codes 0 .. ``highest``, which broadcasts.
+    """Scale and offset of each group of weights w [..., G], for codes 0 .. ``highest``, which broadcasts.
 
-    Starts from the smallest and largest weight, then alternates rounding with a least-squares fit of the line through
-    (code, weight) pairs, weighted by ``importance``. With two levels this is k-means with two free centres.
+    Both [...] float32, with values that bytes stand for. Starts from the smallest and largest weight, then alternates
+    rounding with a least-squares fit of the line through (code, weight) pairs, weighted by ``importance``. With two
+    levels this is k-means with two free centres.
     """
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     scale, offset = (high - low) / highest, low
@@ -130,10 +129,11 @@ def fit_grid(w: Tensor, highest: Tensor, importance: Tensor | None) -> tuple[Ten
         # a group whose codes are all alike has no slope: its scale stays
         scale = torch.where((variance > 1e-12) & (slope > 0), slope, scale)
         offset = mean_w - scale * mean_code
-    return (
-        scale.squeeze(-1).clamp(max=FP16_MAX).to(torch.float16),
-        offset.squeeze(-1).clamp(-FP16_MAX, FP16_MAX).to(torch.float16),
-    )
+    # the stored scale first, then the offset that fits best with it, unless the offset is what made it that wide
+    stored, _ = nearest(torch.where(highest > 15, scale * WIDER, scale), offset, highest)
+    offset = torch.where(stored < 1.2 * scale, mean_w + (offset - mean_w) * (stored / scale), offset)
+    scale, offset = nearest(stored, offset, highest)
+    return scale.squeeze(-1), offset.squeeze(-1)
 
 
 def highest_codes(widths: Sequence[Width], device: torch.device) -> Tensor:

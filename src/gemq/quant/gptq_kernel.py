@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.quant.gptq import FP16_MAX, LLOYD_ROUNDS
+from gemq.quant.gptq import LLOYD_ROUNDS, WIDER
 from gemq.quant.grid import Quantized
+from gemq.quant.grid_kernel import nearest
 from gemq.quant.step_kernel import encode
 
 ROWS_TIMES_COLUMNS = 2048
 """Weights that one program holds: 16 in each of 128 threads."""
 
-_LIMIT = tl.constexpr(FP16_MAX)
-_ROUNDS = tl.constexpr(LLOYD_ROUNDS)
+_ROUNDS, _WIDER = tl.constexpr(LLOYD_ROUNDS), tl.constexpr(WIDER)
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 
 
@@ -40,7 +40,7 @@ def _group_kernel(
     highest,  # [E, W] float32
     errors,  # [E, W * R, C] float32
     codes,  # [W, E, R, C] uint8
-    scales,  # [W, E, R, C / G] float16
+    scales,  # [W, E, R, C / G] float32
     offsets,
     latents,  # [W, E, R, C] float32, or int16 as in ``step_kernel``; any tensor if not wanted
     rows,
@@ -83,21 +83,24 @@ def _group_kernel(
         slope = tl.sum(weighted * values, 1) / tl.maximum(variance, 1e-20)
         scale = tl.where((variance > 1e-12) & (slope > 0), slope, scale)
         offset = mean - scale * mean_code
-    stored_scale = tl.minimum(scale, _LIMIT).to(tl.float16)
-    stored_offset = tl.minimum(tl.maximum(offset, -_LIMIT), _LIMIT).to(tl.float16)
-    scale, offset = stored_scale.to(tl.float32), stored_offset.to(tl.float32)
-    step = tl.where(scale > 0, scale, 1.0)
+    stored, _ = nearest(tl.where(high > 15, scale * _WIDER, scale), offset, high)
+    offset = tl.where(stored < 1.2 * scale, mean + (offset - mean) * (stored / scale), offset)
+    scale, offset = nearest(stored, offset, high)
+    group = (width * experts + expert).to(tl.int64) * rows + row
+    group = group * (columns // G) + start // G
+    tl.store(scales + group, scale, mask=inside)
+    tl.store(offsets + group, offset, mask=inside)
 
     # a column is final once those before it are done: codes and errors can be taken from all of them at the end
     for j in range(G):
         now = tl.sum(tl.where(column[None, :] == j, values, 0.0), 1)
-        error = now - (offset + _codes(now, offset, step, high) * scale)
+        error = now - (offset + _codes(now, offset, scale, high) * scale)
         error = error / tl.load(triangle + j * (columns + 1))
         later = tl.load(triangle + j * columns + column, mask=column > j, other=0.0)
         values -= error[:, None] * later[None, :]
 
-    scale, offset, step = scale[:, None], offset[:, None], step[:, None]
-    code = _codes(values, offset, step, high)
+    scale, offset = scale[:, None], offset[:, None]
+    code = _codes(values, offset, scale, high)
     error = (values - (offset + code * scale)) / pivots[None, :]
     place = start + column[None, :]
     tl.store(errors + of_all[:, None] * columns + place, error, mask=inside[:, None])
@@ -105,13 +108,10 @@ def _group_kernel(
     tl.store(codes + of_result[:, None] * columns + place, code.to(tl.uint8), mask=inside[:, None])
     if HAS_LATENTS:
         of_latents = width.to(tl.int64) * latent_stride + (expert.to(tl.int64) * rows + row[:, None]) * columns
-        latent = (values - offset) / step
+        latent = (values - offset) / scale
         if latents.dtype.element_ty == tl.int16:
             latent = encode(latent, high, 0.5)
         tl.store(latents + of_latents + place, latent, mask=inside[:, None])
-    group = of_result * (columns // G) + start // G
-    tl.store(scales + group, stored_scale, mask=inside)
-    tl.store(offsets + group, stored_offset, mask=inside)
 
 
 def quantize(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
@@ -124,7 +124,7 @@ def quantize(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, la
     high = highest.T.contiguous()
     upper = upper.contiguous()
     codes = torch.empty(widths, experts, rows, columns, dtype=torch.uint8, device=weight.device)
-    scales = codes.new_empty(*codes.shape[:3], columns // group_size, dtype=torch.float16)
+    scales = codes.new_empty(*codes.shape[:3], columns // group_size, dtype=torch.float32)
     offsets = torch.empty_like(scales)
     errors = weight.new_empty(experts, widths * rows, columns, dtype=torch.float32)
     assert latents is None or latents[0].is_contiguous()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemq.quant.fused import Rates, State
+from gemq.quant.grid_kernel import nearest
 from gemq.quant.trainable import BETAS, EPS, MARGIN
 
 _MARGIN, _EPS = tl.constexpr(MARGIN), tl.constexpr(EPS)
@@ -49,9 +50,8 @@ def _adam(first, second, place, mask, gradient, rate, correction1, correction2):
 
 
 @triton.jit
-def _grid(base_scale, base_offset, scale_change, offset_change):
-    scale = (base_scale * (1 + scale_change)).to(tl.float16).to(tl.float32)
-    return scale, (base_offset + base_scale * offset_change).to(tl.float16).to(tl.float32)
+def _grid(base_scale, base_offset, scale_change, offset_change, highest):
+    return nearest(base_scale * (1 + scale_change), base_offset + base_scale * offset_change, highest)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -87,12 +87,12 @@ def _step_kernel(
     mask = inside[:, None]
     place = group[:, None] * G + tl.arange(0, G)[None, :]
     high = tl.load(highest + group // per_matrix, mask=inside, other=1.0)
-    base_scale = tl.load(base_scales + group, mask=inside, other=0.0).to(tl.float32)
-    base_offset = tl.load(base_offsets + group, mask=inside, other=0.0).to(tl.float32)
+    base_scale = tl.load(base_scales + group, mask=inside, other=0.0)
+    base_offset = tl.load(base_offsets + group, mask=inside, other=0.0)
     scale_change = tl.load(scale_changes + group, mask=inside, other=0.0)
     offset_change = tl.load(offset_changes + group, mask=inside, other=0.0)
-    scale, offset = _grid(base_scale, base_offset, scale_change, offset_change)
-    high = high[:, None]
+    scale, offset = _grid(base_scale, base_offset, scale_change, offset_change, high)
+    of_group, high = high, high[:, None]
 
     slope = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
     stored = tl.load(latents + place, mask=mask, other=0)
@@ -120,7 +120,7 @@ def _step_kernel(
     offset_change -= _adam(offset_first, offset_second, group, inside, of_offset, rate_grids, correction1, correction2)
     tl.store(scale_changes + group, scale_change, mask=inside)
     tl.store(offset_changes + group, offset_change, mask=inside)
-    scale, offset = _grid(base_scale, base_offset, scale_change, offset_change)
+    scale, offset = _grid(base_scale, base_offset, scale_change, offset_change, of_group)
     code = (tl.minimum(tl.maximum(latent, 0.0), high) + _ROUNDING) - _ROUNDING
     value = offset[:, None] + code * scale[:, None]
     tl.store(weight + place, value.to(weight.dtype.element_ty), mask=mask)

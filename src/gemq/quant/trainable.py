@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gemq.quant.grid import Quantized
+from gemq.quant.grid import Quantized, nearest
 
 MARGIN = 0.4
 """How far a latent may lie outside the codes: less than a rounding, so that it can always come back."""
@@ -39,7 +39,7 @@ class TrainableMatrices:
         self.highest = highest.view(-1, 1, 1)
         self.unit = self.highest if by_range else torch.ones_like(self.highest)
         self.codes = q.codes
-        self.base_scale, self.base_offset = q.scales.float(), q.offsets.float()
+        self.base_scale, self.base_offset = q.scales, q.offsets
         self.latents = None
         if latents is not None:
             self.latents = latents.float() * self.unit
@@ -73,17 +73,18 @@ class TrainableMatrices:
         """What training arrived at."""
         scale, offset = self.grid()
         codes = self.codes if self.latents is None else self._rounded().to(torch.uint8)
-        return Quantized(codes, scale.to(torch.float16), offset.to(torch.float16))
+        return Quantized(codes, scale, offset)
 
     def _rounded(self) -> Tensor:
         assert self.latents is not None
         return (self.latents.detach() / self.unit).round_().clamp_(self.latents.new_zeros(()), self.highest)
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scales and offsets [E, R, G] float32, rounded to what float16 holds; differentiable."""
+        """Scales and offsets [E, R, G] float32, as they are stored; differentiable."""
         scale = self.base_scale * (1 + self.scale_change)
         offset = self.base_offset + self.base_scale * self.offset_change
-        return tuple(_straight_through(x, x.detach().to(torch.float16).float()) for x in (scale, offset))  # type: ignore[return-value]
+        stored = nearest(scale.detach(), offset.detach(), self.highest)
+        return _straight_through(scale, stored[0]), _straight_through(offset, stored[1])
 
 
 def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,8 +53,8 @@ def bytes_per_group(width: Width, group_size: int) -> int:
 
 
 def matrix_bytes(rows: int, columns: int, width: Width, group_size: int) -> int:
-    """Bytes of one packed matrix: codes, fp16 scales and fp16 offsets."""
-    return rows * (columns // group_size) * (bytes_per_group(width, group_size) + 4)
+    """Bytes of one packed matrix: codes, and one byte each for a group's scale and offset."""
+    return rows * (columns // group_size) * (bytes_per_group(width, group_size) + 2)
 
 
 def group_size_for(columns: int, wanted: int) -> int:

@@ -158,7 +158,7 @@ class _Layer:
         codes = []
         for m in self.layer.experts.matrices:
             groups = m.columns // group_size_for(m.columns, self.recipe.group_size)
-            codes.append(widths * self.layer.experts.count * m.rows * (m.columns + 4 * groups))  # scales, offsets
+            codes.append(widths * self.layer.experts.count * m.rows * (m.columns + 8 * groups))  # scales, offsets
         return sum(codes) + max(self._chunk(widths), *codes)
 
 

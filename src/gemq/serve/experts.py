@@ -145,9 +145,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 def _empty(widths: tuple[Width, ...], rows: int, groups: int, group_size: int) -> PackedMatrices:
     """Flat buffers of zeros on the device that vLLM builds on."""
 
-    def zeros(columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(1, 1, dtype=dtype).expand(rows, columns)  # no memory of its own
+    def zeros(columns: int) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns)  # no memory of its own
 
-    half = zeros(groups, torch.float16)
-    matrices = [PackedMatrix(zeros(groups * bytes_per_group(w, group_size), torch.uint8), half, half) for w in widths]
+    grid = zeros(groups)
+    matrices = [PackedMatrix(zeros(groups * bytes_per_group(w, group_size)), grid, grid) for w in widths]
     return PackedMatrices(matrices, widths, group_size)

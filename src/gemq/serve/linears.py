@@ -70,7 +70,6 @@ class PackedLinearMethod(LinearMethodBase):
             members = list(group)
             rows = sum(piece.rows for piece in members)
             packed = PackedLinear(rows, input_size_per_partition, width, group_size, None)
-            packed.seal()
             name = ops.name_module(f"{layer.prefix}.{number}" if number else layer.prefix, packed)
             self._parts.append((name, packed, members))
             for part, parameter in _PARAMETERS.items():

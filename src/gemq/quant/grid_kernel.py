@@ -1,0 +1,48 @@
+"""The bytes of scales and offsets, for Triton kernels: what ``grid`` says, and the same results."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gemq.quant import grid
+
+_SHIFT, _FIRST = tl.constexpr(grid.MANTISSA_SHIFT), tl.constexpr(grid.FIRST_SCALE)
+_HALF = tl.constexpr(1 << (grid.MANTISSA_SHIFT - 1))
+_ZERO, _DOWN = tl.constexpr(grid.ZERO), tl.constexpr(-float(grid.PARTS))  # offsets count downwards
+_POSITIVE, _NEGATIVE = (tl.constexpr(span) for span in grid.LEAST_SPAN)
+_WIDENED = tl.constexpr(grid.WIDENED)
+_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
+
+
+@triton.jit
+def decode_scale(byte):
+    """float32; ``byte`` of any integer type."""
+    return ((byte.to(tl.int32) + _FIRST) << _SHIFT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_offset(byte, scale, highest):
+    """float32; ``highest`` code float32 or a constant, and broadcasts."""
+    return scale * (highest / _DOWN) * (byte.to(tl.int32) - _ZERO).to(tl.float32)
+
+
+@triton.jit
+def encode(scale, offset, highest):
+    """The bytes nearest to float32 ``scale`` and ``offset``, as int32."""
+    least = tl.maximum(offset * _POSITIVE, offset * -_NEGATIVE) / highest
+    scale = tl.where(least > scale * 1.001, least * _WIDENED, scale)
+    bits = tl.maximum(scale, 0.0).to(tl.int32, bitcast=True)
+    scale_byte = ((bits + _HALF) >> _SHIFT) - _FIRST
+    scale_byte = tl.minimum(tl.maximum(scale_byte, 0), 255)
+    part = offset / (decode_scale(scale_byte) * (highest / _DOWN)) + _ZERO
+    part = tl.minimum(tl.maximum(part, 0.0), 255.0)
+    return scale_byte, ((part + _ROUNDING) - _ROUNDING).to(tl.int32)
+
+
+@triton.jit
+def nearest(scale, offset, highest):
+    """The scale and offset (float32) that are stored in place of these."""
+    scale_byte, offset_byte = encode(scale, offset, highest)
+    scale = decode_scale(scale_byte)
+    return scale, decode_offset(offset_byte, scale, highest)

@@ -1,0 +1,70 @@
+"""Scales and offsets of one byte: what the bytes stand for, and which are nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from interpreted import DEVICE
+
+from gemq.quant import grid_kernel
+from gemq.quant.grid import decode, encode, nearest
+from gemq.quant.widths import LEVELS
+
+BYTES = torch.arange(256, dtype=torch.uint8)
+EVERY = torch.meshgrid(BYTES, BYTES, indexing="ij")
+HIGHEST = [levels - 1 for levels in LEVELS.values()]
+
+
+@pytest.mark.parametrize("highest", HIGHEST)
+def test_every_pair_of_bytes_comes_back(highest):
+    scales, offsets = decode(*EVERY, highest)
+    assert all(map(torch.equal, encode(scales, offsets, highest), EVERY))
+    # the page's formula, in float64: float32 holds both exactly
+    s, z = (part.double() for part in EVERY)
+    expected = torch.exp2((s // 8) - 24) * (1 + s % 8 / 8)
+    assert torch.equal(scales.double(), expected)
+    assert torch.equal(offsets.double(), expected * highest * (64 - z) / 128)
+
+
+@pytest.mark.parametrize("highest", HIGHEST)
+def test_nearest_is_near(highest):
+    """Scales to a sixteenth at most, offsets to a 256th of the span."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.exp2(torch.rand(5000, generator=generator) * 28 - 22)
+    offset = -scale * highest * (torch.rand(5000, generator=generator) * 1.8 - 0.4)
+    found, shifted = nearest(scale, offset, highest)
+    assert ((found / scale - 1).abs() <= 1 / 16).all()
+    assert ((shifted - offset).abs() <= found * highest / 255).all()
+
+
+@pytest.mark.parametrize("highest", HIGHEST)
+@pytest.mark.parametrize("value", [1.0, -1.0, 1e-4, -250.0])
+def test_groups_far_from_zero_stay_there(value, highest):
+    """The span of 0.01 around 1 is wider than asked for, but where it should be."""
+    scale, offset = nearest(torch.tensor(0.01 * abs(value) / highest), torch.tensor(value), highest)
+    assert offset.item() == pytest.approx(value, rel=1e-2)
+    assert scale.item() * highest < 2.4 * abs(value)
+
+
+@triton.jit
+def _nearest_kernel(scales, offsets, highest, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale, offset = tl.load(scales + at, mask=at < n, other=0.0), tl.load(offsets + at, mask=at < n, other=0.0)
+    scale, offset = grid_kernel.nearest(scale, offset, tl.load(highest))
+    tl.store(scales + at, scale, mask=at < n)
+    tl.store(offsets + at, offset, mask=at < n)
+
+
+@pytest.mark.parametrize("highest", HIGHEST)
+def test_kernels_round_alike(highest):
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.cat([torch.exp2(torch.rand(2000, generator=generator) * 40 - 30), torch.tensor([0.0, -1.0, 1e30])])
+    offset = scale * highest * (torch.rand(2003, generator=generator) * 4 - 3)
+    ours = [t.clone().to(DEVICE) for t in (scale, offset)]
+    _nearest_kernel[(2,)](*ours, torch.tensor([float(highest)], device=DEVICE), len(scale), BLOCK=1024)
+    for mine, theirs in zip(ours, nearest(scale, offset, highest), strict=True):
+        same = mine.cpu() == theirs
+        assert same.float().mean() > 0.999  # a division may round a tie to the other side
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=0.13, atol=1e-6)
