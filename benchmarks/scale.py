@@ -8,11 +8,17 @@ of the built-in texts in 128 windows of 2048. ``low`` is the ladder of 1, 2 and 
 ternary, 2 and 3 bits, two epochs for ladder and layers, one of distillation, guard. ``routers`` quantizes as ``low``
 and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
 stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
+
+    python benchmarks/scale.py qwen3-30b --job defaults --extrapolate 3 6
+
+runs nothing: from the newest rows with 3 and with 6 layers it tells what of a stage does not grow with layers
+(compilation, embeddings and head, sampling), which the rows of one depth count once for each layer as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import random
@@ -162,6 +168,28 @@ def growth(source: Source, chosen: Recipe, true_layers: int, own_windows: bool) 
     return times
 
 
+def extrapolate(rows: list[dict[str, str]], shape: str, job: str, depths: tuple[int, int]) -> dict[str, float]:
+    """Seconds of each stage with all layers, from the newest runs with two numbers of layers.
+
+    A row says what it took and what that is times the growth of the stage's work, hence its share of the whole work. A
+    stage that takes no longer with more layers counts as it is.
+    """
+    few, many = (
+        {r["stage"]: r for r in rows if (r["shape"], r["job"], r["layers"]) == (shape, job, str(n))} for n in depths
+    )
+    found = {}
+    for stage in many:
+        if stage in ("all", "export") or stage not in few:
+            continue
+        (a, share_a), (b, share_b) = (
+            (float(r["seconds"]), float(r["seconds"]) / float(r["seconds_all_layers"]))
+            for r in (few[stage], many[stage])
+        )
+        slope = (b - a) / (share_b - share_a) if share_b > share_a else 0.0
+        found[stage] = b + max(slope, 0.0) * (1 - share_b)
+    return found
+
+
 def write_text(path: Path, words: int) -> None:
     """Shuffled words of the built-in texts."""
     known = " ".join(file.read_text(encoding="utf-8") for file in builtin_texts()).split()
@@ -179,6 +207,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer than the model has; the rest is extrapolated")
     parser.add_argument("--job", default="low", choices=JOBS)
+    parser.add_argument("--extrapolate", type=int, nargs=2, metavar="LAYERS", help="from rows of --out; runs nothing")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--changes", nargs="*", default=[], help="recipe keys, such as guard=false total_tokens=0")
@@ -189,6 +218,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--keep", action="store_true", help="keep the result and the work directory")
     args = parser.parse_args()
+    if args.extrapolate:
+        with args.out.open(newline="") as file:
+            stages = extrapolate(list(csv.DictReader(file)), args.shape, args.job, tuple(args.extrapolate))
+        for name, seconds in {**stages, "all": sum(stages.values())}.items():
+            print(f"{name:20} {seconds:8.1f} s")
+        return
 
     true_layers = SHAPES[args.shape][1]["num_hidden_layers"]
     layers = args.layers or true_layers

@@ -9,6 +9,7 @@ import triton.language as tl
 from interpreted import DEVICE
 
 from gemq.quant import grid_kernel
+from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import decode, encode, nearest
 from gemq.quant.widths import LEVELS
 
@@ -68,3 +69,15 @@ def test_kernels_round_alike(highest):
         same = mine.cpu() == theirs
         assert same.float().mean() > 0.999  # a division may round a tie to the other side
         torch.testing.assert_close(mine.cpu(), theirs, rtol=0.13, atol=1e-6)
+
+
+def test_changes_in_one_pass():
+    """The kernel that distillation takes on a GPU, against the plain formula."""
+    generator = torch.Generator().manual_seed(2)
+    base = [torch.rand(3, 5, 7, generator=generator) + 0.5, -torch.rand(3, 5, 7, generator=generator)]
+    changes = [0.2 * torch.randn(3, 5, 7, generator=generator) for _ in range(2)]
+    highest = highest_codes((1, 2, 3), torch.device("cpu")).view(-1, 1, 1)
+    wanted = nearest(base[0] * (1 + changes[0]), base[1] + base[0] * changes[1], highest)
+    found = grid_kernel.changed(*(t.to(DEVICE) for t in (*changes, *base, highest)))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs)

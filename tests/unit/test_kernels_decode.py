@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import DEVICE
 from packed_cases import (
     Experts,
     assert_as_close,
@@ -377,7 +378,8 @@ def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypa
     """Three of one input are one launch; one of another input, or of another width, is left alone."""
     monkeypatch.setattr(kernels, "mode", "triton")
     widths, rows = (4, 4, 4, 8, 4), (32, 16, 16, 16, 128)
-    q, k, v, other, out = (random_linear(n, 128, w, 64, generator, bias) for n, w in zip(rows, widths, strict=True))
+    linears = (random_linear(n, 128, w, 64, generator, bias) for n, w in zip(rows, widths, strict=True))
+    q, k, v, other, out = (linear.to(DEVICE) for linear in linears)
     counts = []
 
     def backend(graph, inputs):
@@ -388,7 +390,7 @@ def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypa
         mixed = torch.cat([q(x) * 2, k(x), v(x), other(x), x[..., :48]], -1)
         return out(mixed)
 
-    x = torch.randn(1, 2, 128, generator=generator)
+    x = torch.randn(1, 2, 128, generator=generator).to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
     assert counts == [(2, 3)]

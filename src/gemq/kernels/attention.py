@@ -30,6 +30,24 @@ ELEMENTS = 64
 
 
 @triton.jit
+def _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D: tl.constexpr):
+    """The running softmax (largest score, sum, weighted sum of values) with the places [BLOCK] before ``end`` too."""
+    seen = place < end
+    mask = seen[:, None] & inside[None, :]
+    at = place[:, None] * D + d[None, :]
+    keys = tl.load(k + at, mask=mask, other=0.0)
+    values = tl.load(v + at, mask=mask, other=0.0)
+    scores = tl.where(seen, tl.sum(keys.to(tl.float32) * query[None, :], 1), float("-inf"))
+    new = tl.maximum(most, tl.max(scores, 0))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    chances = tl.exp(scores - base)
+    fade = tl.exp(most - base)
+    sums = sums * fade + tl.sum(chances, 0)
+    mixed = mixed * fade + tl.sum(values.to(tl.float32) * chances[:, None], 0)
+    return new, sums, mixed
+
+
+@triton.jit
 def _attend_kernel(
     q,  # [B, H, D]
     k,  # [B, N, L, D]
@@ -44,7 +62,7 @@ def _attend_kernel(
     D: tl.constexpr,
     WIDTH: tl.constexpr,  # D or more
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,  # that a program takes
+    ONE_BLOCK: tl.constexpr,  # is all that a program takes
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -60,24 +78,15 @@ def _attend_kernel(
     inside = d < D
     k += (head // SHARING).to(tl.int64) * length * D
     v += (head // SHARING).to(tl.int64) * length * D
-    most, sums = float("-inf"), 0.0
     mixed = tl.zeros([WIDTH], tl.float32)
+    most, sums = tl.sum(mixed, 0) - float("inf"), tl.sum(mixed, 0)
     query = tl.load(q + head * D + d, mask=inside, other=0.0).to(tl.float32) * scaling
-    for i in tl.static_range(BLOCKS):  # of which those behind ``end`` read nothing
-        place = first + i * BLOCK + tl.arange(0, BLOCK)
-        seen = place < end
-        mask = seen[:, None] & inside[None, :]
-        at = place[:, None] * D + d[None, :]
-        keys = tl.load(k + at, mask=mask, other=0.0)
-        values = tl.load(v + at, mask=mask, other=0.0)
-        scores = tl.where(seen, tl.sum(keys.to(tl.float32) * query[None, :], 1), float("-inf"))
-        new = tl.maximum(most, tl.max(scores, 0))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        chances = tl.exp(scores - base)
-        fade = tl.exp(most - base)
-        sums = sums * fade + tl.sum(chances, 0)
-        mixed = mixed * fade + tl.sum(values.to(tl.float32) * chances[:, None], 0)
-        most = new
+    place = first + tl.arange(0, BLOCK)
+    if ONE_BLOCK:
+        most, sums, mixed = _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D)
+    else:
+        for start in range(0, end - first, BLOCK):
+            most, sums, mixed = _attend_more(query, k, v, place + start, end, d, inside, most, sums, mixed, D)
     at = head * PARTS + part
     if PARTS == 1:
         tl.store(out + at * D + d, (mixed / sums).to(out.dtype.element_ty), mask=inside)
@@ -132,7 +141,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor
         D=size,
         WIDTH=width,
         BLOCK=block,
-        BLOCKS=triton.cdiv(own, block),
+        ONE_BLOCK=own <= block,
         PARTS=parts,
         PDL=pdl,
         num_warps=max(4, min(16, block * width // (32 * ELEMENTS))),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from gemq.quant import grid
 
@@ -46,3 +48,41 @@ def nearest(scale, offset, highest):
     scale_byte, offset_byte = encode(scale, offset, highest)
     scale = decode_scale(scale_byte)
     return scale, decode_offset(offset_byte, scale, highest)
+
+
+@triton.jit
+def change_grid(base_scale, base_offset, scale_change, offset_change, highest):
+    """Stored scale and offset (float32) of changes relative to the scale."""
+    return nearest(base_scale * (1 + scale_change), base_offset + base_scale * offset_change, highest)
+
+
+@triton.jit
+def _changed_kernel(
+    scale_changes, offset_changes, base_scales, base_offsets, highest, scales, offsets, count, each, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    base_scale = tl.load(base_scales + at, mask=inside, other=0.0)
+    base_offset = tl.load(base_offsets + at, mask=inside, other=0.0)
+    scale_change = tl.load(scale_changes + at, mask=inside, other=0.0)
+    offset_change = tl.load(offset_changes + at, mask=inside, other=0.0)
+    high = tl.load(highest + at // each, mask=inside, other=1.0)
+    scale, offset = change_grid(base_scale, base_offset, scale_change, offset_change, high)
+    tl.store(scales + at, scale, mask=inside)
+    tl.store(offsets + at, offset, mask=inside)
+
+
+def changed(
+    scale_changes: Tensor, offset_changes: Tensor, base_scales: Tensor, base_offsets: Tensor, highest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Stored scales and offsets of changes relative to the scales, all [E, R, G] float32, in one pass.
+
+    highest: [E, 1, 1] float32
+    """
+    parts = [t.contiguous() for t in (scale_changes, offset_changes, base_scales, base_offsets)]
+    scales, offsets = torch.empty_like(parts[2]), torch.empty_like(parts[2])
+    count, block = scales.numel(), 1024
+    _changed_kernel[(triton.cdiv(count, block),)](
+        *parts, highest.contiguous(), scales, offsets, count, scales[0].numel(), BLOCK=block
+    )
+    return scales, offsets

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemq.quant.fused import Rates, State
-from gemq.quant.grid_kernel import nearest
+from gemq.quant.grid_kernel import change_grid
 from gemq.quant.trainable import BETAS, EPS, MARGIN
 
 _MARGIN, _EPS = tl.constexpr(MARGIN), tl.constexpr(EPS)
@@ -47,11 +47,6 @@ def _adam(first, second, place, mask, gradient, rate, correction1, correction2):
     tl.store(first + place, m.to(first.dtype.element_ty), mask=mask)
     tl.store(second + place, v.to(second.dtype.element_ty), mask=mask)
     return rate / correction1 * m / (tl.sqrt(v) / correction2 + _EPS)
-
-
-@triton.jit
-def _grid(base_scale, base_offset, scale_change, offset_change, highest):
-    return nearest(base_scale * (1 + scale_change), base_offset + base_scale * offset_change, highest)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -91,7 +86,7 @@ def _step_kernel(
     base_offset = tl.load(base_offsets + group, mask=inside, other=0.0)
     scale_change = tl.load(scale_changes + group, mask=inside, other=0.0)
     offset_change = tl.load(offset_changes + group, mask=inside, other=0.0)
-    scale, offset = _grid(base_scale, base_offset, scale_change, offset_change, high)
+    scale, offset = change_grid(base_scale, base_offset, scale_change, offset_change, high)
     of_group, high = high, high[:, None]
 
     slope = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
@@ -120,7 +115,7 @@ def _step_kernel(
     offset_change -= _adam(offset_first, offset_second, group, inside, of_offset, rate_grids, correction1, correction2)
     tl.store(scale_changes + group, scale_change, mask=inside)
     tl.store(offset_changes + group, offset_change, mask=inside)
-    scale, offset = _grid(base_scale, base_offset, scale_change, offset_change, of_group)
+    scale, offset = change_grid(base_scale, base_offset, scale_change, offset_change, of_group)
     code = (tl.minimum(tl.maximum(latent, 0.0), high) + _ROUNDING) - _ROUNDING
     value = offset[:, None] + code * scale[:, None]
     tl.store(weight + place, value.to(weight.dtype.element_ty), mask=mask)

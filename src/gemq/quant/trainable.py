@@ -11,9 +11,11 @@ Shapes: E experts, R rows, C columns, G groups a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gemq.quant.grid import Quantized, nearest
 
@@ -81,10 +83,27 @@ class TrainableMatrices:
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets [E, R, G] float32, as they are stored; differentiable."""
-        scale = self.base_scale * (1 + self.scale_change)
-        offset = self.base_offset + self.base_scale * self.offset_change
-        stored = nearest(scale.detach(), offset.detach(), self.highest)
-        return _straight_through(scale, stored[0]), _straight_through(offset, stored[1])
+        return _Stored.apply(self.scale_change, self.offset_change, self.base_scale, self.base_offset, self.highest)  # type: ignore[no-any-return]
+
+
+class _Stored(torch.autograd.Function):
+    """Scales and offsets as they are stored, from relative changes; gradients as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tensors[2])
+        if tensors[0].is_cuda:
+            from gemq.quant.grid_kernel import changed  # needs triton, which comes with torch for CUDA
+
+            return changed(*tensors)
+        scale_change, offset_change, base_scale, base_offset, highest = tensors
+        return nearest(base_scale * (1 + scale_change), base_offset + base_scale * offset_change, highest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_scale: Tensor, of_offset: Tensor) -> tuple[Tensor | None, ...]:
+        (base_scale,) = ctx.saved_tensors
+        return of_scale * base_scale, of_offset * base_scale, None, None, None
 
 
 def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
