@@ -83,7 +83,7 @@ class TrainableMatrices:
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets [E, R, G] float32, as they are stored; differentiable."""
-        return _Stored.apply(self.scale_change, self.offset_change, self.base_scale, self.base_offset, self.highest)  # type: ignore[no-any-return]
+        return _Stored.apply(self.scale_change, self.offset_change, self.base_scale, self.base_offset, self.highest)
 
 
 class _Stored(torch.autograd.Function):
