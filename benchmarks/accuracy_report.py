@@ -59,6 +59,7 @@ def _families() -> Iterator[Family]:
     yield Family("gemq B", "**gemq {}**", "gemq", ORANGE)
     yield Family("self only B", "gemq {} without any text")
     yield Family("low B", "gemq {} at `--effort low`")
+    yield Family("gemq B high", "gemq {} at `--effort high`")
     yield Family("assembled B(?: default)?", "gemq {} assembled (`export`)")
     for method, colour in {"uniform": BLUE, "random": GREY, "frequency": GREEN, "layerwise": PURPLE}.items():
         for treatment, line in {"treated": "-", "plain": "--"}.items():
@@ -181,7 +182,7 @@ def draw_curves(models: dict[str, Rows]) -> Any:
             look = {"color": series.family.colour, "linestyle": series.family.line, "zorder": 4 if ours else 3}
             axes.plot(series.x, series.y, marker="o", ms=7 if ours else 5, lw=2.8 if ours else 1.5, **look)
         shown = [row for row in rows.values() if _family(row["name"])]
-        sizes = {round(float(row["stored_bits"]), 2): int(row["bytes"]) / 1e6 for row in shown}  # some use up not quite
+        sizes = {round(float(row["stored_bits"]), 3): int(row["bytes"]) / 1e6 for row in shown}  # some use up not quite
         axes.set_xlim(min(sizes) - 0.2, max(sizes) + 0.3)
         low, high = min(min(s.y) for s in all_series), max(max(s.y) for s in all_series)
         axes.set_ylim(low / 1.35, high * 1.25)

@@ -127,7 +127,7 @@ def test_recipe_file_and_flags_give_one_job(tiny_model, tmp_path):
     ok("quantize", tiny_model, "-o", tmp_path / "b", "--bits", 1.5, "--attention-bits", 8, "--widths", "1,2", *small)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     # a flag's budget goes before the file's, whatever its kind
-    ok("quantize", tiny_model, "-o", tmp_path / "c", "--recipe", recipe, "--stored-bits", 2.2, *small)
+    ok("quantize", tiny_model, "-o", tmp_path / "c", "--recipe", recipe, "--stored-bits", 1.9, *small)
     assert gemq("inspect", tmp_path / "c", "--json", "-").json["expert_bits_nominal"] < 1.5
 
 
@@ -401,7 +401,8 @@ def test_demo(tmp_path, monkeypatch):
     figures = tmp_path / "figures.json"
     ran = ok("demo", "-o", tmp_path / "demo", "--json", figures)
     rows = json.loads(figures.read_text())["variants"]
-    assert list(rows) == ["full precision", "uniform 2 bit", "random 2.0", "gemq 2.0", "gemq 1.5"]
+    variants = ["random 2.0 *", "uniform 2 bit *", "gemq 2.0 *", "gemq 2.0", "gemq 1.5"]
+    assert list(rows) == ["full precision", *variants]
     for name, row in rows.items():
         assert name in ran.out
         assert f"{row['perplexity']:.2f}" in ran.out

@@ -71,10 +71,10 @@ def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
         (["--bits", "two"], ("--bits", "gemq quantize --help")),
         (["--bits", 2, "--size", "3MB"], ("bits and size", "only one")),
         (["--stored-bits", 2, "--size", "3MB"], ("stored_bits and size", "only one")),
-        (["--size", "1MB"], ("--size 1MB is too small", "at least 2.03MB")),
+        (["--size", "1MB"], ("--size 1MB is too small", "at least 1.95MB")),
         (["--size", "lots"], ("'lots'", "12GB")),
-        (["--stored-bits", 1.1], ("1.1 stored bits", "at least 1.25")),
-        (["--stored-bits", 9], ("9 stored bits", "at most 4.25")),
+        (["--stored-bits", 1.1], ("1.1 stored bits", "at least 1.125")),
+        (["--stored-bits", 9], ("9 stored bits", "at most 4.125")),
         (["--window", 5000], ("5000", "at most 1024")),
         (["--window", 1], ("window cannot be 1", "at least 2")),
         (["--windows", 0], ("windows cannot be 0",)),
@@ -340,7 +340,7 @@ def test_export_beyond_the_ladder(here, finished: Finished, work):
     refused(here, "export", work, "--curve", "--allocate", "random", words=("random", "layerwise"))
     refused(here, "export", work, "-o", "x", "--bits", 3.5, words=("3.5 bits", "from 1 to 3"))
     refused(here, "export", work, "-o", "x", "--bits", 0.9, words=("0.9 bits", "from 1 to 3"))
-    refused(here, "export", work, "-o", "x", "--size", "1MB", words=("--size 1MB is too small", "2.0"))
+    refused(here, "export", work, "-o", "x", "--size", "1MB", words=("--size 1MB is too small", "1.9"))
     job = json.loads((work / "job.json").read_text())
     (work / "job.json").write_text(json.dumps({**job, "model": "/gone"}))
     refused(here, "export", work, "-o", "x", "--bits", 2, words=("/gone", "is gone", "put it back"))

@@ -19,7 +19,7 @@ def random_matrix(rows: int, columns: int, width: float, group_size: int, genera
     codes = torch.randint(0, LEVELS[width], (rows, columns), generator=generator).to(torch.uint8)
     shape = (rows, columns // group_size)
     scales = (torch.rand(shape, generator=generator) + 0.5) / LEVELS[width]
-    offsets = torch.randn(shape, generator=generator) * 0.2 - scales * LEVELS[width] / 2
+    offsets = -scales * (LEVELS[width] - 1) * (0.2 + 0.6 * torch.rand(shape, generator=generator))
     return PackedMatrix.pack(Quantized(codes, scales, offsets), width, group_size)
 
 

@@ -57,6 +57,12 @@ def test_against_float64(heads, groups, size, length, dtype, device):
         assert (mine.double() - truth).abs().max() <= 8 * noise
 
 
+def test_many_heads_over_a_long_cache(device, monkeypatch):
+    """A program that goes through its places block by block, as far as they are seen."""
+    monkeypatch.setattr(attention, "PROGRAMS", 1)
+    test_against_float64(2, 1, 16, 1100, torch.float32, device)
+
+
 def test_a_fake_step_has_the_shape_of_a_real_one(device):
     query, cache = torch.randn(1, 4, 16, device=device), torch.randn(1, 2, 64, 16, device=device)
     bounds = torch.tensor([0, 5], dtype=torch.int32, device=device)

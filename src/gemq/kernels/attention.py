@@ -79,14 +79,16 @@ def _attend_kernel(
     k += (head // SHARING).to(tl.int64) * length * D
     v += (head // SHARING).to(tl.int64) * length * D
     mixed = tl.zeros([WIDTH], tl.float32)
-    most, sums = tl.sum(mixed, 0) - float("inf"), tl.sum(mixed, 0)
+    most, sums = float("-inf"), 0.0
     query = tl.load(q + head * D + d, mask=inside, other=0.0).to(tl.float32) * scaling
     place = first + tl.arange(0, BLOCK)
     if ONE_BLOCK:
         most, sums, mixed = _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D)
     else:
-        for start in range(0, end - first, BLOCK):
-            most, sums, mixed = _attend_more(query, k, v, place + start, end, d, inside, most, sums, mixed, D)
+        while first < end:
+            most, sums, mixed = _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D)
+            first += BLOCK
+            place += BLOCK
     at = head * PARTS + part
     if PARTS == 1:
         tl.store(out + at * D + d, (mixed / sums).to(out.dtype.element_ty), mask=inside)

@@ -86,8 +86,8 @@ def _group_kernel(
     stored, _ = nearest(tl.where(high > 15, scale * _WIDER, scale), offset, high)
     offset = tl.where(stored < 1.2 * scale, mean + (offset - mean) * (stored / scale), offset)
     scale, offset = nearest(stored, offset, high)
-    group = (width * experts + expert).to(tl.int64) * rows + row
-    group = group * (columns // G) + start // G
+    of_result = (width * experts + expert).to(tl.int64) * rows + row
+    group = of_result * (columns // G) + start // G
     tl.store(scales + group, scale, mask=inside)
     tl.store(offsets + group, offset, mask=inside)
 
@@ -104,7 +104,6 @@ def _group_kernel(
     error = (values - (offset + code * scale)) / pivots[None, :]
     place = start + column[None, :]
     tl.store(errors + of_all[:, None] * columns + place, error, mask=inside[:, None])
-    of_result = (width * experts + expert).to(tl.int64) * rows + row
     tl.store(codes + of_result[:, None] * columns + place, code.to(tl.uint8), mask=inside[:, None])
     if HAS_LATENTS:
         of_latents = width.to(tl.int64) * latent_stride + (expert.to(tl.int64) * rows + row[:, None]) * columns

@@ -6,8 +6,8 @@ input columns. One bit is therefore two free levels and every kernel is one form
 A scale and an offset take a byte each. Scales have eight steps an octave, from 2^-24 to 240:
 ``scale = 2^(byte // 8 - 24) * (1 + byte % 8 / 8)``. Offsets are 128ths of what the codes span:
 ``offset = scale * highest code * (64 - byte) / 128``. float32 holds both exactly. Whoever fits or trains grids rounds
-them to these (``nearest``), so that codes are chosen for what is stored; coarse as they are, they cost no accuracy that
-the bytes they save do not bring back many times over (docs/lab-log.md, entry 38).
+them to these (``nearest``), so that codes are chosen for what is stored; coarse as they are, the bytes they save are
+worth many times the accuracy they cost (docs/lab-log.md, entry 40).
 
 Knows nothing of models or files. ``grid_kernel`` has the same for Triton.
 """
