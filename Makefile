@@ -13,6 +13,9 @@ TORCH ?= 2.13.0
 VLLM ?= 0.32.0
 BIN = $(VENV)/bin
 
+# Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-sample test-vllm conformance check clean
 
 # torch goes first and alone, so that no other package chooses its build.
