@@ -18,7 +18,6 @@ runs nothing: from the newest rows with 3 and with 6 layers it tells what of a s
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import random
@@ -46,7 +45,7 @@ from gemq.progress import Monitor
 from gemq.recipe import Recipe, parse_size
 from gemq.resources.machine import Rates
 from gemq.workload import Workload
-from record import RESULTS, append, environment
+from record import RESULTS, append, environment, read
 from shapes import MIXTRAL, OLMOE, SMALL, STD
 
 FILE = RESULTS / "scale.csv"
@@ -219,8 +218,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the result and the work directory")
     args = parser.parse_args()
     if args.extrapolate:
-        with args.out.open(newline="") as file:
-            stages = extrapolate(list(csv.DictReader(file)), args.shape, args.job, tuple(args.extrapolate))
+        stages = extrapolate(read(args.out), args.shape, args.job, tuple(args.extrapolate))
         for name, seconds in {**stages, "all": sum(stages.values())}.items():
             print(f"{name:20} {seconds:8.1f} s")
         return

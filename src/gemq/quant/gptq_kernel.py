@@ -16,21 +16,19 @@ from torch import Tensor
 
 from gemq.quant.gptq import LLOYD_ROUNDS, WIDER
 from gemq.quant.grid import Quantized
-from gemq.quant.grid_kernel import nearest
+from gemq.quant.grid_kernel import nearest, nearest_code
 from gemq.quant.step_kernel import encode
 
 ROWS_TIMES_COLUMNS = 2048
 """Weights that one program holds: 16 in each of 128 threads."""
 
 _ROUNDS, _WIDER = tl.constexpr(LLOYD_ROUNDS), tl.constexpr(WIDER)
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 
 
 @triton.jit
 def _codes(x, offset, step, highest):
-    """Codes of weights x as floats; ties go to even, as torch rounds."""
-    latent = (x - offset) / step
-    return (tl.minimum(tl.maximum(latent, 0.0), highest) + _ROUNDING) - _ROUNDING
+    """Codes of weights x as floats."""
+    return nearest_code((x - offset) / step, highest)
 
 
 @triton.jit(do_not_specialize=["start"])

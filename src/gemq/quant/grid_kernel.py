@@ -18,6 +18,12 @@ _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits beh
 
 
 @triton.jit
+def nearest_code(x, highest):
+    """Float32 ``x`` as the nearest whole number from 0 to ``highest``; ties go to even, as torch rounds."""
+    return (tl.minimum(tl.maximum(x, 0.0), highest) + _ROUNDING) - _ROUNDING
+
+
+@triton.jit
 def decode_scale(byte):
     """float32; ``byte`` of any integer type."""
     return ((byte.to(tl.int32) + _FIRST) << _SHIFT).to(tl.float32, bitcast=True)
@@ -38,8 +44,7 @@ def encode(scale, offset, highest):
     scale_byte = ((bits + _HALF) >> _SHIFT) - _FIRST
     scale_byte = tl.minimum(tl.maximum(scale_byte, 0), 255)
     part = offset / (decode_scale(scale_byte) * (highest / _DOWN)) + _ZERO
-    part = tl.minimum(tl.maximum(part, 0.0), 255.0)
-    return scale_byte, ((part + _ROUNDING) - _ROUNDING).to(tl.int32)
+    return scale_byte, nearest_code(part, 255.0).to(tl.int32)
 
 
 @triton.jit

@@ -16,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gemq.quant.fused import Rates, State
-from gemq.quant.grid_kernel import change_grid
+from gemq.quant.grid_kernel import change_grid, nearest_code
 from gemq.quant.trainable import BETAS, EPS, MARGIN
 
 _MARGIN, _EPS = tl.constexpr(MARGIN), tl.constexpr(EPS)
 _BETA1, _BETA2 = tl.constexpr(BETAS[0]), tl.constexpr(BETAS[1])
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 _PARTS = tl.constexpr(65535.0)
 
 
@@ -92,7 +91,7 @@ def _step_kernel(
     slope = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
     stored = tl.load(latents + place, mask=mask, other=0)
     latent = decode(stored, high) if FIXED else stored
-    code = (tl.minimum(tl.maximum(latent, 0.0), high) + _ROUNDING) - _ROUNDING
+    code = nearest_code(latent, high)
     of_scale = tl.sum(slope * code, 1) * base_scale
     of_offset = tl.sum(slope, 1) * base_scale
 
@@ -116,7 +115,7 @@ def _step_kernel(
     tl.store(scale_changes + group, scale_change, mask=inside)
     tl.store(offset_changes + group, offset_change, mask=inside)
     scale, offset = change_grid(base_scale, base_offset, scale_change, offset_change, of_group)
-    code = (tl.minimum(tl.maximum(latent, 0.0), high) + _ROUNDING) - _ROUNDING
+    code = nearest_code(latent, high)
     value = offset[:, None] + code * scale[:, None]
     tl.store(weight + place, value.to(weight.dtype.element_ty), mask=mask)
 
