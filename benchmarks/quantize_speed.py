@@ -171,7 +171,8 @@ class Bench:
 
     def moments(self) -> None:
         """A layer forward with the second moments of everything; limit by the products alone, half of each."""
-        run = lambda: layer_moments(self.replay, 0, self.activations, self.layer.linears, with_experts=True)
+        every = slice(0, self.experts.count)
+        run = lambda: layer_moments(self.replay, 0, self.activations, self.layer.linears, every)
         run()
         scale = TRAIN_TOKENS / (len(self.activations.ids) * self.activations.ids[0].numel())
         first, down = self.experts.matrices
@@ -180,7 +181,7 @@ class Bench:
         self.row("moments", self.seconds(run) * scale, operations, 0.0)
 
     def gptq(self) -> None:
-        moments, _ = layer_moments(self.replay, 0, self.activations, [], with_experts=True)
+        moments, _ = layer_moments(self.replay, 0, self.activations, [], slice(0, self.experts.count))
         assert moments.experts is not None
         pairs = list(zip(self.experts.matrices, moments.experts, strict=True))
         for widths in ((2,), (1, 2, 3), WIDTHS):

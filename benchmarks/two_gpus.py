@@ -9,8 +9,9 @@
 ``jobs``: random weights of OLMoE-1B-7B's true shape, made on the machine; one process, then ``torchrun
 --nproc-per-node 2``, with the same text. A row a stage, one for the computing stages and one for the whole process from
 start to saved checkpoint; then how alike the two results are. ``quality``: defaults on a trained model, KL of both over
-seeds. ``tensor-parallel``: the experts of all layers at batch 1, each rank half of the intermediate size and one sum
-over ranks a layer, in a CUDA graph. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other
+seeds. ``tensor-parallel``: the experts of all layers at batch 1 with the residual connection, each rank half of the
+intermediate size and one sum over ranks a layer, in a CUDA graph: by NCCL, and by one kernel (``exchange``) that ends a
+layer on one GPU as well. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other
 has stopped, and what it says; then both ways of going on. Rows go to results/two_gpus.csv.
 """
 
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from shapes import SHAPES, Shape, packed_model
 FILE = RESULTS / "two_gpus.csv"
 OUTSIDE = ("load", "allocate", "save")
 """Stages that compute nothing which two ranks could share."""
-ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0"}  # NVLink multicast stays off
+ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}  # NVLink multicast stays off
 
 
 def main() -> None:
@@ -85,15 +87,22 @@ def command(ranks: int, *arguments: object) -> list[str]:
     return [sys.executable, *launcher, *map(str, arguments)]
 
 
-def quantize(ranks: int, model: Path, out: Path, *flags: object) -> tuple[dict[str, Any], float]:
-    """The figures of a job, and the seconds of the whole process."""
+def quantize(
+    ranks: int, model: Path, out: Path, *flags: object, gpu: int | None = None
+) -> tuple[dict[str, Any], float]:
+    """The figures of a job, and the seconds of the whole process. ``gpu``: the only one that it sees."""
     for path in (out, out.with_name(out.name + ".work")):
         shutil.rmtree(path, ignore_errors=True)
     figures = out.with_suffix(".json")
     begin = time.perf_counter()
     job = command(ranks, "-m", "gemq", "quantize", model, "-o", out, "-q", "--json", figures, *flags)
-    subprocess.run(job, check=True)
+    subprocess.run(job, check=True, env=seeing(gpu))
     return json.loads(figures.read_text()), time.perf_counter() - begin
+
+
+def seeing(gpu: int | None) -> dict[str, str]:
+    """The environment of a process that sees one GPU alone, or all."""
+    return dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
 
 
 def shape(args: argparse.Namespace) -> Shape:
@@ -225,23 +234,28 @@ def rank_process(launcher: int, rank: int) -> int:
 
 
 def quality(args: argparse.Namespace, directory: Path) -> None:
-    """KL of one process and of two on a trained model, seed by seed."""
+    """KL of one process and of two on a trained model, seed by seed. On GPUs all jobs run at once."""
     calibration = [flag for file in sorted(args.texts.glob("calib_*.txt")) for flag in ("--calib", file)]
     texts = [flag for file in sorted(args.texts.glob("val_*.txt")) for flag in ("--text", file)]
-    for seed in range(args.seeds):
-        found = []
-        for ranks in (1, 2):
-            out = directory / f"seed{seed}-{ranks}"
-            quantize(
-                ranks, args.model, out, "--bits", 2, "--window", 512, "--windows", 130, "--seed", seed, *calibration
-            )
-            told = directory / "eval.json"
-            limits = ("--max-windows", 120, "-q", "--json", told)
-            subprocess.run(
-                command(1, "-m", "gemq", "eval", out, "--reference", args.model, *texts, *limits), check=True
-            )
-            found.append(json.loads(told.read_text())["mean_kl"])
-        record(args, "quality", f"KL, seed {seed}", found[0], found[1], "nats")
+    gpus = torch.cuda.device_count()
+
+    def kl(seed: int, ranks: int) -> float:
+        out = directory / f"seed{seed}-{ranks}"
+        gpu = seed % gpus if gpus else None
+        keys = ("--bits", 2, "--window", 512, "--windows", 130, "--seed", seed, *calibration)
+        quantize(ranks, args.model, out, *keys, gpu=gpu if ranks == 1 else None)
+        told = out.with_suffix(".eval.json")
+        limits = ("--max-windows", 120, "-q", "--json", told)
+        job = command(1, "-m", "gemq", "eval", out, "--reference", args.model, *texts, *limits)
+        subprocess.run(job, check=True, env=seeing(gpu))
+        print(f"seed {seed}, {ranks} ranks: KL {(found := json.loads(told.read_text())['mean_kl']):.5f}", flush=True)
+        return found
+
+    with ThreadPoolExecutor(2 * args.seeds if gpus else 1) as pool:
+        found = {(seed, ranks): pool.submit(kl, seed, ranks) for seed in range(args.seeds) for ranks in (1, 2)}
+        for seed in range(args.seeds):
+            one, two = (found[seed, ranks].result() for ranks in (1, 2))
+            record(args, "quality", f"KL, seed {seed}", one, two, "nats")
 
 
 # Tensor parallel
@@ -254,9 +268,9 @@ def tensor_parallel(args: argparse.Namespace, directory: Path) -> None:
         flags = ["--small"] if args.small else []
         subprocess.run(command(ranks, __file__, "rank", "--keep", told, "--layers", args.layers, *flags), check=True)
         times.append(json.loads(told.read_text()))
-    for percentile in times[0]:
-        one, two = (t[percentile] for t in times)
-        record(args, "tensor parallel", f"experts of a layer, {percentile}", one, two, "us")
+    for what in times[0]:
+        one, two = (t[what] for t in times)
+        record(args, "tensor parallel", f"experts of a layer, {what}", one, two, "us")
 
 
 def time_experts(args: argparse.Namespace) -> None:
@@ -280,18 +294,51 @@ def time_experts(args: argparse.Namespace) -> None:
     ]
     weights = torch.full((1, config.num_experts_per_tok), 0.125, device=device, dtype=torch.bfloat16)
 
-    @torch.no_grad()
-    def step() -> torch.Tensor:
-        h = x
-        for experts, index in zip(layers, chosen, strict=True):
-            out = experts(h, index, weights)
-            if ranks > 1:
-                dist.all_reduce(out)
-            h = x + out
-        return h
+    def plainly(h: torch.Tensor, experts: Any, index: torch.Tensor) -> torch.Tensor:
+        out = experts(h, index, weights)
+        if ranks > 1:
+            dist.all_reduce(out)
+        return h + out
 
-    replay: Any = step
-    graph: Any = None
+    ways: dict[str, Any] = {"NCCL": plainly}
+    if device.type == "cuda":
+        from exchange import End
+        from gemq.kernels.decode import expert_shares
+
+        end = End(config.hidden_size, device)
+
+        def in_one(h: torch.Tensor, experts: Any, index: torch.Tensor) -> torch.Tensor:
+            shares = expert_shares(experts, h, index, weights)
+            assert shares is not None
+            return end(h, shares)
+
+        ways["one kernel"] = in_one
+    found_times, results = {}, []
+    for name, layer in ways.items():
+
+        @torch.no_grad()
+        def step(layer: Any = layer) -> torch.Tensor:
+            h = x
+            for experts, index in zip(layers, chosen, strict=True):
+                h = layer(h, experts, index)
+            return h
+
+        times, result = _times(step, device, 3 if args.small else 50)
+        results.append(result)
+        spread = (times / len(layers) * 1e6).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        found_times.update({f"{name}, {p}": value for p, value in zip(("p20", "p50", "p80"), spread, strict=True)})
+    difference = max(float((r - results[0]).norm() / results[0].norm()) for r in results)
+    assert difference < 0.01, f"the ways differ by {difference:.2g}"
+    if rank == 0:
+        args.keep.write_text(json.dumps(found_times))
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def _times(step: Any, device: torch.device, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seconds of a step, ``repeats`` times the mean of ten, in a CUDA graph on a GPU; and what it gives."""
+    replay, graph = step, None
+    out = step()
     if device.type == "cuda":
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -301,10 +348,10 @@ def time_experts(args: argparse.Namespace) -> None:
         graph = torch.cuda.CUDAGraph()
         # Threads of NCCL ask for events while this one captures.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
+            out = step()
         replay = graph.replay
     times = []
-    for _ in range(3 if args.small else 50):
+    for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -312,14 +359,11 @@ def time_experts(args: argparse.Namespace) -> None:
             replay()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) / 10 / len(layers) * 1e6)
-    if rank == 0:
-        spread = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        args.keep.write_text(json.dumps(dict(zip(("p20", "p50", "p80"), spread, strict=True))))
+        times.append((time.perf_counter() - begin) / 10)
+    result = out.float().clone()
     if graph is not None:
         graph.reset()  # NCCL waits for graphs that hold its calls before it ends
-    if ranks > 1:
-        dist.destroy_process_group()
+    return torch.tensor(times), result
 
 
 if __name__ == "__main__":

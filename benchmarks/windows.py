@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from gemq.data.selfgen import OF_THE_SOURCE, batch_size, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Plan, batch_size, generate_windows
 from gemq.evaluate import open_model
 from gemq.models.experts import use_experts_forward, use_fast_experts
 from record import RESULTS, append, environment
@@ -45,7 +44,9 @@ def measure(name: str, device: str, dtype: str, rows: int, window: int, static: 
     model, tokenizer = opened.model, opened.tokenizer
     rows = rows or batch_size(model.config.get_text_config(), window)
     use_fast_experts(model)
-    write = partial(generate_windows, model, tokenizer, count=rows, openings=OF_THE_SOURCE, batch=rows, static=static)
+    write = lambda window, seed: generate_windows(
+        model, tokenizer, Plan(rows, seed, OF_THE_SOURCE), window=window, batch=rows, static=static
+    )
     write(window=4, seed=1)
     _wait(device)
     start = time.perf_counter()
@@ -61,8 +62,8 @@ def measure(name: str, device: str, dtype: str, rows: int, window: int, static: 
         "window": window,
         "seconds": seconds,
         "ms_per_step": 1e3 * seconds / (window - 1),
-        "tokens_per_second": made.tokens.numel() / seconds,
-        "nats": _loss(model, made.tokens[:64], device),
+        "tokens_per_second": made.tokens[0].numel() / seconds,
+        "nats": _loss(model, made.tokens[0][:64], device),
         **environment(device),
     }
     append(out, row)

@@ -178,8 +178,26 @@ def _tensors(matrices: PackedMatrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return matrices.codes, matrices.scales, matrices.offsets, matrices.table
 
 
+def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
+    """What ``experts_forward`` adds up, [T, S, H] float32; None of experts with a norm or an unusual activation."""
+    activation = activation_of(module)
+    if activation is None or getattr(module, "has_post_expert_norm", False):
+        return None
+    first, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
+    biases: list[Tensor | None] = [None, None]
+    if module.has_bias:
+        biases = [module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias]
+    levels, down_levels = widths_for(first.levels, first.group_size), widths_for(down.levels, down.group_size)
+    sizes = (first.rows, first.group_size, levels, down.group_size, down_levels)
+    arguments = (*_tensors(first), biases[0], *_tensors(down), biases[1], *sizes, *activation)
+    return decode_experts(hidden, top_k_index, top_k_weights, *arguments)
+
+
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, for 1 to 16 tokens in float16, bfloat16 or float32."""
+    shares = expert_shares(module, hidden, top_k_index, top_k_weights)
+    if shares is not None:
+        return shares.sum(1).to(hidden.dtype)
     first = module.gate_up_proj if module.has_gate else module.up_proj
     first_bias = down_bias = None
     if module.has_bias:
@@ -188,18 +206,11 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     down = module.down_proj
     up_arguments = (*_tensors(first), first_bias)
     down_arguments = (*_tensors(down), down_bias)
-    activation = activation_of(module)
-    normed = getattr(module, "has_post_expert_norm", False)
-    if activation is not None and not normed:
-        levels, down_levels = widths_for(first.levels, first.group_size), widths_for(down.levels, down.group_size)
-        sizes = (first.rows, first.group_size, levels, down.group_size, down_levels)
-        arguments = (*up_arguments, *down_arguments, *sizes, *activation)
-        return decode_experts(hidden, top_k_index, top_k_weights, *arguments).sum(1).to(hidden.dtype)
     y = decode_up(hidden, top_k_index, *up_arguments, first.rows, first.group_size, first.levels)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = y.to(hidden.dtype)
     down_sizes = (down.rows, down.group_size, down.levels)
-    if not normed:
+    if not getattr(module, "has_post_expert_norm", False):
         return decode_down(y, top_k_index, top_k_weights, *down_arguments, *down_sizes).sum(1).to(hidden.dtype)
     y = module.post_expert_norm(decode_down(y, top_k_index, None, *down_arguments, *down_sizes))
     y = (y * top_k_weights[..., None]).float()
