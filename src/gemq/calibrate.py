@@ -5,22 +5,23 @@ Used by every stage that walks the layers forward. Knows models and moments, no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gemq.data.windows import Windows
-from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route, watch_experts
+from gemq.errors import UserError
+from gemq.models.experts import ExpertsCall, apply_first, call_of, expert_weight, route_to
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Linear
 from gemq.quant.hessian import Moments
 from gemq.resources.batches import Batches
 from gemq.resources.memory import Memory
-from gemq.resources.ranks import Ranks
+from gemq.resources.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Activations:
     source: per micro-batch [B] int64, which calibration source each window came from
     calls:  per micro-batch, one call per layer
     hidden: per micro-batch [B, S, H], the input of the layer to run next
-    order:  [N] int64, the windows' places in the set that they come from, in the order of all ranks' micro-batches
-    every:  ids and calls of all ranks' micro-batches; empty: there are no others
+    order:  [N] int64, the windows' places in the set that they come from, in the order of all micro-batches
+    every:  ids of all ranks' micro-batches; empty: there are no others
     """
 
     ids: list[Tensor]
@@ -40,49 +41,59 @@ class Activations:
     calls: list[list[Call]]
     hidden: Batches
     order: Tensor
-    every: tuple[list[Tensor], list[list[Call]]] = ([], [])
+    every: list[Tensor] = field(default_factory=list)
+    _calls_to_train: dict[bool, list[list[Call]]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
         """The hidden states in front of the first layer. A micro-batch mixes the sources, in an order set by seed."""
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        ids, source, calls, hidden = [], [], [], Batches(replay.memory)
+        source, calls, hidden = [], [], Batches(replay.memory)
         parts = list(windows.batches(batch_tokens))
+        every = [windows.tokens[order[part]].to(replay.device) for part in parts]
         own = replay.ranks.own(len(parts))
-        for number, part in enumerate(parts):
-            tokens = windows.tokens[order[part]].to(replay.device)
-            first, call = replay.inputs(tokens)
-            ids.append(tokens)
+        for number in own:
+            first, call = replay.inputs(every[number])
             calls.append(call)
-            if number in own:
-                source.append(windows.source[order[part]].to(replay.device))
-                hidden.append(first)
-        mine = slice(own.start, own.stop)
-        return cls(ids[mine], source, calls[mine], hidden, order, (ids, calls))
+            source.append(windows.source[order[parts[number]]].to(replay.device))
+            hidden.append(first)
+        return cls([every[number] for number in own], source, calls, hidden, order, every)
 
     @property
     def total(self) -> int:
         """Micro-batches of all ranks."""
-        return len(self.every[0] or self.ids)
+        return len(self.every or self.ids)
 
-    def whole(self, replay: Replay) -> Activations:
-        """All ranks' micro-batches, for those who train on them. Without ``source``."""
-        if replay.ranks.count == 1:
-            return self
-        ids, calls = self.every
-        return Activations(ids, [], calls, shared(replay, self.hidden, self.total), self.order, self.every)
+    def may_deal(self, replay: Replay) -> bool:
+        """Whether the windows of each micro-batch can be dealt out evenly to the ranks of a job on GPUs."""
+        ranks = replay.ranks
+        return ranks.count > 1 and ranks.device.type == "cuda" and all(len(x) % ranks.count == 0 for x in self.every)
+
+    def to_train(self, replay: Replay, targets: Batches, dealt: bool) -> tuple[Activations, Batches]:
+        """All ranks' micro-batches and their targets, for those who train on them. Without ``source``.
+
+        dealt: only this rank's windows of each
+        """
+        ranks = replay.ranks
+        if ranks.count == 1:
+            return self, targets
+        rows = [ranks.part(len(ids)) if dealt else slice(0, len(ids)) for ids in self.every]
+        ids = [every[some] for every, some in zip(self.every, rows, strict=True)]
+        if dealt not in self._calls_to_train:
+            self._calls_to_train[dealt] = [replay.inputs(x)[1] for x in ids]
+
+        def taken(own: Batches) -> Batches:
+            every = ranks.share(own, self.total)
+            some = (x[part].clone() for x, part in zip(every, rows, strict=True)) if dealt else every
+            return Batches(replay.memory, some)
+
+        calls = self._calls_to_train[dealt]
+        return Activations(ids, [], calls, taken(self.hidden), self.order, self.every), taken(targets)
 
     @torch.no_grad()
     def advance(self, replay: Replay, index: int, overrides: dict[str, Tensor] | None = None) -> None:
         """Runs layer ``index`` on everything, with ``overrides`` as in ``Replay.run``. Overwrites ``hidden``."""
         advance(replay, index, self.hidden, self.calls, overrides)
-
-
-def shared(replay: Replay, own: Batches, total: int) -> Batches:
-    """A tensor of each of ``total`` micro-batches, from every rank's own."""
-    if replay.ranks.count == 1:
-        return own
-    return Batches(replay.memory, replay.ranks.share(own, total))
 
 
 @torch.no_grad()
@@ -105,20 +116,9 @@ class KeptCalls(Sequence[ExpertsCall]):
         self._hidden = Batches(memory)
         self._routing: list[tuple[Tensor, Tensor]] = []
 
-    def extend(self, calls: Iterable[ExpertsCall]) -> None:
-        for call in calls:
-            self._hidden.append(call.hidden)
-            self._routing.append((call.top_k_index, call.top_k_weights))
-
-    def whole(self, replay: Replay, total: int) -> KeptCalls:
-        """Those of all ranks' ``total`` micro-batches."""
-        if replay.ranks.count == 1:
-            return self
-        found = KeptCalls(self._hidden.memory)
-        found._hidden = shared(replay, self._hidden, total)
-        parts = [list(replay.ranks.share([r[i] for r in self._routing], total)) for i in range(2)]
-        found._routing = list(zip(*parts, strict=True))
-        return found
+    def append(self, call: ExpertsCall) -> None:
+        self._hidden.append(call.hidden)
+        self._routing.append((call.top_k_index, call.top_k_weights))
 
     def __len__(self) -> int:
         return len(self._routing)
@@ -135,31 +135,18 @@ class LayerMoments:
     """Second moments of one layer.
 
     linears: by module path; linears that receive the same tensor share one object
-    experts: of the two matrices of the routed experts, or None in a dense layer
+    experts: of the two matrices of this rank's experts, or None where none were asked for
     """
 
     linears: dict[str, Moments]
     experts: tuple[Moments, Moments] | None
 
-    def meet(self, linears: Sequence[Linear], ranks: Ranks, shards: int) -> None:
-        """Adds up all ranks' shards, ``shards`` of each. A rank may have met fewer linears than another."""
-        if ranks.count > 1:
-            seen = [self.linears.get(x.path) for x in linears]
-            first = [-1 if m is None else next(i for i, o in enumerate(seen) if o is m) for m in seen]
-            same = torch.tensor(first, dtype=torch.int64)
-            ranks.most(same)
-            for number, linear in zip(same.tolist(), linears, strict=True):
-                if number >= 0 and linear.path not in self.linears:
-                    made = self.linears.get(linears[number].path) or Moments(1, linear.columns, ranks.device)
-                    self.linears[linear.path] = made
-        for moments in self.distinct(linears):
-            moments.close(shards - 1)
+    def finish(self, ranks: Ranks) -> None:
+        """Ends the adding. ``ranks``: those that the experts are spread over."""
+        for moments in {id(m): m for m in self.linears.values()}.values():
+            moments.finish()
+        for moments in self.experts or ():
             moments.finish(ranks)
-
-    def distinct(self, linears: Sequence[Linear]) -> list[Moments]:
-        """Every one once, in an order that all ranks share."""
-        found = [self.linears[x.path] for x in linears if x.path in self.linears]
-        return list({id(m): m for m in (*found, *(self.experts or ()))}.values())
 
 
 @torch.no_grad()
@@ -168,71 +155,136 @@ def layer_moments(
     index: int,
     activations: Activations,
     linears: Sequence[Linear],
-    with_experts: bool,
-    kept: KeptCalls | list[ExpertsCall] | None = None,
+    own: slice | None,
+    kept: KeptCalls | None = None,
     with_outputs: bool = True,
 ) -> tuple[LayerMoments, Batches]:
-    """Runs layer ``index`` on everything and collects all ranks' moments. Returns them with the layer's outputs.
+    """Runs layer ``index`` on this rank's micro-batches; returns the moments of all ranks', and the layer's outputs.
 
-    kept:         receives the calls of the experts module, one per micro-batch, for those who train on them
-    with_outputs: False keeps none of the outputs
+    In step, ranks give each other what their linears and experts receive, and each adds it up in the order of the
+    micro-batches: the same sums, in which experts are this rank's own and linears all, as one rank would have.
+
+    own:          the experts whose moments are wanted, with a start and a stop; None: of none
+    kept:         receives all ranks' calls of the experts module, one per micro-batch, for those who train on them
+    with_outputs: False keeps no outputs, and runs a layer no further than to what is watched
     """
-    layer = replay.structure.layers[index]
-    experts = layer.experts if with_experts else None
-    found = LayerMoments({}, None)
-    outputs = Batches(replay.memory)
-    with ExitStack() as stack:
-        _watch_linears(stack, replay.model, linears, found.linears)
-        module = replay.model.get_submodule(experts.path) if experts else None
-        watched = stack.enter_context(watch_experts(module)) if module is not None else []
-        if experts:
-            first, down = experts.matrices
-            found.experts = (
-                Moments(experts.count, first.columns, replay.device),
-                Moments(experts.count, down.columns, replay.device),
-            )
-        ends = replay.ranks.shard_ends(activations.total)
-        for number, (hidden, calls) in enumerate(zip(activations.hidden, activations.calls, strict=True)):
-            closed = sum(end <= number for end in ends)
-            if closed:
-                for moments in found.distinct(linears):
-                    moments.close(closed)
-            output = replay.run(index, hidden, calls[index])
-            if with_outputs:
-                outputs.append(output)
-            for call in watched:
-                assert experts is not None
-                assert found.experts is not None
-                routed = route(call.top_k_index, call.top_k_weights, experts.count)
-                x = call.hidden.index_select(0, routed.token)
-                found.experts[0].add(x, routed.counts)
-                weight = expert_weight(module, experts.matrices[0].name)
-                found.experts[1].add(apply_first(module, experts.matrices[0].name, weight, x, routed), routed.counts)
+    ranks, experts = replay.ranks, replay.structure.layers[index].experts if own is not None else None
+    module = replay.model.get_submodule(experts.path) if experts else None
+    found, outputs = LayerMoments({}, None), Batches(replay.memory)
+    if experts and own is not None:
+        first, down = (Moments(own.stop - own.start, m.columns, replay.device) for m in experts.matrices)
+        found.experts = first, down
+    received = _Received(replay.model, linears, module)
+    for number in range(-(-activations.total // ranks.count)):
+        received.clear()
+        if number < len(activations.hidden):  # a rank may have one fewer
+            with received.watching(to_the_end=with_outputs):
+                output = replay.run(index, activations.hidden[number], activations.calls[number][index])
+                if with_outputs:
+                    outputs.append(output)
+        for same, inputs, call in received.of_all(ranks):
+            for linear, at, rows in zip(linears, same, inputs, strict=True):
+                if rows is not None:
+                    if linear.path not in found.linears:
+                        found.linears[linear.path] = Moments(1, linear.columns, replay.device)
+                    found.linears[linear.path].add(rows, torch.full((1,), len(rows), device=rows.device))
+                elif at >= 0:
+                    found.linears[linear.path] = found.linears[linears[at].path]
+            if call is None or experts is None or own is None or found.experts is None:
+                continue
+            weight = expert_weight(module, experts.matrices[0].name)[own]
+            routed = route_to(call, own, weight)
+            x = call.hidden.index_select(0, routed.token)
+            found.experts[0].add(x, routed.ends)
+            found.experts[1].add(apply_first(module, experts.matrices[0].name, weight, x, routed), routed.ends)
             if kept is not None:
-                kept.extend(watched)
-            watched.clear()
-    found.meet(linears, replay.ranks, len(ends) + 1)
+                kept.append(call)
+    spread = experts is not None and own is not None and own.stop - own.start < experts.count
+    found.finish(ranks if spread else ALONE)
     return found, outputs
 
 
-def _watch_linears(stack: ExitStack, model: nn.Module, linears: Iterable[Linear], moments: dict[str, Moments]) -> None:
-    """Hooks that add up the moments of linears' inputs. Query, key and value receive one tensor: it is added once."""
-    last: dict[str, Any] = {"tensor": None, "path": None}
+class _Received:
+    """What linears and an experts module receive while a layer runs, each as often as it is called."""
 
-    def watch(linear: Linear) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x is last["tensor"]:
-                moments[linear.path] = moments[last["path"]]
-                return
-            last.update(tensor=x, path=linear.path)
-            if linear.path not in moments:
-                moments[linear.path] = Moments(1, linear.columns, x.device)
-            rows = x.reshape(-1, linear.columns)
-            moments[linear.path].add(rows, [len(rows)])
+    def __init__(self, model: nn.Module, linears: Sequence[Linear], module: nn.Module | None):
+        self._linears = [model.get_submodule(linear.path) for linear in linears]
+        self._experts = module
+        self._calls_of_a_run: list[int] = []
+        self.clear()
 
-        module = model.get_submodule(linear.path)
-        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    def clear(self) -> None:
+        self._inputs: list[list[Tensor]] = [[] for _ in self._linears]
+        self._versions: list[tuple[Tensor, int]] = []
+        self._calls: list[ExpertsCall] = []
 
-    for linear in linears:
-        watch(linear)
+    def _count(self) -> list[int]:
+        return [*map(len, self._inputs), *([len(self._calls)] if self._experts is not None else [])]
+
+    @contextmanager
+    def watching(self, to_the_end: bool) -> Iterator[None]:
+        """Collects while the context is open. Unless a run shall go ``to_the_end``, it ends where the first one, which
+        does, had received everything.
+        """
+
+        def stop() -> None:
+            if not to_the_end and 0 not in self._calls_of_a_run and self._count() == self._calls_of_a_run:
+                raise _Enough
+
+        def of_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._calls.append(call_of(module, args, kwargs))
+            stop()
+
+        def of_linear(number: int) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self._inputs[number].append(x)
+                self._versions.append((x, x._version))
+                stop()
+
+            return hook
+
+        with ExitStack() as stack:
+            for number, linear in enumerate(self._linears):
+                handle = linear.register_forward_pre_hook(of_linear(number), with_kwargs=True)
+                stack.callback(handle.remove)
+            if self._experts is not None:
+                handle = self._experts.register_forward_pre_hook(of_experts, with_kwargs=True)
+                stack.callback(handle.remove)
+            with suppress(_Enough):
+                yield
+        self._calls_of_a_run = self._calls_of_a_run or self._count()
+
+    def of_all(self, ranks: Ranks) -> Iterator[tuple[list[int], list[Tensor | None], ExpertsCall | None]]:
+        """What was received, rank by rank, on every rank.
+
+        For each linear the number of the first that received the very tensors (-1: it did not run) and, for that one,
+        their rows [T, columns]; and the call of the experts module, if it ran: several as one.
+        """
+        if any(x._version != version for x, version in self._versions):
+            raise UserError(
+                "a layer overwrites what one of its linears has received: gemq cannot calibrate it; this family is not "
+                "supported yet"
+            )
+        received = [[id(x) for x in each] for each in self._inputs]
+        same = [received.index(each) if each else -1 for each in received]
+        own = [
+            _joined([x.flatten(0, -2) for x in each]) if first == number else None
+            for number, (first, each) in enumerate(zip(same, self._inputs, strict=True))
+        ]
+        parts = zip(*((c.hidden, c.top_k_index, c.top_k_weights) for c in self._calls), strict=True)
+        call: list[Tensor | None] = [_joined(part) for part in parts] or [None] * 3
+        for tensors, first_of in ranks.gather([*own, *call], same):
+            hidden, top_k_index, top_k_weights = tensors[len(own) :]
+            whole = None
+            if hidden is not None and top_k_index is not None and top_k_weights is not None:
+                whole = ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
+            yield first_of, tensors[: len(own)], whole
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class _Enough(Exception):
+    """All that was watched has been received."""

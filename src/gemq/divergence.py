@@ -23,9 +23,9 @@ def chunks(positions: int) -> Iterator[slice]:
     return (slice(start, min(start + ROWS, positions)) for start in range(0, positions, ROWS))
 
 
-def divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """KL(p || q) in nats, summed over positions, from log probabilities [positions, V]."""
-    return (log_p.exp() * (log_p - log_q)).sum().item()
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, summed over positions, from log probabilities [positions, V]: float64 scalar."""
+    return (log_p.exp() * (log_p - log_q)).sum().double()
 
 
 @torch.no_grad()
@@ -37,27 +37,22 @@ def windows_kl(replay: Replay, start: Activations, exact: Batches, states: Seque
     states: what it gives in other models. The tail is the model's own for all of them
     As in ``evaluate``, what would predict the token behind the window does not count.
     """
-    found: list[list[Tensor]] = [[] for _ in states]
+    found: list[Tensor] = []
     for batch, ids in enumerate(start.ids):
-        kl = torch.zeros(len(states), len(ids), dtype=torch.float64)
+        kl = torch.zeros(len(states), len(ids), dtype=torch.float64, device=replay.device)
         for part in replay.windows_together(ids):
             expected = replay.logits(ids[part], exact[batch][part])[:, :-1].float().log_softmax(-1)
             for i, state in enumerate(states):  # one of them on the device at a time
                 kl[i, part] = _of_windows(expected, replay.logits(ids[part], state[batch][part]))
-        for every, own in zip(found, kl / (ids.shape[1] - 1), strict=True):
-            every.append(own)
-    return [_in_order(replay, start, every) for every in found]
+        found.append(kl / (ids.shape[1] - 1))
+    every = torch.cat(list(replay.ranks.share(found, start.total)), 1).cpu()
+    return list(torch.empty(len(states), len(start.order), dtype=torch.float64).index_copy_(1, start.order, every))
 
 
 def _of_windows(log_p: Tensor, logits: Tensor) -> Tensor:
     """KL of each window, summed over positions: float64 [B], from [B, S - 1, V] and [B, S, V]."""
-    found = torch.zeros(len(log_p), dtype=torch.float64)
+    found = torch.zeros(len(log_p), dtype=torch.float64, device=log_p.device)
     for row, (p, q) in enumerate(zip(log_p, logits, strict=True)):
-        found[row] = sum(divergence(p[some], q[some].float().log_softmax(-1)) for some in chunks(len(p)))
+        for some in chunks(len(p)):
+            found[row] += divergence(p[some], q[some].float().log_softmax(-1))
     return found
-
-
-def _in_order(replay: Replay, start: Activations, kl: Sequence[Tensor]) -> Tensor:
-    """All ranks' windows in their stored order, from [B] a micro-batch of this one."""
-    every = torch.cat(list(replay.ranks.share(kl, start.total))).cpu()
-    return torch.empty(len(start.order), dtype=torch.float64).index_copy_(0, start.order, every)

@@ -126,7 +126,7 @@ def _compare(logits: Tensor, reference: Tensor | None, ids: Tensor) -> Sums:
         sums.nll -= log_q.gather(1, ids[rows.start + 1 : rows.stop + 1, None]).sum().item()
         if reference is not None:
             log_p = reference[rows].float().log_softmax(-1)
-            sums.kl += divergence(log_p, log_q)
+            sums.kl += divergence(log_p, log_q).item()
             sums.top1 += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     return sums
 

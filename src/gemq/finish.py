@@ -104,7 +104,10 @@ def _refine(
     training = job.training(recipe.layer_epochs, recipe.rate_codes)
     with_teacher = training is not None or bool(recipe.distil_epochs)
     end = len(structure.layers) if to_the_end else missing[-1] + 1
-    with job.monitor.stage("reconstruct" if training else "refine", end) as tick:
+    with (
+        job.monitor.stage("reconstruct" if training else "refine", end) as tick,
+        stage.writing_behind() as save,
+    ):
         activations = job.start_activations(replay)
         exact = activations.hidden.copy() if with_teacher else Batches(replay.memory)
         # what trains a layer takes the next one's room: see ``footprint``
@@ -114,7 +117,7 @@ def _refine(
             if i in missing:
                 targets = Targets(exact, stored, training) if training is not None else None
                 done = refine_layer(replay, i, activations, job.quantizer, widths[i], recipe.attention_bits, targets)
-                stage.save_tensors(layer_file(i), done.to_tensors())
+                save(layer_file(i), done.to_tensors())
                 activations.advance(replay, i)
                 replay.restore(i)  # the next stage finds the model in full precision
             elif missing and i < missing[-1]:

@@ -24,16 +24,17 @@ from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.calibrate import Activations, advance
-from gemq.data.selfgen import OF_THE_SOURCE, added_to
+from gemq.data.selfgen import OF_THE_SOURCE, Plan
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
 from gemq.divergence import windows_kl
-from gemq.job import Job, Writer
+from gemq.job import Job, Writer, added_to
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
 from gemq.models.stream import Replay
 from gemq.progress import Tick
 from gemq.quant.widths import ExpertWidths, Width
+from gemq.recipe import Recipe
 from gemq.refine import assemble_layer, layer_overrides
 from gemq.stages import digest, load_ladder
 from gemq.workdir import Stage
@@ -262,6 +263,12 @@ def run_guard(
     return kept, verdict
 
 
+def own_plans(recipe: Recipe, windows: Windows) -> list[Plan]:
+    """The windows that the model writes for the guard: as its calibration ``windows``, and as those added to them."""
+    plans = [Plan(PER_SOURCE, recipe.seed + SEED, OF_THE_SOURCE)] if SELF in recipe.calib else []
+    return [*plans, Plan(OWN, recipe.seed + SEED + 1, added_to(windows))]
+
+
 def draw_guard_windows(job: Job, replay: Replay) -> Windows:
     """The guard's windows, drawn and written once: they are none of calibration's."""
     recipe = job.recipe
@@ -276,12 +283,8 @@ def draw_guard_windows(job: Job, replay: Replay) -> Windows:
             held_out=PER_SOURCE,
         )
         missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
-        # those of the source self open as its calibration windows do, the others as those that an effort adds
-        plans = [(OWN, added_to(job.windows.tokens, job.windows.names == (SELF,)))]
-        if SELF in recipe.calib:
-            plans.insert(0, (PER_SOURCE, OF_THE_SOURCE))
-        for number, (count, openings) in enumerate(plans):
-            windows = windows.extended(SELF, writer.write(count, recipe.seed + SEED + number, openings))
+        for own in job.written_beside or writer.write(*own_plans(recipe, job.windows)):
+            windows = windows.extended(SELF, own)
         return windows, {"guard_windows_missing": missing}
 
     return job.windows_stage("guard-windows", "guard windows", OWN, job.guard_inputs(), replay, draw)

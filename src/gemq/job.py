@@ -6,7 +6,7 @@ Holds the loaded model, the calibration windows, and what each stage's results a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
-from gemq.data.selfgen import OF_THE_SOURCE, Openings, added_to, batch_size, cache_bytes, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Openings, Plan, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer
@@ -34,6 +34,16 @@ from gemq.resources.footprint import staging_bytes, working_bytes
 from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
+
+
+def added_to(windows: Windows) -> Openings:
+    """How windows open that the model writes beside these.
+
+    A text shows what its documents hold; the model's own windows miss kinds, which random tokens find.
+    """
+    texts = [i for i, name in enumerate(windows.names) if name != SELF]
+    known = windows.tokens[torch.isin(windows.source, torch.tensor(texts))] if texts else windows.tokens
+    return Openings(known.flatten(), 0.0 if texts else 0.5)
 
 
 class Writer:
@@ -53,9 +63,10 @@ class Writer:
         self._batch = batch_size(config, job.window)
         self._each = cache_bytes(config, job.window, replay.model.dtype.itemsize)
 
-    def write(self, count: int, seed: int, openings: Openings) -> Tensor:
-        """int64 [count, window], on the CPU."""
-        batch = min(self._batch, max(1, count))
+    def write(self, *plans: Plan) -> list[Tensor]:
+        """Of each plan int64 [count, window], on the CPU."""
+        count = sum(plan.count for plan in plans)
+        batch = min(self._batch, max(1, *(plan.count for plan in plans)))
         if self._model is None:
             self._model = self._open.enter_context(self._writing(batch * self._each))
         if self._width is not None:  # as many side by side as there is room for beside the copy
@@ -67,10 +78,8 @@ class Writer:
         made = generate_windows(
             self._model,
             self.tokenizer,
-            count=count,
+            *plans,
             window=self._job.window,
-            seed=seed,
-            openings=openings,
             batch=batch if self._width is not None else None,
             progress=self._tick,
             ranks=self._replay.ranks,
@@ -120,6 +129,7 @@ class Job:
 
     fallbacks: what was not done as asked, counted by name; shown in the summary
     working:   bytes on the device that a stage may compute with
+    written_beside: windows that were written along with calibration's, see ``draw_windows``
     """
 
     source: Source
@@ -130,6 +140,7 @@ class Job:
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
     working: int = 0
+    written_beside: list[Tensor] = field(default_factory=list)
 
     def load(self, verify: bool = True) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored.
@@ -163,8 +174,12 @@ class Job:
         """Tokens per calibration window."""
         return calibration_window(self.source.config(), self.recipe.window)
 
-    def draw_windows(self, replay: Replay) -> Windows:
-        """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``."""
+    def draw_windows(self, replay: Replay, beside: Callable[[Windows], Sequence[Plan]] = lambda _: ()) -> Windows:
+        """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``.
+
+        beside: further windows, by those drawn, to be written along with the ones that an effort adds: at once where
+                several ranks write, and before the model that writes is put away. They wait in ``written_beside``
+        """
         recipe = self.recipe
 
         def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
@@ -174,14 +189,17 @@ class Job:
                 window=self.window,
                 count=recipe.windows,
                 seed=recipe.seed,
-                generate=lambda count: writer.write(count, recipe.seed, OF_THE_SOURCE),
+                generate=lambda count: writer.write(Plan(count, recipe.seed, OF_THE_SOURCE))[0],
             )
             missing = recipe.windows - len(windows)
             added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
             if added:
                 # another seed: these are windows beside those that the source ``self`` may have given
-                openings = added_to(windows.tokens, windows.names == (SELF,))
-                windows = windows.extended(SELF, writer.write(added, recipe.seed + 1, openings))
+                plans = [Plan(added, recipe.seed + 1, added_to(windows))]
+                if windows.names != (SELF,):  # else what goes beside them would depend on those added as well
+                    plans += beside(windows)
+                own, *self.written_beside = writer.write(*plans)
+                windows = windows.extended(SELF, own)
             return windows, {"calibration_windows_missing": missing}
 
         inputs = self._window_inputs()

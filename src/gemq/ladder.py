@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, shared
+from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
@@ -68,7 +68,7 @@ class Quantizer:
         return _joined(grids, 1), retries
 
     def own_width(
-        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None, first: int = 0
+        self, weight: Tensor, moments: Moments, widths: Sequence[Width], latents: Tensor | None = None
     ) -> tuple[Quantized, int]:
         """As ``every_width``, with one width for each expert: grids [E, ...]."""
         group = self.group(weight.shape[-1])
@@ -79,8 +79,7 @@ class Quantizer:
             return Quantized(*(t[pick, torch.arange(len(widths), device=weight.device)] for t in q)), 0
         grids, retries = [], 0
         for some in _chunks(weight, 1):
-            which = slice(some.start + first, some.stop + first)
-            factor = factorize(moments.hessians(self.shrink, which), self.damping)
+            factor = factorize(moments.hessians(self.shrink, some), self.damping)
             of_some = None if latents is None else latents[some]
             grids.append(gptq_mixed(weight[some], factor.upper, widths[some], group, of_some))
             retries += factor.retries
@@ -169,9 +168,9 @@ def build_layer(
     """
     layer = replay.structure.layers[index]
     linears = layer.linears if dense_bits < 16 else ()
-    calls = KeptCalls(replay.memory)
-    kept = calls if training is not None and layer.experts is not None else None
-    moments, outputs = layer_moments(replay, index, activations, linears, with_experts=True, kept=kept)
+    own = replay.ranks.part(layer.experts.count) if layer.experts is not None else None
+    calls = KeptCalls(replay.memory) if training is not None and layer.experts is not None else None
+    moments, outputs = layer_moments(replay, index, activations, linears, own, calls)
     ladder = LayerLadder()
     latents: dict[str, Tensor] | None = {} if linear_training is not None else None
     quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder, latents)
@@ -182,9 +181,8 @@ def build_layer(
         parameters = linear_parameters(linears, ladder, quantizer, dense_bits, latents)
         _train_linears(replay, index, activations, outputs, parameters, quantizer, linear_training, ladder)
     if layer.experts is not None and moments.experts is not None:
-        every = calls.whole(replay, activations.total) if training is not None else None
-        _quantize_experts(replay, index, layer.experts, moments.experts, every, quantizer, widths, training, ladder)
-        ladder.counts = moments.experts[0].counts.cpu()
+        _quantize_experts(replay, index, layer.experts, moments.experts, calls, quantizer, widths, training, ladder)
+        ladder.counts = replay.ranks.join(moments.experts[0].counts, layer.experts.count).cpu()
     return ladder, outputs
 
 
@@ -199,9 +197,10 @@ def _train_linears(
     ladder: LayerLadder,
 ) -> None:
     """Trains a layer's dense linears towards its ``outputs`` and packs them into ``ladder``; all else is exact."""
-    inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
-    most = max(2, LINEAR_TOKENS // inputs.ids[0].numel())
-    done = train_layer(replay, index, inputs, goals, parameters, training, {}, most)
+    most = max(2, LINEAR_TOKENS // (activations.every or activations.ids)[0].numel())
+    dealt = activations.may_deal(replay)
+    inputs, goals = activations.to_train(replay, outputs, dealt)
+    done = train_layer(replay, index, inputs, goals, parameters, training, {}, most, dealt)
     for x in done.parameters:
         q = Quantized(*(replay.ranks.broadcast(t, 0) for t in x.q))
         group = quantizer.group(q.codes.shape[-1])
@@ -221,7 +220,10 @@ def _quantize_experts(
     training: Training | None,
     ladder: LayerLadder,
 ) -> None:
-    """Quantizes a layer's experts at every width into ``ladder``, the ranks their own. ``calls``: to train on."""
+    """Quantizes a layer's experts at every width into ``ladder``, the ranks their own.
+
+    moments: of this rank's experts; ``calls``: to train on
+    """
     module, ranks, count = replay.model.get_submodule(experts.path), replay.ranks, experts.count
     own = ranks.part(count)
     batches = ExpertInputs(module, experts, calls, ranks) if calls is not None else None
@@ -236,7 +238,8 @@ def _quantize_experts(
             if training is not None:
                 dtype = latent_type(weight.device, weight.dtype)
                 latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
-            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, some.start)
+            first = some.start - own.start
+            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, first)
             grids.append(q)
             retried += retries
         if training is not None and batches is not None:

@@ -22,7 +22,7 @@ from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
 from gemq.files import check_free_space, write_json, write_text
 from gemq.finish import run_finish
-from gemq.guard import run_guard
+from gemq.guard import own_plans, run_guard
 from gemq.job import Job, source_digest
 from gemq.models.source import Source
 from gemq.models.stream import Replay
@@ -170,7 +170,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         dtype = replay.model.dtype
         workload = Workload.of(structure, job.recipe, replay.model.config, job.window, dtype, job.device)
         job.monitor.expected = workload.seconds(job.device, dtype)
-    job.draw_windows(replay)
+    unguarded = _why_unguarded(job.recipe, allocation_file, guarded)
+    job.draw_windows(replay, lambda windows: () if unguarded else own_plans(job.recipe, windows))
     ladder = run_ladder(job, replay)
     _count_fallbacks(job, structure, ladder)
     judged = None
@@ -185,8 +186,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
             budget = expert_budget(job.recipe, fixed_bytes, problem)
             chosen = _solve(job, problem, budget)
             tick()
-    guard: dict[str, Any] = {"skipped": _why_unguarded(job.recipe, allocation_file, guarded)}
-    if not guard["skipped"]:
+    guard: dict[str, Any] = {"skipped": unguarded}
+    if not unguarded:
         leave_out = lambda name: make_problem(job, structure, ladder, judged, name)
         chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen, leave_out)
     ranks = job.work.ranks

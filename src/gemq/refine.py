@@ -5,22 +5,22 @@ Either way a layer ends as the tensors of the checkpoint. Knows one layer at a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, layer_moments, shared
+from gemq.calibrate import Activations, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.ladder import LayerLadder, Quantizer, linear_parameters, quantize_linears
 from gemq.models.experts import expert_weight
-from gemq.models.split import join_experts, own_experts
+from gemq.models.split import join_experts, may_deal, own_experts
 from gemq.models.stream import Replay
-from gemq.models.structure import Layer, Linear
+from gemq.models.structure import Layer, Linear, Matrix
 from gemq.quant.fused import latent_type
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import Quantized, dequantize, dequantize_each
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.reconstruct import QuantizedParameter, Training, as_parameter, train_layer
 from gemq.resources.batches import Batches
@@ -106,25 +106,25 @@ def refine_layer(
     latents: dict[str, Tensor] | None = {} if targets is not None else None
     attention = [x for x in linears if x.kind == "attention"]
     if attention:
-        moments, _ = layer_moments(replay, index, activations, attention, with_experts=False, with_outputs=False)
+        moments, _ = layer_moments(replay, index, activations, attention, None, with_outputs=False)
         quantize_linears(replay, attention, moments, quantizer, dense_bits, result, latents)
         install_linears(model, attention, result.linears, dense_bits, quantizer.group_size)
     others = [x for x in linears if x.kind != "attention"]
-    moments, _ = layer_moments(replay, index, activations, others, with_experts=True, with_outputs=False)
+    own = own_experts(model, layer.experts, ranks) if layer.experts is not None else None
+    moments, _ = layer_moments(replay, index, activations, others, own, with_outputs=False)
     quantize_linears(replay, others, moments, quantizer, dense_bits, result, latents)
     install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
     found: list[QuantizedParameter] = []
     of_matrices = matrix_widths(layer, widths)
-    if layer.experts is not None and moments.experts is not None:
+    if layer.experts is not None and own is not None and moments.experts is not None:
         module = model.get_submodule(layer.experts.path)
-        own = own_experts(model, layer.experts, ranks)
         retried = 0
         for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
             weight = expert_weight(module, matrix.name)[own]
             dtype = latent_type(weight.device, weight.dtype)
             before = None if targets is None else weight.new_empty(weight.shape, dtype=dtype)
             at = of_matrices[matrix.name][own]
-            q, retries = quantizer.own_width(weight, moment, at, before, own.start)
+            q, retries = quantizer.own_width(weight, moment, at, before)
             found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", at, q, before))
             retried += retries
         everything = own.stop - own.start == layer.experts.count
@@ -133,9 +133,12 @@ def refine_layer(
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
         found += linear_parameters(linears, result, quantizer, dense_bits, latents)
-        every, goals = activations.whole(replay), shared(replay, targets.hidden, activations.total)
+        dealt = activations.may_deal(replay)
+        if dealt and layer.experts is not None:
+            dealt = may_deal(model, layer.experts, ranks)
+        every, goals = activations.to_train(replay, targets.hidden, dealt)
         found, refined.tuned, refined.before, refined.after = train_layer(
-            replay, index, every, goals, found, targets.training, targets.stored
+            replay, index, every, goals, found, targets.training, targets.stored, dealt=dealt
         )
     grids = {x.name: _of_all_ranks(replay, layer, x) for x in found}
     for linear in linears:
@@ -146,11 +149,24 @@ def refine_layer(
     if layer.experts is not None:
         for matrix in layer.experts.matrices:
             q, group = grids[f"{layer.experts.path}.{matrix.name}"], quantizer.group(matrix.columns)
-            for e, width in enumerate(of_matrices[matrix.name]):
-                one = PackedMatrix.pack(Quantized(*(t[e] for t in q)), width, group)
-                refined.tensors.update(one.named(f"{layer.experts.path}.{e}.{matrix.name}"))
+            for width, some in _together(matrix, of_matrices[matrix.name]):
+                packed = PackedMatrix.pack(Quantized(*(t[some] for t in q)), width, group)
+                for row, e in enumerate(some):
+                    refined.tensors.update(_row(packed, row).named(f"{layer.experts.path}.{e}.{matrix.name}"))
     install_layer(model, layer, refined, widths, dense_bits, quantizer.group_size)
     return refined
+
+
+TOGETHER = 1 << 28
+"""Codes of experts of one width that are packed or unpacked together."""
+
+
+def _together(matrix: Matrix, widths: Sequence[Width]) -> Iterator[tuple[Width, list[int]]]:
+    """Experts of one width, as many as are packed or unpacked together."""
+    most = max(1, TOGETHER // (matrix.rows * matrix.columns))
+    for width in sorted(set(widths)):
+        which = [e for e, own in enumerate(widths) if own == width]
+        yield from ((width, which[start : start + most]) for start in range(0, len(which), most))
 
 
 def _of_all_ranks(replay: Replay, layer: Layer, parameter: QuantizedParameter) -> Quantized:
@@ -188,9 +204,10 @@ def layer_overrides(
         device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
         dtype = model.get_parameter(name).dtype
         weight = torch.empty(len(widths), matrix.rows, matrix.columns, dtype=dtype, device=device)
-        for e, width in enumerate(of_matrices[matrix.name]):
-            q = _named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}").unpack(width, group)
-            weight[e] = dequantize(q).to(weight)
+        for width, some in _together(matrix, of_matrices[matrix.name]):
+            each = [_named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}") for e in some]
+            q = PackedMatrix(*(torch.stack(parts) for parts in zip(*each, strict=True))).unpack(width, group)
+            weight[some] = dequantize_each(q, dtype)
         overrides[name] = as_parameter(model, name, weight)
     for name, tensor in refined.tuned.items():
         overrides[name] = tensor.to(model.get_parameter(name).dtype)

@@ -14,7 +14,7 @@ U units of an expert that get a width of their own (its two matrices, or 1: the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,41 +32,48 @@ from gemq.models.experts import (
     route,
     watch_experts,
 )
-from gemq.models.stream import Replay
+from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts
-from gemq.quant.widths import Width
 from gemq.resources.batches import Batches
-from gemq.resources.ranks import Ranks, ShardedSum
+from gemq.resources.machine import in_fixed_order
+from gemq.resources.ranks import Ranks
 
 ExpertWeights = tuple[Tensor, Tensor]
 """All experts' two matrices [E, rows, columns]."""
 
 
-@dataclass
 class LayerScores:
     """Scores of one layer, kept apart by calibration source.
 
-    costs:  [N, E, U, W] float64; what they are of all micro-batches, ``finish`` says
-    tokens: [N, E] int64, routed pairs
+    costs:  [N, E, U, W] float64 of each of this rank's micro-batches
+    tokens: [N, E] int64, its routed pairs
     """
 
-    costs: Tensor
-    tokens: Tensor
-    shards: ShardedSum = field(default_factory=ShardedSum)
-    closed: int = 0
+    def __init__(self, sources: int, experts: int, units: int, widths: int, device: torch.device):
+        self.costs: list[Tensor] = []
+        self.tokens = torch.zeros(sources, experts, dtype=torch.int64, device=device)
+        self._zero = torch.zeros(sources, experts, units, widths, dtype=torch.float64, device=device)
 
-    def close(self, shards: int) -> None:
-        """Ends this rank's shards up to number ``shards``, counted from 1: the next costs are added up apart."""
-        for _ in range(shards - self.closed):
-            self.shards.add([self.costs])
-            self.costs = torch.zeros_like(self.costs)
-        self.closed = shards
+    def add(self, routed: Routed, costs: Tensor, source: Tensor) -> None:
+        """The costs of a micro-batch's pairs [P, U, W]; ``source`` [T] is each token's calibration source.
 
-    def finish(self, ranks: Ranks) -> None:
-        """Adds up all shards of all ranks."""
-        self.shards.add([self.costs])
-        (self.costs,) = self.shards.total()
-        ranks.add_up(self.costs, self.tokens)
+        Experts that are given a row of every token for each of them route rows, not tokens: row r is that of token
+        r % T.
+        """
+        sources, experts = self.tokens.shape
+        slot = source[routed.token % len(source)] * experts + routed.expert
+        own = self._zero.clone()
+        own.flatten(0, 1).index_add_(0, slot, costs)
+        self.costs.append(own)
+        self.tokens += slot.new_zeros(sources * experts).index_add_(0, slot, torch.ones_like(slot)).view_as(self.tokens)
+
+    def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
+        """Costs and tokens of all ranks' ``batches`` micro-batches, added up in their order: as one rank would."""
+        own = torch.stack(self.costs) if self.costs else None
+        parts = [[] if costs is None else list(costs) for (costs,), _ in ranks.gather([own])]
+        ordered = torch.stack([parts[ranks.owner(number)][number // ranks.count] for number in range(batches)])
+        ranks.add_up(self.tokens)
+        return ordered.sum(0), self.tokens
 
 
 def loss_gradients(
@@ -78,8 +85,8 @@ def loss_gradients(
     makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
     """
     gradients = Batches(replay.memory)
-    first = replay.ranks.own(activations.total).start
-    for number, (ids, hidden) in enumerate(zip(activations.ids, activations.hidden, strict=True), start=first):
+    own = replay.ranks.own(activations.total)
+    for number, ids, hidden in zip(own, activations.ids, activations.hidden, strict=True):
         # a micro-batch's labels do not depend on which rank draws them, nor on those drawn before
         mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         generator = torch.Generator(replay.device).manual_seed(mixed)
@@ -115,23 +122,27 @@ def reverse_layer(
     """
     experts = replay.structure.layers[index].experts
     module = replay.model.get_submodule(experts.path) if experts else None
-    for i, hidden in enumerate(activations.hidden):
-        leaf = replay.leaf(hidden)
+
+    def backward(leaf: Tensor, arguments: Call, gradient: Tensor) -> tuple[ExpertsCall | None, tuple[Tensor, ...]]:
+        """The call of the experts, and the gradients at the layer's input and at their output."""
         if module is None:
-            output = replay.run(index, leaf, activations.calls[i][index], overrides)
-            (gradients[i],) = torch.autograd.grad(output, leaf, gradients[i])
+            output = replay.run(index, leaf, arguments, overrides)
+            return None, torch.autograd.grad(output, leaf, gradient)
+        with watch_experts(module) as watched:
+            output = replay.run(index, leaf, arguments, overrides)
+        (call,) = watched
+        return call, torch.autograd.grad(output, (leaf, call.output), gradient)
+
+    for i, hidden in enumerate(activations.hidden):
+        run = partial(backward, replay.leaf(hidden), activations.calls[i][index], gradients[i])
+        call, (gradients[i], *at_experts) = in_fixed_order(run, replay.device)
+        if call is None:
             yield i, None, None
             continue
-        with watch_experts(module) as watched:
-            output = replay.run(index, leaf, activations.calls[i][index], overrides)
-        (call,) = watched
-        below, at_experts = torch.autograd.grad(output, (leaf, call.output), gradients[i])
-        gradients[i] = below
-        del output, leaf
         detached = ExpertsCall(
             call.hidden.detach(), call.top_k_index, call.top_k_weights.detach(), call.output.detach()
         )
-        yield i, detached, at_experts.reshape(detached.hidden.shape)
+        yield i, detached, at_experts[0].reshape(detached.hidden.shape)
 
 
 @torch.no_grad()
@@ -183,26 +194,6 @@ def pair_costs(
         of_units = [p.sum(1, dtype=torch.float32).square() if form == "token" else p.square().sum(1) for p in products]
         columns.append(torch.stack(of_units, 1))
     return routed, torch.stack(columns, 2).double()
-
-
-def add_costs(scores: LayerScores, routed: Routed, costs: Tensor, source: Tensor) -> None:
-    """Adds pairs' costs [P, U, W] to ``scores``; ``source`` [T] is each token's calibration source.
-
-    Experts that are given a row of every token for each of them route rows, not tokens: row r is that of token r % T.
-    """
-    sources, experts = scores.costs.shape[:2]
-    slot = source[routed.token % len(source)] * experts + routed.expert
-    scores.costs.flatten(0, 1).index_add_(0, slot, costs)
-    scores.tokens += torch.bincount(slot, minlength=sources * experts).view(sources, experts)
-
-
-def empty_scores(
-    sources: int, experts: int, units: int, widths: tuple[Width, ...], device: torch.device
-) -> LayerScores:
-    return LayerScores(
-        torch.zeros(sources, experts, units, len(widths), dtype=torch.float64, device=device),
-        torch.zeros(sources, experts, dtype=torch.int64, device=device),
-    )
 
 
 def rescaled(costs: Tensor, kl: Tensor) -> Tensor:

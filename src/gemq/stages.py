@@ -34,8 +34,7 @@ from gemq.refine import RefinedLayer, assemble_layer
 from gemq.resources.batches import Batches
 from gemq.score import (
     ExpertWeights,
-    add_costs,
-    empty_scores,
+    LayerScores,
     loss_gradients,
     pair_costs,
     rescaled,
@@ -115,7 +114,6 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
         return stage
     count = len(structure.layers)
     activations = job.start_activations(replay, job.windows.share(recipe.score_tokens))
-    ends = replay.ranks.shard_ends(activations.total)
     each = sum(h.numel() * h.element_size() for h in activations.hidden)
     segment = segment_length(count, each, replay.memory.quick_bytes)
     passes = reverse_order(count, segment)
@@ -140,21 +138,18 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
             experts = structure.layers[i].experts
             scores = None
             if experts is not None and i in missing:
-                scores = empty_scores(
-                    len(job.windows.names), experts.count, recipe.units, recipe.ladder_widths, job.device
-                )
+                sources, widths = len(job.windows.names), len(recipe.ladder_widths)
+                scores = LayerScores(sources, experts.count, recipe.units, widths, job.device)
                 module = replay.model.get_submodule(experts.path)
                 rungs = [rung_weights(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
             for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):
                 if scores is not None and call is not None and gradient is not None and experts is not None:
-                    scores.close(sum(end <= batch for end in ends))
                     routed, costs = pair_costs(module, experts, call, gradient, rungs, recipe.score_form, recipe.units)
                     source = activations.source[batch].repeat_interleave(activations.ids[batch].shape[1])
-                    add_costs(scores, routed, costs, source)
+                    scores.add(routed, costs, source)
             if scores is not None:
-                scores.close(len(ends))
-                scores.finish(replay.ranks)
-                stage.save_tensors(layer_file(i), {"costs": scores.costs, "tokens": scores.tokens})
+                costs, tokens = scores.total(replay.ranks, activations.total)
+                stage.save_tensors(layer_file(i), {"costs": costs, "tokens": tokens})
             rungs = []
             tick()
     return stage
@@ -196,16 +191,17 @@ def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation)
 
 
 def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
-    """All experts' matrices of a layer at one width, dequantized, in the model's compute type."""
-    recipe = job.recipe
-    module = replay.model.get_submodule(experts.path)
+    """All experts' matrices of a layer at one width, dequantized, in the model's compute type; ranks do their own."""
+    recipe, ranks = job.recipe, replay.ranks
+    module, own = replay.model.get_submodule(experts.path), ranks.part(experts.count)
     rungs = []
     found: dict[str, Tensor] = {}
     if recipe.score_weights == "ladder":
-        own = f":{width_name(width)}."  # the other widths stay in the file
-        found = ladder.load_tensors(layer_file(index), str(job.device), lambda key: own in key)
+        at = f":{width_name(width)}."  # the other widths stay in the file
+        rows = own if ranks.count > 1 else None
+        found = ladder.load_tensors(layer_file(index), str(job.device), lambda key: at in key, rows)
     for matrix in experts.matrices:
-        weight = expert_weight(module, matrix.name)
+        weight = expert_weight(module, matrix.name)[own]
         if found:
             prefix = f"expert:{matrix.name}:{width_name(width)}"
             packed = PackedMatrix(*(found[f"{prefix}.{part}"] for part in PackedMatrix._fields))
@@ -215,7 +211,7 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
         else:
             q = round_to_nearest(weight, (width,), group_size_for(matrix.columns, recipe.group_size))
             rung = dequantize_each(Quantized(*(t[0] for t in q)), weight.dtype)
-        rungs.append(rung)
+        rungs.append(ranks.join(rung, experts.count))
     return rungs[0], rungs[1]
 
 

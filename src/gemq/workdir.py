@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from gemq.errors import UserError
@@ -137,7 +138,10 @@ class Stage:
 
     @contextmanager
     def writing_behind(self) -> Iterator[Callable[[str, dict[str, Tensor]], None]]:
-        """Gives a ``save_tensors`` that returns before its file is written. All are when the context ends."""
+        """Gives a ``save_tensors`` that returns before its file is written, or a GPU has computed what goes there.
+
+        All are written when the context ends.
+        """
         writing: list[Future[None]] = []  # one at most: memory holds no more
 
         def settle() -> None:
@@ -149,20 +153,30 @@ class Stage:
             def save(name: str, tensors: dict[str, Tensor]) -> None:
                 settle()
                 if self.ranks.first:
-                    on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-                    writing.append(pool.submit(write_tensors, self.directory / name, on_host))
+                    on_host = copied_behind(tensors)
+                    writing.append(pool.submit(lambda: write_tensors(self.directory / name, on_host())))
 
             yield save
             settle()
 
     def load_tensors(
-        self, name: str, device: str = "cpu", wanted: Callable[[str], bool] | None = None
+        self,
+        name: str,
+        device: str = "cpu",
+        wanted: Callable[[str], bool] | None = None,
+        rows: slice | None = None,
     ) -> dict[str, Tensor]:
-        """A set's tensors by their keys: all, or those that are ``wanted``, without reading the others."""
+        """A set's tensors by their keys: all, or those that are ``wanted``, without reading the others.
+
+        rows: of each tensor's first dimension, if not all
+        """
         from safetensors import safe_open
 
         with safe_open(self.directory / name, framework="pt", device=device) as file:
-            return {key: file.get_tensor(key) for key in file.keys() if wanted is None or wanted(key)}  # noqa: SIM118
+            keys = [key for key in file.keys() if wanted is None or wanted(key)]  # noqa: SIM118
+            if rows is None:
+                return {key: file.get_tensor(key) for key in keys}
+            return {key: file.get_slice(key)[rows].to(device) for key in keys}
 
     def load_tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a set, on the CPU, without reading the others."""
@@ -185,6 +199,30 @@ class Stage:
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def copied_behind(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """What another thread calls for copies of tensors in host memory: it alone waits for the GPU, if they are there.
+
+    Through pinned memory: while other memory is copied to, no kernel can be launched.
+    """
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return lambda: tensors
+    computed = torch.cuda.Event()
+    computed.record(torch.cuda.current_stream(device))
+    stream = torch.cuda.Stream(device)
+
+    def copies() -> dict[str, Tensor]:
+        with torch.cuda.stream(stream):
+            stream.wait_event(computed)
+            found = {k: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for k, t in tensors.items()}
+            for key, tensor in tensors.items():
+                found[key].copy_(tensor, non_blocking=True)
+            stream.synchronize()
+        return found
+
+    return copies
 
 
 def _only_leftovers(path: Path) -> bool:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from families import FIVE, MORE, OWN, tiny, tokens
-from gemq.calibrate import Activations, layer_moments
+from gemq.calibrate import Activations, KeptCalls, layer_moments
 from gemq.data.windows import Windows
-from gemq.models.experts import ExpertsCall
 from gemq.models.stream import Replay
-from gemq.models.structure import find_structure
+from gemq.models.structure import Layer, find_structure
 
 torch.set_num_threads(1)
 IDS = tokens(7, 10)
@@ -73,7 +72,7 @@ def test_moments_are_those_of_the_whole_model(family):
         handle.remove()
 
     for i, layer in enumerate(structure.layers):
-        moments, outputs = layer_moments(replay, i, activations, layer.linears, with_experts=True)
+        moments, outputs = layer_moments(replay, i, activations, layer.linears, every(layer))
         assert set(moments.linears) == {x.path for x in layer.linears}
         for linear in layer.linears:
             x = seen[linear.path].reshape(-1, linear.columns).double()
@@ -120,9 +119,44 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-9)
 
 
+def every(layer: Layer) -> slice | None:
+    """All experts of a layer."""
+    return slice(0, layer.experts.count) if layer.experts else None
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_what_is_watched_is_the_same_if_a_layer_runs_no_further(family):
+    """And outputs are left out. The first micro-batch shows how often things are called."""
+    replay, activations = start(family, 10)
+    index, layer = replay.structure.moe_layers[0]
+    for i in range(index):
+        activations.advance(replay, i)
+    attention = [x for x in layer.linears if x.kind == "attention"]
+    for linears, own in ((attention, None), (layer.linears, every(layer)), ([], slice(1, 3))):
+        whole, _ = layer_moments(replay, index, activations, linears, own)
+        found, outputs = layer_moments(replay, index, activations, linears, own, with_outputs=False)
+        assert not len(outputs)
+        pairs = [(whole.linears[x.path], found.linears[x.path]) for x in linears]
+        pairs += zip(whole.experts or (), found.experts or (), strict=True)
+        for a, b in pairs:
+            assert torch.equal(a.sums, b.sums)
+            assert torch.equal(a.counts, b.counts)
+
+
+def test_moments_of_some_experts_are_theirs_among_all():
+    replay, activations = start("olmoe", 10)
+    whole, _ = layer_moments(replay, 0, activations, [], slice(0, 4))
+    part, _ = layer_moments(replay, 0, activations, [], slice(1, 3))
+    assert whole.experts is not None
+    assert part.experts is not None
+    for a, b in zip(whole.experts, part.experts, strict=True):
+        assert torch.equal(a.sums[1:3], b.sums)
+        assert torch.equal(a.counts[1:3], b.counts)
+
+
 def test_query_key_and_value_share_one_moment():
     replay, activations = start("olmoe")
-    moments, _ = layer_moments(replay, 0, activations, replay.structure.layers[0].linears, with_experts=False)
+    moments, _ = layer_moments(replay, 0, activations, replay.structure.layers[0].linears, None)
     q, k, v, o = (moments.linears[f"model.layers.0.self_attn.{x}_proj"] for x in "qkvo")
     assert q is k
     assert k is v
@@ -145,7 +179,7 @@ def test_two_branches_of_one_linear_are_both_counted():
 
     linears = replay.structure.layers[0].linears
     replay.layers[0] = Twice(replay.layers[0])
-    moments, _ = layer_moments(replay, 0, activations, linears, with_experts=True)
+    moments, _ = layer_moments(replay, 0, activations, linears, every(replay.structure.layers[0]))
     assert all(moments.linears[x.path].counts.tolist() == [140] for x in linears)
     assert moments.experts is not None
     assert int(moments.experts[0].counts.sum()) == 280
@@ -154,10 +188,10 @@ def test_two_branches_of_one_linear_are_both_counted():
 def test_only_what_is_asked_for():
     replay, activations = start("qwen2_moe")
     shared = [x for x in replay.structure.layers[0].linears if x.kind == "shared"]
-    moments, _ = layer_moments(replay, 0, activations, shared, with_experts=False)
+    moments, _ = layer_moments(replay, 0, activations, shared, None)
     assert set(moments.linears) == {x.path for x in shared}
-    kept: list[ExpertsCall] = []
-    moments, _ = layer_moments(replay, 0, activations, [], with_experts=True, kept=kept)
+    kept = KeptCalls(replay.memory)
+    moments, _ = layer_moments(replay, 0, activations, [], every(replay.structure.layers[0]), kept)
     assert moments.linears == {}
     assert len(kept) == len(activations.ids)
 
@@ -171,7 +205,7 @@ def test_micro_batches_change_sums_only_in_rounding(family):
         index = replay.structure.moe_layers[0][0]
         for i in range(index):
             activations.advance(replay, i)
-        moments, _ = layer_moments(replay, index, activations, [], with_experts=True)
+        moments, _ = layer_moments(replay, index, activations, [], every(replay.structure.layers[index]))
         assert moments.experts is not None
         found.append(moments.experts)
     for one, whole in zip(*found, strict=True):
@@ -182,5 +216,5 @@ def test_micro_batches_change_sums_only_in_rounding(family):
 def test_hooks_are_gone_afterwards():
     replay, activations = start("mixtral")
     layer = replay.structure.layers[0]
-    layer_moments(replay, 0, activations, layer.linears, with_experts=True)
+    layer_moments(replay, 0, activations, layer.linears, every(layer))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in replay.model.modules())

@@ -17,14 +17,14 @@ def rows(*counts: int, columns: int = 16, seed: int = 0) -> torch.Tensor:
 def filled(counts: list[int], shuffle: bool = False) -> tuple[Moments, list[torch.Tensor]]:
     moments = Moments(len(counts), 16, torch.device("cpu"))
     x = rows(*counts)
-    moments.add(x, counts)
+    moments.add(x, torch.tensor(counts).cumsum(0))
     return moments, list(x.double().split(counts))
 
 
 def test_sums_and_counts():
     moments, parts = filled([3, 0, 7])
     more = rows(1, 2, 0, seed=1)
-    moments.add(more.bfloat16(), [1, 2, 0])
+    moments.add(more.bfloat16(), torch.tensor([1, 3, 3], dtype=torch.int32))
     extra = more.bfloat16().double().split([1, 2, 0])
     assert moments.counts.tolist() == [4, 2, 7]
     for e in range(3):

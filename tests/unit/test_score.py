@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,10 +15,9 @@ from gemq.data.windows import Windows
 from gemq.models.experts import expert_weight, watch_experts
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, find_structure
+from gemq.resources.ranks import ALONE
 from gemq.score import (
     LayerScores,
-    add_costs,
-    empty_scores,
     loss_gradients,
     pair_costs,
     reverse_layer,
@@ -53,10 +52,17 @@ def rungs_of(module: Any, experts: Experts, seed: int = 0) -> list[tuple[Tensor,
     return rungs
 
 
-def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) -> dict[int, LayerScores]:
+class Totals(NamedTuple):
+    """``LayerScores.total``."""
+
+    costs: Tensor
+    tokens: Tensor
+
+
+def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) -> dict[int, Totals]:
     replay, activations, inputs = start(family, batch_tokens)
     gradients = loss_gradients(replay, activations, "data", 0)
-    found = {}
+    scores_by_layer: dict[int, LayerScores] = {}
     for i in reversed(range(len(replay.structure.layers))):
         activations.hidden = inputs.pop()
         experts = replay.structure.layers[i].experts
@@ -65,10 +71,10 @@ def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) ->
             if call is None or gradient is None or experts is None:
                 continue
             module = replay.model.get_submodule(experts.path)
-            scores = found.setdefault(i, empty_scores(3, experts.count, units, WIDTHS, replay.device))
+            scores = scores_by_layer.setdefault(i, LayerScores(3, experts.count, units, len(WIDTHS), replay.device))
             routed, costs = pair_costs(module, experts, call, gradient, rungs_of(module, experts, i), form, units)
-            add_costs(scores, routed, costs, activations.source[batch].repeat_interleave(10))
-    return found
+            scores.add(routed, costs, activations.source[batch].repeat_interleave(10))
+    return {i: Totals(*scores.total(ALONE, activations.total)) for i, scores in scores_by_layer.items()}
 
 
 def whole_model_gradients(model: Any, structure: Any, loss_of) -> dict[int, tuple[Any, Tensor]]:
@@ -188,22 +194,23 @@ def test_exact_weights_cost_nothing():
 
 
 def test_sources_add_up():
-    scores = empty_scores(3, 4, 2, WIDTHS, torch.device("cpu"))
+    scores = LayerScores(3, 4, 2, len(WIDTHS), torch.device("cpu"))
     from gemq.models.experts import route
 
     index = torch.tensor([[0, 3], [1, 3], [3, 0], [2, 1]])
     routed = route(index, torch.ones(4, 2), 4)
     costs = torch.rand(8, 2, 2, dtype=torch.float64)
     source = torch.tensor([0, 2, 2, 0])
-    add_costs(scores, routed, costs, source)
-    add_costs(scores, routed, costs, source)
+    scores.add(routed, costs, source)
+    scores.add(routed, costs, source)
+    found = Totals(*scores.total(ALONE, 2))
     for e in range(4):
         for s in range(3):
             mine = (routed.expert == e) & (source[routed.token] == s)
-            assert scores.tokens[s, e] == 2 * mine.sum()
-            torch.testing.assert_close(scores.costs[s, e], 2 * costs[mine].sum(0))
-    torch.testing.assert_close(scores.costs.sum((0, 1)), 2 * costs.sum(0))
-    assert not scores.tokens[1].any()
+            assert found.tokens[s, e] == 2 * mine.sum()
+            torch.testing.assert_close(found.costs[s, e], 2 * costs[mine].sum(0))
+    torch.testing.assert_close(found.costs.sum((0, 1)), 2 * costs.sum(0))
+    assert not found.tokens[1].any()
 
 
 # Labels

@@ -1,5 +1,6 @@
 """Windows that a model writes itself."""
 
+import dataclasses
 import types
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.data.selfgen import generate_windows, sample
+from gemq.data.selfgen import Openings, Plan, generate_windows, sample
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
@@ -83,7 +84,19 @@ def olmoe():
 
 
 def write(model, tokenizer, count=6, seed=0, window=WINDOW, **more):
-    return generate_windows(model, tokenizer, count=count, window=window, seed=seed, **more)
+    """One plan, and its tokens."""
+    made = generate_windows(model, tokenizer, Plan(count, seed), window=window, **more)
+    return dataclasses.replace(made, tokens=made.tokens[0])
+
+
+def test_plans_written_together_are_those_written_alone(olmoe, tokenizer):
+    plans = [Plan(5, 3), Plan(2, 8, Openings(random=1.0)), Plan(0, 1)]
+    together = generate_windows(olmoe, tokenizer, *plans, window=WINDOW, batch=2)
+    alone = [generate_windows(olmoe, tokenizer, plan, window=WINDOW, batch=2) for plan in plans]
+    assert [len(tokens) for tokens in together.tokens] == [5, 2, 0]
+    for tokens, one in zip(together.tokens, alone, strict=True):
+        assert torch.equal(tokens, one.tokens[0])
+    assert together.documents == sum(one.documents for one in alone)
 
 
 def test_shape_bos_and_masked_tokens(olmoe, tokenizer):

@@ -152,15 +152,18 @@ def _write_shards(directory: Path, shards: Iterable[Mapping[str, Tensor]], shard
             save_file(batch, directory / f"{len(files)}.safetensors", metadata={"format": "pt"})
 
     batch: dict[str, Tensor] = {}
-    batch_bytes, written = 0, set()
+    batch_bytes, written, places = 0, set(), set[int]()
     for name, tensor in (item for shard in shards for item in shard.items()):
         if name in written:
             raise ValueError(f"tensor {name} was given twice")
         if batch and batch_bytes + tensor.nbytes > shard_bytes:
             flush(batch)
-            batch, batch_bytes = {}, 0
-        # A copy: views of one buffer would count as shared memory, which safetensors refuses.
-        batch[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            batch, batch_bytes, places = {}, 0, set()
+        tensor = tensor.detach().to("cpu").contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in places:
+            tensor = tensor.clone()  # views of one buffer would count as shared memory, which safetensors refuses
+        batch[name] = tensor
+        places.add(tensor.data_ptr())
         batch_bytes += tensor.nbytes
         total += tensor.nbytes
         written.add(name)

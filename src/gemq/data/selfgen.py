@@ -53,20 +53,21 @@ OF_THE_SOURCE = Openings(random=1.0)
 """Windows of the source ``self``: measured better than BOS (docs/lab-log.md)."""
 
 
-def added_to(tokens: Tensor, all_own: bool) -> Openings:
-    """Windows added beside windows ``tokens`` int64 [N, S]. ``all_own``: the model wrote those too.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """``count`` windows to be written from ``seed``, which open as ``openings`` says."""
 
-    A text shows what its documents hold; the model's own windows miss kinds, which random tokens find.
-    """
-    return Openings(tokens.flatten(), 0.5 if all_own else 0.0)
+    count: int
+    seed: int
+    openings: Openings = Openings()
 
 
 @dataclass(frozen=True, eq=False)
 class Generated:
     """What the model wrote, and how."""
 
-    tokens: Tensor
-    """int64 [count, window], on the CPU"""
+    tokens: list[Tensor]
+    """Of each plan int64 [count, window], on the CPU"""
     documents: int
     """Documents begun, those that open a window included."""
     chat_windows: int
@@ -80,63 +81,64 @@ class Generated:
 def generate_windows(
     model: Any,
     tokenizer: Any,
-    *,
-    count: int,
+    *plans: Plan,
     window: int,
-    seed: int,
-    openings: Openings = Openings(),
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
     static: bool | None = None,
 ) -> Generated:
-    """``count`` windows of ``window`` tokens that ``model`` samples from itself.
+    """Windows of ``window`` tokens that ``model`` samples from itself, by one plan after the other.
 
-    A window opens as ``openings`` says, by default with BOS, or with a random token where the model has none; after an
-    end token the next document opens with BOS or such a token. With a chat template every second window opens with the
+    A window opens as its plan says, by default with BOS, or with a random token where the model has none; after an end
+    token the next document opens with BOS or such a token. With a chat template every second window opens with the
     beginning of a user turn, and the end of that turn is followed by the template's opening of the answer. Padding rows
     of the embedding and the pad token are never sampled.
 
-    openings: how windows begin
     batch:    windows written side by side; by default as ``batch_size`` has it, 512 at most.
-              Batch i depends on (seed, i) and its size alone, not on PyTorch's global random state
+              Batch i of a plan depends on (seed, i) and its size alone, not on PyTorch's global random state
     progress: called with (done, total) tokens
-    ranks:    take turns with the batches
+    ranks:    take turns with the batches of all plans
     static:   steps over a static cache, as ``data.steps`` has it; by default on a GPU
     """
     batch = batch or batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
     opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     chat = opening is not None and 0 < len(opening.user) < window
-    wanted = count // 2 if opening is not None else 0
+    wanted = sum(plan.count // 2 for plan in plans) if opening is not None else 0
 
     was_training = model.training
     model.eval()
     parts: list[Tensor | None] = []
     steps = Steps(model, window, static)
-    documents = launched = 0
+    documents = launched = before = 0
+    total = sum(plan.count for plan in plans) * window
     try:
-        for number, start in enumerate(range(0, count, batch)):
-            rows = min(batch, count - start)
-            if number % ranks.count != ranks.rank:
-                parts.append(None)
-                continue
-            run = _Batch(vocabulary, rows, window, _generator(seed, number, model.device))
-            run.open_with(openings)
-            if chat:
-                assert opening is not None
-                run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
-            report = None
-            if progress:
-                report = lambda done, start=start, rows=rows: progress(start * window + done * rows, count * window)
-            parts.append(run.write(steps.begin(rows), report))
-            launched += rows * bool(steps.why)
-            documents += run.documents
+        for plan in plans:
+            for number, start in enumerate(range(0, plan.count, batch)):
+                rows = min(batch, plan.count - start)
+                if len(parts) % ranks.count != ranks.rank:
+                    parts.append(None)
+                    before += rows
+                    continue
+                run = _Batch(vocabulary, rows, window, _generator(plan.seed, number, model.device))
+                run.open_with(plan.openings)
+                if chat:
+                    assert opening is not None
+                    run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
+                report = None
+                if progress:
+                    report = lambda done, before=before, rows=rows: progress(before * window + done * rows, total)
+                parts.append(run.write(steps.begin(rows), report))
+                before += rows
+                launched += rows * bool(steps.why)
+                documents += run.documents
     finally:
         model.train(was_training)
     written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
     documents, launched = ranks.count_up(documents), ranks.count_up(launched)
-    tokens = torch.cat(written) if written else torch.empty(0, window, dtype=torch.int64)
+    whole = torch.cat([torch.empty(0, window, dtype=torch.int64), *written])
+    tokens = list(whole.split([plan.count for plan in plans]))
     return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted, launched)
 
 

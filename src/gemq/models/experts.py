@@ -112,6 +112,18 @@ def route_own(top_k_index: Tensor, top_k_weights: Tensor, own: slice) -> Routed:
     return Routed(token, expert.clamp(max=count - 1), weight, ends, _places(order, top_k_index), owners)
 
 
+def route_to(call: ExpertsCall, own: slice, weight: Tensor) -> Routed:
+    """A call's pairs with some of the experts, counted from the first of these, for products with ``weight``.
+
+    Where products are grouped, all other pairs follow in no group, and nothing waits for the device.
+    """
+    routed = route_own(call.top_k_index, call.top_k_weights, own)
+    if grouped.usable(call.hidden, weight):
+        return routed
+    pairs = int(routed.ends[-1])
+    return Routed(routed.token[:pairs], routed.expert[:pairs], routed.weight[:pairs], routed.ends, owners=routed.owners)
+
+
 def _places(order: Tensor, top_k_index: Tensor) -> Tensor:
     """``Routed.place`` of pairs in an order."""
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -152,19 +164,25 @@ def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
     calls: list[ExpertsCall] = []
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        hidden, *routing = (*args, *kwargs.values())[:3]
-        if getattr(module, "batched_rows", False):
-            routing = list(routing_of_rows(hidden, module.down_proj.shape[0]))
-        index, weights = routing
-        if index.is_floating_point():  # a family that passes weights before indices
-            index, weights = weights, index
-        calls.append(ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output))
+        calls.append(call_of(module, args, kwargs, output))
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
+
+
+def call_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None = None) -> ExpertsCall:
+    """The call of an experts module from its arguments, with an empty output if there is none yet."""
+    hidden, *routing = (*args, *kwargs.values())[:3]
+    if getattr(module, "batched_rows", False):
+        routing = list(routing_of_rows(hidden, module.down_proj.shape[0]))
+    index, weights = routing
+    if index.is_floating_point():  # a family that passes weights before indices
+        index, weights = weights, index
+    output = hidden.new_empty(0) if output is None else output
+    return ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
 
 
 def oriented(module: Any, name: str) -> Tensor:
@@ -230,7 +248,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     if split is not None:
         top_k_index = split.same(top_k_index)
     if in_groups and split is not None:
-        own = route_own(top_k_index, split.with_all_gradients(top_k_weights), split.own)
+        own = route_own(split.spread(top_k_index), split.with_all_gradients(top_k_weights), split.own)
         out = _grouped(module, first, hidden, own, split)
     elif in_groups:
         out = _grouped(module, first, hidden, route_all(top_k_index, top_k_weights, count), None)
@@ -267,7 +285,7 @@ def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Spl
     from gemq.kernels.pairs import Shared, combine, gather  # triton comes with torch for CUDA, not for CPUs
 
     assert routed.place is not None
-    shared = None if split is None else Shared(routed.ends[-1:], split.ranks.add_up)
+    shared = None if split is None else Shared(routed.ends[-1:], split.spread, split.add_up)
     x = gather(hidden, routed.token, routed.place, shared)
     h = apply_first(module, first, oriented(module, first), x, routed)
     out = apply_down(module, oriented(module, "down_proj"), h, routed)

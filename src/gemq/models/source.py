@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,7 +220,7 @@ class Source:
             same = before[:2] == [stat.st_size, stat.st_mtime_ns]
             return before if same else [stat.st_size, stat.st_mtime_ns, _file_digest(path)]
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             files = dict(zip((path.name for path in paths), pool.map(digest, paths), strict=True))
         whole = {name: values[2] for name, values in files.items()}
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], files

@@ -10,7 +10,7 @@ Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,12 +247,10 @@ class Replay:
     def verify(self, ids: Tensor) -> None:
         """Compares a replay of token ids [B, S] with the model's own forward. Raises UserError when they differ.
 
-        What is compared is code, not weights: where memory does not hold all layers, one of each kind stands in.
+        What is compared is code, not weights: where layers are read as they are needed, one of each kind stands in for
+        all, and nothing waits for files.
         """
-        if self.residency is None:
-            self._verify(ids)
-            return
-        with self.residency.all() if self.residency.fits() else self.residency.alike():
+        with nullcontext() if self.residency is None else self.residency.alike():
             self._verify(ids)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ TILE, STEP = 128, 64
 @triton.jit
 def _gram_kernel(
     x,  # [P, C]
-    ends,  # [E] int64
+    ends,  # [E] int32 or int64
     sums,  # [E, C, C] float32
     columns,
     TILE: tl.constexpr,
@@ -53,7 +53,7 @@ def _gram_kernel(
 def add(sums: Tensor, rows: Tensor, ends: Tensor) -> None:
     """Adds x x^T of the rows [P, C] to sums [E, C, C] float32, tiles below the diagonal left out.
 
-    ends: [E] int64 on the device, where each matrix's rows end
+    ends: [E] int32 or int64 on the device, where each matrix's rows end
     """
     experts, columns, _ = sums.shape
     tiles = triton.cdiv(columns, TILE)

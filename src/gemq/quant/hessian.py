@@ -5,13 +5,14 @@ Knows nothing of models: rows of inputs go in, one Hessian per expert comes out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemq.resources.ranks import Ranks, ShardedSum
+from gemq.resources.ranks import ALONE, Ranks
 
 BLOCK = 128
 """Columns that ``factorize`` takes at once on a GPU."""
@@ -20,56 +21,53 @@ BLOCK = 128
 class Moments:
     """Sums of x x^T and counts for E matrices with C input columns, in float32.
 
-    sums:   [E, C, C] float32; what they are of all rows, ``finish`` says
+    sums:   [E, C, C] float32; whole once ``finish`` was called
     counts: [E] int64, rows added
     """
 
     def __init__(self, experts: int, columns: int, device: torch.device):
         self.sums = torch.zeros(experts, columns, columns, device=device)
         self.counts = torch.zeros(experts, dtype=torch.int64, device=device)
-        self._shards, self._closed = ShardedSum(), 0
-        self._mean: Tensor | None = None
+        self._mean: Tensor | None = None  # of all matrices on all ranks [C, C]
+        self._rows = self._matrices = self.counts[:0]  # how many rows they saw, and how many they are
         self._parked: Sequence[Tensor] | None = None
 
-    def add(self, rows: Tensor, counts: list[int]) -> None:
-        """Adds rows [P, C] sorted by expert, ``counts`` rows of each."""
+    def add(self, rows: Tensor, ends: Tensor) -> None:
+        """Adds rows [P, C] sorted by matrix.
+
+        ends: [E] whole numbers on the rows' device, where each matrix's rows end; rows behind the last are nobody's
+        """
         self._mean = None
-        added = torch.tensor(counts).to(self.counts.device, non_blocking=True)
-        self.counts += added
+        self.counts += ends.diff(prepend=ends.new_zeros(1))
         if rows.is_cuda and rows.dtype != torch.float32:
             from gemq.quant import gram_kernel  # triton comes with torch for CUDA, not for CPUs
 
-            gram_kernel.add(self.sums, rows, added.cumsum(0))
+            gram_kernel.add(self.sums, rows, ends)
             return
-        for e, x in enumerate(rows.split(counts)):
-            if len(x):
-                x = x.float()
+        for e, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            if end > start:
+                x = rows[start:end].float()
                 self.sums[e].addmm_(x.T, x)
 
-    def close(self, shards: int) -> None:
-        """Ends a shard, this rank's number ``shards`` counted from 1: the next rows are added up apart (see ``ranks``).
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Ends the adding of rows.
 
-        The last shard is ended by ``finish``.
+        ranks: those that have the other matrices of the layer; one by default, for a rank that has all of them
         """
-        for _ in range(shards - self._closed):  # several, if no rows came before
-            self._shards.add([self.sums])
-            self.sums = torch.zeros_like(self.sums)
-        self._closed = shards
-
-    def finish(self, ranks: Ranks) -> None:
-        """Adds up all shards of all ranks."""
-        if self._closed:
-            self._shards.add([self.sums])
-            (self.sums,) = self._shards.total()
-        ranks.add_up(self.sums, self.counts)
         if self.sums.is_cuda:
             from gemq.quant import gram_kernel
 
             gram_kernel.mirror(self.sums)
+        # in float64 sums of float32 are exact, so that they are the same however the matrices are spread
+        mean = self.sums.sum(0, dtype=torch.float64)
+        self._rows, self._matrices = self.counts.sum(), torch.full_like(self.counts[0], len(self.counts))
+        ranks.add_up(mean, self._rows, self._matrices)
+        self._mean = mean.div_(self._rows.clamp_min(1)).float()
 
     def park(self, keep: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Lets the sums wait elsewhere until ``hessians`` asks for some. ``keep``: [E, C, C] -> what gives [C, C]s."""
-        self._find_mean()
+        if self._mean is None:
+            self.finish()
         self._parked, self.sums = keep(self.sums), self.sums.new_empty(0)
 
     def hessians(self, shrink: float, experts: slice = slice(None)) -> Tensor:
@@ -79,26 +77,21 @@ class Moments:
         ``experts`` picks those that are wanted. Call when all rows are added.
         """
         which = range(len(self.counts))[experts]
-        mean = self._find_mean()
-        if mean is None:
-            columns = (self.sums if self._parked is None else self._parked[0]).shape[-1]
-            return torch.eye(columns, device=self.counts.device).expand(len(which), -1, -1).clone()
-        extra = shrink * self.counts.sum() / len(self.counts)
+        if self._mean is None:
+            self.finish()
+        assert self._mean is not None
+        if not self._rows:
+            return torch.eye(len(self._mean), device=self.counts.device).expand(len(which), -1, -1).clone()
+        extra = shrink * self._rows / self._matrices
         counts = self.counts[experts].view(-1, 1, 1)
         extra = torch.where(counts > 0, extra, torch.ones_like(extra))
-        found = extra * mean
+        found = extra * self._mean
         if self._parked is None:
             found += self.sums[experts]
         else:
             for one, e in zip(found, which, strict=True):
                 one += self._parked[e]
         return found.div_(counts + extra)
-
-    def _find_mean(self) -> Tensor | None:
-        """The layer's mean second moments [C, C], found once; None without any token."""
-        if self._mean is None and (total := self.counts.sum()) > 0:
-            self._mean = self.sums.sum(0).div_(total)
-        return self._mean
 
 
 class Factor(NamedTuple):

@@ -1,5 +1,5 @@
-"""The device that a name means, and how fast it is, measured in about a second: products, elementwise passes, calls,
-random numbers.
+"""The device that a name means, how it adds up, and how fast it is, measured in about a second: products, elementwise
+passes, calls, random numbers.
 
 Knows no models: ``workload`` counts how much of each a stage takes.
 """
@@ -7,10 +7,12 @@ Knows no models: ``workload`` counts how much of each a stage takes.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,29 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not there ({torch.cuda.device_count()} GPUs found): give --device cpu")
     return device
+
+
+def in_fixed_order(run: Callable[[], Any], device: torch.device) -> Any:
+    """What ``run`` gives while a GPU adds up in a fixed order, attention's gradients among all else.
+
+    So it comes out the same each time. Where an operation has no such order, it runs once more without.
+    """
+    if device.type != "cuda":
+        return run()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for, and uses on a GPU of today
+    memory: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    memory.fill_uninitialized_memory = False
+    try:
+        return run()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        memory.fill_uninitialized_memory = before[1]
+    return run()
 
 
 @dataclass(frozen=True)

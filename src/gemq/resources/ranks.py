@@ -1,8 +1,9 @@
 """Several processes that do one job together (torchrun): who does what, and how their results meet.
 
-Micro-batches and experts are split over the ranks; rank 0 alone writes files and prints. Sums over micro-batches are
-sums over shards, whose number does not depend on the ranks on a CPU, added up in one order: 1, 2 and 4 ranks give the
-same bytes there. A process on its own is the case of one rank, in which nothing here does anything.
+Micro-batches and experts are split over the ranks; rank 0 alone writes files and prints. Ranks take micro-batches in
+turns and stay in step, and what is summed over micro-batches is added up in their order, whoever ran them: such a sum
+does not depend on how many ranks there are. A process on its own is the case of one rank, in which nothing here does
+anything.
 
 Knows tensors, no models and no stages.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +27,8 @@ from gemq.errors import UserError
 from gemq.resources.machine import pick_device
 from gemq.resources.processes import end, end_when_told
 
-SHARDS = 4
-"""Shards of the micro-batches on a CPU. On a GPU, where sums differ from run to run anyway, each rank is one shard."""
+MOST_THREADS = 8
+"""Of a process that computes on a GPU: enough to move as many bytes as memory gives."""
 
 TIMEOUT = timedelta(hours=12)
 """How long a rank waits for another: rank 0 may be solving, packing or writing. One that is gone is noticed at once."""
@@ -66,29 +68,13 @@ class Ranks:
 
     # Who does what
 
-    def shards(self, total: int) -> list[range]:
-        """This rank's shards of ``total`` micro-batches, each the numbers of those in it; some may be empty.
-
-        All shards in the order of the ranks are all micro-batches in their order.
-        """
-        count = SHARDS if self.device.type == "cpu" and SHARDS % self.count == 0 else self.count
-        each = count // self.count
-        numbers = range(self.rank * each, (self.rank + 1) * each)
-        return [range(total * i // count, total * (i + 1) // count) for i in numbers]
-
-    def shard_ends(self, total: int) -> list[int]:
-        """After how many of this rank's micro-batches each of its shards but the last ends."""
-        shards = self.shards(total)
-        return [shard.stop - shards[0].start for shard in shards[:-1]]
-
     def own(self, total: int) -> range:
         """This rank's micro-batches of ``total``."""
-        shards = self.shards(total)
-        return range(shards[0].start, shards[-1].stop)
+        return range(self.rank, total, self.count)
 
-    def owner(self, number: int, total: int) -> int:
-        """The rank whose micro-batch ``number`` of ``total`` is."""
-        return next(r for r in range(self.count) if number in Ranks(r, self.count, self.device).own(total))
+    def owner(self, number: int) -> int:
+        """The rank whose micro-batch ``number`` is."""
+        return number % self.count
 
     def parts(self, total: int) -> list[slice]:
         """Each rank's part of ``total`` experts, or of anything else that no sum is over."""
@@ -102,14 +88,43 @@ class Ranks:
     # How results meet. Every rank makes the same calls in the same order
 
     def add_up(self, *tensors: Tensor) -> None:
-        """Replaces tensors, each the sum over a rank's shards, by the sum over all ranks'."""
+        """Replaces each tensor by the sum of every rank's."""
         for tensor in tensors if self.count > 1 else ():
             if self.count == 2 or tensor.device.type != "cpu":  # a + b is b + a
                 self._run(dist.all_reduce, tensor)
                 continue
             found = [torch.empty_like(tensor) for _ in range(self.count)]
             self._run(dist.all_gather, found, tensor)
-            tensor.copy_(added_in_pairs(found))
+            tensor.copy_(sum(found[1:], start=found[0]))
+
+    def add_up_together(self, tensors: Sequence[Tensor]) -> None:
+        """``add_up`` of many tensors of one type, at once."""
+        if self.count > 1 and tensors:
+            whole = torch.cat([tensor.flatten() for tensor in tensors])
+            self.add_up(whole)
+            for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """All ranks' rows, rank by rank. Every rank has as many."""
+        if self.count == 1:
+            return rows
+        rows = rows.contiguous()
+        found = [torch.empty_like(rows) for _ in range(self.count)]
+        self._run(dist.all_gather, found, rows)
+        return torch.cat(found)
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """The opposite of ``spread``: of every rank's sum over all rows, the part of these that is this rank's."""
+        if self.count == 1:
+            return rows
+        parts = list(rows.chunk(self.count))
+        if rows.device.type == "cpu":  # gloo has nothing for it
+            self.add_up(rows)
+            return parts[self.rank]
+        own = torch.empty_like(parts[self.rank])
+        self._run(dist.reduce_scatter, own, parts)
+        return own
 
     def count_up(self, number: int) -> int:
         """The sum of what every rank counted."""
@@ -127,18 +142,42 @@ class Ranks:
         if self.count == 1:
             assert tensor is not None
             return tensor
-        header = torch.zeros(_HEADER, dtype=torch.int64)
-        if self.rank == source:
-            assert tensor is not None
+        if tensor is not None:
             tensor = tensor.detach().to(self.device).contiguous()
-            header[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
+        header = _header(tensor)
         self._run(dist.broadcast, header, source)
-        kind, dimensions, *sizes = header.tolist()
-        if self.rank != source:
-            tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
-        assert tensor is not None
-        self.overwrite(tensor, source)
-        return tensor
+        received = self._received(tensor if self.rank == source else None, header.tolist(), source)
+        assert received is not None
+        return received
+
+    def gather(
+        self, tensors: Sequence[Tensor | None], notes: Sequence[int] = ()
+    ) -> list[tuple[list[Tensor | None], list[int]]]:
+        """Every rank's tensors, on every rank's device, and its notes, rank by rank.
+
+        All ranks give as many tensors, each of any shape and type or None, and as many notes, which are whole numbers.
+        """
+        if self.count == 1:
+            return [(list(tensors), list(notes))]
+        mine = [None if t is None else t.detach().to(self.device).contiguous() for t in tensors]
+        own = torch.cat([torch.tensor(notes, dtype=torch.int64), *map(_header, mine)])
+        headers = [torch.empty_like(own) for _ in range(self.count)]
+        self._run(dist.all_gather, headers, own)
+        each = [header[len(notes) :].unflatten(0, (len(mine), _HEADER)).tolist() for header in headers]
+        # all in one call, as bytes: a call takes longer than most of what it carries
+        places = [list(itertools.accumulate(map(_bytes_of, one), initial=0)) for one in each]
+        most = max(ends[-1] for ends in places)
+        sent = torch.empty(most, dtype=torch.uint8, device=self.device)
+        for tensor, start in zip(mine, places[self.rank], strict=False):
+            if tensor is not None:
+                sent[start : start + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+        received = [torch.empty_like(sent) for _ in range(self.count)]
+        if most:
+            self._run(dist.all_gather, received, sent)
+        return [
+            ([_taken(whole, start, h) for start, h in zip(ends, one, strict=False)], header[: len(notes)].tolist())
+            for whole, ends, one, header in zip(received, places, each, headers, strict=True)
+        ]
 
     def join(self, part: Tensor, total: int, dimension: int = 0) -> Tensor:
         """The whole of which every rank has its part (see ``parts``) along a dimension."""
@@ -154,10 +193,9 @@ class Ranks:
 
     def share(self, own: Sequence[Tensor], total: int) -> Iterator[Tensor]:
         """A tensor for every micro-batch, one after the other, from those of each rank's own. To be used up."""
-        start = self.own(total).start
-        for i in range(total):
-            owner = self.owner(i, total)
-            yield self.broadcast(own[i - start] if owner == self.rank else None, owner)
+        for number in range(total):
+            owner = self.owner(number)
+            yield self.broadcast(own[number // self.count] if owner == self.rank else None, owner)
 
     def fill(self, whole: Tensor, rows: Sequence[slice]) -> None:
         """Completes ``whole`` [rows, ...], of which each rank has the rows ``rows[rank]``."""
@@ -191,6 +229,16 @@ class Ranks:
             flat = tensor.view(-1).view(torch.uint8)  # every backend takes bytes
             self._run(dist.broadcast, flat, source)
 
+    def _received(self, tensor: Tensor | None, header: list[int], source: int) -> Tensor | None:
+        """The tensor that ``source`` gives, which alone has it, from its header. None where it gives none."""
+        kind, dimensions, *sizes = header
+        if kind < 0:
+            return None
+        if tensor is None:
+            tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
+        self.overwrite(tensor, source)
+        return tensor
+
     @staticmethod
     def _run(call: Callable[..., object], *arguments: object) -> None:
         try:
@@ -202,36 +250,27 @@ class Ranks:
 ALONE = Ranks()
 
 
-def added_in_pairs(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors: neighbours first, then neighbours of these sums. Overwrites them."""
-    found = list(parts)
-    while len(found) > 1:
-        pairs = [a.add_(b) for a, b in zip(found[::2], found[1::2], strict=False)]
-        found = pairs + found[2 * len(pairs) :]
-    return found[0]
+def _header(tensor: Tensor | None) -> Tensor:
+    """What tells a tensor's type and shape, int64 [_HEADER]: a type of -1 for None."""
+    header = torch.full((_HEADER,), -1, dtype=torch.int64)
+    if tensor is not None:
+        header[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
+    return header
 
 
-class ShardedSum:
-    """Adds up tensors as ``added_in_pairs`` does while it holds few of them: ``total`` after one ``add`` a shard."""
+def _bytes_of(header: list[int]) -> int:
+    """Bytes that a tensor takes among others, from its header: its own up to the next multiple of 16."""
+    kind, dimensions, *sizes = header
+    return 0 if kind < 0 else -(-math.prod(sizes[:dimensions]) * _DTYPES[kind].itemsize // 16) * 16
 
-    def __init__(self) -> None:
-        self._sums: list[tuple[int, list[Tensor]]] = []  # shards in each, and its tensors
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """One shard's sums, which are overwritten later."""
-        size, found = 1, list(tensors)
-        while self._sums and self._sums[-1][0] == size:
-            _, before = self._sums.pop()
-            found = [a.add_(b) for a, b in zip(before, found, strict=True)]
-            size *= 2
-        self._sums.append((size, found))
-
-    def total(self) -> list[Tensor]:
-        _, found = self._sums.pop()
-        while self._sums:  # a number of shards that is no power of two
-            _, before = self._sums.pop()
-            found = [a.add_(b) for a, b in zip(before, found, strict=True)]
-        return found
+def _taken(whole: Tensor, start: int, header: list[int]) -> Tensor | None:
+    """The tensor whose bytes begin at ``start`` of ``whole``, from its header."""
+    kind, dimensions, *sizes = header
+    if kind < 0:
+        return None
+    count = math.prod(sizes[:dimensions]) * _DTYPES[kind].itemsize
+    return whole[start : start + count].view(_DTYPES[kind]).view(sizes[:dimensions])
 
 
 def start_ranks(device: str) -> Ranks:
@@ -242,6 +281,11 @@ def start_ranks(device: str) -> Ranks:
     """
     picked = pick_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    if picked.type == "cuda":
+        # torchrun gives each process one thread, through which all files would go; all processors of a large machine
+        # would keep the thread that launches kernels waiting. On a CPU threads decide the bytes.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, min(MOST_THREADS, (os.cpu_count() or 1) // here)))
     if count == 1:
         return Ranks(device=picked)
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
@@ -252,8 +296,6 @@ def start_ranks(device: str) -> Ranks:
             raise UserError(f"{here} processes and {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
-        # torchrun gives each process one thread, through which all files would go. On a CPU threads decide the bytes.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     end_when_told()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
