@@ -280,7 +280,7 @@ def time_experts(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("gloo" if args.small else "nccl")
+        dist.init_process_group("gloo" if args.small else "nccl", device_id=None if args.small else device)
     found = shape(args)
     half = {"intermediate_size": found.changes["intermediate_size"] // ranks}
     model = packed_model(replace(found, changes={**found.changes, **half}), device)
@@ -337,11 +337,10 @@ def time_experts(args: argparse.Namespace) -> None:
 
 def _times(step: Any, device: torch.device, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Seconds of a step, ``repeats`` times the mean of ten, in a CUDA graph on a GPU; and what it gives."""
-    replay, graph = step, None
-    out = step()
+    replay, graph, out = step, None, torch.empty(0)
     if device.type == "cuda":
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 step()
         torch.cuda.synchronize()
@@ -350,6 +349,8 @@ def _times(step: Any, device: torch.device, repeats: int) -> tuple[torch.Tensor,
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = step()
         replay = graph.replay
+    else:
+        out = step()
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
