@@ -42,7 +42,7 @@ class Activations:
     hidden: Batches
     order: Tensor
     every: list[Tensor] = field(default_factory=list)
-    _calls_to_train: dict[bool, list[list[Call]]] = field(default_factory=dict)
+    _every_call: list[list[Call]] = field(default_factory=list)
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
@@ -64,36 +64,26 @@ class Activations:
         """Micro-batches of all ranks."""
         return len(self.every or self.ids)
 
-    def may_deal(self, replay: Replay) -> bool:
-        """Whether the windows of each micro-batch can be dealt out evenly to the ranks of a job on GPUs."""
-        ranks = replay.ranks
-        return ranks.count > 1 and ranks.device.type == "cuda" and all(len(x) % ranks.count == 0 for x in self.every)
-
-    def to_train(self, replay: Replay, targets: Batches, dealt: bool) -> tuple[Activations, Batches]:
-        """All ranks' micro-batches and their targets, for those who train on them. Without ``source``.
-
-        dealt: only this rank's windows of each
-        """
-        ranks = replay.ranks
-        if ranks.count == 1:
-            return self, targets
-        rows = [ranks.part(len(ids)) if dealt else slice(0, len(ids)) for ids in self.every]
-        ids = [every[some] for every, some in zip(self.every, rows, strict=True)]
-        if dealt not in self._calls_to_train:
-            self._calls_to_train[dealt] = [replay.inputs(x)[1] for x in ids]
-
-        def taken(own: Batches) -> Batches:
-            every = ranks.share(own, self.total)
-            some = (x[part].clone() for x, part in zip(every, rows, strict=True)) if dealt else every
-            return Batches(replay.memory, some)
-
-        calls = self._calls_to_train[dealt]
-        return Activations(ids, [], calls, taken(self.hidden), self.order, self.every), taken(targets)
+    def whole(self, replay: Replay) -> Activations:
+        """All ranks' micro-batches, for those who train on them. Without ``source``."""
+        if replay.ranks.count == 1:
+            return self
+        if not self._every_call:
+            self._every_call.extend(replay.inputs(ids)[1] for ids in self.every)
+        hidden = shared(replay, self.hidden, self.total)
+        return Activations(self.every, [], self._every_call, hidden, self.order, self.every)
 
     @torch.no_grad()
     def advance(self, replay: Replay, index: int, overrides: dict[str, Tensor] | None = None) -> None:
         """Runs layer ``index`` on everything, with ``overrides`` as in ``Replay.run``. Overwrites ``hidden``."""
         advance(replay, index, self.hidden, self.calls, overrides)
+
+
+def shared(replay: Replay, own: Batches, total: int) -> Batches:
+    """A tensor of each of ``total`` micro-batches, from every rank's own."""
+    if replay.ranks.count == 1:
+        return own
+    return Batches(replay.memory, replay.ranks.share(own, total))
 
 
 @torch.no_grad()

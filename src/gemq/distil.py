@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.calibrate import Activations
+from gemq.calibrate import Activations, shared
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels.unpacked import codes_of, weights
-from gemq.models.split import join_experts, may_deal, own_experts, split_experts
+from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
@@ -30,7 +30,7 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, encode
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
-from gemq.reconstruct import Training, as_parameter, expert_overrides, meet, tunable_names
+from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.batches import Batches
 from gemq.resources.memory import Waiting
@@ -127,12 +127,9 @@ def distil(
     stored:      the type in which each parameter is kept: routers and norms are trained as they will be
     tick:        called with (steps done, all steps)
     """
-    training, ranks = distillation.training, replay.ranks
-    dealt = activations.may_deal(replay)
-    dealt = dealt and all(may_deal(replay.model, x.experts, ranks) for _, x in replay.structure.moe_layers if x.experts)
-    activations, teacher = activations.to_train(replay, teacher, dealt)
-    parts = ranks.count if dealt else 1  # of a micro-batch
-    student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size, dealt)
+    activations, teacher = activations.whole(replay), shared(replay, teacher, activations.total)
+    training = distillation.training
+    student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size)
     train, held_out = training.split(len(activations.ids))
 
     def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
@@ -141,13 +138,13 @@ def distil(
         for some in replay.windows_together(ids):
             logits = student.logits(ids[some], hidden[some])
             if distillation.loss == "next_token":
-                share = len(ids[some]) / len(ids) / parts
+                share = len(ids[some]) / len(ids)
                 yield F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[some, 1:].flatten()) * share
                 continue
             with torch.no_grad():
                 expected = replay.logits(ids[some], wanted[some]).float().log_softmax(-1)
             of_part = F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
-            yield of_part / (ids.numel() * parts)
+            yield of_part / ids.numel()
 
     @torch.no_grad()
     def held_out_loss() -> float:
@@ -155,10 +152,7 @@ def distil(
         for batch in held_out:
             hidden = student.inputs(activations, batch)[-1]
             total += sum(part.item() for part in losses(batch, hidden))
-        found = torch.tensor(total / len(held_out)).double()
-        if dealt:
-            ranks.add_up(found)
-        return ranks.agree(lambda: float(found))
+        return replay.ranks.agree(lambda: total / len(held_out))
 
     best = Distilled(before=held_out_loss())
     best.after = best.before
@@ -191,11 +185,10 @@ class _Student:
         how: Distillation,
         stored: dict[str, torch.dtype],
         group_size: int,
-        dealt: bool,
     ):
-        self.replay, self.dealt = replay, dealt
+        self.replay = replay
         self.layers = [
-            _PackedLayer(replay, i, refined(i), row, dense_bits, how, stored, group_size, dealt)
+            _PackedLayer(replay, i, refined(i), row, dense_bits, how, stored, group_size)
             for i, row in enumerate(widths)
         ]
         names = _tail_norms(replay) if "norms" in how.sets else []
@@ -234,8 +227,6 @@ class _Student:
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
         for parameter, its in zip(self.tail.parameters.values(), of_tail, strict=True):
             parameter.grad = its
-        if self.dealt:
-            meet(self.replay.ranks, list(self.tail.parameters.values()))
         if self.optimizer is not None:
             self.optimizer.update(step, steps)
         for index in reversed(range(len(self.layers))):
@@ -246,8 +237,6 @@ class _Student:
             gradient = of_all[0]
             for parameter, its in zip(layer.trained, of_all[1:], strict=True):
                 parameter.grad = its
-            if self.dealt:
-                meet(self.replay.ranks, [p for p in layer.tuned.parameters.values() if p.requires_grad])
             if layer.optimizer is not None:
                 layer.optimizer.update(step, steps)
             for parameter in layer.trained:
@@ -297,9 +286,8 @@ class _PackedLayer:
         how: Distillation,
         stored: dict[str, torch.dtype],
         group_size: int,
-        dealt: bool,
     ):
-        self.replay, self.index, self.dealt = replay, index, dealt
+        self.replay, self.index = replay, index
         self.layer = layer = replay.structure.layers[index]
         of_matrices = matrix_widths(layer, widths)
         self.experts = (
@@ -351,7 +339,7 @@ class _PackedLayer:
             dtype = model.get_parameter(f"{self.layer.experts.path}.{self.experts[0].matrix.name}").dtype
             unpacked = [m.weight(dtype) for m in self.experts]
             overrides.update(expert_overrides(model, self.layer.experts, unpacked))
-        with split_experts(model, self.layer.experts, self.replay.ranks, self.dealt):
+        with split_experts(model, self.layer.experts, self.replay.ranks):
             return self.replay.run(self.index, hidden, call, overrides)
 
     def _own(self, experts: Experts) -> slice:

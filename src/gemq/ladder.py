@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments
+from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, shared
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
@@ -197,10 +197,9 @@ def _train_linears(
     ladder: LayerLadder,
 ) -> None:
     """Trains a layer's dense linears towards its ``outputs`` and packs them into ``ladder``; all else is exact."""
-    most = max(2, LINEAR_TOKENS // (activations.every or activations.ids)[0].numel())
-    dealt = activations.may_deal(replay)
-    inputs, goals = activations.to_train(replay, outputs, dealt)
-    done = train_layer(replay, index, inputs, goals, parameters, training, {}, most, dealt)
+    inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
+    most = max(2, LINEAR_TOKENS // inputs.ids[0].numel())
+    done = train_layer(replay, index, inputs, goals, parameters, training, {}, most)
     for x in done.parameters:
         q = Quantized(*(replay.ranks.broadcast(t, 0) for t in x.q))
         group = quantizer.group(q.codes.shape[-1])

@@ -11,9 +11,8 @@ Shapes: E experts, B windows, S tokens a window.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,6 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
 from gemq.quant.widths import Width
-from gemq.resources.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -84,24 +82,14 @@ class Optimizer:
         self.fused: list[FusedMatrices] = []
         self.fused_rates = (0.0, 0.0)
 
-    def step(
-        self,
-        loss: Tensor,
-        step: int,
-        steps: int,
-        gradient: Tensor | None = None,
-        meet: Callable[[], None] | None = None,
-    ) -> None:
+    def step(self, loss: Tensor, step: int, steps: int, gradient: Tensor | None = None) -> None:
         """One step down the gradient of ``loss``, number ``step`` of ``steps``.
 
         gradient: of what is minimised, with respect to ``loss``, which is then no scalar
-        meet:     called when gradients are there, before they are used
         """
         if self.inner is not None:
             self.inner.zero_grad(set_to_none=True)
         loss.backward(gradient)
-        if meet is not None:
-            meet()
         self.update(step, steps)
 
     def update(self, step: int, steps: int) -> None:
@@ -155,7 +143,6 @@ def train_layer(
     training: Training,
     stored: dict[str, torch.dtype],
     most: int | None = None,
-    dealt: bool = False,
 ) -> LayerResult:
     """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
@@ -163,11 +150,8 @@ def train_layer(
     did not get better keeps GPTQ's codes. ``activations`` and ``targets`` are those of all ranks; ``parameters`` of
     experts are of this rank's (see ``models.split``), and so is what is given back of them; without experts among them
     every rank does the same work. Only the first ``most`` micro-batches are used.
-
-    dealt: ``activations`` and ``targets`` are this rank's windows of each micro-batch; gradients meet
     """
     inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
-    ranks = replay.ranks
     names = tunable_names(replay, layer) if training.tuned else []
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
     train, held_out = training.split(min(len(inputs), most or len(inputs)))
@@ -176,7 +160,7 @@ def train_layer(
     def run(batch: int, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
         overrides = {name: rounded_to(p, stored[name]).to(model.get_parameter(name)) for name, p in tuned.items()}
         overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
-        with split_experts(model, split, ranks, dealt):
+        with split_experts(model, split, replay.ranks):
             return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
 
     @torch.no_grad()
@@ -185,58 +169,33 @@ def train_layer(
             dequantize_each(q, model.get_parameter(x.name).dtype) for q, x in zip(grids, parameters, strict=True)
         ]
         wrong = sum((run(b, weights, tuned) - targets[b]).float().square().sum().item() for b in held_out)
-        sums = torch.tensor([wrong, sum(targets[b].float().square().sum().item() for b in held_out)]).double()
-        if dealt:
-            ranks.add_up(sums)
-        return float(sums[0] / sums[1])
+        return wrong / sum(targets[b].float().square().sum().item() for b in held_out)
 
     original = {name: p.clone() for name, p in tuned.items()}
     before = error([x.q for x in parameters], original)
-    energies = torch.stack([targets[b].float().square().sum(-1).mean() for b in train]).clamp_min(1e-20)
-    if dealt:
-        ranks.add_up(energies)
-        energies /= ranks.count
 
     def after_training() -> list[Quantized]:
         """What is in training is gone afterwards: judging takes as much memory again."""
         matrices = [_trainable(model, x) for x in parameters]
         optimizer = training.optimizer_of(matrices, list(tuned.values()))
         steps = training.epochs * len(train)
-        of_experts = f"{split.path}." if split is not None else "no experts"
-        alike = [
-            p
-            for m, x in zip(matrices, parameters, strict=True)
-            if not x.name.startswith(of_experts)
-            for p in m.leaves()
-        ]
-        alike += [p for p in tuned.values() if p.requires_grad]
         for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
             target = targets[train[batch]].float()
             out = run(train[batch], [m.weight() for m in matrices], tuned)
-            loss = (out.float() - target).square().sum() / energies[batch]
-            optimizer.step(loss, step, steps, meet=partial(meet, ranks, alike) if dealt else None)
+            energy = target.square().sum(-1).mean().clamp_min(1e-20)
+            optimizer.step((out.float() - target).square().sum() / energy, step, steps)
             for m in matrices:
                 m.keep_in_range()
         return [m.result() for m in matrices]
 
     grids = after_training()
-    tuned = {name: ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
+    tuned = {name: replay.ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
-    before, after = ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
+    before, after = replay.ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
     if after < before:
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)
     return LayerResult(parameters, original, before, before)
-
-
-def meet(ranks: Ranks, parameters: Sequence[Tensor]) -> None:
-    """Adds up the gradients that ranks have from windows of their own, for parameters that all of them train alike."""
-    for dtype in dict.fromkeys(p.dtype for p in parameters):  # in an order that all ranks share
-        some = [p for p in parameters if p.dtype == dtype]
-        for p in some:
-            if p.grad is None:  # none of this rank's tokens met it
-                p.grad = torch.zeros_like(p)
-        ranks.add_up_together([p.grad for p in some if p.grad is not None])
 
 
 def _trainable(model: Any, x: QuantizedParameter) -> TrainableMatrices | FusedMatrices:

@@ -97,35 +97,6 @@ class Ranks:
             self._run(dist.all_gather, found, tensor)
             tensor.copy_(sum(found[1:], start=found[0]))
 
-    def add_up_together(self, tensors: Sequence[Tensor]) -> None:
-        """``add_up`` of many tensors of one type, at once."""
-        if self.count > 1 and tensors:
-            whole = torch.cat([tensor.flatten() for tensor in tensors])
-            self.add_up(whole)
-            for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """All ranks' rows, rank by rank. Every rank has as many."""
-        if self.count == 1:
-            return rows
-        rows = rows.contiguous()
-        found = [torch.empty_like(rows) for _ in range(self.count)]
-        self._run(dist.all_gather, found, rows)
-        return torch.cat(found)
-
-    def collect(self, rows: Tensor) -> Tensor:
-        """The opposite of ``spread``: of every rank's sum over all rows, the part of these that is this rank's."""
-        if self.count == 1:
-            return rows
-        parts = list(rows.chunk(self.count))
-        if rows.device.type == "cpu":  # gloo has nothing for it
-            self.add_up(rows)
-            return parts[self.rank]
-        own = torch.empty_like(parts[self.rank])
-        self._run(dist.reduce_scatter, own, parts)
-        return own
-
     def count_up(self, number: int) -> int:
         """The sum of what every rank counted."""
         total = torch.tensor([number])
