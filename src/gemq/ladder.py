@@ -268,35 +268,42 @@ def quantize_linears(
     ladder: LayerLadder,
     latents: dict[str, Tensor] | None = None,
 ) -> None:
-    """Quantizes dense linears into ``ladder``, the ranks taking turns.
+    """Quantizes dense linears into ``ladder``, those that receive the same tensor as one, the ranks taking turns.
 
     ``latents`` receives each one's codes before rounding, [1, R, C].
     """
     model, ranks = replay.model, replay.ranks
-    retried = 0
-    for number, linear in enumerate(linears):
-        if number % ranks.count != ranks.rank:
-            continue
+    groups: dict[int, list[Linear]] = {}
+    for linear in linears:
         if linear.path not in moments.linears:  # a branch that no calibration token took
             moments.linears[linear.path] = Moments(1, linear.columns, replay.device)
-        weight = model.get_submodule(linear.path).weight.detach().unsqueeze(0)
+        groups.setdefault(id(moments.linears[linear.path]), []).append(linear)
+    retried = 0
+    for number, group in enumerate(groups.values()):
+        if number % ranks.count != ranks.rank:
+            continue
+        weights = [model.get_submodule(linear.path).weight.detach() for linear in group]
+        weight = torch.cat(weights).unsqueeze(0)  # rows do not depend on each other
         dtype = latent_type(weight.device, weight.dtype)
         before = None if latents is None else weight.new_empty(weight.shape, dtype=dtype)
-        q, retries = quantizer.every_width(
-            weight, moments.linears[linear.path], (bits,), None if before is None else before.unsqueeze(0), shrink=0.0
-        )
-        q = Quantized(*(t[0] for t in q))
-        if latents is not None and before is not None:
-            latents[linear.path] = before
-        ladder.linears[linear.path] = PackedMatrix.pack(q, bits, quantizer.group(linear.columns))
+        shared = moments.linears[group[0].path]
+        own = None if before is None else before.unsqueeze(0)
+        q, retries = quantizer.every_width(weight, shared, (bits,), own, shrink=0.0)
         retried += retries
+        rows = [len(w) for w in weights]
+        for linear, *part in zip(group, *(t[0].split(rows, 1) for t in q), strict=True):
+            packed = PackedMatrix.pack(Quantized(*part), bits, quantizer.group(linear.columns))
+            ladder.linears[linear.path] = packed
+        if latents is not None and before is not None:
+            latents.update({x.path: part.contiguous() for x, part in zip(group, before.split(rows, 1), strict=True)})
     ladder.retries += ranks.count_up(retried)
-    for number, linear in enumerate(linears):
+    for number, group in enumerate(groups.values()):
         owner = number % ranks.count
-        own = ladder.linears.get(linear.path) or [None] * len(PackedMatrix._fields)
-        ladder.linears[linear.path] = PackedMatrix(*(ranks.broadcast(part, owner) for part in own))
-        if latents is not None:
-            latents[linear.path] = ranks.broadcast(latents.get(linear.path), owner)
+        for linear in group:
+            parts = ladder.linears.get(linear.path) or [None] * len(PackedMatrix._fields)
+            ladder.linears[linear.path] = PackedMatrix(*(ranks.broadcast(part, owner) for part in parts))
+            if latents is not None:
+                latents[linear.path] = ranks.broadcast(latents.get(linear.path), owner)
 
 
 def linear_parameters(
