@@ -35,7 +35,7 @@ from gemq.models.experts import (
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts
 from gemq.resources.batches import Batches
-from gemq.resources.machine import in_fixed_order
+from gemq.resources.machine import FixedOrder
 from gemq.resources.ranks import Ranks
 
 ExpertWeights = tuple[Tensor, Tensor]
@@ -133,9 +133,10 @@ def reverse_layer(
         (call,) = watched
         return call, torch.autograd.grad(output, (leaf, call.output), gradient)
 
+    order = FixedOrder(replay.device)
     for i, hidden in enumerate(activations.hidden):
         run = partial(backward, replay.leaf(hidden), activations.calls[i][index], gradients[i])
-        call, (gradients[i], *at_experts) = in_fixed_order(run, replay.device)
+        call, (gradients[i], *at_experts) = order.run(run)
         if call is None:
             yield i, None, None
             continue

@@ -15,6 +15,7 @@ from gemq.data.windows import Windows
 from gemq.models.experts import expert_weight, watch_experts
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, find_structure
+from gemq.resources.machine import FixedOrder
 from gemq.resources.ranks import ALONE
 from gemq.score import (
     LayerScores,
@@ -282,3 +283,26 @@ def test_smoothing_keeps_what_it_should():
     torch.testing.assert_close(smooth_usage(costs, even, 3.0), costs)
     torch.testing.assert_close(smooth_usage(costs, torch.tensor([1, 2, 3, 4]), 0.0), costs)
     assert torch.equal(smooth_usage(costs, torch.zeros(4, dtype=torch.int64), 2.0), costs)
+
+
+def test_what_has_no_fixed_order_is_computed_without():
+    """The mode is as before in any case; what else goes wrong is not hidden."""
+    order, modes = FixedOrder(torch.device("cuda")), []
+
+    def compute(message: str = "") -> int:
+        modes.append(torch.get_deterministic_debug_mode())
+        if message and modes[-1]:
+            raise RuntimeError(message)
+        return 7
+
+    assert order.run(compute) == 7
+    assert modes == [2]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        order.run(lambda: compute("out of memory"))
+    assert order.kept
+    assert order.run(lambda: compute("cumsum does not have a deterministic implementation")) == 7
+    assert order.run(compute) == 7  # no second try
+    assert modes == [2, 2, 2, 0, 0]
+    assert torch.get_deterministic_debug_mode() == 0
+    assert FixedOrder(torch.device("cpu")).run(compute) == 7
+    assert modes[-1] == 0

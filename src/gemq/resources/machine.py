@@ -39,27 +39,34 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def in_fixed_order(run: Callable[[], Any], device: torch.device) -> Any:
-    """What ``run`` gives while a GPU adds up in a fixed order, attention's gradients among all else.
+class FixedOrder:
+    """Lets a GPU add up in a fixed order, attention's gradients among all else, so that it gives the same each time.
 
-    So it comes out the same each time. Where an operation has no such order, it runs once more without.
+    Where an operation has no such order, it is computed once more without, and so is what follows.
     """
-    if device.type != "cuda":
-        return run()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for, and uses on a GPU of today
-    memory: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("error")
-    memory.fill_uninitialized_memory = False
-    try:
-        return run()
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-    finally:
-        torch.set_deterministic_debug_mode(before[0])
-        memory.fill_uninitialized_memory = before[1]
-    return run()
+
+    def __init__(self, device: torch.device):
+        self.kept = device.type == "cuda"
+
+    def run(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives, called a second time if it has no fixed order."""
+        if not self.kept:
+            return compute()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for, and uses on a GPU of today
+        memory: Any = torch.utils.deterministic
+        before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+        torch.set_deterministic_debug_mode("error")  # a mode that only warns leaves attention as it is
+        memory.fill_uninitialized_memory = False
+        try:
+            return compute()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            self.kept = False
+        finally:
+            torch.set_deterministic_debug_mode(before[0])
+            memory.fill_uninitialized_memory = before[1]
+        return compute()
 
 
 @dataclass(frozen=True)
