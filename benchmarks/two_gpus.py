@@ -4,6 +4,7 @@
     python benchmarks/two_gpus.py quality --model refmoe-olmoe-23m --texts TEXTS [--seeds 3]
     python benchmarks/two_gpus.py tensor-parallel
     python benchmarks/two_gpus.py lost
+    python benchmarks/two_gpus.py links
     (--small: shapes and windows to try the script out, two processes on a CPU)
 
 ``jobs``: random weights of OLMoE-1B-7B's true shape, made on the machine; one process, then ``torchrun
@@ -12,7 +13,9 @@ start to saved checkpoint; then how alike the two results are. ``quality``: defa
 seeds. ``tensor-parallel``: the experts of all layers at batch 1 with the residual connection, each rank half of the
 intermediate size and one sum over ranks a layer, in a CUDA graph: by NCCL, and by one kernel (``exchange``) that ends a
 layer on one GPU as well. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other
-has stopped, and what it says; then both ways of going on. Rows go to results/two_gpus.csv.
+has stopped, and what it says; then both ways of going on. ``links``: what a rank receives a second of what the other
+gives, by NCCL's collectives as NCCL chooses its way (one) and told to go from GPU to GPU (two), and by one process's
+copies. Rows go to results/two_gpus.csv.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("jobs", "quality", "tensor-parallel", "lost", "rank"))
+    parser.add_argument("part", choices=("jobs", "quality", "tensor-parallel", "lost", "links", *RANKS))
     parser.add_argument("--effort", nargs="+", default=["low", "defaults"], choices=JOBS)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--windows", type=int, default=128)
@@ -62,14 +65,14 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=FILE)
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    if args.part == "rank":
-        time_experts(args)
+    if args.part in RANKS:
+        RANKS[args.part](args)
         return
     with tempfile.TemporaryDirectory() as directory:
-        run = {"jobs": jobs, "quality": quality, "tensor-parallel": tensor_parallel, "lost": lost}[args.part]
+        parts = {"jobs": jobs, "quality": quality, "tensor-parallel": tensor_parallel, "lost": lost, "links": links}
         kept = args.keep or Path(directory)
         kept.mkdir(parents=True, exist_ok=True)
-        run(args, kept)
+        parts[args.part](args, kept)
 
 
 def record(args: argparse.Namespace, what: str, name: str, one: float, two: float, unit: str) -> None:
@@ -266,7 +269,9 @@ def tensor_parallel(args: argparse.Namespace, directory: Path) -> None:
     for ranks in (1, 2):
         told = directory / "times.json"
         flags = ["--small"] if args.small else []
-        subprocess.run(command(ranks, __file__, "rank", "--keep", told, "--layers", args.layers, *flags), check=True)
+        subprocess.run(
+            command(ranks, __file__, "experts-of-a-rank", "--keep", told, "--layers", args.layers, *flags), check=True
+        )
         times.append(json.loads(told.read_text()))
     for what in times[0]:
         one, two = (t[what] for t in times)
@@ -335,8 +340,22 @@ def time_experts(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+def _mean_seconds(step: Any, device: torch.device, repeats: int) -> torch.Tensor:
+    """Seconds of a step, ``repeats`` times the mean of ten."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(repeats):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(10):
+            step()
+        wait()
+        times.append((time.perf_counter() - begin) / 10)
+    return torch.tensor(times)
+
+
 def _times(step: Any, device: torch.device, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seconds of a step, ``repeats`` times the mean of ten, in a CUDA graph on a GPU; and what it gives."""
+    """``_mean_seconds``, in a CUDA graph on a GPU; and what a step gives."""
     replay, graph, out = step, None, torch.empty(0)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -351,20 +370,59 @@ def _times(step: Any, device: torch.device, repeats: int) -> tuple[torch.Tensor,
         replay = graph.replay
     else:
         out = step()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(10):
-            replay()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) / 10)
+    times = _mean_seconds(replay, device, repeats)
     result = out.float().clone()
     if graph is not None:
         graph.reset()  # NCCL waits for graphs that hold its calls before it ends
-    return torch.tensor(times), result
+    return times, result
+
+
+# What lies between the ranks
+
+SIZES = (1 << 12, 1 << 20, 1 << 24, 1 << 26)  # bytes
+
+
+def links(args: argparse.Namespace, directory: Path) -> None:
+    found = []
+    for ways in ({}, {"NCCL_P2P_LEVEL": "SYS"}):
+        told = directory / "links.json"
+        job = command(2, __file__, "links-of-a-rank", "--keep", told, *(["--small"] if args.small else []))
+        subprocess.run(job, check=True, env={**os.environ, **ways})
+        found.append(json.loads(told.read_text()))
+    for name in found[0]:
+        record(args, "links", name, found[0][name], found[1][name], "GB/s")
+
+
+def time_links(args: argparse.Namespace) -> None:
+    """One rank of ``links``: gigabytes a second that it receives, by collective and size."""
+    rank = int(os.environ["RANK"])
+    device = torch.device("cpu" if args.small else f"cuda:{rank}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if args.small else "nccl", device_id=None if args.small else device)
+    found = {}
+    for size in SIZES:
+        own = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+        both = [torch.empty_like(own) for _ in range(2)]
+        calls: dict[str, Any] = {
+            "all_reduce": lambda own=own: dist.all_reduce(own),
+            "all_gather": lambda own=own, both=both: dist.all_gather(both, own),
+            "broadcast": lambda own=own: dist.broadcast(own, 0),
+        }
+        if device.type == "cuda":
+            other = torch.empty_like(own, device=f"cuda:{1 - rank}")
+            calls["copy from the other"] = lambda own=own, other=other: own.copy_(other)
+        for name, call in calls.items():
+            call()
+            seconds = _mean_seconds(call, device, 3).min().item()
+            found[f"{name}, {size >> 10} kB"] = size / seconds / 1e9
+    if rank == 0:
+        args.keep.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+RANKS = {"experts-of-a-rank": time_experts, "links-of-a-rank": time_links}
+"""What a part starts in each rank."""
 
 
 if __name__ == "__main__":
