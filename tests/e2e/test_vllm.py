@@ -192,7 +192,9 @@ def expected_tokens(path: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_tokens_equal_transformers(packed, family):
-    with engine(packed(family)) as llm:
+    # what vLLM prefers for latent attention on a CPU with AMX takes no float32
+    latent = {"attention_backend": "CPU_MLA"} if family == "deepseek_v2" else {}
+    with engine(packed(family), **latent) as llm:
         assert tokens_of(llm) == expected_tokens(packed(family))
 
 
