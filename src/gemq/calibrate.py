@@ -107,8 +107,13 @@ class KeptCalls(Sequence[ExpertsCall]):
         self._routing: list[tuple[Tensor, Tensor]] = []
 
     def append(self, call: ExpertsCall) -> None:
-        self._hidden.append(call.hidden)
-        self._routing.append((call.top_k_index, call.top_k_weights))
+        """Keeps a call; of tensors that are part of a larger one, as other ranks give them, copies."""
+        hidden, *routing = (
+            t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+            for t in (call.hidden, call.top_k_index, call.top_k_weights)
+        )
+        self._hidden.append(hidden)
+        self._routing.append((routing[0], routing[1]))
 
     def __len__(self) -> int:
         return len(self._routing)
@@ -165,6 +170,8 @@ def layer_moments(
         first, down = (Moments(own.stop - own.start, m.columns, replay.device) for m in experts.matrices)
         found.experts = first, down
     received = _Received(replay.model, linears, module)
+    if not linears and module is None and not with_outputs:
+        return found, outputs
     for number in range(-(-activations.total // ranks.count)):
         received.clear()
         if number < len(activations.hidden):  # a rank may have one fewer

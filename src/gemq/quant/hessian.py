@@ -58,8 +58,11 @@ class Moments:
             from gemq.quant import gram_kernel
 
             gram_kernel.mirror(self.sums)
-        # in float64 sums of float32 are exact, so that they are the same however the matrices are spread
-        mean = self.sums.sum(0, dtype=torch.float64)
+        # In float64 sums of float32 are exact, and the same however the matrices are spread. One at a time: torch would
+        # make all of them float64 first.
+        mean = torch.zeros_like(self.sums[0], dtype=torch.float64)
+        for one in self.sums:
+            mean += one
         self._rows, self._matrices = self.counts.sum(), torch.full_like(self.counts[0], len(self.counts))
         ranks.add_up(mean, self._rows, self._matrices)
         self._mean = mean.div_(self._rows.clamp_min(1)).float()
