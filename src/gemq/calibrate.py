@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,17 +169,20 @@ def layer_moments(
     if experts and own is not None:
         first, down = (Moments(own.stop - own.start, m.columns, replay.device) for m in experts.matrices)
         found.experts = first, down
-    received = _Received(replay.model, linears, module)
     if not linears and module is None and not with_outputs:
         return found, outputs
-    for number in range(-(-activations.total // ranks.count)):
-        received.clear()
-        if number < len(activations.hidden):  # a rank may have one fewer
-            with received.watching(to_the_end=with_outputs):
-                output = replay.run(index, activations.hidden[number], activations.calls[number][index])
-                if with_outputs:
-                    outputs.append(output)
-        for same, inputs, call in received.of_all(ranks):
+    received = _Received(replay.model, linears, module)
+    for rounds in _blocks(replay, activations, len(linears) + 1):
+        block = []
+        for number in rounds:
+            received.clear()
+            if number < len(activations.hidden):  # a rank may have one fewer
+                with received.watching(to_the_end=with_outputs):
+                    output = replay.run(index, activations.hidden[number], activations.calls[number][index])
+                    if with_outputs:
+                        outputs.append(output)
+            block.append(received.taken())
+        for same, inputs, call in _of_all(ranks, block):
             for linear, at, rows in zip(linears, same, inputs, strict=True):
                 if rows is not None:
                     if linear.path not in found.linears:
@@ -252,12 +255,8 @@ class _Received:
                 yield
         self._calls_of_a_run = self._calls_of_a_run or self._count()
 
-    def of_all(self, ranks: Ranks) -> Iterator[tuple[list[int], list[Tensor | None], ExpertsCall | None]]:
-        """What was received, rank by rank, on every rank.
-
-        For each linear the number of the first that received the very tensors (-1: it did not run) and, for that one,
-        their rows [T, columns]; and the call of the experts module, if it ran: several as one.
-        """
+    def taken(self) -> _Taken:
+        """What was received since ``clear``."""
         if any(x._version != version for x, version in self._versions):
             raise UserError(
                 "a layer overwrites what one of its linears has received: gemq cannot calibrate it; this family is not "
@@ -265,18 +264,57 @@ class _Received:
             )
         received = [[id(x) for x in each] for each in self._inputs]
         same = [received.index(each) if each else -1 for each in received]
-        own = [
+        inputs = [
             _joined([x.flatten(0, -2) for x in each]) if first == number else None
             for number, (first, each) in enumerate(zip(same, self._inputs, strict=True))
         ]
         parts = zip(*((c.hidden, c.top_k_index, c.top_k_weights) for c in self._calls), strict=True)
-        call: list[Tensor | None] = [_joined(part) for part in parts] or [None] * 3
-        for tensors, first_of in ranks.gather([*own, *call], same):
-            hidden, top_k_index, top_k_weights = tensors[len(own) :]
-            whole = None
+        call: list[Tensor | None] = [_joined(part) for part in parts] or [None, None, None]
+        return _Taken(same, inputs, call)
+
+
+class _Taken(NamedTuple):
+    """What a layer's linears and experts received in a run.
+
+    same:   for each linear the number of the first that received the very tensors; -1: it did not run
+    inputs: for that first one their rows [T, columns], None for the others
+    call:   hidden states, routing and routing weights of the experts module, several calls as one; None: it did not run
+    """
+
+    same: list[int]
+    inputs: list[Tensor | None]
+    call: Sequence[Tensor | None]
+
+
+TOGETHER = 1 << 28
+"""Bytes that a rank gives the others at once: their processors meet once for all of it."""
+
+
+def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[range]:
+    """Rounds of micro-batches, one of each rank, by which ranks meet; ``kinds`` of inputs of a layer travel."""
+    ranks, together = replay.ranks, 1
+    rounds = -(-activations.total // ranks.count)
+    if ranks.count > 1:
+        hidden = replay.model.config.get_text_config().hidden_size * replay.model.dtype.itemsize
+        together = max(1, TOGETHER // (activations.every[0].numel() * hidden * min(kinds, 3)))
+    return (range(start, min(start + together, rounds)) for start in range(0, rounds, together))
+
+
+def _of_all(
+    ranks: Ranks, block: Sequence[_Taken]
+) -> Iterator[tuple[list[int], list[Tensor | None], ExpertsCall | None]]:
+    """What all ranks' linears and experts received in some rounds, in the order of the micro-batches, on every rank."""
+    count = len(block[0].inputs)
+    tensors = [tensor for taken in block for tensor in (*taken.inputs, *taken.call)]
+    found = ranks.gather(tensors, [number for taken in block for number in taken.same])
+    for i in range(len(block)):
+        for given, same in found:
+            own = given[i * (count + 3) : (i + 1) * (count + 3)]
+            hidden, top_k_index, top_k_weights = own[count:]
+            call = None
             if hidden is not None and top_k_index is not None and top_k_weights is not None:
-                whole = ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
-            yield first_of, tensors[: len(own)], whole
+                call = ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
+            yield same[i * count : (i + 1) * count], own[:count], call
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
