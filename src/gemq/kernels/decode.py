@@ -178,18 +178,23 @@ def _tensors(matrices: PackedMatrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return matrices.codes, matrices.scales, matrices.offsets, matrices.table
 
 
+def _projections(module: PackedExperts) -> tuple[PackedMatrices, Tensor | None, PackedMatrices, Tensor | None]:
+    """Gate and up, or up alone, and down, each with its bias."""
+    first, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
+    if not module.has_bias:
+        return first, None, down, None
+    return first, module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, down, module.down_proj_bias
+
+
 def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
     """What ``experts_forward`` adds up, [T, S, H] float32; None of experts with a norm or an unusual activation."""
     activation = activation_of(module)
     if activation is None or getattr(module, "has_post_expert_norm", False):
         return None
-    first, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
-    biases: list[Tensor | None] = [None, None]
-    if module.has_bias:
-        biases = [module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias]
+    first, first_bias, down, down_bias = _projections(module)
     levels, down_levels = widths_for(first.levels, first.group_size), widths_for(down.levels, down.group_size)
     sizes = (first.rows, first.group_size, levels, down.group_size, down_levels)
-    arguments = (*_tensors(first), biases[0], *_tensors(down), biases[1], *sizes, *activation)
+    arguments = (*_tensors(first), first_bias, *_tensors(down), down_bias, *sizes, *activation)
     return decode_experts(hidden, top_k_index, top_k_weights, *arguments)
 
 
@@ -198,12 +203,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     shares = expert_shares(module, hidden, top_k_index, top_k_weights)
     if shares is not None:
         return shares.sum(1).to(hidden.dtype)
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    first_bias = down_bias = None
-    if module.has_bias:
-        first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-        down_bias = module.down_proj_bias
-    down = module.down_proj
+    first, first_bias, down, down_bias = _projections(module)
     up_arguments = (*_tensors(first), first_bias)
     down_arguments = (*_tensors(down), down_bias)
     y = decode_up(hidden, top_k_index, *up_arguments, first.rows, first.group_size, first.levels)
