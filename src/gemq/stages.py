@@ -191,17 +191,18 @@ def assembled(job: Job, structure: Structure, ladder: Stage, chosen: Allocation)
 
 
 def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: Experts, width: Width) -> ExpertWeights:
-    """All experts' matrices of a layer at one width, dequantized, in the model's compute type; ranks do their own."""
+    """All experts' matrices of a layer at one width, dequantized, in the model's compute type; ranks read their own."""
     recipe, ranks = job.recipe, replay.ranks
-    module, own = replay.model.get_submodule(experts.path), ranks.part(experts.count)
+    module = replay.model.get_submodule(experts.path)
     rungs = []
     found: dict[str, Tensor] = {}
     if recipe.score_weights == "ladder":
         at = f":{width_name(width)}."  # the other widths stay in the file
-        rows = own if ranks.count > 1 else None
-        found = ladder.load_tensors(layer_file(index), str(job.device), lambda key: at in key, rows)
+        rows = ranks.part(experts.count) if ranks.count > 1 else None
+        own = ladder.load_tensors(layer_file(index), str(job.device), lambda key: at in key, rows)
+        found = {key: ranks.join(tensor, experts.count) for key, tensor in own.items()}
     for matrix in experts.matrices:
-        weight = expert_weight(module, matrix.name)[own]
+        weight = expert_weight(module, matrix.name)
         if found:
             prefix = f"expert:{matrix.name}:{width_name(width)}"
             packed = PackedMatrix(*(found[f"{prefix}.{part}"] for part in PackedMatrix._fields))
@@ -211,7 +212,7 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
         else:
             q = round_to_nearest(weight, (width,), group_size_for(matrix.columns, recipe.group_size))
             rung = dequantize_each(Quantized(*(t[0] for t in q)), weight.dtype)
-        rungs.append(ranks.join(rung, experts.count))
+        rungs.append(rung)
     return rungs[0], rungs[1]
 
 
