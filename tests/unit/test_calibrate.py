@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibrate import Activations, KeptCalls, layer_moments
 from gemq.data.windows import Windows
+from gemq.errors import UserError
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, find_structure
 
@@ -183,6 +184,20 @@ def test_two_branches_of_one_linear_are_both_counted():
     assert all(moments.linears[x.path].counts.tolist() == [140] for x in linears)
     assert moments.experts is not None
     assert int(moments.experts[0].counts.sum()) == 280
+
+
+def test_a_layer_that_overwrites_what_a_linear_received_is_refused():
+    """Inputs are added up when the layer has run: they must still be what they were."""
+    replay, activations = start("olmoe")
+    linears = replay.structure.layers[0].linears
+
+    def spoil(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
+        args[0].add_(1)
+
+    handle = replay.model.get_submodule(linears[0].path).register_forward_hook(spoil)
+    with pytest.raises(UserError, match="overwrites what one of its linears has received"):
+        layer_moments(replay, 0, activations, linears, None)
+    handle.remove()
 
 
 def test_only_what_is_asked_for():

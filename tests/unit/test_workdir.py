@@ -36,3 +36,15 @@ def test_what_is_written_behind_is_there_in_the_end_and_a_full_disk_is_told(tmp_
     monkeypatch.setattr("gemq.workdir.write_tensors", full)
     with pytest.raises(UserError, match="full"), stage.writing_behind() as save:
         save("3.safetensors", {"x": torch.zeros(1)})
+
+
+def test_rows_of_a_set_are_those_of_its_tensors(tmp_path):
+    with WorkDir(tmp_path / "work", resume=False) as work:
+        stage = work.stage("s", {})
+        tensors = {"a": torch.arange(12).view(4, 3), "b": torch.arange(4, dtype=torch.uint8)}
+        stage.save_tensors("x.safetensors", tensors)
+        found = stage.load_tensors("x.safetensors", rows=slice(1, 3))
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor[1:3]) for name, tensor in tensors.items())
+        (one,) = stage.load_tensors("x.safetensors", wanted=lambda key: key == "b", rows=slice(0, 0)).values()
+        assert not len(one)
