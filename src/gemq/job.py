@@ -145,7 +145,7 @@ class Job:
     def load(self, verify: bool = True) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored.
 
-        verify: compare the replay with the model's own forward, for which every layer is read
+        verify: compare the replay with the model's own forward, for which one layer of each kind is read
         """
         with self.monitor.stage("load", 1) as tick:
             dtype = pick_dtype(self.recipe.dtype, self.device)
