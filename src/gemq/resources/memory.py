@@ -28,6 +28,10 @@ DEFAULT_SHARE = 0.9
 
 UNLIMITED = 1 << 62
 
+MOST_THREADS = 8
+"""For files on their way to a GPU: enough for the bytes that memory gives, and the thread that launches is not kept
+waiting by all processors of a large machine."""
+
 
 class Place(enum.Enum):
     """Where a tensor waits until it is needed."""
@@ -161,14 +165,16 @@ class Memory:
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Holds this process to the device's bound, PyTorch's own reserves included.
+        """Holds this process to the device's bound, PyTorch's own reserves included, and beside a GPU to a few threads.
 
         Raises UserError when a stage needs more than was counted on.
         """
         bounded = self.device.type == "cuda" and self.on_device.limit < UNLIMITED
+        threads = torch.get_num_threads()
         if bounded:
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
             total = torch.cuda.get_device_properties(index).total_memory
+            torch.set_num_threads(min(MOST_THREADS, threads))
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), index)
             _use_expandable_segments(True)
@@ -181,6 +187,7 @@ class Memory:
             ) from error
         finally:
             if bounded:
+                torch.set_num_threads(threads)
                 _use_expandable_segments(False)
                 torch.cuda.set_per_process_memory_fraction(1.0, index)
 

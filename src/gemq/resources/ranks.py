@@ -27,9 +27,6 @@ from gemq.errors import UserError
 from gemq.resources.machine import pick_device
 from gemq.resources.processes import end, end_when_told
 
-MOST_THREADS = 8
-"""Of a process that computes on a GPU: enough to move as many bytes as memory gives."""
-
 TIMEOUT = timedelta(hours=12)
 """How long a rank waits for another: rank 0 may be solving, packing or writing. One that is gone is noticed at once."""
 
@@ -252,11 +249,6 @@ def start_ranks(device: str) -> Ranks:
     """
     picked = pick_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if picked.type == "cuda":
-        # torchrun gives each process one thread, through which all files would go; all processors of a large machine
-        # would keep the thread that launches kernels waiting. On a CPU threads decide the bytes.
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, min(MOST_THREADS, (os.cpu_count() or 1) // here)))
     if count == 1:
         return Ranks(device=picked)
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
@@ -267,6 +259,8 @@ def start_ranks(device: str) -> Ranks:
             raise UserError(f"{here} processes and {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
+        # torchrun gives each process one thread, through which all files would go. On a CPU threads decide the bytes.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     end_when_told()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
