@@ -100,11 +100,6 @@ class Ranks:
         self.add_up(total)
         return int(total)
 
-    def most(self, tensor: Tensor) -> None:
-        """Replaces whole numbers by the largest that any rank has."""
-        if self.count > 1:
-            self._run(dist.all_reduce, tensor, dist.ReduceOp.MAX)
-
     def broadcast(self, tensor: Tensor | None, source: int) -> Tensor:
         """The tensor that rank ``source`` gives, on every rank's device; the others give None."""
         if self.count == 1:
@@ -114,9 +109,12 @@ class Ranks:
             tensor = tensor.detach().to(self.device).contiguous()
         header = _header(tensor)
         self._run(dist.broadcast, header, source)
-        received = self._received(tensor if self.rank == source else None, header.tolist(), source)
-        assert received is not None
-        return received
+        if self.rank != source:
+            kind, dimensions, *sizes = header.tolist()
+            tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
+        assert tensor is not None
+        self.overwrite(tensor, source)
+        return tensor
 
     def gather(
         self, tensors: Sequence[Tensor | None], notes: Sequence[int] = ()
@@ -132,8 +130,8 @@ class Ranks:
         headers = [torch.empty_like(own) for _ in range(self.count)]
         self._run(dist.all_gather, headers, own)
         each = [header[len(notes) :].unflatten(0, (len(mine), _HEADER)).tolist() for header in headers]
-        # all in one call, as bytes: a call takes longer than most of what it carries
-        places = [list(itertools.accumulate(map(_bytes_of, one), initial=0)) for one in each]
+        # all in one call, as bytes at multiples of 16: a call takes longer than most of what it carries
+        places = [list(itertools.accumulate((-(-_bytes_of(h) // 16) * 16 for h in one), initial=0)) for one in each]
         most = max(ends[-1] for ends in places)
         sent = torch.empty(most, dtype=torch.uint8, device=self.device)
         for tensor, start in zip(mine, places[self.rank], strict=False):
@@ -197,16 +195,6 @@ class Ranks:
             flat = tensor.view(-1).view(torch.uint8)  # every backend takes bytes
             self._run(dist.broadcast, flat, source)
 
-    def _received(self, tensor: Tensor | None, header: list[int], source: int) -> Tensor | None:
-        """The tensor that ``source`` gives, which alone has it, from its header. None where it gives none."""
-        kind, dimensions, *sizes = header
-        if kind < 0:
-            return None
-        if tensor is None:
-            tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
-        self.overwrite(tensor, source)
-        return tensor
-
     @staticmethod
     def _run(call: Callable[..., object], *arguments: object) -> None:
         try:
@@ -227,9 +215,9 @@ def _header(tensor: Tensor | None) -> Tensor:
 
 
 def _bytes_of(header: list[int]) -> int:
-    """Bytes that a tensor takes among others, from its header: its own up to the next multiple of 16."""
+    """A tensor's bytes, from its header; none for None."""
     kind, dimensions, *sizes = header
-    return 0 if kind < 0 else -(-math.prod(sizes[:dimensions]) * _DTYPES[kind].itemsize // 16) * 16
+    return 0 if kind < 0 else math.prod(sizes[:dimensions]) * _DTYPES[kind].itemsize
 
 
 def _taken(whole: Tensor, start: int, header: list[int]) -> Tensor | None:
@@ -237,8 +225,7 @@ def _taken(whole: Tensor, start: int, header: list[int]) -> Tensor | None:
     kind, dimensions, *sizes = header
     if kind < 0:
         return None
-    count = math.prod(sizes[:dimensions]) * _DTYPES[kind].itemsize
-    return whole[start : start + count].view(_DTYPES[kind]).view(sizes[:dimensions])
+    return whole[start : start + _bytes_of(header)].view(_DTYPES[kind]).view(sizes[:dimensions])
 
 
 def start_ranks(device: str) -> Ranks:
