@@ -24,11 +24,11 @@ from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.calibrate import Activations, advance
-from gemq.data.selfgen import OF_THE_SOURCE, Plan
+from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
 from gemq.divergence import windows_kl
-from gemq.job import Job, Writer, added_to
+from gemq.job import Job, Writer
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
 from gemq.models.stream import Replay

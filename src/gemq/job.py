@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
-from gemq.data.selfgen import OF_THE_SOURCE, Openings, Plan, batch_size, cache_bytes, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, generate_windows
 from gemq.data.sources import SELF, calibration_windows
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer
@@ -34,16 +34,6 @@ from gemq.resources.footprint import staging_bytes, working_bytes
 from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
-
-
-def added_to(windows: Windows) -> Openings:
-    """How windows open that the model writes beside these.
-
-    A text shows what its documents hold; the model's own windows miss kinds, which random tokens find.
-    """
-    texts = [i for i, name in enumerate(windows.names) if name != SELF]
-    known = windows.tokens[torch.isin(windows.source, torch.tensor(texts))] if texts else windows.tokens
-    return Openings(known.flatten(), 0.0 if texts else 0.5)
 
 
 class Writer:

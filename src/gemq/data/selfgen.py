@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemq.data.sources import SELF
 from gemq.data.steps import Step, Steps
+from gemq.data.windows import Windows
 from gemq.resources.ranks import ALONE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
@@ -51,6 +53,16 @@ class Openings:
 
 OF_THE_SOURCE = Openings(random=1.0)
 """Windows of the source ``self``: measured better than BOS (docs/lab-log.md)."""
+
+
+def added_to(windows: Windows) -> Openings:
+    """How windows open that the model writes beside these.
+
+    A text shows what its documents hold; the model's own windows miss kinds, which random tokens find.
+    """
+    texts = [i for i, name in enumerate(windows.names) if name != SELF]
+    known = windows.tokens[torch.isin(windows.source, torch.tensor(texts))] if texts else windows.tokens
+    return Openings(known.flatten(), 0.0 if texts else 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,28 +123,26 @@ def generate_windows(
     model.eval()
     parts: list[Tensor | None] = []
     steps = Steps(model, window, static)
-    documents = launched = before = 0
-    total = sum(plan.count for plan in plans) * window
+    documents = launched = 0
+    batches = [(plan, number, start) for plan in plans for number, start in enumerate(range(0, plan.count, batch))]
+    sizes = [min(batch, plan.count - start) for plan, _, start in batches]
     try:
-        for plan in plans:
-            for number, start in enumerate(range(0, plan.count, batch)):
-                rows = min(batch, plan.count - start)
-                if len(parts) % ranks.count != ranks.rank:
-                    parts.append(None)
-                    before += rows
-                    continue
-                run = _Batch(vocabulary, rows, window, _generator(plan.seed, number, model.device))
-                run.open_with(plan.openings)
-                if chat:
-                    assert opening is not None
-                    run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
-                report = None
-                if progress:
-                    report = lambda done, before=before, rows=rows: progress(before * window + done * rows, total)
-                parts.append(run.write(steps.begin(rows), report))
-                before += rows
-                launched += rows * bool(steps.why)
-                documents += run.documents
+        for turn, ((plan, number, start), rows) in enumerate(zip(batches, sizes, strict=True)):
+            if turn % ranks.count != ranks.rank:
+                parts.append(None)
+                continue
+            run = _Batch(vocabulary, rows, window, _generator(plan.seed, number, model.device))
+            run.open_with(plan.openings)
+            if chat:
+                assert opening is not None
+                run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
+            report = None
+            if progress:
+                before = sum(sizes[:turn]) * window
+                report = lambda done, before=before, rows=rows: progress(before + done * rows, sum(sizes) * window)
+            parts.append(run.write(steps.begin(rows), report))
+            launched += rows * bool(steps.why)
+            documents += run.documents
     finally:
         model.train(was_training)
     written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
