@@ -17,7 +17,7 @@ from gemq.data.windows import Windows
 from gemq.errors import UserError
 from gemq.models.experts import ExpertsCall, apply_first, call_of, expert_weight, route_to
 from gemq.models.stream import Call, Replay
-from gemq.models.structure import Linear
+from gemq.models.structure import Experts, Linear
 from gemq.quant.hessian import Moments
 from gemq.resources.batches import Batches
 from gemq.resources.memory import Memory
@@ -108,12 +108,12 @@ class KeptCalls(Sequence[ExpertsCall]):
 
     def append(self, call: ExpertsCall) -> None:
         """Keeps a call; of tensors that are part of a larger one, as other ranks give them, copies."""
-        hidden, *routing = (
+        hidden, index, weights = (
             t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
             for t in (call.hidden, call.top_k_index, call.top_k_weights)
         )
         self._hidden.append(hidden)
-        self._routing.append((routing[0], routing[1]))
+        self._routing.append((index, weights))
 
     def __len__(self) -> int:
         return len(self._routing)
@@ -135,6 +135,26 @@ class LayerMoments:
 
     linears: dict[str, Moments]
     experts: tuple[Moments, Moments] | None
+
+    def add_linears(self, linears: Sequence[Linear], taken: _Taken) -> None:
+        """Adds what a run gave to these linears."""
+        for linear, first, rows in zip(linears, taken.same, taken.inputs, strict=True):
+            if rows is not None:
+                if linear.path not in self.linears:
+                    self.linears[linear.path] = Moments(1, linear.columns, rows.device)
+                self.linears[linear.path].add(rows, torch.full((1,), len(rows), device=rows.device))
+            elif first >= 0:
+                self.linears[linear.path] = self.linears[linears[first].path]
+
+    def add_experts(self, module: Any, experts: Experts, own: slice, call: ExpertsCall) -> None:
+        """Adds what a run gave to some experts of a module."""
+        assert self.experts is not None
+        name = experts.matrices[0].name
+        weight = expert_weight(module, name)[own]
+        routed = route_to(call, own, weight)
+        x = call.hidden.index_select(0, routed.token)
+        self.experts[0].add(x, routed.ends)
+        self.experts[1].add(apply_first(module, name, weight, x, routed), routed.ends)
 
     def finish(self, ranks: Ranks) -> None:
         """Ends the adding. ``ranks``: those that the experts are spread over."""
@@ -182,23 +202,12 @@ def layer_moments(
                     if with_outputs:
                         outputs.append(output)
             block.append(received.taken())
-        for same, inputs, call in _of_all(ranks, block):
-            for linear, at, rows in zip(linears, same, inputs, strict=True):
-                if rows is not None:
-                    if linear.path not in found.linears:
-                        found.linears[linear.path] = Moments(1, linear.columns, replay.device)
-                    found.linears[linear.path].add(rows, torch.full((1,), len(rows), device=rows.device))
-                elif at >= 0:
-                    found.linears[linear.path] = found.linears[linears[at].path]
-            if call is None or experts is None or own is None or found.experts is None:
-                continue
-            weight = expert_weight(module, experts.matrices[0].name)[own]
-            routed = route_to(call, own, weight)
-            x = call.hidden.index_select(0, routed.token)
-            found.experts[0].add(x, routed.ends)
-            found.experts[1].add(apply_first(module, experts.matrices[0].name, weight, x, routed), routed.ends)
-            if kept is not None:
-                kept.append(call)
+        for taken in _of_all(ranks, block):
+            found.add_linears(linears, taken)
+            if taken.call is not None and experts and own is not None:
+                found.add_experts(module, experts, own, taken.call)
+                if kept is not None:
+                    kept.append(taken.call)
     spread = experts is not None and own is not None and own.stop - own.start < experts.count
     found.finish(ranks if spread else ALONE)
     return found, outputs
@@ -268,9 +277,8 @@ class _Received:
             _joined([x.flatten(0, -2) for x in each]) if first == number else None
             for number, (first, each) in enumerate(zip(same, self._inputs, strict=True))
         ]
-        parts = zip(*((c.hidden, c.top_k_index, c.top_k_weights) for c in self._calls), strict=True)
-        call: list[Tensor | None] = [_joined(part) for part in parts] or [None, None, None]
-        return _Taken(same, inputs, call)
+        parts = zip(*((c.hidden, c.top_k_index, c.top_k_weights, c.output) for c in self._calls), strict=True)
+        return _Taken(same, inputs, ExpertsCall(*map(_joined, parts)) if self._calls else None)
 
 
 class _Taken(NamedTuple):
@@ -278,12 +286,12 @@ class _Taken(NamedTuple):
 
     same:   for each linear the number of the first that received the very tensors; -1: it did not run
     inputs: for that first one their rows [T, columns], None for the others
-    call:   hidden states, routing and routing weights of the experts module, several calls as one; None: it did not run
+    call:   of the experts module, several calls as one, without output; None: it did not run
     """
 
     same: list[int]
     inputs: list[Tensor | None]
-    call: Sequence[Tensor | None]
+    call: ExpertsCall | None
 
 
 TOGETHER = 1 << 28
@@ -300,21 +308,25 @@ def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[ra
     return (range(start, min(start + together, rounds)) for start in range(0, rounds, together))
 
 
-def _of_all(
-    ranks: Ranks, block: Sequence[_Taken]
-) -> Iterator[tuple[list[int], list[Tensor | None], ExpertsCall | None]]:
-    """What all ranks' linears and experts received in some rounds, in the order of the micro-batches, on every rank."""
+def _of_all(ranks: Ranks, block: Sequence[_Taken]) -> Iterator[_Taken]:
+    """What all ranks' layers received in some rounds, in the order of the micro-batches, on every rank."""
+    if ranks.count == 1:
+        yield from block
+        return
     count = len(block[0].inputs)
-    tensors = [tensor for taken in block for tensor in (*taken.inputs, *taken.call)]
+    tensors: list[Tensor | None] = []
+    for taken in block:
+        c = taken.call
+        tensors += [*taken.inputs, *([None] * 3 if c is None else [c.hidden, c.top_k_index, c.top_k_weights])]
     found = ranks.gather(tensors, [number for taken in block for number in taken.same])
     for i in range(len(block)):
         for given, same in found:
             own = given[i * (count + 3) : (i + 1) * (count + 3)]
-            hidden, top_k_index, top_k_weights = own[count:]
+            hidden, index, weights = own[count:]
             call = None
-            if hidden is not None and top_k_index is not None and top_k_weights is not None:
-                call = ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
-            yield same[i * count : (i + 1) * count], own[:count], call
+            if hidden is not None and index is not None and weights is not None:
+                call = ExpertsCall(hidden, index, weights, hidden.new_empty(0))
+            yield _Taken(same[i * count : (i + 1) * count], own[:count], call)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -49,10 +49,9 @@ class LayerScores:
     tokens: [N, E] int64, its routed pairs
     """
 
-    def __init__(self, sources: int, experts: int, units: int, widths: int, device: torch.device):
+    def __init__(self, sources: int, experts: int, device: torch.device):
         self.costs: list[Tensor] = []
         self.tokens = torch.zeros(sources, experts, dtype=torch.int64, device=device)
-        self._zero = torch.zeros(sources, experts, units, widths, dtype=torch.float64, device=device)
 
     def add(self, routed: Routed, costs: Tensor, source: Tensor) -> None:
         """The costs of a micro-batch's pairs [P, U, W]; ``source`` [T] is each token's calibration source.
@@ -62,10 +61,9 @@ class LayerScores:
         """
         sources, experts = self.tokens.shape
         slot = source[routed.token % len(source)] * experts + routed.expert
-        own = self._zero.clone()
-        own.flatten(0, 1).index_add_(0, slot, costs)
-        self.costs.append(own)
-        self.tokens += slot.new_zeros(sources * experts).index_add_(0, slot, torch.ones_like(slot)).view_as(self.tokens)
+        own = costs.new_zeros(sources * experts, *costs.shape[1:]).index_add_(0, slot, costs)
+        self.costs.append(own.unflatten(0, (sources, experts)))
+        self.tokens.view(-1).index_add_(0, slot, torch.ones_like(slot))
 
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
         """Costs and tokens of all ranks' ``batches`` micro-batches, added up in their order: as one rank would."""

@@ -138,8 +138,7 @@ def run_scores(job: Job, replay: Replay, ladder: Stage, around: Around = FULL_PR
             experts = structure.layers[i].experts
             scores = None
             if experts is not None and i in missing:
-                sources, widths = len(job.windows.names), len(recipe.ladder_widths)
-                scores = LayerScores(sources, experts.count, recipe.units, widths, job.device)
+                scores = LayerScores(len(job.windows.names), experts.count, job.device)
                 module = replay.model.get_submodule(experts.path)
                 rungs = [rung_weights(job, replay, ladder, i, experts, width) for width in recipe.ladder_widths]
             for batch, call, gradient in reverse_layer(replay, i, activations, gradients, around.layer(i)):

@@ -72,7 +72,7 @@ def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) ->
             if call is None or gradient is None or experts is None:
                 continue
             module = replay.model.get_submodule(experts.path)
-            scores = scores_by_layer.setdefault(i, LayerScores(3, experts.count, units, len(WIDTHS), replay.device))
+            scores = scores_by_layer.setdefault(i, LayerScores(3, experts.count, replay.device))
             routed, costs = pair_costs(module, experts, call, gradient, rungs_of(module, experts, i), form, units)
             scores.add(routed, costs, activations.source[batch].repeat_interleave(10))
     return {i: Totals(*scores.total(ALONE, activations.total)) for i, scores in scores_by_layer.items()}
@@ -195,7 +195,7 @@ def test_exact_weights_cost_nothing():
 
 
 def test_sources_add_up():
-    scores = LayerScores(3, 4, 2, len(WIDTHS), torch.device("cpu"))
+    scores = LayerScores(3, 4, torch.device("cpu"))
     from gemq.models.experts import route
 
     index = torch.tensor([[0, 3], [1, 3], [3, 0], [2, 1]])
