@@ -1,21 +1,15 @@
-"""Two GPUs against one of the same host: whole jobs, what they give, and a packed layer cut in two.
+"""Two GPUs against one of the same host: whole jobs, and what they give. Below a job, see ``two_ranks``.
 
     python benchmarks/two_gpus.py jobs [--effort low defaults] [--layers 16] [--windows 128]
     python benchmarks/two_gpus.py quality --model refmoe-olmoe-23m --texts TEXTS [--seeds 3]
-    python benchmarks/two_gpus.py tensor-parallel
     python benchmarks/two_gpus.py lost
-    python benchmarks/two_gpus.py links
     (--small: shapes and windows to try the script out, two processes on a CPU)
 
 ``jobs``: random weights of OLMoE-1B-7B's true shape, made on the machine; one process, then ``torchrun
 --nproc-per-node 2``, with the same text. A row a stage, one for the computing stages and one for the whole process from
 start to saved checkpoint; then how alike the two results are. ``quality``: defaults on a trained model, KL of both over
-seeds. ``tensor-parallel``: the experts of all layers at batch 1 with the residual connection, each rank half of the
-intermediate size and one sum over ranks a layer, in a CUDA graph: by NCCL, and by one kernel (``exchange``) that ends a
-layer on one GPU as well. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other
-has stopped, and what it says; then both ways of going on. ``links``: what a rank receives a second of what the other
-gives, by NCCL's collectives as NCCL chooses its way (one) and told to go from GPU to GPU (two), and by one process's
-copies. Rows go to results/two_gpus.csv.
+seeds. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other has stopped, and what it
+says; then both ways of going on. Rows go to results/two_gpus.csv.
 """
 
 from __future__ import annotations
@@ -30,12 +24,10 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from gemq.assets import builtin_model
@@ -43,7 +35,6 @@ from gemq.checkpoint.packing import PackedMatrix, unpack_codes
 from gemq.quant.widths import group_size_for
 from record import RESULTS, append, environment
 from scale import JOBS, recipe, write_model, write_text
-from shapes import SHAPES, Shape, packed_model
 
 FILE = RESULTS / "two_gpus.csv"
 OUTSIDE = ("load", "allocate", "save")
@@ -53,7 +44,7 @@ ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("jobs", "quality", "tensor-parallel", "lost", "links", *RANKS))
+    parser.add_argument("part", choices=("jobs", "quality", "lost"))
     parser.add_argument("--effort", nargs="+", default=["low", "defaults"], choices=JOBS)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--windows", type=int, default=128)
@@ -65,17 +56,14 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=FILE)
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    if args.part in RANKS:
-        RANKS[args.part](args)
-        return
     with tempfile.TemporaryDirectory() as directory:
-        parts = {"jobs": jobs, "quality": quality, "tensor-parallel": tensor_parallel, "lost": lost, "links": links}
         kept = args.keep or Path(directory)
         kept.mkdir(parents=True, exist_ok=True)
-        parts[args.part](args, kept)
+        {"jobs": jobs, "quality": quality, "lost": lost}[args.part](args, kept)
 
 
 def record(args: argparse.Namespace, what: str, name: str, one: float, two: float, unit: str) -> None:
+    """A row of ``args.csv``, which is also printed."""
     ratio = one / two if two else 0.0
     row = {"what": what, "name": name, "one": one, "two": two, "ratio": ratio, "unit": unit, **environment()}
     append(args.csv, row)
@@ -106,13 +94,6 @@ def quantize(
 def seeing(gpu: int | None) -> dict[str, str]:
     """The environment of a process that sees one GPU alone, or all."""
     return dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-
-
-def shape(args: argparse.Namespace) -> Shape:
-    if args.small:
-        return SHAPES["small-2.0"]
-    found = SHAPES["olmoe-1b-7b-2.0"]
-    return replace(found, changes={**found.changes, "num_hidden_layers": args.layers})
 
 
 def jobs(args: argparse.Namespace, directory: Path) -> None:
@@ -251,178 +232,15 @@ def quality(args: argparse.Namespace, directory: Path) -> None:
         limits = ("--max-windows", 120, "-q", "--json", told)
         job = command(1, "-m", "gemq", "eval", out, "--reference", args.model, *texts, *limits)
         subprocess.run(job, check=True, env=seeing(gpu))
-        print(f"seed {seed}, {ranks} ranks: KL {(found := json.loads(told.read_text())['mean_kl']):.5f}", flush=True)
-        return found
+        nats: float = json.loads(told.read_text())["mean_kl"]
+        print(f"seed {seed}, {ranks} ranks: KL {nats:.5f}", flush=True)
+        return nats
 
     with ThreadPoolExecutor(2 * args.seeds if gpus else 1) as pool:
         found = {(seed, ranks): pool.submit(kl, seed, ranks) for seed in range(args.seeds) for ranks in (1, 2)}
         for seed in range(args.seeds):
             one, two = (found[seed, ranks].result() for ranks in (1, 2))
             record(args, "quality", f"KL, seed {seed}", one, two, "nats")
-
-
-# Tensor parallel
-
-
-def tensor_parallel(args: argparse.Namespace, directory: Path) -> None:
-    times = []
-    for ranks in (1, 2):
-        told = directory / "times.json"
-        flags = ["--small"] if args.small else []
-        subprocess.run(
-            command(ranks, __file__, "experts-of-a-rank", "--keep", told, "--layers", args.layers, *flags), check=True
-        )
-        times.append(json.loads(told.read_text()))
-    for what in times[0]:
-        one, two = (t[what] for t in times)
-        record(args, "tensor parallel", f"experts of a layer, {what}", one, two, "us")
-
-
-def time_experts(args: argparse.Namespace) -> None:
-    """One rank of ``tensor_parallel``: microseconds of a layer's experts and the sum over ranks."""
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu" if args.small else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("gloo" if args.small else "nccl", device_id=None if args.small else device)
-    found = shape(args)
-    half = {"intermediate_size": found.changes["intermediate_size"] // ranks}
-    model = packed_model(replace(found, changes={**found.changes, **half}), device)
-    config = model.config
-    layers = [layer.mlp.experts for layer in model.model.layers]
-    draw = torch.Generator(device).manual_seed(1)  # the same on all ranks
-    x = torch.randn(1, config.hidden_size, device=device, dtype=torch.bfloat16, generator=draw)
-    chosen = [
-        torch.randperm(config.num_experts, device=device, generator=draw)[None, : config.num_experts_per_tok]
-        for _ in layers
-    ]
-    weights = torch.full((1, config.num_experts_per_tok), 0.125, device=device, dtype=torch.bfloat16)
-
-    def plainly(h: torch.Tensor, experts: Any, index: torch.Tensor) -> torch.Tensor:
-        out = experts(h, index, weights)
-        if ranks > 1:
-            dist.all_reduce(out)
-        return h + out
-
-    ways: dict[str, Any] = {"NCCL": plainly}
-    if device.type == "cuda":
-        from exchange import End
-        from gemq.kernels.decode import expert_shares
-
-        end = End(config.hidden_size, device)
-
-        def in_one(h: torch.Tensor, experts: Any, index: torch.Tensor) -> torch.Tensor:
-            shares = expert_shares(experts, h, index, weights)
-            assert shares is not None
-            return end(h, shares)
-
-        ways["one kernel"] = in_one
-    found_times, results = {}, []
-    for name, layer in ways.items():
-
-        @torch.no_grad()
-        def step(layer: Any = layer) -> torch.Tensor:
-            h = x
-            for experts, index in zip(layers, chosen, strict=True):
-                h = layer(h, experts, index)
-            return h
-
-        times, result = _times(step, device, 3 if args.small else 50)
-        results.append(result)
-        spread = (times / len(layers) * 1e6).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        found_times.update({f"{name}, {p}": value for p, value in zip(("p20", "p50", "p80"), spread, strict=True)})
-    difference = max(float((r - results[0]).norm() / results[0].norm()) for r in results)
-    assert difference < 0.01, f"the ways differ by {difference:.2g}"
-    if rank == 0:
-        args.keep.write_text(json.dumps(found_times))
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-def _mean_seconds(step: Any, device: torch.device, repeats: int) -> torch.Tensor:
-    """Seconds of a step, ``repeats`` times the mean of ten."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(repeats):
-        wait()
-        begin = time.perf_counter()
-        for _ in range(10):
-            step()
-        wait()
-        times.append((time.perf_counter() - begin) / 10)
-    return torch.tensor(times)
-
-
-def _times(step: Any, device: torch.device, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_mean_seconds``, in a CUDA graph on a GPU; and what a step gives."""
-    replay, graph, out = step, None, torch.empty(0)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(3):
-                step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Threads of NCCL ask for events while this one captures.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = step()
-        replay = graph.replay
-    else:
-        out = step()
-    times = _mean_seconds(replay, device, repeats)
-    result = out.float().clone()
-    if graph is not None:
-        graph.reset()  # NCCL waits for graphs that hold its calls before it ends
-    return times, result
-
-
-# What lies between the ranks
-
-SIZES = (1 << 12, 1 << 20, 1 << 24, 1 << 26)  # bytes
-
-
-def links(args: argparse.Namespace, directory: Path) -> None:
-    found = []
-    for ways in ({}, {"NCCL_P2P_LEVEL": "SYS"}):
-        told = directory / "links.json"
-        job = command(2, __file__, "links-of-a-rank", "--keep", told, *(["--small"] if args.small else []))
-        subprocess.run(job, check=True, env={**os.environ, **ways})
-        found.append(json.loads(told.read_text()))
-    for name in found[0]:
-        record(args, "links", name, found[0][name], found[1][name], "GB/s")
-
-
-def time_links(args: argparse.Namespace) -> None:
-    """One rank of ``links``: gigabytes a second that it receives, by collective and size."""
-    rank = int(os.environ["RANK"])
-    device = torch.device("cpu" if args.small else f"cuda:{rank}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if args.small else "nccl", device_id=None if args.small else device)
-    found = {}
-    for size in SIZES:
-        own = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        both = [torch.empty_like(own) for _ in range(2)]
-        calls: dict[str, Any] = {
-            "all_reduce": lambda own=own: dist.all_reduce(own),
-            "all_gather": lambda own=own, both=both: dist.all_gather(both, own),
-            "broadcast": lambda own=own: dist.broadcast(own, 0),
-        }
-        if device.type == "cuda":
-            other = torch.empty_like(own, device=f"cuda:{1 - rank}")
-            calls["copy from the other"] = lambda own=own, other=other: own.copy_(other)
-        for name, call in calls.items():
-            call()
-            seconds = _mean_seconds(call, device, 3).min().item()
-            found[f"{name}, {size >> 10} kB"] = size / seconds / 1e9
-    if rank == 0:
-        args.keep.write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-RANKS = {"experts-of-a-rank": time_experts, "links-of-a-rank": time_links}
-"""What a part starts in each rank."""
 
 
 if __name__ == "__main__":
