@@ -5,6 +5,7 @@ Used by every stage that walks the layers forward. Knows models and moments, no 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Activations:
     hidden: per micro-batch [B, S, H], the input of the layer to run next
     order:  [N] int64, the windows' places in the set that they come from, in the order of all micro-batches
     every:  ids of all ranks' micro-batches; empty: there are no others
+    together, at_once: how many neighbours go through a layer at once, and how many of any kind (see ``Ranks``)
     """
 
     ids: list[Tensor]
@@ -42,7 +44,10 @@ class Activations:
     hidden: Batches
     order: Tensor
     every: list[Tensor] = field(default_factory=list)
+    together: int = 1
+    at_once: int = 1
     _every_call: list[list[Call]] = field(default_factory=list)
+    _joined_calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
@@ -57,7 +62,10 @@ class Activations:
             calls.append(call)
             source.append(windows.source[order[parts[number]]].to(replay.device))
             hidden.append(first)
-        return cls([every[number] for number in own], source, calls, hidden, order, every)
+        # what travels beside hidden states does so as an attribute of a micro-batch's
+        at_once = 1 if replay.passes_more else replay.ranks.at_once
+        together = min(at_once, replay.ranks.together(len(parts)))
+        return cls([every[number] for number in own], source, calls, hidden, order, every, together, at_once)
 
     @property
     def total(self) -> int:
@@ -73,10 +81,39 @@ class Activations:
         hidden = shared(replay, self.hidden, self.total)
         return Activations(self.every, [], self._every_call, hidden, self.order, self.every)
 
+    def runs(self) -> list[range]:
+        """Places of this rank's micro-batches, by those that go through a layer together."""
+        count = len(self.ids)
+        return [range(start, min(start + self.together, count)) for start in range(0, count, self.together)]
+
+    def call(self, replay: Replay, index: int, places: Sequence[int]) -> Call:
+        """What layer ``index`` is given beside the hidden states of these micro-batches, one behind the other."""
+        if len(places) == 1:
+            return self.calls[places[0]][index]
+        key = tuple(places)
+        if key not in self._joined_calls:
+            self._joined_calls[key] = replay.inputs(torch.cat([self.ids[place] for place in key]))[1]
+        return self._joined_calls[key][index]
+
     @torch.no_grad()
     def advance(self, replay: Replay, index: int, overrides: dict[str, Tensor] | None = None) -> None:
         """Runs layer ``index`` on everything, with ``overrides`` as in ``Replay.run``. Overwrites ``hidden``."""
-        advance(replay, index, self.hidden, self.calls, overrides)
+        self.advance_all(replay, index, [self.hidden], overrides)
+
+    @torch.no_grad()
+    def advance_all(
+        self, replay: Replay, index: int, states: Sequence[Batches], overrides: dict[str, Tensor] | None = None
+    ) -> None:
+        """The same for other models' hidden states of these windows, [B, S, H] a micro-batch, which are overwritten."""
+        for run in self.runs():
+            places = [(state, place) for state in states for place in run]
+            for start in range(0, len(places), self.at_once):
+                some = places[start : start + self.at_once]
+                hidden = [state[place] for state, place in some]
+                call = self.call(replay, index, [place for _, place in some])
+                output = replay.run(index, joined(hidden), call, overrides)
+                for (state, place), part in zip(some, output.split([len(x) for x in hidden]), strict=True):
+                    state[place] = part if len(some) > 1 else output
 
 
 def shared(replay: Replay, own: Batches, total: int) -> Batches:
@@ -86,19 +123,6 @@ def shared(replay: Replay, own: Batches, total: int) -> Batches:
     return Batches(replay.memory, replay.ranks.share(own, total))
 
 
-@torch.no_grad()
-def advance(
-    replay: Replay,
-    index: int,
-    hidden: Batches,
-    calls: list[list[Call]],
-    overrides: dict[str, Tensor] | None = None,
-) -> None:
-    """Runs layer ``index`` on every micro-batch's hidden states [B, S, H], which its outputs replace."""
-    for i, call in enumerate(calls):
-        hidden[i] = replay.run(index, hidden[i], call[index], overrides)
-
-
 class KeptCalls(Sequence[ExpertsCall]):
     """Calls of an experts module, one per micro-batch, where memory has room for them. Outputs are left out."""
 
@@ -106,14 +130,18 @@ class KeptCalls(Sequence[ExpertsCall]):
         self._hidden = Batches(memory)
         self._routing: list[tuple[Tensor, Tensor]] = []
 
-    def append(self, call: ExpertsCall) -> None:
-        """Keeps a call; of tensors that are part of a larger one, as other ranks give them, copies."""
-        hidden, index, weights = (
-            t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
-            for t in (call.hidden, call.top_k_index, call.top_k_weights)
-        )
-        self._hidden.append(hidden)
-        self._routing.append((index, weights))
+    def extend(self, call: ExpertsCall, tokens: Sequence[int]) -> None:
+        """Keeps a call of micro-batches with so many ``tokens``: one of each. Copies what is part of something larger.
+
+        Experts that are given a row of every token for each of them have those rows one behind the other.
+        """
+        rows = (call.hidden, call.top_k_index, call.top_k_weights)
+        of_tokens = (t.unflatten(0, (-1, sum(tokens))).split(list(tokens), 1) for t in rows)
+        for each in zip(*of_tokens, strict=True):
+            parts = (part.flatten(0, 1) for part in each)
+            hidden, index, weights = (t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in parts)
+            self._hidden.append(hidden)
+            self._routing.append((index, weights))
 
     def __len__(self) -> int:
         return len(self._routing)
@@ -191,23 +219,27 @@ def layer_moments(
         found.experts = first, down
     if not linears and module is None and not with_outputs:
         return found, outputs
-    received = _Received(replay.model, linears, module)
+    received, runs = _Received(replay.model, linears, module), activations.runs()
+    tokens = iter([ids.numel() for ids in activations.every or activations.ids])
     for rounds in _blocks(replay, activations, len(linears) + 1):
         block = []
         for number in rounds:
             received.clear()
-            if number < len(activations.hidden):  # a rank may have one fewer
+            if number < len(runs):  # a rank may have one fewer
+                hidden = [activations.hidden[place] for place in runs[number]]
                 with received.watching(to_the_end=with_outputs):
-                    output = replay.run(index, activations.hidden[number], activations.calls[number][index])
+                    output = replay.run(index, joined(hidden), activations.call(replay, index, runs[number]))
                     if with_outputs:
-                        outputs.append(output)
+                        for part in output.split([len(x) for x in hidden]) if len(hidden) > 1 else [output]:
+                            outputs.append(part)
             block.append(received.taken())
         for taken in _of_all(ranks, block):
             found.add_linears(linears, taken)
+            each = list(itertools.islice(tokens, activations.together))  # of the micro-batches of this run
             if taken.call is not None and experts and own is not None:
                 found.add_experts(module, experts, own, taken.call)
                 if kept is not None:
-                    kept.append(taken.call)
+                    kept.extend(taken.call, each)
     spread = experts is not None and own is not None and own.stop - own.start < experts.count
     found.finish(ranks if spread else ALONE)
     return found, outputs
@@ -274,11 +306,11 @@ class _Received:
         received = [[id(x) for x in each] for each in self._inputs]
         same = [received.index(each) if each else -1 for each in received]
         inputs = [
-            _joined([x.flatten(0, -2) for x in each]) if first == number else None
+            joined([x.flatten(0, -2) for x in each]) if first == number else None
             for number, (first, each) in enumerate(zip(same, self._inputs, strict=True))
         ]
         parts = zip(*((c.hidden, c.top_k_index, c.top_k_weights, c.output) for c in self._calls), strict=True)
-        return _Taken(same, inputs, ExpertsCall(*map(_joined, parts)) if self._calls else None)
+        return _Taken(same, inputs, ExpertsCall(*map(joined, parts)) if self._calls else None)
 
 
 class _Taken(NamedTuple):
@@ -299,17 +331,18 @@ TOGETHER = 1 << 28
 
 
 def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[range]:
-    """Rounds of micro-batches, one of each rank, by which ranks meet; ``kinds`` of inputs of a layer travel."""
+    """Rounds of runs, one of each rank, by which ranks meet; ``kinds`` of inputs of a layer travel."""
     ranks, together = replay.ranks, 1
-    rounds = -(-activations.total // ranks.count)
+    rounds = -(-activations.total // (activations.together * ranks.count))
     if ranks.count > 1:
         hidden = replay.model.config.get_text_config().hidden_size * replay.model.dtype.itemsize
-        together = max(1, TOGETHER // (activations.every[0].numel() * hidden * min(kinds, 3)))
+        tokens = activations.every[0].numel() * activations.together
+        together = max(1, TOGETHER // (tokens * hidden * min(kinds, 3)))
     return (range(start, min(start + together, rounds)) for start in range(0, rounds, together))
 
 
 def _of_all(ranks: Ranks, block: Sequence[_Taken]) -> Iterator[_Taken]:
-    """What all ranks' layers received in some rounds, in the order of the micro-batches, on every rank."""
+    """What all ranks' layers received in some rounds, in the order of the runs, on every rank."""
     if ranks.count == 1:
         yield from block
         return
@@ -329,7 +362,8 @@ def _of_all(ranks: Ranks, block: Sequence[_Taken]) -> Iterator[_Taken]:
             yield _Taken(same[i * count : (i + 1) * count], own[:count], call)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows one behind the other."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

@@ -347,7 +347,7 @@ class _PackedLayer:
 
     def _join(self, own: Tensor) -> Tensor:
         assert self.layer.experts is not None
-        return join_experts(self.replay.model, self.layer.experts, self.replay.ranks, own)
+        return join_experts(self.replay.model, self.layer.experts, self.replay.ranks, [own])[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """Experts' scales and offsets, if they are trained."""

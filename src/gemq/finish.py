@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation
-from gemq.calibrate import advance
 from gemq.distil import Distillation, Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
@@ -113,7 +112,7 @@ def _refine(
         # what trains a layer takes the next one's room: see ``footprint``
         for i in replay.walk(range(end), ahead=training is None):
             if with_teacher:
-                advance(replay, i, exact, activations.calls)
+                activations.advance_all(replay, i, [exact])
             if i in missing:
                 targets = Targets(exact, stored, training) if training is not None else None
                 done = refine_layer(replay, i, activations, job.quantizer, widths[i], recipe.attention_bits, targets)

@@ -23,7 +23,7 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
-from gemq.calibrate import Activations, advance
+from gemq.calibrate import Activations
 from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
@@ -199,12 +199,12 @@ def candidates_kl(
     layers = replay.structure.layers
     exact, states = start.hidden.copy(), [start.hidden.copy() for _ in candidates]
     for i in replay.walk(range(len(layers))):
-        advance(replay, i, exact, start.calls)
+        start.advance_all(replay, i, [exact])
         ladder = ladders(i)
         for state, by_layer in zip(states, candidates, strict=True):
             picked = assemble_layer(ladder, layers[i], by_layer[i])
             own = layer_overrides(replay.model, layers[i], picked, by_layer[i], dense_bits, group_size)
-            advance(replay, i, state, start.calls, own)
+            start.advance_all(replay, i, [state], own)
         tick()
     return windows_kl(replay, start, exact, states)
 

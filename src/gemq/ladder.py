@@ -8,6 +8,7 @@ Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -182,7 +183,6 @@ def build_layer(
         _train_linears(replay, index, activations, outputs, parameters, quantizer, linear_training, ladder)
     if layer.experts is not None and moments.experts is not None:
         _quantize_experts(replay, index, layer.experts, moments.experts, calls, quantizer, widths, training, ladder)
-        ladder.counts = replay.ranks.join(moments.experts[0].counts, layer.experts.count).cpu()
     return ladder, outputs
 
 
@@ -219,12 +219,12 @@ def _quantize_experts(
     training: Training | None,
     ladder: LayerLadder,
 ) -> None:
-    """Quantizes a layer's experts at every width into ``ladder``, the ranks their own.
+    """Quantizes a layer's experts at every width into ``ladder``, the ranks their own, and counts their tokens.
 
     moments: of this rank's experts; ``calls``: to train on
     """
-    module, ranks, count = replay.model.get_submodule(experts.path), replay.ranks, experts.count
-    own = ranks.part(count)
+    module, ranks = replay.model.get_submodule(experts.path), replay.ranks
+    own = ranks.part(experts.count)
     batches = ExpertInputs(module, experts, calls, ranks) if calls is not None else None
     chunks = expert_chunks(experts, len(widths), replay.device, own) if training is not None else [own]
     retried = untrained = 0
@@ -248,15 +248,16 @@ def _quantize_experts(
             group = quantizer.group(matrix.columns)
             one = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
             packed[matrix.name].append(one)
-    for name, parts in packed.items():
-        ladder.experts[name] = {
-            w: PackedMatrix(
-                *(ranks.join(torch.cat(fields), count) for fields in zip(*(part[i] for part in parts), strict=True))
-            )
-            for i, w in enumerate(widths)
-        }
-    ladder.retries += ranks.count_up(retried)
-    ladder.untrained += ranks.count_up(untrained)
+    given = [moments[0].counts]
+    for parts in packed.values():
+        given += [torch.cat(fields) for rung in zip(*parts, strict=True) for fields in zip(*rung, strict=True)]
+    (counts, *fields), (retried, untrained) = ranks.join(given, [retried, untrained])
+    whole = iter(fields)
+    for name in packed:
+        ladder.experts[name] = {w: PackedMatrix(*itertools.islice(whole, len(PackedMatrix._fields))) for w in widths}
+    ladder.counts = counts.cpu()
+    ladder.retries += retried
+    ladder.untrained += untrained
 
 
 def quantize_linears(
@@ -296,14 +297,20 @@ def quantize_linears(
             ladder.linears[linear.path] = packed
         if latents is not None and before is not None:
             latents.update({x.path: part.contiguous() for x, part in zip(group, before.split(rows, 1), strict=True)})
-    ladder.retries += ranks.count_up(retried)
-    for number, group in enumerate(groups.values()):
-        owner = number % ranks.count
+    size = len(PackedMatrix._fields)
+    given: list[Tensor | None] = []
+    for linear in linears:
+        given += [*(ladder.linears.get(linear.path) or [None] * size), (latents or {}).get(linear.path)]
+    found = ranks.gather(given, [retried])
+    ladder.retries += sum(notes[0] for _, notes in found)
+    for number, group in enumerate(groups.values() if ranks.count > 1 else ()):
+        tensors, _ = found[number % ranks.count]
         for linear in group:
-            parts = ladder.linears.get(linear.path) or [None] * len(PackedMatrix._fields)
-            ladder.linears[linear.path] = PackedMatrix(*(ranks.broadcast(part, owner) for part in parts))
+            place = linears.index(linear) * (size + 1)
+            parts = [t.clone() for t in tensors[place : place + size + 1] if t is not None]
+            ladder.linears[linear.path] = PackedMatrix(*parts[:size])
             if latents is not None:
-                latents[linear.path] = ranks.broadcast(latents.get(linear.path), owner)
+                latents[linear.path] = parts[size]
 
 
 def linear_parameters(

@@ -170,7 +170,7 @@ def _of_all_ranks(replay: Replay, layer: Layer, parameter: QuantizedParameter) -
     """A parameter's grids, those of experts put together from all ranks."""
     ranks, q = replay.ranks, parameter.q
     if layer.experts is not None and parameter.name.startswith(f"{layer.experts.path}."):
-        return Quantized(*(join_experts(replay.model, layer.experts, ranks, t) for t in q))
+        return Quantized(*join_experts(replay.model, layer.experts, ranks, q))
     return Quantized(*(ranks.broadcast(t, 0) for t in q))
 
 

@@ -80,7 +80,8 @@ class ExpertInputs:
             target = self.exact_outputs(x, some, own).float() * some.weight.float().unsqueeze(1)
             each = torch.zeros(own.stop - own.start, dtype=torch.float64, device=target.device)
             each.index_add_(0, some.expert, target.square().sum(1).double())
-            whole = self.ranks.join(each, self.experts.count).sum() / max(1, len(routed.token))
+            (every,), _ = self.ranks.join([each])
+            whole = every.sum() / max(1, len(routed.token))
             self._energies[batch] = whole.float().clamp_min(1e-20)
         return self._energies[batch]
 

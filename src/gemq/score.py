@@ -68,8 +68,8 @@ class LayerScores:
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
         """Costs and tokens of all ranks' ``batches`` micro-batches, added up in their order: as one rank would."""
         own = torch.stack(self.costs) if self.costs else None
-        parts = [[] if costs is None else list(costs) for (costs,), _ in ranks.gather([own])]
-        ordered = torch.stack([parts[ranks.owner(number)][number // ranks.count] for number in range(batches)])
+        parts: list[Iterator[Tensor]] = [iter([] if t is None else list(t)) for (t,), _ in ranks.gather([own])]
+        ordered = torch.stack([next(parts[ranks.owner(number, batches)]) for number in range(batches)])
         ranks.add_up(self.tokens)
         return ordered.sum(0), self.tokens
 

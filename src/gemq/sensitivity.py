@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, advance
+from gemq.calibrate import Activations
 from gemq.data.windows import Windows, from_parts
 from gemq.divergence import windows_kl
 from gemq.job import Job
@@ -53,16 +53,13 @@ def layer_kl(
     exact = start.hidden.copy()
     states: dict[int, list[Batches]] = {}
     for i in replay.walk(range(len(layers))):
-        for changed in states.values():
-            for state in changed:
-                advance(replay, i, state, start.calls)
-        experts = layers[i].experts
+        experts, running = layers[i].experts, [exact, *(state for changed in states.values() for state in changed)]
         if experts is not None:
             states[i] = []
             for weights in rungs(i):
                 states[i].append(exact.copy())
-                advance(replay, i, states[i][-1], start.calls, expert_overrides(replay.model, experts, weights))
-        advance(replay, i, exact, start.calls)
+                start.advance_all(replay, i, states[i][-1:], expert_overrides(replay.model, experts, weights))
+        start.advance_all(replay, i, running)
         tick()
     found = iter(windows_kl(replay, start, exact, [state for changed in states.values() for state in changed]))
     return {i: torch.stack([next(found) for _ in changed]) for i, changed in states.items()}

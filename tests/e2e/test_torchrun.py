@@ -25,11 +25,11 @@ distil_epochs: 1
 """
 
 
-def launched(*arguments: object) -> subprocess.Popen[str]:
+def launched(*arguments: object, ranks: int = 2, of: tuple[object, ...] = ("-m", "gemq")) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node 2 -m gemq ARGUMENTS`` on the CPU."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gemq"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *of, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*run, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(list(map(str, run)), stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def ours(told: str) -> list[str]:
@@ -89,6 +89,27 @@ def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_p
     ran = gemq(*job, "-o", two, "--resume")
     assert ran.code == 0, ran.err
     assert contents(two) == contents(one)
+
+
+AS_ON_A_GPU = """
+from gemq.__main__ import main
+from gemq.resources import ranks
+ranks.Ranks.at_once = property(lambda self: 3)
+ranks.LEAST_TURNS = 1
+main()
+"""
+
+
+def test_micro_batches_that_go_through_a_layer_at_once_give_the_bytes_of_one_rank(tiny_model, tmp_path):
+    script = tmp_path / "as_on_a_gpu.py"
+    script.write_text(AS_ON_A_GPU)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    keys = ("--bits", 2, "--recipe", tmp_path / "r.yaml", "--device", "cpu", "-q")
+    for ranks in (1, 2):
+        process = launched("quantize", tiny_model, "-o", tmp_path / f"out{ranks}", *keys, ranks=ranks, of=(script,))
+        told = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, told
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 
 
 def test_a_mistake_is_told_once(tiny_model, tmp_path):

@@ -14,6 +14,7 @@ from gemq.data.windows import Windows
 from gemq.errors import UserError
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, find_structure
+from gemq.resources.ranks import Ranks
 
 torch.set_num_threads(1)
 IDS = tokens(7, 10)
@@ -142,6 +143,33 @@ def test_what_is_watched_is_the_same_if_a_layer_runs_no_further(family):
         for a, b in pairs:
             assert torch.equal(a.sums, b.sums)
             assert torch.equal(a.counts, b.counts)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("family", [*MORE, OWN])
+def test_micro_batches_that_go_through_a_layer_at_once(family, monkeypatch):
+    """As on a GPU: the same moments, outputs and kept calls as one after the other, but for rounding."""
+    found = []
+    for at_once in (1, 3):
+        monkeypatch.setattr(Ranks, "at_once", property(lambda _, at_once=at_once: at_once))
+        monkeypatch.setattr("gemq.resources.ranks.LEAST_TURNS", 1)
+        replay, activations = start(family, 10)
+        assert len(activations.runs()) == (7 if at_once == 1 or replay.passes_more else 3)
+        index, layer = replay.structure.moe_layers[0]
+        states = [activations.hidden.copy() for _ in range(2)]
+        for i in range(index):
+            activations.advance(replay, i)
+            activations.advance_all(replay, i, states)
+        kept = KeptCalls(replay.memory)
+        moments, outputs = layer_moments(replay, index, activations, layer.linears, every(layer), kept)
+        activations.advance_all(replay, index, states)
+        assert moments.experts is not None
+        sums = [m.sums for m in (*moments.linears.values(), *moments.experts)]
+        calls = [t for call in kept for t in (call.hidden, call.top_k_weights)]
+        found.append([*sums, *outputs, *states[0], *states[1], *calls])
+        assert len(outputs) == len(kept) == 7
+    for one, joined in zip(*found, strict=True):
+        close(joined.detach(), one.detach().double())
 
 
 def test_moments_of_some_experts_are_theirs_among_all():

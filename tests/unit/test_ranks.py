@@ -12,17 +12,20 @@ import torch
 
 from gemq.resources.ranks import Ranks
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 17, 128])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
-def test_every_micro_batch_and_expert_has_one_rank(total, count):
-    ranks = [Ranks(r, count, CPU) for r in range(count)]
-    assert sorted(i for r in ranks for i in r.own(total)) == list(range(total))
-    for i in range(total):
-        owner = ranks[ranks[0].owner(i)]
-        assert owner.own(total)[i // count] == i  # so ranks in step come upon all of them in order
+def test_every_micro_batch_and_expert_has_one_rank(total, count, device):
+    ranks = [Ranks(r, count, device) for r in range(count)]
+    together = ranks[0].together(total)
+    assert together == (1 if device == CPU or total < 128 else 4)
+    every = [[r.own(total)[start : start + together] for start in range(0, total, together)] for r in ranks]
+    in_step = [i for runs in zip(*every, strict=True) for run in runs for i in run]
+    assert in_step == list(range(total))
+    assert all(i in ranks[ranks[0].owner(i, total)].own(total) for i in range(total))
     experts = list(range(total))
     assert [e for r in ranks for e in experts[r.part(total)]] == experts
 
@@ -58,7 +61,9 @@ assert ranks.count == 3
 own = [torch.full((2,), float(i)) for i in ranks.own(7)]
 assert [t[0].item() for t in ranks.share(own, 7)] == list(range(7))
 whole = torch.arange(5.0)
-assert torch.equal(ranks.join(whole[ranks.part(5)].half(), 5), whole.half())
+parts = [whole[ranks.part(5)].half(), whole[ranks.part(2)]]
+joined, counts = ranks.join(parts, [ranks.rank, 1])
+assert torch.equal(joined[0], whole.half()) and torch.equal(joined[1], whole[:2]) and counts == [3, 3]
 for rank, ((x, none, last), notes) in enumerate(ranks.gather(
     [torch.full((ranks.rank + 1, 2), float(ranks.rank)).half(), None,
      torch.tensor([ranks.rank]) if ranks.rank == 2 else None],

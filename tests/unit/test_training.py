@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from gemq.calibrate import Activations, advance
+from gemq.calibrate import Activations
 from gemq.data.windows import Windows
 from gemq.distil import Distillation, PackedExperts, distil
 from gemq.ladder import LayerLadder, Quantizer, build_layer, rung_weight
@@ -162,7 +162,7 @@ def refined(training: Training | None) -> tuple[Replay, Activations, list[Refine
     exact = activations.hidden.copy()
     layers = []
     for i, layer in enumerate(replay.structure.layers):
-        advance(replay, i, exact, activations.calls)
+        activations.advance_all(replay, i, [exact])
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
         widths = mixed(layer.experts.count)

@@ -85,11 +85,11 @@ def split_experts(model: Any, experts: Experts | None, ranks: Ranks) -> Iterator
         delattr(module, _SPLIT)
 
 
-def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Tensor) -> Tensor:
-    """Something [E, ...] of all experts, from each rank's ``own_experts``."""
+def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [E, ...] of all experts, from those of each rank's ``own_experts``."""
     if own_experts(model, experts, ranks) == slice(0, experts.count):
-        return ranks.broadcast(own, 0)
-    return ranks.join(own, experts.count)
+        return [ranks.broadcast(tensor, 0) for tensor in own]
+    return ranks.join(own)[0]
 
 
 def split_of(module: Any) -> Split | None:

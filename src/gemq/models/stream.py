@@ -109,6 +109,11 @@ class Replay:
     def device(self) -> torch.device:
         return self.memory.device
 
+    @property
+    def passes_more(self) -> bool:
+        """Whether layers give each other more than hidden states."""
+        return bool(self._passed)
+
     def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
         """Gives the indices of ``order``, each layer being held while it is looked at; ``ahead``: the next one read."""
         return iter(order) if self.residency is None else self.residency.walk(order, ahead)

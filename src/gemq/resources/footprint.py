@@ -19,6 +19,7 @@ from gemq.models.structure import Layer, Structure
 from gemq.quant.widths import group_size_for, nominal_bits
 from gemq.recipe import Recipe
 from gemq.resources.memory import Memory, gigabytes
+from gemq.resources.ranks import AT_ONCE
 from gemq.rungs import expert_chunks
 
 MOST_CHOSEN = 8
@@ -101,7 +102,8 @@ class _Layer:
         widths, size = len(recipe.ladder_widths), self.dtype.itemsize
         of_experts = 4 * experts.count * sum(m.columns**2 for m in experts.matrices)
         means = 4 * sum(m.columns**2 for m in experts.matrices)
-        collecting = squares + of_experts + max(self._pairs(False), means)
+        forward = self._pairs(False) * (AT_ONCE if self.device.type == "cuda" else 1)
+        collecting = squares + of_experts + max(forward, means)
         ladder = squares + of_experts + means + self._quantizing(widths)
         ladder = max(ladder, squares + dense + of_experts)
         refine = max(squares + of_experts + means + self._quantizing(1), weights * (1 + 2 * size) + 4 * largest // 8)
@@ -122,7 +124,7 @@ class _Layer:
             refine = max(refine, trained + self._pairs(True) - (weights * size if self.device.type == "cuda" else 0))
         return {
             "ladder": max(collecting, ladder),
-            "scores": widths * weights * size + max(self._pairs(True), 3 * largest),
+            "scores": widths * weights * size + max(self._pairs(True), forward, 3 * largest),
             "refine": max(collecting, refine),
             "distil": 2 * weights * size + self._pairs(True) + 20 * min(UNPACKED_TOGETHER, largest),
         }

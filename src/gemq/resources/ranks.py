@@ -30,6 +30,9 @@ from gemq.resources.processes import end, end_when_told
 TIMEOUT = timedelta(hours=12)
 """How long a rank waits for another: rank 0 may be solving, packing or writing. One that is gone is noticed at once."""
 
+AT_ONCE, LEAST_TURNS = 4, 16
+"""Micro-batches that go through a layer of a GPU at once, if ranks then still take so many turns."""
+
 _DTYPES = (
     torch.float32,
     torch.float64,
@@ -65,13 +68,28 @@ class Ranks:
 
     # Who does what
 
-    def own(self, total: int) -> range:
-        """This rank's micro-batches of ``total``."""
-        return range(self.rank, total, self.count)
+    @property
+    def at_once(self) -> int:
+        """Micro-batches that go through a layer at once where nothing is trained, at most.
 
-    def owner(self, number: int) -> int:
-        """The rank whose micro-batch ``number`` is."""
-        return number % self.count
+        On a GPU, several: launching the kernels of one takes longer than they do.
+        """
+        return 1 if self.device.type == "cpu" else AT_ONCE
+
+    def together(self, total: int) -> int:
+        """How many neighbours among ``total`` micro-batches a rank has: those that go through a layer at once.
+
+        Does not depend on how many ranks there are, as results would then. Few enough that each has its share.
+        """
+        return max(1, min(self.at_once, total // LEAST_TURNS))
+
+    def own(self, total: int) -> list[int]:
+        """This rank's micro-batches of ``total``."""
+        return [number for number in range(total) if self.owner(number, total) == self.rank]
+
+    def owner(self, number: int, total: int) -> int:
+        """The rank whose micro-batch ``number`` of ``total`` is."""
+        return number // self.together(total) % self.count
 
     def parts(self, total: int) -> list[slice]:
         """Each rank's part of ``total`` experts, or of anything else that no sum is over."""
@@ -145,23 +163,23 @@ class Ranks:
             for whole, ends, one, header in zip(received, places, each, headers, strict=True)
         ]
 
-    def join(self, part: Tensor, total: int, dimension: int = 0) -> Tensor:
-        """The whole of which every rank has its part (see ``parts``) along a dimension."""
+    def join(self, parts: Sequence[Tensor], counts: Sequence[int] = ()) -> tuple[list[Tensor], list[int]]:
+        """The wholes of which every rank has its ``parts`` of the first dimension, and sums of what each counted.
+
+        All in one exchange, since ranks wait for each other in each.
+        """
         if self.count == 1:
-            return part
-        parts = self.parts(total)
-        found = [
-            self.broadcast(part if r == self.rank else None, r)
-            for r in range(self.count)
-            if parts[r].start < parts[r].stop
-        ]
-        return torch.cat(found, dimension)
+            return list(parts), list(counts)
+        found = self.gather(parts, counts)
+        whole = [torch.cat([t for t in each if t is not None]) for each in zip(*(t for t, _ in found), strict=True)]
+        return whole, [sum(each) for each in zip(*(notes for _, notes in found), strict=True)]
 
     def share(self, own: Sequence[Tensor], total: int) -> Iterator[Tensor]:
         """A tensor for every micro-batch, one after the other, from those of each rank's own. To be used up."""
+        mine = iter(own)
         for number in range(total):
-            owner = self.owner(number)
-            yield self.broadcast(own[number // self.count] if owner == self.rank else None, owner)
+            owner = self.owner(number, total)
+            yield self.broadcast(next(mine) if owner == self.rank else None, owner)
 
     def fill(self, whole: Tensor, rows: Sequence[slice]) -> None:
         """Completes ``whole`` [rows, ...], of which each rank has the rows ``rows[rank]``."""
