@@ -5,6 +5,7 @@ Used by every stage that walks the layers forward. Knows models and moments, no 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +23,7 @@ from gemq.models.structure import Experts, Linear
 from gemq.quant.hessian import Moments
 from gemq.resources.batches import Batches
 from gemq.resources.memory import Memory
-from gemq.resources.ranks import ALONE, Ranks
+from gemq.resources.ranks import ALONE, SHARED, Ranks
 
 
 @dataclass
@@ -46,8 +47,8 @@ class Activations:
     every: list[Tensor] = field(default_factory=list)
     together: int = 1
     at_once: int = 1
-    _every_call: list[list[Call]] = field(default_factory=list)
     _joined_calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
+    _whole: Activations | None = None
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
@@ -76,10 +77,13 @@ class Activations:
         """All ranks' micro-batches, for those who train on them. Without ``source``."""
         if replay.ranks.count == 1:
             return self
-        if not self._every_call:
-            self._every_call.extend(replay.inputs(ids)[1] for ids in self.every)
-        hidden = shared(replay, self.hidden, self.total)
-        return Activations(self.every, [], self._every_call, hidden, self.order, self.every)
+        if self._whole is None:
+            calls = [replay.inputs(ids)[1] for ids in self.every]
+            empty = Batches(replay.memory)
+            self._whole = dataclasses.replace(
+                self, ids=self.every, source=[], calls=calls, hidden=empty, _joined_calls={}
+            )
+        return dataclasses.replace(self._whole, hidden=shared(replay, self.hidden, self.total))
 
     def runs(self) -> list[range]:
         """Places of this rank's micro-batches, by those that go through a layer together."""
@@ -131,15 +135,14 @@ class KeptCalls(Sequence[ExpertsCall]):
         self._routing: list[tuple[Tensor, Tensor]] = []
 
     def extend(self, call: ExpertsCall, tokens: Sequence[int]) -> None:
-        """Keeps a call of micro-batches with so many ``tokens``: one of each. Copies what is part of something larger.
+        """Keeps a call of micro-batches with so many ``tokens``: one of each.
 
         Experts that are given a row of every token for each of them have those rows one behind the other.
         """
         rows = (call.hidden, call.top_k_index, call.top_k_weights)
         of_tokens = (t.unflatten(0, (-1, sum(tokens))).split(list(tokens), 1) for t in rows)
         for each in zip(*of_tokens, strict=True):
-            parts = (part.flatten(0, 1) for part in each)
-            hidden, index, weights = (t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in parts)
+            hidden, index, weights = (part.flatten(0, 1) for part in each)
             self._hidden.append(hidden)
             self._routing.append((index, weights))
 
@@ -208,7 +211,7 @@ def layer_moments(
     micro-batches: the same sums, in which experts are this rank's own and linears all, as one rank would have.
 
     own:          the experts whose moments are wanted, with a start and a stop; None: of none
-    kept:         receives all ranks' calls of the experts module, one per micro-batch, for those who train on them
+    kept:         receives the calls of the experts module, one per micro-batch, for those who train on them
     with_outputs: False keeps no outputs, and runs a layer no further than to what is watched
     """
     ranks, experts = replay.ranks, replay.structure.layers[index].experts if own is not None else None
@@ -326,10 +329,6 @@ class _Taken(NamedTuple):
     call: ExpertsCall | None
 
 
-TOGETHER = 1 << 28
-"""Bytes that a rank gives the others at once: their processors meet once for all of it."""
-
-
 def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[range]:
     """Rounds of runs, one of each rank, by which ranks meet; ``kinds`` of inputs of a layer travel."""
     ranks, together = replay.ranks, 1
@@ -337,7 +336,7 @@ def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[ra
     if ranks.count > 1:
         hidden = replay.model.config.get_text_config().hidden_size * replay.model.dtype.itemsize
         tokens = activations.every[0].numel() * activations.together
-        together = max(1, TOGETHER // (tokens * hidden * min(kinds, 3)))
+        together = max(1, SHARED // (tokens * hidden * min(kinds, 3)))
     return (range(start, min(start + together, rounds)) for start in range(0, rounds, together))
 
 

@@ -8,7 +8,6 @@ Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -161,17 +160,20 @@ def build_layer(
     dense_bits: int,
     training: Training | None = None,
     linear_training: Training | None = None,
+    with_outputs: bool = True,
 ) -> tuple[LayerLadder, Batches]:
     """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs.
 
     training:        trains every expert at every width on its own after GPTQ (the trained ladder)
     linear_training: trains the dense linears, together, towards the layer's output
+    with_outputs:    False: whoever asks knows them
     """
     layer = replay.structure.layers[index]
     linears = layer.linears if dense_bits < 16 else ()
-    own = replay.ranks.part(layer.experts.count) if layer.experts is not None else None
+    every = slice(0, layer.experts.count) if layer.experts is not None else None
     calls = KeptCalls(replay.memory) if training is not None and layer.experts is not None else None
-    moments, outputs = layer_moments(replay, index, activations, linears, own, calls)
+    with_outputs = with_outputs or linear_training is not None
+    moments, outputs = layer_moments(replay, index, activations, linears, every, calls, with_outputs)
     ladder = LayerLadder()
     latents: dict[str, Tensor] | None = {} if linear_training is not None else None
     quantize_linears(replay, linears, moments, quantizer, dense_bits, ladder, latents)
@@ -219,15 +221,11 @@ def _quantize_experts(
     training: Training | None,
     ladder: LayerLadder,
 ) -> None:
-    """Quantizes a layer's experts at every width into ``ladder``, the ranks their own, and counts their tokens.
-
-    moments: of this rank's experts; ``calls``: to train on
-    """
-    module, ranks = replay.model.get_submodule(experts.path), replay.ranks
-    own = ranks.part(experts.count)
-    batches = ExpertInputs(module, experts, calls, ranks) if calls is not None else None
-    chunks = expert_chunks(experts, len(widths), replay.device, own) if training is not None else [own]
-    retried = untrained = 0
+    """Quantizes a layer's experts at every width into ``ladder``. ``calls``: to train on."""
+    module = replay.model.get_submodule(experts.path)
+    batches = ExpertInputs(module, experts, calls) if calls is not None else None
+    every = slice(0, experts.count)
+    chunks = expert_chunks(experts, len(widths), replay.device) if training is not None else [every]
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in experts.matrices}
     for some in chunks:
         grids: list[Quantized] = []
@@ -237,27 +235,23 @@ def _quantize_experts(
             if training is not None:
                 dtype = latent_type(weight.device, weight.dtype)
                 latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
-            first = some.start - own.start
-            q, retries = quantizer.every_width(weight, moment, widths, latents[-1] if latents else None, first)
+            of_some = latents[-1] if latents else None
+            q, retries = quantizer.every_width(weight, moment, widths, of_some, some.start)
             grids.append(q)
-            retried += retries
+            ladder.retries += retries
         if training is not None and batches is not None:
             grids, kept = train_rungs(batches, some, grids, latents, widths, training, index)
-            untrained += kept
+            ladder.untrained += kept
         for matrix, q in zip(experts.matrices, grids, strict=True):
             group = quantizer.group(matrix.columns)
             one = [PackedMatrix.pack(Quantized(*(t[i] for t in q)), w, group) for i, w in enumerate(widths)]
             packed[matrix.name].append(one)
-    given = [moments[0].counts]
-    for parts in packed.values():
-        given += [torch.cat(fields) for rung in zip(*parts, strict=True) for fields in zip(*rung, strict=True)]
-    (counts, *fields), (retried, untrained) = ranks.join(given, [retried, untrained])
-    whole = iter(fields)
-    for name in packed:
-        ladder.experts[name] = {w: PackedMatrix(*itertools.islice(whole, len(PackedMatrix._fields))) for w in widths}
-    ladder.counts = counts.cpu()
-    ladder.retries += retried
-    ladder.untrained += untrained
+    for name, parts in packed.items():
+        ladder.experts[name] = {
+            w: PackedMatrix(*(torch.cat(fields) for fields in zip(*(part[i] for part in parts), strict=True)))
+            for i, w in enumerate(widths)
+        }
+    ladder.counts = moments[0].counts.cpu()
 
 
 def quantize_linears(

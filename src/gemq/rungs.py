@@ -24,7 +24,6 @@ from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import epochs
 from gemq.quant.widths import Width
 from gemq.reconstruct import Training
-from gemq.resources.ranks import ALONE, Ranks
 
 TRAIN_BYTES = 4 << 30
 """Memory on a GPU for the state of the experts that are trained together."""
@@ -36,25 +35,20 @@ BYTES_PER_WEIGHT = 16
 """Code, latent, moments, weight in use and gradient, at most; 11 in bfloat16 jobs."""
 
 
-def expert_chunks(experts: Experts, widths: int, device: torch.device, own: slice | None = None) -> Iterator[slice]:
-    """Slices of a layer's experts that are trained together at ``widths`` widths.
-
-    own: those of this rank, if not all
-    """
-    own = own or slice(0, experts.count)
+def expert_chunks(experts: Experts, widths: int, device: torch.device) -> Iterator[slice]:
+    """Slices of a layer's experts that are trained together at ``widths`` widths."""
     each = experts.weights_per_expert * widths * BYTES_PER_WEIGHT
-    count = own.stop - own.start
-    most = max(1, min(count, (CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES) // each))
-    chunks = -(-count // most)
-    size = -(-count // chunks)
-    return (slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size))
+    most = max(1, min(experts.count, (CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES) // each))
+    chunks = -(-experts.count // most)
+    size = -(-experts.count // chunks)
+    return (slice(start, min(start + size, experts.count)) for start in range(0, experts.count, size))
 
 
 class ExpertInputs:
     """What a layer's experts receive on full-precision activations, in micro-batches, and what they give."""
 
-    def __init__(self, module: Any, experts: Experts, calls: Sequence[ExpertsCall], ranks: Ranks = ALONE):
-        self.module, self.experts, self.calls, self.ranks = module, experts, calls, ranks
+    def __init__(self, module: Any, experts: Experts, calls: Sequence[ExpertsCall]):
+        self.module, self.experts, self.calls = module, experts, calls
         self.routed = [route(call.top_k_index, call.top_k_weights, experts.count) for call in calls]
         self.exact = [expert_weight(module, m.name) for m in experts.matrices]
         self._energies: dict[int, Tensor] = {}
@@ -74,15 +68,9 @@ class ExpertInputs:
         """Mean square norm of what a pair of the micro-batch adds to the layer's output: float32 scalar."""
         if batch not in self._energies:
             routed = self.routed[batch]
-            own = self.ranks.part(self.experts.count)
-            some = routed.stacked(own, 1)
-            x = self.calls[batch].hidden.index_select(0, some.token)
-            target = self.exact_outputs(x, some, own).float() * some.weight.float().unsqueeze(1)
-            each = torch.zeros(own.stop - own.start, dtype=torch.float64, device=target.device)
-            each.index_add_(0, some.expert, target.square().sum(1).double())
-            (every,), _ = self.ranks.join([each])
-            whole = every.sum() / max(1, len(routed.token))
-            self._energies[batch] = whole.float().clamp_min(1e-20)
+            x = self.calls[batch].hidden.index_select(0, routed.token)
+            target = self.exact_outputs(x, routed, slice(None)).float() * routed.weight.float().unsqueeze(1)
+            self._energies[batch] = target.square().sum(1).mean().clamp_min(1e-20)
         return self._energies[batch]
 
 

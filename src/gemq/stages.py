@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation, Problem
+from gemq.calibrate import Activations
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.files import check_free_space
 from gemq.job import Job
@@ -26,6 +27,7 @@ from gemq.ladder import LayerLadder, build_layer
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Structure
+from gemq.progress import Tick
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.widths import Width, group_size_for, width_name
@@ -53,28 +55,67 @@ def run_ladder(job: Job, replay: Replay) -> Stage:
     if not missing:
         return stage
     check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // len(layers))
-    with job.monitor.stage("ladder", missing[-1] + 1) as tick, stage.writing_behind() as save:
+    training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
+    of_linears = job.training(job.recipe.ladder_epochs, job.recipe.rate_codes, tuned=False)
+    alone = replay.alone()
+
+    def build(index: int, inputs: Activations, with_outputs: bool) -> tuple[dict[str, Tensor], Batches]:
+        widths, bits = job.recipe.ladder_widths, job.recipe.attention_bits
+        ladder, outputs = build_layer(
+            alone, index, inputs, job.quantizer, widths, bits, training, of_linears, with_outputs
+        )
+        return ladder.to_tensors(), outputs
+
+    with job.monitor.stage("ladder", missing[-1] + 1) as tick, stage.writing_behind(each=True) as save:
         activations = job.start_activations(replay)
-        training = job.training(job.recipe.ladder_epochs, job.recipe.rate_ladder)
-        of_linears = job.training(job.recipe.ladder_epochs, job.recipe.rate_codes, tuned=False)
+        if replay.ranks.count > 1:
+            _ladder_in_turns(replay, missing, activations, build, save, tick)
+            return stage
         for i in replay.walk(range(missing[-1] + 1)):
             if i in missing:
-                ladder, activations.hidden = build_layer(
-                    replay,
-                    i,
-                    activations,
-                    job.quantizer,
-                    job.recipe.ladder_widths,
-                    job.recipe.attention_bits,
-                    training,
-                    of_linears,
-                )
-                save(layer_file(i), ladder.to_tensors())
-                del ladder  # not beside the next one
+                made, activations.hidden = build(i, activations, True)
+                save(layer_file(i), made)
+                del made  # not beside the next one
             else:
                 activations.advance(replay, i)
             tick()
     return stage
+
+
+def _ladder_in_turns(
+    replay: Replay,
+    missing: list[int],
+    activations: Activations,
+    build: Callable[[int, Activations, bool], tuple[dict[str, Tensor], Batches]],
+    save: Callable[[str, dict[str, Tensor] | None], None],
+    tick: Tick,
+) -> None:
+    """The ladder's layers by several ranks, each of which builds one of a round as if it were alone.
+
+    Before that they run the round's layers, a rank its own micro-batches, and give each other what each layer receives.
+    """
+    ranks, start = replay.ranks, 0
+    rounds: list[tuple[range, list[int], list[int]]] = []
+    for number in range(0, len(missing), ranks.count):
+        some = missing[number : number + ranks.count]
+        rounds.append((range(start, some[-1] + 1), some, some[ranks.rank :][:1]))
+        start = some[-1] + 1
+    walk = replay.walk([i for passed, _, own in rounds for i in (*passed, *own)])
+    for passed, some, own in rounds:
+        inputs: Activations | None = None
+        for i in passed:
+            next(walk)
+            if i in some:
+                whole = activations.whole(replay)
+                inputs = whole if i in own else inputs
+                del whole
+            if i < missing[-1]:
+                activations.advance(replay, i)
+            tick()
+        made = None
+        if inputs is not None:
+            made, _ = build(next(walk), inputs, False)
+        save(layer_file(own[0]) if own else "", made)
 
 
 def load_ladder(job: Job, structure: Structure, stage: Stage, index: int, device: str | None = None) -> LayerLadder:

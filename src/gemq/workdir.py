@@ -123,7 +123,10 @@ class WorkDir:
 
 
 class Stage:
-    """One stage's results: named JSON values and named sets of tensors. All ranks ask and save together."""
+    """One stage's results: named JSON values and named sets of tensors. All ranks ask and save together.
+
+    Every rank sees the files that others write, which several machines share.
+    """
 
     def __init__(self, directory: Path, ranks: Ranks = ALONE):
         self.directory, self.ranks = directory, ranks
@@ -137,22 +140,22 @@ class Stage:
         self.ranks.agree(lambda: write_tensors(self.directory / name, tensors))
 
     @contextmanager
-    def writing_behind(self) -> Iterator[Callable[[str, dict[str, Tensor]], None]]:
+    def writing_behind(self, each: bool = False) -> Iterator[Callable[[str, dict[str, Tensor] | None], None]]:
         """Gives a ``save_tensors`` that returns before its file is written, or a GPU has computed what goes there.
 
-        All are written when the context ends.
+        All are written when the context ends. ``each``: every rank writes what it gives, or nothing if that is None.
         """
         writing: list[Future[None]] = []  # one at most: memory holds no more
 
         def settle() -> None:
             last = [writing.pop()] if writing else []
-            self.ranks.agree(lambda: [future.result() for future in last] and None)
+            self.ranks.each(lambda: [future.result() for future in last])
 
         with ThreadPoolExecutor(1, thread_name_prefix="gemq-files") as pool:
 
-            def save(name: str, tensors: dict[str, Tensor]) -> None:
+            def save(name: str, tensors: dict[str, Tensor] | None) -> None:
                 settle()
-                if self.ranks.first:
+                if tensors is not None and (each or self.ranks.first):
                     on_host = copied_behind(tensors)
                     writing.append(pool.submit(lambda: write_tensors(self.directory / name, on_host())))
 

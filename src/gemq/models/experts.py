@@ -94,7 +94,7 @@ def route_all(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Route
     expert, order, ends = _sorted(top_k_index, experts)
     weight = top_k_weights.reshape(-1)[order]
     weight = torch.where(expert < experts, weight, torch.zeros_like(weight))
-    ends[-1] = len(order)
+    ends[-1:].fill_(len(order))  # assigning a number would wait for the device
     token = order // top_k_index.shape[-1]
     return Routed(token, expert.clamp(max=experts - 1), weight, ends, _places(order, top_k_index))
 

@@ -9,6 +9,7 @@ Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -113,6 +114,12 @@ class Replay:
     def passes_more(self) -> bool:
         """Whether layers give each other more than hidden states."""
         return bool(self._passed)
+
+    def alone(self) -> Replay:
+        """The same model for what this rank does by itself."""
+        other = copy.copy(self)
+        other.ranks = Ranks(device=self.ranks.device)
+        return other
 
     def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
         """Gives the indices of ``order``, each layer being held while it is looked at; ``ahead``: the next one read."""

@@ -1,9 +1,9 @@
 """Several processes that do one job together (torchrun): who does what, and how their results meet.
 
-Micro-batches and experts are split over the ranks; rank 0 alone writes files and prints. Ranks take micro-batches in
-turns and stay in step, and what is summed over micro-batches is added up in their order, whoever ran them: such a sum
-does not depend on how many ranks there are. A process on its own is the case of one rank, in which nothing here does
-anything.
+Micro-batches, experts and layers are split over the ranks; rank 0 alone prints, and writes what all have made together.
+Ranks take micro-batches in turns and stay in step, and what is summed over micro-batches is added up in their order,
+whoever ran them: such a sum does not depend on how many ranks there are. A process on its own is the case of one rank,
+in which nothing here does anything.
 
 Knows tensors, no models and no stages.
 """
@@ -32,6 +32,9 @@ TIMEOUT = timedelta(hours=12)
 
 AT_ONCE, LEAST_TURNS = 4, 16
 """Micro-batches that go through a layer of a GPU at once, if ranks then still take so many turns."""
+
+SHARED = 1 << 28
+"""Bytes that a rank gives the others at once: their processors meet once for all of it."""
 
 _DTYPES = (
     torch.float32,
@@ -176,10 +179,22 @@ class Ranks:
 
     def share(self, own: Sequence[Tensor], total: int) -> Iterator[Tensor]:
         """A tensor for every micro-batch, one after the other, from those of each rank's own. To be used up."""
-        mine = iter(own)
-        for number in range(total):
-            owner = self.owner(number, total)
-            yield self.broadcast(next(mine) if owner == self.rank else None, owner)
+        if self.count == 1:
+            yield from own
+            return
+        turn = self.together(total)
+        turns = SHARED // max(1, self.agree(lambda: own[0].nbytes) * turn)  # of each rank in one exchange
+        turns = max(1, min(turns, -(-total // (turn * self.count))))
+        numbers = self.own(total)
+        for start in range(0, total, turns * turn * self.count):
+            some = range(start, min(start + turns * turn * self.count, total))
+            mine: list[Tensor | None] = [own[place] for place, number in enumerate(numbers) if number in some]
+            mine += [None] * (turns * turn - len(mine))
+            given = [iter(tensors) for tensors, _ in self.gather(mine)]
+            for number in some:
+                tensor = next(given[self.owner(number, total)])
+                assert tensor is not None
+                yield tensor
 
     def fill(self, whole: Tensor, rows: Sequence[slice]) -> None:
         """Completes ``whole`` [rows, ...], of which each rank has the rows ``rows[rank]``."""
@@ -206,6 +221,20 @@ class Ranks:
         if "error" in told:
             raise UserError(told["error"])
         return told["value"]
+
+    def each(self, run: Callable[[], Any]) -> None:
+        """Runs something on every rank; a UserError of one is raised on all."""
+        told = ""
+        try:
+            run()
+        except UserError as error:
+            if self.count == 1:
+                raise
+            told = str(error)
+        text = torch.frombuffer(bytearray(told.encode()), dtype=torch.uint8) if told else None
+        for (given,), _ in self.gather([text]) if self.count > 1 else ():
+            if given is not None:
+                raise UserError(bytes(given.tolist()).decode())
 
     def overwrite(self, tensor: Tensor, source: int) -> None:
         """Replaces a contiguous tensor, of the same shape and type on every rank, by that of rank ``source``."""
