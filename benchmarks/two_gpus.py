@@ -6,10 +6,11 @@
     (--small: shapes and windows to try the script out, two processes on a CPU)
 
 ``jobs``: random weights of OLMoE-1B-7B's true shape, made on the machine; one process, then ``torchrun
---nproc-per-node 2``, with the same text. A row a stage, one for the computing stages and one for the whole process from
-start to saved checkpoint; then how alike the two results are. ``quality``: defaults on a trained model, KL of both over
-seeds. ``lost``: the built-in model's job, whose rank 1 is killed; seconds until the other has stopped, and what it
-says; then both ways of going on. Rows go to results/two_gpus.csv.
+--nproc-per-node 2``, with the same text, once a model of one layer has had all kernels compiled. A row a stage, one for
+the computing stages and one for the whole process from start to saved checkpoint; then how alike the two results are.
+``quality``: defaults on a trained model, KL of both over seeds. ``lost``: the built-in model's job, whose rank 1 is
+killed; seconds until the other has stopped, and what it says; then both ways of going on. Rows go to
+results/two_gpus.csv.
 """
 
 from __future__ import annotations
@@ -103,11 +104,16 @@ def jobs(args: argparse.Namespace, directory: Path) -> None:
     if not model.exists():
         write_model(name, 4 if args.small else args.layers, model)
     write_text(text, windows * window)
+    device = ("--device", "cpu") if args.small else ()
+    if not args.small:  # kernels are compiled before anything counts
+        first = directory / "one-layer"
+        write_model(name, 1, first)
+        for effort in args.effort:
+            job = ("--recipe", written(effort, 4, window, text, directory / "few.yaml"), "--bits", 2)
+            quantize(1, first, directory / "one-layer-out", *job)
     for effort in args.effort:
-        file = directory / f"{effort}.yaml"
-        keys = recipe(effort, windows, window, text).to_dict()
-        file.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
-        flags = ("--recipe", file, "--bits", 2, *(("--device", "cpu") if args.small else ()))
+        file = written(effort, windows, window, text, directory / f"{effort}.yaml")
+        flags = ("--recipe", file, "--bits", 2, *device)
         results = [quantize(ranks, model, directory / f"{effort}-{ranks}", *flags) for ranks in (1, 2)]
         (one, whole_one), (two, whole_two) = results
         stages = [{name: cost["seconds"] for name, cost in figures["stages"].items()} for figures in (one, two)]
@@ -118,6 +124,13 @@ def jobs(args: argparse.Namespace, directory: Path) -> None:
         record(args, f"job {effort}", "whole process", whole_one, whole_two, "s")
         record(args, f"job {effort}", "predicted cost", one["predicted_cost"], two["predicted_cost"], "")
         alike(args, effort, directory, one["allocation"], two["allocation"])
+
+
+def written(effort: str, windows: int, window: int, text: Path, file: Path) -> Path:
+    """The recipe of a job, in a file."""
+    keys = recipe(effort, windows, window, text).to_dict()
+    file.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
+    return file
 
 
 def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two: Any) -> None:
