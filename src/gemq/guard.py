@@ -274,14 +274,7 @@ def draw_guard_windows(job: Job, replay: Replay) -> Windows:
     recipe = job.recipe
 
     def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
-        windows = held_out_windows(
-            recipe.calib,
-            tokenizer=writer.tokenizer,
-            window=job.window,
-            count=recipe.windows,
-            seed=recipe.seed,
-            held_out=PER_SOURCE,
-        )
+        windows = held_out_windows(job.streams, seed=recipe.seed, held_out=PER_SOURCE)
         missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
         for own in job.written_beside or writer.write(*own_plans(recipe, job.windows)):
             windows = windows.extended(SELF, own)

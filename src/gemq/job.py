@@ -19,7 +19,7 @@ from torch import Tensor
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
 from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, generate_windows
-from gemq.data.sources import SELF, calibration_windows
+from gemq.data.sources import SELF, Streams, calibration_windows
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer
 from gemq.models.residency import Residency
@@ -164,6 +164,16 @@ class Job:
         """Tokens per calibration window."""
         return calibration_window(self.source.config(), self.recipe.window)
 
+    @cached_property
+    def streams(self) -> Streams:
+        """What the calibration sources hold."""
+        return Streams(self.recipe.calib, self.source.tokenizer, self.window, self.recipe.windows)
+
+    def read_texts(self) -> None:
+        """Begins to read the calibration sources, if windows are still to be drawn: a model can load meanwhile."""
+        if not (self.work.path / "windows" / "windows.safetensors").is_file():
+            self.streams.begin()
+
     def draw_windows(self, replay: Replay, beside: Callable[[Windows], Sequence[Plan]] = lambda _: ()) -> Windows:
         """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``.
 
@@ -174,10 +184,7 @@ class Job:
 
         def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
             windows = calibration_windows(
-                recipe.calib,
-                tokenizer=writer.tokenizer,
-                window=self.window,
-                count=recipe.windows,
+                self.streams,
                 seed=recipe.seed,
                 generate=lambda count: writer.write(Plan(count, recipe.seed, OF_THE_SOURCE))[0],
             )

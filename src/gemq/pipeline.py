@@ -164,6 +164,7 @@ def export(
 
 def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
     # A plain export does not verify: quantize did, before the work directory had a ladder.
+    job.read_texts()
     replay, stored = job.load(verify=guarded)
     structure = replay.structure
     if job.monitor.console is not None:

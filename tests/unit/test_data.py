@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from gemq.assets import builtin_model, builtin_texts
 from gemq.data import sources
-from gemq.data.sources import calibration_windows, share_out
+from gemq.data.sources import Streams, calibration_windows, share_out
 from gemq.data.windows import Windows, cut_windows, eval_windows, pack_documents, tokenize_text
 from gemq.errors import UserError
 
@@ -32,7 +32,24 @@ def some_text(words, start=0):
 
 
 def calibrate(tokenizer, *names, count=8, seed=0, **more):
-    return calibration_windows(names, tokenizer=tokenizer, window=WINDOW, count=count, seed=seed, **more)
+    return calibration_windows(Streams(names, tokenizer, WINDOW, count), seed=seed, **more)
+
+
+def test_files_are_read_once_and_may_be_read_ahead(tokenizer, tmp_path, monkeypatch):
+    """And what is wrong with one is told where its windows are drawn."""
+    read = []
+    monkeypatch.setattr(sources, "_stream", lambda source, *_: read.append(source) or torch.arange(160))
+    streams = Streams([write(tmp_path / "a.txt", "a"), write(tmp_path / "b.txt", "b"), "self"], tokenizer, WINDOW, 8)
+    streams.begin()
+    first = calibration_windows(streams, seed=0, generate=lambda n: torch.zeros(n, WINDOW, dtype=torch.int64))
+    again = calibration_windows(streams, seed=0, generate=lambda n: torch.zeros(n, WINDOW, dtype=torch.int64))
+    assert torch.equal(first.tokens, again.tokens)
+    assert [name[-5:] for name in read] == ["a.txt", "b.txt"]
+    monkeypatch.undo()
+    streams = Streams([write(tmp_path / "c.txt", "too short")], tokenizer, WINDOW, 8)
+    streams.begin()
+    with pytest.raises(UserError, match="tokens"):
+        calibration_windows(streams, seed=0)
 
 
 def one_line(info):

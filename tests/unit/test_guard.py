@@ -18,7 +18,7 @@ from families import tiny, tokens
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.assets import builtin_model, builtin_texts
 from gemq.calibrate import Activations
-from gemq.data.sources import calibration_windows, held_out_windows
+from gemq.data.sources import Streams, calibration_windows, held_out_windows
 from gemq.data.windows import Windows
 from gemq.guard import SOFTENING, candidates_kl, decide, describe, judge, paired_p, soften
 from gemq.ladder import LayerLadder, Quantizer, build_layer
@@ -214,15 +214,15 @@ def test_what_was_not_judged_says_why():
 
 def test_held_out_windows_are_those_that_calibration_left():
     tokenizer = Source(builtin_model()).tokenizer
-    how = {"tokenizer": tokenizer, "window": 64, "count": 12, "seed": 3}
     sources = [*map(str, builtin_texts()[:2]), "self"]
-    taken = calibration_windows(sources, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64), **how)
-    held = held_out_windows(sources, held_out=5, **how)
+    streams = Streams(sources, tokenizer, 64, 12)
+    taken = calibration_windows(streams, seed=3, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64))
+    held = held_out_windows(streams, seed=3, held_out=5)
     assert list(held.counts().values()) == [5, 5, 0]
     assert held.names == taken.names
     seen = {tuple(row) for row in taken.tokens.tolist()}
     assert not any(tuple(row) in seen for row in held.tokens.tolist())
-    most = held_out_windows(sources[:1], held_out=10**6, **how)
+    most = held_out_windows(Streams(sources[:1], tokenizer, 64, 12), seed=3, held_out=10**6)
     assert len(most) + 12 == most.tokens_available[0] // 64  # a text has no more
 
 

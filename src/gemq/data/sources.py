@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,35 +39,68 @@ DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]*){0,2}")
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 
 
+class Streams:
+    """The tokens of calibration sources, each read once.
+
+    window, count: tokens of a window, and how many windows are asked for in total
+    Raises UserError, where a source is asked for, if it cannot be used.
+    """
+
+    def __init__(self, sources: Sequence[str], tokenizer: Any, window: int, count: int):
+        _refuse_repeats(sources)
+        self.sources, self.window, self.count = sources, window, count
+        self._tokenizer = tokenizer
+        self._tokens: dict[str, Future[Tensor]] = {}
+
+    def begin(self) -> None:
+        """Begins to read files in a thread: tokenizing leaves Python free. One, as tokenizers are not for several.
+
+        Nobody waits for it when the process ends.
+        """
+        files = [source for source in self.sources if source != SELF and _is_file(source)]
+        self._tokens.update({source: Future() for source in files})
+        threading.Thread(target=lambda: list(map(self._read, files)), name="gemq-texts", daemon=True).start()
+
+    def of(self, source: str) -> Tensor:
+        """All tokens of a file, or the first of a data set, documents joined: int64 [T], at least one window."""
+        if source not in self._tokens:
+            self._tokens[source] = Future()
+            self._read(source)
+        return self._tokens[source].result()
+
+    def _read(self, source: str) -> None:
+        try:
+            self._tokens[source].set_result(_stream(source, self._tokenizer, self.window, self.count))
+        except Exception as error:  # noqa: BLE001 - whoever asks for the source is told
+            self._tokens[source].set_exception(error)
+
+
 def calibration_windows(
-    sources: Sequence[str],
+    streams: Streams,
     *,
-    tokenizer: Any,
-    window: int,
-    count: int,
     seed: int,
     generate: Callable[[int], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Windows:
-    """``count`` windows of ``window`` tokens from all sources together.
+    """As many windows from all sources together as ``streams`` are for.
 
     A source is ``self`` (``generate(n)`` writes int64 [n, window]), a file (``.jsonl`` and ``.json`` hold one
     JSON object a line, anything else is one document of UTF-8 text), or a data set id
     ``id[:config[:split]]``. Windows are shared out evenly, the remainder to the first sources; what one
     source lacks the others give. Drawn by ``seed`` without replacement, then kept in the order of their
-    positions. Fewer than ``count`` come back when the sources hold no more: see ``Windows.counts``.
+    positions. Fewer come back when the sources hold no more: see ``Windows.counts``.
     ``progress(done, total)`` counts windows.
 
     Raises UserError for a source that cannot be used.
     """
-    names, streams, pools, shares = _shared_out(sources, tokenizer, window, count)
+    names, tokens, pools, shares = _shared_out(streams)
     parts, available = [], []
-    for index, (stream, pool, share) in enumerate(zip(streams, pools, shares, strict=True)):
+    for index, (stream, pool, share) in enumerate(zip(tokens, pools, shares, strict=True)):
         if stream is None or pool is None:
             if generate is None:
                 raise UserError("no model is at hand to write the windows of self: give a text file")
             part = generate(share).to("cpu", torch.int64)
-            assert part.shape == (share, window)
+            assert part.shape == (share, streams.window)
             available.append(part.numel())
         else:
             part = _drawn(pool, seed, index, 0, share)
@@ -76,18 +111,16 @@ def calibration_windows(
     return from_parts(parts, names, available)
 
 
-def held_out_windows(
-    sources: Sequence[str], *, tokenizer: Any, window: int, count: int, seed: int, held_out: int
-) -> Windows:
-    """Up to ``held_out`` windows of each source that ``calibration_windows``, asked for ``count``, does not take.
+def held_out_windows(streams: Streams, *, seed: int, held_out: int) -> Windows:
+    """Up to ``held_out`` windows of each source that ``calibration_windows`` does not take.
 
     The draw simply goes on behind the calibration's. ``self`` gets none here, a source without further text fewer.
     """
-    names, streams, pools, shares = _shared_out(sources, tokenizer, window, count)
+    names, tokens, pools, shares = _shared_out(streams)
     parts, available = [], []
-    for index, (stream, pool, share) in enumerate(zip(streams, pools, shares, strict=True)):
+    for index, (stream, pool, share) in enumerate(zip(tokens, pools, shares, strict=True)):
         if stream is None or pool is None:
-            parts.append(torch.empty(0, window, dtype=torch.int64))
+            parts.append(torch.empty(0, streams.window, dtype=torch.int64))
             available.append(0)
         else:
             parts.append(_drawn(pool, seed, index, share, share + held_out))
@@ -126,15 +159,14 @@ def share_out(count: int, available: Sequence[int | None]) -> list[int]:
 
 
 def _shared_out(
-    sources: Sequence[str], tokenizer: Any, window: int, count: int
+    streams: Streams,
 ) -> tuple[list[str], list[Tensor | None], list[Tensor | None], list[int]]:
     """Of each source its name, its tokens, its windows (None for ``self``) and how many calibration takes."""
-    _refuse_repeats(sources)
-    names = _unique_names(sources)
-    streams = [None if source == SELF else _stream(source, tokenizer, window, count) for source in sources]
-    pools = [None if stream is None else cut_windows(stream, window) for stream in streams]
-    shares = share_out(count, [None if pool is None else len(pool) for pool in pools])
-    return names, streams, pools, shares
+    names = _unique_names(streams.sources)
+    tokens = [None if source == SELF else streams.of(source) for source in streams.sources]
+    pools = [None if stream is None else cut_windows(stream, streams.window) for stream in tokens]
+    shares = share_out(streams.count, [None if pool is None else len(pool) for pool in pools])
+    return names, tokens, pools, shares
 
 
 def _drawn(pool: Tensor, seed: int, index: int, start: int, stop: int) -> Tensor:
