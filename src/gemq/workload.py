@@ -22,6 +22,7 @@ from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
 from gemq.resources.footprint import experts_per_token
 from gemq.resources.machine import Rates, measure
+from gemq.resources.ranks import AT_ONCE, LEAST_TURNS
 from gemq.sensitivity import measured_tokens
 
 GUARD_TRIES = 3
@@ -184,7 +185,8 @@ class Workload:
         if layer.linears and self.recipe.attention_bits < 16:
             some = min(self.tokens, LINEAR_TOKENS) * epochs
             dense = sum(x.rows * x.columns for x in layer.linears)
-            work += self.forward(layer, some) * 3 + self.train(dense, some / self.batch_tokens)
+            batches = some / self.batch_tokens
+            work += self.forward(layer, some, batches=batches) * 3 + self.train(dense, batches)
         if layer.experts is None:
             return work
         steps, tokens = self._steps(epochs)
@@ -202,10 +204,11 @@ class Workload:
     def scores(self, layer: Layer) -> Work:
         """Forward, forward again and back; then every routed pair in full precision and at each width."""
         tokens = self.scored_tokens
-        work = self.forward(layer, tokens) * 3
+        batches = tokens / self.batch_tokens
+        work = self.forward(layer, tokens) + self.forward(layer, tokens, batches=batches) * 2
         if layer.experts is None:
             return work
-        pairs = self.experts(layer, tokens, tokens / self.batch_tokens) * (1 + self.widths)
+        pairs = self.experts(layer, tokens, batches) * (1 + self.widths)
         each = 40.0 if self.on_gpu else 16.0  # a CPU's caches hold what comes between
         differences = tokens * self.per_token * self.widths * self.hidden * each
         return work + pairs + Work(bytes=differences) + self.dequantize(layer) * self.widths
@@ -218,7 +221,7 @@ class Workload:
             if layer.experts is not None:
                 models += self.widths
                 work += self.dequantize(layer) * self.widths
-            work += self.forward(layer, tokens) * (1 + models)
+            work += self.forward(layer, tokens, batches=tokens / (self.batch_tokens * self.at_once)) * (1 + models)
         return work + (self.head(tokens) + Work(bytes=tokens * self.vocabulary * LOGIT_BYTES)) * (1 + models)
 
     def guard(self) -> Work:
@@ -244,8 +247,9 @@ class Workload:
         if not r.layer_epochs:
             return work
         steps, tokens = self._steps(r.layer_epochs)
-        judged = self.forward(layer, self.tokens * r.held_out * 2)
-        return work + self.forward(layer, tokens) * 3 + judged + self.train(self._weights(layer), steps)
+        seen = self.tokens * r.held_out * 2
+        judged = self.forward(layer, seen, batches=seen / self.batch_tokens)
+        return work + self.forward(layer, tokens, batches=steps) * 3 + judged + self.train(self._weights(layer), steps)
 
     def distil(self) -> Work:
         """Each step runs a layer forward, again for its gradient, and back; its experts are dequantized twice."""
@@ -255,7 +259,8 @@ class Workload:
         for layer in self.structure.layers:
             by_kernel = Work(bytes=self._weights(layer) * UNPACKED_BYTES, calls=20)
             unpacking = by_kernel if self.on_gpu else self.dequantize(layer)
-            work += self.forward(layer, tokens) * 4 + self.forward(layer, judged) + unpacking * (3 * steps)
+            work += self.forward(layer, tokens, batches=steps) * 4 + unpacking * (3 * steps)
+            work += self.forward(layer, judged, batches=judged / self.batch_tokens)
         return work
 
     # Parts
@@ -286,6 +291,16 @@ class Workload:
         return -(-self.tokens // self.batch_tokens)
 
     @property
+    def at_once(self) -> int:
+        """Micro-batches of any kind that go through a layer at once where nothing is trained."""
+        return AT_ONCE if self.on_gpu else 1
+
+    @property
+    def together(self) -> int:
+        """Neighbours among calibration's that do (see ``Ranks``)."""
+        return max(1, min(self.at_once, self.batches // LEAST_TURNS))
+
+    @property
     def widths(self) -> int:
         return len(self.recipe.ladder_widths)
 
@@ -300,8 +315,11 @@ class Workload:
         return experts + sum(x.rows * x.columns for x in layer.linears if self.recipe.attention_bits < 16)
 
     def forward(self, layer: Layer, tokens: float, context: int | None = None, batches: float | None = None) -> Work:
-        """One layer on ``tokens`` tokens, each of which sees ``context`` others (default: a window)."""
-        batches = tokens / self.batch_tokens if batches is None else batches
+        """One layer on ``tokens`` tokens, each of which sees ``context`` others (default: a window).
+
+        batches: in which they go through it; by default those that go through it together where nothing is trained
+        """
+        batches = tokens / (self.batch_tokens * self.together) if batches is None else batches
         dense = sum(x.rows * x.columns for x in layer.linears)
         attends = any(x.kind == "attention" for x in layer.linears)
         attention = 4.0 * self.hidden * (self.window if context is None else context) * attends
@@ -336,8 +354,9 @@ class Workload:
         pairs = self.tokens * self.per_token
         products = 2.0 * (first.rows * first.columns + first.columns**2 + down.columns**2)
         moved = 3.0 * (first.columns + first.rows + down.columns) * self.itemsize
-        calls = self.batches * self._expert_calls(layer.experts)
-        sums = 4.0 * layer.experts.count * (first.columns**2 + down.columns**2) * self.batches if self.on_gpu else 0.0
+        runs = self.batches / self.together
+        calls = runs * self._expert_calls(layer.experts)
+        sums = 4.0 * layer.experts.count * (first.columns**2 + down.columns**2) * runs if self.on_gpu else 0.0
         return work + Work(pairs * products, pairs * moved + sums, calls=calls)
 
     def gptq(self, layer: Layer, widths: int) -> Work:
