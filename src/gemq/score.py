@@ -29,7 +29,7 @@ from gemq.models.experts import (
     apply_down,
     apply_first,
     expert_weight,
-    route,
+    route_in_groups,
     watch_experts,
 )
 from gemq.models.stream import Call, Replay
@@ -61,9 +61,12 @@ class LayerScores:
         """
         sources, experts = self.tokens.shape
         slot = source[routed.token % len(source)] * experts + routed.expert
+        kept = torch.ones_like(slot)
+        if routed.kept is not None:
+            kept = (torch.arange(len(slot), device=slot.device) < routed.kept).to(slot.dtype)
         own = costs.new_zeros(sources * experts, *costs.shape[1:]).index_add_(0, slot, costs)
         self.costs.append(own.unflatten(0, (sources, experts)))
-        self.tokens.view(-1).index_add_(0, slot, torch.ones_like(slot))
+        self.tokens.view(-1).index_add_(0, slot, kept)
 
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
         """Costs and tokens of all ranks' ``batches`` micro-batches, added up in their order: as one rank would."""
@@ -159,16 +162,16 @@ def pair_costs(
     gradient: [T, H] at the experts' output; ``rungs`` gives all experts' weights at one width after another
     units:    2 for the cost of each matrix, 1 for that of both together
     """
-    routed = route(call.top_k_index, call.top_k_weights, experts.count)
-    x = call.hidden.index_select(0, routed.token)
-    g = gradient[routed.token].float() * routed.weight.float().unsqueeze(1)
     exact_first, exact_down = (expert_weight(module, m.name) for m in experts.matrices)
+    routed = route_in_groups(call, (exact_first, exact_down), experts.count)
+    x = call.hidden.index_select(0, routed.token)
+    g = (gradient[routed.token] * routed.weight.unsqueeze(1)).to(x.dtype)
 
     def first(weight: Tensor) -> Tensor:
         return apply_first(module, experts.matrices[0].name, weight.to(x.dtype), x, routed)
 
     def down(weight: Tensor, h: Tensor) -> Tensor:
-        return apply_down(module, weight.to(x.dtype), h, routed).float()
+        return apply_down(module, weight.to(x.dtype), h, routed)
 
     h = first(exact_first)
     slope = None
@@ -186,13 +189,25 @@ def pair_costs(
     for weights in rungs:
         other = first(weights[0])
         if units == 1:
-            products = [g * (down(weights[1], other) - out)]
+            of_units = [_along(g, down(weights[1], other), out, form)]
         else:
-            of_first = g * (down(exact_down, other) - out) if slope is None else slope * other.sub_(h)
-            products = [of_first, g * (down(weights[1], h) - out)]
-        of_units = [p.sum(1, dtype=torch.float32).square() if form == "token" else p.square().sum(1) for p in products]
+            of_first = (g, down(exact_down, other), out) if slope is None else (slope, other, h)
+            of_units = [_along(*of_first, form), _along(g, down(weights[1], h), out, form)]
         columns.append(torch.stack(of_units, 1))
     return routed, torch.stack(columns, 2).double()
+
+
+def _along(direction: Tensor, changed: Tensor, exact: Tensor, form: str) -> Tensor:
+    """What a change of the rows ``exact`` [P, N] costs in a direction: float32 [P], by a form of the module's text."""
+    squares = form == "elementwise"
+    if direction.is_cuda:
+        from gemq.kernels.pairs import projection  # triton comes with torch for CUDA, not for CPUs
+
+        found = projection(direction, changed, exact, squares)
+    else:
+        products = direction.float() * (changed.float() - exact.float())
+        found = (products.square() if squares else products).sum(1)
+    return found if squares else found.square()
 
 
 def rescaled(costs: Tensor, kl: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from interpreted import DEVICE
 from torch import Tensor
 
 from families import tiny
-from gemq.kernels.pairs import Shared, combine, gather, residual_gradient, silu_gate
+from gemq.kernels.pairs import Shared, combine, gather, projection, residual_gradient, silu_gate
 from gemq.models import experts, grouped
 from gemq.models.experts import Routed, route, route_all, route_own
 from gemq.models.structure import find_structure
@@ -123,6 +123,14 @@ def test_gradient_of_residuals():
     weight, energy = weight.repeat(3), energy.to(DEVICE)
     (expected,) = torch.autograd.grad(_residuals(out, exact, weight).square().sum() / energy, out)
     same(residual_gradient(out.detach(), exact, weight, energy), expected)
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_changes_along_a_direction(squares):
+    direction, changed, exact = (torch.randn(5, 1100, device=DEVICE).bfloat16() for _ in range(3))
+    products = direction.float() * (changed.float() - exact.float())
+    found = projection(direction, changed, exact, squares)
+    torch.testing.assert_close(found, (products.square() if squares else products).sum(1), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -12,7 +12,7 @@ from torch import Tensor
 from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibrate import Activations
 from gemq.data.windows import Windows
-from gemq.models.experts import expert_weight, watch_experts
+from gemq.models.experts import expert_weight, route, route_all, watch_experts
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.resources.machine import FixedOrder
@@ -196,8 +196,6 @@ def test_exact_weights_cost_nothing():
 
 def test_sources_add_up():
     scores = LayerScores(3, 4, torch.device("cpu"))
-    from gemq.models.experts import route
-
     index = torch.tensor([[0, 3], [1, 3], [3, 0], [2, 1]])
     routed = route(index, torch.ones(4, 2), 4)
     costs = torch.rand(8, 2, 2, dtype=torch.float64)
@@ -212,6 +210,20 @@ def test_sources_add_up():
             torch.testing.assert_close(found.costs[s, e], 2 * costs[mine].sum(0))
     torch.testing.assert_close(found.costs.sum((0, 1)), 2 * costs.sum(0))
     assert not found.tokens[1].any()
+
+
+def test_pairs_that_should_have_been_dropped_count_for_nobody():
+    """Where nothing waits for the device they are with the last expert, at a weight and so a cost of zero."""
+    index = torch.tensor([[0, 4], [1, 3], [5, 0], [3, 1]])
+    source = torch.zeros(4, dtype=torch.int64)
+    found = []
+    for routing in (route, route_all):
+        routed = routing(index, torch.ones(4, 2), 4)
+        scores = LayerScores(1, 4, torch.device("cpu"))
+        scores.add(routed, routed.weight.double().view(-1, 1, 1), source)
+        found.append(scores.total(ALONE, 1))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][1].tolist() == [[2, 2, 0, 2]]
 
 
 # Labels

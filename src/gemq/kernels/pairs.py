@@ -1,4 +1,4 @@
-"""What surrounds the products of routed pairs when experts are trained, on a GPU: one pass each, with gradients.
+"""What surrounds the products of routed pairs when experts are trained or scored, on a GPU: one pass each.
 
 Pairs are sorted by expert; ``place`` [T, K] says where a token's pairs lie. Sums go in fixed order, without atomics.
 Where several ranks share the experts (``Shared``), a rank's own pairs come first and sums over all pairs are added up.
@@ -246,3 +246,30 @@ def residual_gradient(out: Tensor, exact: Tensor, weights: Tensor, energy: Tenso
             out, exact, weights, energy, gradient, len(exact), out.shape[1], BLOCK=block
         )
     return gradient
+
+
+@triton.jit
+def _projection_kernel(direction, changed, exact, out, columns, SQUARES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    start = 0
+    while start < columns:
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        place = row * columns + column
+        product = tl.load(changed + place, mask=inside, other=0.0).to(tl.float32)
+        product -= tl.load(exact + place, mask=inside, other=0.0).to(tl.float32)
+        product *= tl.load(direction + place, mask=inside, other=0.0).to(tl.float32)
+        total += product * product if SQUARES else product
+        start += BLOCK
+    tl.store(out + row, tl.sum(total, 0))
+
+
+def projection(direction: Tensor, changed: Tensor, exact: Tensor, squares: bool) -> Tensor:
+    """Of each row of three [P, N]: the sum of direction * (changed - exact), or of its squares: float32 [P]."""
+    direction, changed, exact = (t.contiguous() for t in (direction, changed, exact))
+    out = torch.empty(len(changed), dtype=torch.float32, device=changed.device)
+    block = min(1024, triton.next_power_of_2(changed.shape[1]))
+    if len(out):
+        _projection_kernel[(len(out),)](direction, changed, exact, out, changed.shape[1], SQUARES=squares, BLOCK=block)
+    return out

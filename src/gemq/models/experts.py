@@ -9,7 +9,7 @@ Shapes: T tokens, K experts a token, P = T * K routed pairs sorted by expert, E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +41,7 @@ class Routed:
     ends:   [E] int32, where each expert's pairs end, on the device
     place:  [T, K] int64, where a token's pairs lie, if all T * K are here
     owners: [E] int64, whose bias an expert's pairs get, if not their own number's (see ``stacked``)
+    kept:   [1] int32 on the device, how many of the first pairs are none that should have been dropped; None: all
     """
 
     token: Tensor
@@ -49,6 +50,7 @@ class Routed:
     ends: Tensor
     place: Tensor | None = None
     owners: Tensor | None = None
+    kept: Tensor | None = None
 
     @cached_property
     def counts(self) -> list[int]:
@@ -94,9 +96,10 @@ def route_all(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Route
     expert, order, ends = _sorted(top_k_index, experts)
     weight = top_k_weights.reshape(-1)[order]
     weight = torch.where(expert < experts, weight, torch.zeros_like(weight))
+    kept = ends[-1:].clone()
     ends[-1:].fill_(len(order))  # assigning a number would wait for the device
     token = order // top_k_index.shape[-1]
-    return Routed(token, expert.clamp(max=experts - 1), weight, ends, _places(order, top_k_index))
+    return Routed(token, expert.clamp(max=experts - 1), weight, ends, _places(order, top_k_index), kept=kept)
 
 
 def route_own(top_k_index: Tensor, top_k_weights: Tensor, own: slice) -> Routed:
@@ -110,6 +113,12 @@ def route_own(top_k_index: Tensor, top_k_weights: Tensor, own: slice) -> Routed:
     token, weight = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order]
     owners = torch.arange(own.start, own.stop, device=order.device)
     return Routed(token, expert.clamp(max=count - 1), weight, ends, _places(order, top_k_index), owners)
+
+
+def route_in_groups(call: ExpertsCall, weights: Sequence[Tensor], experts: int) -> Routed:
+    """``route_all`` where products with these weights are grouped, and nothing waits for the device; else ``route``."""
+    in_groups = all(grouped.usable(call.hidden, weight) for weight in weights)
+    return (route_all if in_groups else route)(call.top_k_index, call.top_k_weights, experts)
 
 
 def route_to(call: ExpertsCall, own: slice, weight: Tensor) -> Routed:
