@@ -122,6 +122,10 @@ class WorkDir:
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
 
+READERS = 4
+"""Threads that bring tensors from a file to a GPU: one cannot read as fast as memory is."""
+
+
 class Stage:
     """One stage's results: named JSON values and named sets of tensors. All ranks ask and save together.
 
@@ -175,11 +179,17 @@ class Stage:
         """
         from safetensors import safe_open
 
-        with safe_open(self.directory / name, framework="pt", device=device) as file:
+        threads = READERS if device.startswith("cuda") else 1  # on a CPU a tensor is the mapped file
+        with (
+            safe_open(self.directory / name, framework="pt", device=device) as file,
+            ThreadPoolExecutor(threads) as pool,
+        ):
             keys = [key for key in file.keys() if wanted is None or wanted(key)]  # noqa: SIM118
-            if rows is None:
-                return {key: file.get_tensor(key) for key in keys}
-            return {key: file.get_slice(key)[rows].to(device) for key in keys}
+
+            def read(key: str) -> Tensor:
+                return file.get_tensor(key) if rows is None else file.get_slice(key)[rows].to(device)
+
+            return dict(zip(keys, pool.map(read, keys), strict=True))
 
     def load_tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a set, on the CPU, without reading the others."""
