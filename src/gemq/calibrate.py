@@ -85,6 +85,11 @@ class Activations:
             )
         return dataclasses.replace(self._whole, hidden=shared(replay, self.hidden, self.total))
 
+    def give(self, replay: Replay) -> None:
+        """Lets other ranks have what ``whole`` gives them, where this one has no use for it."""
+        for _ in replay.ranks.share(self.hidden, self.total):
+            pass
+
     def runs(self) -> list[range]:
         """Places of this rank's micro-batches, by those that go through a layer together."""
         count = len(self.ids)
@@ -140,6 +145,8 @@ class KeptCalls(Sequence[ExpertsCall]):
         Experts that are given a row of every token for each of them have those rows one behind the other.
         """
         rows = (call.hidden, call.top_k_index, call.top_k_weights)
+        if len(tokens) == 1:
+            tokens = [len(call.hidden)]
         of_tokens = (t.unflatten(0, (-1, sum(tokens))).split(list(tokens), 1) for t in rows)
         for each in zip(*of_tokens, strict=True):
             hidden, index, weights = (part.flatten(0, 1) for part in each)
@@ -336,7 +343,7 @@ def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[ra
     if ranks.count > 1:
         hidden = replay.model.config.get_text_config().hidden_size * replay.model.dtype.itemsize
         tokens = activations.every[0].numel() * activations.together
-        together = max(1, SHARED // (tokens * hidden * min(kinds, 3)))
+        together = max(1, SHARED // (tokens * hidden * min(kinds, 3) * ranks.count))
     return (range(start, min(start + together, rounds)) for start in range(0, rounds, together))
 
 

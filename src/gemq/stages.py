@@ -105,17 +105,18 @@ def _ladder_in_turns(
         inputs: Activations | None = None
         for i in passed:
             next(walk)
-            if i in some:
-                whole = activations.whole(replay)
-                inputs = whole if i in own else inputs
-                del whole
+            if i in own:
+                inputs = activations.whole(replay)
+            elif i in some:
+                activations.give(replay)
             if i < missing[-1]:
                 activations.advance(replay, i)
-            tick()
         made = None
         if inputs is not None:
             made, _ = build(next(walk), inputs, False)
         save(layer_file(own[0]) if own else "", made)
+        for _ in passed:
+            tick()
 
 
 def load_ladder(job: Job, structure: Structure, stage: Stage, index: int, device: str | None = None) -> LayerLadder:

@@ -33,8 +33,8 @@ TIMEOUT = timedelta(hours=12)
 AT_ONCE, LEAST_TURNS = 4, 16
 """Micro-batches that go through a layer of a GPU at once, if ranks then still take so many turns."""
 
-SHARED = 1 << 28
-"""Bytes that a rank gives the others at once: their processors meet once for all of it."""
+SHARED = 1 << 29
+"""Bytes that ranks give each other at once, all together: their processors meet once for all of it."""
 
 _DTYPES = (
     torch.float32,
@@ -183,7 +183,8 @@ class Ranks:
             yield from own
             return
         turn = self.together(total)
-        turns = SHARED // max(1, self.agree(lambda: own[0].nbytes) * turn)  # of each rank in one exchange
+        each = self.agree(lambda: own[0].nbytes)
+        turns = SHARED // max(1, each * turn * self.count)  # of each rank in one exchange
         turns = max(1, min(turns, -(-total // (turn * self.count))))
         numbers = self.own(total)
         for start in range(0, total, turns * turn * self.count):
