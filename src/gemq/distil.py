@@ -12,6 +12,7 @@ Shapes: B windows, S tokens, H hidden, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from gemq.calibrate import Activations, shared
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels.unpacked import codes_of, weights
-from gemq.models.split import join_experts, own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, Matrix, is_norm
 from gemq.progress import Tick
@@ -65,20 +65,13 @@ class Distilled:
 
 
 class PackedExperts:
-    """One matrix of a layer's experts, packed, with trainable scales and offsets: of this rank's experts."""
+    """One matrix of a layer's experts, packed, with trainable scales and offsets."""
 
     def __init__(
-        self,
-        refined: RefinedLayer,
-        experts: Experts,
-        own: slice,
-        matrix: Matrix,
-        all_widths: Sequence[Width],
-        group_size: int,
+        self, refined: RefinedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width], group_size: int
     ):
-        self.matrix, self.widths = matrix, all_widths[own]
-        self.all_names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
-        self.names = self.all_names[own]
+        self.matrix, self.widths = matrix, widths
+        self.names = [f"{experts.path}.{e}.{matrix.name}" for e in range(experts.count)]
         packed = [PackedMatrix(*(refined.tensors[f"{n}.{p}"] for p in PackedMatrix._fields)) for n in self.names]
         self.codes = codes_of(packed, self.widths, group_size_for(matrix.columns, group_size))
         grids = [one.grids(width) for one, width in zip(packed, self.widths, strict=True)]
@@ -96,13 +89,14 @@ class PackedExperts:
         grids = self.grids
         return [*self.codes.held(), grids.base_scale, grids.base_offset, grids.highest, *grids.grids()]
 
-    def result(self, join: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Scales and offsets of all experts by their checkpoint names, on the CPU. ``join``: from all ranks' own."""
+    def result(self) -> dict[str, Tensor]:
+        """Scales and offsets by their checkpoint names, on the CPU."""
         q = self.grids.result()
         found = {}
-        for part, own in zip(("scales", "offsets"), encode(q.scales, q.offsets, self.grids.highest), strict=True):
-            whole = join(own)
-            found.update({f"{name}.{part}": whole[e].to("cpu", copy=True) for e, name in enumerate(self.all_names)})
+        for part, whole in zip(("scales", "offsets"), encode(q.scales, q.offsets, self.grids.highest), strict=True):
+            found.update(
+                {f"{name}.{part}": own.to("cpu", copy=True) for name, own in zip(self.names, whole, strict=True)}
+            )
         return found
 
 
@@ -127,9 +121,9 @@ def distil(
     stored:      the type in which each parameter is kept: routers and norms are trained as they will be
     tick:        called with (steps done, all steps)
     """
-    activations, teacher = activations.whole(replay), shared(replay, teacher, activations.total)
-    training = distillation.training
-    student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size)
+    activations, teacher, parts = _dealt(replay, activations, teacher)
+    training, ranks = distillation.training, replay.ranks
+    student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size, parts > 1)
     train, held_out = training.split(len(activations.ids))
 
     def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
@@ -138,21 +132,23 @@ def distil(
         for some in replay.windows_together(ids):
             logits = student.logits(ids[some], hidden[some])
             if distillation.loss == "next_token":
-                share = len(ids[some]) / len(ids)
+                share = len(ids[some]) / (len(ids) * parts)
                 yield F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[some, 1:].flatten()) * share
                 continue
             with torch.no_grad():
                 expected = replay.logits(ids[some], wanted[some]).float().log_softmax(-1)
             of_part = F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
-            yield of_part / ids.numel()
+            yield of_part / (ids.numel() * parts)
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64)
         for batch in held_out:
             hidden = student.inputs(activations, batch)[-1]
             total += sum(part.item() for part in losses(batch, hidden))
-        return replay.ranks.agree(lambda: total / len(held_out))
+        if parts > 1:
+            ranks.add_up(total)
+        return ranks.agree(lambda: total.item() / len(held_out))
 
     best = Distilled(before=held_out_loss())
     best.after = best.before
@@ -173,6 +169,27 @@ def distil(
     return best
 
 
+def _dealt(replay: Replay, activations: Activations, teacher: Batches) -> tuple[Activations, Batches, int]:
+    """What this rank trains on, and in how many parts each micro-batch then is.
+
+    On GPUs its windows of every micro-batch, where each rank can have as many; gradients are added up. Else everything:
+    every rank does what one alone would.
+    """
+    ranks = replay.ranks
+    whole, goals = activations.whole(replay), shared(replay, teacher, activations.total)
+    if not ranks.deals or any(len(ids) % ranks.count for ids in whole.ids):
+        return whole, goals, 1
+    rows = [ranks.part(len(ids)) for ids in whole.ids]
+
+    def own(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (tensor[some].clone() for tensor, some in zip(tensors, rows, strict=True))
+
+    ids = list(own(whole.ids))
+    calls = [replay.inputs(some)[1] for some in ids]
+    hidden, goals = (Batches(replay.memory, own(batches)) for batches in (whole.hidden, goals))
+    return dataclasses.replace(whole, ids=ids, calls=calls, hidden=hidden), goals, ranks.count
+
+
 class _Student:
     """The packed model as a function of its trainable parameters."""
 
@@ -185,8 +202,10 @@ class _Student:
         how: Distillation,
         stored: dict[str, torch.dtype],
         group_size: int,
+        dealt: bool,
     ):
-        self.replay = replay
+        """dealt: other ranks have other windows"""
+        self.replay, self.dealt = replay, dealt
         self.layers = [
             _PackedLayer(replay, i, refined(i), row, dense_bits, how, stored, group_size)
             for i, row in enumerate(widths)
@@ -225,8 +244,7 @@ class _Student:
         sources = [last, *self.tail.parameters.values()]
         parts = [torch.autograd.grad(part, sources) for part in losses]
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
-        for parameter, its in zip(self.tail.parameters.values(), of_tail, strict=True):
-            parameter.grad = its
+        self._set_gradients(list(self.tail.parameters.values()), of_tail)
         if self.optimizer is not None:
             self.optimizer.update(step, steps)
         for index in reversed(range(len(self.layers))):
@@ -235,13 +253,23 @@ class _Student:
             # every parameter's, wanted or not: one that no token met has none
             of_all = torch.autograd.grad(output, [leaf, *layer.trained], gradient, allow_unused=True)
             gradient = of_all[0]
-            for parameter, its in zip(layer.trained, of_all[1:], strict=True):
-                parameter.grad = its
+            self._set_gradients(layer.trained, of_all[1:])
             if layer.optimizer is not None:
                 layer.optimizer.update(step, steps)
             for parameter in layer.trained:
                 parameter.grad = None
             layer.waiting.leave(changed=True)
+
+    def _set_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Those of all ranks' windows, in one exchange."""
+        if self.dealt and parameters:
+            own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+            together = torch.cat([gradient.flatten() for gradient in own])
+            self.replay.ranks.add_up(together)
+            parts = together.split([p.numel() for p in parameters])
+            gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for layer in self.layers for name, t in layer.tensors().items()}
@@ -291,10 +319,7 @@ class _PackedLayer:
         self.layer = layer = replay.structure.layers[index]
         of_matrices = matrix_widths(layer, widths)
         self.experts = (
-            [
-                PackedExperts(refined, layer.experts, self._own(layer.experts), m, of_matrices[m.name], group_size)
-                for m in layer.experts.matrices
-            ]
+            [PackedExperts(refined, layer.experts, m, of_matrices[m.name], group_size) for m in layer.experts.matrices]
             if layer.experts
             else []
         )
@@ -339,20 +364,12 @@ class _PackedLayer:
             dtype = model.get_parameter(f"{self.layer.experts.path}.{self.experts[0].matrix.name}").dtype
             unpacked = [m.weight(dtype) for m in self.experts]
             overrides.update(expert_overrides(model, self.layer.experts, unpacked))
-        with split_experts(model, self.layer.experts, self.replay.ranks):
-            return self.replay.run(self.index, hidden, call, overrides)
-
-    def _own(self, experts: Experts) -> slice:
-        return own_experts(self.replay.model, experts, self.replay.ranks)
-
-    def _join(self, own: Tensor) -> Tensor:
-        assert self.layer.experts is not None
-        return join_experts(self.replay.model, self.layer.experts, self.replay.ranks, [own])[0]
+        return self.replay.run(self.index, hidden, call, overrides)
 
     def tensors(self) -> dict[str, Tensor]:
         """Experts' scales and offsets, if they are trained."""
         self.waiting.come()
-        found = {name: t for m in self.experts for name, t in m.result(self._join).items()} if self.with_grids else {}
+        found = {name: t for m in self.experts for name, t in m.result().items()} if self.with_grids else {}
         self.waiting.leave()
         return found
 

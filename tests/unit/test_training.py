@@ -259,10 +259,10 @@ def test_packed_experts_mean_what_their_codes_say():
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     before = copy.deepcopy(layers[0].tensors)
-    packed = PackedExperts(layers[0], experts, slice(0, experts.count), experts.matrices[0], widths, 32)
+    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
     module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result(lambda own: own).items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result().items())
 
 
 def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
@@ -271,7 +271,7 @@ def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
-    packed = PackedExperts(layers[0], experts, slice(0, experts.count), experts.matrices[0], widths, 32)
+    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
     whole = torch.zeros(packed.weight().shape, dtype=torch.uint8)
     for some, codes in packed.codes.unpacked(whole.shape[-1]):
         whole[some] = codes

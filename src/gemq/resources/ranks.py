@@ -94,6 +94,11 @@ class Ranks:
         """The rank whose micro-batch ``number`` of ``total`` is."""
         return number // self.together(total) % self.count
 
+    @property
+    def deals(self) -> bool:
+        """Whether ranks may train on windows of their own and add gradients up: on GPUs, which round sums anyhow."""
+        return self.count > 1 and self.device.type != "cpu"
+
     def parts(self, total: int) -> list[slice]:
         """Each rank's part of ``total`` experts, or of anything else that no sum is over."""
         edges = [total * r // self.count for r in range(self.count + 1)]
