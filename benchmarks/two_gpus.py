@@ -231,15 +231,20 @@ def rank_process(launcher: int, rank: int) -> int:
 
 
 def quality(args: argparse.Namespace, directory: Path) -> None:
-    """KL of one process and of two on a trained model, seed by seed. On GPUs all jobs run at once."""
+    """KL of one process and of two on a trained model, seed by seed. On GPUs all jobs run at once.
+
+    Windows of 512 tokens, and as many again that the model writes.
+    """
     calibration = [flag for file in sorted(args.texts.glob("calib_*.txt")) for flag in ("--calib", file)]
     texts = [flag for file in sorted(args.texts.glob("val_*.txt")) for flag in ("--text", file)]
     gpus = torch.cuda.device_count()
+    tokens = directory / "tokens.yaml"
+    tokens.write_text(yaml.safe_dump({"window": 512, "windows": args.windows, "total_tokens": 1024 * args.windows}))
 
     def kl(seed: int, ranks: int) -> float:
         out = directory / f"seed{seed}-{ranks}"
         gpu = seed % gpus if gpus else None
-        keys = ("--bits", 2, "--window", 512, "--windows", 130, "--seed", seed, *calibration)
+        keys = ("--bits", 2, "--recipe", tokens, "--seed", seed, *calibration)
         quantize(ranks, args.model, out, *keys, gpu=gpu if ranks == 1 else None)
         told = out.with_suffix(".eval.json")
         limits = ("--max-windows", 120, "-q", "--json", told)
