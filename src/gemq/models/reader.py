@@ -12,7 +12,6 @@ import dataclasses
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ class LayerReader:
         for name, file in self._slices.items():
             stored = file.get_slice(name)
             tensors[name] = torch.empty(stored.get_shape(), dtype=_FILE_TYPES[stored.get_dtype()], device="meta")
-        report = self._convert(self._model, tensors, "meta")
+        report = self._convert(self._model, tensors, on_meta=True)
         # a conversion that cannot be done without contents: its results are of the types that the model has
         unknown = set(report.missing_keys) if report.conversion_errors else set()
         report.missing_keys -= {n for n in unknown if self._layer_of(n) is not None}
@@ -125,29 +124,20 @@ class LayerReader:
                 model.get_parameter_or_buffer(name)._is_hf_initialized = True  # never to be made up
         return report
 
-    @cached_property
-    def plain(self) -> bool:
-        """Whether the files hold layers in the model's one type: then converting them only puts tensors together."""
-        names = [name for stored in self._stored for name in stored]
-        stored = {_FILE_TYPES[self._slices[name].get_slice(name).get_dtype()] for name in names}
-        return len(stored) == 1 and stored == {self.types[name] for given in self.given for name in given}
-
-    def read(self, index: int, without: Collection[str] = (), device: torch.device | None = None) -> dict[str, Tensor]:
+    def read(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """A layer's tensors by name inside the model, on the CPU, in the types in which they are stored.
 
-        without: names to leave in the files
-        device:  where to put tensors together instead, if they are ``plain``: on the current stream, and with room for
-                 the layer twice
-        May be called from any thread. Raises UserError for damaged files.
+        without: names to leave in the files. May be called from any thread. Raises UserError for damaged files.
         """
         wanted = self.given[index] - set(without)
-        names = [name for name, target in self._stored[index].items() if target not in without]
-        stored: dict[str, Any] = {name: self._slices[name].get_slice(name) for name in names}
-        if device is not None:
-            stored = {name: self._slices[name].get_tensor(name).to(device) for name in names}
+        stored = {
+            name: self._slices[name].get_slice(name)
+            for name, target in self._stored[index].items()
+            if target not in without
+        }
         with self._lock:
             try:
-                report = self._convert(self._model, stored, device)
+                report = self._convert(self._model, stored)
                 found = {name: self._model.get_parameter_or_buffer(name).detach() for name in wanted}
             finally:
                 self._restore({n: self._empty[n] for n in self.given[index]})
@@ -159,8 +149,8 @@ class LayerReader:
             raise UserError(f"cannot read layer {self._prefixes[index][:-1]} ({what[0]}): copy the checkpoint again")
         return found
 
-    def _convert(self, model: Any, tensors: dict[str, Any], device: torch.device | str | None = None) -> Any:
-        config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
+    def _convert(self, model: Any, tensors: dict[str, Any], on_meta: bool = False) -> Any:
+        config = dataclasses.replace(self._config, device_map={"": "meta"}) if on_meta else self._config
         with _without_bars():
             report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=tensors, load_config=config)
         return report

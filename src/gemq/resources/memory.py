@@ -10,13 +10,12 @@ from __future__ import annotations
 import enum
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +47,6 @@ class Bound:
 
     limit: int
     used: int = 0
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)  # threads read layers
 
     @property
     def free(self) -> int:
@@ -56,15 +54,13 @@ class Bound:
 
     def take(self, count: int) -> bool:
         """Takes ``count`` bytes if there are so many."""
-        with self._lock:
-            if count > self.free:
-                return False
-            self.used += count
-            return True
+        if count > self.free:
+            return False
+        self.used += count
+        return True
 
     def give(self, count: int) -> None:
-        with self._lock:
-            self.used -= count
+        self.used -= count
 
 
 class Cache(Protocol):
