@@ -11,7 +11,7 @@ Shapes: E experts, B windows, S tokens a window.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,14 +82,23 @@ class Optimizer:
         self.fused: list[FusedMatrices] = []
         self.fused_rates = (0.0, 0.0)
 
-    def step(self, loss: Tensor, step: int, steps: int, gradient: Tensor | None = None) -> None:
+    def step(
+        self,
+        loss: Tensor,
+        step: int,
+        steps: int,
+        gradient: Tensor | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         """One step down the gradient of ``loss``, number ``step`` of ``steps``.
 
         gradient: of what is minimised, with respect to ``loss``, which is then no scalar
+        between:  called when parameters have their gradients, before these are used
         """
         if self.inner is not None:
             self.inner.zero_grad(set_to_none=True)
         loss.backward(gradient)
+        between()
         self.update(step, steps)
 
     def update(self, step: int, steps: int) -> None:
@@ -178,12 +187,23 @@ def train_layer(
         """What is in training is gone afterwards: judging takes as much memory again."""
         matrices = [_trainable(model, x) for x in parameters]
         optimizer = training.optimizer_of(matrices, list(tuned.values()))
+        alike = list(tuned.values())
+        for m, x in zip(matrices, parameters, strict=True):
+            alike += m.leaves() if split is None or not x.name.startswith(f"{split.path}.") else []
+
+        def keep_alike() -> None:
+            """On GPUs every rank has roundings of its own, and experts would be trained beside other dense codes."""
+            for p in alike if split is not None and replay.ranks.deals else ():
+                if p.grad is not None:
+                    p.grad = p.grad.contiguous()
+                    replay.ranks.overwrite(p.grad, 0)
+
         steps = training.epochs * len(train)
         for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
             target = targets[train[batch]].float()
             out = run(train[batch], [m.weight() for m in matrices], tuned)
             energy = target.square().sum(-1).mean().clamp_min(1e-20)
-            optimizer.step((out.float() - target).square().sum() / energy, step, steps)
+            optimizer.step((out.float() - target).square().sum() / energy, step, steps, between=keep_alike)
             for m in matrices:
                 m.keep_in_range()
         return [m.result() for m in matrices]

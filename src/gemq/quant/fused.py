@@ -92,6 +92,10 @@ class FusedMatrices:
         """[E, R, C] in the compute type, as a checkpoint with these codes would mean it. A leaf of autograd."""
         return self.leaf
 
+    def leaves(self) -> list[Tensor]:
+        """What has gradients."""
+        return [self.leaf]
+
     def step(self, rates: Rates, seed: int = 0) -> None:
         """Takes a step down the gradient that the leaf has, and drops it."""
         from gemq.quant.step_kernel import step  # triton comes with torch for CUDA, not for CPUs

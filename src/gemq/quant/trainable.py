@@ -54,6 +54,10 @@ class TrainableMatrices:
         """The trainable changes of scales and offsets."""
         return [self.scale_change, self.offset_change]
 
+    def leaves(self) -> list[Tensor]:
+        """What has gradients."""
+        return [p for p in (self.latents, *self.grids()) if p is not None]
+
     def weight(self) -> Tensor:
         """[E, R, C] float32, as a checkpoint with these codes would mean it; differentiable."""
         scale, offset = self.grid()

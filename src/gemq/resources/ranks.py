@@ -96,7 +96,7 @@ class Ranks:
 
     @property
     def deals(self) -> bool:
-        """Whether ranks may train on windows of their own and add gradients up: on GPUs, which round sums anyhow."""
+        """Whether ranks train in a way that rounds otherwise than one would: on GPUs, each of which does so anyhow."""
         return self.count > 1 and self.device.type != "cpu"
 
     def parts(self, total: int) -> list[slice]:
