@@ -121,8 +121,8 @@ class Activations:
                 hidden = [state[place] for state, place in some]
                 call = self.call(replay, index, [place for _, place in some])
                 output = replay.run(index, joined(hidden), call, overrides)
-                for (state, place), part in zip(some, output.split([len(x) for x in hidden]), strict=True):
-                    state[place] = part if len(some) > 1 else output
+                for (state, place), part in zip(some, apart(output, hidden), strict=True):
+                    state[place] = part
 
 
 def shared(replay: Replay, own: Batches, total: int) -> Batches:
@@ -240,7 +240,7 @@ def layer_moments(
                 with received.watching(to_the_end=with_outputs):
                     output = replay.run(index, joined(hidden), activations.call(replay, index, runs[number]))
                     if with_outputs:
-                        for part in output.split([len(x) for x in hidden]) if len(hidden) > 1 else [output]:
+                        for part in apart(output, hidden):
                             outputs.append(part)
             block.append(received.taken())
         for taken in _of_all(ranks, block):
@@ -371,6 +371,11 @@ def _of_all(ranks: Ranks, block: Sequence[_Taken]) -> Iterator[_Taken]:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Rows one behind the other."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def apart(rows: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows that stand in place of each of ``parts``, which ``joined`` had put together."""
+    return [rows] if len(parts) == 1 else rows.split([len(x) for x in parts])
 
 
 class _Enough(Exception):

@@ -35,6 +35,9 @@ from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
 
+WINDOWS_STAGE, WINDOWS_FILE = "windows", "windows.safetensors"
+"""Where the calibration windows are, and how every stage of windows names its file."""
+
 
 class Writer:
     """Writes windows of ``window`` tokens as a model would: the model itself, or a packed copy of it.
@@ -171,7 +174,7 @@ class Job:
 
     def read_texts(self) -> None:
         """Begins to read the calibration sources, if windows are still to be drawn: a model can load meanwhile."""
-        if not (self.work.path / "windows" / "windows.safetensors").is_file():
+        if not (self.work.path / WINDOWS_STAGE / WINDOWS_FILE).is_file():
             self.streams.begin()
 
     def draw_windows(self, replay: Replay, beside: Callable[[Windows], Sequence[Plan]] = lambda _: ()) -> Windows:
@@ -200,7 +203,7 @@ class Job:
             return windows, {"calibration_windows_missing": missing}
 
         inputs = self._window_inputs()
-        self.windows = self.windows_stage("windows", "calibration windows", recipe.windows, inputs, replay, draw)
+        self.windows = self.windows_stage(WINDOWS_STAGE, "calibration windows", recipe.windows, inputs, replay, draw)
         return self.windows
 
     def windows_stage(
@@ -214,7 +217,7 @@ class Job:
     ) -> Windows:
         """Windows that ``draw`` gives, drawn once; what it counts beside them is added to the fallbacks."""
         stage = self.work.stage(name, inputs)
-        path = stage.directory / "windows.safetensors"
+        path = stage.directory / WINDOWS_FILE
         if not stage.has(path.name):
             with self.monitor.stage(title, steps) as tick:
                 writer = Writer(self, replay, tick)

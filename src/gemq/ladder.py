@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments, shared
+from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
@@ -164,6 +164,7 @@ def build_layer(
 ) -> tuple[LayerLadder, Batches]:
     """Quantizes layer ``index`` at every width on full-precision activations. Returns it with the layer's outputs.
 
+    replay:          of one rank alone
     training:        trains every expert at every width on its own after GPTQ (the trained ladder)
     linear_training: trains the dense linears, together, towards the layer's output
     with_outputs:    False: whoever asks knows them
@@ -199,13 +200,11 @@ def _train_linears(
     ladder: LayerLadder,
 ) -> None:
     """Trains a layer's dense linears towards its ``outputs`` and packs them into ``ladder``; all else is exact."""
-    inputs, goals = activations.whole(replay), shared(replay, outputs, activations.total)
-    most = max(2, LINEAR_TOKENS // inputs.ids[0].numel())
-    done = train_layer(replay, index, inputs, goals, parameters, training, {}, most)
+    most = max(2, LINEAR_TOKENS // activations.ids[0].numel())
+    done = train_layer(replay, index, activations, outputs, parameters, training, {}, most)
     for x in done.parameters:
-        q = Quantized(*(replay.ranks.broadcast(t, 0) for t in x.q))
-        group = quantizer.group(q.codes.shape[-1])
-        ladder.linears[x.name.removesuffix(".weight")] = PackedMatrix.pack(q, x.widths[0], group)
+        group = quantizer.group(x.q.codes.shape[-1])
+        ladder.linears[x.name.removesuffix(".weight")] = PackedMatrix.pack(x.q, x.widths[0], group)
     if done.after >= done.before:
         ladder.untrained += len(parameters)
 
@@ -297,14 +296,13 @@ def quantize_linears(
         given += [*(ladder.linears.get(linear.path) or [None] * size), (latents or {}).get(linear.path)]
     found = ranks.gather(given, [retried])
     ladder.retries += sum(notes[0] for _, notes in found)
-    for number, group in enumerate(groups.values() if ranks.count > 1 else ()):
-        tensors, _ = found[number % ranks.count]
-        for linear in group:
-            place = linears.index(linear) * (size + 1)
-            parts = [t.clone() for t in tensors[place : place + size + 1] if t is not None]
-            ladder.linears[linear.path] = PackedMatrix(*parts[:size])
-            if latents is not None:
-                latents[linear.path] = parts[size]
+    owners = {linear.path: number % ranks.count for number, group in enumerate(groups.values()) for linear in group}
+    for place, linear in enumerate(linears if ranks.count > 1 else ()):
+        tensors = found[owners[linear.path]][0][place * (size + 1) :][: size + 1]
+        parts = [t.clone() for t in tensors if t is not None]
+        ladder.linears[linear.path] = PackedMatrix(*parts[:size])
+        if latents is not None:
+            latents[linear.path] = parts[size]
 
 
 def linear_parameters(

@@ -187,13 +187,14 @@ def train_layer(
         """What is in training is gone afterwards: judging takes as much memory again."""
         matrices = [_trainable(model, x) for x in parameters]
         optimizer = training.optimizer_of(matrices, list(tuned.values()))
-        alike = list(tuned.values())
-        for m, x in zip(matrices, parameters, strict=True):
-            alike += m.leaves() if split is None or not x.name.startswith(f"{split.path}.") else []
+        alike: list[Tensor] = []  # what ranks train beside experts of their own
+        if split is not None and replay.ranks.deals:
+            dense = [m for m, x in zip(matrices, parameters, strict=True) if not x.name.startswith(f"{split.path}.")]
+            alike = [*tuned.values(), *(p for m in dense for p in m.leaves())]
 
         def keep_alike() -> None:
             """On GPUs every rank has roundings of its own, and experts would be trained beside other dense codes."""
-            for p in alike if split is not None and replay.ranks.deals else ():
+            for p in alike:
                 if p.grad is not None:
                     p.grad = p.grad.contiguous()
                     replay.ranks.overwrite(p.grad, 0)

@@ -241,7 +241,7 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
         at = f":{width_name(width)}."  # the other widths stay in the file
         rows = ranks.part(experts.count) if ranks.count > 1 else None
         own = ladder.load_tensors(layer_file(index), str(job.device), lambda key: at in key, rows)
-        found = dict(zip(own, ranks.join(list(own.values()))[0], strict=True))
+        found = dict(zip(own, ranks.join(list(own.values())), strict=True))
     for matrix in experts.matrices:
         weight = expert_weight(module, matrix.name)
         if found:

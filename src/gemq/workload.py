@@ -22,7 +22,7 @@ from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
 from gemq.resources.footprint import experts_per_token
 from gemq.resources.machine import Rates, measure
-from gemq.resources.ranks import AT_ONCE, LEAST_TURNS
+from gemq.resources.ranks import AT_ONCE, neighbours
 from gemq.sensitivity import measured_tokens
 
 GUARD_TRIES = 3
@@ -298,7 +298,7 @@ class Workload:
     @property
     def together(self) -> int:
         """Neighbours among calibration's that do (see ``Ranks``)."""
-        return max(1, min(self.at_once, self.batches // LEAST_TURNS))
+        return neighbours(self.batches, self.at_once)
 
     @property
     def widths(self) -> int:

@@ -62,7 +62,7 @@ own = [torch.full((2,), float(i)) for i in ranks.own(7)]
 assert [t[0].item() for t in ranks.share(own, 7)] == list(range(7))
 whole = torch.arange(5.0)
 parts = [whole[ranks.part(5)].half(), whole[ranks.part(2)]]
-joined, counts = ranks.join(parts, [ranks.rank, 1])
+joined, counts = ranks.join(parts), [ranks.count_up(ranks.rank), ranks.count_up(1)]
 assert torch.equal(joined[0], whole.half()) and torch.equal(joined[1], whole[:2]) and counts == [3, 3]
 for rank, ((x, none, last), notes) in enumerate(ranks.gather(
     [torch.full((ranks.rank + 1, 2), float(ranks.rank)).half(), None,

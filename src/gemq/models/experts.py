@@ -117,8 +117,9 @@ def route_own(top_k_index: Tensor, top_k_weights: Tensor, own: slice) -> Routed:
 
 def route_in_groups(call: ExpertsCall, weights: Sequence[Tensor], experts: int) -> Routed:
     """``route_all`` where products with these weights are grouped, and nothing waits for the device; else ``route``."""
-    in_groups = all(grouped.usable(call.hidden, weight) for weight in weights)
-    return (route_all if in_groups else route)(call.top_k_index, call.top_k_weights, experts)
+    return (route_all if grouped.usable(call.hidden, *weights) else route)(
+        call.top_k_index, call.top_k_weights, experts
+    )
 
 
 def route_to(call: ExpertsCall, own: slice, weight: Tensor) -> Routed:
@@ -251,7 +252,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     matrices = oriented(module, first), oriented(module, "down_proj")
-    in_groups = all(grouped.usable(hidden, matrix) for matrix in matrices)
+    in_groups = grouped.usable(hidden, *matrices)
     split = split_of(module)
     count = len(matrices[1]) if split is None else split.count
     if split is not None:

@@ -19,12 +19,12 @@ ALIGNMENT = 8
 """Rows and columns are multiples of this: 16 bytes."""
 
 
-def usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` takes x [P, C] and weight [E, R, C]."""
+def usable(x: Tensor, *weights: Tensor) -> bool:
+    """Whether ``linear`` takes rows like x [P, C] with each of these weights [E, R, C]."""
     return (
         x.device.type == "cuda"
-        and x.dtype == weight.dtype == torch.bfloat16
-        and not any(size % ALIGNMENT for size in weight.shape[1:])
+        and all(x.dtype == weight.dtype == torch.bfloat16 for weight in weights)
+        and not any(size % ALIGNMENT for weight in weights for size in weight.shape[1:])
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
 

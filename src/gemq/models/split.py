@@ -89,7 +89,7 @@ def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Sequence[Tenso
     """Tensors [E, ...] of all experts, from those of each rank's ``own_experts``."""
     if own_experts(model, experts, ranks) == slice(0, experts.count):
         return [ranks.broadcast(tensor, 0) for tensor in own]
-    return ranks.join(own)[0]
+    return ranks.join(own)
 
 
 def split_of(module: Any) -> Split | None:

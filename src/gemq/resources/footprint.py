@@ -19,7 +19,7 @@ from gemq.models.structure import Layer, Structure
 from gemq.quant.widths import group_size_for, nominal_bits
 from gemq.recipe import Recipe
 from gemq.resources.memory import Memory, gigabytes
-from gemq.resources.ranks import AT_ONCE
+from gemq.resources.ranks import Ranks
 from gemq.rungs import expert_chunks
 
 MOST_CHOSEN = 8
@@ -102,7 +102,7 @@ class _Layer:
         widths, size = len(recipe.ladder_widths), self.dtype.itemsize
         of_experts = 4 * experts.count * sum(m.columns**2 for m in experts.matrices)
         means = 4 * sum(m.columns**2 for m in experts.matrices)
-        forward = self._pairs(False) * (AT_ONCE if self.device.type == "cuda" else 1)
+        forward = self._pairs(False) * Ranks(device=self.device).at_once
         collecting = squares + of_experts + max(forward, means)
         ladder = squares + of_experts + means + self._quantizing(widths)
         ladder = max(ladder, squares + dense + of_experts)

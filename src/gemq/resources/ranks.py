@@ -50,6 +50,11 @@ _DTYPES = (
 _HEADER = 10  # numbers: type, dimensions, sizes
 
 
+def neighbours(total: int, at_once: int) -> int:
+    """How many of ``total`` micro-batches go through a layer together, ``at_once`` at most: see ``Ranks.together``."""
+    return max(1, min(at_once, total // LEAST_TURNS))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its job.
@@ -84,7 +89,7 @@ class Ranks:
 
         Does not depend on how many ranks there are, as results would then. Few enough that each has its share.
         """
-        return max(1, min(self.at_once, total // LEAST_TURNS))
+        return neighbours(total, self.at_once)
 
     def own(self, total: int) -> list[int]:
         """This rank's micro-batches of ``total``."""
@@ -171,16 +176,15 @@ class Ranks:
             for whole, ends, one, header in zip(received, places, each, headers, strict=True)
         ]
 
-    def join(self, parts: Sequence[Tensor], counts: Sequence[int] = ()) -> tuple[list[Tensor], list[int]]:
-        """The wholes of which every rank has its ``parts`` of the first dimension, and sums of what each counted.
+    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The wholes of which every rank has its ``parts`` of the first dimension.
 
         All in one exchange, since ranks wait for each other in each.
         """
         if self.count == 1:
-            return list(parts), list(counts)
-        found = self.gather(parts, counts)
-        whole = [torch.cat([t for t in each if t is not None]) for each in zip(*(t for t, _ in found), strict=True)]
-        return whole, [sum(each) for each in zip(*(notes for _, notes in found), strict=True)]
+            return list(parts)
+        every = (tensors for tensors, _ in self.gather(parts))
+        return [torch.cat([t for t in each if t is not None]) for each in zip(*every, strict=True)]
 
     def share(self, own: Sequence[Tensor], total: int) -> Iterator[Tensor]:
         """A tensor for every micro-batch, one after the other, from those of each rank's own. To be used up."""
