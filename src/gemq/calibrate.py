@@ -48,7 +48,7 @@ class Activations:
     together: int = 1
     at_once: int = 1
     _joined_calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
-    _whole: Activations | None = None
+    _to_train: dict[bool, Activations] = field(default_factory=dict)
 
     @classmethod
     def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
@@ -73,20 +73,37 @@ class Activations:
         """Micro-batches of all ranks."""
         return len(self.every or self.ids)
 
-    def whole(self, replay: Replay) -> Activations:
-        """All ranks' micro-batches, for those who train on them. Without ``source``."""
-        if replay.ranks.count == 1:
+    def may_deal(self, ranks: Ranks) -> bool:
+        """Whether ranks can train on their own windows of each micro-batch: on GPUs, if each has as many of them."""
+        return ranks.deals and not any(len(ids) % ranks.count for ids in self.every)
+
+    def to_train(self, replay: Replay, dealt: bool = False) -> Activations:
+        """All ranks' micro-batches, for those who train on them. Without ``source``.
+
+        dealt: of each micro-batch, this rank's windows
+        """
+        ranks = replay.ranks
+        if ranks.count == 1:
             return self
-        if self._whole is None:
-            calls = [replay.inputs(ids)[1] for ids in self.every]
+        if dealt not in self._to_train:
+            ids = [every[ranks.part(len(every))] if dealt else every for every in self.every]
+            calls = [replay.inputs(some)[1] for some in ids]
             empty = Batches(replay.memory)
-            self._whole = dataclasses.replace(
-                self, ids=self.every, source=[], calls=calls, hidden=empty, _joined_calls={}
+            self._to_train[dealt] = dataclasses.replace(
+                self, ids=ids, source=[], calls=calls, hidden=empty, _joined_calls={}
             )
-        return dataclasses.replace(self._whole, hidden=shared(replay, self.hidden, self.total))
+        return dataclasses.replace(self._to_train[dealt], hidden=self.share(replay, self.hidden, dealt))
+
+    def share(self, replay: Replay, own: Batches, dealt: bool = False) -> Batches:
+        """A tensor [B, ...] of each micro-batch, from every rank's own; ``dealt``: this rank's windows of it."""
+        ranks = replay.ranks
+        if ranks.count == 1:
+            return own
+        every = ranks.share(own, self.total)
+        return Batches(replay.memory, (t[ranks.part(len(t))].clone() for t in every) if dealt else every)
 
     def give(self, replay: Replay) -> None:
-        """Lets other ranks have what ``whole`` gives them, where this one has no use for it."""
+        """Lets other ranks have what ``to_train`` gives them, where this one has no use for it."""
         for _ in replay.ranks.share(self.hidden, self.total):
             pass
 
@@ -123,13 +140,6 @@ class Activations:
                 output = replay.run(index, joined(hidden), call, overrides)
                 for (state, place), part in zip(some, apart(output, hidden), strict=True):
                     state[place] = part
-
-
-def shared(replay: Replay, own: Batches, total: int) -> Batches:
-    """A tensor of each of ``total`` micro-batches, from every rank's own."""
-    if replay.ranks.count == 1:
-        return own
-    return Batches(replay.memory, replay.ranks.share(own, total))
 
 
 class KeptCalls(Sequence[ExpertsCall]):

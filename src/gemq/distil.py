@@ -12,15 +12,15 @@ Shapes: B windows, S tokens, H hidden, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.calibrate import Activations, shared
+from gemq.calibrate import Activations
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.kernels.unpacked import codes_of, weights
 from gemq.models.stream import Call, Replay
@@ -33,7 +33,9 @@ from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.batches import Batches
-from gemq.resources.memory import Waiting
+from gemq.resources.memory import Place, Waiting
+from gemq.resources.ranks import ALONE, Ranks
+from gemq.resources.replayed import Replayed
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,14 @@ def distil(
     stored:      the type in which each parameter is kept: routers and norms are trained as they will be
     tick:        called with (steps done, all steps)
     """
-    activations, teacher, parts = _dealt(replay, activations, teacher)
     training, ranks = distillation.training, replay.ranks
-    student = _Student(replay, refined, widths, dense_bits, distillation, stored, group_size, parts > 1)
+    dealt = activations.may_deal(ranks)
+    activations, teacher = activations.to_train(replay, dealt), activations.share(replay, teacher, dealt)
+    parts = ranks.count if dealt else 1  # of a micro-batch
     train, held_out = training.split(len(activations.ids))
+    per_epoch = len(train)
+    steps = training.epochs * per_epoch
+    student = _Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, dealt)
 
     def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
         """Parts of the mean over tokens, in nats, from the student's last hidden states [B, S, H]."""
@@ -146,19 +152,17 @@ def distil(
         for batch in held_out:
             hidden = student.inputs(activations, batch)[-1]
             total += sum(part.item() for part in losses(batch, hidden))
-        if parts > 1:
+        if dealt:
             ranks.add_up(total)
         return ranks.agree(lambda: total.item() / len(held_out))
 
     best = Distilled(before=held_out_loss())
     best.after = best.before
-    per_epoch = len(train)
-    steps = training.epochs * per_epoch
     for step, number in enumerate(epochs(per_epoch, training.epochs, training.seed)):
         batch = train[number]
         inputs = student.inputs(activations, batch)
         last = replay.leaf(inputs.pop())
-        student.descend(losses(batch, last), last, inputs, activations, batch, step, steps)
+        student.descend(losses(batch, last), last, inputs, activations, batch)
         tick(step + 1, steps)
         if (step + 1) % per_epoch == 0:
             now = held_out_loss()
@@ -167,27 +171,6 @@ def distil(
             best = Distilled(student.tensors(), student.tuned(), best.before, now)
     student.close()
     return best
-
-
-def _dealt(replay: Replay, activations: Activations, teacher: Batches) -> tuple[Activations, Batches, int]:
-    """What this rank trains on, and in how many parts each micro-batch then is.
-
-    On GPUs its windows of every micro-batch, where each rank can have as many; gradients are added up. Else everything:
-    every rank does what one alone would.
-    """
-    ranks = replay.ranks
-    whole, goals = activations.whole(replay), shared(replay, teacher, activations.total)
-    if not ranks.deals or any(len(ids) % ranks.count for ids in whole.ids):
-        return whole, goals, 1
-    rows = [ranks.part(len(ids)) for ids in whole.ids]
-
-    def own(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-        return (tensor[some].clone() for tensor, some in zip(tensors, rows, strict=True))
-
-    ids = list(own(whole.ids))
-    calls = [replay.inputs(some)[1] for some in ids]
-    hidden, goals = (Batches(replay.memory, own(batches)) for batches in (whole.hidden, goals))
-    return dataclasses.replace(whole, ids=ids, calls=calls, hidden=hidden), goals, ranks.count
 
 
 class _Student:
@@ -200,28 +183,29 @@ class _Student:
         widths: Sequence[Sequence[ExpertWidths]],
         dense_bits: int,
         how: Distillation,
+        steps: int,
         stored: dict[str, torch.dtype],
         group_size: int,
         dealt: bool,
     ):
         """dealt: other ranks have other windows"""
-        self.replay, self.dealt = replay, dealt
+        self.replay, self.among = replay, replay.ranks if dealt else ALONE
+        pool = torch.cuda.graph_pool_handle() if replay.device.type == "cuda" else None
         self.layers = [
-            _PackedLayer(replay, i, refined(i), row, dense_bits, how, stored, group_size)
+            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.among, pool)
             for i, row in enumerate(widths)
         ]
         names = _tail_norms(replay) if "norms" in how.sets else []
         tail = {name: replay.model.get_parameter(name).detach().float().clone() for name in names}
         self.tail = _Tuned(replay, tail, stored)
-        self.optimizer = how.training.optimizer((), (), list(tail.values())) if tail else None
+        self.optimizer = how.training.optimizer(steps, (), (), list(tail.values())) if tail else None
 
     def inputs(self, activations: Activations, batch: int) -> list[Tensor]:
         """What each layer receives [B, S, H], and what the last one gives, outside autograd."""
         hidden = [activations.hidden[batch]]
         with torch.no_grad():
             for index, layer in enumerate(self.layers):
-                hidden.append(layer.run(hidden[-1], activations.calls[batch][index]))
-                layer.waiting.leave()
+                hidden.append(layer.output(hidden[-1], activations.calls[batch][index]))
         return hidden
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -234,8 +218,6 @@ class _Student:
         inputs: list[Tensor],
         activations: Activations,
         batch: int,
-        step: int,
-        steps: int,
     ) -> None:
         """One step down the gradient of the sum of ``losses``, from behind the last layer to the first.
 
@@ -244,32 +226,11 @@ class _Student:
         sources = [last, *self.tail.parameters.values()]
         parts = [torch.autograd.grad(part, sources) for part in losses]
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
-        self._set_gradients(list(self.tail.parameters.values()), of_tail)
+        _set_gradients(list(self.tail.parameters.values()), of_tail, self.among)
         if self.optimizer is not None:
-            self.optimizer.update(step, steps)
+            self.optimizer.update()
         for index in reversed(range(len(self.layers))):
-            layer, leaf = self.layers[index], self.replay.leaf(inputs.pop())
-            output = layer.run(leaf, activations.calls[batch][index])
-            # every parameter's, wanted or not: one that no token met has none
-            of_all = torch.autograd.grad(output, [leaf, *layer.trained], gradient, allow_unused=True)
-            gradient = of_all[0]
-            self._set_gradients(layer.trained, of_all[1:])
-            if layer.optimizer is not None:
-                layer.optimizer.update(step, steps)
-            for parameter in layer.trained:
-                parameter.grad = None
-            layer.waiting.leave(changed=True)
-
-    def _set_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Those of all ranks' windows, in one exchange."""
-        if self.dealt and parameters:
-            own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-            together = torch.cat([gradient.flatten() for gradient in own])
-            self.replay.ranks.add_up(together)
-            parts = together.split([p.numel() for p in parameters])
-            gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            gradient = self.layers[index].descend(inputs.pop(), gradient, activations.calls[batch][index])
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for layer in self.layers for name, t in layer.tensors().items()}
@@ -282,7 +243,7 @@ class _Student:
 
     def close(self) -> None:
         for layer in self.layers:
-            layer.waiting.close()
+            layer.close()
 
 
 class _Tuned:
@@ -312,10 +273,14 @@ class _PackedLayer:
         widths: Sequence[ExpertWidths],
         dense_bits: int,
         how: Distillation,
+        steps: int,
         stored: dict[str, torch.dtype],
         group_size: int,
+        among: Ranks,
+        pool: Any,
     ):
-        self.replay, self.index = replay, index
+        """among: ranks that have other windows; ``pool``: memory of all layers' CUDA graphs"""
+        self.replay, self.index, self.among = replay, index, among
         self.layer = layer = replay.structure.layers[index]
         of_matrices = matrix_widths(layer, widths)
         self.experts = (
@@ -338,9 +303,13 @@ class _PackedLayer:
         grids = [g for m in self.experts for g in m.grids.grids()] if "grids" in how.sets else []
         training = how.training
         self.with_grids = bool(grids)
-        self.optimizer = training.optimizer((), grids, list(wanted.values())) if grids or wanted else None
+        self.optimizer = training.optimizer(steps, (), grids, list(wanted.values())) if grids or wanted else None
         self.trained = [p for p in (*grids, *wanted.values()) if p.requires_grad]
         self.waiting = Waiting(replay.memory, self._held, 3 * sum(p.numel() * 4 for p in self.trained))
+        stays = self.waiting.place is Place.DEVICE and not replay.passes_more
+        self._output, self._descend = (
+            Replayed(run, replay.device, training.tell, usable=stays, pool=pool) for run in (self._run, self._step)
+        )
 
     def _held(self) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors that stay as they are, and those that a step changes."""
@@ -352,9 +321,41 @@ class _PackedLayer:
         known = {id(t) for t in changing}
         return [t for t in fixed if id(t) not in known], changing
 
-    def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """The layer's output [B, S, H]; dequantized for the moment, differentiable in what is trained."""
+    @torch.no_grad()
+    def output(self, hidden: Tensor, call: Call) -> Tensor:
+        """The layer's output [B, S, H]."""
         self.waiting.come()
+        output: Tensor = self._output(call, hidden)
+        self.waiting.leave()
+        return output
+
+    def descend(self, hidden: Tensor, gradient: Tensor, call: Call) -> Tensor:
+        """The next step, down the gradient of the layer's output. Returns that of its input ``hidden``."""
+        self.waiting.come()
+        of_hidden: Tensor = self._descend(call, hidden, gradient)
+        self.waiting.leave(changed=True)
+        return of_hidden
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        self._output.close()
+        self._descend.close()
+        self.waiting.close()
+
+    def _step(self, call: Call, hidden: Tensor, gradient: Tensor) -> Tensor:
+        leaf = self.replay.leaf(hidden)
+        output = self._run(call, leaf)
+        # every parameter's, wanted or not: one that no token met has none
+        of_hidden, *of_all = torch.autograd.grad(output, [leaf, *self.trained], gradient, allow_unused=True)
+        _set_gradients(self.trained, of_all, self.among)
+        if self.optimizer is not None:
+            self.optimizer.update()
+        for parameter in self.trained:
+            parameter.grad = None
+        return of_hidden
+
+    def _run(self, call: Call, hidden: Tensor) -> Tensor:
+        """The layer's output [B, S, H]; dequantized for the moment, differentiable in what is trained."""
         model = self.replay.model
         overrides = {**self.rest, **self.tuned.overrides()}
         for name, (codes, scales, offsets) in self.linears.items():
@@ -372,6 +373,15 @@ class _PackedLayer:
         found = {name: t for m in self.experts for name, t in m.result().items()} if self.with_grids else {}
         self.waiting.leave()
         return found
+
+
+def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ranks: Ranks) -> None:
+    """Gives parameters their gradients, added up over ``ranks``."""
+    if ranks.count > 1:
+        own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        gradients = ranks.add_up_together(own)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _wanted(replay: Replay, layer: Layer, sets: tuple[str, ...]) -> list[str]:

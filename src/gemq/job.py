@@ -244,7 +244,12 @@ class Job:
         r = self.recipe
         if epochs == 0:
             return None
-        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned * tuned, r.held_out, r.seed)
+
+        def launched() -> None:
+            note = "training_launched_by_steps"
+            self.fallbacks[note] = self.fallbacks.get(note, 0) + 1
+
+        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned * tuned, r.held_out, r.seed, launched)
 
     # Fingerprints: each names only what the stage's own results depend on
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from gemq.calibrate import Activations
 from gemq.models.split import split_experts
-from gemq.models.stream import Replay
+from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, is_norm
-from gemq.quant.fused import FusedMatrices, Rates, trainable
+from gemq.quant.fused import FusedMatrices, Steps, trainable
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize_each
-from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
+from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_factors, epochs, rounded_to
 from gemq.quant.widths import Width
+from gemq.resources.replayed import Replayed
 
 
 @dataclass(frozen=True)
@@ -44,73 +46,94 @@ class Training:
     held_out: float
     """Share of the micro-batches that is not trained on."""
     seed: int
+    tell: Callable[[], None] = lambda: None
+    """Called when steps could not be captured in a CUDA graph, and are launched kernel by kernel."""
 
     def split(self, batches: int) -> tuple[range, range]:
         """Micro-batches to train on, and those held out: the last ones. A single batch does both."""
         held_out = min(max(1, round(self.held_out * batches)), batches - 1)
         return range(batches - held_out), range(batches - held_out, batches) if held_out else range(batches)
 
-    def optimizer(self, codes: Sequence[Tensor], grids: Sequence[Tensor], tuned: Sequence[Tensor] = ()) -> Optimizer:
-        return Optimizer(((codes, self.codes), (grids, self.grids), (tuned, self.tuned)))
+    def optimizer(
+        self, steps: int, codes: Sequence[Tensor], grids: Sequence[Tensor], tuned: Sequence[Tensor] = ()
+    ) -> Optimizer:
+        """For ``steps`` steps."""
+        return Optimizer(((codes, self.codes), (grids, self.grids), (tuned, self.tuned)), cosine_factors(steps))
 
     def optimizer_of(
-        self, matrices: Sequence[TrainableMatrices | FusedMatrices], tuned: Sequence[Tensor] = ()
+        self, steps: int, matrices: Sequence[TrainableMatrices | FusedMatrices], tuned: Sequence[Tensor] = ()
     ) -> Optimizer:
         """For whole matrices, whichever way they are trained."""
         plain = [m for m in matrices if isinstance(m, TrainableMatrices)]
         optimizer = self.optimizer(
-            [m.latents for m in plain if m.latents is not None], [g for m in plain for g in m.grids()], tuned
+            steps, [m.latents for m in plain if m.latents is not None], [g for m in plain for g in m.grids()], tuned
         )
-        optimizer.fused = [m for m in matrices if isinstance(m, FusedMatrices)]
-        optimizer.fused_rates = (self.codes, self.grids)
+        optimizer.take([m for m in matrices if isinstance(m, FusedMatrices)], self.codes, self.grids)
         return optimizer
 
 
 class Optimizer:
     """AdamW over groups of parameters with their own learning rates, on one schedule.
 
-    fused: matrices that take their steps themselves, at ``fused_rates`` of codes and grids
+    groups:  parameters on one device, and their learning rate
+    factors: of the learning rates, step by step
+
+    On a GPU all that differs between steps lies there, so that a step can be launched from a CUDA graph.
     """
 
-    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]]):
-        self.rates = [rate for parameters, rate in groups if parameters and rate > 0]
-        wanted = [{"params": list(parameters), "lr": rate} for parameters, rate in groups if parameters and rate > 0]
+    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], factors: Sequence[float]):
+        self.factors = factors
         for parameters, rate in groups:
             for parameter in parameters:
                 parameter.requires_grad_(rate > 0)
-        self.inner = torch.optim.AdamW(wanted, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True) if wanted else None
-        self.fused: list[FusedMatrices] = []
-        self.fused_rates = (0.0, 0.0)
+        wanted = [(list(parameters), rate) for parameters, rate in groups if parameters and rate > 0]
+        self.rates = [rate for _, rate in wanted]
+        self.inner: torch.optim.AdamW | None = None
+        self.fused: Sequence[FusedMatrices] = ()
+        if wanted:
+            self._place(wanted[0][0][0].device)
+            given = [{"params": p, "lr": torch.tensor(r, device=self.device)} for p, r in wanted]
+            on_gpu = self.device.type == "cuda"
+            self.inner = torch.optim.AdamW(given, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True, capturable=on_gpu)
+            self.inner._warned_capturable_if_run_uncaptured = True  # it runs either way
 
-    def step(
-        self,
-        loss: Tensor,
-        step: int,
-        steps: int,
-        gradient: Tensor | None = None,
-        between: Callable[[], None] = lambda: None,
-    ) -> None:
-        """One step down the gradient of ``loss``, number ``step`` of ``steps``.
+    def _place(self, device: torch.device) -> None:
+        self.device = device
+        self.number = torch.zeros((), dtype=torch.int64, device=device)  # steps taken
+        self._on_device = torch.tensor(self.factors, device=device)
+
+    def take(self, fused: Sequence[FusedMatrices], codes: float, grids: float) -> None:
+        """Takes matrices in that take their steps themselves, at these learning rates of codes and grids."""
+        self.fused = fused
+        if fused and self.inner is None:
+            self._place(fused[0].leaf.device)
+        if fused:
+            self.steps = Steps.of(codes, grids, self.factors, self.number)
+
+    def step(self, loss: Tensor, gradient: Tensor | None = None, between: Callable[[], None] = lambda: None) -> None:
+        """The next step, down the gradient of ``loss``.
 
         gradient: of what is minimised, with respect to ``loss``, which is then no scalar
         between:  called when parameters have their gradients, before these are used
         """
         if self.inner is not None:
             self.inner.zero_grad(set_to_none=True)
+        for matrices in self.fused:
+            matrices.leaf.grad = None  # of a step that was not taken
         loss.backward(gradient)
         between()
-        self.update(step, steps)
+        self.update()
 
-    def update(self, step: int, steps: int) -> None:
+    def update(self) -> None:
         """The same from gradients that the parameters have already."""
-        factor = cosine_with_warmup(step, steps)
         if self.inner is not None:
+            factor = self._on_device.index_select(0, self.number.view(1)).squeeze(0)
             for group, rate in zip(self.inner.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
+                torch.mul(factor, rate, out=group["lr"])
             self.inner.step()
-        codes, grids = self.fused_rates
-        for number, matrices in enumerate(self.fused):
-            matrices.step(Rates(codes * factor, grids * factor, step + 1), seed=number)
+        for place, matrices in enumerate(self.fused):
+            matrices.step(self.steps, seed=place)
+        self.number += 1
 
 
 @dataclass(frozen=True)
@@ -152,6 +175,7 @@ def train_layer(
     training: Training,
     stored: dict[str, torch.dtype],
     most: int | None = None,
+    dealt: bool = False,
 ) -> LayerResult:
     """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
@@ -159,26 +183,34 @@ def train_layer(
     did not get better keeps GPTQ's codes. ``activations`` and ``targets`` are those of all ranks; ``parameters`` of
     experts are of this rank's (see ``models.split``), and so is what is given back of them; without experts among them
     every rank does the same work. Only the first ``most`` micro-batches are used.
+
+    dealt: ``activations`` and ``targets`` are this rank's windows of each micro-batch; gradients are added up
     """
-    inputs, model, layer = activations.hidden, replay.model, replay.structure.layers[index]
+    inputs, model, layer, ranks = activations.hidden, replay.model, replay.structure.layers[index], replay.ranks
     names = tunable_names(replay, layer) if training.tuned else []
     tuned = {name: model.get_parameter(name).detach().float().clone() for name in names}
     train, held_out = training.split(min(len(inputs), most or len(inputs)))
     split = layer.experts if layer.experts and any(x.name.startswith(layer.experts.path) for x in parameters) else None
 
-    def run(batch: int, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
+    def run(hidden: Tensor, call: Call, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
         overrides = {name: rounded_to(p, stored[name]).to(model.get_parameter(name)) for name, p in tuned.items()}
         overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
-        with split_experts(model, split, replay.ranks):
-            return replay.run(index, inputs[batch], activations.calls[batch][index], overrides)
+        with split_experts(model, split, ranks, dealt):
+            return replay.run(index, hidden, call, overrides)
 
     @torch.no_grad()
     def error(grids: Sequence[Quantized], tuned: dict[str, Tensor]) -> float:
         weights = [
             dequantize_each(q, model.get_parameter(x.name).dtype) for q, x in zip(grids, parameters, strict=True)
         ]
-        wrong = sum((run(b, weights, tuned) - targets[b]).float().square().sum().item() for b in held_out)
-        return wrong / sum(targets[b].float().square().sum().item() for b in held_out)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for b in held_out:
+            out = run(inputs[b], activations.calls[b][index], weights, tuned)
+            sums[0] += (out - targets[b]).float().square().sum().item()
+            sums[1] += targets[b].float().square().sum().item()
+        if dealt:
+            ranks.add_up(sums)
+        return float(sums[0] / sums[1])
 
     original = {name: p.clone() for name, p in tuned.items()}
     before = error([x.q for x in parameters], original)
@@ -186,33 +218,44 @@ def train_layer(
     def after_training() -> list[Quantized]:
         """What is in training is gone afterwards: judging takes as much memory again."""
         matrices = [_trainable(model, x) for x in parameters]
-        optimizer = training.optimizer_of(matrices, list(tuned.values()))
-        alike: list[Tensor] = []  # what ranks train beside experts of their own
-        if split is not None and replay.ranks.deals:
-            dense = [m for m, x in zip(matrices, parameters, strict=True) if not x.name.startswith(f"{split.path}.")]
-            alike = [*tuned.values(), *(p for m in dense for p in m.leaves())]
+        optimizer = training.optimizer_of(training.epochs * len(train), matrices, list(tuned.values()))
+        own = f"{split.path}." if split is not None else None
+        dense = [m for m, x in zip(matrices, parameters, strict=True) if own is None or not x.name.startswith(own)]
+        alike = [p for p in (*tuned.values(), *(p for m in dense for p in m.leaves())) if p.requires_grad]
 
         def keep_alike() -> None:
-            """On GPUs every rank has roundings of its own, and experts would be trained beside other dense codes."""
-            for p in alike:
-                if p.grad is not None:
-                    p.grad = p.grad.contiguous()
-                    replay.ranks.overwrite(p.grad, 0)
+            """Ranks have one gradient of what all of them train, beside experts of their own."""
+            if dealt:
+                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+                for p, gradient in zip(alike, ranks.add_up_together(found), strict=True):
+                    p.grad = gradient
+            elif split is not None and ranks.deals:  # every GPU has roundings of its own
+                for p in alike:
+                    if p.grad is not None:
+                        p.grad = p.grad.contiguous()
+                        ranks.overwrite(p.grad, 0)
 
-        steps = training.epochs * len(train)
-        for step, batch in enumerate(epochs(len(train), training.epochs, training.seed + index)):
-            target = targets[train[batch]].float()
-            out = run(train[batch], [m.weight() for m in matrices], tuned)
+        def step(call: Call, hidden: Tensor, goal: Tensor) -> None:
+            target = goal.float()
+            out = run(hidden, call, [m.weight() for m in matrices], tuned)
             energy = target.square().sum(-1).mean().clamp_min(1e-20)
-            optimizer.step((out.float() - target).square().sum() / energy, step, steps, between=keep_alike)
+            if dealt:
+                ranks.add_up(energy)
+                energy = energy / ranks.count
+            optimizer.step((out.float() - target).square().sum() / energy, between=keep_alike)
             for m in matrices:
                 m.keep_in_range()
+
+        with closing(Replayed(step, replay.device, training.tell, usable=not replay.passes_more)) as replayed:
+            for batch in epochs(len(train), training.epochs, training.seed + index):
+                number = train[batch]
+                replayed(activations.calls[number][index], inputs[number], targets[number])
         return [m.result() for m in matrices]
 
     grids = after_training()
-    tuned = {name: replay.ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
+    tuned = {name: ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
-    before, after = replay.ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
+    before, after = ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
     if after < before:
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)

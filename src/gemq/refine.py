@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibrate import Activations, layer_moments, shared
+from gemq.calibrate import Activations, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.ladder import LayerLadder, Quantizer, linear_parameters, quantize_linears
 from gemq.models.experts import expert_weight
-from gemq.models.split import join_experts, own_experts
+from gemq.models.split import join_experts, may_deal, own_experts
 from gemq.models.stream import Replay
 from gemq.models.structure import Layer, Linear, Matrix
 from gemq.quant.fused import latent_type
@@ -133,9 +133,10 @@ def refine_layer(
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
         found += linear_parameters(linears, result, quantizer, dense_bits, latents)
-        every, goals = activations.whole(replay), shared(replay, targets.hidden, activations.total)
+        dealt = activations.may_deal(ranks) and (layer.experts is None or may_deal(model, layer.experts, ranks))
+        every, goals = activations.to_train(replay, dealt), activations.share(replay, targets.hidden, dealt)
         found, refined.tuned, refined.before, refined.after = train_layer(
-            replay, index, every, goals, found, targets.training, targets.stored
+            replay, index, every, goals, found, targets.training, targets.stored, dealt=dealt
         )
     grids = {x.name: _of_all_ranks(replay, layer, x) for x in found}
     for linear in linears:

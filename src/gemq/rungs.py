@@ -122,14 +122,13 @@ def train_rungs(
         matrices = [
             trainable(q, highest, v.flatten(0, 1), compute, by_range=True) for q, v in zip(start, latents, strict=True)
         ]
-        optimizer = training.optimizer_of(matrices)
-        steps = training.epochs * len(train)
-        for step, number in enumerate(epochs(len(train), training.epochs, training.seed + layer)):
+        optimizer = training.optimizer_of(training.epochs * len(train), matrices)
+        for number in epochs(len(train), training.epochs, training.seed + layer):
             batch = train[number]
             x, exact = inputs(batch)
             out = batches.outputs([m.weight() for m in matrices], x, every[batch])
             gradient = _gradient(out.detach(), exact, every[batch].weight, batches.energy(batch))
-            optimizer.step(out, step, steps, gradient)
+            optimizer.step(out, gradient)
             for m in matrices:
                 m.keep_in_range()
         return [m.result() for m in matrices]

@@ -106,7 +106,7 @@ def _ladder_in_turns(
         for i in passed:
             next(walk)
             if i in own:
-                inputs = activations.whole(replay)
+                inputs = activations.to_train(replay)
             elif i in some:
                 activations.give(replay)
             if i < missing[-1]:

@@ -7,11 +7,11 @@ import torch
 from interpreted import DEVICE
 from torch import Tensor
 
-from gemq.quant.fused import FusedMatrices, Rates, decoded, encoded
+from gemq.quant.fused import FusedMatrices, Steps, decoded, encoded
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import TrainableMatrices
-from gemq.reconstruct import Training
+from gemq.reconstruct import Optimizer
 
 torch.set_num_threads(1)
 WIDTHS = (1, 2, 3)
@@ -34,14 +34,19 @@ def target(seed: int = 1) -> Tensor:
     return torch.randn(3, ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
+def constant(codes: float, grids: float, steps: int = STEPS) -> Steps:
+    """Steps at one learning rate of codes and one of grids."""
+    return Steps.of(codes, grids, [1.0] * steps, torch.zeros((), dtype=torch.int64, device=DEVICE))
+
+
 def trained_plainly(by_range: bool) -> TrainableMatrices:
     q, latents, highest = start()
     matrices = TrainableMatrices(q, highest, latents, by_range)
     assert matrices.latents is not None
-    optimizer = Training(1, 2e-2, 3e-3, 0.0, 0.1, 0).optimizer([matrices.latents], matrices.grids())
+    optimizer = Optimizer((([matrices.latents], 2e-2), (matrices.grids(), 3e-3)), [1.0] * STEPS)
     for number in range(STEPS):
         loss = (matrices.weight() - target()).square().sum()
-        optimizer.step(loss * (1 + number % 3), 50, 1000)
+        optimizer.step(loss * (1 + number % 3))
         matrices.keep_in_range()
     return matrices
 
@@ -53,9 +58,11 @@ def trained_fused(by_range: bool, fixed: bool, compute: torch.dtype = torch.floa
     q = Quantized(*(t.to(DEVICE) for t in q))
     matrices = FusedMatrices(q, highest.to(DEVICE), latents.to(DEVICE), compute, by_range)
     assert torch.equal(matrices.weight().detach(), dequantize(q, compute))
+    steps = constant(2e-2, 3e-3)
     for number in range(STEPS):
         ((matrices.weight().float() - target().to(DEVICE)).square().sum() * (1 + number % 3)).backward()
-        matrices.step(Rates(2e-2, 3e-3, number + 1))
+        matrices.step(steps)
+        steps.number.add_(1)
         matrices.keep_in_range()
         assert matrices.leaf.grad is None
     return matrices
@@ -95,9 +102,11 @@ def test_steps_smaller_than_a_part_count_on_average():
     matrices = FusedMatrices(Quantized(codes, grid, grid), highest, encoded(codes.float(), highest), torch.float32)
     part = 3.8 / 65535
     before = decoded(matrices.state.latents, highest).mean().item()
-    for number in range(20):
+    steps = constant(part / 10, 0.0, 20)
+    for _ in range(20):
         matrices.weight().sum().backward()
-        matrices.step(Rates(part / 10, 0.0, number + 1), seed=3)
+        matrices.step(steps, seed=3)
+        steps.number.add_(1)
     moved = before - decoded(matrices.state.latents, highest).mean().item()
     assert moved == pytest.approx(2 * part, rel=0.1)  # Adam's steps of equal gradients are the rate
 
@@ -108,7 +117,7 @@ def test_latents_stay_in_range_in_bfloat16():
     fixed = encoded(latents, highest.view(-1, 1, 1)).to(DEVICE)
     matrices = FusedMatrices(q, highest.to(DEVICE), fixed, torch.bfloat16)
     (matrices.weight().float() * torch.sign(target()).to(DEVICE)).sum().backward()
-    matrices.step(Rates(100.0, 0.0, 1))
+    matrices.step(constant(100.0, 0.0, 1))
     result = matrices.result()
     wanted = torch.where(target() > 0, torch.zeros(1), highest.view(-1, 1, 1)).to(torch.uint8)
     assert torch.equal(result.codes.cpu(), wanted)

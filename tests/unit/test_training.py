@@ -68,9 +68,9 @@ def test_a_step_is_the_same_share_of_the_range_at_every_width():
     codes = torch.randint(0, 2, (2, 4, 32), dtype=torch.uint8)
     q = Quantized(codes, torch.ones(2, 4, 2), torch.zeros(2, 4, 2))
     matrices = TrainableMatrices(q, highest_codes([1, 3], codes.device), codes.float(), by_range=True)
-    optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer([matrices.latents], matrices.grids())
+    optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer(1, [matrices.latents], matrices.grids())
     before = matrices.latents.detach().clone()
-    optimizer.step(matrices.weight().sum(), 0, 100)
+    optimizer.step(matrices.weight().sum())
     moved = ((matrices.latents.detach() - before) / matrices.unit).abs().mean((1, 2))
     assert moved[0] == pytest.approx(7 * moved[1].item(), rel=1e-3)
 

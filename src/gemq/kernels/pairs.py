@@ -21,11 +21,13 @@ class Shared(NamedTuple):
     """One rank's share of the pairs.
 
     used:   [1] int32, how many of the first rows of y [P, H] are this rank's; what the others hold is never looked at
-    add_up: replaces a tensor by its sum over all ranks
+    spread: all tokens' rows [T, ...] from those that this rank goes on with, which may be all
+    add_up: the sum of every rank's [T, ...], of which it may give the rows that this rank goes on with alone
     """
 
     used: Tensor
-    add_up: Callable[[Tensor], None]
+    spread: Callable[[Tensor], Tensor]
+    add_up: Callable[[Tensor], Tensor]
 
 
 @triton.jit
@@ -96,9 +98,7 @@ def _summed(y: Tensor, weights: Tensor | None, place: Tensor, shared: Shared | N
             SHARED=shared is not None,
             BLOCK=block,
         )
-    if shared is not None:
-        shared.add_up(out)
-    return out.to(y.dtype)
+    return (out if shared is None else shared.add_up(out)).to(y.dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -106,7 +106,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, token: Tensor, place: Tensor, shared: Shared | None) -> Tensor:
         ctx.save_for_backward(place)
         ctx.shared = shared
-        return hidden.index_select(0, token)
+        return (hidden if shared is None else shared.spread(hidden)).index_select(0, token)
 
     @staticmethod
     @once_differentiable
@@ -118,7 +118,8 @@ class _Gather(torch.autograd.Function):
 def gather(hidden: Tensor, token: Tensor, place: Tensor, shared: Shared | None = None) -> Tensor:
     """Rows of hidden [T, H] for pairs: token [P] and place [T, K] int64 -> [P, H].
 
-    The gradient of ``hidden`` is that of all ranks' pairs.
+    The gradient of ``hidden`` is that of all ranks' pairs. Of shared pairs, ``hidden`` has this rank's tokens alone if
+    ``shared`` spreads them; ``token`` and ``place`` are of all.
     """
     return _Gather.apply(hidden, token, place, shared)
 
@@ -135,6 +136,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, weights, token = ctx.saved_tensors
+        gradient = gradient if ctx.shared is None else ctx.shared.spread(gradient)
         of_y, of_weights = torch.empty_like(y), torch.empty_like(weights)
         block = min(1024, triton.next_power_of_2(y.shape[1]))
         if len(y):

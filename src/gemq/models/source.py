@@ -27,6 +27,7 @@ from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
 from gemq.models.experts import use_experts_forward
+from gemq.models.norms import use_fused_norms
 from gemq.models.reader import LayerReader, reading_layers
 from gemq.models.structure import find_structure
 
@@ -153,7 +154,10 @@ class Source:
 
     @staticmethod
     def _ready(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Adopts experts, moves everything that has contents to ``device`` and parameters to ``dtype``."""
+        """Adopts experts, moves everything that has contents to ``device`` and parameters to ``dtype``.
+
+        On a GPU norms are one kernel each, where they compute the same.
+        """
         adopt_experts(model)
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -164,6 +168,8 @@ class Source:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
         use_experts_forward(model)
+        if device.type == "cuda":
+            use_fused_norms(model, device)
         return model.eval()
 
     def _left_out(self, model: PreTrainedModel, report: Any) -> list[str]:

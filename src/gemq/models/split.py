@@ -1,8 +1,9 @@
 """A layer's experts over several ranks: each computes the routed pairs of its own, and all get every pair's output.
 
-What surrounds the experts every rank computes alike, so a step of training costs each rank its part of the experts. In
-grouped products on GPUs, ranks add up the sums over their own pairs, and nothing waits. On a CPU the result is that of
-one rank to the bit: there pairs are put together, never added up.
+In grouped products on GPUs, ranks add up the sums over their own pairs, and nothing waits. What surrounds the experts
+each rank computes for its own windows of a micro-batch, where these can be dealt out (``dealt``), and gives all ranks
+what the experts receive; else every rank computes it alike. On a CPU the result is that of one rank to the bit: there
+pairs are put together, never added up.
 
 Shapes: P routed pairs sorted by expert, H hidden size.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemq.models import grouped
 from gemq.models.structure import Experts
 from gemq.resources.ranks import Ranks
 
@@ -26,10 +28,14 @@ _SPLIT = "gemq_split"
 
 @dataclass(frozen=True)
 class Split:
-    """``count`` experts over ``ranks``; the weights that a module has meanwhile are those of this rank's experts."""
+    """``count`` experts over ``ranks``; the weights that a module has meanwhile are those of this rank's experts.
+
+    dealt: a rank has tokens [T', ...] of its own, as many as the others; else all have the same
+    """
 
     ranks: Ranks
     count: int
+    dealt: bool = False
 
     @property
     def own(self) -> slice:
@@ -37,12 +43,23 @@ class Split:
         return self.ranks.part(self.count)
 
     def same(self, top_k_index: Tensor) -> Tensor:
-        """The routing [T, K] that all ranks take: on a GPU, roundings could give each its own."""
-        if top_k_index.device.type == "cpu":
+        """The routing [T, K] that all ranks take of a token: on a GPU, roundings could give each its own."""
+        if self.dealt or top_k_index.device.type == "cpu":
             return top_k_index
         chosen = top_k_index.contiguous().clone()
         self.ranks.overwrite(chosen, 0)
         return chosen
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """All tokens' rows [T, ...] from those that this rank has."""
+        return self.ranks.spread(rows) if self.dealt else rows
+
+    def add_up(self, rows: Tensor) -> Tensor:
+        """Every rank's sum [T, ...], of the tokens that this rank has. Overwrites ``rows``."""
+        if self.dealt:
+            return self.ranks.collect(rows)
+        self.ranks.add_up(rows)
+        return rows
 
     def rows(self, counts: Sequence[int]) -> list[slice]:
         """Each rank's pairs, of ``counts`` pairs of each expert."""
@@ -54,8 +71,8 @@ class Split:
         return _Take.apply(pairs, self.ranks, rows)
 
     def with_all_gradients(self, tensor: Tensor) -> Tensor:
-        """A tensor that every rank has and uses a part of; its gradient is then the sum over all ranks."""
-        return _Everywhere.apply(tensor, self.ranks)
+        """All tokens' rows [T, ...], of which every rank uses a part; the gradient is then the sum over all ranks."""
+        return _Everywhere.apply(tensor, self)
 
     def join(self, own: Tensor, rows: list[slice]) -> Tensor:
         """All pairs [P, H] on every rank, from each rank's own. Every rank has the gradient of all."""
@@ -71,14 +88,26 @@ def own_experts(model: Any, experts: Experts, ranks: Ranks) -> slice:
     return slice(0, experts.count) if adopted else ranks.part(experts.count)
 
 
+def may_deal(model: Any, experts: Experts, ranks: Ranks) -> bool:
+    """Whether a layer's experts, run on several ranks, take each rank's own tokens: in grouped products alone."""
+    if own_experts(model, experts, ranks) == slice(0, experts.count):
+        return False
+    module = model.get_submodule(experts.path)
+    x = torch.empty(0, dtype=model.dtype, device=ranks.device)
+    return grouped.usable(x, *(getattr(module, matrix.name) for matrix in experts.matrices))
+
+
 @contextmanager
-def split_experts(model: Any, experts: Experts | None, ranks: Ranks) -> Iterator[None]:
-    """Lets a layer run with the weights of ``own_experts`` alone, the others being those of the other ranks."""
+def split_experts(model: Any, experts: Experts | None, ranks: Ranks, dealt: bool = False) -> Iterator[None]:
+    """Lets a layer run with the weights of ``own_experts`` alone, the others being those of the other ranks.
+
+    dealt: each rank runs it on tokens of its own
+    """
     if experts is None or own_experts(model, experts, ranks) == slice(0, experts.count):
         yield
         return
     module = model.get_submodule(experts.path)
-    setattr(module, _SPLIT, Split(ranks, experts.count))
+    setattr(module, _SPLIT, Split(ranks, experts.count, dealt))
     try:
         yield
     finally:
@@ -98,15 +127,14 @@ def split_of(module: Any) -> Split | None:
 
 class _Everywhere(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, tensor: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        whole = split.spread(tensor)
+        return whole.view_as(whole)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        whole = gradient.contiguous().clone()
-        ctx.ranks.add_up(whole)
-        return whole, None
+        return ctx.split.add_up(gradient.contiguous().clone()), None
 
 
 class _Take(torch.autograd.Function):

@@ -6,13 +6,14 @@ weight with gradient and weight in use, and as few bytes to move. Knows no model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemq.quant.grid import Quantized, dequantize_each, nearest
-from gemq.quant.trainable import MARGIN, TrainableMatrices
+from gemq.quant.trainable import BETAS, MARGIN, TrainableMatrices
 
 PARTS = 65535
 """Equal parts of a latent's range that int16 tells apart."""
@@ -37,12 +38,24 @@ class State(NamedTuple):
     grid_moments: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class Rates(NamedTuple):
-    """Of one step, number 1, 2, ...: learning rates of codes and grids with the schedule's factor."""
+class Steps(NamedTuple):
+    """What differs from step to step, where kernels read it: they are launched alike, also from a CUDA graph.
 
-    codes: float
-    grids: float
-    number: int
+    rates:  [N, 4] float32: each step's learning rates of codes and of grids, and Adam's corrections of both moments
+    number: int64 scalar, steps taken
+    """
+
+    rates: Tensor
+    number: Tensor
+
+    @classmethod
+    def of(cls, codes: float, grids: float, factors: Sequence[float], number: Tensor) -> Steps:
+        """Learning rates ``codes`` and ``grids`` times each step's factor."""
+        rows = [
+            (codes * factor, grids * factor, 1 - BETAS[0] ** step, (1 - BETAS[1] ** step) ** 0.5)
+            for step, factor in enumerate(factors, 1)
+        ]
+        return cls(torch.tensor(rows, device=number.device), number)
 
 
 def latent_type(device: torch.device, compute: torch.dtype) -> torch.dtype:
@@ -96,13 +109,13 @@ class FusedMatrices:
         """What has gradients."""
         return [self.leaf]
 
-    def step(self, rates: Rates, seed: int = 0) -> None:
-        """Takes a step down the gradient that the leaf has, and drops it."""
+    def step(self, steps: Steps, seed: int = 0) -> None:
+        """Takes the next of ``steps`` down the gradient that the leaf has, and drops it. Counting is the caller's."""
         from gemq.quant.step_kernel import step  # triton comes with torch for CUDA, not for CPUs
 
         gradient, self.leaf.grad = self.leaf.grad, None
         if gradient is not None:
-            step(self.state, gradient, self.highest, rates, self.by_range, seed)
+            step(self.state, gradient, self.highest, steps, self.by_range, seed)
 
     def keep_in_range(self) -> None:
         """Nothing to do: a step does it."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.quant.fused import Rates, State
+from gemq.quant.fused import State, Steps
 from gemq.quant.grid_kernel import change_grid, nearest_code
 from gemq.quant.trainable import BETAS, EPS, MARGIN
 
@@ -66,16 +66,17 @@ def _step_kernel(
     highest,  # [E] float32
     groups,  # of all matrices
     per_matrix,  # groups
-    rate_codes,
-    rate_grids,
-    correction1,
-    correction2,
+    rates,  # [steps, 4] float32, see ``Steps``
+    number,
     seed,
     BY_RANGE: tl.constexpr,
     FIXED: tl.constexpr,
     BLOCK: tl.constexpr,
     G: tl.constexpr,
 ):
+    taken = tl.load(number)
+    rate_codes, rate_grids = tl.load(rates + taken * 4), tl.load(rates + taken * 4 + 1)
+    correction1, correction2 = tl.load(rates + taken * 4 + 2), tl.load(rates + taken * 4 + 3)
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = group < groups
     mask = inside[:, None]
@@ -102,7 +103,8 @@ def _step_kernel(
         change = _adam(first, second, place, mask, of_latent, rate_codes, correction1, correction2)
     latent = tl.minimum(tl.maximum(latent - change, -_MARGIN), high + _MARGIN)
     if FIXED:
-        bits = (place.to(tl.uint32) ^ seed.to(tl.uint32)) * 2654435769
+        of_step = (seed * 1000003 + (taken + 1) * 7919) & 0x7FFFFFFF
+        bits = (place.to(tl.uint32) ^ of_step.to(tl.uint32)) * 2654435769
         bits = (bits ^ (bits >> 15)) * 2246822507
         bits = (bits ^ (bits >> 13)) * 3266489909
         stored = encode(latent, high, (bits >> 16).to(tl.float32) * (1.0 / 65536))
@@ -124,8 +126,8 @@ BLOCK_WEIGHTS = 2048
 """Weights of one program: 16 in each of 128 threads."""
 
 
-def step(state: State, gradient: Tensor, highest: Tensor, rates: Rates, by_range: bool, seed: int) -> None:
-    """Takes one step down ``gradient`` [E, R, C], of the weights in use, and writes all of ``state``.
+def step(state: State, gradient: Tensor, highest: Tensor, steps: Steps, by_range: bool, seed: int) -> None:
+    """Takes the next of ``steps`` down ``gradient`` [E, R, C], of the weights in use, and writes all of ``state``.
 
     highest: [E] float32, the highest code of each matrix
     """
@@ -144,11 +146,8 @@ def step(state: State, gradient: Tensor, highest: Tensor, rates: Rates, by_range
         highest,
         groups,
         per_matrix,
-        rates.codes,
-        rates.grids,
-        1 - BETAS[0] ** rates.number,
-        (1 - BETAS[1] ** rates.number) ** 0.5,
-        (seed * 1_000_003 + rates.number * 7919) & 0x7FFFFFFF,
+        *steps,
+        seed,
         BY_RANGE=by_range,
         FIXED=state.latents.dtype == torch.int16,
         BLOCK=block,

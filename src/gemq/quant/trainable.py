@@ -128,6 +128,11 @@ def cosine_with_warmup(step: int, steps: int, warmup: float = 0.05) -> float:
     return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item()))
 
 
+def cosine_factors(steps: int) -> list[float]:
+    """``cosine_with_warmup`` of every step."""
+    return [cosine_with_warmup(step, steps) for step in range(steps)]
+
+
 def epochs(count: int, times: int, seed: int) -> Iterator[int]:
     """Numbers 0 .. count - 1 in a new seeded order for each of ``times`` epochs."""
     generator = torch.Generator().manual_seed(seed)

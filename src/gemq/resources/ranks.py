@@ -125,6 +125,38 @@ class Ranks:
             self._run(dist.all_gather, found, tensor)
             tensor.copy_(sum(found[1:], start=found[0]))
 
+    def add_up_together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of every rank's tensors, in one exchange for each type."""
+        if self.count == 1 or not tensors:
+            return list(tensors)
+        sums: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            some = [(place, tensor) for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            whole = torch.cat([tensor.flatten() for _, tensor in some])
+            self.add_up(whole)
+            parts = whole.split([tensor.numel() for _, tensor in some])
+            sums.update((place, part.view_as(tensor)) for (place, tensor), part in zip(some, parts, strict=True))
+        return [sums[place] for place in range(len(tensors))]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """All ranks' rows, rank by rank. Every rank has as many."""
+        if self.count == 1:
+            return rows
+        whole = rows.new_empty(self.count * len(rows), *rows.shape[1:])
+        self._run(dist.all_gather_into_tensor, whole, rows.contiguous())
+        return whole
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """The opposite of ``spread``: of every rank's sum over all rows, the part of these that is this rank's."""
+        if self.count == 1:
+            return rows
+        if rows.device.type == "cpu":  # gloo adds up in no fixed order
+            self.add_up(rows)
+            return rows.chunk(self.count)[self.rank]
+        own = rows.new_empty(len(rows) // self.count, *rows.shape[1:])
+        self._run(dist.reduce_scatter_tensor, own, rows.contiguous())
+        return own
+
     def count_up(self, number: int) -> int:
         """The sum of what every rank counted."""
         total = torch.tensor([number])

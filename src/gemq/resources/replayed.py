@@ -1,0 +1,118 @@
+"""A step that is launched from a CUDA graph after it has run a few times.
+
+Launching hundreds of kernels one by one takes Python as long as a GPU needs for them, and longer than its part of them
+takes where several GPUs share a step. Knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 2
+"""Steps that run as they are before one is captured: kernels are compiled and optimizers have their state then."""
+
+
+class Replayed:
+    """``run`` on a GPU, from a CUDA graph where one can be had. On a CPU, and where none can be had, as it is.
+
+    What ``run`` changes has to stay where it is, on the device, and all that differs between steps has to be there too.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        device: torch.device,
+        tell: Callable[[], None],
+        *,
+        usable: bool = True,
+        pool: Any = None,
+    ):
+        """run: takes whatever stays the same from step to step, then tensors; returns nothing, or a tensor
+
+        tell:   called when ``run`` could not be captured
+        usable: False where it is known to be nothing for a graph
+        pool:   of ``graph_pool_handle``, for several that never run at the same time
+        """
+        self._run, self._tell, self._pool = run, tell, pool
+        self._usable = usable and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._usable else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._fixed: Any = None
+        self._given: list[Tensor] = []  # where the graph looks for its tensors
+        self._output: Tensor | None = None
+        self._steps = 0
+
+    def __call__(self, fixed: Any, *tensors: Tensor) -> Any:
+        """One step. What it returns holds until the next."""
+        if not self._usable:
+            return self._run(fixed, *tensors)
+        if self._steps == 0:
+            self._fixed, self._given = fixed, [torch.empty_like(t) for t in tensors]
+        elif not self._fits(fixed, tensors):  # such as a last micro-batch of fewer windows
+            return self._run(fixed, *tensors)
+        self._steps += 1
+        if self._steps <= WARM_UP:
+            return self._aside(tensors)
+        if self._graph is None and not self._captured():
+            return self._run(fixed, *tensors)
+        assert self._graph is not None
+        for place, tensor in zip(self._given, tensors, strict=True):
+            place.copy_(tensor)
+        self._graph.replay()
+        return self._output
+
+    def close(self) -> None:
+        """Gives back what the graph holds."""
+        self._graph, self._output, self._fixed, self._usable = None, None, None, False
+        self._given.clear()
+
+    def _fits(self, fixed: Any, tensors: Sequence[Tensor]) -> bool:
+        alike = all(
+            t.shape == place.shape and t.dtype == place.dtype for t, place in zip(tensors, self._given, strict=True)
+        )
+        return alike and same(fixed, self._fixed)
+
+    def _aside(self, tensors: Sequence[Tensor]) -> Any:
+        """A step on another stream, as a capture wants it of what comes before."""
+        assert self._stream is not None
+        now = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(now)
+        with torch.cuda.stream(self._stream):
+            output = self._run(self._fixed, *tensors)
+        now.wait_stream(self._stream)
+        for tensor in (*tensors, *([output] if isinstance(output, Tensor) else ())):
+            tensor.record_stream(self._stream)
+            tensor.record_stream(now)
+        return output
+
+    def _captured(self) -> bool:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                self._output = self._run(self._fixed, *self._given)
+        except RuntimeError:  # out of memory, or something that a graph does not take
+            self._usable = False
+            self._tell()
+            return False
+        self._graph = graph
+        return True
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nests hold the same tensors and equal values."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) or type(one) is not type(other):
+        return False
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if dataclasses.is_dataclass(one):
+        return same(vars(one), vars(other))
+    return bool(one == other)

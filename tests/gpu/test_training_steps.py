@@ -1,0 +1,74 @@
+"""Steps of training on a GPU: from a CUDA graph as launched one by one.
+
+Run with ``python -m pytest tests/gpu/test_training_steps.py -m gpu``.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemq.quant.fused import trainable
+from gemq.quant.gptq import highest_codes
+from gemq.quant.grid import Quantized, nearest
+from gemq.reconstruct import Optimizer
+from gemq.resources.replayed import Replayed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+STEPS = 12
+
+
+def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, int]:
+    """Matrices and a vector beside them after ``STEPS`` steps, and how often no graph was to be had."""
+    torch.manual_seed(0)
+    highest = highest_codes((1, 2, 3), torch.device("cuda"))
+    scales, offsets = nearest(
+        0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), highest.view(-1, 1, 1)
+    )
+    latents = torch.rand(3, 64, 128).cuda() * highest.view(-1, 1, 1)
+    q = Quantized(latents.round().to(torch.uint8), scales, offsets)
+    matrices = trainable(q, highest, latents, compute)
+    vector = torch.ones(128, device="cuda")
+    optimizer = Optimizer((([vector], 1e-2),), [1 / (1 + step) for step in range(STEPS)])
+    optimizer.take([matrices], 1e-2, 1e-3)
+    told: list[int] = []
+
+    def step(fixed: tuple[Tensor, ...], x: Tensor, target: Tensor) -> None:
+        out = (x * fixed[0] * vector) @ matrices.weight().float().mT
+        optimizer.step((out - target).square().sum())
+        matrices.keep_in_range()
+
+    fixed = (torch.rand(128, device="cuda"),)
+    with closing(Replayed(step, torch.device("cuda"), lambda: told.append(1), usable=from_graph)) as replayed:
+        for number in range(STEPS):
+            rows = 3 if number == 8 else 5  # one that the graph does not take
+            replayed(fixed, torch.randn(3, rows, 128).cuda(), torch.randn(3, rows, 64).cuda())
+    return matrices.result(), vector.detach(), len(told)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_graph_takes_the_same_steps(compute: torch.dtype) -> None:
+    q, vector, told = trained(True, compute)
+    expected, other, _ = trained(False, compute)
+    assert told == 0
+    assert torch.equal(q.codes, expected.codes)
+    torch.testing.assert_close(q.scales, expected.scales)
+    torch.testing.assert_close(vector, other)
+
+
+def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
+    told: list[int] = []
+
+    def step(fixed: None, x: Tensor) -> Tensor:
+        return x * x.sum().item()  # waits for the device
+
+    replayed = Replayed(step, torch.device("cuda"), lambda: told.append(1))
+    found = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
+    assert found == [[2.0 * n * n] * 2 for n in range(6)]
+    assert told == [1]
