@@ -25,8 +25,8 @@ from gemq.quant.trainable import epochs
 from gemq.quant.widths import Width
 from gemq.reconstruct import Training
 
-TRAIN_BYTES = 4 << 30
-"""Memory on a GPU for the state of the experts that are trained together."""
+TRAIN_BYTES = 6 << 30
+"""Memory on a GPU for the state of the experts that are trained together. With less, steps are too short to launch."""
 
 CPU_TRAIN_BYTES = 64 << 20
 """The same on a CPU, whose caches are quicker than its memory."""

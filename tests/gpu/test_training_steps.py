@@ -28,9 +28,7 @@ def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, 
     """Matrices and a vector beside them after ``STEPS`` steps, and how often no graph was to be had."""
     torch.manual_seed(0)
     highest = highest_codes((1, 2, 3), torch.device("cuda"))
-    scales, offsets = nearest(
-        0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), highest.view(-1, 1, 1)
-    )
+    scales, offsets = nearest(0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), highest.view(-1, 1, 1))
     latents = torch.rand(3, 64, 128).cuda() * highest.view(-1, 1, 1)
     q = Quantized(latents.round().to(torch.uint8), scales, offsets)
     matrices = trainable(q, highest, latents, compute)

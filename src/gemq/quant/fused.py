@@ -41,7 +41,8 @@ class State(NamedTuple):
 class Steps(NamedTuple):
     """What differs from step to step, where kernels read it: they are launched alike, also from a CUDA graph.
 
-    rates:  [N, 4] float32: each step's learning rates of codes and of grids, and Adam's corrections of both moments
+    rates:  [N, 3] float32: each step's learning rates of codes and of grids, with Adam's correction of first moments,
+            and what roots of second moments are multiplied by for theirs
     number: int64 scalar, steps taken
     """
 
@@ -51,10 +52,11 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, codes: float, grids: float, factors: Sequence[float], number: Tensor) -> Steps:
         """Learning rates ``codes`` and ``grids`` times each step's factor."""
-        rows = [
-            (codes * factor, grids * factor, 1 - BETAS[0] ** step, (1 - BETAS[1] ** step) ** 0.5)
-            for step, factor in enumerate(factors, 1)
-        ]
+        first, second = BETAS
+        rows = []
+        for step, factor in enumerate(factors, 1):
+            rate = factor / (1 - first**step)
+            rows.append((codes * rate, grids * rate, (1 - second**step) ** -0.5))
         return cls(torch.tensor(rows, device=number.device), number)
 
 
