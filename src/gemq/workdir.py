@@ -22,6 +22,7 @@ from torch import Tensor
 from gemq.errors import UserError
 from gemq.files import disk_errors, replacing, write_json, write_tensors
 from gemq.resources.ranks import ALONE, Ranks
+from gemq.resources.upload import spans_of, upload_to
 
 MARKER = "gemq-work.json"
 """Names the directory as ours, so that nothing else is ever taken for a work directory."""
@@ -122,10 +123,6 @@ class WorkDir:
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
 
-READERS = 4
-"""Threads that bring tensors from a file to a GPU: one cannot read as fast as memory is."""
-
-
 class Stage:
     """One stage's results: named JSON values and named sets of tensors. All ranks ask and save together.
 
@@ -177,19 +174,17 @@ class Stage:
 
         rows: of each tensor's first dimension, if not all
         """
+        path, where = self.directory / name, torch.device(device)
+        if where.type != "cpu":
+            spans = {key: span for key, span in spans_of(path).items() if wanted is None or wanted(key)}
+            if rows is not None:
+                spans = {key: span.rows(rows) for key, span in spans.items()}
+            return upload_to(where).tensors(spans)
         from safetensors import safe_open
 
-        threads = READERS if device.startswith("cuda") else 1  # on a CPU a tensor is the mapped file
-        with (
-            safe_open(self.directory / name, framework="pt", device=device) as file,
-            ThreadPoolExecutor(threads) as pool,
-        ):
+        with safe_open(path, framework="pt") as file:  # a tensor is the mapped file
             keys = [key for key in file.keys() if wanted is None or wanted(key)]  # noqa: SIM118
-
-            def read(key: str) -> Tensor:
-                return file.get_tensor(key) if rows is None else file.get_slice(key)[rows].to(device)
-
-            return dict(zip(keys, pool.map(read, keys), strict=True))
+            return {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in keys}
 
     def load_tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a set, on the CPU, without reading the others."""

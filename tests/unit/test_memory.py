@@ -144,6 +144,15 @@ def test_rest_of_a_layer_is_read_without_what_is_packed(tmp_path):
     assert all(torch.equal(t, reader.read(0)[n]) for n, t in rest.items())
 
 
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+def test_a_layer_may_be_put_together_on_its_device(family, tmp_path):
+    _, reader = source_of(family, tmp_path).open(CPU, torch.float32)
+    assert reader.plain
+    alone, there = reader.read(0), reader.read(0, device=CPU)
+    assert alone.keys() == there.keys()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in alone.items())
+
+
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "nemotron_h"])
 def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
     """Also verified: layers of a kind stand in for each other, so that few are read."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError
+from gemq.files import tensor_entries
 from gemq.quant.widths import (
     SMALLEST_GROUP,
     Width,
@@ -171,21 +172,7 @@ def is_packed(path: Path) -> bool:
 
 def read_header(file: Path) -> dict[str, TensorSpec]:
     """Tensors of a safetensors file, from its header alone. UserError when it is missing or cut short."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): copy the checkpoint again") from error
-    except ValueError:  # not JSON, or not UTF-8
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{file} is cut short or not a safetensors file: copy the checkpoint again")
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise UserError(f"{file} has {size} bytes instead of {8 + length + end}: copy the checkpoint again")
+    header, _ = tensor_entries(file)
     return {name: TensorSpec(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 

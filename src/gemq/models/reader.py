@@ -12,6 +12,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,7 @@ from transformers.utils import logging
 
 from gemq.errors import UserError
 from gemq.models.structure import Structure
-
-_FILE_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from gemq.resources.upload import Span, spans_of, upload_to
 
 
 class LayerReader:
@@ -61,6 +47,7 @@ class LayerReader:
         self._lock = threading.Lock()
         self._open = [safe_open(file, framework="pt") for file in files]
         self._slices: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
+        self._spans: dict[str, Span] = {name: span for file in files for name, span in spans_of(Path(file)).items()}
         self._empty = dict(self._model.state_dict(keep_vars=True))
         self._prefixes = [f"{layer.path}." for layer in structure.layers]
         by_layer: list[dict[str, str]] = [{} for _ in structure.layers]  # stored name -> name inside the model
@@ -100,10 +87,9 @@ class LayerReader:
     def _dry_run(self) -> Any:
         """Loads tensors without contents: which are missing or too many, and of what type each will be."""
         tensors = {}
-        for name, file in self._slices.items():
-            stored = file.get_slice(name)
-            tensors[name] = torch.empty(stored.get_shape(), dtype=_FILE_TYPES[stored.get_dtype()], device="meta")
-        report = self._convert(self._model, tensors, on_meta=True)
+        for name, span in self._spans.items():
+            tensors[name] = torch.empty(span.shape, dtype=span.dtype, device="meta")
+        report = self._convert(self._model, tensors, "meta")
         # a conversion that cannot be done without contents: its results are of the types that the model has
         unknown = set(report.missing_keys) if report.conversion_errors else set()
         report.missing_keys -= {n for n in unknown if self._layer_of(n) is not None}
@@ -124,20 +110,29 @@ class LayerReader:
                 model.get_parameter_or_buffer(name)._is_hf_initialized = True  # never to be made up
         return report
 
-    def read(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the files hold layers in the model's one type: then converting them only puts tensors together."""
+        names = [name for stored in self._stored for name in stored]
+        stored = {self._spans[name].dtype for name in names}
+        return len(stored) == 1 and stored == {self.types[name] for given in self.given for name in given}
+
+    def read(self, index: int, without: Collection[str] = (), device: torch.device | None = None) -> dict[str, Tensor]:
         """A layer's tensors by name inside the model, on the CPU, in the types in which they are stored.
 
-        without: names to leave in the files. May be called from any thread. Raises UserError for damaged files.
+        without: names to leave in the files
+        device:  where to put tensors together instead, if they are ``plain``: on the current stream, and with room for
+                 the layer thrice
+        May be called from any thread. Raises UserError for damaged files.
         """
         wanted = self.given[index] - set(without)
-        stored = {
-            name: self._slices[name].get_slice(name)
-            for name, target in self._stored[index].items()
-            if target not in without
-        }
+        names = [name for name, target in self._stored[index].items() if target not in without]
+        stored: dict[str, Any] = {name: self._slices[name].get_slice(name) for name in names}
+        if device is not None:
+            stored = dict(upload_to(device).tensors({name: self._spans[name] for name in names}))
         with self._lock:
             try:
-                report = self._convert(self._model, stored)
+                report = self._convert(self._model, stored, device)
                 found = {name: self._model.get_parameter_or_buffer(name).detach() for name in wanted}
             finally:
                 self._restore({n: self._empty[n] for n in self.given[index]})
@@ -149,8 +144,8 @@ class LayerReader:
             raise UserError(f"cannot read layer {self._prefixes[index][:-1]} ({what[0]}): copy the checkpoint again")
         return found
 
-    def _convert(self, model: Any, tensors: dict[str, Any], on_meta: bool = False) -> Any:
-        config = dataclasses.replace(self._config, device_map={"": "meta"}) if on_meta else self._config
+    def _convert(self, model: Any, tensors: dict[str, Any], device: torch.device | str | None = None) -> Any:
+        config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
         with _without_bars():
             report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=tensors, load_config=config)
         return report

@@ -26,8 +26,8 @@ from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
+from gemq.models.elementwise import use_fused_kernels
 from gemq.models.experts import use_experts_forward
-from gemq.models.norms import use_fused_norms
 from gemq.models.reader import LayerReader, reading_layers
 from gemq.models.structure import find_structure
 
@@ -156,7 +156,7 @@ class Source:
     def _ready(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
         """Adopts experts, moves everything that has contents to ``device`` and parameters to ``dtype``.
 
-        On a GPU norms are one kernel each, where they compute the same.
+        On a GPU norms and rotary positions are few kernels, where these compute the same.
         """
         adopt_experts(model)
         for module in model.modules():
@@ -169,7 +169,7 @@ class Source:
                     module._buffers[name] = buffer.to(device)
         use_experts_forward(model)
         if device.type == "cuda":
-            use_fused_norms(model, device)
+            use_fused_kernels(model)
         return model.eval()
 
     def _left_out(self, model: PreTrainedModel, report: Any) -> list[str]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import enum
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Bound:
 
     limit: int
     used: int = 0
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)  # threads read layers
 
     @property
     def free(self) -> int:
@@ -54,13 +56,15 @@ class Bound:
 
     def take(self, count: int) -> bool:
         """Takes ``count`` bytes if there are so many."""
-        if count > self.free:
-            return False
-        self.used += count
-        return True
+        with self._lock:
+            if count > self.free:
+                return False
+            self.used += count
+            return True
 
     def give(self, count: int) -> None:
-        self.used -= count
+        with self._lock:
+            self.used -= count
 
 
 class Cache(Protocol):
