@@ -83,10 +83,8 @@ def test_one_kernel_turns_as_ten_do(kind, given):
     expected = turned(kind, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin)[0], **given)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
-        if DEVICE == "cuda" and kind == torch.bfloat16:
-            assert torch.equal(one, other)
-        else:  # the interpreter cuts off where a GPU rounds
-            assert (one - other).float().norm() <= (1e-6 if kind == torch.float32 else 8e-3) * other.float().norm()
+        # in bfloat16 it rounds once, the family's code thrice
+        assert (one - other).float().norm() <= (1e-6 if kind == torch.float32 else 8e-3) * other.float().norm()
 
 
 class Turning(nn.Module):

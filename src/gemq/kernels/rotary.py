@@ -1,4 +1,4 @@
-"""Rotary positions in one kernel, forward as backward, rounded where the ten kernels of a family's own code round.
+"""Rotary positions in one kernel, forward as backward, rounded once where a family's own ten kernels round thrice.
 
 Shapes: B windows, N heads, S tokens, D numbers a head, of which the second half is turned with the first.
 """
@@ -51,17 +51,15 @@ def _rotary_kernel(
     cos_second = tl.load(cos + turn + half, mask=at < half, other=0.0).to(tl.float32)
     sin_first = tl.load(sin + turn, mask=at < half, other=0.0).to(tl.float32)
     sin_second = tl.load(sin + turn + half, mask=at < half, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
     if BACK:
-        of_first, of_second = second * sin_second, -(first * sin_first)
+        turned = first * cos_first + second * sin_second
+        other = second * cos_second - first * sin_first
     else:
-        of_first, of_second = -(second * sin_first), first * sin_second
-    of_first, of_second = of_first.to(kind).to(tl.float32), of_second.to(kind).to(tl.float32)
-    first = (first * cos_first).to(kind).to(tl.float32) + of_first
-    second = (second * cos_second).to(kind).to(tl.float32) + of_second
+        turned = first * cos_first - second * sin_first
+        other = second * cos_second + first * sin_second
     place = out + batch * out_batch + token * out_token + head * out_head + at
-    tl.store(place, first.to(kind), mask=inside)
-    tl.store(place + half, second.to(kind), mask=inside)
+    tl.store(place, turned.to(out.dtype.element_ty), mask=inside)
+    tl.store(place + half, other.to(out.dtype.element_ty), mask=inside)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemq.errors import UserError
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
@@ -41,6 +42,13 @@ _WRONG_STATE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, V
 
 LOGITS_TOGETHER = 1 << 27
 """Numbers that go through a loss at once, at most, if that is a window or more: each takes up to 22 bytes there."""
+
+_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 MOST_OUTPUTS = 3
 """Values that a layer may return: hidden states and what belongs to them."""
@@ -198,15 +206,27 @@ class Replay:
         if overrides:
             prefix = len(self.structure.layers[index].path) + 1
             own = {name[prefix:]: tensor for name, tensor in overrides.items()}
-            out = functional_call(layer, own, args, call.kwargs)
+            with self._attention():
+                out = functional_call(layer, own, args, call.kwargs)
         else:
-            out = layer(*args, **call.kwargs)
+            with self._attention():
+                out = layer(*args, **call.kwargs)
         if not isinstance(out, tuple):
             return out
         if self._passed:
             passed = {place: out[place] for place in self._passed}
             out[0].gemq_passed = {p: v.detach() if isinstance(v, Tensor) else v for p, v in passed.items()}
         return out[0]
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """Lets attention without gradients take a kernel that is there, if one fits.
+
+        cuDNN, which is otherwise asked first, compiles one for every shape, half a second or more. With gradients it is
+        worth that.
+        """
+        if self.device.type != "cuda" or torch.is_grad_enabled():
+            return nullcontext()
+        return sdpa_kernel(_ATTENTION, set_priority=True)
 
     @staticmethod
     def leaf(hidden: Tensor) -> Tensor:
@@ -262,10 +282,9 @@ class Replay:
         What is compared is code, not weights: where layers are read as they are needed, one of each kind stands in for
         all, and nothing waits for files.
         """
-        with nullcontext() if self.residency is None else self.residency.alike():
+        with nullcontext() if self.residency is None else self.residency.alike(), torch.no_grad(), self._attention():
             self._verify(ids)
 
-    @torch.no_grad()
     def _verify(self, ids: Tensor) -> None:
         expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
         self._check_arithmetic(ids)

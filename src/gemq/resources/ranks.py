@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -287,6 +288,8 @@ class Ranks:
     @staticmethod
     def _run(call: Callable[..., object], *arguments: object) -> None:
         try:
+            if _first_uses and any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
+                _first_uses.pop().result()
             call(*arguments)
         except RuntimeError as error:  # the backend's, when the other end is gone
             end(str(error))
@@ -341,10 +344,25 @@ def start_ranks(device: str) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
+    if picked.type == "cuda":
+        _first_uses.append(ThreadPoolExecutor(1).submit(_meet_first, picked))
     return Ranks(rank, count, picked, here)
+
+
+_first_uses: list[Future[None]] = []
+"""What has to end before ranks meet on their GPUs."""
+
+
+def _meet_first(device: torch.device) -> None:
+    """NCCL connects the ranks, which takes most of a second. Meanwhile the job reads files."""
+    torch.cuda.set_device(device)
+    dist.all_reduce(torch.zeros(1, device=device))
 
 
 def leave_ranks() -> None:
     """Lets the other ranks go on without this one: at the end of a job."""
+    for first in _first_uses:
+        first.exception()  # a job that ended before ranks had met
+    _first_uses.clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
