@@ -148,9 +148,12 @@ def test_rest_of_a_layer_is_read_without_what_is_packed(tmp_path):
 def test_a_layer_may_be_put_together_on_its_device(family, tmp_path):
     _, reader = source_of(family, tmp_path).open(CPU, torch.float32)
     assert reader.plain
-    alone, there = reader.read(0), reader.read(0, device=CPU)
-    assert alone.keys() == there.keys()
-    assert all(torch.equal(tensor, there[name]) for name, tensor in alone.items())
+    last = len(reader.given) - 1
+    for index in (last, last, last - 1):  # put together, and from then on read into place
+        alone, there = reader.read(index), reader.read_to(CPU, index)
+        assert alone.keys() == there.keys()
+        assert all(torch.equal(tensor, there[name]) for name, tensor in alone.items())
+        assert reader.known(index)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "nemotron_h"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +29,9 @@ from transformers.core_model_loading import (
 from transformers.utils import logging
 
 from gemq.errors import UserError
+from gemq.models.layout import Part, learned
 from gemq.models.structure import Structure
-from gemq.resources.upload import Span, spans_of, upload_to
+from gemq.resources.upload import Place, Span, spans_of, upload_to
 
 
 class LayerReader:
@@ -59,6 +60,7 @@ class LayerReader:
             else:
                 by_layer[index][name] = target
         self._stored = by_layer
+        self._layouts: dict[Any, list[Part] | None] = {}  # of the kinds of layers that were put together already
         self.report = self._dry_run()
         absent = set(self.report.missing_keys)
         wrong = {name for name, *_ in self.report.mismatched_keys}
@@ -117,19 +119,58 @@ class LayerReader:
         stored = {self._spans[name].dtype for name in names}
         return len(stored) == 1 and stored == {self.types[name] for given in self.given for name in given}
 
-    def read(self, index: int, without: Collection[str] = (), device: torch.device | None = None) -> dict[str, Tensor]:
+    def read(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """A layer's tensors by name inside the model, on the CPU, in the types in which they are stored.
 
-        without: names to leave in the files
-        device:  where to put tensors together instead, if they are ``plain``: on the current stream, and with room for
-                 the layer thrice
-        May be called from any thread. Raises UserError for damaged files.
+        without: names to leave in the files. May be called from any thread. Raises UserError for damaged files.
         """
-        wanted = self.given[index] - set(without)
         names = [name for name, target in self._stored[index].items() if target not in without]
-        stored: dict[str, Any] = {name: self._slices[name].get_slice(name) for name in names}
-        if device is not None:
-            stored = dict(upload_to(device).tensors({name: self._spans[name] for name in names}))
+        return self._put_together(index, {name: self._slices[name].get_slice(name) for name in names}, without)
+
+    def read_to(self, device: torch.device, index: int) -> dict[str, Tensor]:
+        """The same on ``device``, for ``plain`` layers: past the host's memory, as soon as one of the kind is known.
+
+        The first of a kind takes room for the layer thrice, see ``known``.
+        """
+        stored, given = self._sorted(index)
+        if layout := self._layouts.get(self._kind(index)):
+            shapes = {name: (self._empty[name].shape, self.types[name]) for name in given}
+            places = [Place(self._spans[stored[x.stored]], given[x.target], x.start) for x in layout]
+            return upload_to(device).placed(shapes, places)
+        parts = upload_to(device).tensors({name: self._spans[name] for name in stored})
+        made = self._put_together(index, parts, (), device)
+        if self._kind(index) not in self._layouts:
+            targets = [given.index(self._stored[index][name]) for name in stored]
+            found = learned([parts[name] for name in stored], targets, [made[name] for name in given])
+            self._layouts[self._kind(index)] = found
+        return made
+
+    def known(self, index: int) -> bool:
+        """Whether ``read_to`` needs room for the layer alone."""
+        return bool(self._layouts.get(self._kind(index)))
+
+    def _sorted(self, index: int) -> tuple[list[str], list[str]]:
+        """Names of a layer's tensors, as they are stored and inside the model, in an order that layers share."""
+        return sorted(self._stored[index], key=self._without_number(index)), sorted(self.given[index])
+
+    def _kind(self, index: int) -> Any:
+        """Equal for layers that are stored alike."""
+        short = self._without_number(index)
+        stored, given = self._sorted(index)
+        return (
+            tuple((short(name), self._spans[name].shape, short(self._stored[index][name])) for name in stored),
+            tuple(map(short, given)),
+        )
+
+    def _without_number(self, index: int) -> Callable[[str], str]:
+        number = self._prefixes[index].split(".")[-2]
+        return lambda name: name.replace(f".{number}.", ".*.", 1)
+
+    def _put_together(
+        self, index: int, stored: Mapping[str, Any], without: Collection[str], device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """What Transformers makes of a layer's stored tensors, or of what stands for them in the files."""
+        wanted = self.given[index] - set(without)
         with self._lock:
             try:
                 report = self._convert(self._model, stored, device)
@@ -144,10 +185,10 @@ class LayerReader:
             raise UserError(f"cannot read layer {self._prefixes[index][:-1]} ({what[0]}): copy the checkpoint again")
         return found
 
-    def _convert(self, model: Any, tensors: dict[str, Any], device: torch.device | str | None = None) -> Any:
+    def _convert(self, model: Any, tensors: Mapping[str, Any], device: torch.device | str | None = None) -> Any:
         config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
         with _without_bars():
-            report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=tensors, load_config=config)
+            report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=dict(tensors), load_config=config)
         return report
 
     def _restore(self, empty: dict[str, Any]) -> None:

@@ -187,11 +187,11 @@ class Residency:
             found = self.reader.read(index)
             return _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)})
         with torch.cuda.stream(self._stream):
-            # put together on the GPU where that has room for parts and what is made of them: faster than on the host
-            beside = 2 * self.bytes[index]
+            # the first of a kind is put together on the GPU where that has room for its parts, too
+            beside = 0 if self.reader.known(index) else 2 * self.bytes[index]
             on_device = self.reader.plain and self.memory.on_device.take(beside)
             try:
-                found = self.reader.read(index, device=self.memory.device if on_device else None)
+                found = self.reader.read_to(self.memory.device, index) if on_device else self.reader.read(index)
             finally:
                 self.memory.on_device.give(beside if on_device else 0)
             ready = _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)}, torch.cuda.Event())

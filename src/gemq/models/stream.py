@@ -172,13 +172,14 @@ class Replay:
         """Token ids [B, S] int64 -> (hidden states [B, S, H] before the first layer, one call per layer)."""
         calls: list[Call] = []
         first: list[Tensor] = []
+        seen: dict[int, tuple[Tensor, Tensor]] = {}  # most layers are given the same: comparing waits for the device
 
         def record(hidden: Tensor, call: Call) -> Tensor:
             if first and hidden is not first[0]:
                 raise _NotPassedOn(len(calls))
             first.append(hidden)
             self._note_passed(call)
-            calls.append(Call(self._share(call.args), self._share(call.kwargs)))
+            calls.append(Call(self._share(call.args, seen), self._share(call.kwargs, seen)))
             if len(calls) == len(self.layers):
                 raise _AllCaptured
             return hidden
@@ -355,20 +356,23 @@ class Replay:
                 if own is not None:
                     layer.forward = own
 
-    def _share(self, value: Any) -> Any:
-        """Replaces tensors by equal ones seen before: masks and positions are alike in nearly all micro-batches."""
+    def _share(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
+        """Replaces tensors by equal ones seen before: masks and positions are alike in nearly all micro-batches.
+
+        seen: those of this call of the model, by ``id``, and what replaced them
+        """
         if isinstance(value, Tensor):
-            known = self._shared.setdefault((value.shape, value.dtype), [])
-            for other in known:
-                if other is value or torch.equal(other, value):
-                    return other
-            if len(known) < 8:
-                known.append(value)
-            return value
+            if id(value) not in seen:
+                known = self._shared.setdefault((value.shape, value.dtype), [])
+                same = next((other for other in known if other is value or torch.equal(other, value)), None)
+                if same is None and len(known) < 8:
+                    known.append(value)
+                seen[id(value)] = value, value if same is None else same
+            return seen[id(value)][1]
         if isinstance(value, tuple | list):
-            return type(value)(self._share(v) for v in value)
+            return type(value)(self._share(v, seen) for v in value)
         if isinstance(value, dict):
-            return {k: self._share(v) for k, v in value.items()}
+            return {k: self._share(v, seen) for k, v in value.items()}
         return value
 
 

@@ -75,6 +75,14 @@ def spans_of(file: Path) -> dict[str, Span]:
     }
 
 
+class Place(NamedTuple):
+    """A span, the tensor that it is a part of, and where it begins there, in numbers."""
+
+    span: Span
+    tensor: str
+    start: int
+
+
 class _Piece(NamedTuple):
     """Some bytes of a file, and where in a tensor they belong."""
 
@@ -95,16 +103,26 @@ class Upload:
 
     def tensors(self, spans: Mapping[str, Span]) -> dict[str, Tensor]:
         """The tensors, on the device; work that is launched from here on finds them there."""
+        shapes = {name: (span.shape, span.dtype) for name, span in spans.items()}
+        return self.placed(shapes, [Place(span, name, 0) for name, span in spans.items()])
+
+    def placed(
+        self, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], places: Sequence[Place]
+    ) -> dict[str, Tensor]:
+        """Tensors of these shapes and types, put together from ``places``, which are all there is in them."""
         with self._lock, torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            found = {n: torch.empty(x.shape, dtype=x.dtype, device=self.device) for n, x in spans.items()}
-            pieces = [
-                _Piece(spans[name].file, spans[name].start + start, flat[start : start + PIECE])
-                for name, flat in ((n, t.view(-1).view(torch.uint8)) for n, t in found.items() if t.numel())
-                for start in range(0, len(flat), PIECE)
-            ]
+            found = {n: torch.empty(tuple(x), dtype=dtype, device=self.device) for n, (x, dtype) in shapes.items()}
+            pieces = []
+            for span, name, start in places:
+                if span.bytes:
+                    first = start * span.dtype.itemsize
+                    flat = found[name].view(-1).view(torch.uint8)[first : first + span.bytes]
+                    pieces += [
+                        _Piece(span.file, span.start + at, flat[at : at + PIECE]) for at in range(0, span.bytes, PIECE)
+                    ]
             with ExitStack() as stack:
-                descriptors = {file: _opened(file, stack) for file in dict.fromkeys(x.file for x in spans.values())}
-                self._fill(pieces, descriptors)
+                files = dict.fromkeys(piece.file for piece in pieces)
+                self._fill(pieces, {file: _opened(file, stack) for file in files})
         if self._stream is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(self._stream)
