@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +112,7 @@ def distil(
     stored: dict[str, torch.dtype],
     group_size: int,
     tick: Tick,
+    beside: int = 0,
 ) -> Distilled:
     """Distils a quantized model.
 
@@ -122,6 +122,7 @@ def distil(
     teacher:     the full-precision model's last hidden states [B, S, H], one per micro-batch
     stored:      the type in which each parameter is kept: routers and norms are trained as they will be
     tick:        called with (steps done, all steps)
+    beside:      bytes that a layer's step computes with, which CUDA graphs keep for themselves
     """
     training, ranks = distillation.training, replay.ranks
     dealt = activations.may_deal(ranks)
@@ -130,7 +131,8 @@ def distil(
     train, held_out = training.split(len(activations.ids))
     per_epoch = len(train)
     steps = training.epochs * per_epoch
-    student = _Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, dealt)
+    graphs = _Graphs(replay, beside, activations.hidden[0].nbytes)
+    student = _Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, dealt, graphs)
 
     def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
         """Parts of the mean over tokens, in nats, from the student's last hidden states [B, S, H]."""
@@ -170,7 +172,30 @@ def distil(
                 break  # the last epochs did no good, and the next ones would do worse
             best = Distilled(student.tensors(), student.tuned(), best.before, now)
     student.close()
+    graphs.close()
     return best
+
+
+class _Graphs:
+    """Memory of all layers' CUDA graphs, which never run at the same time. Nothing on a CPU.
+
+    usable: whether there is room for them
+    """
+
+    STATES = 5
+    """Of the size of hidden states: what a layer's two graphs are given and give."""
+
+    def __init__(self, replay: Replay, beside: int, hidden: int):
+        self.memory, self.usable, self.pool = replay.memory, False, None
+        if replay.device.type == "cuda" and not replay.passes_more:
+            self._bytes = beside + self.STATES * hidden * len(replay.structure.layers)
+            self.usable = replay.memory.room(self._bytes)
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def close(self) -> None:
+        """Gives the room back."""
+        if self.usable:
+            self.memory.on_device.give(self._bytes)
 
 
 class _Student:
@@ -187,12 +212,12 @@ class _Student:
         stored: dict[str, torch.dtype],
         group_size: int,
         dealt: bool,
+        graphs: _Graphs,
     ):
         """dealt: other ranks have other windows"""
         self.replay, self.among = replay, replay.ranks if dealt else ALONE
-        pool = torch.cuda.graph_pool_handle() if replay.device.type == "cuda" else None
         self.layers = [
-            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.among, pool)
+            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.among, graphs)
             for i, row in enumerate(widths)
         ]
         names = _tail_norms(replay) if "norms" in how.sets else []
@@ -277,9 +302,9 @@ class _PackedLayer:
         stored: dict[str, torch.dtype],
         group_size: int,
         among: Ranks,
-        pool: Any,
+        graphs: _Graphs,
     ):
-        """among: ranks that have other windows; ``pool``: memory of all layers' CUDA graphs"""
+        """among: ranks that have other windows"""
         self.replay, self.index, self.among = replay, index, among
         self.layer = layer = replay.structure.layers[index]
         of_matrices = matrix_widths(layer, widths)
@@ -306,9 +331,10 @@ class _PackedLayer:
         self.optimizer = training.optimizer(steps, (), grids, list(wanted.values())) if grids or wanted else None
         self.trained = [p for p in (*grids, *wanted.values()) if p.requires_grad]
         self.waiting = Waiting(replay.memory, self._held, 3 * sum(p.numel() * 4 for p in self.trained))
-        stays = self.waiting.place is Place.DEVICE and not replay.passes_more
+        usable = graphs.usable and self.waiting.place is Place.DEVICE  # else it comes to other addresses each time
         self._output, self._descend = (
-            Replayed(run, replay.device, training.tell, usable=stays, pool=pool) for run in (self._run, self._step)
+            Replayed(run, replay.device, training.tell, usable=usable, pool=graphs.pool)
+            for run in (self._run, self._step)
         )
 
     def _held(self) -> tuple[list[Tensor], list[Tensor]]:

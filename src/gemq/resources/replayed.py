@@ -34,12 +34,14 @@ class Replayed:
     ):
         """run: takes whatever stays the same from step to step, then tensors; returns nothing, or a tensor
 
-        tell:   called when ``run`` could not be captured
-        usable: False where it is known to be nothing for a graph
+        tell:   called when ``run`` is not captured on a GPU
+        usable: False where it is known to be nothing for a graph, or memory has no room for one
         pool:   of ``graph_pool_handle``, for several that never run at the same time
         """
         self._run, self._tell, self._pool = run, tell, pool
         self._usable = usable and device.type == "cuda"
+        if device.type == "cuda" and not usable:
+            tell()
         self._stream = torch.cuda.Stream(device) if self._usable else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fixed: Any = None
