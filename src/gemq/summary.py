@@ -33,7 +33,7 @@ FALLBACKS = {
     "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
     "guard_windows_missing": "held-out windows fewer than the guard takes: the sources hold no more text",
     "chat_template_failures": "self-generated windows went without the chat template, which could not be applied",
-    "training_launched_by_steps": "CUDA graphs for training were not to be had, for want of memory or by the model's kind",
+    "training_launched_by_steps": "times a layer was trained without a CUDA graph, which model or memory did not allow",
     "windows_launched_by_steps": "windows were written without a CUDA graph, which model or memory did not allow",
 }
 
