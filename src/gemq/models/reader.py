@@ -140,7 +140,8 @@ class LayerReader:
         parts = upload_to(device).tensors({name: self._spans[name] for name in stored})
         made = self._put_together(index, parts, (), device)
         if self._kind(index) not in self._layouts:
-            targets = [given.index(self._stored[index][name]) for name in stored]
+            place = {name: number for number, name in enumerate(given)}
+            targets = [place.get(self._stored[index][name], -1) for name in stored]  # -1: nothing that the model has
             found = learned([parts[name] for name in stored], targets, [made[name] for name in given])
             self._layouts[self._kind(index)] = found
         return made

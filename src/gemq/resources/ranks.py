@@ -288,7 +288,7 @@ class Ranks:
     @staticmethod
     def _run(call: Callable[..., object], *arguments: object) -> None:
         try:
-            if _first_uses and any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
+            while _first_uses and any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
                 _first_uses.pop().result()
             call(*arguments)
         except RuntimeError as error:  # the backend's, when the other end is gone

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 WARM_UP = 2
 """Steps that run as they are before one is captured: kernels are compiled and optimizers have their state then."""
+
+MANY = 4 * WARM_UP
+"""So many steps should have met others of their kind."""
 
 
 class Replayed:
@@ -34,7 +38,7 @@ class Replayed:
     ):
         """run: takes whatever stays the same from step to step, then tensors; returns nothing, or a tensor
 
-        tell:   called when ``run`` is not captured on a GPU
+        tell:   called once when ``run`` is not captured on a GPU, be it for want of steps that are given alike
         usable: False where it is known to be nothing for a graph, or memory has no room for one
         pool:   of ``graph_pool_handle``, for several that never run at the same time
         """
@@ -42,23 +46,24 @@ class Replayed:
         self._usable = usable and device.type == "cuda"
         if device.type == "cuda" and not usable:
             tell()
-        self._stream = torch.cuda.Stream(device) if self._usable else None
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fixed: Any = None
         self._given: list[Tensor] = []  # where the graph looks for its tensors
         self._output: Tensor | None = None
-        self._steps = 0
+        self._alike = self._calls = 0  # steps that were given the same one after the other, and all of them
 
     def __call__(self, fixed: Any, *tensors: Tensor) -> Any:
         """One step. What it returns holds until the next."""
         if not self._usable:
             return self._run(fixed, *tensors)
-        if self._steps == 0:
-            self._fixed, self._given = fixed, [torch.empty_like(t) for t in tensors]
-        elif not self._fits(fixed, tensors):  # such as a last micro-batch of fewer windows
-            return self._run(fixed, *tensors)
-        self._steps += 1
-        if self._steps <= WARM_UP:
+        self._calls += 1
+        if not self._fits(fixed, tensors):  # such as a last micro-batch of fewer windows
+            if self._graph is not None:
+                return self._run(fixed, *tensors)
+            self._fixed, self._given, self._alike = fixed, [torch.empty_like(t) for t in tensors], 0
+        self._alike += 1
+        if self._graph is None and self._alike <= WARM_UP:
             return self._aside(tensors)
         if self._graph is None and not self._captured():
             return self._run(fixed, *tensors)
@@ -70,19 +75,24 @@ class Replayed:
 
     def close(self) -> None:
         """Gives back what the graph holds."""
+        if self._usable and self._graph is None and self._calls > MANY:
+            self._tell()
         self._graph, self._output, self._fixed, self._usable = None, None, None, False
         self._given.clear()
 
     def _fits(self, fixed: Any, tensors: Sequence[Tensor]) -> bool:
-        alike = all(
+        alike = len(tensors) == len(self._given) and all(
             t.shape == place.shape and t.dtype == place.dtype for t, place in zip(tensors, self._given, strict=True)
         )
         return alike and same(fixed, self._fixed)
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
     def _aside(self, tensors: Sequence[Tensor]) -> Any:
         """A step on another stream, as a capture wants it of what comes before."""
-        assert self._stream is not None
-        now = torch.cuda.current_stream(self._stream.device)
+        now = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(now)
         with torch.cuda.stream(self._stream):
             output = self._run(self._fixed, *tensors)
