@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
-from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, fewer_batches, generate_windows
 from gemq.data.sources import SELF, Streams, calibration_windows
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer
@@ -62,10 +62,15 @@ class Writer:
         batch = min(self._batch, max(1, *(plan.count for plan in plans)))
         if self._model is None:
             self._model = self._open.enter_context(self._writing(batch * self._each))
-        if self._width is not None:  # as many side by side as there is room for beside the copy
+        wanted = None
+        if self._width is None and self._replay.device.type == "cuda" and self._replay.residency is not None:
+            most = self._replay.residency.room_beside_all() // self._each
+            rows = fewer_batches(max(plan.count for plan in plans), self._batch, most)
+            wanted = min(own for _, (own,) in self._replay.ranks.gather([], [rows]))
+        elif self._width is not None:  # as many side by side as there is room for beside the copy
             held = copy_bytes(self._replay.structure, self._width, self._outside)
             room = max(1, (self._replay.memory.on_device.limit - held) // self._each)
-            batch = self._replay.ranks.agree(lambda: min(batch, room))
+            wanted = self._replay.ranks.agree(lambda: min(batch, room))
             note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
             self.notes[note] = self.notes.get(note, 0) + count
         made = generate_windows(
@@ -73,7 +78,7 @@ class Writer:
             self.tokenizer,
             *plans,
             window=self._job.window,
-            batch=batch if self._width is not None else None,
+            batch=wanted,
             progress=self._tick,
             ranks=self._replay.ranks,
         )

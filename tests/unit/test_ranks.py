@@ -72,6 +72,7 @@ for rank, ((x, none, last), notes) in enumerate(ranks.gather(
     assert x.dtype == torch.float16 and x.shape == (rank + 1, 2) and (x == rank).all()
     assert none is None and (last is None or last.tolist() == [2]) and (last is not None) == (rank == 2)
     assert notes == [rank, -1]
+assert [notes for _, notes in ranks.gather([], [ranks.rank])] == [[0], [1], [2]]
 assert ranks.spread(torch.tensor([ranks.rank, 7])).tolist() == [0, 7, 1, 7, 2, 7]
 assert ranks.collect(torch.arange(6)).tolist() == [6 * ranks.rank, 6 * ranks.rank + 3]
 several = ranks.add_up_together([torch.ones(2), torch.ones(1).half(), torch.full((1, 3), float(ranks.rank))])

@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.data.selfgen import Openings, Plan, generate_windows, sample
+from gemq.data.selfgen import Openings, Plan, fewer_batches, generate_windows, sample
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
@@ -240,6 +240,20 @@ def test_model_without_cache_is_refused(tokenizer):
     model.forward = lambda **inputs: types.SimpleNamespace(logits=torch.zeros(6, 1, ROWS), past_key_values=None)
     with pytest.raises(UserError, match="give --calib FILE"):
         write(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(-3, 29), (0, 29), (29, 29), (31, 29), (32, 32), (42, 32), (43, 43), (64, 64), (1000, 64)],
+)
+def test_a_gpu_with_room_writes_more_windows_side_by_side(most, expected):
+    """128 of them: five batches of 29 and what is left, or as few even ones as there is room for, two at least."""
+    assert fewer_batches(128, 29, most) == expected
+
+
+def test_few_windows_stay_in_one_batch():
+    assert fewer_batches(16, 29, 1000) == 29
+    assert fewer_batches(58, 29, 1000) == 29
 
 
 def test_progress_counts_tokens(tokenizer):

@@ -322,7 +322,8 @@ def cache_bytes(config: Any, window: int, itemsize: int) -> int:
 
 
 def batch_size(config: Any, window: int) -> int:
-    """Windows written side by side: from the configuration alone, so that results do not depend on the machine.
+    """Windows written side by side: from the configuration alone, so that results do not depend on the machine, but on
+    a GPU with room for more (``fewer_batches``).
 
     What 4 GB hold if every head had keys and values of its own in float32; a large model gets more, since a step of a
     few windows takes as long as one of many.
@@ -330,6 +331,15 @@ def batch_size(config: Any, window: int) -> int:
     rows = SMALL_CACHE_BYTES // (config.num_hidden_layers * config.hidden_size * window * 2 * 4)
     more = min(FEWEST_WINDOWS, CACHE_BYTES // cache_bytes(config, window, 4))
     return max(1, min(512, max(rows, more)))
+
+
+def fewer_batches(count: int, batch: int, most: int) -> int:
+    """How many of ``count`` windows a GPU with room for ``most`` writes side by side: at least ``batch``, evenly.
+
+    A step of twice as many takes a fifth longer. Two batches at least, as two GPUs may share them.
+    """
+    batches = max(2, -(-count // max(1, most)))
+    return -(-count // batches) if batches < -(-count // batch) else batch
 
 
 def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:

@@ -72,8 +72,12 @@ class Residency:
 
     def fits(self, beside: int = 0) -> bool:
         """Whether all layers can be held at once with ``beside`` bytes more."""
+        return beside <= self.room_beside_all()
+
+    def room_beside_all(self) -> int:
+        """Bytes that are free if all layers are held at once; negative if they do not fit."""
         kept = sum(self.bytes[:-1])  # the last one stays where the current layer is
-        return kept + beside <= self.memory.on_device.free + self.held()
+        return self.memory.on_device.free + self.held() - kept
 
     def need(self, index: int) -> None:
         """Makes the model hold layer ``index``."""
