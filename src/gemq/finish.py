@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemq.allocate import Allocation
-from gemq.distil import Distillation, Distilled, distil
+from gemq.distil import Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.quant.widths import ExpertWidths
@@ -22,6 +22,7 @@ from gemq.refine import RefinedLayer, Targets, layer_overrides, refine_layer
 from gemq.resources.batches import Batches
 from gemq.resources.footprint import stage_bytes
 from gemq.stages import Around, digest, layer_file
+from gemq.student import Distillation
 from gemq.workdir import Stage
 
 

@@ -11,7 +11,7 @@ import torch
 from families import tiny, tokens
 from gemq.calibrate import Activations
 from gemq.data.windows import Windows
-from gemq.distil import Distillation, PackedExperts, distil
+from gemq.distil import distil
 from gemq.ladder import LayerLadder, Quantizer, build_layer, rung_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
@@ -21,6 +21,7 @@ from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, 
 from gemq.quant.widths import ExpertWidths
 from gemq.reconstruct import Training, tunable_names
 from gemq.refine import RefinedLayer, Targets, refine_layer
+from gemq.student import Distillation, PackedExperts
 
 torch.set_num_threads(1)
 WINDOWS = 120
