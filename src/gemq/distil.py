@@ -24,7 +24,10 @@ from gemq.quant.trainable import epochs
 from gemq.quant.widths import ExpertWidths
 from gemq.refine import RefinedLayer
 from gemq.resources.batches import Batches
-from gemq.student import Distillation, Graphs, Student
+from gemq.student import Distillation, Student
+
+GIVEN = 5
+"""Tensors of the size of hidden states that a layer's CUDA graphs are given and give."""
 
 
 @dataclass
@@ -72,8 +75,8 @@ def distil(
     train, held_out = training.split(len(activations.ids))
     per_epoch = len(train)
     steps = training.epochs * per_epoch
-    graphs = Graphs(replay, beside, activations.hidden[0].nbytes)
-    student = Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, dealt, graphs)
+    beside += GIVEN * activations.hidden[0].nbytes * len(widths)
+    student = Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, dealt, beside)
 
     def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
         """Parts of the mean over tokens, in nats, from the student's last hidden states [B, S, H]."""
@@ -113,5 +116,4 @@ def distil(
                 break  # the last epochs did no good, and the next ones would do worse
             best = Distilled(student.tensors(), student.tuned(), best.before, now)
     student.close()
-    graphs.close()
     return best

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,28 +81,6 @@ class PackedExperts:
         return found
 
 
-class Graphs:
-    """Memory of all layers' CUDA graphs, which never run at the same time. Nothing on a CPU.
-
-    usable: whether there is room for them
-    """
-
-    STATES = 5
-    """Of the size of hidden states: what a layer's two graphs are given and give."""
-
-    def __init__(self, replay: Replay, beside: int, hidden: int):
-        self.memory, self.usable, self.pool = replay.memory, False, None
-        if replay.device.type == "cuda" and not replay.passes_more:
-            self._bytes = beside + self.STATES * hidden * len(replay.structure.layers)
-            self.usable = replay.memory.room(self._bytes)
-            self.pool = torch.cuda.graph_pool_handle()
-
-    def close(self) -> None:
-        """Gives the room back."""
-        if self.usable:
-            self.memory.on_device.give(self._bytes)
-
-
 class Student:
     """The packed model as a function of its trainable parameters."""
 
@@ -116,14 +95,20 @@ class Student:
         stored: dict[str, torch.dtype],
         group_size: int,
         dealt: bool,
-        graphs: Graphs,
+        beside: int,
     ):
-        """dealt: other ranks have other windows"""
+        """dealt: other ranks have other windows; ``beside``: bytes that layers' CUDA graphs take together"""
         self.replay, self.among = replay, replay.ranks if dealt else ALONE
         self.layers = [
-            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.among, graphs)
+            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.among)
             for i, row in enumerate(widths)
         ]
+        # what waits elsewhere comes to other addresses each time
+        here = not replay.passes_more and all(layer.waiting.place is Place.DEVICE for layer in self.layers)
+        self._beside = beside if replay.device.type == "cuda" and here and replay.memory.room(beside) else 0
+        pool = torch.cuda.graph_pool_handle() if self._beside else None
+        for layer in self.layers:
+            layer.capture(bool(self._beside), pool, how.training.tell)
         names = _tail_norms(replay) if "norms" in how.sets else []
         tail = {name: replay.model.get_parameter(name).detach().float().clone() for name in names}
         self.tail = _Tuned(replay, tail, stored)
@@ -173,6 +158,7 @@ class Student:
     def close(self) -> None:
         for layer in self.layers:
             layer.close()
+        self.replay.memory.on_device.give(self._beside)
 
 
 class _Tuned:
@@ -206,7 +192,6 @@ class _PackedLayer:
         stored: dict[str, torch.dtype],
         group_size: int,
         among: Ranks,
-        graphs: Graphs,
     ):
         """among: ranks that have other windows"""
         self.replay, self.index, self.among = replay, index, among
@@ -235,10 +220,11 @@ class _PackedLayer:
         self.optimizer = training.optimizer(steps, (), grids, list(wanted.values())) if grids or wanted else None
         self.trained = [p for p in (*grids, *wanted.values()) if p.requires_grad]
         self.waiting = Waiting(replay.memory, self._held, 3 * sum(p.numel() * 4 for p in self.trained))
-        usable = graphs.usable and self.waiting.place is Place.DEVICE  # else it comes to other addresses each time
+
+    def capture(self, usable: bool, pool: Any, tell: Callable[[], None]) -> None:
+        """Prepares the layer's two steps. ``pool``: of the CUDA graphs of all layers, which run one after the other."""
         self._output, self._descend = (
-            Replayed(run, replay.device, training.tell, usable=usable, pool=graphs.pool)
-            for run in (self._run, self._step)
+            Replayed(run, self.replay.device, tell, usable=usable, pool=pool) for run in (self._run, self._step)
         )
 
     def _held(self) -> tuple[list[Tensor], list[Tensor]]:
