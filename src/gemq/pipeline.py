@@ -169,7 +169,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     structure = replay.structure
     if job.monitor.console is not None:
         dtype = replay.model.dtype
-        workload = Workload.of(structure, job.recipe, replay.model.config, job.window, dtype, job.device)
+        free = job.memory.on_device.limit - job.working
+        workload = Workload.of(structure, job.recipe, replay.model.config, job.window, dtype, job.device, free)
         job.monitor.expected = workload.seconds(job.device, dtype)
     unguarded = _why_unguarded(job.recipe, allocation_file, guarded)
     job.draw_windows(replay, lambda windows: () if unguarded else own_plans(job.recipe, windows))

@@ -17,6 +17,7 @@ from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.resources.footprint import held_bytes, stage_bytes, staging_bytes
+from gemq.resources.memory import Memory
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
 
@@ -72,8 +73,9 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
     window = calibration_window(model.config, recipe.window)
     compute = pick_dtype(recipe.dtype, device)
-    workload = Workload.of(structure, recipe, model.config, window, compute, device)
     working = stage_bytes(structure, recipe, model.config, compute, device)
+    free = Memory.bounded(device, None, None, None).on_device.limit - max(working.values())
+    workload = Workload.of(structure, recipe, model.config, window, compute, device, free)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gemq.data.selfgen import batch_size
+from gemq.data.selfgen import batch_size, cache_bytes, fewer_batches
 from gemq.data.sources import SELF
 from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
 from gemq.ladder import LINEAR_TOKENS
@@ -91,8 +91,8 @@ class Workload:
 
     hidden, vocabulary: of the model; ``per_token``: experts that a token chooses
     window:   tokens per calibration window
-    itemsize: bytes of the compute type; ``windows_at_once``: that the model writes side by side
-    on_gpu:   count as its kernels work
+    itemsize: bytes of the compute type; ``windows_at_once``: that the model writes side by side, at least
+    on_gpu:   count as its kernels work; ``most_at_once``: windows that it has room for there
     """
 
     structure: Structure
@@ -104,6 +104,7 @@ class Workload:
     itemsize: int
     windows_at_once: int
     on_gpu: bool = False
+    most_at_once: int = 0
 
     @classmethod
     def of(
@@ -114,9 +115,14 @@ class Workload:
         window: int,
         dtype: torch.dtype,
         device: torch.device,
+        memory: int = 0,
     ) -> Workload:
-        """config: the model's; it computes in ``dtype`` on ``device``"""
+        """config: the model's; it computes in ``dtype`` on ``device``
+
+        memory: bytes that it may hold there beside what it computes with
+        """
         text = config.get_text_config()
+        free = memory - structure.total_parameters * dtype.itemsize
         return cls(
             structure,
             recipe,
@@ -127,6 +133,7 @@ class Workload:
             itemsize=dtype.itemsize,
             windows_at_once=batch_size(text, window),
             on_gpu=device.type == "cuda",
+            most_at_once=free // cache_bytes(text, window, dtype.itemsize),
         )
 
     def seconds(self, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -169,7 +176,10 @@ class Workload:
         """``windows`` written token by token: a step reads all weights for one token of each window of a batch."""
         if not windows:
             return Work()
-        batches = -(-windows // self.windows_at_once)
+        at_once = self.windows_at_once
+        if self.on_gpu:
+            at_once = fewer_batches(windows, at_once, self.most_at_once)
+        batches = -(-windows // at_once)
         steps, tokens = self.window * batches, windows * self.window
         work = total(self.forward(x, tokens, self.window // 2, steps) for x in self.structure.layers)
         weights = self.structure.total_parameters * self.itemsize
