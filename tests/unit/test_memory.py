@@ -154,6 +154,10 @@ def test_a_layer_may_be_put_together_on_its_device(family, tmp_path):
         assert alone.keys() == there.keys()
         assert all(torch.equal(tensor, there[name]) for name, tensor in alone.items())
         assert reader.known(index)
+    _, reader = source_of(family, tmp_path).open(CPU, torch.float32)
+    reader.learn(last, reader.read(last))  # where memory had no room for its parts
+    assert reader.known(last)
+    assert all(torch.equal(tensor, reader.read(last)[name]) for name, tensor in reader.read_to(CPU, last).items())
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "nemotron_h"])

@@ -196,6 +196,8 @@ class Residency:
             on_device = self.reader.plain and self.memory.on_device.take(beside)
             try:
                 found = self.reader.read_to(self.memory.device, index) if on_device else self.reader.read(index)
+                if self.reader.plain and not on_device:
+                    self.reader.learn(index, found)
             finally:
                 self.memory.on_device.give(beside if on_device else 0)
             ready = _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)}, torch.cuda.Event())
