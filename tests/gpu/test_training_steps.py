@@ -6,14 +6,18 @@ Run with ``python -m pytest tests/gpu/test_training_steps.py -m gpu``.
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from gemq.assets import builtin_model
+from gemq.pipeline import quantize
 from gemq.quant.fused import trainable
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, nearest
+from gemq.recipe import Recipe
 from gemq.reconstruct import Optimizer
 from gemq.resources.replayed import Replayed
 
@@ -70,3 +74,10 @@ def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
     found = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
     assert found == [[2.0 * n * n] * 2 for n in range(6)]
     assert told == [1]
+
+
+@pytest.mark.parametrize("bound", [None, 3_000_000_000])
+def test_a_job_trains_from_graphs(tmp_path: Path, bound: int | None) -> None:
+    recipe = Recipe(windows=32, window=128, total_tokens=64 * 128, batch_tokens=512)
+    result = quantize(str(builtin_model()), recipe, out=tmp_path / "out", device="cuda", gpu_memory=bound)
+    assert "training_launched_by_steps" not in result.fallbacks
