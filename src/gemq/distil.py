@@ -24,10 +24,7 @@ from gemq.quant.trainable import epochs
 from gemq.quant.widths import ExpertWidths
 from gemq.refine import RefinedLayer
 from gemq.resources.batches import Batches
-from gemq.student import Distillation, Student
-
-GIVEN = 5
-"""Tensors of the size of hidden states that a layer's CUDA graphs are given and give."""
+from gemq.student import GIVEN, Distillation, Student
 
 
 @dataclass

@@ -28,6 +28,7 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_factors, epochs, rounded_to
 from gemq.quant.widths import Width
+from gemq.resources.ranks import Ranks
 from gemq.resources.replayed import Replayed
 
 
@@ -206,8 +207,9 @@ def train_layer(
         sums = torch.zeros(2, dtype=torch.float64)
         for b in held_out:
             out = run(inputs[b], activations.calls[b][index], weights, tuned)
-            sums[0] += (out - targets[b]).float().square().sum().item()
-            sums[1] += targets[b].float().square().sum().item()
+            goal = targets[b]
+            sums[0] += (out - goal).float().square().sum().item()
+            sums[1] += goal.float().square().sum().item()
         if dealt:
             ranks.add_up(sums)
         return float(sums[0] / sums[1])
@@ -226,9 +228,7 @@ def train_layer(
         def keep_alike() -> None:
             """Ranks have one gradient of what all of them train, beside experts of their own."""
             if dealt:
-                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
-                for p, gradient in zip(alike, ranks.add_up_together(found), strict=True):
-                    p.grad = gradient
+                set_gradients(alike, [p.grad for p in alike], ranks)
             elif split is not None and ranks.deals:  # every GPU has roundings of its own
                 for p in alike:
                     if p.grad is not None:
@@ -260,6 +260,15 @@ def train_layer(
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)
     return LayerResult(parameters, original, before, before)
+
+
+def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ranks: Ranks) -> None:
+    """Gives parameters their gradients, added up over ``ranks``."""
+    if ranks.count > 1:
+        own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        gradients = ranks.add_up_together(own)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _trainable(model: Any, x: QuantizedParameter) -> TrainableMatrices | FusedMatrices:

@@ -25,11 +25,14 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, encode
 from gemq.quant.trainable import TrainableMatrices, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
-from gemq.reconstruct import Training, as_parameter, expert_overrides, tunable_names
+from gemq.reconstruct import Training, as_parameter, expert_overrides, set_gradients, tunable_names
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Place, Waiting
 from gemq.resources.ranks import ALONE, Ranks
 from gemq.resources.replayed import Replayed
+
+GIVEN = 5
+"""Tensors of the size of hidden states that a layer's CUDA graphs are given and give: see ``_PackedLayer.capture``."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,8 @@ class Student:
     def inputs(self, activations: Activations, batch: int) -> list[Tensor]:
         """What each layer receives [B, S, H], and what the last one gives, outside autograd."""
         hidden = [activations.hidden[batch]]
-        with torch.no_grad():
-            for index, layer in enumerate(self.layers):
-                hidden.append(layer.output(hidden[-1], activations.calls[batch][index]))
+        for index, layer in enumerate(self.layers):
+            hidden.append(layer.output(hidden[-1], activations.calls[batch][index]))
         return hidden
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class Student:
         sources = [last, *self.tail.parameters.values()]
         parts = [torch.autograd.grad(part, sources) for part in losses]
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
-        _set_gradients(list(self.tail.parameters.values()), of_tail, self.among)
+        set_gradients(list(self.tail.parameters.values()), of_tail, self.among)
         if self.optimizer is not None:
             self.optimizer.update()
         for index in reversed(range(len(self.layers))):
@@ -239,7 +241,7 @@ class _PackedLayer:
 
     @torch.no_grad()
     def output(self, hidden: Tensor, call: Call) -> Tensor:
-        """The layer's output [B, S, H]."""
+        """The layer's output [B, S, H], outside autograd."""
         self.waiting.come()
         output: Tensor = self._output(call, hidden)
         self.waiting.leave()
@@ -263,7 +265,7 @@ class _PackedLayer:
         output = self._run(call, leaf)
         # every parameter's, wanted or not: one that no token met has none
         of_hidden, *of_all = torch.autograd.grad(output, [leaf, *self.trained], gradient, allow_unused=True)
-        _set_gradients(self.trained, of_all, self.among)
+        set_gradients(self.trained, of_all, self.among)
         if self.optimizer is not None:
             self.optimizer.update()
         for parameter in self.trained:
@@ -289,15 +291,6 @@ class _PackedLayer:
         found = {name: t for m in self.experts for name, t in m.result().items()} if self.with_grids else {}
         self.waiting.leave()
         return found
-
-
-def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ranks: Ranks) -> None:
-    """Gives parameters their gradients, added up over ``ranks``."""
-    if ranks.count > 1:
-        own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-        gradients = ranks.add_up_together(own)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
 
 
 def _wanted(replay: Replay, layer: Layer, sets: tuple[str, ...]) -> list[str]:

@@ -1,7 +1,7 @@
 """Norms and rotary positions in one or two kernels where families write them in eight and ten.
 
-They are small, and a layer has up to four norms: on a GPU their kernels are half of what a layer launches, forward as
-backward. Taken over is what computes the same, which is tried out for each kind; all others stay the family's own.
+They are small, and a layer has up to four norms: on a GPU their kernels are two of five that a layer launches, forward
+as backward. Taken over is what computes the same, which is tried out for each kind; all others stay the family's own.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Norm = Callable[[Any, Tensor], Tensor]
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def use_fused_kernels(model: nn.Module) -> None:
+def use_fused_kernels(model: nn.Module, device: torch.device) -> None:
     """Makes a model on a GPU, and its family in this process, compute norms and rotary positions in few kernels."""
     from gemq.kernels.rotary import rotary, usable  # triton comes with torch for CUDA, not for CPUs
 
-    use_fused_norms(model, next(p.device for p in model.parameters() if not p.is_meta))
+    use_fused_norms(model, device)
     use_fused_rotary(model, rotary, usable)
 
 

@@ -139,25 +139,27 @@ class LayerReader:
             return upload_to(device).placed(shapes, places)
         parts = upload_to(device).tensors({name: self._spans[name] for name in stored})
         made = self._put_together(index, parts, (), device)
-        self._learn(index, parts, made)
+        self.learn(index, made, parts)
         return made
 
-    def learn(self, index: int, made: Mapping[str, Tensor]) -> None:
-        """Lets ``read_to`` know the kind of a layer that ``read`` has made."""
-        if self._kind(index) not in self._layouts:
-            self._learn(index, {name: self._slices[name].get_tensor(name) for name in self._stored[index]}, made)
+    def learn(self, index: int, made: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+        """Lets ``read_to`` know the kind of a layer from what was ``made`` of its stored tensors.
+
+        parts: these, where they are at hand
+        """
+        kind = self._kind(index)
+        if kind in self._layouts:
+            return
+        stored, given = self._sorted(index)
+        if parts is None:
+            parts = {name: self._slices[name].get_tensor(name) for name in stored}
+        place = {name: number for number, name in enumerate(given)}
+        targets = [place.get(self._stored[index][name], -1) for name in stored]  # -1: nothing that the model has
+        self._layouts[kind] = learned([parts[name] for name in stored], targets, [made[name] for name in given])
 
     def known(self, index: int) -> bool:
         """Whether ``read_to`` needs room for the layer alone."""
         return bool(self._layouts.get(self._kind(index)))
-
-    def _learn(self, index: int, parts: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
-        if self._kind(index) not in self._layouts:
-            stored, given = self._sorted(index)
-            place = {name: number for number, name in enumerate(given)}
-            targets = [place.get(self._stored[index][name], -1) for name in stored]  # -1: nothing that the model has
-            found = learned([parts[name] for name in stored], targets, [made[name] for name in given])
-            self._layouts[self._kind(index)] = found
 
     def _sorted(self, index: int) -> tuple[list[str], list[str]]:
         """Names of a layer's tensors, as they are stored and inside the model, in an order that layers share."""

@@ -169,7 +169,7 @@ class Source:
                     module._buffers[name] = buffer.to(device)
         use_experts_forward(model)
         if device.type == "cuda":
-            use_fused_kernels(model)
+            use_fused_kernels(model, device)
         return model.eval()
 
     def _left_out(self, model: PreTrainedModel, report: Any) -> list[str]:

@@ -203,15 +203,10 @@ class Replay:
             self.residency.need(index)
         layer = self.layers[index]
         call = self._with_passed(index, hidden, call)
-        args = (hidden, *call.args)
-        if overrides:
-            prefix = len(self.structure.layers[index].path) + 1
-            own = {name[prefix:]: tensor for name, tensor in overrides.items()}
-            with self._attention():
-                out = functional_call(layer, own, args, call.kwargs)
-        else:
-            with self._attention():
-                out = layer(*args, **call.kwargs)
+        args, prefix = (hidden, *call.args), len(self.structure.layers[index].path) + 1
+        own = {name[prefix:]: tensor for name, tensor in (overrides or {}).items()}
+        with self._attention():
+            out = functional_call(layer, own, args, call.kwargs) if own else layer(*args, **call.kwargs)
         if not isinstance(out, tuple):
             return out
         if self._passed:
