@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
-from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, fewer_batches, generate_windows
+from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, generate_windows, side_by_side
 from gemq.data.sources import SELF, Streams, calibration_windows
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer
@@ -37,6 +37,9 @@ from gemq.workdir import WorkDir
 
 WINDOWS_STAGE, WINDOWS_FILE = "windows", "windows.safetensors"
 """Where the calibration windows are, and how every stage of windows names its file."""
+
+BESIDE_FILE = "beside.safetensors"
+"""What was written along with the calibration windows, in the same batches."""
 
 
 class Writer:
@@ -59,13 +62,13 @@ class Writer:
     def write(self, *plans: Plan) -> list[Tensor]:
         """Of each plan int64 [count, window], on the CPU."""
         count = sum(plan.count for plan in plans)
-        batch = min(self._batch, max(1, *(plan.count for plan in plans)))
+        batch = min(self._batch, max(1, count))
         if self._model is None:
             self._model = self._open.enter_context(self._writing(batch * self._each))
         wanted = None
         if self._width is None and self._replay.device.type == "cuda" and self._replay.residency is not None:
             most = self._replay.residency.room_beside_all() // self._each
-            rows = fewer_batches(max(plan.count for plan in plans), self._batch, most)
+            rows = side_by_side(count, self._batch, most)
             wanted = min(own for _, (own,) in self._replay.ranks.gather([], [rows]))
         elif self._width is not None:  # as many side by side as there is room for beside the copy
             held = copy_bytes(self._replay.structure, self._width, self._outside)
@@ -185,10 +188,12 @@ class Job:
     def draw_windows(self, replay: Replay, beside: Callable[[Windows], Sequence[Plan]] = lambda _: ()) -> Windows:
         """The calibration windows, drawn or generated once. ``replay`` writes those of ``self``.
 
-        beside: further windows, by those drawn, to be written along with the ones that an effort adds: at once where
-                several ranks write, and before the model that writes is put away. They wait in ``written_beside``
+        beside: further windows, by those drawn, to be written along with the ones that an effort adds: in the same
+                batches, before the model that writes is put away. They wait in ``written_beside``
         """
         recipe = self.recipe
+        inputs = self._window_inputs()
+        stage = self.work.stage(WINDOWS_STAGE, inputs)
 
         def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
             windows = calibration_windows(
@@ -203,12 +208,16 @@ class Job:
                 plans = [Plan(added, recipe.seed + 1, added_to(windows))]
                 if windows.names != (SELF,):  # else what goes beside them would depend on those added as well
                     plans += beside(windows)
-                own, *self.written_beside = writer.write(*plans)
+                own, *further = writer.write(*plans)
                 windows = windows.extended(SELF, own)
+                if further:
+                    stage.save_tensors(BESIDE_FILE, {f"{place}": tokens for place, tokens in enumerate(further)})
             return windows, {"calibration_windows_missing": missing}
 
-        inputs = self._window_inputs()
         self.windows = self.windows_stage(WINDOWS_STAGE, "calibration windows", recipe.windows, inputs, replay, draw)
+        if stage.has(BESIDE_FILE):
+            found = stage.load_tensors(BESIDE_FILE)
+            self.written_beside = [found[f"{place}"] for place in range(len(found))]
         return self.windows
 
     def windows_stage(

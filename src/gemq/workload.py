@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gemq.data.selfgen import batch_size, cache_bytes, fewer_batches
+from gemq.data.selfgen import batch_size, cache_bytes, side_by_side
 from gemq.data.sources import SELF
 from gemq.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
 from gemq.ladder import LINEAR_TOKENS
@@ -150,13 +150,19 @@ class Workload:
         r, layers = self.recipe, self.structure.layers
         scored = r.allocate in ("global", "layerwise")
         steps = max(1, len(r.progressive))
-        stages = {"calibration windows": self.generate(self._own_windows), "ladder": total(map(self.ladder, layers))}
+        guarded = scored and r.guard and r.refine
+        judge = OWN + PER_SOURCE * (SELF in r.calib) if guarded else 0
+        along = judge if self._added_windows and r.calib != (SELF,) else 0  # written in the same batches
+        stages = {
+            "calibration windows": self.generate(self._own_windows + along),
+            "ladder": total(map(self.ladder, layers)),
+        }
         if scored and r.rescale:
             stages["sensitivity"] = self.sensitivity()
         if scored:
             stages["scores"] = (self.loss() + total(map(self.scores, layers))) * steps
-        if scored and r.guard and r.refine:
-            stages["guard windows"] = self.generate(OWN + PER_SOURCE * (SELF in r.calib))
+        if guarded:
+            stages["guard windows"] = self.generate(judge - along)
             stages["guard"] = self.guard()
         if r.refine:
             name = "reconstruct" if r.layer_epochs else "refine"
@@ -170,7 +176,11 @@ class Workload:
         """Windows that the model writes: its share of the sources', and those that the effort adds."""
         r = self.recipe
         of_sources = r.windows // len(r.calib) if SELF in r.calib else 0
-        return of_sources + (self.tokens - self.given_tokens) // self.window
+        return of_sources + self._added_windows
+
+    @property
+    def _added_windows(self) -> int:
+        return int((self.tokens - self.given_tokens) // self.window)
 
     def generate(self, windows: int) -> Work:
         """``windows`` written token by token: a step reads all weights for one token of each window of a batch."""
@@ -178,7 +188,7 @@ class Workload:
             return Work()
         at_once = self.windows_at_once
         if self.on_gpu:
-            at_once = fewer_batches(windows, at_once, self.most_at_once)
+            at_once = side_by_side(windows, at_once, self.most_at_once)
         batches = -(-windows // at_once)
         steps, tokens = self.window * batches, windows * self.window
         work = total(self.forward(x, tokens, self.window // 2, steps) for x in self.structure.layers)

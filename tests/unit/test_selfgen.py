@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.data.selfgen import Openings, Plan, fewer_batches, generate_windows, sample
+from gemq.data.selfgen import Openings, Plan, evenly, generate_windows, sample, side_by_side
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
@@ -89,11 +89,14 @@ def write(model, tokenizer, count=6, seed=0, window=WINDOW, **more):
     return dataclasses.replace(made, tokens=made.tokens[0])
 
 
-def test_plans_written_together_are_those_written_alone(olmoe, tokenizer):
-    plans = [Plan(5, 3), Plan(2, 8, Openings(random=1.0)), Plan(0, 1)]
-    together = generate_windows(olmoe, tokenizer, *plans, window=WINDOW, batch=2)
-    alone = [generate_windows(olmoe, tokenizer, plan, window=WINDOW, batch=2) for plan in plans]
-    assert [len(tokens) for tokens in together.tokens] == [5, 2, 0]
+@pytest.mark.parametrize("bos", [BOS, None])
+def test_plans_written_together_are_those_written_alone(tokenizer, bos):
+    """In batches that windows of two plans share, whatever their size."""
+    model = fixed({4: 3, 5: 2, 6: 2, EOS: 1}, bos_token_id=bos, eos_token_id=EOS)
+    plans = [Plan(5, 3), Plan(3, 8, Openings(torch.tensor([4, 5, 6, 7]), random=0.5)), Plan(0, 1)]
+    together = generate_windows(model, tokenizer, *plans, window=WINDOW, batch=4)
+    alone = [generate_windows(model, tokenizer, plan, window=WINDOW) for plan in plans]
+    assert [len(tokens) for tokens in together.tokens] == [5, 3, 0]
     for tokens, one in zip(together.tokens, alone, strict=True):
         assert torch.equal(tokens, one.tokens[0])
     assert together.documents == sum(one.documents for one in alone)
@@ -123,8 +126,8 @@ def test_seed_decides_and_global_state_does_not(olmoe, tokenizer):
     torch.manual_seed(1)
     first = write(olmoe, tokenizer, count=6, batch=4)
     torch.manual_seed(2)
-    again = write(olmoe, tokenizer, count=8, batch=4)
-    assert torch.equal(first.tokens[:4], again.tokens[:4])  # batch i is fixed by (seed, i)
+    again = write(olmoe, tokenizer, count=9, batch=3)
+    assert torch.equal(first.tokens[:3], again.tokens[:3])  # window i is fixed by (seed, i)
     assert torch.equal(first.tokens, write(olmoe, tokenizer, count=6, batch=4).tokens)
     assert not torch.equal(first.tokens[:2], first.tokens[4:])
     assert not torch.equal(first.tokens, write(olmoe, tokenizer, count=6, batch=4, seed=1).tokens)
@@ -243,17 +246,22 @@ def test_model_without_cache_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("most", "expected"),
-    [(-3, 29), (0, 29), (29, 29), (31, 29), (32, 32), (42, 32), (43, 43), (64, 64), (1000, 64)],
+    ("room", "expected"),
+    [(-3, 29), (0, 29), (29, 29), (31, 31), (42, 42), (72, 72), (1000, 72)],
 )
-def test_a_gpu_with_room_writes_more_windows_side_by_side(most, expected):
-    """128 of them: five batches of 29 and what is left, or as few even ones as there is room for, two at least."""
-    assert fewer_batches(128, 29, most) == expected
+def test_a_gpu_with_room_writes_more_windows_side_by_side(room, expected):
+    """144 of them: 29 at a time, or as many as there is room for, but two batches at least."""
+    assert side_by_side(144, 29, room) == expected
 
 
 def test_few_windows_stay_in_one_batch():
-    assert fewer_batches(16, 29, 1000) == 29
-    assert fewer_batches(58, 29, 1000) == 29
+    assert side_by_side(16, 29, 1000) == 29
+    assert side_by_side(58, 29, 1000) == 29
+
+
+def test_batches_are_even():
+    assert [evenly(144, most) for most in (29, 64, 72, 1000)] == [29, 48, 72, 144]
+    assert [evenly(count, 4) for count in (0, 1, 5, 9)] == [1, 1, 3, 3]
 
 
 def test_progress_counts_tokens(tokenizer):
@@ -280,5 +288,5 @@ def test_sampling_follows_the_distribution(tokenizer):
 def test_sample_never_takes_what_has_no_probability():
     logits = torch.full((5000, 9), -torch.inf)
     logits[:, [2, 5]] = torch.tensor([0.0, -12.0])
-    drawn = sample(logits, torch.Generator().manual_seed(0))
+    drawn = sample(logits, torch.rand(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     assert set(drawn.unique().tolist()) <= {2, 5}

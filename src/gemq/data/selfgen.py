@@ -11,8 +11,9 @@ alone. A cache that grows by concatenation copies itself at every step; ``_Preal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -73,6 +74,13 @@ class Plan:
     seed: int
     openings: Openings = Openings()
 
+    def draws(self, window: int) -> Tensor:
+        """Random numbers float64 [count, window] in [0, 1), one for each token."""
+        # mixed first: a generator looks at 32 bits of its seed only, and other seeds begin near this one
+        mixed = np.random.SeedSequence(self.seed).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        return torch.rand(self.count, window, generator=generator, dtype=torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Generated:
@@ -107,42 +115,37 @@ def generate_windows(
     beginning of a user turn, and the end of that turn is followed by the template's opening of the answer. Padding rows
     of the embedding and the pad token are never sampled.
 
-    batch:    windows written side by side; by default as ``batch_size`` has it, 512 at most.
-              Batch i of a plan depends on (seed, i) and its size alone, not on PyTorch's global random state
+    batch:    windows written side by side at most, whichever plans they are of; by default as ``batch_size`` has it.
+              Window i of a plan depends on (seed, i) and how logits are rounded, not on PyTorch's global random state
     progress: called with (done, total) tokens
-    ranks:    take turns with the batches of all plans
+    ranks:    take turns with the batches
     static:   steps over a static cache, as ``data.steps`` has it; by default on a GPU
     """
-    batch = batch or batch_size(model.config.get_text_config(), window)
     vocabulary = _Vocabulary.of(model, tokenizer)
     opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
-    chat = opening is not None and 0 < len(opening.user) < window
+    chat = opening if opening is not None and 0 < len(opening.user) < window else None
     wanted = sum(plan.count // 2 for plan in plans) if opening is not None else 0
+    total = sum(plan.count for plan in plans)
+    rows = evenly(total, batch or batch_size(model.config.get_text_config(), window))
+    batches = _Batch.of(plans, window, vocabulary, chat).split(rows)
 
     was_training = model.training
     model.eval()
-    parts: list[Tensor | None] = []
+    parts: list[Tensor | None] = [None] * len(batches)
     steps = Steps(model, window, static)
-    documents = launched = 0
-    batches = [(plan, number, start) for plan in plans for number, start in enumerate(range(0, plan.count, batch))]
-    sizes = [min(batch, plan.count - start) for plan, _, start in batches]
+    documents = launched = before = 0
     try:
-        for turn, ((plan, number, start), rows) in enumerate(zip(batches, sizes, strict=True)):
-            if turn % ranks.count != ranks.rank:
-                parts.append(None)
-                continue
-            run = _Batch(vocabulary, rows, window, _generator(plan.seed, number, model.device))
-            run.open_with(plan.openings)
-            if chat:
-                assert opening is not None
-                run.open_chats(opening, rows=range((start + 1) % 2, rows, 2))
-            report = None
-            if progress:
-                before = sum(sizes[:turn]) * window
-                report = lambda done, before=before, rows=rows: progress(before + done * rows, sum(sizes) * window)
-            parts.append(run.write(steps.begin(rows), report))
-            launched += rows * bool(steps.why)
-            documents += run.documents
+        for turn, drafted in enumerate(batches):
+            rows = len(drafted.given)
+            if turn % ranks.count == ranks.rank:
+                report = None
+                if progress:
+                    report = lambda done, before=before, rows=rows: progress(before + done * rows, total * window)
+                own = drafted.to(model.device)
+                parts[turn] = own.write(steps.begin(rows), report)
+                launched += rows * bool(steps.why)
+                documents += own.documents
+            before += rows * window
     finally:
         model.train(was_training)
     written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
@@ -190,38 +193,64 @@ class _Batch:
     """Windows written side by side, one token of each per step."""
 
     vocabulary: _Vocabulary
-    rows: int
-    window: int
-    generator: torch.Generator
-    given: Tensor = field(init=False)
+    given: Tensor
     """int64 [rows, window]: tokens that are not sampled, FREE elsewhere"""
-    answers: dict[int, list[int]] = field(init=False, default_factory=dict)
+    draws: Tensor
+    """float64 [rows, window]: the random number in [0, 1) that decides about each token, sampled or not"""
+    answers: dict[int, list[int]]
     """By row of a chat whose user is still writing: what opens the answer."""
-    documents: int = field(init=False)
+    documents: int
+    """Begun so far."""
 
-    def __post_init__(self) -> None:
-        self.given = torch.full((self.rows, self.window), FREE, device=self.generator.device)
-        self.documents = self.rows
-        self._open_documents(torch.arange(self.rows, device=self.given.device), 0)
+    @classmethod
+    def of(cls, plans: Sequence[Plan], window: int, vocabulary: _Vocabulary, chat: _ChatOpening | None) -> _Batch:
+        """All windows of ``plans``, one after the other, on the CPU. Every second one of a plan opens as ``chat``."""
+        draws = torch.cat([torch.empty(0, window, dtype=torch.float64), *(plan.draws(window) for plan in plans)])
+        batch = cls(vocabulary, torch.full(draws.shape, FREE), draws, {}, len(draws))
+        first = 0
+        for plan in plans:
+            batch._open(range(first, first + plan.count), plan.openings)
+            if chat is not None:
+                for row in range(first + 1, first + plan.count, 2):
+                    batch.given[row, : len(chat.user)] = torch.tensor(chat.user)
+                    batch.answers[row] = chat.answer
+            first += plan.count
+        return batch
 
-    def open_with(self, openings: Openings) -> None:
-        """Draws each window's first token."""
-        device = self.given.device
+    def split(self, rows: int) -> list[_Batch]:
+        """Batches of ``rows`` windows."""
+        parts = []
+        for first in range(0, len(self.given), rows):
+            own = slice(first, first + rows)
+            answers = {row - first: answer for row, answer in self.answers.items() if first <= row < first + rows}
+            given = self.given[own]
+            parts.append(_Batch(self.vocabulary, given, self.draws[own], answers, len(given)))
+        return parts
+
+    @property
+    def window(self) -> int:
+        return self.given.shape[1]
+
+    def to(self, device: torch.device) -> _Batch:
+        return dataclasses.replace(self, given=self.given.to(device), draws=self.draws.to(device))
+
+    def _open(self, rows: range, openings: Openings) -> None:
+        """Gives the first token of ``rows``, all of them with the same openings."""
+        if not rows:
+            return
+        every = torch.arange(rows.start, rows.stop)
+        self._open_documents(every, 0)
+        chance = self.draws[every, 0]
         if openings.tokens is not None:
-            drawn = torch.randint(len(openings.tokens), (self.rows,), generator=self.generator, device=device)
-            self.given[:, 0] = openings.tokens.to(device)[drawn]
-        if openings.random:
-            random = torch.rand(self.rows, generator=self.generator, device=device) < openings.random
-            self._open_randomly(random.nonzero()[:, 0], 0)
-
-    def open_chats(self, opening: _ChatOpening, rows: Iterable[int]) -> None:
-        for row in rows:
-            self.given[row, : len(opening.user)] = torch.tensor(opening.user, device=self.given.device)
-            self.answers[row] = opening.answer
+            share = (chance - openings.random) / max(1 - openings.random, 1e-9)
+            self.given[every, 0] = openings.tokens[_place(share.clamp_min(0), len(openings.tokens))]
+        random = chance < openings.random
+        starts = self.vocabulary.starts
+        self.given[every[random], 0] = starts[_place(chance[random] / max(openings.random, 1e-9), len(starts))]
 
     @torch.no_grad()
     def write(self, next_logits: Step, report: Callable[[int], None] | None) -> Tensor:
-        """int64 [rows, window] on the CPU. ``report`` takes the tokens per window written so far."""
+        """Tokens int64 [rows, window] on the CPU. ``report`` takes the tokens per window written so far."""
         device = self.given.device
         ends = torch.tensor(sorted(self.vocabulary.ends), dtype=torch.int64, device=device)
         tokens = torch.empty_like(self.given)
@@ -232,7 +261,7 @@ class _Batch:
             if unsampled is None:
                 unsampled = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
                 unsampled[torch.tensor(sorted(self.vocabulary.known), device=device)] = False
-            sampled = sample(logits.masked_fill(unsampled, -torch.inf), self.generator)
+            sampled = sample(logits.masked_fill(unsampled, -torch.inf), self.draws[:, step])
             given = self.given[:, step]
             free = given == FREE
             tokens[:, step] = torch.where(free, sampled, given)
@@ -263,25 +292,25 @@ class _Batch:
         if self.vocabulary.bos is not None:
             self.given[rows, step] = self.vocabulary.bos
         else:
-            self._open_randomly(rows, step)
-
-    def _open_randomly(self, rows: Tensor, step: int) -> None:
-        starts = self.vocabulary.starts.to(rows.device)
-        drawn = torch.randint(len(starts), (len(rows),), generator=self.generator, device=rows.device)
-        self.given[rows, step] = starts[drawn]
+            starts = self.vocabulary.starts.to(rows.device)
+            self.given[rows, step] = starts[_place(self.draws[rows, step], len(starts))]
 
 
-def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token int64 [rows] from the softmax of each row of ``logits`` float32 [rows, V].
+def _place(share: Tensor, count: int) -> Tensor:
+    """Which of ``count`` things numbers in [0, 1) stand for."""
+    return (share * count).long().clamp_max(count - 1)
 
-    By the inverse of the distribution function: one random number a row, where ``torch.multinomial`` draws
+
+def sample(logits: Tensor, chance: Tensor) -> Tensor:
+    """One token int64 [rows] of the softmax of each row of ``logits`` float32 [rows, V], by ``chance`` float64 [rows].
+
+    By the inverse of the distribution function: one random number in [0, 1) a row, where ``torch.multinomial`` draws
     one for every token of the vocabulary (measured, 3.5 times slower on a CPU). Sums in float64, because in
     float32 the tail of a large vocabulary would be lost.
     """
     below = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    chance = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=logits.device)
     # right: a token of probability 0 has the same sum as its neighbour below, which is then found first.
-    return torch.searchsorted(below, chance * below[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(below, chance[:, None] * below[:, -1:], right=True)[:, 0]
 
 
 def _token_ids(holders: Iterable[Any], name: str) -> list[int]:
@@ -322,8 +351,8 @@ def cache_bytes(config: Any, window: int, itemsize: int) -> int:
 
 
 def batch_size(config: Any, window: int) -> int:
-    """Windows written side by side: from the configuration alone, so that results do not depend on the machine, but on
-    a GPU with room for more (``fewer_batches``).
+    """Windows written side by side, from the configuration alone. A GPU with room takes more (``side_by_side``): what
+    is written differs by how logits are rounded then.
 
     What 4 GB hold if every head had keys and values of its own in float32; a large model gets more, since a step of a
     few windows takes as long as one of many.
@@ -333,16 +362,14 @@ def batch_size(config: Any, window: int) -> int:
     return max(1, min(512, max(rows, more)))
 
 
-def fewer_batches(count: int, batch: int, most: int) -> int:
-    """How many of ``count`` windows a GPU with room for ``most`` writes side by side: at least ``batch``, evenly.
+def evenly(count: int, most: int) -> int:
+    """Windows of a batch if ``count`` are written in as few batches as there can be with ``most`` in each."""
+    return max(1, -(-count // max(1, -(-count // max(1, most)))))
+
+
+def side_by_side(count: int, least: int, room: int) -> int:
+    """How many of ``count`` windows a GPU with ``room`` for so many writes in a batch at most, be it ``least``.
 
     A step of twice as many takes a fifth longer. Two batches at least, as two GPUs may share them.
     """
-    batches = max(2, -(-count // max(1, most)))
-    return -(-count // batches) if batches < -(-count // batch) else batch
-
-
-def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:
-    # Mixed first: a CPU generator looks at 32 bits of its seed only, where seed and number have to differ.
-    mixed = np.random.SeedSequence([seed, number]).generate_state(1)
-    return torch.Generator(device).manual_seed(int(mixed[0]))
+    return max(least, min(room, -(-count // 2)))
