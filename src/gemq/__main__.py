@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
@@ -9,7 +10,9 @@ def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed or interrupted, 2 bad usage or bad input."""
     from gemq.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # or Python looks for garbage in all that was imported before it ends: a second
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 from helpers import Finished, contents, gemq, least_bytes, make_tiny_model
 
 from gemq.assets import builtin_texts
-from gemq.models import source
+from gemq.models import digests
 from gemq.models.source import Source
 from gemq.workdir import WorkDir
 
@@ -219,13 +219,13 @@ def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, mo
     model = Source(tmp_path / "model")
     first, files = model.fingerprint()
     read: list[str] = []
-    digest = source._file_digest
+    digest = digests._Reading._read
 
-    def noted(path: Path) -> str:
+    def noted(self: Any, path: Path) -> str:
         read.append(path.name)
-        return digest(path)
+        return digest(self, path)
 
-    monkeypatch.setattr(source, "_file_digest", noted)
+    monkeypatch.setattr(digests._Reading, "_read", noted)
     assert model.fingerprint(files) == (first, files)
     assert read == []
     weights = tmp_path / "model" / "model.safetensors"

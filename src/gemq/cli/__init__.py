@@ -12,6 +12,7 @@ import typer
 from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
+from gemq.models import digests
 from gemq.resources.processes import after_failing, before_failing
 
 # from typer: some of its versions use the package click, others carry their own copy
@@ -74,6 +75,8 @@ def run(arguments: list[str]) -> int:
         # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        digests.end()
 
 
 def _fail(message: str) -> int:

@@ -38,7 +38,9 @@ from gemq.cli.flags import (
     recipe_of,
     size_of,
 )
+from gemq.cli.startup import importing
 from gemq.errors import UserError
+from gemq.models import digests
 from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
 from gemq.recipe import Recipe
 from gemq.resources.processes import is_first
@@ -66,10 +68,11 @@ def plan(
     keys = given(locals(), Recipe)
     check_json(json_file)
     chosen = recipe_of(recipe, keys)
-    from gemq.models.source import Source
-    from gemq.plan import plan as make_plan
-    from gemq.resources.machine import pick_device
-    from gemq.summary import print_plan
+    with importing():
+        from gemq.models.source import Source
+        from gemq.plan import plan as make_plan
+        from gemq.resources.machine import pick_device
+        from gemq.summary import print_plan
 
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     found = make_plan(source, chosen, pick_device(device))
@@ -110,9 +113,12 @@ def quantize(
     chosen = recipe_of(recipe, given(locals(), Recipe))
     check_json(json_file)
     quiet = quiet or not is_first()
-    from gemq.pipeline import quantize as run_quantize
-    from gemq.resources.ranks import leave_ranks
-    from gemq.summary import print_result
+    if is_first() and not resume:
+        digests.begin(Path(model).expanduser())
+    with importing():
+        from gemq.pipeline import quantize as run_quantize
+        from gemq.resources.ranks import leave_ranks
+        from gemq.summary import print_result
 
     try:
         result = run_quantize(
@@ -174,17 +180,19 @@ def export(
     if curve:
         if out is not None or dense is not None or allocation is not None or finish or budget.keys() - {"allocate"}:
             raise UserError("--curve goes over all budgets and makes no checkpoint: leave -o, --bits and others out")
-        quiet_libraries()
-        from gemq.curve import size_curve, write_curve
-        from gemq.summary import print_curve
+        with importing():
+            from gemq.curve import size_curve, write_curve
+            from gemq.summary import print_curve
 
+        quiet_libraries()
         found = size_curve(work, budget.get("allocate"))
         written = write_curve(found, work)
         if not print_json(json_file, found.to_dict()) and not quiet:
             print_curve(make_console(), found, written)
         return
     if dense is not None:
-        from gemq.checkpoint.twin import write_dense_twin
+        with importing():
+            from gemq.checkpoint.twin import write_dense_twin
 
         if out is not None:
             raise UserError("--dense names the output: leave -o out")
@@ -197,8 +205,9 @@ def export(
         return
     if out is None:
         raise UserError("export needs an output: add -o OUT")
-    from gemq.pipeline import export as run_export
-    from gemq.summary import print_result
+    with importing():
+        from gemq.pipeline import export as run_export
+        from gemq.summary import print_result
 
     result = run_export(
         work,

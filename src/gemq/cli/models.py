@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gemq.cli.flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, numbers
+from gemq.cli.startup import importing
 from gemq.errors import UserError
 from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
 
@@ -32,8 +33,9 @@ def evaluate(
         raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
         raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
-    from gemq.evaluate import evaluate_paths
-    from gemq.summary import print_evaluation
+    with importing():
+        from gemq.evaluate import evaluate_paths
+        from gemq.summary import print_evaluation
 
     values = evaluate_paths(
         model,
@@ -65,11 +67,12 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Streams text that a model writes."""
-    quiet_libraries()
-    from gemq.evaluate import open_model
-    from gemq.generate import generate as write
-    from gemq.models.experts import use_fast_experts
+    with importing():
+        from gemq.evaluate import open_model
+        from gemq.generate import generate as write
+        from gemq.models.experts import use_fast_experts
 
+    quiet_libraries()
     opened = open_model(model, dtype, device, trust_remote_code)
     if opened.contents is None:
         use_fast_experts(opened.model)
@@ -103,9 +106,9 @@ def bench(
     """Speed: decode, prefill and first token, beside what memory allows."""
     check_json(json_file)
     batches, prefills = numbers("--batch", batch), numbers("--prefill", prefill)
-    monitor = make_monitor(quiet or to_stdout(json_file))
-    from gemq.bench import bench_path
-    from gemq.summary import print_bench
+    with importing():
+        from gemq.bench import bench_path
+        from gemq.summary import print_bench
 
     values = bench_path(
         model,
@@ -116,7 +119,7 @@ def bench(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        monitor=monitor,
+        monitor=make_monitor(quiet or to_stdout(json_file)),
     )
     if not print_json(json_file, values) and not quiet:
         print_bench(make_console(), values)
@@ -125,8 +128,9 @@ def bench(
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
     """What a packed checkpoint holds: widths, bytes, format."""
     check_json(json_file)
-    from gemq.inspect import inspect_checkpoint
-    from gemq.summary import print_contents
+    with importing():
+        from gemq.inspect import inspect_checkpoint
+        from gemq.summary import print_contents
 
     contents = inspect_checkpoint(checkpoint)
     if not print_json(json_file, contents.to_dict()):
@@ -140,7 +144,8 @@ def demo(
 ) -> None:
     """The whole job on the built-in model: quantize, compare, write."""
     check_json(json_file)
-    quiet_libraries()
-    from gemq.demo import run_demo
+    with importing():
+        from gemq.demo import run_demo
 
+    quiet_libraries()
     print_json(json_file, run_demo(out, device, make_console()))

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +24,7 @@ from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
+from gemq.models.digests import file_digests
 from gemq.models.elementwise import use_fused_kernels
 from gemq.models.experts import use_experts_forward
 from gemq.models.reader import LayerReader, reading_layers
@@ -217,17 +216,7 @@ class Source:
 
         known: what this gave before: a file of the same size and time is not read again
         """
-        known = known or {}
-        paths = sorted([*self.path.glob("*.safetensors"), *self.path.glob("tokenizer*"), self.path / "config.json"])
-
-        def digest(path: Path) -> list[Any]:
-            stat = path.stat()
-            before = list(known.get(path.name, ()))
-            same = before[:2] == [stat.st_size, stat.st_mtime_ns]
-            return before if same else [stat.st_size, stat.st_mtime_ns, _file_digest(path)]
-
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            files = dict(zip((path.name for path in paths), pool.map(digest, paths), strict=True))
+        files = file_digests(self.path, known)
         whole = {name: values[2] for name, values in files.items()}
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], files
 
@@ -318,8 +307,3 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         raise UserError(
             f"model {model} is no local directory and the hub refuses it ({_first_line(error)}): check the name"
         ) from error
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

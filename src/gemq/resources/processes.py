@@ -39,11 +39,17 @@ def after_failing(code: int) -> None:
         os._exit(code)
 
 
+def leave_signals() -> None:
+    """In a thread that may start before ``end_when_told``: that a process shall end is not told to this thread."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
 def end_when_told() -> None:
     """Ends this process with one line when torchrun tells it that another has ended.
 
     A thread waits for the signal, since the main thread may be waiting for the other rank where Python sees no signal.
-    Call before any other thread is started.
+    Call before any other thread is started, but those that ``leave_signals``.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
