@@ -28,6 +28,11 @@ pytestmark = [
 STEPS = 12
 
 
+@pytest.fixture(autouse=True)
+def nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replayed, "failed", False)
+
+
 def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, int]:
     """Matrices and a vector beside them after ``STEPS`` steps, and how often no graph was to be had."""
     torch.manual_seed(0)
@@ -64,16 +69,34 @@ def test_a_graph_takes_the_same_steps(compute: torch.dtype) -> None:
     torch.testing.assert_close(vector, other)
 
 
+def waits_for_the_device(fixed: None, x: Tensor) -> Tensor:
+    return x * x.sum().item()
+
+
 def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
     told: list[int] = []
+    for times in (1, 2):  # the second is not captured any more
+        replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: told.append(1))
+        found = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
+        assert found == [[2.0 * n * n] * 2 for n in range(6)]
+        assert told == [1] * times
 
-    def step(fixed: None, x: Tensor) -> Tensor:
-        return x * x.sum().item()  # waits for the device
 
-    replayed = Replayed(step, torch.device("cuda"), lambda: told.append(1))
-    found = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
-    assert found == [[2.0 * n * n] * 2 for n in range(6)]
-    assert told == [1]
+def test_memory_is_given_back_after_a_failed_capture() -> None:
+    """What is cached makes room for what does not fit beside it, as ever."""
+    replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: None)
+    for _ in range(4):
+        replayed(None, torch.ones(2, device="cuda"))
+    assert Replayed.failed
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1_500_000_000) / total)
+    try:
+        cached = torch.empty(1_000_000_000, dtype=torch.uint8, device="cuda")
+        del cached
+        torch.empty(1_200_000_000, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("bound", [None, 3_000_000_000])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,9 @@ class Replayed:
 
     What ``run`` changes has to stay where it is, on the device, and all that differs between steps has to be there too.
     """
+
+    failed = False
+    """Whether a capture has failed in this process. There is no other then, as torch keeps the memory of each."""
 
     def __init__(
         self,
@@ -103,16 +107,21 @@ class Replayed:
         return output
 
     def _captured(self) -> bool:
+        pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                self._output = self._run(self._fixed, *self._given)
+            if not Replayed.failed:
+                with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+                    self._output = self._run(self._fixed, *self._given)
+                self._graph = graph
+                return True
         except RuntimeError:  # out of memory, or something that a graph does not take
-            self._usable = False
-            self._tell()
-            return False
-        self._graph = graph
-        return True
+            Replayed.failed = True
+            with suppress(RuntimeError):  # where torch has done so, as it does from 2.12 on
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        self._usable = False
+        self._tell()
+        return False
 
 
 def same(one: Any, other: Any) -> bool:
