@@ -30,7 +30,7 @@ from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.reconstruct import Training
-from gemq.resources.footprint import staging_bytes, working_bytes
+from gemq.resources.footprint import held_bytes, staging_bytes, train_room, working_bytes
 from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import WorkDir
@@ -130,6 +130,7 @@ class Job:
 
     fallbacks: what was not done as asked, counted by name; shown in the summary
     working:   bytes on the device that a stage may compute with
+    train_room: of them, for the state of experts that are trained together
     written_beside: windows that were written along with calibration's, see ``draw_windows``
     """
 
@@ -141,6 +142,7 @@ class Job:
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
     working: int = 0
+    train_room: int | None = None
     written_beside: list[Tensor] = field(default_factory=list)
 
     def load(self, verify: bool = True) -> tuple[Replay, dict[str, torch.dtype]]:
@@ -156,7 +158,10 @@ class Job:
             residency = Residency(model, structure, reader, self.memory, dtype)
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
-            self.working = working_bytes(structure, self.recipe, model.config, dtype, self.device)
+            counted = (structure, self.recipe, model.config, dtype, self.device)
+            left = self.memory.on_device.limit - held_bytes(model, structure, dtype)
+            self.train_room = train_room(*counted, left)
+            self.working = working_bytes(*counted, self.train_room)
             room = self.memory.room(self.working)
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency, self.work.ranks)
@@ -263,7 +268,8 @@ class Job:
             note = "training_launched_by_steps"
             self.fallbacks[note] = self.fallbacks.get(note, 0) + 1
 
-        return Training(epochs, rate_codes, r.rate_grids, r.rate_tuned * tuned, r.held_out, r.seed, launched)
+        rates = (rate_codes, r.rate_grids, r.rate_tuned * tuned)
+        return Training(epochs, *rates, r.held_out, r.seed, launched, self.train_room)
 
     # Fingerprints: each names only what the stage's own results depend on
 

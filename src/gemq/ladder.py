@@ -8,7 +8,7 @@ Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,7 @@ from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.reconstruct import QuantizedParameter, Training, train_layer
 from gemq.resources.batches import Batches
-from gemq.rungs import ExpertInputs, expert_chunks, train_rungs
+from gemq.rungs import ExpertInputs, expert_chunks, train_rooms, train_rungs
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,9 @@ def _quantize_experts(
     module = replay.model.get_submodule(experts.path)
     batches = ExpertInputs(module, experts, calls) if calls is not None else None
     every = slice(0, experts.count)
-    chunks = expert_chunks(experts, len(widths), replay.device) if training is not None else [every]
+    chunks: Iterable[slice] = [every]
+    if training is not None:
+        chunks = expert_chunks(experts, len(widths), training.room or train_rooms(replay.device)[0])
     packed: dict[str, list[list[PackedMatrix]]] = {m.name: [] for m in experts.matrices}
     for some in chunks:
         grids: list[Quantized] = []

@@ -104,7 +104,7 @@ def quantize(
     resume:     go on with an interrupted job instead of refusing its work directory
     allocation: JSON file with a width for every expert, instead of solving for one
     gpu_memory, host_memory: bytes that the job may hold at most, by default 90 % of what is free; no bound changes
-                the result, but for windows that the model writes: a GPU with room draws more of them side by side
+                more of the result than how a GPU rounds what it computes more or less of at once
     Raises UserError when something cannot be done, before anything is lost or half written.
     """
     recipe = recipe or Recipe()

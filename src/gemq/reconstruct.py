@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gemq.calibrate import Activations
-from gemq.models.split import split_experts
+from gemq.models.split import own_experts, split_experts
 from gemq.models.stream import Call, Replay
 from gemq.models.structure import Experts, Layer, is_norm
 from gemq.quant.fused import FusedMatrices, Steps, trainable
@@ -49,6 +49,8 @@ class Training:
     seed: int
     tell: Callable[[], None] = lambda: None
     """Called when steps could not be captured in a CUDA graph, and are launched kernel by kernel."""
+    room: int | None = None
+    """Bytes for the state of experts that are trained together, if not the most of ``rungs.train_rooms``."""
 
     def split(self, batches: int) -> tuple[range, range]:
         """Micro-batches to train on, and those held out: the last ones. A single batch does both."""
@@ -219,10 +221,11 @@ def train_layer(
 
     def after_training() -> list[Quantized]:
         """What is in training is gone afterwards: judging takes as much memory again."""
-        matrices = [_trainable(model, x) for x in parameters]
+        shared = [split is not None and x.name.startswith(f"{split.path}.") for x in parameters]
+        first = 0 if split is None else own_experts(model, split, ranks).start
+        matrices = [_trainable(model, x, first * of_ranks) for x, of_ranks in zip(parameters, shared, strict=True)]
         optimizer = training.optimizer_of(training.epochs * len(train), matrices, list(tuned.values()))
-        own = f"{split.path}." if split is not None else None
-        dense = [m for m, x in zip(matrices, parameters, strict=True) if own is None or not x.name.startswith(own)]
+        dense = [m for m, of_ranks in zip(matrices, shared, strict=True) if not of_ranks]
         alike = [p for p in (*tuned.values(), *(p for m in dense for p in m.leaves())) if p.requires_grad]
 
         def keep_alike() -> None:
@@ -271,11 +274,13 @@ def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
         parameter.grad = gradient
 
 
-def _trainable(model: Any, x: QuantizedParameter) -> TrainableMatrices | FusedMatrices:
+def _trainable(model: Any, x: QuantizedParameter, first: int) -> TrainableMatrices | FusedMatrices:
+    """``first``: the number of the first of the matrices among those of all ranks."""
     highest = highest_codes(x.widths, x.q.codes.device)
     if x.latents is None:
         return TrainableMatrices(x.q, highest, None)
-    return trainable(x.q, highest, x.latents, model.get_parameter(x.name).dtype)
+    numbers = torch.arange(first, first + len(highest), device=highest.device)
+    return trainable(x.q, highest, x.latents, model.get_parameter(x.name).dtype, numbers=numbers)
 
 
 def tunable_names(replay: Replay, layer: Layer) -> list[str]:

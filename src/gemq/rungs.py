@@ -25,20 +25,27 @@ from gemq.quant.trainable import epochs
 from gemq.quant.widths import Width
 from gemq.reconstruct import Training
 
-TRAIN_BYTES = 6 << 30
-"""Memory on a GPU for the state of the experts that are trained together. With less, steps are too short to launch."""
+TRAIN_BYTES = tuple((6 << 30) >> halved for halved in range(5))
+"""Memory on a GPU for the state of the experts that are trained together: the first that there is room for. With less,
+steps are too short to launch.
+"""
 
-CPU_TRAIN_BYTES = 64 << 20
+CPU_TRAIN_BYTES = (64 << 20,)
 """The same on a CPU, whose caches are quicker than its memory."""
 
 BYTES_PER_WEIGHT = 16
 """Code, latent, moments, weight in use and gradient, at most; 11 in bfloat16 jobs."""
 
 
-def expert_chunks(experts: Experts, widths: int, device: torch.device) -> Iterator[slice]:
-    """Slices of a layer's experts that are trained together at ``widths`` widths."""
+def train_rooms(device: torch.device) -> tuple[int, ...]:
+    """Bytes that the state of experts which are trained together may take, the quickest first."""
+    return CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES
+
+
+def expert_chunks(experts: Experts, widths: int, room: int) -> Iterator[slice]:
+    """Slices of a layer's experts that are trained together at ``widths`` widths, their state in ``room`` bytes."""
     each = experts.weights_per_expert * widths * BYTES_PER_WEIGHT
-    most = max(1, min(experts.count, (CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES) // each))
+    most = max(1, min(experts.count, room // each))
     chunks = -(-experts.count // most)
     size = -(-experts.count // chunks)
     return (slice(start, min(start + size, experts.count)) for start in range(0, experts.count, size))
@@ -48,7 +55,7 @@ class ExpertInputs:
     """What a layer's experts receive on full-precision activations, in micro-batches, and what they give."""
 
     def __init__(self, module: Any, experts: Experts, calls: Sequence[ExpertsCall]):
-        self.module, self.experts, self.calls = module, experts, calls
+        self.module, self.experts, self.calls, self.count = module, experts, calls, experts.count
         self.routed = [route(call.top_k_index, call.top_k_weights, experts.count) for call in calls]
         self.exact = [expert_weight(module, m.name) for m in experts.matrices]
         self._energies: dict[int, Tensor] = {}
@@ -93,6 +100,8 @@ def train_rungs(
     Returns the grids, each expert and width as it was better on held-out micro-batches, and how many stayed GPTQ's.
     """
     count, device = some.stop - some.start, latents[0].device
+    of_all = torch.arange(len(widths), device=device).unsqueeze(1) * batches.count
+    numbers = (of_all + torch.arange(some.start, some.stop, device=device)).flatten()
     compute = batches.calls[0].hidden.dtype
     highest = highest_codes(widths, device).repeat_interleave(count)
     train, held_out = training.split(len(batches.calls))
@@ -120,7 +129,8 @@ def train_rungs(
     def trained() -> list[Quantized]:
         """What is in training is gone afterwards: judging takes as much memory again."""
         matrices = [
-            trainable(q, highest, v.flatten(0, 1), compute, by_range=True) for q, v in zip(start, latents, strict=True)
+            trainable(q, highest, v.flatten(0, 1), compute, by_range=True, numbers=numbers)
+            for q, v in zip(start, latents, strict=True)
         ]
         optimizer = training.optimizer_of(training.epochs * len(train), matrices)
         for number in epochs(len(train), training.epochs, training.seed + layer):

@@ -68,6 +68,27 @@ def trained_fused(by_range: bool, fixed: bool, compute: torch.dtype = torch.floa
     return matrices
 
 
+def test_a_matrix_is_rounded_alike_whichever_others_are_trained_with_it():
+    """Experts are trained some at a time, or by several ranks."""
+    q, latents, highest = start()
+    latents = encoded(latents, highest.view(-1, 1, 1))
+
+    def trained(some: slice, numbers: Tensor | None) -> Tensor:
+        own = Quantized(*(t[some].to(DEVICE) for t in q))
+        given = highest[some].to(DEVICE), latents[some].to(DEVICE, copy=True), torch.bfloat16
+        matrices = FusedMatrices(own, *given, numbers=None if numbers is None else numbers.to(DEVICE))
+        steps = constant(2e-2, 3e-3)
+        for _ in range(4):
+            (matrices.weight().float() - target()[some].to(DEVICE)).square().sum().backward()
+            matrices.step(steps)
+            steps.number.add_(1)
+        return matrices.state.latents
+
+    together = trained(slice(None), None)
+    assert torch.equal(trained(slice(1, 3), torch.tensor([1, 2])), together[1:])
+    assert not torch.equal(trained(slice(1, 3), None), together[1:])
+
+
 @pytest.mark.parametrize("by_range", [False, True])
 def test_steps_are_adamws(by_range):
     plain, fused = trained_plainly(by_range), trained_fused(by_range, fixed=False)

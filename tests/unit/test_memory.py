@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from families import MORE, random_model, tiny_config, tokens
 from gemq import UserError, stages
@@ -15,8 +16,11 @@ from gemq.models.residency import Residency
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
+from gemq.recipe import Recipe
 from gemq.resources.batches import PASSED, Batches
+from gemq.resources.footprint import train_room, working_bytes
 from gemq.resources.memory import Bound, Memory, Place, Waiting, gigabytes
+from gemq.rungs import TRAIN_BYTES
 from gemq.stages import reverse_order, segment_length
 
 torch.set_num_threads(1)
@@ -245,3 +249,17 @@ def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, mon
         found.append({f.name: f.read_bytes() for f in sorted(work.glob("scores-*/*.safetensors"))})
     assert found[0]
     assert found[0] == found[1] == found[2]
+
+
+def test_fewer_experts_are_trained_at_once_where_memory_is_short():
+    """What all trained at once would take is never the least that a job takes."""
+    config = OlmoeConfig(num_hidden_layers=1, intermediate_size=1024)  # the sizes of OLMoE-1B-7B
+    with torch.device("meta"):
+        structure = find_structure(OlmoeForCausalLM(config))
+    counted = (structure, Recipe(), config, torch.bfloat16, torch.device("cuda"))
+    least = working_bytes(*counted)
+    rooms = [train_room(*counted, left) for left in (1 << 40, 10_000_000_000, least, 0)]
+    assert rooms[0] == TRAIN_BYTES[0] > rooms[2] >= rooms[3] == TRAIN_BYTES[-1]
+    assert rooms == sorted(rooms, reverse=True)
+    assert working_bytes(*counted, rooms[1]) <= 10_000_000_000
+    assert working_bytes(*counted, rooms[2]) == least < working_bytes(*counted, rooms[0])

@@ -66,11 +66,16 @@ def latent_type(device: torch.device, compute: torch.dtype) -> torch.dtype:
 
 
 def trainable(
-    q: Quantized, highest: Tensor, latents: Tensor, compute: torch.dtype, by_range: bool = False
+    q: Quantized,
+    highest: Tensor,
+    latents: Tensor,
+    compute: torch.dtype,
+    by_range: bool = False,
+    numbers: Tensor | None = None,
 ) -> TrainableMatrices | FusedMatrices:
     """Matrices to train where ``latents`` lie (``latent_type``), as the device takes them. Owns the latents."""
     if latents.device.type == "cuda":
-        return FusedMatrices(q, highest, latents, compute, by_range)
+        return FusedMatrices(q, highest, latents, compute, by_range, numbers)
     return TrainableMatrices(q, highest, latents, by_range)
 
 
@@ -78,10 +83,21 @@ class FusedMatrices:
     """E matrices on their grids, trained in place. Arguments as of ``TrainableMatrices``; ``latents`` float32 or int16.
 
     compute: type of the weights in use
+    numbers: int64 [E], what tells a matrix from all that are trained in other calls of one layer, so that it is rounded
+             alike whichever of them are trained with it; by default its place
     """
 
-    def __init__(self, q: Quantized, highest: Tensor, latents: Tensor, compute: torch.dtype, by_range: bool = False):
+    def __init__(
+        self,
+        q: Quantized,
+        highest: Tensor,
+        latents: Tensor,
+        compute: torch.dtype,
+        by_range: bool = False,
+        numbers: Tensor | None = None,
+    ):
         self.highest, self.by_range = highest, by_range
+        self.numbers = torch.arange(len(highest), device=highest.device) if numbers is None else numbers
         fixed = latents.dtype == torch.int16
         if not fixed:
             latents = latents.clamp(-MARGIN, torch.inf)
@@ -117,7 +133,7 @@ class FusedMatrices:
 
         gradient, self.leaf.grad = self.leaf.grad, None
         if gradient is not None:
-            step(self.state, gradient, self.highest, steps, self.by_range, seed)
+            step(self.state, gradient, self.highest, self.numbers, steps, self.by_range, seed)
 
     def keep_in_range(self) -> None:
         """Nothing to do: a step does it."""

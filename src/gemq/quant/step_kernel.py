@@ -64,6 +64,7 @@ def _step_kernel(
     offset_first,
     offset_second,
     highest,  # [E] float32
+    numbers,  # [E] int64, see ``FusedMatrices``
     groups,  # of all matrices
     per_matrix,  # groups
     rates,  # [steps, 3] float32, see ``Steps``
@@ -105,7 +106,9 @@ def _step_kernel(
     latent = tl.minimum(tl.maximum(latent - change, -_MARGIN), high + _MARGIN)
     if FIXED:
         of_step = (seed * 1000003 + (taken + 1) * 7919) & 0x7FFFFFFF
-        bits = (place.to(tl.uint32) ^ of_step.to(tl.uint32)) * 2654435769
+        matrix = tl.load(numbers + group // per_matrix, mask=inside, other=0)
+        among = (matrix * per_matrix + group % per_matrix)[:, None] * G + tl.arange(0, G)[None, :]
+        bits = (among.to(tl.uint32) ^ of_step.to(tl.uint32)) * 2654435769
         bits = (bits ^ (bits >> 15)) * 2246822507
         bits = (bits ^ (bits >> 13)) * 3266489909
         stored = encode(latent, high, (bits >> 16).to(tl.float32) * (1.0 / 65536))
@@ -127,10 +130,12 @@ BLOCK_WEIGHTS = 1024
 """Weights of one program: 8 in each of 128 threads. 16 need so many registers that a step takes a quarter longer."""
 
 
-def step(state: State, gradient: Tensor, highest: Tensor, steps: Steps, by_range: bool, seed: int) -> None:
+def step(
+    state: State, gradient: Tensor, highest: Tensor, numbers: Tensor, steps: Steps, by_range: bool, seed: int
+) -> None:
     """Takes the next of ``steps`` down ``gradient`` [E, R, C], of the weights in use, and writes all of ``state``.
 
-    highest: [E] float32, the highest code of each matrix
+    highest: [E] float32, the highest code of each matrix; ``numbers`` as in ``FusedMatrices``
     """
     scales = state.base[0]
     groups, per_matrix = scales.numel(), scales[0].numel()
@@ -145,6 +150,7 @@ def step(state: State, gradient: Tensor, highest: Tensor, steps: Steps, by_range
         *state.changes,
         *state.grid_moments,
         highest,
+        numbers,
         groups,
         per_matrix,
         *steps,

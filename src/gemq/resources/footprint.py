@@ -20,7 +20,7 @@ from gemq.quant.widths import group_size_for, nominal_bits
 from gemq.recipe import Recipe
 from gemq.resources.memory import Memory, gigabytes
 from gemq.resources.ranks import Ranks
-from gemq.rungs import expert_chunks
+from gemq.rungs import expert_chunks, train_rooms
 
 MOST_CHOSEN = 8
 """Experts that a token chooses where a configuration does not tell: at most so many in nearly all families."""
@@ -38,16 +38,38 @@ WORKSPACES = 900_000_000
 """On a GPU: what libraries of products take, routing that is kept, and what the allocator cannot give out again."""
 
 
-def working_bytes(structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device) -> int:
+def train_room(
+    structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device, left: int
+) -> int:
+    """The most of ``rungs.train_rooms`` with which a job computes in ``left`` bytes, or else the least."""
+    rooms = train_rooms(device)
+    fits = lambda room: working_bytes(structure, recipe, config, dtype, device, room) <= left
+    return next(filter(fits, rooms), rooms[-1])
+
+
+def working_bytes(
+    structure: Structure,
+    recipe: Recipe,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: int | None = None,
+) -> int:
     """Most bytes that any stage has on the device for one layer's or one micro-batch's arithmetic.
 
     config: the model's
+    room:   bytes for the state of experts that are trained together; by default the least that there may be
     """
-    return max(stage_bytes(structure, recipe, config, dtype, device).values())
+    return max(stage_bytes(structure, recipe, config, dtype, device, room).values())
 
 
 def stage_bytes(
-    structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device
+    structure: Structure,
+    recipe: Recipe,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: int | None = None,
 ) -> dict[str, int]:
     """``working_bytes`` of each stage that is large: ladder, scores, refine (or reconstruct), distil."""
     text = config.get_text_config()
@@ -59,7 +81,7 @@ def stage_bytes(
         bytes_of, others = LOSS_BYTES[stage]
         found[stage] = together * (bytes_of + others * dtype.itemsize * (dtype != torch.float32))
     for layer in structure.layers:
-        for stage, count in _Layer(layer, recipe, experts_per_token(text), dtype, device).stages().items():
+        for stage, count in _Layer(layer, recipe, experts_per_token(text), dtype, device, room).stages().items():
             if stage in found:
                 found[stage] = max(found[stage], count)
     beside = WORKSPACES if device.type == "cuda" else 0
@@ -89,6 +111,7 @@ class _Layer:
     chosen: int
     dtype: torch.dtype
     device: torch.device
+    room: int | None
 
     def stages(self) -> dict[str, int]:
         recipe, experts = self.recipe, self.layer.experts
@@ -108,7 +131,8 @@ class _Layer:
         ladder = max(ladder, squares + dense + of_experts)
         refine = max(squares + of_experts + means + self._quantizing(1), weights * (1 + 2 * size) + 4 * largest // 8)
         if recipe.ladder_epochs:
-            some = max(x.stop - x.start for x in expert_chunks(experts, widths, self.device))
+            room = self.room or train_rooms(self.device)[-1]
+            some = max(x.stop - x.start for x in expert_chunks(experts, widths, room))
             trained = some * experts.weights_per_expert * widths * self._trained
             share = widths * min(1.0, 2 * some / experts.count)  # of a micro-batch's pairs, at every width
             packed = round(weights * sum(map(nominal_bits, recipe.ladder_widths)) / 8 * 1.2)
