@@ -368,7 +368,7 @@ def evenly(count: int, most: int) -> int:
 
 
 def side_by_side(count: int, least: int, room: int) -> int:
-    """How many of ``count`` windows a GPU with ``room`` for so many writes in a batch at most, be it ``least``.
+    """How many of ``count`` windows a GPU writes in a batch at most: all it has ``room`` for, but ``least`` anyhow.
 
     A step of twice as many takes a fifth longer. Two batches at least, as two GPUs may share them.
     """
