@@ -201,9 +201,7 @@ class Ranks:
         for tensor, start in zip(mine, places[self.rank], strict=False):
             if tensor is not None:
                 sent[start : start + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
-        received = [torch.empty_like(sent) for _ in range(self.count)]
-        if most:
-            self._run(dist.all_gather, received, sent)
+        received = self.spread(sent).chunk(self.count) if most else [sent] * self.count
         return [
             ([_taken(whole, start, h) for start, h in zip(ends, one, strict=False)], header[: len(notes)].tolist())
             for whole, ends, one, header in zip(received, places, each, headers, strict=True)
