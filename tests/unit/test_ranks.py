@@ -36,7 +36,7 @@ def test_a_process_on_its_own_gathers_what_it_gives():
 
 
 MEETING = """
-import os, socket, sys, torch
+import os, socket, sys, torch, warnings
 from pathlib import Path
 from gemq.errors import UserError
 from gemq.models import experts, grouped, split
@@ -58,6 +58,7 @@ else:
 
 ranks = start_ranks("cpu")
 assert ranks.count == 3
+warnings.simplefilter("error", FutureWarning)  # every rank would tell the user
 own = [torch.full((2,), float(i)) for i in ranks.own(7)]
 assert [t[0].item() for t in ranks.share(own, 7)] == list(range(7))
 whole = torch.arange(5.0)

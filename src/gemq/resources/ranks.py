@@ -122,9 +122,8 @@ class Ranks:
             if self.count == 2 or tensor.device.type != "cpu":  # a + b is b + a
                 self._run(dist.all_reduce, tensor)
                 continue
-            found = [torch.empty_like(tensor) for _ in range(self.count)]
-            self._run(dist.all_gather, found, tensor)
-            tensor.copy_(sum(found[1:], start=found[0]))
+            first, *others = self.spread(tensor.unsqueeze(0))
+            tensor.copy_(sum(others, start=first))
 
     def add_up_together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums of every rank's tensors, in one exchange for each type."""
@@ -144,7 +143,7 @@ class Ranks:
         if self.count == 1:
             return rows
         whole = rows.new_empty(self.count * len(rows), *rows.shape[1:])
-        self._run(dist.all_gather_into_tensor, whole, rows.contiguous())
+        self._run(_named("all_gather_single", "all_gather_into_tensor"), whole, rows.contiguous())
         return whole
 
     def collect(self, rows: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ class Ranks:
             self.add_up(rows)
             return rows.chunk(self.count)[self.rank]
         own = rows.new_empty(len(rows) // self.count, *rows.shape[1:])
-        self._run(dist.reduce_scatter_tensor, own, rows.contiguous())
+        self._run(_named("reduce_scatter_single", "reduce_scatter_tensor"), own, rows.contiguous())
         return own
 
     def count_up(self, number: int) -> int:
@@ -191,8 +190,7 @@ class Ranks:
             return [(list(tensors), list(notes))]
         mine = [None if t is None else t.detach().to(self.device).contiguous() for t in tensors]
         own = torch.cat([torch.tensor(notes, dtype=torch.int64), *map(_header, mine)])
-        headers = [torch.empty_like(own) for _ in range(self.count)]
-        self._run(dist.all_gather, headers, own)
+        headers = self.spread(own).chunk(self.count)
         each = [header[len(notes) :].unflatten(0, (len(mine), _HEADER)).tolist() for header in headers]
         # all in one call, as bytes at multiples of 16: a call takes longer than most of what it carries
         places = [list(itertools.accumulate((-(-_bytes_of(h) // 16) * 16 for h in one), initial=0)) for one in each]
@@ -294,6 +292,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _named(name: str, before: str) -> Callable[..., object]:
+    """A collective by its name since torch 2.13, which tells users of the one from ``before``."""
+    found: Callable[..., object] = getattr(dist, name, None) or getattr(dist, before)
+    return found
 
 
 def _header(tensor: Tensor | None) -> Tensor:
