@@ -20,7 +20,7 @@ from gemq.models.stream import Replay
 from gemq.quant.widths import ExpertWidths
 from gemq.refine import RefinedLayer, Targets, layer_overrides, refine_layer
 from gemq.resources.batches import Batches
-from gemq.resources.footprint import stage_bytes
+from gemq.resources.footprint import Footprint
 from gemq.stages import Around, digest, layer_file
 from gemq.student import Distillation
 from gemq.workdir import Stage
@@ -150,7 +150,8 @@ def _distil(
         how = Distillation(training, recipe.distil_loss, recipe.distil_sets)
         start, bits, group = job.start_activations(replay), recipe.attention_bits, recipe.group_size
         model = replay.model
-        beside = stage_bytes(replay.structure, recipe, model.config, model.dtype, replay.device)["distil"]
+        footprint = Footprint(replay.structure, recipe, model.config, model.dtype, replay.device)
+        beside = footprint.stages(job.train_room)["distil"]
         done = distil(replay, layer, widths, bits, start, teacher, how, stored, group, tick, beside)
     notes = torch.tensor([done.before, done.after], dtype=torch.float64)
     tuned = {f"tuned:{name}": tensor for name, tensor in done.tuned.items()}

@@ -280,4 +280,5 @@ def draw_guard_windows(job: Job, replay: Replay) -> Windows:
             windows = windows.extended(SELF, own)
         return windows, {"guard_windows_missing": missing}
 
-    return job.windows_stage("guard-windows", "guard windows", OWN, job.guard_inputs(), replay, draw)
+    stage = job.work.stage("guard-windows", job.guard_inputs())
+    return job.windows_stage(stage, "guard windows", OWN, replay, draw)

@@ -30,10 +30,10 @@ from gemq.progress import Monitor, Tick
 from gemq.quant.widths import Width, width_name
 from gemq.recipe import Recipe
 from gemq.reconstruct import Training
-from gemq.resources.footprint import held_bytes, staging_bytes, train_room, working_bytes
+from gemq.resources.footprint import Footprint, held_bytes, staging_bytes
 from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
-from gemq.workdir import WorkDir
+from gemq.workdir import Stage, WorkDir
 
 WINDOWS_STAGE, WINDOWS_FILE = "windows", "windows.safetensors"
 """Where the calibration windows are, and how every stage of windows names its file."""
@@ -142,7 +142,7 @@ class Job:
     fingerprint: str
     fallbacks: dict[str, int] = field(default_factory=dict)
     working: int = 0
-    train_room: int | None = None
+    train_room: int = 0
     written_beside: list[Tensor] = field(default_factory=list)
 
     def load(self, verify: bool = True) -> tuple[Replay, dict[str, torch.dtype]]:
@@ -158,10 +158,9 @@ class Job:
             residency = Residency(model, structure, reader, self.memory, dtype)
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
-            counted = (structure, self.recipe, model.config, dtype, self.device)
-            left = self.memory.on_device.limit - held_bytes(model, structure, dtype)
-            self.train_room = train_room(*counted, left)
-            self.working = working_bytes(*counted, self.train_room)
+            footprint = Footprint(structure, self.recipe, model.config, dtype, self.device)
+            self.train_room = footprint.train_room(self.memory.on_device.limit - held_bytes(model, structure, dtype))
+            self.working = footprint.working(self.train_room)
             room = self.memory.room(self.working)
             assert room, "bounds are checked before"
             replay = Replay(model, structure, residency, self.work.ranks)
@@ -197,8 +196,7 @@ class Job:
                 batches, before the model that writes is put away. They wait in ``written_beside``
         """
         recipe = self.recipe
-        inputs = self._window_inputs()
-        stage = self.work.stage(WINDOWS_STAGE, inputs)
+        stage = self.work.stage(WINDOWS_STAGE, self._window_inputs())
 
         def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
             windows = calibration_windows(
@@ -219,7 +217,7 @@ class Job:
                     stage.save_tensors(BESIDE_FILE, {f"{place}": tokens for place, tokens in enumerate(further)})
             return windows, {"calibration_windows_missing": missing}
 
-        self.windows = self.windows_stage(WINDOWS_STAGE, "calibration windows", recipe.windows, inputs, replay, draw)
+        self.windows = self.windows_stage(stage, "calibration windows", recipe.windows, replay, draw)
         if stage.has(BESIDE_FILE):
             found = stage.load_tensors(BESIDE_FILE)
             self.written_beside = [found[f"{place}"] for place in range(len(found))]
@@ -227,15 +225,13 @@ class Job:
 
     def windows_stage(
         self,
-        name: str,
+        stage: Stage,
         title: str,
         steps: int,
-        inputs: dict[str, Any],
         replay: Replay,
         draw: Callable[[Writer], tuple[Windows, dict[str, int]]],
     ) -> Windows:
         """Windows that ``draw`` gives, drawn once; what it counts beside them is added to the fallbacks."""
-        stage = self.work.stage(name, inputs)
         path = stage.directory / WINDOWS_FILE
         if not stage.has(path.name):
             with self.monitor.stage(title, steps) as tick:

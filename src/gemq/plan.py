@@ -16,7 +16,7 @@ from gemq.models.source import Source, calibration_window, configured_types, pic
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
-from gemq.resources.footprint import held_bytes, stage_bytes, staging_bytes, train_room, working_bytes
+from gemq.resources.footprint import Footprint, held_bytes, staging_bytes
 from gemq.resources.memory import Memory
 from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
 from gemq.workload import Workload
@@ -74,8 +74,8 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
     window = calibration_window(model.config, recipe.window)
     compute = pick_dtype(recipe.dtype, device)
     held, limit = held_bytes(model, structure, compute), Memory.bounded(device, None, None, None).on_device.limit
-    counted = (structure, recipe, model.config, compute, device)
-    working = stage_bytes(*counted, train_room(*counted, limit - held))
+    footprint = Footprint(structure, recipe, model.config, compute, device)
+    working = footprint.stages(footprint.train_room(limit - held))
     free = limit - max(working.values())
     workload = Workload.of(structure, recipe, model.config, window, compute, device, free)
     return Plan(
@@ -93,7 +93,7 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         windows=recipe.windows,
         tokens=workload.tokens,
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
-        least_bytes=held + working_bytes(*counted),
+        least_bytes=held + footprint.least,
         quickest_bytes=_quickest_bytes(workload, working),
         host_bytes=LIBRARIES + (CUDA_LIBRARIES + staging_bytes(model, structure) if device.type == "cuda" else 0),
         device=str(device),

@@ -109,9 +109,9 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     from gemq.models.source import Source
     from gemq.models.structure import find_structure
     from gemq.recipe import Recipe
-    from gemq.resources.footprint import held_bytes, working_bytes
+    from gemq.resources.footprint import Footprint, held_bytes
 
     skeleton = Source(model).skeleton()
     structure, cpu = find_structure(skeleton), torch.device("cpu")
-    working = working_bytes(structure, Recipe.from_dict(recipe), skeleton.config, torch.float32, cpu)
-    return held_bytes(skeleton, structure, torch.float32) + working
+    footprint = Footprint(structure, Recipe.from_dict(recipe), skeleton.config, torch.float32, cpu)
+    return held_bytes(skeleton, structure, torch.float32) + footprint.least

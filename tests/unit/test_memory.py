@@ -18,7 +18,7 @@ from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
 from gemq.recipe import Recipe
 from gemq.resources.batches import PASSED, Batches
-from gemq.resources.footprint import train_room, working_bytes
+from gemq.resources.footprint import Footprint
 from gemq.resources.memory import Bound, Memory, Place, Waiting, gigabytes
 from gemq.rungs import TRAIN_BYTES
 from gemq.stages import reverse_order, segment_length
@@ -256,10 +256,10 @@ def test_fewer_experts_are_trained_at_once_where_memory_is_short():
     config = OlmoeConfig(num_hidden_layers=1, intermediate_size=1024)  # the sizes of OLMoE-1B-7B
     with torch.device("meta"):
         structure = find_structure(OlmoeForCausalLM(config))
-    counted = (structure, Recipe(), config, torch.bfloat16, torch.device("cuda"))
-    least = working_bytes(*counted)
-    rooms = [train_room(*counted, left) for left in (1 << 40, 10_000_000_000, least, 0)]
+    footprint = Footprint(structure, Recipe(), config, torch.bfloat16, torch.device("cuda"))
+    least = footprint.least
+    rooms = [footprint.train_room(left) for left in (1 << 40, 10_000_000_000, least, 0)]
     assert rooms[0] == TRAIN_BYTES[0] > rooms[2] >= rooms[3] == TRAIN_BYTES[-1]
     assert rooms == sorted(rooms, reverse=True)
-    assert working_bytes(*counted, rooms[1]) <= 10_000_000_000
-    assert working_bytes(*counted, rooms[2]) == least < working_bytes(*counted, rooms[0])
+    assert footprint.working(rooms[1]) <= 10_000_000_000
+    assert footprint.working(rooms[2]) == least < footprint.working(rooms[0])

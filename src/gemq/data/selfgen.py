@@ -236,17 +236,14 @@ class _Batch:
 
     def _open(self, rows: range, openings: Openings) -> None:
         """Gives the first token of ``rows``, all of them with the same openings."""
-        if not rows:
-            return
         every = torch.arange(rows.start, rows.stop)
         self._open_documents(every, 0)
         chance = self.draws[every, 0]
         if openings.tokens is not None:
-            share = (chance - openings.random) / max(1 - openings.random, 1e-9)
-            self.given[every, 0] = openings.tokens[_place(share.clamp_min(0), len(openings.tokens))]
+            share = (chance - openings.random) / (1 - openings.random)
+            self.given[every, 0] = _picked(openings.tokens, share.clamp_min(0))
         random = chance < openings.random
-        starts = self.vocabulary.starts
-        self.given[every[random], 0] = starts[_place(chance[random] / max(openings.random, 1e-9), len(starts))]
+        self.given[every[random], 0] = _picked(self.vocabulary.starts, chance[random] / openings.random)
 
     @torch.no_grad()
     def write(self, next_logits: Step, report: Callable[[int], None] | None) -> Tensor:
@@ -292,13 +289,12 @@ class _Batch:
         if self.vocabulary.bos is not None:
             self.given[rows, step] = self.vocabulary.bos
         else:
-            starts = self.vocabulary.starts.to(rows.device)
-            self.given[rows, step] = starts[_place(self.draws[rows, step], len(starts))]
+            self.given[rows, step] = _picked(self.vocabulary.starts.to(rows.device), self.draws[rows, step])
 
 
-def _place(share: Tensor, count: int) -> Tensor:
-    """Which of ``count`` things numbers in [0, 1) stand for."""
-    return (share * count).long().clamp_max(count - 1)
+def _picked(tokens: Tensor, share: Tensor) -> Tensor:
+    """Those of ``tokens`` that numbers in [0, 1) stand for."""
+    return tokens[(share * len(tokens)).long().clamp_max(len(tokens) - 1)]
 
 
 def sample(logits: Tensor, chance: Tensor) -> Tensor:

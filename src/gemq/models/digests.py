@@ -19,7 +19,7 @@ def begin(directory: Path) -> None:
     """Starts to read a checkpoint of which ``file_digests`` will be asked. Nothing happens where there is none."""
     _ahead.append(_Reading())
     for path in _files_of(directory):
-        _ahead[-1].digest(path)
+        _ahead[-1].digest(path, path.stat())
 
 
 def end() -> None:
@@ -39,11 +39,10 @@ def file_digests(directory: Path, known: Mapping[str, Sequence[Any]] | None = No
         waiting: dict[str, Future[str]] = {}
         for path in _files_of(directory):
             stat = path.stat()
-            before = list((known or {}).get(path.name, ()))
-            found[path.name] = before
-            if before[:2] != [stat.st_size, stat.st_mtime_ns]:
+            found[path.name] = list((known or {}).get(path.name, ()))
+            if found[path.name][:2] != [stat.st_size, stat.st_mtime_ns]:
                 found[path.name] = [stat.st_size, stat.st_mtime_ns]
-                waiting[path.name] = reading.digest(path)
+                waiting[path.name] = reading.digest(path, stat)
         for name, digest in waiting.items():
             found[name].append(digest.result())
         return found
@@ -67,9 +66,8 @@ class _Reading:
         self._begun: dict[tuple[str, int, int], Future[str]] = {}
         self._closed = False
 
-    def digest(self, path: Path) -> Future[str]:
-        """That of the file as it is now."""
-        stat = path.stat()
+    def digest(self, path: Path, stat: os.stat_result) -> Future[str]:
+        """That of the file as it is now, which ``stat`` tells."""
         key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
         if key not in self._begun:
             self._begun[key] = self._pool.submit(self._read, path)

@@ -38,54 +38,52 @@ WORKSPACES = 900_000_000
 """On a GPU: what libraries of products take, routing that is kept, and what the allocator cannot give out again."""
 
 
-def train_room(
-    structure: Structure, recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device, left: int
-) -> int:
-    """The most of ``rungs.train_rooms`` with which a job computes in ``left`` bytes, or else the least."""
-    rooms = train_rooms(device)
-    fits = lambda room: working_bytes(structure, recipe, config, dtype, device, room) <= left
-    return next(filter(fits, rooms), rooms[-1])
-
-
-def working_bytes(
-    structure: Structure,
-    recipe: Recipe,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    room: int | None = None,
-) -> int:
-    """Most bytes that any stage has on the device for one layer's or one micro-batch's arithmetic.
+@dataclass(frozen=True)
+class Footprint:
+    """A job's bytes for arithmetic. ``room`` is for the state of experts that are trained together.
 
     config: the model's
-    room:   bytes for the state of experts that are trained together; by default the least that there may be
     """
-    return max(stage_bytes(structure, recipe, config, dtype, device, room).values())
 
+    structure: Structure
+    recipe: Recipe
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
 
-def stage_bytes(
-    structure: Structure,
-    recipe: Recipe,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    room: int | None = None,
-) -> dict[str, int]:
-    """``working_bytes`` of each stage that is large: ladder, scores, refine (or reconstruct), distil."""
-    text = config.get_text_config()
-    window = calibration_window(config, recipe.window)
-    windows = max(1, recipe.batch_tokens // window)
-    together = min(windows, max(1, LOGITS_TOGETHER // (window * text.vocab_size))) * window * text.vocab_size
-    found = {"ladder": 0, "refine": 0}
-    for stage in ("scores", "distil") if recipe.distil_epochs else ("scores",):
-        bytes_of, others = LOSS_BYTES[stage]
-        found[stage] = together * (bytes_of + others * dtype.itemsize * (dtype != torch.float32))
-    for layer in structure.layers:
-        for stage, count in _Layer(layer, recipe, experts_per_token(text), dtype, device, room).stages().items():
-            if stage in found:
-                found[stage] = max(found[stage], count)
-    beside = WORKSPACES if device.type == "cuda" else 0
-    return {stage: count + beside for stage, count in found.items()}
+    def stages(self, room: int) -> dict[str, int]:
+        """Most bytes on the device for one layer's or one micro-batch's arithmetic, by stage: ladder, scores, refine
+        (or reconstruct), distil. Others take less.
+        """
+        recipe, dtype, text = self.recipe, self.dtype, self.config.get_text_config()
+        window = calibration_window(self.config, recipe.window)
+        windows = max(1, recipe.batch_tokens // window)
+        together = min(windows, max(1, LOGITS_TOGETHER // (window * text.vocab_size))) * window * text.vocab_size
+        found = {"ladder": 0, "refine": 0}
+        for stage in ("scores", "distil") if recipe.distil_epochs else ("scores",):
+            bytes_of, others = LOSS_BYTES[stage]
+            found[stage] = together * (bytes_of + others * dtype.itemsize * (dtype != torch.float32))
+        chosen = experts_per_token(text)
+        for layer in self.structure.layers:
+            for stage, count in _Layer(layer, recipe, chosen, dtype, self.device, room).stages().items():
+                if stage in found:
+                    found[stage] = max(found[stage], count)
+        beside = WORKSPACES if self.device.type == "cuda" else 0
+        return {stage: count + beside for stage, count in found.items()}
+
+    def working(self, room: int) -> int:
+        """The most of ``stages``."""
+        return max(self.stages(room).values())
+
+    @property
+    def least(self) -> int:
+        """``working`` with the least room."""
+        return self.working(train_rooms(self.device)[-1])
+
+    def train_room(self, left: int) -> int:
+        """The most of ``rungs.train_rooms`` with which a job computes in ``left`` bytes, or else the least."""
+        rooms = train_rooms(self.device)
+        return next((room for room in rooms if self.working(room) <= left), rooms[-1])
 
 
 def experts_per_token(text: Any) -> int:
@@ -111,7 +109,7 @@ class _Layer:
     chosen: int
     dtype: torch.dtype
     device: torch.device
-    room: int | None
+    room: int
 
     def stages(self) -> dict[str, int]:
         recipe, experts = self.recipe, self.layer.experts
@@ -131,8 +129,7 @@ class _Layer:
         ladder = max(ladder, squares + dense + of_experts)
         refine = max(squares + of_experts + means + self._quantizing(1), weights * (1 + 2 * size) + 4 * largest // 8)
         if recipe.ladder_epochs:
-            room = self.room or train_rooms(self.device)[-1]
-            some = max(x.stop - x.start for x in expert_chunks(experts, widths, room))
+            some = max(x.stop - x.start for x in expert_chunks(experts, widths, self.room))
             trained = some * experts.weights_per_expert * widths * self._trained
             share = widths * min(1.0, 2 * some / experts.count)  # of a micro-batch's pairs, at every width
             packed = round(weights * sum(map(nominal_bits, recipe.ladder_widths)) / 8 * 1.2)
@@ -225,7 +222,7 @@ def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recip
             f"at least --host-memory {gigabytes(staging)}"
         )
     held = held_bytes(model, structure, dtype)
-    working = working_bytes(structure, recipe, model.config, dtype, memory.device)
+    working = Footprint(structure, recipe, model.config, dtype, memory.device).least
     if held + working > memory.on_device.limit:
         raise UserError(
             f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "

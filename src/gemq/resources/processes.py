@@ -40,7 +40,7 @@ def after_failing(code: int) -> None:
 
 
 def leave_signals() -> None:
-    """In a thread that may start before ``end_when_told``: that a process shall end is not told to this thread."""
+    """That the process shall end is not told to this thread, nor to those that it starts."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -51,7 +51,7 @@ def end_when_told() -> None:
     A thread waits for the signal, since the main thread may be waiting for the other rank where Python sees no signal.
     Call before any other thread is started, but those that ``leave_signals``.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    leave_signals()
 
     def watch() -> None:
         signal.sigwait({signal.SIGTERM})
