@@ -38,29 +38,6 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
 
 
-def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file's header says of each tensor, and where the bytes begin that offsets count from.
-
-    Raises UserError when the file is missing or cut short.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
-    except ValueError:  # not JSON, or not UTF-8
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is cut short or not a safetensors file: copy the checkpoint again")
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise UserError(f"{path} has {size} bytes instead of {8 + length + end}: copy the checkpoint again")
-    return header, 8 + length
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` when the block ends well, and vanishes when it does not."""

@@ -9,16 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemq.checkpoint.format import (
-    PackedFormat,
-    TensorSpec,
-    read_header,
-    read_quantization_config,
-    weight_files,
-)
+from gemq.checkpoint.format import PackedFormat, read_quantization_config
 from gemq.quant.widths import ExpertWidths, Width, nominal_bits, plain_widths, width_name
-
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+from gemq.safetensors_files import TensorSpec, read_header, weight_files
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def inspect_checkpoint(path: str | Path) -> Contents:
     headers: dict[str, TensorSpec] = {}
     for file in weight_files(path):
         headers.update(read_header(file))
-    sizes = {name: _bytes(spec) for name, spec in headers.items()}
+    sizes = {name: spec.bytes for name, spec in headers.items()}
     expert_bytes = linear_bytes = 0
     weights, bits = Counter[str](), defaultdict[str, float](float)  # by experts module
     listed = set()
@@ -108,13 +101,6 @@ def inspect_checkpoint(path: str | Path) -> Contents:
 def _in_order(projections: Iterable[str]) -> list[str]:
     """Gate and up, or up, before down: JSON has them by name."""
     return sorted(projections, key=lambda name: name == "down_proj")
-
-
-def _bytes(spec: TensorSpec) -> int:
-    count = 1
-    for n in spec.shape:
-        count *= n
-    return count * ITEM_BYTES.get(spec.dtype, 1)
 
 
 def _columns(codes: TensorSpec, groups: int, width: Width) -> int:

@@ -18,8 +18,8 @@ from helpers import SMALL, Finished, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
-from gemq.checkpoint.format import read_header
 from gemq.inspect import ITEM_BYTES
+from gemq.safetensors_files import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -1,6 +1,7 @@
 """Digests of a checkpoint's files, begun before they are asked for."""
 
 import hashlib
+import json
 import os
 import threading
 
@@ -12,7 +13,7 @@ from gemq.models import digests
 @pytest.fixture
 def checkpoint(tmp_path):
     for name in ("config.json", "tokenizer.json", "model.safetensors", "README.md"):
-        (tmp_path / name).write_bytes(name.encode() * 1000)
+        (tmp_path / name).write_text(json.dumps({"name": name * 1000}))
     return tmp_path
 
 

@@ -6,14 +6,12 @@ be planned, inspected and verified from JSON and safetensors headers alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError
-from gemq.files import tensor_entries
 from gemq.quant.widths import (
     SMALLEST_GROUP,
     Width,
@@ -22,6 +20,7 @@ from gemq.quant.widths import (
     matrix_bytes,
     parse_width,
 )
+from gemq.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2
@@ -30,13 +29,6 @@ UP_PROJECTIONS = ("gate_up_proj", "up_proj")
 
 Shapes = Mapping[str, tuple[int, int]]
 """(rows, columns) of each packed matrix kind: ``{experts path}.{projection}`` or ``{linear path}``."""
-
-
-class TensorSpec(NamedTuple):
-    """A tensor as a safetensors header describes it: dtype (``U8`` if packed) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class PackedTensor(NamedTuple):
@@ -151,8 +143,8 @@ class PackedFormat:
 def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
     """The raw ``quantization_config`` of a local checkpoint. Raises UserError when it is not gemq's."""
     try:
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(checkpoint / "config.json")
+    except UserError as error:
         raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote") from error
     values = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
@@ -163,25 +155,10 @@ def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
 def is_packed(path: Path) -> bool:
     """Whether a directory's config.json names gemq as its quantization."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_quantization_config(path)
+    except UserError:
         return False
-    values = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD
-
-
-def read_header(file: Path) -> dict[str, TensorSpec]:
-    """Tensors of a safetensors file, from its header alone. UserError when it is missing or cut short."""
-    header, _ = tensor_entries(file)
-    return {name: TensorSpec(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files of a local checkpoint. Raises UserError when there are none."""
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{checkpoint} holds no safetensors files: copy the checkpoint again")
-    return files
+    return True
 
 
 def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:

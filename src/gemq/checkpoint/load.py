@@ -30,8 +30,6 @@ from gemq.checkpoint.format import (
     PARTS,
     QUANT_METHOD,
     PackedFormat,
-    TensorSpec,
-    read_header,
     read_quantization_config,
     verify,
     verify_unpacked,
@@ -42,6 +40,7 @@ from gemq.checkpoint.save import dense_state
 from gemq.errors import UserError
 from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
 from gemq.quant.widths import Width, group_size_for
+from gemq.safetensors_files import TensorSpec, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,16 +18,14 @@ from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import (
     PARTS,
     PackedFormat,
-    TensorSpec,
-    read_header,
     read_quantization_config,
     verify,
     verify_unpacked,
-    weight_files,
 )
 from gemq.checkpoint.load import matrix_shapes, unpacked_shapes
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
+from gemq.safetensors_files import TensorSpec, read_header, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gemq.errors import UserError
 from gemq.resources.processes import leave_signals
+from gemq.safetensors_files import weight_files
 
 CHUNK = 1 << 23
 """Bytes that a thread reads before it looks whether it shall go on."""
@@ -17,8 +19,12 @@ CHUNK = 1 << 23
 
 def begin(directory: Path) -> None:
     """Starts to read a checkpoint of which ``file_digests`` will be asked. Nothing happens where there is none."""
+    try:
+        files = _files_of(directory)
+    except UserError:  # the job that follows tells the user
+        return
     _ahead.append(_Reading())
-    for path in _files_of(directory):
+    for path in files.values():
         _ahead[-1].digest(path, path.stat())
 
 
@@ -37,12 +43,12 @@ def file_digests(directory: Path, known: Mapping[str, Sequence[Any]] | None = No
     try:
         found: dict[str, list[Any]] = {}
         waiting: dict[str, Future[str]] = {}
-        for path in _files_of(directory):
+        for name, path in _files_of(directory).items():
             stat = path.stat()
-            found[path.name] = list((known or {}).get(path.name, ()))
-            if found[path.name][:2] != [stat.st_size, stat.st_mtime_ns]:
-                found[path.name] = [stat.st_size, stat.st_mtime_ns]
-                waiting[path.name] = reading.digest(path, stat)
+            found[name] = list((known or {}).get(name, ()))
+            if found[name][:2] != [stat.st_size, stat.st_mtime_ns]:
+                found[name] = [stat.st_size, stat.st_mtime_ns]
+                waiting[name] = reading.digest(path, stat)
         for name, digest in waiting.items():
             found[name].append(digest.result())
         return found
@@ -51,10 +57,10 @@ def file_digests(directory: Path, known: Mapping[str, Sequence[Any]] | None = No
             reading.close()
 
 
-def _files_of(directory: Path) -> list[Path]:
-    """Weights, configuration and tokenizer."""
-    names = ("*.safetensors", "tokenizer*", "config.json")
-    return sorted(path for name in names for path in directory.glob(name) if path.is_file())
+def _files_of(directory: Path) -> dict[str, Path]:
+    """Weights, configuration and tokenizer, by relative path. Raises UserError where weights are missing."""
+    others = [path for name in ("tokenizer*", "config.json") for path in directory.glob(name) if path.is_file()]
+    return {str(path.relative_to(directory)): path for path in sorted([*weight_files(directory), *others])}
 
 
 class _Reading:

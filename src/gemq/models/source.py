@@ -22,13 +22,13 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
-from gemq.checkpoint.format import read_header
 from gemq.errors import UserError
 from gemq.models.digests import file_digests
 from gemq.models.elementwise import use_fused_kernels
 from gemq.models.experts import use_experts_forward
 from gemq.models.reader import LayerReader, reading_layers
 from gemq.models.structure import find_structure
+from gemq.safetensors_files import read_header, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_WINDOW = 2048
@@ -176,22 +176,14 @@ class Source:
 
         Norms and rotary frequencies, which have one dimension, do not count: they go with matrices or are computed.
         """
-        stored = {
-            name: spec for file in sorted(self.path.glob("*.safetensors")) for name, spec in read_header(file).items()
-        }
+        stored = {name: spec for file in weight_files(self.path) for name, spec in read_header(file).items()}
         silent = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         names = {*map(str, report["unexpected_keys"]), *(n for n in stored if any(p.search(n) for p in silent))}
         return sorted(n for n in names if n not in stored or len(stored[n].shape) > 1)
 
     def check_weights(self) -> None:
         """Reads the headers of the weights. Raises UserError when files are missing, pickled or cut short."""
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"{self.path} holds no safetensors weights: gemq reads no pickled files; load the model with "
-                "Transformers and save it again with save_pretrained"
-            )
-        for file in files:
+        for file in weight_files(self.path):
             read_header(file)
 
     @cached_property

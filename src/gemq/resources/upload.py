@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError
-from gemq.files import tensor_entries
+from gemq.safetensors_files import tensor_entries
 
 BUFFER, PIECE = 64 << 20, 4 << 20
 """Bytes of a buffer, and of what a thread reads into it at once."""
