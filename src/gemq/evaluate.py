@@ -1,15 +1,18 @@
 """How good a model is: perplexity and, against a full-precision reference, KL, top-1 and routing agreement.
 
-Windows do not overlap, each window's first token is not scored, no BOS is added, and sums run over all tokens of all
-texts. Logits are compared in float32.
+Windows do not overlap, each window's first token is not scored, no BOS is added. Logits are compared in float32. Every
+figure is a mean over windows, which are equally long, and so over all tokens of all texts; its standard error is that
+of this mean.
+
+Shapes: N windows, B windows in a batch, S tokens in a window, L layers with experts, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,115 +28,131 @@ from gemq.data.windows import Windows, eval_windows
 from gemq.divergence import chunks, divergence
 from gemq.errors import UserError
 from gemq.inspect import Contents, inspect_checkpoint
-from gemq.models.experts import watch_experts
 from gemq.models.source import DTYPES, Source, longest_window
 from gemq.models.structure import Structure, find_structure
+from gemq.predictions import UNUSED, ModelFiles, Predictions, WholeModel, batch_tokens, start_all
 from gemq.progress import Monitor
 from gemq.resources.machine import pick_device
+from gemq.resources.memory import Memory
+
+BATCH_TOKENS = 4096
+"""Tokens of the windows that run together, at most, if that is a window or more."""
 
 
-@dataclass
-class Sums:
-    """Running sums over scored tokens. KL is KL(reference || model), all in nats."""
+@dataclass(frozen=True)
+class WindowFigures:
+    """Figures by window, float64: means over the window's scored tokens, in nats.
 
-    tokens: int = 0
-    nll: float = 0.0
-    kl: float = 0.0
-    top1: int = 0
-    routed: list[float] = field(default_factory=list)
-    """Per layer with experts: the sum over tokens of the share of chosen experts that both models chose."""
-    routed_tokens: int = 0
+    nll:    [N]
+    kl:     [N] of KL(reference || model)
+    top1:   [N] share of tokens whose likeliest next token is the reference's
+    routed: [N, L] share of the reference's chosen experts that the model chose as well, over all tokens
+    Without a reference the last three are None.
+    """
 
-    def add(self, other: Sums) -> None:
-        self.tokens += other.tokens
-        self.nll += other.nll
-        self.kl += other.kl
-        self.top1 += other.top1
-        self.routed = [a + b for a, b in zip(self.routed or [0.0] * len(other.routed), other.routed, strict=True)]
-        self.routed_tokens += other.routed_tokens
+    nll: Tensor
+    kl: Tensor | None = None
+    top1: Tensor | None = None
+    routed: Tensor | None = None
 
-    def layers(self) -> list[float]:
-        return [x / self.routed_tokens for x in self.routed]
-
-    def to_dict(self, with_reference: bool) -> dict[str, Any]:
+    def summary(self, chosen: Tensor, tokens: int) -> dict[str, Any]:
+        """Means and standard errors over the ``chosen`` windows (bool [N]), of ``tokens`` scored tokens each."""
+        nll, error = _mean(self.nll[chosen])
+        perplexity = math.exp(min(nll, 700.0))
         values: dict[str, Any] = {
-            "tokens": self.tokens,
-            "perplexity": math.exp(min(self.nll / self.tokens, 700.0)),
+            "windows": int(chosen.sum()),
+            "tokens": int(chosen.sum()) * tokens,
+            "perplexity": perplexity,
+            "perplexity_stderr": None if error is None else perplexity * error,
         }
-        if with_reference:
-            values["mean_kl"] = self.kl / self.tokens
-            values["top1_agreement"] = self.top1 / self.tokens
-            layers = self.layers()
-            values["routing_agreement"] = sum(layers) / len(layers) if layers else None
+        if self.kl is not None and self.top1 is not None and self.routed is not None:
+            values["mean_kl"], values["mean_kl_stderr"] = _mean(self.kl[chosen])
+            values["top1_agreement"], values["top1_agreement_stderr"] = _mean(self.top1[chosen])
+            routed = self.routed[chosen]
+            values["routing_agreement"] = routed.mean().item() if routed.shape[1] else None
         return values
 
 
-@torch.no_grad()
+def _mean(values: Tensor) -> tuple[float, float | None]:
+    """The mean of [n] values and its standard error, which one value does not have."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return values.mean().item(), error
+
+
 def evaluate(
     model: nn.Module,
     windows: Windows,
     *,
     reference: nn.Module | None = None,
     structure: Structure | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Perplexity over ``windows``, with the figures against ``reference`` when it is given.
+    """Perplexity over ``windows`` of a loaded model, with the figures against ``reference`` when it is given.
 
     structure: the reference's, whose experts' paths hold for both models; without it routing is not compared
 
-    Returns ``tokens``, ``perplexity``, ``mean_kl``, ``top1_agreement``, ``routing_agreement``, ``texts`` (the same by
-    source) and ``layers`` (routing agreement per layer with experts), as ``gemq eval --json`` prints them.
+    Returns ``windows``, ``tokens``, ``perplexity``, ``mean_kl``, ``top1_agreement``, ``routing_agreement``, the
+    standard errors of the first three figures, ``texts`` (the same by source) and ``layers`` (routing agreement per
+    layer with experts), as ``gemq eval --json`` prints them.
     """
+    batches = [windows.tokens[part] for part in windows.batches(batch_tokens)]
     paths = [x.experts.path for _, x in structure.moe_layers if x.experts] if structure and reference else []
-    by_source = [Sums() for _ in windows.names]
-    done = 0
-    for part in windows.batches(batch_tokens):
-        ids = windows.tokens[part].to(next(model.parameters()).device)
-        logits, choices = _run(model, ids, paths)
-        expected, expected_choices = _run(reference, ids, paths) if reference is not None else (None, [])
-        for row, source in enumerate(windows.source[part].tolist()):
-            sums = _compare(logits[row], expected[row] if expected is not None else None, ids[row])
-            sums.routed = [_agreement(a[row], b[row]) for a, b in zip(choices, expected_choices, strict=True)]
-            sums.routed_tokens = ids.shape[1]
-            by_source[source].add(sums)
-        done += len(ids)
+    expected = None if reference is None else WholeModel(reference, batches, paths)
+    return compare(windows, batches, WholeModel(model, batches, paths), expected, progress)
+
+
+def compare(
+    windows: Windows,
+    batches: Sequence[Tensor],
+    model: Predictions,
+    reference: Predictions | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """``evaluate`` for predictions of ``batches``, token ids [B, S] of consecutive ``windows``."""
+    figures: list[tuple[float, ...]] = []
+    routed: list[list[float]] = []
+    for number, ids in enumerate(batches):
+        logits, choices = model.batch(number)  # first, since it may run layers: then only one batch's logits are held
+        expected, expected_choices = (None, []) if reference is None else reference.batch(number)
+        for row, tokens in enumerate(ids):
+            figures.append(_window(logits[row], None if expected is None else expected[row], tokens.to(logits.device)))
+            if reference is not None:
+                routed.append([_agreement(a[row], b[row]) for a, b in zip(choices, expected_choices, strict=True)])
         if progress:
-            progress(done, len(windows))
-    total = Sums()
-    for sums in by_source:
-        total.add(sums)
-    compared = reference is not None
-    values = total.to_dict(compared)
-    values["texts"] = {n: s.to_dict(compared) for n, s in zip(windows.names, by_source, strict=True)}
-    values["layers"] = total.layers() if compared else []
+            progress(len(figures), len(windows))
+    nll, *others = torch.tensor(figures, dtype=torch.float64).unbind(1)
+    layers = torch.tensor(routed, dtype=torch.float64).view(len(routed), -1) if routed else None
+    found = WindowFigures(nll, others[0], others[1], layers) if others else WindowFigures(nll)
+    every, scored = torch.ones(len(windows), dtype=torch.bool), windows.window - 1
+    values = found.summary(every, scored)
+    values["texts"] = {name: found.summary(windows.source == i, scored) for i, name in enumerate(windows.names)}
+    values["layers"] = layers.mean(0).tolist() if layers is not None else []
     return values
 
 
-def _run(model: nn.Module, ids: Tensor, paths: list[str]) -> tuple[Tensor, list[Tensor]]:
-    """Logits [B, S, V] and, per experts module, the chosen experts [B, S, K]."""
-    with ExitStack() as stack:
-        calls = [stack.enter_context(watch_experts(model.get_submodule(p))) for p in paths]
-        logits = model(input_ids=ids, use_cache=False).logits
-    return logits, [found[0].top_k_index.reshape(*ids.shape, -1) for found in calls]
+def _window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> tuple[float, ...]:
+    """NLL, and KL and top-1 against a reference, of one window: means over its scored tokens.
 
-
-def _compare(logits: Tensor, reference: Tensor | None, ids: Tensor) -> Sums:
-    """One window: logits [S, V] against its tokens [S] and the reference's logits."""
-    sums = Sums(tokens=len(ids) - 1)
+    Logits [S, V] of the model and of the reference; ids [S].
+    """
+    nll = kl = top1 = 0.0
     for rows in chunks(len(ids) - 1):
         log_q = logits[rows].float().log_softmax(-1)
-        sums.nll -= log_q.gather(1, ids[rows.start + 1 : rows.stop + 1, None]).sum().item()
+        nll -= log_q.gather(1, ids[rows.start + 1 : rows.stop + 1, None]).sum().item()
         if reference is not None:
             log_p = reference[rows].float().log_softmax(-1)
-            sums.kl += divergence(log_p, log_q).item()
-            sums.top1 += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    return sums
+            kl += divergence(log_p, log_q).item()
+            top1 += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+    scored = len(ids) - 1
+    return (nll / scored,) if reference is None else (nll / scored, kl / scored, top1 / scored)
 
 
 def _agreement(chosen: Tensor, expected: Tensor) -> float:
-    """Sum over tokens of the share of ``expected`` [S, K] that is also in ``chosen``, whatever the order."""
-    return (expected.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).float().mean(-1).sum().item()
+    """Mean over tokens of the share of ``expected`` [S, K] that is also in ``chosen``, whatever the order."""
+    used = expected != UNUSED
+    both = (expected.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1) & used
+    return (both.sum(-1) / used.sum(-1).clamp_min(1)).mean().item()
 
 
 @dataclass(frozen=True)
@@ -171,12 +190,6 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
     return Opened(model, source, None, count)
 
 
-def _experts_paths(opened: Opened) -> list[str]:
-    if opened.contents is not None:
-        return [path for path, _, _ in opened.contents.layers]
-    return [layer.experts.path for _, layer in find_structure(opened.model).moe_layers if layer.experts]
-
-
 def evaluate_paths(
     model: str,
     *,
@@ -186,31 +199,63 @@ def evaluate_paths(
     max_windows: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
-    """``evaluate`` for models on disk: what ``gemq eval`` prints as JSON. ``texts`` defaults to the built-in ones."""
-    opened = open_model(model, dtype, device, trust_remote_code)
-    longest = longest_window(opened.model.config)
+    """``evaluate`` for models on disk, in bounded memory: what ``gemq eval`` prints as JSON.
+
+    texts: files; by default the built-in ones
+    gpu_memory, host_memory: bytes that may be held at most, by default 90 % of what is free; they decide where layers
+        and activations are, never what comes out
+    Raises UserError, before any weight is read, when something cannot be evaluated.
+    """
+    picked = pick_device(device)
+    subject = ModelFiles.open(model, dtype, trust_remote_code)
+    longest = longest_window(subject.config)
     if window > longest:
         raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
-    windows = eval_windows(opened.tokenizer, texts or builtin_texts(), window, max_windows)
-    expected = structure = None
+    models = [subject]
     if reference is not None:
-        other = open_model(reference, dtype, device, trust_remote_code)
-        if other.contents is not None:
-            raise UserError(f"{reference} is a packed checkpoint: --reference takes the full-precision model")
-        if other.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
-            raise UserError(f"{reference} has another vocabulary than {model}: give the model that it was made from")
-        expected, structure = other.model, find_structure(other.model)
-        if _experts_paths(opened) != [layer.experts.path for _, layer in structure.moe_layers if layer.experts]:
-            raise UserError(f"{reference} has other experts than {model}: give the model that it was made from")
-    with (monitor or Monitor()).stage("evaluate", len(windows)) as tick:
-        values = evaluate(opened.model, windows, reference=expected, structure=structure, progress=tick)
+        models = [_reference_of(subject, ModelFiles.open(reference, dtype, trust_remote_code)), subject]
+    windows = eval_windows(subject.source.tokenizer, texts or builtin_texts(), window, max_windows)
+    if (last := int(windows.tokens.max())) >= (vocabulary := min(m.vocabulary for m in models)):
+        raise UserError(
+            f"the tokenizer of {model} gives token {last} and the model has {vocabulary}: copy the tokenizer that "
+            "belongs to the model"
+        )
+    batches = [windows.tokens[part] for part in windows.batches(batch_tokens(models, BATCH_TOKENS))]
+    monitor = monitor or Monitor()
+    with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
+        memory = Memory.bounded(picked, gpu_memory, host_memory, Path(directory))
+        with memory.enforced():
+            (*expected, found), stored_bytes = start_all(models, memory, batches, monitor)
+            with monitor.stage("score", len(windows)) as tick:
+                values = compare(windows, batches, found, expected[0] if expected else None, tick)
+    if not math.isfinite(values["perplexity"]):
+        raise UserError(f"{model} predicts no numbers: its weights hold NaN or infinity, or overflow in {dtype}")
+    contents = subject.contents
     return {
         "model": model,
-        "stored_bytes": opened.stored_bytes,
-        "expert_bits_nominal": opened.contents.expert_bits_nominal if opened.contents else None,
-        "expert_bits_stored": opened.contents.expert_bits_stored if opened.contents else None,
+        "stored_bytes": stored_bytes,
+        "expert_bits_nominal": contents.expert_bits_nominal if contents else None,
+        "expert_bits_stored": contents.expert_bits_stored if contents else None,
         **values,
     }
+
+
+def _reference_of(subject: ModelFiles, reference: ModelFiles) -> ModelFiles:
+    """The reference, if ``subject`` can be compared with it. Raises UserError if not."""
+    name = reference.name
+    if reference.contents is not None:
+        raise UserError(f"{name} is a packed checkpoint: --reference takes the full-precision model")
+    if reference.structure is None:
+        find_structure(reference.source.skeleton())  # says why
+    if reference.source.tokenizer.get_vocab() != subject.source.tokenizer.get_vocab():
+        raise UserError(f"{name} has another vocabulary than {subject.name}: give the model that it was made from")
+    if reference.vocabulary != subject.vocabulary:
+        raise UserError(f"{name} has other logits than {subject.name}: give the model that it was made from")
+    if reference.experts != subject.experts:
+        raise UserError(f"{name} has other experts than {subject.name}: give the model that it was made from")
+    return reference

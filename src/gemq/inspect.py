@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Contents:
     """A packed checkpoint in figures.
 
     layers: per experts module its path, the widths of its experts and their mean bits
+    other_numbers: elements of the tensors that are not packed
     """
 
     path: Path
@@ -29,6 +31,7 @@ class Contents:
     expert_bytes: int
     linear_bytes: int
     other_bytes: int
+    other_numbers: int
     expert_weights: int
     expert_bits_nominal: float
 
@@ -39,6 +42,10 @@ class Contents:
     @property
     def expert_bits_stored(self) -> float:
         return self.expert_bytes * 8 / self.expert_weights
+
+    def loaded_bytes(self, itemsize: int) -> int:
+        """Bytes of the loaded model, whose unpacked tensors take ``itemsize`` bytes an element."""
+        return self.expert_bytes + self.linear_bytes + self.other_numbers * itemsize
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -93,6 +100,7 @@ def inspect_checkpoint(path: str | Path) -> Contents:
         expert_bytes,
         linear_bytes,
         sum(size for name, size in sizes.items() if name not in listed),
+        sum(math.prod(spec.shape) for name, spec in headers.items() if name not in listed),
         weights.total(),
         sum(bits.values()) / max(weights.total(), 1),
     )

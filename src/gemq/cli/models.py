@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemq.cli.flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, numbers
+from gemq.cli.flags import ComputeDtype, Device, GpuMemory, HostMemory, Json, Quiet, TrustRemoteCode, numbers, size_of
 from gemq.cli.startup import importing
 from gemq.errors import UserError
 from gemq.output import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
@@ -23,6 +23,8 @@ def evaluate(
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Device = "auto",
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -45,6 +47,8 @@ def evaluate(
         max_windows=max_windows,
         dtype=dtype,
         device=device,
+        gpu_memory=size_of("--gpu-memory", gpu_memory),
+        host_memory=size_of("--host-memory", host_memory),
         trust_remote_code=trust_remote_code,
         monitor=make_monitor(quiet or to_stdout(json_file)),
     )

@@ -156,11 +156,15 @@ class Residency:
             self.restore(index)
             self._place(index, self._empty[index])
 
+    def release_layers(self) -> None:
+        """Lets go of every layer for good, and of the room that two of them always have."""
+        self._forget()
+        self.memory.on_device.give(self._two)
+
     @contextmanager
     def away(self) -> Iterator[None]:
         """Lets go of every layer, and of the room that two of them always have, for another model to run in it."""
-        self._forget()
-        self.memory.on_device.give(self._two)
+        self.release_layers()
         try:
             yield
         finally:

@@ -78,6 +78,10 @@ class Source:
                     del part.quantization_config
         return config
 
+    def stored_config(self) -> Any:
+        """The configuration as it is stored, of packed checkpoints too. Raises UserError when it is unreadable."""
+        return self._stored_config()
+
     def _stored_config(self) -> Any:
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gemq.divergence import ROWS
 from gemq.errors import UserError
 from gemq.kernels.unpacked import UNPACKED_TOGETHER
 from gemq.ladder import CHUNK_BYTES
@@ -33,6 +34,9 @@ CPU_TRAINED_BYTES = 90
 
 LOSS_BYTES = {"scores": (12, 3), "distil": (20, 2)}
 """Bytes a logit in a loss and its gradient: of float32, and how many in the compute type if that is another."""
+
+LOGIT_BYTES = 24
+"""Bytes a logit while two models' predictions are compared: float32 copies, their log-softmax and the products."""
 
 WORKSPACES = 900_000_000
 """On a GPU: what libraries of products take, routing that is kept, and what the allocator cannot give out again."""
@@ -185,11 +189,15 @@ class _Layer:
         return sum(codes) + max(self._chunk(widths), *codes)
 
 
-def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
-    """What a job holds on the device all the time: two layers, and embeddings, norms and head."""
-    layers = [0] * len(structure.layers)
+def tensor_bytes(model: Any, structure: Structure | None, dtype: torch.dtype) -> tuple[int, list[int]]:
+    """Bytes on the device of everything outside the decoder layers, and of each layer; without structure, of all.
+
+    model: may be on the meta device
+    dtype: of floating-point parameters there; buffers keep their own
+    """
+    prefixes = [f"{layer.path}." for layer in structure.layers] if structure else []
+    layers = [0] * len(prefixes)
     outside = 0
-    prefixes = [f"{layer.path}." for layer in structure.layers]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         cast = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
         count = tensor.numel() * (dtype if cast else tensor.dtype).itemsize
@@ -198,7 +206,38 @@ def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
             outside += count
         else:
             layers[index] += count
+    return outside, layers
+
+
+def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
+    """What a job holds on the device all the time: two layers, and embeddings, norms and head."""
+    outside, layers = tensor_bytes(model, structure, dtype)
     return outside + sum(sorted(layers)[-2:])
+
+
+def forward_bytes(
+    config: Any, structure: Structure | None, dtype: torch.dtype, device: torch.device, tokens: int, window: int
+) -> int:
+    """Bytes to run ``tokens`` tokens through a model without gradients and to compare its logits with another's.
+
+    structure: None for a model that is held whole; its experts, if any, are taken to be like dense layers
+    window:    tokens that attend to each other
+    """
+    text = config.get_text_config()
+    hidden = int(text.hidden_size)
+    largest, rows = 4 * hidden * hidden, tokens * max(8 * hidden, 3 * int(getattr(text, "intermediate_size", 0) or 0))
+    for layer in structure.layers if structure else ():
+        largest = max([largest, *(x.rows * x.columns for x in layer.linears)])
+        if layer.experts is not None:
+            first, down = layer.experts.matrices
+            largest = max(largest, first.rows * first.columns, down.rows * down.columns)
+            chosen = tokens * experts_per_token(text)
+            rows = max(rows, chosen * (3 * first.columns + first.rows + 2 * down.columns))
+    if getattr(text, "_attn_implementation", None) == "eager":  # it keeps scores and their softmax
+        rows = max(rows, 2 * tokens * window * int(text.num_attention_heads))
+    layer_bytes = rows * dtype.itemsize + 3 * 4 * largest
+    logits = int(text.vocab_size) * (2 * 4 * tokens + LOGIT_BYTES * min(tokens, ROWS))
+    return max(layer_bytes, logits) + (WORKSPACES if device.type == "cuda" else 0)
 
 
 def staging_bytes(model: Any, structure: Structure) -> int:
@@ -211,16 +250,21 @@ def staging_bytes(model: Any, structure: Structure) -> int:
     return 3 * max(sizes)
 
 
-def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Raises UserError, saying what would do, when the least that a job must have on its device is above its bound.
-
-    model: may be on the meta device
-    """
+def check_staging(memory: Memory, model: Any, structure: Structure) -> None:
+    """Raises UserError, saying what would do, when host memory does not hold the layer that is on its way to a GPU."""
     if memory.device.type == "cuda" and (staging := staging_bytes(model, structure)) > memory.host.limit:
         raise UserError(
             f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU: give "
             f"at least --host-memory {gigabytes(staging)}"
         )
+
+
+def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Raises UserError, saying what would do, when the least that a job must have on its device is above its bound.
+
+    model: may be on the meta device
+    """
+    check_staging(memory, model, structure)
     held = held_bytes(model, structure, dtype)
     working = Footprint(structure, recipe, model.config, dtype, memory.device).least
     if held + working > memory.on_device.limit:

@@ -1,0 +1,148 @@
+"""``gemq eval`` within bounds of memory: layers are read one after the other, and nothing else comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
+
+from gemq.assets import builtin_texts
+from gemq.data.windows import eval_windows
+from gemq.evaluate import evaluate, evaluate_paths, open_model
+from gemq.models.residency import Residency
+from gemq.models.structure import find_structure
+from gemq.resources.batches import Batches
+
+LAYERS = 6
+HOW: dict[str, Any] = {"texts": builtin_texts()[:2], "window": 64, "max_windows": 40, "device": "cpu"}
+FLAGS = [x for text in HOW["texts"] for x in ("--text", text)]
+FLAGS += ["--window", 64, "--max-windows", 40, "--device", "cpu", "--json", "-"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model"
+    sizes = {"num_hidden_layers": LAYERS, "intermediate_size": 128, "num_experts": 8, "vocab_size": BUILTIN_TOKENS}
+    return make_tiny_model(path, **sizes)
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    flags = ("--effort", "low", "--windows", 4, "--window", 32, "--calib", builtin_texts()[0], "-q")
+    assert gemq("quantize", model, "-o", out, *flags).code == 0
+    return out
+
+
+def least(*arguments: object) -> str:
+    """The bound that a refusal asks for."""
+    ran = gemq("eval", *arguments, *FLAGS, "--host-memory", "1MB")
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
+    assert "give at least --host-memory" in ran.err
+    return ran.err.split()[-1]
+
+
+@pytest.mark.parametrize("what", ["packed", "plain", "packed with reference", "plain with reference"])
+def test_the_least_bound_gives_the_figures_of_whole_models(what, model, packed):
+    name, compared = packed if "packed" in what else model, "reference" in what
+    arguments = [name, *(["--reference", model] if compared else [])]
+    ran = gemq("eval", *arguments, *FLAGS, "--host-memory", least(*arguments))
+    assert ran.code == 0, ran.err
+
+    opened, reference = (open_model(str(path), "float32", "cpu") for path in (name, model))
+    structure = find_structure(reference.model)
+    windows = eval_windows(reference.tokenizer, HOW["texts"], 64, 40)
+    others = {"reference": reference.model, "structure": structure} if compared else {}
+    expected = evaluate(opened.model, windows, **others)
+    found = {key: ran.json[key] for key in expected}
+    for key in ("perplexity", "perplexity_stderr", *(("mean_kl", "top1_agreement", "routing_agreement") * compared)):
+        assert found[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-9)
+    assert found["layers"] == pytest.approx(expected["layers"])
+    assert ran.json["stored_bytes"] == opened.stored_bytes
+
+
+def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
+    held, read = [0], []
+    place, read_layer = Residency._place, Residency._read
+
+    def placed(self: Residency, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        place(self, index, tensors)
+        of_layers = [self.model.get_submodule(prefix[:-1]).parameters() for prefix in self._prefixes]
+        held.append(sum(not any(p.is_meta for p in parameters) for parameters in of_layers))
+
+    def reading(self: Residency, index: int) -> Any:
+        read.append(index)
+        return read_layer(self, index)
+
+    monkeypatch.setattr("gemq.models.stream.Replay.verify", lambda self, ids: None)  # it reads a layer as well
+    monkeypatch.setattr(Residency, "_place", placed)
+    monkeypatch.setattr(Residency, "_read", reading)
+    evaluate_paths(str(model), **HOW)  # with all of the machine's memory
+    assert max(held) <= 2
+    assert sorted(read) == list(range(LAYERS))
+
+
+def test_activations_wait_on_the_disk_under_the_least_bound(model, monkeypatch):
+    seen: set[str] = set()
+    append = Batches.append
+
+    def appended(self: Batches, tensor: torch.Tensor) -> None:
+        append(self, tensor)
+        seen.add(self._slots[-1].place.name)
+
+    monkeypatch.setattr(Batches, "append", appended)
+    assert gemq("eval", model, *FLAGS, "--host-memory", least(model)).code == 0
+    assert "DISK" in seen
+
+
+def test_a_dense_model_is_evaluated_whole_where_it_fits(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(vocab_size=BUILTIN_TOKENS, hidden_size=32, intermediate_size=64, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    add_tokenizer(tmp_path / "dense")
+    enough = least(tmp_path / "dense")
+    ran = gemq("eval", tmp_path / "dense", *FLAGS, "--host-memory", enough)
+    assert ran.code == 0, ran.err
+    opened = open_model(str(tmp_path / "dense"), "float32", "cpu")
+    expected = evaluate(opened.model, eval_windows(opened.tokenizer, HOW["texts"], 64, 40))
+    assert ran.json["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packed, tmp_path, monkeypatch):
+    other = make_tiny_model(tmp_path / "other", num_hidden_layers=2, vocab_size=BUILTIN_TOKENS)
+    small = make_tiny_model(tmp_path / "small", num_hidden_layers=LAYERS, vocab_size=512)
+    monkeypatch.setattr("gemq.evaluate.start_all", lambda *_: pytest.fail("something was computed"))
+    for arguments, words in (
+        ((packed, "--reference", packed), "is a packed checkpoint"),
+        ((packed, "--reference", other), "has other experts"),
+        ((packed, "--reference", small), "has another vocabulary"),
+        ((packed, "--window", 1000), "--window 1000 is longer"),
+        ((packed, "--gpu-memory", "1GB"), "--gpu-memory bounds a GPU"),
+        ((packed, "--host-memory", "much"), "--host-memory: "),
+    ):
+        ran = gemq("eval", "--window", 64, "--device", "cpu", *arguments)
+        assert ran.code == 2
+        assert ran.err.count("\n") == 1
+        assert words in ran.err
+
+
+def test_weights_that_are_no_numbers_are_refused(model, packed, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(packed, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("norm.weight"))
+    tensors[name][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    ran = gemq("eval", broken, "--device", "cpu")
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
