@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ class CurvePoint:
     expert_bytes:   of all experts
     stored_bytes:   of the whole checkpoint's tensors
     predicted_cost: sum of the chosen scores
-    uniform_cost:   the same for uniform widths within the budget
+    uniform_cost:   the same for the best mixture of two candidate widths in equal shares of every layer, on average
     """
 
     bits: float
@@ -59,6 +61,11 @@ class Curve:
     method: str
     original_bytes: int
     points: tuple[CurvePoint, ...]
+
+    @property
+    def unit(self) -> float:
+        """The cost of uniform widths at the smallest budget: costs are shown as shares of it."""
+        return self.points[0].uniform_cost or 1.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +95,6 @@ def size_curve(work: str | Path, method: str | None = None, step: float = STEP) 
             continue
         budget = Budget("bits", bits)
         found = allocate(problem, budget, method, layer_rule=recipe.layer_rule, seed=recipe.seed)
-        uniform = allocate(problem, budget, "uniform", seed=recipe.seed)
         points.append(
             CurvePoint(
                 bits,
@@ -97,11 +103,26 @@ def size_curve(work: str | Path, method: str | None = None, step: float = STEP) 
                 found.stored_bytes,
                 fixed + found.stored_bytes,
                 found.predicted_cost,
-                uniform.predicted_cost,
+                uniform_cost(problem, bits),
             )
         )
     original = sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters())
     return Curve(str(source.path), method, original, tuple(points))
+
+
+def uniform_cost(problem: Problem, bits: float) -> float:
+    """The lowest cost of uniform widths, or of two widths mixed at random, with at most ``bits`` nominal bits.
+
+    It is the mean over all draws of a mixture, and so falls steadily as budgets grow.
+    """
+    widths = [nominal_bits(width) for width in problem.widths]
+    costs = problem.costs.sum(axis=0).tolist()
+    reachable = [(b, cost) for b, cost in zip(widths, costs, strict=True) if b <= bits]
+    found = [cost for _, cost in reachable]
+    for (a, cost_a), (b, cost_b) in itertools.product(reachable, zip(widths, costs, strict=True)):
+        if b > bits:
+            found.append(cost_a + (cost_b - cost_a) * (bits - a) / (b - a))
+    return min(found)
 
 
 def budgets(low: float, high: float, step: float) -> list[float]:
@@ -111,7 +132,10 @@ def budgets(low: float, high: float, step: float) -> list[float]:
 
 
 def write_curve(curve: Curve, directory: Path) -> list[Path]:
-    """Writes ``curve.csv`` and, where matplotlib is installed, ``curve.svg``. Returns what was written."""
+    """Writes ``curve.csv`` and, where matplotlib is installed, ``curve.svg``. Returns what was written.
+
+    The figure shows costs as the summary does: as shares of ``Curve.unit``.
+    """
     text = io.StringIO()
     rows = [asdict(point) for point in curve.points]
     writer = csv.DictWriter(text, list(CurvePoint.__dataclass_fields__), lineterminator="\n")
@@ -126,13 +150,17 @@ def write_curve(curve: Curve, directory: Path) -> list[Path]:
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot()
     sizes = [p.stored_bytes / 1e9 for p in curve.points]
-    axes.plot(sizes, [p.predicted_cost for p in curve.points], marker="o", label=f"allocated ({curve.method})")
-    axes.plot(sizes, [p.uniform_cost for p in curve.points], "--", color="gray", label="uniform widths")
-    for point, size in zip(curve.points, sizes, strict=True):
+    shares = [p.predicted_cost / curve.unit for p in curve.points]
+    uniform = [p.uniform_cost / curve.unit for p in curve.points]
+    axes.plot(sizes, shares, marker="o", label=f"allocated ({curve.method})")
+    axes.plot(sizes, uniform, "--", color="gray", label="uniform widths, or two mixed at random")
+    for point, size, share in zip(curve.points, sizes, shares, strict=True):
         if point.bits % 0.5 == 0:
-            axes.annotate(f"{point.bits:g}", (size, point.predicted_cost), textcoords="offset points", xytext=(4, 6))
+            axes.annotate(f"{point.bits:g}", (size, share), textcoords="offset points", xytext=(4, 6))
     axes.set(
-        xlabel="checkpoint in GB (numbers: budget in bits per expert weight)", ylabel="predicted cost", yscale="log"
+        xlabel="checkpoint in GB (numbers: budget in bits per expert weight)",
+        ylabel="predicted cost (1: uniform at the smallest budget)",
+        yscale="log",
     )
     axes.grid(alpha=0.3)
     axes.legend()
@@ -158,6 +186,6 @@ def _complete(work: WorkDir, structure: Structure, name: str) -> Stage:
         if not around and all(stage.has(layer_file(i)) for i, _ in structure.moe_layers):
             return stage
     raise UserError(
-        f"{work.path} holds no complete scores: go on with gemq quantize --resume, or make them with "
-        f"gemq export {work.path} -o OUT --allocate global"
+        f"{work.path} holds no complete scores: go on with the same gemq quantize command and --resume, or make them "
+        f"with gemq export {shlex.quote(str(work.path))} -o OUT --allocate global"
     )
