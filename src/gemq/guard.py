@@ -116,7 +116,10 @@ def describe(verdict: dict[str, Any]) -> str:
         return f"uniform widths written, since no allocation was better on {windows} held-out windows ({failed})"
     if failed:
         same = ", which is uniform" if verdict["is_uniform"] else ""
-        return f"{figures}, once scores were drawn {verdict['m']:.0%} towards their layer's mean{same} ({failed})"
+        return (
+            f"{figures}: kept, with scores drawn {verdict['m']:.0%} towards their layer's mean{same}, since with less "
+            f"it was worse than uniform ({failed})"
+        )
     return f"{figures}: kept"
 
 

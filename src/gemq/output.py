@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from gemq.display import SafeConsole
 from gemq.errors import UserError
 
 if TYPE_CHECKING:
     from gemq.progress import Monitor
 
 
+UNBOUNDED_WIDTH = 10_000
+"""Columns of a table that goes to a pipe or a file."""
+
+PLAIN = {"·": ".", "±": "+-", "…": "...", "│": "|", "─": "-", "━": "-"}
+"""What stands for characters of ours where an encoding lacks them."""
+
+
 def make_monitor(quiet: bool) -> Monitor:
     from gemq.progress import Monitor
 
     quiet_libraries()
-    return Monitor(None if quiet else Console(stderr=True))
+    return Monitor(None if quiet else SafeConsole(stderr=True, highlight=False))
 
 
 def quiet_libraries() -> None:
@@ -31,15 +41,33 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
 
 
-class _Console(Console):
+class _Console(SafeConsole):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would exit with 1; see ``run``
 
 
-def make_console() -> Console:
+def make_console() -> SafeConsole:
     console = _Console(highlight=False)
-    console.soft_wrap = not console.is_terminal  # whole lines for pipes and files, whole words for people
+    if not console.is_terminal:  # whole lines and tables for pipes and files, whole words for people
+        console.soft_wrap = True
+        if "COLUMNS" not in os.environ:
+            console.width = UNBOUNDED_WIDTH
     return console
+
+
+def use_any_encoding() -> None:
+    """Lets stdout show what its encoding lacks, such as ASCII's, rather than end the command."""
+    codecs.register_error("gemq", _encodable)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="gemq")
+
+
+def _encodable(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that cannot be encoded, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
 def to_stdout(path: Path | None) -> bool:

@@ -29,7 +29,7 @@ from gemq.models.stream import Replay
 from gemq.models.structure import Structure
 from gemq.preflight import check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
-from gemq.quant.widths import ExpertWidths, plain_widths, width_name
+from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths, width_name
 from gemq.recipe import Recipe
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Memory
@@ -76,6 +76,10 @@ class Result:
     waited: dict[str, int] = field(default_factory=dict)
     """Most bytes of activations and packed layers that lay in ``host memory`` and on ``disk`` for want of room."""
     work_bytes: int = 0
+    other_bits: float | None = None
+    """A budget that another ``export`` can have; None where the ladder has one width."""
+    trust_remote_code: bool = False
+    """Whether the model brings code, which each command has to allow."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         dtype = replay.model.dtype
         free = job.memory.on_device.limit - job.working
         workload = Workload.of(structure, job.recipe, replay.model.config, job.window, dtype, job.device, free)
-        job.monitor.expected = workload.seconds(job.device, dtype)
+        job.monitor.expected, job.monitor.rounds = workload.seconds(job.device, dtype), workload.rounds
     unguarded = _why_unguarded(job.recipe, allocation_file, guarded)
     job.draw_windows(replay, lambda windows: () if unguarded else own_plans(job.recipe, windows))
     ladder = run_ladder(job, replay)
@@ -213,6 +217,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         windows=job.windows.counts(),
         fallbacks=job.fallbacks,
         guard=guard,
+        other_bits=_other_bits(job.recipe, chosen.nominal_bits),
+        trust_remote_code=job.source.trust_remote_code,
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
     if not ranks.agree(lambda: _is_complete(out, packed_format)):
@@ -245,6 +251,13 @@ def _judge(job: Job, replay: Replay, stored: dict[str, torch.dtype], ladder: Sta
         chosen = _solve(job, problem, Budget("bits", bits))
         around = run_finish(job, replay, stored, chosen).around(job, replay, chosen.by_layer)
     return Judged(run_scores(job, replay, ladder, around), measured)
+
+
+def _other_bits(recipe: Recipe, bits: float) -> float | None:
+    """A budget within the ladder's widths, half a bit or more away from ``bits``; None if there is none."""
+    low, high = nominal_bits(recipe.ladder_widths[0]), nominal_bits(recipe.ladder_widths[-1])
+    budgets = (1.5, 2.5, 2.0, 3.0, low, high)
+    return next((b for b in budgets if low <= b <= high and abs(b - bits) > 0.4), None)
 
 
 # Before anything is computed

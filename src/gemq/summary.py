@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gemq.display import styled
 from gemq.quant.widths import ExpertWidths, width_name
 
 if TYPE_CHECKING:
@@ -47,10 +50,12 @@ def print_result(console: Console, result: Result) -> None:
     print_widths(console, rows, result.expert_bits_nominal)
     share = result.stored_bytes / result.original_bytes
     console.print(
-        f"[bold]{_size(result.original_bytes)} -> {_size(result.stored_bytes)}[/] ({share:.1%}), "
-        f"{result.quantized_share:.1%} of the parameters quantized; expert weights: "
-        f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
-        f"(budget {result.budget}, allocation {result.method})"
+        styled(
+            (f"{_size(result.original_bytes)} -> {_size(result.stored_bytes)}", "bold"),
+            f" ({share:.1%}), {result.quantized_share:.1%} of the parameters quantized; expert weights: "
+            f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
+            f"(budget {result.budget}, allocation {result.method})",
+        )
     )
     sources = ", ".join(f"{count} {name}" for name, count in result.windows.items())
     tokens = sum(result.windows.values()) * result.window
@@ -66,15 +71,25 @@ def print_result(console: Console, result: Result) -> None:
             console.print(f"Up to {_size(count)} of activations and packed layers waited in {place} for want of room.")
     for name, count in result.fallbacks.items():
         if count:
-            console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")
+            console.print(f"{count} {FALLBACKS.get(name, name.replace('_', ' '))}", style="yellow")
     if not any(result.fallbacks.values()):
         console.print("No fallbacks.")
-    console.print(
-        f"Work directory: {result.work} ({_size(result.work_bytes)}). `gemq export {result.work}` makes other "
-        "budgets from it in seconds; it may be deleted."
-    )
+    console.print(f"Work directory, which may be deleted: {result.work} ({_size(result.work_bytes)})")
+    trust = ("--trust-remote-code",) if result.trust_remote_code else ()
+    if result.other_bits is not None:
+        bits = f"{result.other_bits:g}"
+        other = result.out.with_name(f"{result.out.name}-{bits}bit")
+        how = ("export", result.work, "-o", other, "--bits", bits)
+        if not other.exists():
+            print_command(console, "Another budget takes seconds", *how, *trust)
     done = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
-    console.print(f'[green]{done}[/]. Try: gemq generate {result.out} -p "Once"')
+    console.print(styled((done, "green")))
+    print_command(console, "Try", "generate", result.out, "-p", "Once upon a time", *trust)
+
+
+def print_command(console: Console, purpose: str, *arguments: object) -> None:
+    """A gemq command as it can be typed, in one line that a terminal does not break."""
+    console.print(f"{purpose}: {shlex.join(['gemq', *map(str, arguments)])}", soft_wrap=True)
 
 
 def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths], float]], mean: float) -> None:
@@ -84,22 +99,31 @@ def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths
     """
     widths = sorted({w for _, row, _ in layers for both in row for w in both})
     differ = any(first != down for _, row, _ in layers for first, down in row)
-    title = "Experts at each width" + (": gate and up / down" if differ else "")
+    pattern, names = short_names([name for name, _, _ in layers])
+    title = "Experts at each width" + (": gate and up / down" if differ else "") + (f" ({pattern})" if pattern else "")
     table = Table(title=title, title_justify="left")
-    table.add_column("layer", justify="right")
+    table.add_column("layer", justify="right", overflow="fold")
     for width in widths:
-        table.add_column(f"{width_name(width)} bit", justify="right")
-    table.add_column("mean bits", justify="right")
+        table.add_column(f"{width_name(width)} bit", justify="right", overflow="fold")
+    table.add_column("mean bits", justify="right", overflow="fold")
 
     def cells(row: list[ExpertWidths]) -> list[str]:
         counts = [Counter(matrix) for matrix in zip(*row, strict=True)][: 2 if differ else 1]
         return [" / ".join(str(count[w] or "·") for count in counts) for w in widths]
 
-    for name, row, bits in layers:
+    for name, (_, row, bits) in zip(names, layers, strict=True):
         table.add_row(name, *cells(row), f"{bits:.2f}")
     table.add_section()
     table.add_row("all", *cells([both for _, row, _ in layers for both in row]), f"{mean:.2f}", style="bold")
     console.print(table)
+
+
+def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
+    """``model.layers.*.experts`` and what stands for the star in each name; as they are where they differ otherwise."""
+    parts = [re.split(r"(\d+)", name, maxsplit=1) for name in names]
+    if len(names) > 1 and all(len(p) == 3 for p in parts) and len({(p[0], p[2]) for p in parts}) == 1:
+        return (f"{parts[0][0]}*{parts[0][2]}" if parts[0][0] or parts[0][2] else ""), [p[1] for p in parts]
+    return "", list(names)
 
 
 def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
@@ -125,32 +149,43 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
     """After ``eval``: one row per text."""
     compared = "mean_kl" in values
     table = Table(title=str(values["model"]), title_justify="left")
-    columns = ["text", "tokens", "perplexity", *(["KL", "top-1", "routing"] if compared else [])]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "text" else "right")
+    table.add_column("text", overflow="fold")
+    for column in ("perplexity", *(["KL", "top-1", "routing"] if compared else [])):
+        table.add_column(column, justify="right", no_wrap=True)
 
     def add(name: str, row: dict[str, Any], **style: Any) -> None:
-        more = []
+        cells = [_with_error(row, "perplexity", ".3f")]
         if compared:
             routing = row["routing_agreement"]
-            more = [
-                f"{row['mean_kl']:.4f}",
-                f"{row['top1_agreement']:.1%}",
+            cells += [
+                _with_error(row, "mean_kl", ".4f"),
+                _with_error(row, "top1_agreement", ".1%"),
                 "-" if routing is None else f"{routing:.1%}",
             ]
-        table.add_row(name, f"{row['tokens']:,}", f"{row['perplexity']:.3f}", *more, **style)
+        table.add_row(name, *cells, **style)
 
     for name, row in values["texts"].items():
         add(name, row)
     table.add_section()
     add("all", values, style="bold")
     console.print(table)
+    console.print(f"{values['tokens']:,} tokens in {values['windows']} windows; ± is the standard error over windows.")
     if values["stored_bytes"]:
         bits = values["expert_bits_stored"]
         text = f"{_size(values['stored_bytes'])}" + (f", {bits:.3f} stored bits per expert weight" if bits else "")
         console.print(text)
     if values["layers"]:
         console.print("Routing agreement by layer: " + " ".join(f"{x:.3f}" for x in values["layers"]))
+
+
+def _with_error(row: dict[str, Any], key: str, form: str) -> str:
+    """``10.656 ±0.123``: a figure and its standard error."""
+    error = row[f"{key}_stderr"]
+    if error is None:
+        return format(row[key], form)
+    if form.endswith("%"):
+        return f"{format(row[key], form)[:-1]} ±{format(error, form)}"
+    return f"{format(row[key], form)} ±{format(error, form)}"
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -201,25 +236,29 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def print_curve(console: Console, curve: Curve, written: list[Path]) -> None:
     """After ``export --curve``: a row per budget. Costs are relative to uniform's at the smallest budget."""
-    unit = curve.points[0].uniform_cost or 1.0
     table = Table(title=f"Budgets ({curve.method}; now {_size(curve.original_bytes)})", title_justify="left")
     for column in ("bits", "stored bits", "experts", "checkpoint", "predicted cost", "uniform's"):
         table.add_column(column, justify="right")
     for p in curve.points:
         sizes = (_size(p.expert_bytes), _size(p.stored_bytes))
-        costs = (f"{p.predicted_cost / unit:.3g}", f"{p.uniform_cost / unit:.3g}")
+        costs = (f"{p.predicted_cost / curve.unit:.3g}", f"{p.uniform_cost / curve.unit:.3g}")
         table.add_row(f"{p.bits:g}", f"{p.stored_bits:.3f}", *sizes, *costs)
     console.print(table)
-    console.print("Predicted costs are shares of uniform's at the smallest budget; they rank budgets, not models.")
-    console.print(f"Written: {', '.join(map(str, written))}")
+    console.print(
+        "Predicted costs are shares of uniform's at the smallest budget, here and in the figure (the CSV has them as "
+        "they are); they rank budgets, not models. Between two widths, uniform is a random mixture of candidate widths."
+    )
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
+    if not any(path.suffix == ".svg" for path in written):
+        console.print("No figure: matplotlib is not installed. To have one: pip install matplotlib")
 
 
 def print_contents(console: Console, contents: Contents) -> None:
     """After ``inspect``."""
     print_widths(console, list(contents.layers), contents.expert_bits_nominal)
     linears = ", ".join(f"{count} at {bits} bits" for bits, count in contents.linears.items()) or "none quantized"
+    console.print(f"{contents.path} ({contents.model_type}, groups of {contents.group_size})", soft_wrap=True)
     console.print(
-        f"{contents.path} ({contents.model_type}, groups of {contents.group_size}): "
         f"{_size(contents.stored_bytes)} = experts {_size(contents.expert_bytes)} + "
         f"linears {_size(contents.linear_bytes)} + other {_size(contents.other_bytes)}"
     )
@@ -259,7 +298,7 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
     runs = ", ".join(dict.fromkeys(row["execution"] for row in values["decode"]))
     console.print(f"Decoded with: {runs}. Weights a step: dense ones once, experts that any token chose once.")
     for line in values["fallbacks"]:
-        console.print(f"[yellow]{line}[/]")
+        console.print(line, style="yellow")
 
 
 def _rate(bytes_per_second: float) -> str:

@@ -149,7 +149,6 @@ class Workload:
         """The stages of the job that the recipe asks for, in order, by the names that its bars have."""
         r, layers = self.recipe, self.structure.layers
         scored = r.allocate in ("global", "layerwise")
-        steps = max(1, len(r.progressive))
         guarded = scored and r.guard and r.refine
         judge = OWN + PER_SOURCE * (SELF in r.calib) if guarded else 0
         along = judge if self._added_windows and r.calib != (SELF,) else 0  # written in the same batches
@@ -160,16 +159,29 @@ class Workload:
         if scored and r.rescale:
             stages["sensitivity"] = self.sensitivity()
         if scored:
-            stages["scores"] = (self.loss() + total(map(self.scores, layers))) * steps
+            stages["scores"] = (self.loss() + total(map(self.scores, layers))) * self._budgets
         if guarded:
             stages["guard windows"] = self.generate(judge - along)
             stages["guard"] = self.guard()
         if r.refine:
-            name = "reconstruct" if r.layer_epochs else "refine"
-            stages[name] = total(map(self.refine, layers)) * steps
+            stages[self._refine_stage] = total(map(self.refine, layers)) * self._budgets
             if r.distil_epochs:
-                stages["distil"] = self.distil() * steps
+                stages["distil"] = self.distil() * self._budgets
         return {name: work for name, work in stages.items() if work != Work()}
+
+    @property
+    def rounds(self) -> dict[str, int]:
+        """Stages that a progressive recipe goes through several times, and how often."""
+        names = ("scores", self._refine_stage, "distil") if self._budgets > 1 else ()
+        return {name: self._budgets for name in self.stages() if name in names}
+
+    @property
+    def _budgets(self) -> int:
+        return max(1, len(self.recipe.progressive))
+
+    @property
+    def _refine_stage(self) -> str:
+        return "reconstruct" if self.recipe.layer_epochs else "refine"
 
     @property
     def _own_windows(self) -> int:

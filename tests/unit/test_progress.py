@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import re
+import time
 
 import pytest
+import torch
 from rich.console import Console
 
-from gemq import pipeline
+from gemq import pipeline, progress
 from gemq.assets import builtin_model, builtin_texts
+from gemq.models.source import Source
+from gemq.models.structure import find_structure
 from gemq.progress import Monitor, StageCost
 from gemq.recipe import Recipe
+from gemq.workload import Workload
 
 
 def test_later_stages_are_expected_to_be_as_slow_as_those_so_far():
@@ -38,3 +45,63 @@ def test_a_watched_job_knows_its_stages_before_the_first_of_them(tmp_path, monke
         assert names == (
             [] if console is None else ["ladder", "sensitivity", "scores", "guard windows", "guard", "refine"]
         )
+
+
+def test_rounds_of_a_progressive_job_are_still_to_come():
+    """Two budgets: scores, refine, scores, guard, refine. After the first refine most of the job is left."""
+    rounds = {"scores": 2, "refine": 2}
+    monitor = Monitor(expected={"ladder": 10.0, "scores": 20.0, "guard": 5.0, "refine": 40.0}, rounds=rounds)
+    monitor.stages["ladder"] = StageCost(10.0)
+    left = []
+    for name, seconds in (("scores", 10.0), ("refine", 20.0), ("scores", 10.0), ("guard", 5.0), ("refine", 20.0)):
+        with monitor.stage(name, 1):
+            left.append(monitor.seconds_left(name, seconds, 1.0))
+        cost = monitor.stages[name]
+        cost.seconds = seconds * monitor._runs[name]
+    # after each run, what the others are expected to take: a second of the plan takes a second here
+    assert left == pytest.approx([55.0, 35.0, 25.0, 20.0, 0.0])
+
+
+def test_a_progressive_recipe_tells_how_often_its_stages_run():
+    source = Source(builtin_model())
+    model = source.skeleton()
+    recipe = Recipe(progressive=(3.0, 2.5, 2.0))
+    workload = Workload.of(
+        find_structure(model), recipe, model.config, 64, torch.float32, torch.device("cpu"), memory=1 << 30
+    )
+    assert workload.rounds == {"scores": 3, "reconstruct": 3, "distil": 3}
+    assert dataclasses.replace(workload, recipe=Recipe()).rounds == {}
+
+
+def test_a_pipe_gets_a_line_for_each_stage_and_more_for_a_long_one(monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", (0.02, 0.02))
+    console = Console(file=io.StringIO())
+    monitor = Monitor(console)
+    with monitor.stage("ladder", 4) as tick:
+        tick()
+        time.sleep(0.2)
+        tick(4, 4)
+    with monitor.stage("save", 1) as tick:
+        tick()
+    lines = console.file.getvalue().splitlines()
+    assert lines[-1] == "save: 1/1, 0:00:00"
+    assert lines[-2] == "ladder: 4/4, 0:00:00"
+    assert lines[0] == "ladder: 1/4, 0:00:00, 0:00:00 left"
+    assert 3 < len(lines) < 15
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_bar_cuts_no_count_and_no_time(width):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    monitor = Monitor(console, expected={"calibration windows": 4000.0, "ladder": 40_000.0})
+    with monitor.stage("calibration windows", 24) as tick:
+        tick(500, 1536)
+    with monitor.stage("calibration windows", 24) as tick:
+        tick(1536, 1536)
+    drawn = [line for line in re.split(r"[\r\n]|\x1b\[[0-9;?]*[a-zA-Z]", file.getvalue()) if "1536" in line]
+    assert all("…" not in line and len(line) <= width for line in drawn)
+    running = [line for line in drawn if "500/1536" in line]
+    assert running
+    times = r"\s+500/1536\s+0:00:00, 0:00:00 left, all 0:00:\d\d$"
+    assert all(re.search(rf"^calibration windows [━╸╺ ]{{14,}}{times}", line) for line in running)

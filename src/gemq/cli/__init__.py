@@ -13,6 +13,7 @@ from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
 from gemq.models import digests
+from gemq.output import use_any_encoding
 from gemq.resources.processes import after_failing, before_failing
 
 # from typer: some of its versions use the package click, others carry their own copy
@@ -58,6 +59,7 @@ def run(arguments: list[str]) -> int:
     """Runs the command line and returns its exit code. A user's mistake is one line on stderr."""
     # torch reads this when it first takes memory: pages of 2 MB, with which a layer is read twice as fast
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    use_any_encoding()
     try:
         code = app(arguments or ["--help"], prog_name="gemq", standalone_mode=False)
         sys.stdout.flush()
