@@ -1,4 +1,4 @@
-"""gemq: Mixture-of-Experts models with one bit-width per expert.
+"""gemq: Mixture-of-Experts models whose experts have bit-widths of their own, one for each matrix.
 
 ``import gemq`` is light: it loads neither torch nor Transformers. It makes Transformers know gemq
 checkpoints, now or whenever Transformers is imported later, so that

@@ -1,7 +1,7 @@
 """The ladder: every expert of a layer at every candidate width, and its dense linears at theirs.
 
-Made once from full-precision activations; any allocation afterwards only picks from it. A ``Rung`` set is independent
-of the allocation, so another budget costs no quantization. Knows one layer at a time, no files.
+Made once from full-precision activations; any allocation afterwards only picks from it. It does not depend on
+the allocation, so another budget costs no quantization. Knows one layer at a time, no files.
 
 Shapes: E experts, W widths; packed codes as in ``checkpoint.packing``.
 """

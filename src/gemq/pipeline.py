@@ -1,7 +1,8 @@
 """``quantize`` and ``export``: the stages in order, from a model to a checkpoint.
 
-Windows, ladder, scores, allocation, refine, save. Each stage's result stays in the work directory, so that a job goes
-on where it was stopped and another budget costs only the stages that depend on it.
+Windows, ladder, sensitivity, scores, allocation, guard, reconstruction or refinement, distillation, save. Each stage's
+result stays in the work directory, so that a job goes on where it was stopped and another budget costs only the stages
+that depend on it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def quantize(
 
     work:       directory of intermediate results, ``out`` with ``.work`` added by default
     resume:     go on with an interrupted job instead of refusing its work directory
-    allocation: JSON file with a width for every expert, instead of solving for one
+    allocation: JSON file with the widths of every expert, instead of solving for them
     gpu_memory, host_memory: bytes that the job may hold at most, by default 90 % of what is free; no bound changes
                 more of the result than how a GPU rounds what it computes more or less of at once
     Raises UserError when something cannot be done, before anything is lost or half written.
@@ -318,10 +319,8 @@ def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str,
 def recorded_job(work: WorkDir, changes: dict[str, Any] | None = None) -> tuple[Source, Recipe, str]:
     """The model of a work directory, its recipe with ``changes`` and the ladder's widths, and its fingerprint."""
     recorded = _read_job(work)
-    recipe = Recipe.from_dict(recorded["recipe"], origin=str(work.path)).replace(**(changes or {}))
-    kept = tuple(recorded["ladder_widths"])
-    if recipe.ladder_widths != kept:
-        recipe = recipe.replace(widths=kept)
+    kept = {"widths": tuple(recorded["ladder_widths"])}  # no budget has other ones than the ladder
+    recipe = Recipe.from_dict(recorded["recipe"], origin=str(work.path)).replace(**kept, **(changes or {}))
     source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
     if not source.path.exists():
         raise UserError(

@@ -37,7 +37,7 @@ def check_job(
     """
     a, b = out.resolve(), work.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise UserError(f"{out} and the work directory {work} lie in each other: name another with --work")
+        raise UserError(f"{out} and the work directory {work} lie in each other: name another output")
     model = source.skeleton()
     structure = find_structure(model)
     source.check_weights()
@@ -77,7 +77,7 @@ def expert_budget(recipe: Recipe, fixed_bytes: int, problem: Problem) -> Budget:
         if recipe.stored_bits > most:
             raise UserError(
                 f"no allocation of widths {problem.width_names} has {recipe.stored_bits:g} stored bits: "
-                f"give at most {most:.4g}, or allow a wider width with --widths"
+                f"give at most {most:.4g}, or quantize with a wider width among --widths"
             )
         return Budget("stored_bits", recipe.stored_bits)
     return Budget("bits", DEFAULT_BITS if recipe.bits is None else recipe.bits)

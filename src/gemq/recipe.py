@@ -244,7 +244,8 @@ class Recipe:
             advice = f"give --bits from {low:g} to {high:g}"
             if bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= bits]):
                 names = ",".join(width_name(w) for w in (*self.ladder_widths, wider[0]))
-                advice += f", or allow a wider width with --widths {names}"
+                by_quantize = " with" if self.widths is None else ": quantize with"  # export has the ladder's widths
+                advice += f", or allow a wider width{by_quantize} --widths {names}"
             raise UserError(f"no allocation of widths {self.width_names} has {bits:g} bits: {advice}")
         for name in ("stored_bits", "size"):
             value = getattr(self, name)

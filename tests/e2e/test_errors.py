@@ -154,7 +154,7 @@ def test_other_calibration_sources(here, tmp_path, monkeypatch):
     refused(here, *arguments, lines, words=("calib.jsonl line 2 is not JSON",))
     refused(here, *arguments, tmp_path, words=("is a directory",))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(here, *arguments, "owner/texts", words=("owner/texts", "pip install gemq[datasets]"))
+    refused(here, *arguments, "owner/texts", words=("owner/texts", "pip install datasets"))
 
 
 def edited(change: Callable[[list[list[Any]]], None]) -> str:

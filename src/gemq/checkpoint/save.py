@@ -83,17 +83,19 @@ def model_card(base_model: str | None = None, facts: str = "") -> str:
     name = base_model or "A Mixture-of-Experts model"
     body = f"""# {name}, quantized with gemq
 
-The experts are quantized with one bit-width per expert. Loading needs the `gemq` package:
+Every matrix of every expert has a bit-width of its own. Loading needs the `gemq` package:
 
 ```python
-import gemq  # before from_pretrained: without it Transformers only warns and the experts are RANDOM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import gemq
+from transformers import AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+path = "."  # the directory of this file, or its id on the hub
+model = gemq.load(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
-`gemq.load(path)` does the same and cannot be got wrong.
+After `import gemq`, Transformers' Auto classes load it as well. Without that import Transformers only warns, and the
+experts are RANDOM.
 """
     return "\n".join(["---", *front, "---", "", body]) + (f"\n{facts.strip()}\n" if facts.strip() else "")
 

@@ -20,7 +20,7 @@ from gemq.resources.processes import after_failing, before_failing
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
-    help="Shrinks Mixture-of-Experts language models: every expert gets its own bit-width.",
+    help="Shrinks Mixture-of-Experts language models: every matrix of every expert gets its own bit-width.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # what is no user's mistake is a bug: a plain traceback is the better report

@@ -19,7 +19,7 @@ Progressive = Annotated[
     str | None, typer.Option(help="Budgets in bits, such as 3.0,2.5,2.0: scores are computed again after each.")
 ]
 Allocate = Annotated[str | None, typer.Option(help="global (default), uniform, random, layerwise or frequency.")]
-AllocationFile = Annotated[Path | None, typer.Option("--allocation", help="JSON file with a width for every expert.")]
+AllocationFile = Annotated[Path | None, typer.Option("--allocation", help="JSON file with the widths of every expert.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="File for the figures as JSON; - prints them instead of tables.")

@@ -6,7 +6,7 @@ distribution, and every window is equally long, so that no step needs padding or
 
 Measured on two CPU cores: ``grouped_mm`` and ``eager`` experts are equally fast, ``batched_mm`` (which
 gathers weights per token) eleven times slower; the model's own setting, ``grouped_mm`` by default, is left
-alone. A cache that grows by concatenation copies itself at every step; ``_Preallocated`` does not.
+alone. A cache that grows by concatenation copies itself at every step; that of ``data.steps`` does not.
 """
 
 from __future__ import annotations

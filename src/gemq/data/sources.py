@@ -256,7 +256,7 @@ def _is_file(source: str) -> bool:
 
 def _require_datasets(source: str) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"there is no file {source}; if it is a data set id, pip install gemq[datasets]")
+        raise UserError(f"there is no file {source}; if it is a data set id, pip install datasets")
 
 
 def _dataset(source: str) -> Iterator[str]:

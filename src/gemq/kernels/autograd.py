@@ -1,8 +1,8 @@
 """Gradients through the kernels, and through scales and offsets.
 
 Forward is the kernels', backward the reference's arithmetic, which dequantizes again: no matrix is kept from
-one to the other. Packed modules hold scales and offsets as bits, which have no gradient; who trains them
-gives them as tensors to ``linear_with_grids`` or ``experts_with_grids``.
+one to the other. Packed modules hold scales and offsets as bits, which have no gradient: ``linear_with_grids`` and
+``experts_with_grids`` take them as tensors. Distillation trains them through ``kernels.unpacked`` instead.
 """
 
 from __future__ import annotations

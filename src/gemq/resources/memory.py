@@ -187,7 +187,7 @@ class Memory:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{gigabytes(self.on_device.limit)} of memory did not do: give more with {self.flag}, or close what "
-                "else runs there, and go on with --resume"
+                "else runs there; gemq quantize then goes on with --resume"
             ) from error
         finally:
             if bounded:

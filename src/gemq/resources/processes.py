@@ -10,7 +10,7 @@ import time
 from typing import NoReturn
 
 LOST = "another process of this job has ended"
-GO_ON = "nothing is lost, the same command with --resume goes on"
+GO_ON = "nothing is lost, gemq quantize goes on with --resume, gemq export when it is run again"
 
 _failing = threading.Event()
 _ending = threading.Lock()

@@ -1,0 +1,209 @@
+"""Every command that gemq prints or documents runs as it stands: in summaries, errors, help, model cards and docs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from helpers import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
+
+from gemq.assets import builtin_texts
+from gemq.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("use-*.md"))]
+VERBS = ("plan", "quantize", "export", "eval", "generate", "bench", "inspect")
+SMALL = ("--effort", "low", "--windows", "4", "--window", "32")
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The commands of a summary, each after a colon or at the beginning of a line."""
+    return [shlex.split(found) for found in re.findall(r"(?:^|: )(gemq .*)$", text, re.MULTILINE)]
+
+
+def options_of(command: str) -> set[str]:
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    options = {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
+    return {"--help", *(option for option in options if option.startswith("-"))}
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+
+
+# Summaries
+
+
+@pytest.mark.parametrize("name", ["out", "out [v2]", "it's"])
+def test_commands_of_a_summary_run_as_printed(name, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = gemq("quantize", tiny_model, "-o", name, *SMALL)
+    assert ran.code == 0, ran.err
+    assert name in ran.out
+    verbs = []
+    for command in commands_in(ran.out):
+        verbs.append(command[1])
+        again = gemq(*command[1:])
+        assert again.code == 0, (command, again.err)
+    assert verbs == ["export", "generate"]
+    assert len([d for d in tmp_path.iterdir() if d.name.startswith(name)]) == 3  # the output, its work, the export
+
+
+def test_no_budget_is_offered_where_the_ladder_has_none(tiny_model, tmp_path):
+    ran = gemq("quantize", tiny_model, "-o", tmp_path / "out", *SMALL, "--widths", "2")
+    assert ran.code == 0, ran.err
+    assert [command[1] for command in commands_in(ran.out)] == ["generate"]
+
+
+def test_the_command_that_makes_scores_runs_as_printed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert gemq("quantize", tiny_model, "-o", "out", *SMALL, "--allocate", "uniform", "-q").code == 0
+    ran = gemq("export", "out.work", "--curve")
+    assert ran.code == 2
+    found = re.search(r"with (gemq export .*)$", ran.err)
+    assert found
+    command = shlex.split(found.group(1).replace("OUT", "scored"))
+    assert gemq(*command[1:]).code == 0
+    assert gemq("export", "out.work", "--curve").code == 0
+
+
+# Errors
+
+
+def test_errors_name_flags_that_the_command_has(tiny_model, tmp_path, monkeypatch):
+    """A message may name a flag of another command only after that command's name."""
+    monkeypatch.chdir(tmp_path)
+    assert gemq("quantize", tiny_model, "-o", "out", *SMALL, "-q").code == 0
+    failing: list[list[Any]] = [
+        ["export", "out.work", "-o", "a", "--bits", "9"],
+        ["export", "out.work", "-o", "a", "--bits", "3.5"],
+        ["export", "out.work", "-o", "a", "--bits", "0.5"],
+        ["export", "out.work", "-o", "a", "--stored-bits", "9"],
+        ["export", "out.work", "-o", "a", "--size", "1kB"],
+        ["export", "out.work", "-o", "out"],
+        ["export", "out.work", "-o", "out.work/inside"],
+        ["export", "out.work"],
+        ["export", "out.work", "--curve", "--allocate", "random"],
+        ["export", "out.work", "-o", "a", "--host-memory", "1MB"],
+        ["quantize", tiny_model, "-o", "b", "--bits", "4.5"],
+        ["quantize", tiny_model, "-o", "b", "--stored-bits", "9"],
+        ["quantize", tiny_model, "-o", "b", "--host-memory", "1MB"],
+        ["quantize", tiny_model, "-o", "out"],
+        ["plan", tiny_model, "--bits", "9"],
+        ["plan", "nowhere"],
+        ["eval", "out", "--window", "9999"],
+        ["eval", "out", "--window", "64", "--host-memory", "1MB"],
+        ["eval", "out", "--window", "64", "--reference", "out"],
+        ["generate", "out", "-p", "a", "--max-new-tokens", "0"],
+        ["bench", "out", "--prefill", "9999"],
+        ["inspect", "nowhere"],
+    ]
+    for command in failing:
+        ran = gemq(*command)
+        assert ran.code == 2, (command, ran.out, ran.err)
+        own, *others = re.split(r"quantize (?=with|then|goes)", ran.err)
+        assert flags_in(own) <= options_of(command[0]), ran.err
+        assert all(flags_in(other) <= options_of("quantize") for other in others), ran.err
+
+
+def test_a_wider_width_is_offered_where_it_can_be_had(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = gemq("quantize", tiny_model, "-o", "out", *SMALL, "--bits", "4.5", "-q")
+    flags = re.search(r"with (--widths \S+)$", ran.err)
+    assert flags
+    ran = gemq("quantize", tiny_model, "-o", "out", *SMALL, "--bits", "4.5", *flags.group(1).split(), "-q")
+    assert ran.code == 0, ran.err
+    ran = gemq("export", "out.work", "-o", "more", "--bits", "8.5")
+    assert "--widths" not in ran.err  # there is none wider
+    assert gemq("export", "out.work", "-o", "more", "--bits", "8").code == 0
+
+
+# Help
+
+
+def test_help_names_flags_that_the_command_has():
+    for command in (*VERBS, "demo"):
+        told = gemq(command, "--help").out or _help(command)
+        assert flags_in(told) <= options_of(command), command
+
+
+def _help(command: str) -> str:
+    return subprocess.run([sys.executable, "-m", "gemq", command, "--help"], capture_output=True, text=True).stdout
+
+
+# Model card and documents
+
+
+def test_the_code_of_a_model_card_runs_as_printed(finished: Finished):
+    card = (finished.out / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    check = "\nimport torch\nassert model(torch.tensor([tokenizer.encode('Once')])).logits.isfinite().all()\n"
+    ran = subprocess.run([sys.executable, "-c", code + check], cwd=finished.out, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "one bit-width per expert" not in card
+
+
+@pytest.fixture(scope="module")
+def place(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what the documents name: a model, its results, and a text."""
+    path = tmp_path_factory.mktemp("documents")
+    for name in ("olmoe-2bit", "OUT"):
+        shutil.copytree(finished.out, path / name)
+    shutil.copytree(finished.work, path / "olmoe-2bit.work")
+    (path / "allenai").mkdir()
+    shutil.copytree(finished.model, path / "allenai" / "OLMoE-1B-7B-0924")
+    shutil.copy(builtin_texts()[0], path / "my.txt")
+    make_tiny_model(path / "path" / "to" / "model", vocab_size=BUILTIN_TOKENS)
+    return path
+
+
+def documented(language: str) -> list[tuple[str, str]]:
+    """(document, code) of every block of code in a language."""
+    return [
+        (document.name, block)
+        for document in DOCUMENTS
+        for block in re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
+    ]
+
+
+def test_documented_commands_run_as_printed(place, monkeypatch):
+    """All but those that take long are run; those must name options that there are."""
+    monkeypatch.chdir(place)
+    lines = [line for _, block in documented("") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("gemq ")]
+    assert {command[1] for command in commands} >= set(VERBS)
+    for _, verb, *arguments in commands:
+        assert {a for a in arguments if a.startswith("-")} <= options_of(verb)
+        if verb in ("quantize", "demo"):
+            continue
+        short = ["--max-windows", "1"] if verb == "eval" else ["--new-tokens", "2"] if verb == "bench" else []
+        ran = gemq(verb, *arguments, *short)
+        assert ran.code == 0, (verb, arguments, ran.err)
+
+
+def test_flags_in_documents_exist():
+    """In running text as well."""
+    known = {flag for verb in VERBS for flag in options_of(verb)} | {"--nproc-per-node"}  # of torchrun
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert flags_in(text) <= known
+
+
+@pytest.mark.parametrize("number", range(len(documented("python"))))
+def test_documented_python_runs_as_printed(number, place):
+    name, code = documented("python")[number]
+    if name == "use-vllm.md" or "lm_eval" in code:
+        pytest.skip("needs packages that are not installed here: see test_vllm and test_round_trips")
+    if "peft" in code:
+        pytest.importorskip("peft")
+    if 'device="cuda"' in code:
+        code = code.replace('device="cuda"', 'device="cpu"')
+    code = code.replace("gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", windows=2, window=16)')
+    ran = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
