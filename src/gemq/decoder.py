@@ -29,6 +29,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from gemq import step_attention
 from gemq.kernels.merge import merge_linears
 from gemq.layer_compiler import LayerCompiler
+from gemq.resources.graph_capture import capture
 
 LENGTH_MULTIPLE = 64
 """Cache lengths are rounded up to this: attention kernels want aligned masks."""
@@ -195,11 +196,9 @@ class Decoder:
     def _capture(self, compiler: LayerCompiler | None = None) -> None:
         self._warm_up(compiler)
         start = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        with self._layers(compiler), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
+        with self._layers(compiler):
+            self._graph, _ = capture(self._step, self.device)
         torch.cuda.synchronize()
-        self._graph = graph
         self.seconds["capture"] = time.perf_counter() - start
 
     def _warm_up(self, compiler: LayerCompiler | None) -> None:

@@ -374,9 +374,11 @@ def _save(
         f"Attention and other linears: {job.recipe.attention_bits} bits. "
         f"{result.quantized_share:.1%} of {replay.structure.total_parameters / 1e6:.1f} million parameters quantized."
     )
+    config = job.source.config()
+    config.architectures = config.architectures or [type(replay.model).__name__]  # vLLM chooses its class by it
     write_checkpoint(
         result.out,
-        config=job.source.config(),
+        config=config,
         packed_format=packed_format,
         shards=shards(),
         source=job.source.path,

@@ -127,6 +127,10 @@ class PackedExperts(nn.Module):
             out = out + passed_on(hidden_states, top_k_index, top_k_weights, self.down_proj.num_experts)
         return out
 
+    def kernel_sizes(self) -> tuple[Any, ...]:
+        """What distinguishes the kernels of two experts modules."""
+        return tuple((m.rows, m.columns, m.group_size, *m.levels) for m in self._packed().values())
+
     def _packed(self) -> dict[str, PackedMatrices]:
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
         return {name: module for name, module in modules if isinstance(module, PackedMatrices)}
@@ -226,6 +230,10 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.codes
+
+    def kernel_sizes(self) -> tuple[Any, ...]:
+        """What distinguishes the kernels of two linears."""
+        return (self.out_features, self.in_features, self.width, self.group_size)
 
     def matrix(self) -> PackedMatrix:
         return PackedMatrix(self.codes, self.scales, self.offsets)
