@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from helpers import SMALL, Finished, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
-from gemq.inspect import ITEM_BYTES
 from gemq.safetensors_files import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -48,9 +46,7 @@ def ok(*arguments: object) -> Any:
 
 def tensor_bytes(checkpoint: Path) -> int:
     """Bytes of all tensors, by the headers of the files."""
-    sizes = {"U8": 1, **ITEM_BYTES}
-    specs = [spec for file in checkpoint.glob("*.safetensors") for spec in read_header(file).values()]
-    return sum(math.prod(spec.shape) * sizes[spec.dtype] for spec in specs)
+    return sum(spec.bytes for file in checkpoint.glob("*.safetensors") for spec in read_header(file).values())
 
 
 def files(directory: Path) -> dict[str, tuple[int, int]]:
