@@ -115,7 +115,7 @@ class Replayed:
                     self._output = self._run(self._fixed, *self._given)
                 self._graph = graph
                 return True
-        except RuntimeError:  # out of memory, or something that a graph does not take
+        except Exception:  # noqa: BLE001 - out of memory, or something that a graph or a library does not take
             Replayed.failed = True
             with suppress(RuntimeError):  # where torch has done so, as it does from 2.12 on
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
