@@ -183,11 +183,36 @@ def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
     experts.__class__ = _packed_class(type(experts))
 
 
+class PackedWeight(Tensor):
+    """What a packed linear shows as its weight: device and shape, uint8, no numbers.
+
+    Whoever reads it as numbers would take codes for weights, and whoever writes to it would lose what was written.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _ABOUT_A_WEIGHT:
+            raise RuntimeError(
+                "a packed weight cannot be read or written as numbers, nor take up an adapter: keep the adapter beside "
+                "the packed model, or merge it into the plain model that gemq export --dense writes"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_ABOUT_A_WEIGHT = {
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "shape", "ndim", "is_cuda", "is_meta", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_sparse", "is_quantized", "is_leaf")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.get_device, Tensor.__repr__),
+}
+
+
 class PackedLinear(nn.Linear):
     """``y = x W^T + bias`` with W [rows, columns] packed at one width.
 
-    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is what is stored, the codes, and no
-    parameter: enough to ask for the device; merging an adapter into it fails.
+    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is no parameter and can be asked for
+    its device and shape alone: merging an adapter into it raises RuntimeError.
 
     codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups] uint8.
     """
@@ -225,7 +250,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.codes
+        return self.codes.new_empty(1).expand(self.out_features, self.in_features).as_subclass(PackedWeight)
 
     def matrix(self) -> PackedMatrix:
         return PackedMatrix(self.codes, self.scales, self.offsets)
