@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gemq import cli
 from gemq.assets import builtin_model
 from gemq.chat import FIXED_DATE, CannotRender, chat_opening, render
 from gemq.errors import UserError
@@ -91,3 +92,11 @@ def test_tokens_without_an_embedding_are_refused(builtin):
     larger.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     with pytest.raises(UserError, match=r"the prompt holds the token '<\|im_start\|>' \(number 4096\).* 4096 rows"):
         generate(model, larger, "<|im_start|>user", max_new_tokens=2)
+
+
+def test_each_of_several_prompts_is_answered_on_its_own(builtin, tokenizer, capsys):
+    tokenizer.chat_template = None
+    answers = [generate(builtin[0], tokenizer, prompt, max_new_tokens=5) for prompt in ("Once upon a", "int main(")]
+    prompts = ["-p", "Once upon a", "-p", "int main("]
+    assert cli.run(["generate", str(builtin_model()), *prompts, "--max-new-tokens", "5", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
+import gemq
+from conformance import save_tokenizer
+from families import tiny
 from gemq.assets import builtin_model
 from gemq.data.rows import RowReader, Rows, texts_of
 from gemq.data.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
 from gemq.data.windows import eval_windows
 from gemq.errors import UserError
+from gemq.recipe import Recipe
+from gemq.summary import print_result
 
 WINDOW = 16
 TEMPLATE = (
@@ -219,3 +225,24 @@ def test_tokens_without_an_embedding_are_refused_before_anything_runs(tokenizer,
     with pytest.raises(UserError, match=r"chat template holds the token '<\|im_start\|>'"):
         check_sources(["self"], tokenizer, WINDOW, embeddings=4096)
     check_sources(["self"], tokenizer, WINDOW, embeddings=4098)
+
+
+def test_a_job_says_which_columns_it_used_and_what_it_left_out(tmp_path, capsys):
+    source, out = tmp_path / "model", tmp_path / "out"
+    tiny("olmoe").save_pretrained(source)
+    save_tokenizer(source)
+    rows = [{"id": f"c-{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(some_rows(8))]
+    calib = write(tmp_path / "chat.jsonl", [*rows, {"id": "c-x", "messages": []}])
+    recipe = Recipe(effort="low", calib=(calib,), windows=4, window=WINDOW, guard=False)
+    result = gemq.quantize(str(source), recipe, out=out, device="cpu")
+    told = {"columns": {"messages": 9}, "empty_rows": 1, "rows_without_template": 0}
+    assert result.calibration_rows == {"chat": told} == result.to_dict()["calibration_rows"]
+    assert result.fallbacks["calibration_rows_empty"] == 1
+    print_result(Console(width=200), result)
+    said = capsys.readouterr().out
+    assert "4 chat (column messages)" in said
+    assert "1 rows of calibration sources have no text" in said
+    again = gemq.quantize(str(source), recipe, out=out, device="cpu", resume=True)
+    assert again.calibration_rows == {"chat": told}
+    with pytest.raises(UserError, match="calib_column"):
+        gemq.quantize(str(source), recipe.replace(calib_column="id"), out=out, device="cpu", resume=True)

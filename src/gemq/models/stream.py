@@ -310,12 +310,10 @@ class Replay:
             )
 
     def _own_logits(self, ids: Tensor) -> Tensor:
-        """The model's logits of token ids [B, S] in float32. Raises UserError where Transformers cannot run it."""
+        """The model's logits of token ids [B, S] in float32. Raises UserError where its parts do not fit together."""
         try:
             return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
-        except torch.OutOfMemoryError:
-            raise
-        except _WRONG_STATE as error:
+        except (AttributeError, TypeError) as error:
             raise UserError(
                 f"Transformers {transformers.__version__} cannot run {type(self.model).__name__} on text alone "
                 f"({_first_line(error)}): install another release of Transformers"
