@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gemq import kernels
 from gemq.checkpoint.adopt import passed_on, routing_of_rows
@@ -184,35 +185,68 @@ def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
 
 
 class PackedWeight(Tensor):
-    """What a packed linear shows as its weight: device and shape, uint8, no numbers.
+    """A packed linear's weight for whoever reads it: float32 [rows, columns], unpacked anew at each use.
 
-    Whoever reads it as numbers would take codes for weights, and whoever writes to it would lose what was written.
+    Nothing can be written to it: what is packed would not take it up, and it would be lost.
     """
+
+    linear: PackedLinear
+
+    @classmethod
+    def of(cls, linear: PackedLinear) -> PackedWeight:
+        place = linear.codes.new_empty(1, dtype=torch.float32).expand(linear.out_features, linear.in_features)
+        weight = place.as_subclass(cls)
+        weight.linear = linear
+        return weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _ABOUT_A_WEIGHT:
+        kwargs = kwargs or {}
+        if func in _UNREAD:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _ITSELF:
+            return args[0]
+        changed = [kwargs.get("out")]
+        if _writes(func.__name__):
+            changed += [*args[:1], kwargs.get("input"), kwargs.get("tensor")]
+        if any(isinstance(value, cls) for value in changed):
             raise RuntimeError(
-                "a packed weight cannot be read or written as numbers, nor take up an adapter: keep the adapter beside "
-                "the packed model, or merge it into the plain model that gemq export --dense writes"
+                "a packed weight cannot be written to, nor take up an adapter: keep the adapter beside the packed "
+                "model, or merge it into the plain model that gemq export --dense writes"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map_only(cls, lambda weight: weight.linear.dequantize(torch.float32), (args, kwargs))
+            return func(*args, **kwargs)
 
 
-_ABOUT_A_WEIGHT = {
+_UNREAD = {
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "shape", "ndim", "is_cuda", "is_meta", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_sparse", "is_quantized", "is_leaf")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
-    *(Tensor.get_device, Tensor.__repr__),
+    *(Tensor.get_device, Tensor.is_contiguous),
+}
+"""What can be asked of a weight without its numbers."""
+
+_ITSELF = {getattr(Tensor.data, "__get__"), Tensor.detach}  # noqa: B009 - mypy takes it for a call
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name changes its first argument: ``add_``, ``__iadd__``, setting an attribute."""
+    return (name.endswith("_") and not name.startswith("__")) or name in _WRITING
+
+
+_WRITING = {
+    *("__set__", "__setitem__"),
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
 }
 
 
 class PackedLinear(nn.Linear):
     """``y = x W^T + bias`` with W [rows, columns] packed at one width.
 
-    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is no parameter and can be asked for
-    its device and shape alone: merging an adapter into it raises RuntimeError.
+    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is no parameter and can only be read:
+    merging an adapter into it raises RuntimeError.
 
     codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups] uint8.
     """
@@ -250,7 +284,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.codes.new_empty(1).expand(self.out_features, self.in_features).as_subclass(PackedWeight)
+        return PackedWeight.of(self)
 
     def matrix(self) -> PackedMatrix:
         return PackedMatrix(self.codes, self.scales, self.offsets)
