@@ -194,7 +194,7 @@ def evaluate_paths(
 ) -> dict[str, Any]:
     """``evaluate`` for models on disk: what ``gemq eval`` prints as JSON. ``texts`` defaults to the built-in ones.
 
-    Adds ``rows``: by text that has rows, what was read of them (``Rows.to_dict``).
+    Adds ``rows`` where texts have some: by text what was read of them (``Rows.to_dict``).
     """
     opened = open_model(model, dtype, device, trust_remote_code)
     longest = longest_window(opened.model.config)
@@ -228,5 +228,5 @@ def evaluate_paths(
         "expert_bits_nominal": opened.contents.expert_bits_nominal if opened.contents else None,
         "expert_bits_stored": opened.contents.expert_bits_stored if opened.contents else None,
         **values,
-        "rows": {name: read.to_dict() for name, read in rows.items()},
+        **({"rows": {name: read.to_dict() for name, read in rows.items()}} if rows else {}),
     }

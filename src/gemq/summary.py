@@ -165,7 +165,7 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
         bits = values["expert_bits_stored"]
         text = f"{_size(values['stored_bytes'])}" + (f", {bits:.3f} stored bits per expert weight" if bits else "")
         console.print(text)
-    for name, read in values["rows"].items():
+    for name, read in values.get("rows", {}).items():
         left_out = f", {read['empty_rows']} rows without text left out" if read["empty_rows"] else ""
         console.print(f"{name}: text of its rows is from column {', '.join(read['columns'])}{left_out}")
     if values["layers"]:

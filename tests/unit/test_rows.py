@@ -50,6 +50,7 @@ QUESTION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content"
             "conversations",
             "Why?\n\nSo.",
         ),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["Why?", "So."]}}, "conversations", "Why?\n\nSo."),
         ({"prompt": "Why?", "prompt_id": "77", "messages": QUESTION}, "messages", "Why?\n\nSo."),
         ({"prompt": "Why?", "response": "So."}, "prompt+response", "Why?\n\nSo."),
         ({"prompt": "Why?", "completion": "So."}, "prompt+completion", "Why?\n\nSo."),

@@ -183,7 +183,12 @@ def _of_pair(value: dict[str, Any]) -> Row | None:
 
 
 def _messages(value: Any) -> list[Message] | None:
-    """A conversation by the usual names of roles and contents, without empty messages. None: it is none."""
+    """A conversation by the usual names of roles and contents, without empty messages. None: it is none.
+
+    A list of messages, or, as some data sets give them, lists of all roles and of all contents.
+    """
+    if isinstance(value, dict) and value and all(isinstance(content, list) for content in value.values()):
+        value = [dict(zip(value, message, strict=False)) for message in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return None
     messages: list[Message] = []
