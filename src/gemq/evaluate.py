@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 from gemq.assets import builtin_texts
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
+from gemq.data.rows import Rows
 from gemq.data.windows import Windows, eval_windows
 from gemq.divergence import chunks, divergence
 from gemq.errors import UserError
 from gemq.inspect import Contents, inspect_checkpoint
+from gemq.models.config_values import embedding_rows
 from gemq.models.experts import watch_experts
 from gemq.models.source import DTYPES, Source, longest_window
 from gemq.models.structure import Structure, find_structure
@@ -182,6 +184,7 @@ def evaluate_paths(
     *,
     reference: str | None = None,
     texts: Sequence[Path] | None = None,
+    text_column: str | None = None,
     window: int = 512,
     max_windows: int | None = None,
     dtype: str = "float32",
@@ -189,12 +192,24 @@ def evaluate_paths(
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
-    """``evaluate`` for models on disk: what ``gemq eval`` prints as JSON. ``texts`` defaults to the built-in ones."""
+    """``evaluate`` for models on disk: what ``gemq eval`` prints as JSON. ``texts`` defaults to the built-in ones.
+
+    Adds ``rows`` where texts have some: by text what was read of them (``Rows.to_dict``).
+    """
     opened = open_model(model, dtype, device, trust_remote_code)
     longest = longest_window(opened.model.config)
     if window > longest:
         raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
-    windows = eval_windows(opened.tokenizer, texts or builtin_texts(), window, max_windows)
+    rows: dict[str, Rows] = {}
+    windows = eval_windows(
+        opened.tokenizer,
+        texts or builtin_texts(),
+        window,
+        max_windows,
+        column=text_column,
+        embeddings=embedding_rows(opened.model),
+        read=rows,
+    )
     expected = structure = None
     if reference is not None:
         other = open_model(reference, dtype, device, trust_remote_code)
@@ -213,4 +228,5 @@ def evaluate_paths(
         "expert_bits_nominal": opened.contents.expert_bits_nominal if opened.contents else None,
         "expert_bits_stored": opened.contents.expert_bits_stored if opened.contents else None,
         **values,
+        **({"rows": {name: read.to_dict() for name, read in rows.items()}} if rows else {}),
     }

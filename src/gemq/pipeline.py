@@ -71,6 +71,8 @@ class Result:
     fallbacks: dict[str, int]
     gains: dict[str, float] = field(default_factory=dict)
     """Held-out errors before and after training: of layers' outputs (relative) and of distillation (nats)."""
+    calibration_rows: dict[str, Any] = field(default_factory=dict)
+    """By source with rows: the columns that its texts are from with their rows, and what was left out."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The guard's verdict on the allocation, or why it was ``skipped``: see ``guard``."""
     waited: dict[str, int] = field(default_factory=dict)
@@ -212,6 +214,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         window=job.windows.window,
         windows=job.windows.counts(),
         fallbacks=job.fallbacks,
+        calibration_rows=job.calibration_rows,
         guard=guard,
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
@@ -225,6 +228,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
             ranks.agree(lambda: _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result))
     else:
         result.complete_before = True
+    job.count_fallbacks()
     result.waited = {place.value: count for place, count in job.memory.spilled.items()}
     result.work_bytes = job.work.size()
     result.stages = {name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()}

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gemq.fallbacks import TEXTS as ACCELERATIONS
 from gemq.quant.widths import ExpertWidths, width_name
+from gemq.tested_versions import untested_transformers
 
 if TYPE_CHECKING:
     from gemq.curve import Curve
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from gemq.plan import Plan
 
 FALLBACKS = {
+    **ACCELERATIONS,
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more damping",
@@ -31,6 +34,10 @@ FALLBACKS = {
     "linears_not_quantized": "matrices were left unquantized: gates, inputs that no group size divides, other forms",
     "matrices_left_out": "stored matrices are no part of the model and were left out (such as multi-token prediction)",
     "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
+    "calibration_rows_empty": "rows of calibration sources have no text and were left out",
+    "calibration_rows_without_template": (
+        "conversations of calibration sources went without the chat template, which could not be applied to them"
+    ),
     "guard_windows_missing": "held-out windows fewer than the guard takes: the sources hold no more text",
     "chat_template_failures": "self-generated windows went without the chat template, which could not be applied",
     "training_launched_by_steps": "times a layer was trained without a CUDA graph, which model or memory did not allow",
@@ -52,7 +59,9 @@ def print_result(console: Console, result: Result) -> None:
         f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
         f"(budget {result.budget}, allocation {result.method})"
     )
-    sources = ", ".join(f"{count} {name}" for name, count in result.windows.items())
+    sources = ", ".join(
+        f"{count} {name}{_columns(result.calibration_rows.get(name))}" for name, count in result.windows.items()
+    )
     tokens = sum(result.windows.values()) * result.window
     console.print(f"Calibration: {tokens:,} tokens in windows of {result.window}: {sources}")
     console.print(f"Guard: {describe(result.guard)}")
@@ -69,12 +78,19 @@ def print_result(console: Console, result: Result) -> None:
             console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")
     if not any(result.fallbacks.values()):
         console.print("No fallbacks.")
+    if (line := untested_transformers()) is not None:
+        console.print(f"[yellow]{line}[/]")
     console.print(
         f"Work directory: {result.work} ({_size(result.work_bytes)}). `gemq export {result.work}` makes other "
         "budgets from it in seconds; it may be deleted."
     )
     done = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
     console.print(f'[green]{done}[/]. Try: gemq generate {result.out} -p "Once"')
+
+
+def _columns(rows: dict[str, Any] | None) -> str:
+    """Which columns a source's texts are from; empty for sources without rows."""
+    return f" (column {', '.join(rows['columns'])})" if rows else ""
 
 
 def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths], float]], mean: float) -> None:
@@ -149,6 +165,9 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
         bits = values["expert_bits_stored"]
         text = f"{_size(values['stored_bytes'])}" + (f", {bits:.3f} stored bits per expert weight" if bits else "")
         console.print(text)
+    for name, read in values.get("rows", {}).items():
+        left_out = f", {read['empty_rows']} rows without text left out" if read["empty_rows"] else ""
+        console.print(f"{name}: text of its rows is from column {', '.join(read['columns'])}{left_out}")
     if values["layers"]:
         console.print("Routing agreement by layer: " + " ".join(f"{x:.3f}" for x in values["layers"]))
 

@@ -66,9 +66,10 @@ def dense_state(
     tensors: in-model name -> tensor, for a part of the model (whole layers); default ``model.state_dict()``
     Tied weights are left out: Transformers ties them again when it loads.
     """
-    skipped = packed_format.replaced_names() | set(model.all_tied_weights_keys)
+    packed = packed_format.replaced_names()
+    skipped = packed | set(model.all_tied_weights_keys)
     kept = model.state_dict() if tensors is None else tensors
-    return hub_state(model, {name: tensor.detach() for name, tensor in kept.items() if name not in skipped})
+    return hub_state(model, {name: tensor.detach() for name, tensor in kept.items() if name not in skipped}, packed)
 
 
 def model_card(base_model: str | None = None, facts: str = "") -> str:

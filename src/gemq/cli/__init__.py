@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
+from gemq import fallbacks
 from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
 from gemq.models import digests
-from gemq.resources.processes import after_failing, before_failing
+from gemq.resources.processes import after_failing, before_failing, is_first
+from gemq.tested_versions import untested_transformers
 
 # from typer: some of its versions use the package click, others carry their own copy
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -44,14 +47,18 @@ def _installed(name: str) -> str | None:
         return None
 
 
-app.command()(plan)
-app.command()(quantize)
-app.command()(export)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(bench)
-app.command()(inspect)
-app.command()(demo)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "quantize": quantize,
+    "export": export,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "inspect": inspect,
+    "demo": demo,
+}
+for name, function in COMMANDS.items():
+    app.command(name)(function)
 
 
 def run(arguments: list[str]) -> int:
@@ -59,8 +66,11 @@ def run(arguments: list[str]) -> int:
     # torch reads this when it first takes memory: pages of 2 MB, with which a layer is read twice as fast
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
+        _warn_of_untested(arguments)
         code = app(arguments or ["--help"], prog_name="gemq", standalone_mode=False)
         sys.stdout.flush()
+        for line in fallbacks.take_lines():  # those that no summary has shown
+            print(f"gemq: {line}", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _fail(str(error))
@@ -77,6 +87,14 @@ def run(arguments: list[str]) -> int:
         return 0
     finally:
         digests.end()
+
+
+def _warn_of_untested(arguments: list[str]) -> None:
+    """One line before a command that runs a model with a Transformers that was never tested."""
+    if arguments and arguments[0] in COMMANDS and is_first() and not {"-h", "--help"} & set(arguments):
+        line = untested_transformers()
+        if line is not None:
+            print(f"gemq: {line}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

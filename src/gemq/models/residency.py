@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.checkpoint.adopt import as_adopted
+from gemq.fallbacks import optional
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
 from gemq.resources.memory import Memory
@@ -188,16 +189,22 @@ class Residency:
 
     def _read(self, index: int) -> _Ready:
         if self._stream is None:
-            found = self.reader.read(index)
-            return _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)})
+            stored = self.reader.read(index)
+            return _Ready({n: self._moved(index, n, stored.pop(n)) for n in list(stored)})
         with torch.cuda.stream(self._stream):
             # the first of a kind is put together on the GPU where that has room for its parts, too
             beside = 0 if self.reader.known(index) else 2 * self.bytes[index]
             on_device = self.reader.plain and self.memory.on_device.take(beside)
+            found: dict[str, Tensor] | None = None
             try:
-                found = self.reader.read_to(self.memory.device, index) if on_device else self.reader.read(index)
-                if self.reader.plain and not on_device:
-                    self.reader.learn(index, found)
+                if on_device:
+                    with optional("layers_read_through_host"):
+                        found = self.reader.read_to(self.memory.device, index)
+                if found is None:
+                    found = self.reader.read(index)
+                    if self.reader.plain and not on_device:
+                        with optional("layers_read_through_host"):
+                            self.reader.learn(index, found)
             finally:
                 self.memory.on_device.give(beside if on_device else 0)
             ready = _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)}, torch.cuda.Event())

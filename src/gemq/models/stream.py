@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -282,7 +283,7 @@ class Replay:
             self._verify(ids)
 
     def _verify(self, ids: Tensor) -> None:
-        expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        expected = self._own_logits(ids)
         self._check_arithmetic(ids)
         hidden, calls = self.inputs(ids)
         other, other_calls = self.inputs(ids[:, :1].expand_as(ids))
@@ -307,6 +308,16 @@ class Replay:
                 f"replaying {type(self.model).__name__} layer by layer gives other logits than its own forward "
                 f"(relative difference {difference:.2g}): its layers share state; this family is not supported yet"
             )
+
+    def _own_logits(self, ids: Tensor) -> Tensor:
+        """The model's logits of token ids [B, S] in float32. Raises UserError where its parts do not fit together."""
+        try:
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"Transformers {transformers.__version__} cannot run {type(self.model).__name__} on text alone "
+                f"({_first_line(error)}): install another release of Transformers"
+            ) from error
 
     def _check_arithmetic(self, ids: Tensor) -> None:
         """Compares gemq's arithmetic of each layer's experts with their own."""

@@ -13,6 +13,7 @@ import torch
 from gemq.errors import UserError
 from gemq.kernels.unpacked import UNPACKED_TOGETHER
 from gemq.ladder import CHUNK_BYTES
+from gemq.models.config_values import layer_configs
 from gemq.models.source import calibration_window
 from gemq.models.stream import LOGITS_TOGETHER
 from gemq.models.structure import Layer, Structure
@@ -87,7 +88,7 @@ class Footprint:
 
 
 def experts_per_token(text: Any) -> int:
-    """Experts that a token chooses, from a text model's configuration: families name it differently."""
+    """Experts that a token chooses at most, from a text model's configuration: families name it differently."""
     names = (
         "num_experts_per_tok",
         "num_experts_per_token",
@@ -97,7 +98,11 @@ def experts_per_token(text: Any) -> int:
         "top_k_experts",
         "experts_per_token",
     )
-    return next((value for n in names if isinstance(value := getattr(text, n, None), int)), MOST_CHOSEN)
+    found = [
+        next((value for n in names if isinstance(value := getattr(layer, n, None), int)), MOST_CHOSEN)
+        for layer in layer_configs(text)
+    ]
+    return max(found, default=MOST_CHOSEN)
 
 
 @dataclass(frozen=True)
@@ -211,21 +216,28 @@ def staging_bytes(model: Any, structure: Structure) -> int:
     return 3 * max(sizes)
 
 
-def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype) -> None:
+def check_bounds(
+    memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype, texts: int = 0
+) -> None:
     """Raises UserError, saying what would do, when the least that a job must have on its device is above its bound.
 
-    model: may be on the meta device
+    Args:
+        model: may be on the meta device
+        texts: bytes of host memory for the tokens of the calibration texts
     """
-    if memory.device.type == "cuda" and (staging := staging_bytes(model, structure)) > memory.host.limit:
+    cuda = memory.device.type == "cuda"
+    of_texts = f" and the tokens of the calibration texts ({gigabytes(texts)})" if texts else ""
+    if cuda and (staging := staging_bytes(model, structure)) + texts > memory.host.limit:
         raise UserError(
-            f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU: give "
-            f"at least --host-memory {gigabytes(staging)}"
+            f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU"
+            f"{of_texts}: give at least --host-memory {gigabytes(staging + texts)}"
         )
     held = held_bytes(model, structure, dtype)
     working = Footprint(structure, recipe, model.config, dtype, memory.device).least
-    if held + working > memory.on_device.limit:
+    least = held + working + (0 if cuda else texts)
+    if least > memory.on_device.limit:
         raise UserError(
             f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "
-            f"layers ({gigabytes(held)}) and what one layer takes to compute ({gigabytes(working)}): "
-            f"give at least {memory.flag} {gigabytes(held + working)}"
+            f"layers ({gigabytes(held)}) and what one layer takes to compute ({gigabytes(working)})"
+            f"{'' if cuda else of_texts}: give at least {memory.flag} {gigabytes(least)}"
         )
