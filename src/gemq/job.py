@@ -22,6 +22,7 @@ from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_b
 from gemq.data.sources import SELF, Streams, calibration_windows
 from gemq.data.windows import Windows
 from gemq.ladder import Quantizer
+from gemq.models.calls import one_line_errors
 from gemq.models.residency import Residency
 from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
@@ -163,12 +164,15 @@ class Job:
             self.working = footprint.working(self.train_room)
             room = self.memory.room(self.working)
             assert room, "bounds are checked before"
-            replay = Replay(model, structure, residency, self.work.ranks)
-            if verify:
-                vocabulary = model.config.get_text_config().vocab_size
-                replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
+            with one_line_errors(
+                f"{self.source.path} cannot be run", "correct its config.json, or copy the model again"
+            ):
+                replay = Replay(model, structure, residency, self.work.ranks)
+                if verify:
+                    vocabulary = model.config.get_text_config().vocab_size
+                    replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
             tick()
-        return replay, {name: reader.types[name] for name, _ in model.named_parameters()}
+        return replay, reader.types
 
     @property
     def device(self) -> torch.device:

@@ -261,7 +261,7 @@ class Residency:
         """
         found = owner[leaf]
         if not isinstance(found, nn.Parameter):
-            return found.to(self.reader.types[name])
+            return found.to(self.reader.loaded[name])
         kind = self._dtype if found.is_floating_point() else found.dtype
         owner[leaf] = nn.Parameter(torch.empty(found.shape, dtype=kind, device="meta"), requires_grad=False)
         return owner[leaf]
