@@ -393,11 +393,12 @@ def _counted(layers: Iterator[RefinedLayer], tick: Tick) -> Iterator[dict[str, T
 
 def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
     """Counts what was not done as asked: never silent."""
-    none = few = retries = untrained = 0
+    none = few = retries = untrained = small = 0
     for i, layer in enumerate(structure.layers):
         counts, notes = (ladder.load_tensor(layer_file(i), key) for key in ("counts", "notes"))
         retries += int(notes[0])
         untrained += int(notes[1])
+        small += int(notes[2:].sum())
         if layer.experts is not None:
             none += int((counts == 0).sum())
             few += int(((counts > 0) & (counts < layer.experts.matrices[0].columns)).sum())
@@ -408,4 +409,5 @@ def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
         rungs_not_improved_by_training=untrained,
         matrices_in_smaller_groups=smaller_groups(structure, job.recipe.group_size),
         linears_not_quantized=len(structure.kept_linears),
+        matrices_too_small_for_scales=small,
     )
