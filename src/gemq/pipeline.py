@@ -27,7 +27,7 @@ from gemq.job import Job, source_digest
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
-from gemq.preflight import check_job, check_output, expert_budget, read_allocation
+from gemq.preflight import check_allocation, check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import ExpertWidths, plain_widths, width_name
 from gemq.recipe import Recipe
@@ -167,6 +167,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     job.read_texts()
     replay, stored = job.load(verify=guarded)
     structure = replay.structure
+    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
+    check_allocation(structure, job.recipe, fixed_bytes, allocation_file)  # files may hold wider types than configured
     if job.monitor.console is not None:
         dtype = replay.model.dtype
         free = job.memory.on_device.limit - job.working
@@ -180,7 +182,6 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     if allocation_file is None and job.recipe.allocate in SCORED:
         judged = _judge(job, replay, stored, ladder, progressive=finish)
     problem = make_problem(job, structure, ladder, judged)
-    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
         chosen = read_allocation(allocation_file, problem)
     else:

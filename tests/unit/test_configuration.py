@@ -118,6 +118,10 @@ def test_tokenizers_that_cannot_be_read_are_refused(tmp_path):
     edit_json(source / "tokenizer.json", model={**model, "type": "ModelOfTomorrow"})
     with pytest.raises(UserError, match="cannot read the tokenizer of"):
         quantize(source)
+    edit_json(source / "tokenizer.json", model=model)
+    edit_json(source / "tokenizer_config.json", model_max_length="many")
+    with pytest.raises(UserError, match="cannot read the tokenizer of"):
+        quantize(source)
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the tokenizer of"):
         quantize(source)

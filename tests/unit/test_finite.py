@@ -100,3 +100,18 @@ def test_every_type_is_looked_at(dtype):
     }
     assert not_finite(tensors) == ["nan", "infinite"]
     assert not_finite(tensors, {"one": 0.5, "fine": largest}) == ["nan", "infinite", "one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.self_attn.q_norm.weight", "activations overflow, so that its Hessians are not finite"),
+        ("model.norm.weight", "computes logits that are not finite"),
+    ],
+)
+def test_finite_weights_that_make_a_model_overflow_are_refused_in_one_line(name, message, tmp_path):
+    source = model_folder(tmp_path / "model")
+    edit_tensors(source, put(name, 3e38))
+    with pytest.raises(UserError, match=message) as caught:
+        quantize(source)
+    assert "\n" not in str(caught.value)

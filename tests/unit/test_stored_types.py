@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM
 import gemq
 from conformance import families, save_tokenizer
 from families import MORE, random_model, tiny_config
+from gemq import UserError
 from gemq.checkpoint.load import GemqQuantizer
 from gemq.models.source import Source
+from gemq.plan import plan
+from gemq.recipe import Recipe
 from plain_reader import read_files
 
 torch.set_num_threads(1)
@@ -107,3 +110,14 @@ def test_parameters_that_a_family_keeps_in_float32_stay_so(family, dtype, tmp_pa
         if name in own and own[name].shape == parameter.shape:
             assert own[name].dtype == parameter.dtype, name
             assert torch.equal(own[name], parameter), name
+
+
+@pytest.mark.sample
+def test_a_size_is_checked_with_the_types_of_the_files_before_anything_is_computed(tmp_path):
+    """Embeddings in float32, where config.json says bfloat16, take twice the bytes that the configuration promises."""
+    source = model_folder(tmp_path / "model", vocab_size=4096)
+    edit_config(source, dtype="bfloat16")
+    plan(Source(source), Recipe(effort="low", size=1_500_000, window=24), CPU)
+    with pytest.raises(UserError, match=r"--size .* is too small"):
+        quantize(source, bits=None, size=1_500_000)
+    assert not (tmp_path / "out.work").exists()

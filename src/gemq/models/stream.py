@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemq.checkpoint.adopt import as_adopted
-from gemq.errors import UserError
+from gemq.errors import NotFiniteError, UserError
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.structure import Structure
@@ -290,6 +290,11 @@ class Replay:
 
     def _verify(self, ids: Tensor) -> None:
         expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        if not expected.isfinite().all():
+            raise NotFiniteError(
+                f"{type(self.model).__name__} computes logits that are not finite: its activations overflow; try --dtype "
+                "float32, or look for weights that are far too large"
+            )
         self._check_arithmetic(ids)
         hidden, calls = self.inputs(ids)
         other, other_calls = self.inputs(ids[:, :1].expand_as(ids))
