@@ -292,8 +292,8 @@ class Replay:
         expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
         if not expected.isfinite().all():
             raise NotFiniteError(
-                f"{type(self.model).__name__} computes logits that are not finite: its activations overflow; try --dtype "
-                "float32, or look for weights that are far too large"
+                f"{type(self.model).__name__} computes logits that are not finite: its activations overflow; try "
+                "--dtype float32, or look for weights that are far too large"
             )
         self._check_arithmetic(ids)
         hidden, calls = self.inputs(ids)
