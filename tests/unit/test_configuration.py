@@ -39,7 +39,6 @@ REFUSED = {
     "an activation that there is not": ({"hidden_act": "swoosh"}, "swoosh"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads"),
     "a negative size": ({"hidden_size": -64}, "hidden_size"),
-    "more layers than anything has": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     "more experts a token than there are": ({"num_experts_per_tok": 7}, "7 of 6 .* correct num_experts_per_tok"),
     "no expert a token": ({"num_experts_per_tok": 0}, "0 of 6 .* correct num_experts_per_tok"),
     "no experts": ({"num_experts": 0}, r"its down_proj is \[0, "),

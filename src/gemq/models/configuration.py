@@ -15,12 +15,6 @@ import torch
 from gemq.errors import UserError
 from gemq.safetensors_files import read_json
 
-COUNTS = re.compile(r"layers?$|depth$|blocks?$")
-"""Fields for each of which Transformers makes so many entries of a list, or modules."""
-
-MOST = 10_000
-"""More layers than any model has, and few enough to be built in seconds without weights."""
-
 ROTARY = re.compile(r"^rope_(parameters|scaling)$")
 
 
@@ -38,8 +32,6 @@ def read_configuration(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} says {name} is {values[name]!r}, which cannot be: copy the model again")
     for field, value in _fields(values):
         name = field.rpartition(".")[2]
-        if COUNTS.search(name) and isinstance(value, int | float) and abs(value) > MOST:
-            raise UserError(f"{path} says {field} is {value}, and no model has so many: correct it")
         if name in ("dtype", "torch_dtype") and isinstance(value, str) and not _is_dtype(value):
             raise UserError(f"{path} says {field} is {value!r}, which is no type of torch: try bfloat16 or float16")
     return values

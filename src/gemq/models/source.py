@@ -241,7 +241,7 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
             known, special = len(tokenizer.get_vocab()), len(set(tokenizer.all_special_ids))
             size = tokenizer.vocab_size  # without added tokens, which may lie behind the embedding
-            tokenizer("text")  # some settings only show when it is used
+            tokenizer.decode(tokenizer("a b")["input_ids"])  # some damage shows only in use
         if known <= special:  # Transformers made an empty one
             raise UserError(f"{self.path} holds no tokenizer: copy its tokenizer files there")
         rows = getattr(self._stored_config().get_text_config(), "vocab_size", None)
