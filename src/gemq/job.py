@@ -21,6 +21,7 @@ from gemq.data.sources import SELF, Streams, calibration_windows, host_bytes, so
 from gemq.data.windows import Windows
 from gemq.fallbacks import take as take_fallbacks
 from gemq.ladder import Quantizer
+from gemq.models.calls import one_line_errors
 from gemq.models.residency import Residency
 from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
@@ -170,12 +171,15 @@ class Job:
             self.working = footprint.working(self.train_room)
             room = self.memory.room(self.working)
             assert room, "bounds are checked before"
-            replay = Replay(model, structure, residency, self.work.ranks)
-            if verify:
-                vocabulary = model.config.get_text_config().vocab_size
-                replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
+            with one_line_errors(
+                f"{self.source.path} cannot be run", "correct its config.json, or copy the model again"
+            ):
+                replay = Replay(model, structure, residency, self.work.ranks)
+                if verify:
+                    vocabulary = model.config.get_text_config().vocab_size
+                    replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
             tick()
-        return replay, {name: reader.types[name] for name, _ in model.named_parameters()}
+        return replay, reader.types
 
     def count_fallbacks(self) -> None:
         """Adds the accelerations that were left out so far."""

@@ -27,7 +27,7 @@ from gemq.job import Job, source_digest
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
-from gemq.preflight import check_job, check_output, expert_budget, read_allocation
+from gemq.preflight import check_allocation, check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import ExpertWidths, plain_widths, width_name
 from gemq.recipe import Recipe
@@ -169,6 +169,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     job.read_texts()
     replay, stored = job.load(verify=guarded)
     structure = replay.structure
+    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
+    check_allocation(structure, job.recipe, fixed_bytes, allocation_file)  # files may hold wider types than configured
     if job.monitor.console is not None:
         dtype = replay.model.dtype
         free = job.memory.on_device.limit - job.working
@@ -182,7 +184,6 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     if allocation_file is None and job.recipe.allocate in SCORED:
         judged = _judge(job, replay, stored, ladder, progressive=finish)
     problem = make_problem(job, structure, ladder, judged)
-    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
         chosen = read_allocation(allocation_file, problem)
     else:
@@ -399,11 +400,12 @@ def _counted(layers: Iterator[RefinedLayer], tick: Tick) -> Iterator[dict[str, T
 
 def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
     """Counts what was not done as asked: never silent."""
-    none = few = retries = untrained = 0
+    none = few = retries = untrained = small = 0
     for i, layer in enumerate(structure.layers):
         counts, notes = (ladder.load_tensor(layer_file(i), key) for key in ("counts", "notes"))
         retries += int(notes[0])
         untrained += int(notes[1])
+        small += int(notes[2:].sum())
         if layer.experts is not None:
             none += int((counts == 0).sum())
             few += int(((counts > 0) & (counts < layer.experts.matrices[0].columns)).sum())
@@ -414,4 +416,5 @@ def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
         rungs_not_improved_by_training=untrained,
         matrices_in_smaller_groups=smaller_groups(structure, job.recipe.group_size),
         linears_not_quantized=len(structure.kept_linears),
+        matrices_too_small_for_scales=small,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemq.allocate import Allocation, Budget, Problem, allocate, smallest_budget
 from gemq.checkpoint.format import is_packed
+from gemq.checkpoint.small_files import small_files
 from gemq.data.sources import check_sources, host_bytes
 from gemq.errors import UserError
 from gemq.files import check_free_space, check_writable
@@ -42,6 +43,7 @@ def check_job(
     model = source.skeleton()
     structure = find_structure(model)
     source.check_weights()
+    small_files(source.path)
     texts = host_bytes(recipe.calib)
     check_bounds(memory, model, structure, recipe, pick_dtype(recipe.dtype, memory.device), texts)
     window = calibration_window(source.config(), recipe.window)

@@ -32,6 +32,7 @@ FALLBACKS = {
     "distillation_dropped": "distillation dropped: it did no better on held-out windows",
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
     "linears_not_quantized": "matrices were left unquantized: gates, inputs that no group size divides, other forms",
+    "matrices_too_small_for_scales": "matrices have weights below 1e-5 only, which scales (from 2^-24) hold coarsely",
     "matrices_left_out": "stored matrices are no part of the model and were left out (such as multi-token prediction)",
     "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
     "calibration_rows_empty": "rows of calibration sources have no text and were left out",

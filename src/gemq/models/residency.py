@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gemq.checkpoint.adopt import as_adopted
 from gemq.fallbacks import optional
+from gemq.models.balance import balance
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
 from gemq.resources.memory import Memory
@@ -47,6 +48,8 @@ class Residency:
         """
         self.model, self.reader, self.memory, self._dtype = model, reader, memory, dtype
         self._prefixes = [f"{layer.path}." for layer in structure.layers]
+        self._experts = [layer.experts for layer in structure.layers]
+        self._within_reach: set[int] = set()  # layers whose experts are known to need no balance
         self._places = [{name: self._find(name) for name in names} for names in reader.given]
         self._empty = [{name: self._placeholder(name, *at) for name, at in x.items()} for x in self._places]
         self.bytes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in self._empty]
@@ -189,8 +192,7 @@ class Residency:
 
     def _read(self, index: int) -> _Ready:
         if self._stream is None:
-            stored = self.reader.read(index)
-            return _Ready({n: self._moved(index, n, stored.pop(n)) for n in list(stored)})
+            return _Ready(self._arrived(index, self.reader.read(index)))
         with torch.cuda.stream(self._stream):
             # the first of a kind is put together on the GPU where that has room for its parts, too
             beside = 0 if self.reader.known(index) else 2 * self.bytes[index]
@@ -207,9 +209,19 @@ class Residency:
                             self.reader.learn(index, found)
             finally:
                 self.memory.on_device.give(beside if on_device else 0)
-            ready = _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)}, torch.cuda.Event())
+            ready = _Ready(self._arrived(index, found), torch.cuda.Event())
             ready.copied.record(self._stream)
         return ready
+
+    def _arrived(self, index: int, read: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer as it was read, on the device and balanced. Uses up ``read``."""
+        tensors = {name: self._moved(index, name, read.pop(name)) for name in list(read)}
+        experts = self._experts[index]
+        if experts is not None and index not in self._within_reach:
+            first, down = (tensors[f"{experts.path}.{matrix.name}"] for matrix in experts.matrices)
+            if not balance(self.model.get_submodule(experts.path), first, down):
+                self._within_reach.add(index)
+        return tensors
 
     def _moved(self, index: int, name: str, tensor: Tensor) -> Tensor:
         """A copy on the device, through pinned memory: what was read may be the mapped file itself."""
@@ -268,7 +280,7 @@ class Residency:
         """
         found = owner[leaf]
         if not isinstance(found, nn.Parameter):
-            return found.to(self.reader.types[name])
+            return found.to(self.reader.loaded[name])
         kind = self._dtype if found.is_floating_point() else found.dtype
         owner[leaf] = nn.Parameter(torch.empty(found.shape, dtype=kind, device="meta"), requires_grad=False)
         return owner[leaf]

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gemq.errors import UserError
+from gemq.checkpoint.adopt import as_adopted
+from gemq.errors import NotFiniteError, UserError
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.structure import Structure
@@ -156,11 +157,17 @@ class Replay:
         return {n: t for n, t in state.items() if n.startswith(prefix) and n not in without}
 
     def unpacked(self, without: Collection[str]) -> dict[str, Tensor]:
-        """The full-precision model's tensors by name, on the CPU where they are read anew, but for those named."""
+        """The full-precision model's tensors by name but for those named, as the files store them.
+
+        They are read again, to the CPU: those of the model are in the type that it computes with.
+        """
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in without}
         if self.residency is not None:
+            reader = self.residency.reader
+            outside = {name: tensor for name, tensor in reader.read_outside().items() if name in state}
+            state.update({name: as_adopted(tensor, state[name]) for name, tensor in outside.items()})
             for index in range(len(self.layers)):
-                state.update(self.residency.reader.read(index, without))
+                state.update(reader.read(index, without))
         return state
 
     def restore(self, index: int) -> None:
@@ -284,6 +291,11 @@ class Replay:
 
     def _verify(self, ids: Tensor) -> None:
         expected = self._own_logits(ids)
+        if not expected.isfinite().all():
+            raise NotFiniteError(
+                f"{type(self.model).__name__} computes logits that are not finite: its activations overflow; try "
+                "--dtype float32, or look for weights that are far too large"
+            )
         self._check_arithmetic(ids)
         hidden, calls = self.inputs(ids)
         other, other_calls = self.inputs(ids[:, :1].expand_as(ids))
