@@ -1,6 +1,7 @@
 # make demo   the whole job on the built-in model, in an environment of its own
 # make test   all CPU tests
 # make conformance  every family of the installed Transformers; writes docs/families.md
+# make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
 # make check  linter, formatter and type checker
 #
@@ -8,7 +9,7 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
-TRANSFORMERS ?= 5.23.0
+TRANSFORMERS ?= 5.24.0
 TORCH ?= 2.13.0
 VLLM ?= 0.32.0
 BIN = $(VENV)/bin
@@ -16,7 +17,7 @@ BIN = $(VENV)/bin
 # Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-sample test-vllm conformance check clean
+.PHONY: demo test test-sample test-vllm conformance check-conformance check clean
 
 # torch goes first and alone, so that no other package chooses its build.
 $(VENV)/.ready: pyproject.toml
@@ -33,7 +34,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm"
 
-# What also runs on the oldest supported Transformers.
+# What also runs on older supported releases of Transformers.
 test-sample: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm"
 
@@ -49,6 +50,9 @@ test-vllm: $(VENV)-vllm/.ready
 
 conformance: $(VENV)/.ready
 	$(BIN)/python tests/conformance.py
+
+check-conformance: $(VENV)/.ready
+	$(BIN)/python tests/conformance.py --check
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks

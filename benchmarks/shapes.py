@@ -142,6 +142,7 @@ def dense_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any:
 def write(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int = 0) -> None:
     """A packed checkpoint of ``packed_model`` in the new directory ``out``."""
     model = packed_model(shape, device, seed)
+    model.config.architectures = [type(model).__name__]  # vLLM chooses its model class by it
     packed = PackedFormat.from_dict(model.config.quantization_config)
     write_checkpoint(
         out,

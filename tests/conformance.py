@@ -2,7 +2,8 @@
 
 ``check`` is used by the tests for a few families. Run as a script (``make conformance``) it takes every family with
 routed experts that the installed Transformers has, keeps what came out under ``tests/conformance-results`` and
-writes ``docs/families.md`` from the results of all versions there.
+writes ``docs/families.md`` from the results of all versions there. With ``--check`` (in CI) it writes nothing and fails
+where a result or the page differs from what a run would write.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from transformers.models.auto import modeling_auto
 
 import gemq
 from families import random_model, tiny_config
+from gemq.data.selfgen import Plan, generate_windows
+from gemq.data.windows import from_parts
+from gemq.decoder import Decoder, Unsupported
 from gemq.errors import UserError
+from gemq.evaluate import evaluate
 from gemq.models.source import Source
 from gemq.models.structure import SENSES, find_structure
 from gemq.recipe import Recipe
@@ -135,8 +140,29 @@ def check(model_type: str, folder: Path, family: str = "") -> Outcome:
     written, expected = (m.generate(ids[:1], max_new_tokens=4, do_sample=False) for m in (loaded, twin))
     assert torch.equal(written, expected), "writes other tokens than the twin"
     assert written.shape[1] > ids.shape[1]
+    _check_commands(loaded, Source(source), ids, written[0, ids.shape[1] :].tolist())
     outcome.seconds = round(time.perf_counter() - begin, 2)
     return outcome
+
+
+def _check_commands(loaded: Any, source: Source, ids: torch.Tensor, written: list[int]) -> None:
+    """What ``generate``, ``eval --reference`` and calibration on the model's own text do with a family."""
+    try:
+        decoder = Decoder(loaded, 1, ids.shape[1] + len(written))
+        steps = [decoder.prefill(ids[:1]).tolist(), *decoder.decode(len(written) - 1)]
+    except Unsupported:
+        pass  # the command leaves it to ``model.generate``
+    else:
+        assert [token for (token,) in steps] == written, "gemq generate writes other tokens than model.generate"
+    windows = from_parts([ids], ["text"], [ids.numel()])
+    reference, _ = source.load(torch.device("cpu"), torch.float32)
+    structure = find_structure(reference)
+    values = evaluate(loaded, windows, reference=reference, structure=structure)
+    assert values["mean_kl"] > 0, "eval --reference finds no difference"
+    assert len(values["layers"]) == len(structure.moe_layers)
+    for model in (reference, loaded):
+        (own,) = generate_windows(model, source.tokenizer, Plan(2, 0), window=6).tokens
+        assert own.shape == (2, 6)
 
 
 def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor], outcome: Outcome) -> None:
@@ -229,8 +255,11 @@ def _run(job: tuple[str, str]) -> Outcome:
         shutil.rmtree(folder)
 
 
-def main(wanted: list[str]) -> int:
-    """Runs all families, or those named. Returns the number that neither work nor are refused cleanly."""
+def main(wanted: list[str], check_only: bool = False) -> int:
+    """Runs all families, or those named. Returns the number that neither work nor are refused cleanly.
+
+    check_only: write nothing, and count results that differ from those kept, and the page if it does
+    """
     jobs = [(f, t) for f, types in families().items() for t in types if not wanted or {f, t} & set(wanted)]
     begin = time.perf_counter()
     with ProcessPoolExecutor(2) as pool:
@@ -240,17 +269,40 @@ def main(wanted: list[str]) -> int:
             print(f"{outcome.model_type:28} {outcome.status:8} {outcome.seconds:5.1f} s  {outcome.reason}", flush=True)
     counts = {s: sum(o.status == s for o in outcomes) for s in ("works", "refused", "fails")}
     print(f"transformers {transformers.__version__}: {counts} in {time.perf_counter() - begin:.0f} s")
+    rows = [{k: v for k, v in asdict(o).items() if k != "seconds"} for o in outcomes]
+    kept = RESULTS / f"{transformers.__version__}.json"
+    if check_only:
+        return counts["fails"] + _differences(rows, kept)
     if not wanted:
         RESULTS.mkdir(exist_ok=True)
-        rows = [{k: v for k, v in asdict(o).items() if k != "seconds"} for o in outcomes]
-        (RESULTS / f"{transformers.__version__}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        kept.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(page(), encoding="utf-8")
     return counts["fails"]
 
 
+def _differences(rows: list[dict[str, Any]], kept: Path) -> int:
+    """Prints and counts where a run differs from what is kept of this version, and the page from all that is kept."""
+    before = {row["model_type"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
+    now = {row["model_type"]: row for row in rows}
+    found = [
+        f"{kind}: {before.get(kind, {}).get('status', 'absent')} in {kept.name}, now "
+        f"{now.get(kind, {}).get('status', 'absent')}"
+        for kind in sorted(before.keys() | now.keys())
+        if before.get(kind) != now.get(kind)
+    ]
+    if PAGE.read_text(encoding="utf-8") != page():
+        found.append(f"{PAGE.name} is not what the results kept say")
+    for line in found:
+        print(line)
+    if found:
+        print("run make conformance, with TRANSFORMERS for the version, and look at what it changes")
+    return len(found)
+
+
 def page() -> str:
     """``docs/families.md`` from the results of every version of Transformers that was run."""
-    runs = {f.stem: json.loads(f.read_text()) for f in sorted(RESULTS.glob("*.json"))}
+    files = sorted(RESULTS.glob("*.json"), key=lambda f: [int(part) for part in f.stem.split(".")])
+    runs = {f.stem: json.loads(f.read_text()) for f in files}
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for version, results in runs.items():
         for row in results:
@@ -269,9 +321,10 @@ def page() -> str:
         "quantized (ladder, scores, allocation, refinement), written packed, and loaded. **Works** means: all routed",
         "experts of the language model are packed, everything else is unchanged to the bit, logits equal those of an",
         "ordinary checkpoint that a plain reader made from the packed files by",
-        "[the format's description](checkpoint-format.md) alone, and the same text is written. **Refused** means: one",
-        "line that says why, before anything is computed or written. Models that also see or hear stay whole: their",
-        "language model is quantized, the rest is kept as it is.",
+        "[the format's description](checkpoint-format.md) alone, `model.generate` and `gemq generate` write the same",
+        "text as it does, `gemq eval --reference` compares it with the original, and the model writes calibration",
+        "windows. **Refused** means: one line that says why, before anything is computed or written. Models that also",
+        "see or hear stay whole: their language model is quantized, the rest is kept as it is.",
         "",
         *(f"- Transformers {v}: {counts[v]} model types work, {folders[v]} model files in full." for v in runs),
         "",
@@ -286,7 +339,7 @@ def page() -> str:
             cells.append(row["status"] if row else "-")
             if row and row["reason"]:
                 reasons[kind] = row["reason"]
-        last = by_version[max(by_version)]
+        last = by_version[[version for version in runs if version in by_version][-1]]
         kept = ", ".join(f"`{name}`" for name in last["kept"])
         lines.append(f"| {kind} | {' | '.join(cells)} | {last['router']} | {kept} |")
     lines += ["", "## Why refused", "", *(f"- **{kind}**: {reason}" for kind, reason in reasons.items()), ""]
@@ -294,4 +347,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(sys.argv[1:]) else 0)
+    names = [argument for argument in sys.argv[1:] if argument != "--check"]
+    sys.exit(1 if main(names, check_only="--check" in sys.argv) else 0)

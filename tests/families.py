@@ -54,6 +54,7 @@ _SIZES = {
 SIZES: dict[str, Any] = {
     **{name: size for size, names in _SIZES.items() for name in names.split()},
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY - 4,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -132,6 +133,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "glm4v_moe": {
         "text_config": {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
     },
+    "hy_v4_vl": {"text_config": {"rope_parameters": {**_ROTARY, "mrope_section": [2, 1, 1]}}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "head_dim": 0}},
     "muse_spark": {
         "audio_config": {"num_hidden_layers": 2, "patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1]}

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemq.decoder import FALLBACKS, Decoder, Unsupported
 from gemq.errors import UserError
 from gemq.evaluate import open_model
+from gemq.fallbacks import take_lines
 from gemq.models.experts import use_fast_experts
 from gemq.models.source import longest_window
 from gemq.progress import Monitor
@@ -127,7 +128,7 @@ def bench(model: Any, work: Work, monitor: Monitor | None = None) -> dict[str, A
         "new_tokens": work.new_tokens,
         "decode": decode,
         "prefill": prefill,
-        "fallbacks": [f"{FALLBACKS[name]} ({reason})" for name, reason in notes.items()],
+        "fallbacks": [*(f"{FALLBACKS[name]} ({reason})" for name, reason in notes.items()), *take_lines()],
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
@@ -150,15 +151,11 @@ def time_decode(model: Any, batch: int, count: int, compiled: bool) -> tuple[dic
     prompt = min(PROMPT, max(1, longest_window(model.config) - count))
     ids = _random_ids(model, batch, prompt)
     try:
-        decoder = Decoder(model, batch, prompt + count + 1)
+        decoder, moved = _prepared(model, batch, ids, prompt + count + 1, compiled)
     except Unsupported as why:
         rate = _rate(_generate_seconds(model, ids, count), batch * count)
         row = {"batch": batch, "tokens_per_second": rate, "execution": "model.generate", "seconds": {}}
         return row, {"decoded_by_transformers": str(why)}
-    decoder.prefill(ids)
-    moved = bytes_per_step(decoder)
-    decoder.prefill(ids)
-    decoder.prepare(compile_layers=compiled)
 
     def run() -> float:
         decoder.prefill(ids)
@@ -177,6 +174,16 @@ def time_decode(model: Any, batch: int, count: int, compiled: bool) -> tuple[dic
         "seconds": decoder.seconds,
     }
     return row, decoder.reasons
+
+
+def _prepared(model: Any, batch: int, ids: Tensor, length: int, compiled: bool) -> tuple[Decoder, float]:
+    """A decoder that is ready to be timed, and the bytes of weights that its steps read."""
+    decoder = Decoder(model, batch, length)
+    decoder.prefill(ids)
+    moved = bytes_per_step(decoder)
+    decoder.prefill(ids)
+    decoder.prepare(compile_layers=compiled)
+    return decoder, moved
 
 
 def _generate_seconds(model: Any, ids: Tensor, count: int) -> list[float]:
@@ -199,6 +206,7 @@ def time_prefill(model: Any, length: int) -> dict[str, Any]:
     ids = _random_ids(model, 1, length)
     try:
         decoder = Decoder(model, 1, length + 1)
+        decoder.prefill(ids)
         forward: Callable[[], Any] = lambda: decoder.prefill(ids)
     except Unsupported:
         forward = lambda: model(input_ids=ids)

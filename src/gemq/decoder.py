@@ -6,8 +6,9 @@ position, chooses the next token on the device and moves the position on, so tha
 no word from the host. Before capture each decoder layer may go through ``torch.compile`` (regional: one compiled
 layer serves all of its kind), which fuses the many small kernels between the packed ones.
 
-What a model or a driver does not allow is left out step by step (compiled layers, then the graph) and counted. Knows
-causal language models of Transformers with full or sliding attention; nothing of packed weights, text or files.
+What a model or a driver does not allow is left out step by step (compiled layers, then the graph) and counted,
+whatever it raises: all of this rests on interfaces that change. Where even the static cache fails, ``Unsupported`` is
+raised and the caller decodes without one. Causal language models of Transformers with full or sliding attention.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers import Cache
 
 from gemq import step_attention
+from gemq.fallbacks import first_line
 from gemq.kernels.merge import merge_linears
 from gemq.layer_compiler import LayerCompiler
+from gemq.models.cache_names import cache_argument
+from gemq.models.config_values import layer_configs, rotary_limit
+from gemq.resources.graph_capture import capture
 
 LENGTH_MULTIPLE = 64
 """Cache lengths are rounded up to this: attention kernels want aligned masks."""
@@ -69,7 +73,8 @@ class Decoder:
         batch:       sequences that are decoded together, all with prompts of the same length
         length:      tokens of prompt and answer together, at most
         temperature: 0 takes the likeliest token; above, tokens are drawn from the whole distribution
-        Raises Unsupported where the model is not one for a static step.
+        Raises Unsupported where the model is not one for a static step. So do all other methods that run the model,
+        whatever it raises there, but for OutOfMemoryError.
         """
         self.model, self.batch, self.temperature = model, batch, temperature
         self.length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
@@ -79,12 +84,10 @@ class Decoder:
         self.reasons: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self._config = model.config.get_text_config(decoder=True)
-        self._windows = _attention_windows(model, self._config)
-        self._cache = StaticCache(config=model.config, max_cache_len=self.length)
-        if {type(layer) for layer in self._cache.layers} - {StaticLayer, StaticSlidingWindowLayer}:
-            raise Unsupported("its cache holds more than keys and values")
-        # A sliding layer keeps its length in Python, where a graph cannot follow; a full one under a mask is the same.
-        self._cache.layers = [StaticLayer(max_cache_len=self.length) for _ in self._cache.layers]
+        with _supported():
+            _check_rotary(self._config, length)
+            self._windows = _attention_windows(model, self._config)
+            self._cache = _static_cache(model.config, self.length)
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self._position = torch.zeros(1, dtype=torch.long, device=self.device)
         self._places = torch.arange(self.length, device=self.device)
@@ -98,13 +101,15 @@ class Decoder:
         """Prompts [batch, S] -> the first new tokens [batch]. Forgets what was decoded before."""
         if ids.shape[0] != self.batch or not 0 < ids.shape[1] <= self.length:
             raise ValueError(f"prompts are {list(ids.shape)}, not [{self.batch}, 1 .. {self.length}]")
-        layers: list[Any] = list(self._cache.layers)
-        for layer in layers:
-            layer.cumulative_length.zero_()  # what lies behind is masked, and overwritten on the way
-        out = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **_last_logits(self.model))
-        self._token.copy_(self._choose(out.logits[:, -1]))
-        self._position.fill_(ids.shape[1])
-        return self._token[:, 0].clone()
+        with _supported():
+            layers: list[Any] = list(self._cache.layers)
+            for layer in layers:
+                layer.cumulative_length.zero_()  # what lies behind is masked, and overwritten on the way
+            cache = cache_argument(self.model, self._cache)
+            out = self.model(input_ids=ids, use_cache=True, **cache, **_last_logits(self.model))
+            self._token.copy_(self._choose(out.logits[:, -1]))
+            self._position.fill_(ids.shape[1])
+            return self._token[:, 0].clone()
 
     @torch.no_grad()
     def prepare(self, *, compile_layers: bool = True, backend: str = "inductor") -> None:
@@ -119,7 +124,8 @@ class Decoder:
             self._own_attention = True
             self._own_attention = self._try(partial(self._warm_up, None), "attention_by_transformers")
         if not self._own_attention:
-            self._warm_up(None)  # loads and compiles the packed kernels, out of Dynamo's sight
+            with _supported():
+                self._warm_up(None)  # loads and compiles the packed kernels, out of Dynamo's sight
         self.seconds["warm_up"] = time.perf_counter() - start
         if compile_layers:
             start = time.perf_counter()
@@ -136,7 +142,7 @@ class Decoder:
         if self._graph is not None:
             self._graph.replay()
         else:
-            with torch.no_grad():
+            with torch.no_grad(), _supported():
                 self._step()
         return self._token
 
@@ -168,8 +174,8 @@ class Decoder:
                 input_ids=self._token,
                 attention_mask=self._seen(self._position, self._windows) if self._own_attention else self._masks(),
                 position_ids=self._position.expand(self.batch, 1),
-                past_key_values=self._step_cache,
                 use_cache=True,
+                **cache_argument(self.model, self._step_cache),
             ).logits[:, -1]
         self._advance(self._token, self._position, self._choose, logits)
 
@@ -195,11 +201,9 @@ class Decoder:
     def _capture(self, compiler: LayerCompiler | None = None) -> None:
         self._warm_up(compiler)
         start = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        with self._layers(compiler), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
+        with self._layers(compiler):
+            self._graph, _ = capture(self._step, self.device)
         torch.cuda.synchronize()
-        self._graph = graph
         self.seconds["capture"] = time.perf_counter() - start
 
     def _warm_up(self, compiler: LayerCompiler | None) -> None:
@@ -238,9 +242,9 @@ class Decoder:
             attempt()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # what Dynamo, Inductor and CUDA raise
+        except Exception as error:  # noqa: BLE001 - Dynamo, Inductor, CUDA and model code raise all kinds
             self.fallbacks[name] += 1
-            self.reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.reasons[name] = first_line(error)
             self._token.copy_(token)
             self._position.copy_(position)
             return False
@@ -287,6 +291,17 @@ class _StepCache(Cache):
         return layer.keys, layer.values
 
 
+@contextmanager
+def _supported() -> Iterator[None]:
+    """Makes everything that a static cache ends in an ``Unsupported``: the model itself may still do without one."""
+    try:
+        yield
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(first_line(error)) from error
+
+
 def _only_device(model: nn.Module) -> torch.device:
     devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     if len(devices) != 1 or "meta" in {d.type for d in devices}:
@@ -301,15 +316,42 @@ def _attention_windows(model: Any, config: Any) -> dict[str, int | None]:
         raise Unsupported(f"Transformers does not run {type(model).__name__} with a static cache")
     if config._attn_implementation not in ATTENTION:
         raise Unsupported(f"its attention ({config._attn_implementation}) takes no additive mask")
-    window = getattr(config, "sliding_window", None)
+    configs = layer_configs(config)
+    windows = [getattr(layer, "sliding_window", None) for layer in configs]
     if hasattr(config, "layer_types"):
-        known = {"full_attention": None, "sliding_attention": window}
-        if unknown := set(config.layer_types) - set(known):
+        if unknown := set(config.layer_types) - {"full_attention", "sliding_attention"}:
             raise Unsupported(f"it has layers of type {', '.join(sorted(unknown))}")
-        return {kind: known[kind] for kind in sorted(set(config.layer_types))}
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise Unsupported("it attends in chunks")
-    return {"all": window}
+        seen = {
+            (kind, window if kind == "sliding_attention" else None)
+            for kind, window in zip(config.layer_types, windows, strict=False)
+        }
+    else:
+        if any(getattr(layer, "attention_chunk_size", None) is not None for layer in configs):
+            raise Unsupported("it attends in chunks")
+        seen = {("all", window) for window in windows}
+    if len(dict(seen)) != len(seen):
+        raise Unsupported("its layers of one type have sliding windows of several lengths")
+    return dict(sorted(seen))
+
+
+def _check_rotary(config: Any, length: int) -> None:
+    """Refuses sequences in which rotary factors change: Transformers then computes the whole cache again."""
+    limit = rotary_limit(config)
+    if limit is not None and length > limit:
+        raise Unsupported(f"its rotary factors change at {limit} tokens, and prompt and answer may have {length}")
+
+
+def _static_cache(config: Any, length: int) -> Any:
+    """A cache of ``length`` places in each layer."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=config, max_cache_len=length)
+    if {type(layer) for layer in cache.layers} - {StaticLayer, StaticSlidingWindowLayer}:
+        raise Unsupported("its cache holds more than keys and values")
+    # A sliding layer keeps its length in Python, where a graph cannot follow; a full one under a mask is the same.
+    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
+    return cache
 
 
 def _last_logits(model: Any) -> dict[str, int]:

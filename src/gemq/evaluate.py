@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from gemq.assets import builtin_texts
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
+from gemq.data.rows import Rows
 from gemq.data.windows import Windows, eval_windows
 from gemq.divergence import chunks, divergence
 from gemq.errors import UserError
@@ -195,6 +196,7 @@ def evaluate_paths(
     *,
     reference: str | None = None,
     texts: Sequence[Path] | None = None,
+    text_column: str | None = None,
     window: int = 512,
     max_windows: int | None = None,
     dtype: str = "float32",
@@ -206,7 +208,10 @@ def evaluate_paths(
 ) -> dict[str, Any]:
     """``evaluate`` for models on disk, in bounded memory: what ``gemq eval`` prints as JSON.
 
+    Adds ``rows`` where texts have some: by text what was read of them (``Rows.to_dict``).
+
     texts: files; by default the built-in ones
+    text_column: of rows, see ``eval_windows``
     gpu_memory, host_memory: bytes that may be held at most, by default 90 % of what is free; they decide where layers
         and activations are, never what comes out
     Raises UserError, before any weight is read, when something cannot be evaluated.
@@ -219,12 +224,16 @@ def evaluate_paths(
     models = [subject]
     if reference is not None:
         models = [_reference_of(subject, ModelFiles.open(reference, dtype, trust_remote_code)), subject]
-    windows = eval_windows(subject.source.tokenizer, texts or builtin_texts(), window, max_windows)
-    if (last := int(windows.tokens.max())) >= (vocabulary := min(m.vocabulary for m in models)):
-        raise UserError(
-            f"the tokenizer of {model} gives token {last} and the model has {vocabulary}: copy the tokenizer that "
-            "belongs to the model"
-        )
+    rows: dict[str, Rows] = {}
+    windows = eval_windows(
+        subject.source.tokenizer,
+        texts or builtin_texts(),
+        window,
+        max_windows,
+        column=text_column,
+        embeddings=subject.embeddings,
+        read=rows,
+    )
     batches = [windows.tokens[part] for part in windows.batches(batch_tokens(models, BATCH_TOKENS))]
     monitor = monitor or Monitor()
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
@@ -242,6 +251,7 @@ def evaluate_paths(
         "expert_bits_nominal": contents.expert_bits_nominal if contents else None,
         "expert_bits_stored": contents.expert_bits_stored if contents else None,
         **values,
+        **({"rows": {name: read.to_dict() for name, read in rows.items()}} if rows else {}),
     }
 
 

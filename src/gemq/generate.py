@@ -1,7 +1,7 @@
 """Writing text with a model: one prompt in, tokens streamed out.
 
 Decodes with a static cache (``decoder``), in a CUDA graph on a GPU. What that cannot serve goes to Transformers' own
-``model.generate``, and that is said.
+``model.generate``, from wherever it stopped, and that is said.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
+from gemq.chat import CannotRender, has_template, render
+from gemq.data.tokens import check_tokens
 from gemq.decoder import FALLBACKS, Decoder, Unsupported
 from gemq.errors import UserError
+from gemq.fallbacks import take_lines
+from gemq.models.config_values import embedding_rows
 
 SERVED = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
@@ -43,35 +47,45 @@ def generate(
     raw:            leave the prompt as it is, even when the tokenizer has a chat template
     stream:         print the text while it is written
     compile_layers: on a GPU, compile the decoder layers after the first token: seconds at first, then faster
+    Raises UserError for a prompt that the chat template does not take, and for tokens that the model does not have.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the least is 1")
     if temperature < 0:
         raise UserError(f"--temperature cannot be {temperature}: give 0 or more")
-    ids = _encode(tokenizer, prompt, raw).to(model.device)
+    ids = _encode(tokenizer, prompt, raw)
+    check_tokens(ids, embedding_rows(model), tokenizer, "the prompt")
+    ids = ids.to(model.device)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    tokens: list[int] = []
     try:
         _check_served(model.generation_config)
         decoder = Decoder(model, 1, ids.shape[1] + max_new_tokens, temperature=temperature)
+        _decode(decoder, ids, max_new_tokens, compile_layers, _end_tokens(model), streamer, tokens)
     except Unsupported as why:
         say_once(f"{FALLBACKS['decoded_by_transformers']} ({why})")
-        tokens = _by_transformers(model, tokenizer, ids, max_new_tokens, temperature, streamer)
-    else:
-        tokens = _decode(decoder, ids, max_new_tokens, compile_layers, _end_tokens(model), streamer)
+        written = torch.tensor([tokens], dtype=ids.dtype, device=ids.device)
+        ids, rest = torch.cat([ids, written], dim=1), max_new_tokens - len(tokens)
+        tokens += _by_transformers(model, tokenizer, ids, rest, temperature, streamer)
+    for line in take_lines():
+        say_once(line)
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _encode(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
-    """Token ids [1, S], at least one."""
-    if getattr(tokenizer, "chat_template", None) and not raw:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+    """Token ids int64 [1, S], at least one."""
+    if has_template(tokenizer) and not raw:
+        try:
+            text = render(tokenizer, [{"role": "user", "content": prompt}], answer=True)
+        except CannotRender as why:
+            raise UserError(
+                f"the model's chat template cannot be applied ({why}): add --raw to go on from the prompt as it is"
+            ) from why
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    ids: Tensor = inputs["input_ids"]
+    ids: Tensor = inputs["input_ids"].long()  # of an empty text it is float32
     if ids.shape[1] == 0:
         if tokenizer.bos_token_id is None:
             raise UserError("the prompt is empty: give some text with -p")
@@ -80,10 +94,16 @@ def _encode(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
 
 
 def _decode(
-    decoder: Decoder, ids: Tensor, count: int, compile_layers: bool, ends: set[int], streamer: TextStreamer | None
-) -> list[int]:
-    """Up to ``count`` tokens, an end token last."""
-    tokens = decoder.prefill(ids).tolist()
+    decoder: Decoder,
+    ids: Tensor,
+    count: int,
+    compile_layers: bool,
+    ends: set[int],
+    streamer: TextStreamer | None,
+    tokens: list[int],
+) -> None:
+    """Appends up to ``count`` tokens to ``tokens``, an end token last. Those stay when it ends in ``Unsupported``."""
+    tokens += decoder.prefill(ids).tolist()
     if streamer:
         streamer.put(torch.tensor(tokens))  # before anything is compiled or captured
     if count > 1 and tokens[0] not in ends:
@@ -98,7 +118,6 @@ def _decode(
                 break
     if streamer:
         streamer.end()
-    return tokens
 
 
 def _check_served(config: GenerationConfig) -> None:
@@ -119,7 +138,7 @@ def _by_transformers(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if streamer:
-        streamer.skip_prompt = True
+        streamer.skip_prompt = streamer.next_tokens_are_prompt = True
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         out = model.generate(

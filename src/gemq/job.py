@@ -5,12 +5,10 @@ Holds the loaded model, the calibration windows, and what each stage's results a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,11 @@ from torch import Tensor
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
 from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, generate_windows, side_by_side
-from gemq.data.sources import SELF, Streams, calibration_windows
+from gemq.data.sources import SELF, Streams, calibration_windows, host_bytes, source_digest
 from gemq.data.windows import Windows
+from gemq.fallbacks import take as take_fallbacks
 from gemq.ladder import Quantizer
+from gemq.models.calls import one_line_errors
 from gemq.models.residency import Residency
 from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.stream import Replay
@@ -37,6 +37,9 @@ from gemq.workdir import Stage, WorkDir
 
 WINDOWS_STAGE, WINDOWS_FILE = "windows", "windows.safetensors"
 """Where the calibration windows are, and how every stage of windows names its file."""
+
+ROWS_FILE = "rows.json"
+"""What was read of calibration sources that have rows, by name."""
 
 BESIDE_FILE = "beside.safetensors"
 """What was written along with the calibration windows, in the same batches."""
@@ -132,6 +135,7 @@ class Job:
     working:   bytes on the device that a stage may compute with
     train_room: of them, for the state of experts that are trained together
     written_beside: windows that were written along with calibration's, see ``draw_windows``
+    calibration_rows: by name of the source what was read of rows (``Rows.to_dict``)
     """
 
     source: Source
@@ -144,6 +148,7 @@ class Job:
     working: int = 0
     train_room: int = 0
     written_beside: list[Tensor] = field(default_factory=list)
+    calibration_rows: dict[str, Any] = field(default_factory=dict)
 
     def load(self, verify: bool = True) -> tuple[Replay, dict[str, torch.dtype]]:
         """The full-precision model, ready to be replayed, and the type in which each parameter is stored.
@@ -158,17 +163,28 @@ class Job:
             residency = Residency(model, structure, reader, self.memory, dtype)
             if self.device.type == "cuda":
                 self.memory.host.take(staging_bytes(model, structure))
+            texts = host_bytes(self.recipe.calib)
+            self.memory.host.take(texts)
             footprint = Footprint(structure, self.recipe, model.config, dtype, self.device)
-            self.train_room = footprint.train_room(self.memory.on_device.limit - held_bytes(model, structure, dtype))
+            held = held_bytes(model, structure, dtype) + (0 if self.device.type == "cuda" else texts)
+            self.train_room = footprint.train_room(self.memory.on_device.limit - held)
             self.working = footprint.working(self.train_room)
             room = self.memory.room(self.working)
             assert room, "bounds are checked before"
-            replay = Replay(model, structure, residency, self.work.ranks)
-            if verify:
-                vocabulary = model.config.get_text_config().vocab_size
-                replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
+            with one_line_errors(
+                f"{self.source.path} cannot be run", "correct its config.json, or copy the model again"
+            ):
+                replay = Replay(model, structure, residency, self.work.ranks)
+                if verify:
+                    vocabulary = model.config.get_text_config().vocab_size
+                    replay.verify(torch.arange(16, device=self.device).unsqueeze(0) % vocabulary)
             tick()
-        return replay, {name: reader.types[name] for name, _ in model.named_parameters()}
+        return replay, reader.types
+
+    def count_fallbacks(self) -> None:
+        """Adds the accelerations that were left out so far."""
+        for name, found in take_fallbacks().items():
+            self.fallbacks[name] = self.fallbacks.get(name, 0) + found.count
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +198,15 @@ class Job:
     @cached_property
     def streams(self) -> Streams:
         """What the calibration sources hold."""
-        return Streams(self.recipe.calib, self.source.tokenizer, self.window, self.recipe.windows)
+        recipe, config = self.recipe, self.source.config().get_text_config()
+        return Streams(
+            recipe.calib,
+            self.source.tokenizer,
+            self.window,
+            recipe.windows,
+            column=recipe.calib_column,
+            embeddings=getattr(config, "vocab_size", None),
+        )
 
     def read_texts(self) -> None:
         """Begins to read the calibration sources, if windows are still to be drawn: a model can load meanwhile."""
@@ -205,6 +229,8 @@ class Job:
                 generate=lambda count: writer.write(Plan(count, recipe.seed, OF_THE_SOURCE))[0],
             )
             missing = recipe.windows - len(windows)
+            rows = self.streams.rows()
+            stage.save_json(ROWS_FILE, {name: read.to_dict() for name, read in rows.items()})
             added = -(-max(0, recipe.total_tokens - windows.tokens.numel()) // self.window)
             if added:
                 # another seed: these are windows beside those that the source ``self`` may have given
@@ -215,9 +241,14 @@ class Job:
                 windows = windows.extended(SELF, own)
                 if further:
                     stage.save_tensors(BESIDE_FILE, {f"{place}": tokens for place, tokens in enumerate(further)})
-            return windows, {"calibration_windows_missing": missing}
+            return windows, {
+                "calibration_windows_missing": missing,
+                "calibration_rows_empty": sum(read.empty for read in rows.values()),
+                "calibration_rows_without_template": sum(read.untemplated for read in rows.values()),
+            }
 
         self.windows = self.windows_stage(stage, "calibration windows", recipe.windows, replay, draw)
+        self.calibration_rows = stage.load_json(ROWS_FILE) if stage.has(ROWS_FILE) else {}
         if stage.has(BESIDE_FILE):
             found = stage.load_tensors(BESIDE_FILE)
             self.written_beside = [found[f"{place}"] for place in range(len(found))]
@@ -279,6 +310,7 @@ class Job:
             "total_tokens": r.total_tokens,
             "seed": r.seed,
             **({"self_width": r.self_width} if r.self_width is not None else {}),
+            **({"calib_column": r.calib_column} if r.calib_column is not None else {}),
         }
 
     def guard_inputs(self) -> dict[str, Any]:
@@ -321,12 +353,3 @@ class Job:
 
     def sensitivity_inputs(self) -> dict[str, Any]:
         return {**self.ladder_inputs(), "score_weights": self.recipe.score_weights}
-
-
-def source_digest(source: str) -> str:
-    """A calibration source as a fingerprint sees it: a file by its bytes, anything else by its name."""
-    path = Path(source)
-    if not path.is_file():
-        return source
-    with path.open("rb") as file:
-        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"

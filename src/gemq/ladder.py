@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gemq.calibrate import Activations, KeptCalls, LayerMoments, layer_moments
 from gemq.checkpoint.packing import PackedMatrix
+from gemq.errors import UserError
 from gemq.models.experts import expert_weight
 from gemq.models.stream import Replay
 from gemq.models.structure import Experts, Layer, Linear
 from gemq.quant.fused import latent_type
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import LARGEST_SCALE, LAST_SCALE, Quantized, below_scales, dequantize
 from gemq.quant.hessian import Moments, factorize
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.reconstruct import QuantizedParameter, Training, train_layer
@@ -115,6 +116,7 @@ class LayerLadder:
     experts: matrix name -> width -> [E, ...] packed batch
     counts:  [E] int64, calibration tokens routed to each expert; empty in a dense layer
     retries: Hessians that needed more damping
+    small:   matrices whose weights are smaller than scales reach
     """
 
     linears: dict[str, PackedMatrix] = field(default_factory=dict)
@@ -123,9 +125,10 @@ class LayerLadder:
     retries: int = 0
     untrained: int = 0
     """Experts at a width, and dense linears, that did no better trained on held-out windows: GPTQ's codes stay."""
+    small: int = 0
 
     def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.untrained])}
+        tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.untrained, self.small])}
         for path, packed in self.linears.items():
             tensors.update(packed.named(f"linear:{path}"))
         for name, rungs in self.experts.items():
@@ -144,6 +147,24 @@ class LayerLadder:
             {n: {w: packed(f"expert:{n}:{width_name(w)}") for w in widths} for n in names},
             tensors["counts"],
             *tensors["notes"].tolist(),
+        )
+
+
+def refuse_clipped(names: Sequence[str], packed: Iterable[PackedMatrix]) -> None:
+    """Refuses matrices with weights beyond what the largest scale holds: they would be clipped.
+
+    Args:
+        names: of the matrices.
+        packed: batches of them, at one or more widths.
+
+    Raises:
+        UserError: names the first one.
+    """
+    clipped = torch.stack([(matrices.scales == LAST_SCALE).flatten(1).any(1) for matrices in packed]).any(0)
+    if bool(clipped.any()):
+        raise UserError(
+            f"{names[int(clipped.int().argmax())]} has weights that are too large to be quantized: scales reach "
+            f"{LARGEST_SCALE:g}; weights of a usable model are far smaller, so check where this one comes from"
         )
 
 
@@ -233,6 +254,7 @@ def _quantize_experts(
         latents: list[Tensor] = []
         for matrix, moment in zip(experts.matrices, moments, strict=True):
             weight = expert_weight(module, matrix.name)[some]
+            ladder.small += below_scales(weight)
             if training is not None:
                 dtype = latent_type(weight.device, weight.dtype)
                 latents.append(weight.new_empty(len(widths), *weight.shape, dtype=dtype))
@@ -252,6 +274,7 @@ def _quantize_experts(
             w: PackedMatrix(*(torch.cat(fields) for fields in zip(*(part[i] for part in parts), strict=True)))
             for i, w in enumerate(widths)
         }
+        refuse_clipped([f"{experts.path}.{e}.{name}" for e in range(experts.count)], ladder.experts[name].values())
     ladder.counts = moments[0].counts.cpu()
 
 
@@ -275,6 +298,7 @@ def quantize_linears(
             moments.linears[linear.path] = Moments(1, linear.columns, replay.device)
         groups.setdefault(id(moments.linears[linear.path]), []).append(linear)
     retried = 0
+    ladder.small += sum(below_scales(model.get_submodule(x.path).weight.unsqueeze(0)) for x in linears)
     for number, group in enumerate(groups.values()):
         if number % ranks.count != ranks.rank:
             continue
@@ -290,6 +314,7 @@ def quantize_linears(
         for linear, *part in zip(group, *(t[0].split(rows, 1) for t in q), strict=True):
             packed = PackedMatrix.pack(Quantized(*part), bits, quantizer.group(linear.columns))
             ladder.linears[linear.path] = packed
+            refuse_clipped([linear.path], [packed])
         if latents is not None and before is not None:
             latents.update({x.path: part.contiguous() for x, part in zip(group, before.split(rows, 1), strict=True)})
     size = len(PackedMatrix._fields)

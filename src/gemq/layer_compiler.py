@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemq.models.cache_names import cache_name
+
 MOST_KINDS = 6
 """A model with more kinds of decoder layer would spend minutes on compiling: it is refused."""
 
@@ -50,11 +52,11 @@ class LayerCompiler:
     def through(
         self, layers: Sequence[nn.Module], caches: Sequence[Any], around: Sequence[nn.Module] = ()
     ) -> Iterator[None]:
-        """While open, each of ``layers`` runs compiled and is given its own of ``caches`` as ``past_key_values``: with
-        one cache for all, a layer's index would be a constant of the code, which would then serve that layer alone.
-        So do modules ``around`` them that take no cache.
+        """While open, each of ``layers`` runs compiled, with its own of ``caches`` in place of the model's: with one
+        cache for all, a layer's index would be a constant of the code, which would then serve that layer alone.
+        Modules ``around`` the layers run compiled as well; they take no cache.
 
-        Raises RuntimeError (Dynamo's and Inductor's errors are) from the first call of a layer that cannot be compiled.
+        The first call of a layer that cannot be compiled raises: Dynamo and Inductor RuntimeError, model code anything.
         """
         _mark_sizes_that_differ(layers)
         for layer, cache in zip(layers, caches, strict=True):
@@ -75,10 +77,11 @@ class LayerCompiler:
         """``call``, of tensors alone, compiled for fixed shapes."""
         return torch.compile(call, backend=self._inner, fullgraph=True, dynamic=False)
 
-    def _call(self, layer: nn.Module, cache: Any, *args: Any, **kwargs: Any) -> Any:
-        if "past_key_values" not in kwargs:
-            raise RuntimeError(f"{type(layer).__name__} is not given its cache as past_key_values")
-        return self._compiled(layer, *args, **{**kwargs, "past_key_values": cache})
+    def _call(self, layer: nn.Module, cache: Any, /, *args: Any, **kwargs: Any) -> Any:
+        name = cache_name(kwargs)
+        if name is None:
+            raise RuntimeError(f"{type(layer).__name__} is not given its cache by name")
+        return self._compiled(layer, *args, **{**kwargs, name: cache})
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
         self.kinds += 1
@@ -88,7 +91,7 @@ class LayerCompiler:
         return self._inner(graph, inputs)
 
 
-def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)  # not layer.forward, which leads back here
 
 

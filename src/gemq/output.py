@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+    # Transformers tells developers of names that will change; a user of the command line cannot follow that.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated")
 
 
 class _Console(SafeConsole):

@@ -28,7 +28,7 @@ from gemq.job import Job, source_digest
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
-from gemq.preflight import check_job, check_output, expert_budget, read_allocation
+from gemq.preflight import check_allocation, check_job, check_output, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths, width_name
 from gemq.recipe import Recipe
@@ -72,6 +72,8 @@ class Result:
     fallbacks: dict[str, int]
     gains: dict[str, float] = field(default_factory=dict)
     """Held-out errors before and after training: of layers' outputs (relative) and of distillation (nats)."""
+    calibration_rows: dict[str, Any] = field(default_factory=dict)
+    """By source with rows: the columns that its texts are from with their rows, and what was left out."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The guard's verdict on the allocation, or why it was ``skipped``: see ``guard``."""
     waited: dict[str, int] = field(default_factory=dict)
@@ -172,6 +174,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     job.read_texts()
     replay, stored = job.load(verify=guarded)
     structure = replay.structure
+    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
+    check_allocation(structure, job.recipe, fixed_bytes, allocation_file)  # files may hold wider types than configured
     if job.monitor.console is not None:
         dtype = replay.model.dtype
         free = job.memory.on_device.limit - job.working
@@ -185,7 +189,6 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
     if allocation_file is None and job.recipe.allocate in SCORED:
         judged = _judge(job, replay, stored, ladder, progressive=finish)
     problem = make_problem(job, structure, ladder, judged)
-    fixed_bytes = other_bytes(replay.model, structure, job.recipe, stored) + linear_bytes(structure, job.recipe)
     if allocation_file is not None:
         chosen = read_allocation(allocation_file, problem)
     else:
@@ -217,6 +220,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         window=job.windows.window,
         windows=job.windows.counts(),
         fallbacks=job.fallbacks,
+        calibration_rows=job.calibration_rows,
         guard=guard,
         other_bits=_other_bits(job.recipe, chosen.nominal_bits),
         trust_remote_code=job.source.trust_remote_code,
@@ -232,6 +236,7 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
             ranks.agree(lambda: _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result))
     else:
         result.complete_before = True
+    job.count_fallbacks()
     result.waited = {place.value: count for place, count in job.memory.spilled.items()}
     result.work_bytes = job.work.size()
     result.stages = {name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()}
@@ -386,9 +391,11 @@ def _save(
         f"Attention and other linears: {job.recipe.attention_bits} bits. "
         f"{result.quantized_share:.1%} of {replay.structure.total_parameters / 1e6:.1f} million parameters quantized."
     )
+    config = job.source.config()
+    config.architectures = config.architectures or [type(replay.model).__name__]  # vLLM chooses its class by it
     write_checkpoint(
         result.out,
-        config=job.source.config(),
+        config=config,
         packed_format=packed_format,
         shards=shards(),
         source=job.source.path,
@@ -405,11 +412,12 @@ def _counted(layers: Iterator[RefinedLayer], tick: Tick) -> Iterator[dict[str, T
 
 def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
     """Counts what was not done as asked: never silent."""
-    none = few = retries = untrained = 0
+    none = few = retries = untrained = small = 0
     for i, layer in enumerate(structure.layers):
         counts, notes = (ladder.load_tensor(layer_file(i), key) for key in ("counts", "notes"))
         retries += int(notes[0])
         untrained += int(notes[1])
+        small += int(notes[2:].sum())
         if layer.experts is not None:
             none += int((counts == 0).sum())
             few += int(((counts > 0) & (counts < layer.experts.matrices[0].columns)).sum())
@@ -420,4 +428,5 @@ def _count_fallbacks(job: Job, structure: Structure, ladder: Stage) -> None:
         rungs_not_improved_by_training=untrained,
         matrices_in_smaller_groups=smaller_groups(structure, job.recipe.group_size),
         linears_not_quantized=len(structure.kept_linears),
+        matrices_too_small_for_scales=small,
     )

@@ -23,6 +23,7 @@ from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.errors import UserError
 from gemq.inspect import Contents, inspect_checkpoint
+from gemq.models.config_values import embedding_rows
 from gemq.models.experts import ExpertsCall, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.source import DTYPES, Source
@@ -167,6 +168,11 @@ class ModelFiles:
     @property
     def vocabulary(self) -> int:
         return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def embeddings(self) -> int | None:
+        """Tokens that the model has embeddings for, where that is known."""
+        return self.vocabulary if self.skeleton is None else embedding_rows(self.skeleton)
 
     @cached_property
     def experts(self) -> list[str]:

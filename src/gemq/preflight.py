@@ -9,9 +9,11 @@ from pathlib import Path
 
 from gemq.allocate import Allocation, Budget, Problem, allocate, smallest_budget
 from gemq.checkpoint.format import is_packed
-from gemq.data.sources import check_sources
+from gemq.checkpoint.small_files import small_files
+from gemq.data.sources import check_sources, host_bytes
 from gemq.errors import UserError
 from gemq.files import check_free_space, check_writable
+from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.recipe import DEFAULT_BITS, Recipe
@@ -41,9 +43,18 @@ def check_job(
     model = source.skeleton()
     structure = find_structure(model)
     source.check_weights()
-    check_bounds(memory, model, structure, recipe, pick_dtype(recipe.dtype, memory.device))
+    small_files(source.path)
+    texts = host_bytes(recipe.calib)
+    check_bounds(memory, model, structure, recipe, pick_dtype(recipe.dtype, memory.device), texts)
     window = calibration_window(source.config(), recipe.window)
-    check_sources(recipe.calib, source.tokenizer, window)
+    check_sources(
+        recipe.calib,
+        source.tokenizer,
+        window,
+        column=recipe.calib_column,
+        embeddings=embedding_rows(model),
+        written=recipe.total_tokens > recipe.windows * window,
+    )
     fixed = other_bytes(model, structure, recipe, configured_types(model)) + linear_bytes(structure, recipe)
     size = fixed + check_allocation(structure, recipe, fixed, allocation).stored_bytes
     if not is_packed(out):

@@ -92,6 +92,8 @@ class Recipe:
     # Calibration
     calib: tuple[str, ...] = ("self",)
     """Sources: text or JSONL files, data set ids, or ``self`` for windows that the model itself writes."""
+    calib_column: str | None = None
+    """Column of rows whose text is taken. None: text, a conversation, or a prompt with its response."""
     windows: int = 128
     """Windows taken from all sources together."""
     window: int | None = None

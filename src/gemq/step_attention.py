@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from gemq import kernels
 
@@ -55,12 +54,12 @@ def attend(
     return decode_attention(query[:, :, 0], key, value, attention_mask.view(2), scaling)[:, None], None
 
 
-AttentionInterface.register(NAME, attend)
-
-
 @contextmanager
 def attending(config: Any) -> Iterator[None]:
     """While open, layers of the model with this ``config`` attend through ``attend``."""
+    from transformers import AttentionInterface  # only here: what a release changes about it ends in a fallback
+
+    AttentionInterface.register(NAME, attend)
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:

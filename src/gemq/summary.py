@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gemq.display import styled
+from gemq.fallbacks import TEXTS as ACCELERATIONS
 from gemq.quant.widths import ExpertWidths, width_name
+from gemq.tested_versions import untested_transformers
 
 if TYPE_CHECKING:
     from gemq.curve import Curve
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from gemq.plan import Plan
 
 FALLBACKS = {
+    **ACCELERATIONS,
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more damping",
@@ -32,8 +35,13 @@ FALLBACKS = {
     "distillation_dropped": "distillation dropped: it did no better on held-out windows",
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
     "linears_not_quantized": "matrices were left unquantized: gates, inputs that no group size divides, other forms",
+    "matrices_too_small_for_scales": "matrices have weights below 1e-5 only, which scales (from 2^-24) hold coarsely",
     "matrices_left_out": "stored matrices are no part of the model and were left out (such as multi-token prediction)",
     "calibration_windows_missing": "calibration windows fewer than asked for: the sources hold no more text",
+    "calibration_rows_empty": "rows of calibration sources have no text and were left out",
+    "calibration_rows_without_template": (
+        "conversations of calibration sources went without the chat template, which could not be applied to them"
+    ),
     "guard_windows_missing": "held-out windows fewer than the guard takes: the sources hold no more text",
     "chat_template_failures": "self-generated windows went without the chat template, which could not be applied",
     "training_launched_by_steps": "times a layer was trained without a CUDA graph, which model or memory did not allow",
@@ -57,7 +65,9 @@ def print_result(console: Console, result: Result) -> None:
             f"(budget {result.budget}, allocation {result.method})",
         )
     )
-    sources = ", ".join(f"{count} {name}" for name, count in result.windows.items())
+    sources = ", ".join(
+        f"{count} {name}{_columns(result.calibration_rows.get(name))}" for name, count in result.windows.items()
+    )
     tokens = sum(result.windows.values()) * result.window
     console.print(f"Calibration: {tokens:,} tokens in windows of {result.window}: {sources}")
     console.print(f"Guard: {describe(result.guard)}")
@@ -74,6 +84,8 @@ def print_result(console: Console, result: Result) -> None:
             console.print(f"{count} {FALLBACKS.get(name, name.replace('_', ' '))}", style="yellow")
     if not any(result.fallbacks.values()):
         console.print("No fallbacks.")
+    if (line := untested_transformers()) is not None:
+        console.print(line, style="yellow")
     console.print(f"Work directory, which may be deleted: {result.work} ({_size(result.work_bytes)})")
     trust = ("--trust-remote-code",) if result.trust_remote_code else ()
     if result.other_bits is not None:
@@ -90,6 +102,11 @@ def print_result(console: Console, result: Result) -> None:
 def print_command(console: Console, purpose: str, *arguments: object) -> None:
     """A gemq command as it can be typed, in one line that a terminal does not break."""
     console.print(f"{purpose}: {shlex.join(['gemq', *map(str, arguments)])}", soft_wrap=True)
+
+
+def _columns(rows: dict[str, Any] | None) -> str:
+    """Which columns a source's texts are from; empty for sources without rows."""
+    return f" (column {', '.join(rows['columns'])})" if rows else ""
 
 
 def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths], float]], mean: float) -> None:
@@ -174,6 +191,9 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
         bits = values["expert_bits_stored"]
         text = f"{_size(values['stored_bytes'])}" + (f", {bits:.3f} stored bits per expert weight" if bits else "")
         console.print(text)
+    for name, read in values.get("rows", {}).items():
+        left_out = f", {read['empty_rows']} rows without text left out" if read["empty_rows"] else ""
+        console.print(f"{name}: text of its rows is from column {', '.join(read['columns'])}{left_out}")
     if values["layers"]:
         console.print("Routing agreement by layer: " + " ".join(f"{x:.3f}" for x in values["layers"]))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gemq.decoder import Decoder
 from gemq.kernels.packed import PackedExperts, PackedMatrices
-from gemq.models.experts import watch_experts
+from gemq.models.experts import expert_count, watch_experts
 from gemq.models.structure import is_experts
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
@@ -36,7 +36,7 @@ def dense_bytes(model: Any) -> int:
 def expert_bytes(experts: Any) -> list[int]:
     """Bytes of each routed expert of one experts module."""
     packed = [m for m in experts.children() if isinstance(m, PackedMatrices)]
-    count = packed[0].num_experts if packed else int(experts.down_proj.shape[0])
+    count = expert_count(experts)
     shared = sum(p.nbytes for p in experts.parameters() if p.shape[:1] == (count,)) // count
     return [shared + sum(t.nbytes for m in packed for t in m.matrix(e)) for e in range(count)]
 

@@ -91,7 +91,7 @@ def exact_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -
     for t in range(hidden.shape[0]):
         for k in range(index.shape[1]):
             e = int(index[t, k])
-            if e >= first.num_experts:
+            if not 0 <= e < first.num_experts:
                 continue
             y = first.dequantize(e, torch.float64) @ hidden[t].double()
             if module.has_bias:

@@ -5,28 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import DEVICE
-from triton.runtime import interpreter
 
 from gemq.quant import gram_kernel
 
 torch.set_num_threads(1)
-
-
-class CountingScope:
-    """Lets the interpreter count to numbers that were read from memory: newer NumPy refuses its ``int(array)``."""
-
-    def __init__(self, scope):
-        self.scope = scope
-
-    def set_attr(self, owner, name, value):
-        self.scope.set_attr(owner, name, (lambda x: x.handle.data.item()) if name == "__index__" else value)
-
-
-@pytest.fixture(autouse=True)
-def counting(monkeypatch):
-    patch = interpreter._patch_lang_tensor
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", lambda x, scope: patch(x, CountingScope(scope)))
-
 
 KIND = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 """The interpreter multiplies the bits of bfloat16 numbers as if they were integers."""

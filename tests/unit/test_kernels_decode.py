@@ -64,7 +64,7 @@ def check_experts(module, tokens, slots, dtype, device, generator, unused=False)
     count = module.down_proj.num_experts
     index, weights = random_routing(tokens, slots, count, generator, dtype, device)
     if unused:
-        index[-1, 0], index[0, -1] = count, count + 3
+        index[-1, 0], index[0, -1] = -1, count + 3  # as vLLM marks padding tokens, and as families mark dropped ones
         weights[-1, 0] = torch.nan
     with torch.no_grad():
         mine = kernels.experts_forward(module, hidden, index, weights)
@@ -323,21 +323,6 @@ for mode in ("reference", "triton"):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "reference gemq.kernels.reference\ntriton gemq.kernels.decode\n"
-
-
-def test_shared_memory_fits_consumer_cards():
-    """Compiled for sm_89 and sm_90 without a GPU: at most 99 KiB a block."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "compile_decode.py")], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert {name for _, name, _ in lines} == {
-        *("experts_vectors_kernel", "linears_vectors_kernel", "linears_kernel"),
-        *("experts_up_kernel", "experts_down_kernel", "_attend_kernel", "_combine_kernel"),
-    }
-    assert max(int(shared) for *_, shared in lines) <= 99 * 1024
 
 
 def test_linears_of_one_launch(device, generator):

@@ -9,11 +9,6 @@ from interpreted import DEVICE  # first: triton must not be imported before
 
 # isort: split
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +26,6 @@ from gemq.kernels.activation import (
     Activation,
     activation_of,
 )
-from gemq.kernels.matmul import config_for
 from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices, make_packed
 from gemq.kernels.routing import combine, sort_pairs
 from gemq.kernels.unpack import dequantize
@@ -81,6 +75,7 @@ def routed(tokens: int, experts: int, k: int, hidden: int, dtype: torch.dtype, s
     popularity[0] = 1e-9
     index = torch.multinomial(popularity.expand(tokens, -1), k, generator=generator)
     index[index == 0] = experts  # too rare to be drawn, but never say never
+    index[-1] = -1  # how vLLM marks a padding token
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     weights = torch.rand(tokens, k, generator=generator)
     return x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
@@ -141,8 +136,11 @@ def test_pairs_are_sorted_by_expert(tokens, k, experts, block, dtype):
     generator = torch.Generator().manual_seed(tokens)
     index = torch.randint(0, experts + 2, (tokens, k), generator=generator, dtype=dtype)
     index[index == experts // 2] = experts  # an expert without pairs, and unused slots
+    padding = torch.rand(tokens, generator=generator) < 0.3
+    index[padding] = -1
     routing = sort_pairs(index.to(DEVICE), experts, block)
     flat = index.flatten()
+    flat[flat < 0] = experts
     counts = torch.bincount(flat, minlength=experts)[:experts]
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     assert routing.starts.tolist() == starts.tolist()
@@ -156,11 +154,11 @@ def test_pairs_are_sorted_by_expert(tokens, k, experts, block, dtype):
 
 
 def test_combine_leaves_out_unused_slots():
-    index = torch.tensor([[0, 5], [9, 5], [1, 0]], device=DEVICE)
-    y = torch.randn(6, 40, device=DEVICE)
-    weights = torch.rand(3, 2, device=DEVICE)
-    expected = y.view(3, 2, 40) * weights[..., None] * (index < 5)[..., None]
-    y[[1, 2, 3]] = torch.nan  # as unwritten memory may be
+    index = torch.tensor([[0, 5], [9, 5], [1, 0], [-1, -1]], device=DEVICE)
+    y = torch.randn(8, 40, device=DEVICE)
+    weights = torch.rand(4, 2, device=DEVICE)
+    expected = y.view(4, 2, 40) * weights[..., None] * ((index >= 0) & (index < 5))[..., None]
+    y[[1, 2, 3, 6, 7]] = torch.nan  # as unwritten memory may be
     torch.testing.assert_close(combine(y, index, weights, 5), expected.sum(1))
 
 
@@ -192,8 +190,9 @@ def test_every_expert_crowded_and_most_empty():
     x, _, weights = routed(70, 7, 1, 64, FP16)
     module = Experts(64, 64, MIXED, 64)
     assert_close_to_truth(module, x, torch.full((70, 1), 3, device=DEVICE), weights)
-    unused = torch.full((70, 1), 7, device=DEVICE)
-    assert torch.equal(grouped.experts_forward(module, x, unused, weights), torch.zeros_like(x))
+    for unused in (7, -1):
+        index = torch.full((70, 1), unused, device=DEVICE)
+        assert torch.equal(grouped.experts_forward(module, x, index, weights), torch.zeros_like(x))
 
 
 def test_results_do_not_change_between_runs_or_with_strides():
@@ -269,16 +268,3 @@ def test_linears(width, dtype, tokens):
     assert y.dtype == dtype
     assert y.shape == (1, tokens, 50)
     assert_errors(y, plain, truth)
-
-
-def test_every_configuration_fits_a_consumer_card():
-    """Compiled for two architectures, no GPU needed: shared memory of a block is limited to 99 KiB there."""
-    script = Path(__file__).with_name("compile_grouped.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    compiled = json.loads(result.stdout)
-    assert {kernel["arch"] for kernel in compiled} == {89, 90}
-    for kernel in compiled:
-        assert kernel["shared"] <= 99 * 1024, kernel
-    assert config_for(1, 8, BF16) != config_for(100_000, 8, BF16)

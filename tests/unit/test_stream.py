@@ -320,6 +320,17 @@ def test_errors_of_the_model_itself_are_not_renamed():
         replay.verify(torch.full((1, 3), 10_000))
 
 
+def test_a_model_that_this_transformers_cannot_run_is_refused(monkeypatch):
+    """As Llama 4 with its eyes in Transformers 5.24, whose parts give each other something else than expected."""
+    model = tiny("olmoe")
+    replay = Replay(model, find_structure(model))
+    monkeypatch.setattr(model, "forward", lambda **_: model.nothing.of.the.kind)
+    with pytest.raises(
+        UserError, match=r"Transformers 5\.\S+ cannot run OlmoeForCausalLM on text alone \(AttributeError"
+    ):
+        replay.verify(torch.full((1, 3), 5))
+
+
 @pytest.mark.sample
 def test_layers_keep_their_forward():
     """Also one set on the instance, as accelerate's hooks are, and also after an error."""

@@ -126,12 +126,15 @@ class GemqQuantizer(HfQuantizer):
         """With adapters: gradients pass through packed weights, which stay as they are."""
         return True
 
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        self._dtype = dtype  # Transformers does not pass it on to the method below
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         packed = self._format
         adopt_experts(model)
-        self._dtype = dtype
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         self._shapes = matrix_shapes(model, packed)
         expected = packed.expected(self._shapes)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
+from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
 from gemq.files import disk_errors, flush_to_disk
 
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 SHARD_BYTES = 4_000_000_000
-
-# Small files that a tokenizer, a chat template or a trust_remote_code model may need.
-_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm"}
-_COPIED_NAMES = {"LICENSE", "NOTICE"}
-_COPIED_DIRECTORIES = ("additional_chat_templates",)
-# Written by us, or true of the source's own weights only.
-_NOT_COPIED = {"config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 
 
 def write_checkpoint(
@@ -66,9 +60,10 @@ def dense_state(
     tensors: in-model name -> tensor, for a part of the model (whole layers); default ``model.state_dict()``
     Tied weights are left out: Transformers ties them again when it loads.
     """
-    skipped = packed_format.replaced_names() | set(model.all_tied_weights_keys)
+    packed = packed_format.replaced_names()
+    skipped = packed | set(model.all_tied_weights_keys)
     kept = model.state_dict() if tensors is None else tensors
-    return hub_state(model, {name: tensor.detach() for name, tensor in kept.items() if name not in skipped})
+    return hub_state(model, {name: tensor.detach() for name, tensor in kept.items() if name not in skipped}, packed)
 
 
 def model_card(base_model: str | None = None, facts: str = "") -> str:
@@ -113,6 +108,7 @@ def write_directory(
     """One atomic checkpoint directory. ``required`` are tensor names that must be among the shards."""
     out = Path(out).resolve()  # behind a link, so that the rename stays on one file system
     partial = out.with_name(f".{out.name}.partial")
+    copied = {} if source is None else small_files(source)
     with disk_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty directory: choose another output, or delete it")
@@ -124,8 +120,9 @@ def write_directory(
         if absent := required - written:
             raise ValueError(f"{len(absent)} packed tensors were not given, such as {min(absent)}")
         with disk_errors(out):
-            if source is not None:
-                _copy_small_files(source, partial)
+            for name, file in copied.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, partial / name)
             if generation_config is not None:
                 _write_text(partial / "generation_config.json", generation_config.to_json_string(use_diff=True))
             if readme is not None:
@@ -188,18 +185,6 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     values = json.loads(config.to_json_string(use_diff=True))
     values.pop("quantization_config", None)
     return values
-
-
-def _copy_small_files(source: Path, directory: Path) -> None:
-    folders = [source, *(source / name for name in _COPIED_DIRECTORIES if (source / name).is_dir())]
-    for folder in folders:
-        target = directory if folder is source else directory / folder.name
-        target.mkdir(exist_ok=True)
-        for file in sorted(folder.iterdir()):
-            wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES
-            skipped = file.name in _NOT_COPIED or file.name.endswith(".index.json") or file.name.startswith(".")
-            if wanted and not skipped and file.is_file():
-                shutil.copyfile(file, target / file.name)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
+from gemq import fallbacks
 from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
 from gemq.errors import UserError
 from gemq.models import digests
 from gemq.output import use_any_encoding
-from gemq.resources.processes import after_failing, before_failing
+from gemq.resources.processes import after_failing, before_failing, is_first
+from gemq.tested_versions import untested_transformers
 
 # from typer: some of its versions use the package click, others carry their own copy
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -45,14 +48,18 @@ def _installed(name: str) -> str | None:
         return None
 
 
-app.command()(plan)
-app.command()(quantize)
-app.command()(export)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(bench)
-app.command()(inspect)
-app.command()(demo)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "quantize": quantize,
+    "export": export,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "inspect": inspect,
+    "demo": demo,
+}
+for name, function in COMMANDS.items():
+    app.command(name)(function)
 
 
 def run(arguments: list[str]) -> int:
@@ -61,8 +68,11 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     use_any_encoding()
     try:
+        _warn_of_untested(arguments)
         code = app(arguments or ["--help"], prog_name="gemq", standalone_mode=False)
         sys.stdout.flush()
+        for line in fallbacks.take_lines():  # those that no summary has shown
+            print(f"gemq: {line}", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _fail(str(error))
@@ -79,6 +89,14 @@ def run(arguments: list[str]) -> int:
         return 0
     finally:
         digests.end()
+
+
+def _warn_of_untested(arguments: list[str]) -> None:
+    """One line before a command that runs a model with a Transformers that was never tested."""
+    if arguments and arguments[0] in COMMANDS and is_first() and not {"-h", "--help"} & set(arguments):
+        line = untested_transformers()
+        if line is not None:
+            print(f"gemq: {line}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

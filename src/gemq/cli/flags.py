@@ -41,6 +41,10 @@ Calib = Annotated[
     list[str] | None,
     typer.Option(help="Text or JSONL file, data set id, or self (the model writes it); may be repeated."),
 ]
+CalibColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of JSONL rows and data sets (default: text, messages, or a prompt with its response)."),
+]
 Windows = Annotated[int | None, typer.Option(help="Calibration windows from all sources together (default 128).")]
 Window = Annotated[
     int | None, typer.Option(help="Tokens per calibration window (default 2048, or the most that the model takes).")

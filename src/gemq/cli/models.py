@@ -17,7 +17,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
     reference: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Text file; may be repeated. Default: the built-in texts.")
+        list[Path] | None, typer.Option(help="Text or JSONL file; may be repeated. Default: the built-in texts.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of JSONL rows (default: text, messages, or a prompt with its response).")
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
@@ -43,6 +46,7 @@ def evaluate(
         model,
         reference=reference,
         texts=text,
+        text_column=text_column,
         window=window,
         max_windows=max_windows,
         dtype=dtype,
@@ -58,7 +62,9 @@ def evaluate(
 
 def generate(
     model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
+    prompt: Annotated[
+        list[str], typer.Option("-p", "--prompt", help="Text to go on from; may be repeated: each on its own.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -80,17 +86,18 @@ def generate(
     opened = open_model(model, dtype, device, trust_remote_code)
     if opened.contents is None:
         use_fast_experts(opened.model)
-    write(
-        opened.model,
-        opened.tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        raw=raw,
-        stream=True,
-        compile_layers=compiled,
-    )
+    for text in prompt:
+        write(
+            opened.model,
+            opened.tokenizer,
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            raw=raw,
+            stream=True,
+            compile_layers=compiled,
+        )
 
 
 def bench(

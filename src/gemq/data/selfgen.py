@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 
+from gemq.chat import ChatOpening, chat_opening, has_template
 from gemq.data.sources import SELF
 from gemq.data.steps import Step, Steps
 from gemq.data.windows import Windows
+from gemq.models.config_values import layer_configs
 from gemq.resources.ranks import ALONE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
@@ -34,9 +35,6 @@ FEWEST_WINDOWS = 32
 
 FREE = -1
 """Marks a position whose token is sampled rather than given."""
-
-FIXED_DATE = "{%- macro strftime_now(format) -%}01 Jan 2024{%- endmacro -%}"
-"""Goes before a chat template: some write today's date, and the windows must not depend on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +120,7 @@ def generate_windows(
     static:   steps over a static cache, as ``data.steps`` has it; by default on a GPU
     """
     vocabulary = _Vocabulary.of(model, tokenizer)
-    opening = _chat_opening(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    opening = chat_opening(tokenizer) if has_template(tokenizer) else None
     chat = opening if opening is not None and 0 < len(opening.user) < window else None
     wanted = sum(plan.count // 2 for plan in plans) if opening is not None else 0
     total = sum(plan.count for plan in plans)
@@ -180,14 +178,6 @@ class _Vocabulary:
         return cls(bos, ends, known, torch.tensor(starts, dtype=torch.int64))
 
 
-@dataclass(frozen=True)
-class _ChatOpening:
-    user: list[int]
-    """What stands before the user's message."""
-    answer: list[int]
-    """What stands between the user's message and the answer."""
-
-
 @dataclass
 class _Batch:
     """Windows written side by side, one token of each per step."""
@@ -203,7 +193,7 @@ class _Batch:
     """Begun so far."""
 
     @classmethod
-    def of(cls, plans: Sequence[Plan], window: int, vocabulary: _Vocabulary, chat: _ChatOpening | None) -> _Batch:
+    def of(cls, plans: Sequence[Plan], window: int, vocabulary: _Vocabulary, chat: ChatOpening | None) -> _Batch:
         """All windows of ``plans``, one after the other, on the CPU. Every second one of a plan opens as ``chat``."""
         draws = torch.cat([torch.empty(0, window, dtype=torch.float64), *(plan.draws(window) for plan in plans)])
         batch = cls(vocabulary, torch.full(draws.shape, FREE), draws, {}, len(draws))
@@ -257,7 +247,8 @@ class _Batch:
             logits = next_logits(tokens[:, step - 1 : step])  # [rows, V]
             if unsampled is None:
                 unsampled = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
-                unsampled[torch.tensor(sorted(self.vocabulary.known), device=device)] = False
+                known = [i for i in sorted(self.vocabulary.known) if i < len(unsampled)]  # a head may have fewer rows
+                unsampled[torch.tensor(known, device=device)] = False
             sampled = sample(logits.masked_fill(unsampled, -torch.inf), self.draws[:, step])
             given = self.given[:, step]
             free = given == FREE
@@ -316,34 +307,19 @@ def _token_ids(holders: Iterable[Any], name: str) -> list[int]:
     return [i for v in values if v is not None for i in (v if isinstance(v, list | tuple) else [v])]
 
 
-def _chat_opening(tokenizer: Any) -> _ChatOpening:
-    """What the chat template writes around a user's message; empty when it cannot render one."""
-    message = "gemq-user-message"
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return _ChatOpening([], [])  # counted by the caller
-    user, found, answer = text.partition(message)
-    if not found:
-        return _ChatOpening([], [])
-    encode = lambda part: tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
-    return _ChatOpening(encode(user), encode(answer))
-
-
 def cache_bytes(config: Any, window: int, itemsize: int) -> int:
-    """Bytes of one window's keys and values in a type of ``itemsize`` bytes."""
+    """Bytes of one window's keys and values in all layers, in a type of ``itemsize`` bytes."""
+    return sum(map(_cache_width, layer_configs(config))) * window * 2 * itemsize
+
+
+def _cache_width(config: Any) -> int:
+    """Numbers that a layer keeps as a token's key, and as many as its value."""
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     each = getattr(config, "head_dim", None)
     if each is None and heads:
         each = config.hidden_size // config.num_attention_heads
     latent = isinstance(getattr(config, "kv_lora_rank", None), int)  # heads that are made from less, or more
-    width = heads * each if heads and each and not latent else config.hidden_size
-    return config.num_hidden_layers * width * window * 2 * itemsize
+    return heads * each if heads and each and not latent else config.hidden_size
 
 
 def batch_size(config: Any, window: int) -> int:
@@ -353,7 +329,7 @@ def batch_size(config: Any, window: int) -> int:
     What 4 GB hold if every head had keys and values of its own in float32; a large model gets more, since a step of a
     few windows takes as long as one of many.
     """
-    rows = SMALL_CACHE_BYTES // (config.num_hidden_layers * config.hidden_size * window * 2 * 4)
+    rows = SMALL_CACHE_BYTES // (len(layer_configs(config)) * config.hidden_size * window * 2 * 4)
     more = min(FEWEST_WINDOWS, CACHE_BYTES // cache_bytes(config, window, 4))
     return max(1, min(512, max(rows, more)))
 

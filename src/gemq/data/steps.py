@@ -16,6 +16,9 @@ from transformers.cache_utils import DynamicLayer
 
 from gemq.decoder import Decoder, Unsupported
 from gemq.errors import UserError
+from gemq.fallbacks import optional
+from gemq.models.cache_names import cache_argument, output_cache
+from gemq.models.config_values import rotary_limit
 
 Step = Callable[[Tensor], Tensor]
 """Newest tokens int64 [rows, 1] -> logits of the next ones, float32 [rows, V], valid until the next step."""
@@ -91,17 +94,28 @@ class _StaticStep(Decoder):
 
 
 class _GrowingStep:
-    """The model as it is, over the cache that it makes itself."""
+    """The model as it is, over the cache that it makes itself.
+
+    Where rotary factors change at a length inside the window, the cache is computed again there, as Transformers'
+    ``generate`` does: keys that were turned by the factors of short texts are not those of a long one.
+    """
 
     def __init__(self, model: Any, window: int) -> None:
         self.model, self.window = model, window
+        limit = rotary_limit(model.config.get_text_config())
+        self._limit = limit if limit is not None and limit < window else None
         self._cache: Any = None
+        self._written: list[Tensor] = []  # the tokens so far, as long as the limit is ahead
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        out = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True)
+        if self._limit is not None:
+            self._written.append(tokens.clone())
+            if len(self._written) > self._limit:
+                tokens, self._cache, self._limit = torch.cat(self._written, dim=1), None, None
+        out = self.model(input_ids=tokens, use_cache=True, **cache_argument(self.model, self._cache))
         if self._cache is None:
-            self._cache = _preallocate(out.past_key_values, self.window, self.model)
+            self._cache = _preallocate(output_cache(out), self.window, self.model)
         logits: Tensor = out.logits[:, -1]
         return logits.float()
 
@@ -136,7 +150,8 @@ def _preallocate(cache: Any, window: int, model: Any) -> Any:
     if cache is None:
         raise UserError(f"{type(model).__name__} has no key-value cache to write windows with: give --calib FILE")
     layers = getattr(cache, "layers", [])
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[index] = _Preallocated(layer, window)
+    with optional("cache_grows"):
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                layers[index] = _Preallocated(layer, window)
     return cache

@@ -1,16 +1,17 @@
 """Windows of tokens: packing, micro-batches, storage, and the evaluation windows.
 
 A window is a run of ``window`` consecutive tokens of one source. Nothing here adds special tokens to a text:
-the only ones are the end tokens that separate documents. Knows nothing of models or of where calibration
-texts come from.
+the only ones are the end tokens that separate documents, and those of chat templates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from gemq.data.rows import RowReader, Rows, texts_of
+from gemq.data.texts import holds_rows, json_rows, text_parts
+from gemq.data.tokens import check_tokens, tokenize_pieces, tokenize_text
 from gemq.errors import UserError
 
 
@@ -113,49 +117,30 @@ class Windows:
         return cls(tokens, source, tuple(about["names"]), tuple(about["tokens_available"]))
 
 
-def tokenize_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text of any length, without special tokens."""
-    # verbose: a text longer than the model's context is no mistake here, so no warning of it.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def pack_documents(documents: Iterable[Sequence[int]], *, separator: int | None) -> Tensor:
-    """Joins documents to one stream int64 [T], the ``separator`` token between two of them unless it is
-    None."""
-    stream: list[int] = []
+def pack_documents(documents: Iterable[Iterable[int]], *, separator: int | None) -> Tensor:
+    """Joins documents to one stream int32 [T], the ``separator`` token between two of them unless it is None."""
+    stream = array("i")
     for number, document in enumerate(documents):
         if number and separator is not None:
             stream.append(separator)
         stream.extend(document)
-    return torch.tensor(stream, dtype=torch.int64)
+    return torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
+
+
+def file_documents(path: Path, tokenizer: Any, reader: RowReader, rows: Rows) -> Iterator[Iterable[int]]:
+    """The token ids of a file's documents: of each row, or of the text as a whole, which is read in parts.
+
+    What was read of rows is counted in ``rows``. Raises UserError for a file that cannot be used.
+    """
+    if holds_rows(path):
+        return (tokenize_text(tokenizer, text) for text in texts_of(json_rows(path), reader, rows, str(path)))
+    return iter([chain.from_iterable(tokenize_pieces(tokenizer, text_parts(path)))])
 
 
 def cut_windows(stream: Tensor, window: int) -> Tensor:
-    """Non-overlapping windows int64 [T // window, window] of a stream int64 [T]; the remainder is dropped."""
+    """Non-overlapping windows [T // window, window] of a stream [T]; the remainder is dropped. A view."""
     count = len(stream) // window
     return stream[: count * window].view(count, window)
-
-
-def read_text(path: Path) -> str:
-    """The text of a file. Raises UserError when it is missing, a directory, empty, binary or not UTF-8."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name a text file in it")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: check the path") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions") from error
-    # real collections of text hold a stray NUL here and there; binary files and UTF-16 are full of them
-    if data.count(0) * 10 > len(data):
-        raise UserError(f"{path} is a binary file: give a text file")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty: give a file with text in it")
-    return text
 
 
 def check_length(name: str, tokens: int, window: int) -> None:
@@ -166,12 +151,28 @@ def check_length(name: str, tokens: int, window: int) -> None:
         )
 
 
-def eval_windows(tokenizer: Any, files: Sequence[str | Path], window: int, max_windows: int | None = None) -> Windows:
+def eval_windows(
+    tokenizer: Any,
+    files: Sequence[str | Path],
+    window: int,
+    max_windows: int | None = None,
+    *,
+    column: str | None = None,
+    embeddings: int | None = None,
+    read: dict[str, Rows] | None = None,
+) -> Windows:
     """The non-overlapping windows of each file, in order, named by the file's stem.
 
-    A file is tokenized as a whole; tokens beyond its last full window are dropped. ``max_windows`` takes the
-    first so many windows of each file. Raises UserError for files that cannot be used and for two files of
-    one stem.
+    A text is tokenized as a whole, rows are joined as for calibration; tokens beyond the last full window are dropped.
+
+    Args:
+        max_windows: takes the first so many windows of each file
+        column: whose text to take from rows; None: by the known names
+        embeddings: tokens that the model has embeddings for; None: not known
+        read: receives by name what was read of those files that have rows
+
+    Raises:
+        UserError: a file cannot be used, or two files have one stem
     """
     paths: dict[str, Path] = {}
     for path in map(Path, files):
@@ -181,11 +182,18 @@ def eval_windows(tokenizer: Any, files: Sequence[str | Path], window: int, max_w
     if not paths:
         raise UserError("no text to evaluate on: give at least one text file")
 
+    reader = RowReader(tokenizer, column, flag="--text-column")
     windows, available = [], []
-    for path in paths.values():
-        stream = torch.tensor(tokenize_text(tokenizer, read_text(path)), dtype=torch.int64)
+    for name, path in paths.items():
+        rows = Rows()
+        stream = pack_documents(
+            file_documents(path, tokenizer, reader, rows), separator=getattr(tokenizer, "eos_token_id", None)
+        )
+        if rows.columns and read is not None:
+            read[name] = rows
         check_length(str(path), len(stream), window)
-        windows.append(cut_windows(stream, window)[:max_windows])
+        check_tokens(stream, embeddings, tokenizer, str(path))
+        windows.append(cut_windows(stream, window)[:max_windows].long())
         available.append(len(stream))
     return from_parts(windows, tuple(paths), available)
 

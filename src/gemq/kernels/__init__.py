@@ -14,6 +14,7 @@ import importlib
 import os
 import warnings
 from collections import Counter
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ fallbacks: Counter[str] = Counter()
 
 _loaded: dict[str, ModuleType | None] = {}
 
+_failed: dict[Any, str] = {}
+"""Why a kernel failed, by what it was compiled for. It is not tried again: a failed compilation takes seconds."""
+
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Routed experts: [T, H] hidden states, [T, K] expert indices and routing weights -> [T, H].
@@ -49,11 +53,12 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     kernel = _choose(hidden, hidden.shape[0])
     if kernel is reference:
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
+    forward = partial(_guarded, kernel, "experts_forward")
     if torch.is_grad_enabled() and _wants_grad(module, hidden, top_k_weights):
         from gemq.kernels.autograd import experts_with_grad
 
-        return experts_with_grad(kernel.experts_forward, module, hidden, top_k_index, top_k_weights)
-    return kernel.experts_forward(module, hidden, top_k_index, top_k_weights)
+        return experts_with_grad(forward, module, hidden, top_k_index, top_k_weights)
+    return forward(module, hidden, top_k_index, top_k_weights)
 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
@@ -63,11 +68,12 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     kernel = _choose(x, x.numel() // x.shape[-1])
     if kernel is reference:
         return reference.linear_forward(module, x)
+    forward = partial(_guarded, kernel, "linear_forward")
     if torch.is_grad_enabled() and _wants_grad(module, x):
         from gemq.kernels.autograd import linear_with_grad
 
-        return linear_with_grad(kernel.linear_forward, module, x)
-    return kernel.linear_forward(module, x)
+        return linear_with_grad(forward, module, x)
+    return forward(module, x)
 
 
 def prepare(model: nn.Module) -> None:
@@ -104,6 +110,27 @@ def _load(name: str) -> ModuleType | None:
                 raise
             _loaded[name] = None
     return _loaded[name]
+
+
+def _guarded(kernel: ModuleType, operation: str, module: Any, x: Tensor, *arguments: Tensor) -> Tensor:
+    """``kernel.operation(module, x, *arguments)``, or the reference where the kernel cannot be compiled or launched.
+
+    Raises what the kernel raises when it was asked for by GEMQ_KERNELS, and inside ``torch.compile``, where the caller
+    runs the layer uncompiled. Errors of the device are always raised: after them nothing else would run either.
+    """
+    forward = getattr(kernel, operation)
+    if mode or torch.compiler.is_compiling():
+        return forward(module, x, *arguments)
+    key = (kernel.__name__, operation, x.dtype, *module.kernel_sizes())
+    if key not in _failed:
+        try:
+            return forward(module, x, *arguments)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # noqa: BLE001 - Triton raises many types, and other versions of it others
+            _failed[key] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+    fallback = _fall_back(f"a kernel for {x.dtype} cannot be used here ({_failed[key]})")
+    return getattr(fallback, operation)(module, x, *arguments)
 
 
 def _fall_back(reason: str) -> Any:

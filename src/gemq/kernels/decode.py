@@ -214,7 +214,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
         return decode_down(y, top_k_index, top_k_weights, *down_arguments, *down_sizes).sum(1).to(hidden.dtype)
     y = module.post_expert_norm(decode_down(y, top_k_index, None, *down_arguments, *down_sizes))
     y = (y * top_k_weights[..., None]).float()
-    used = (top_k_index < down.num_experts)[..., None]
+    used = ((top_k_index >= 0) & (top_k_index < down.num_experts))[..., None]
     return torch.where(used, y, 0.0).sum(1).to(hidden.dtype)
 
 

@@ -42,7 +42,7 @@ def experts(
 ) -> Tensor:
     """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] in hidden's dtype.
 
-    Indices from E up mark unused slots and are skipped. ``config`` is for benchmarks.
+    Indices outside 0 ... E - 1 mark unused slots and are skipped. ``config`` is for benchmarks.
     """
     count = _count(down)
     config = config or config_for(top_k_index.numel(), count, hidden.dtype)

@@ -60,22 +60,22 @@ def _accumulate(
     row,
     row_mask,
     one_bits,
-    GROUPS: tl.constexpr,
+    groups,
     LEVELS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """acc [N, M] + W [N, all columns] x^T. x points at the first columns of each pair, [BLOCK, M]."""
     group_length = group_bytes(LEVELS, GROUP)
-    codes += row.to(tl.int64) * (GROUPS * group_length)
-    scales += row.to(tl.int64) * GROUPS
-    offsets += row.to(tl.int64) * GROUPS
+    codes += row.to(tl.int64) * (groups * group_length)
+    scales += row.to(tl.int64) * groups
+    offsets += row.to(tl.int64) * groups
     next_scale = tl.load(scales, mask=row_mask, other=0)
     next_offset = tl.load(offsets, mask=row_mask, other=0)
-    for group in range(GROUPS):
+    for group in range(groups):
         scale = decode_scale(next_scale)
         offset = decode_offset(next_offset, scale, LEVELS - 1.0)
-        following = tl.minimum(group + 1, GROUPS - 1)  # a load's latency is longer than unpacking
+        following = tl.minimum(group + 1, groups - 1)  # a load's latency is longer than unpacking
         next_scale = tl.load(scales + following, mask=row_mask, other=0)
         next_offset = tl.load(offsets + following, mask=row_mask, other=0)
         for h in tl.static_range(GROUP // BLOCK):
@@ -109,7 +109,8 @@ def _halves(acc, M: tl.constexpr, N: tl.constexpr):
     return tl.reshape(gate, (N // 2, M)), tl.reshape(up, (N // 2, M))
 
 
-@triton.jit(do_not_specialize=["pairs"])
+# ``groups`` is not specialized: Triton 3.6 fails to compile some tiles for a constant loop of one iteration.
+@triton.jit(do_not_specialize=["pairs", "groups"])
 def _matmul_kernel(
     x,
     codes,
@@ -123,12 +124,12 @@ def _matmul_kernel(
     tiles,
     num_rows,
     pairs,
+    groups,  # of a row
     one_bits,
     limit,
     alpha,
     shift,
     WIDTHS: tl.constexpr,
-    GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROUTED: tl.constexpr,
@@ -177,7 +178,7 @@ def _matmul_kernel(
         offsets += first_scale
     else:
         levels: tl.constexpr = only_levels(WIDTHS)  # type: ignore[no-redef]
-    x_tile = x + x_row[None, :] * (GROUPS * GROUP) + tl.arange(0, BLOCK_K)[:, None]
+    x_tile = x + x_row[None, :] * (groups * GROUP) + tl.arange(0, BLOCK_K)[:, None]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.static_range(WIDTHS_TO_TRY):
@@ -193,7 +194,7 @@ def _matmul_kernel(
                     row,
                     row_mask,
                     one_bits,
-                    GROUPS,
+                    groups,
                     levels_at(i),
                     GROUP,
                     BLOCK_K,
@@ -259,9 +260,8 @@ def matmul(
             w.codes if w.bias is None else w.bias,
             out,
         ),
-        *(order, starts, tiles, w.rows, pairs, ONE_BITS, *numbers),
+        *(order, starts, tiles, w.rows, pairs, x.shape[-1] // w.group_size, ONE_BITS, *numbers),
         WIDTHS=w.widths,
-        GROUPS=x.shape[-1] // w.group_size,
         GROUP=w.group_size,
         HAS_BIAS=w.bias is not None,
         ROUTED=routing is not None,

@@ -10,7 +10,10 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, ops
+from torch import fx
+
+LINEARS = "gemq.decode_linears.default"
+"""How the operator's overload prints. It is compared by name: without packed modules it is not registered."""
 
 MOST_LINEARS = 3
 """Matrices that one launch takes at most: query, key and value."""
@@ -36,7 +39,7 @@ def merge_linears(module: fx.GraphModule) -> int:
 def _alike(graph: fx.Graph) -> Iterator[list[Any]]:
     groups: dict[Any, list[Any]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is ops.gemq.decode_linears.default:
+        if node.op == "call_function" and str(node.target) == LINEARS:
             arguments: Any = node.args
             x, _, _, _, biases, levels, group_size = arguments
             groups.setdefault((_source(x), bool(biases), levels, group_size), []).append(node)

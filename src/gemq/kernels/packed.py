@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gemq import kernels
 from gemq.checkpoint.adopt import passed_on, routing_of_rows
@@ -127,6 +128,10 @@ class PackedExperts(nn.Module):
             out = out + passed_on(hidden_states, top_k_index, top_k_weights, self.down_proj.num_experts)
         return out
 
+    def kernel_sizes(self) -> tuple[Any, ...]:
+        """What distinguishes the kernels of two experts modules."""
+        return tuple((m.rows, m.columns, m.group_size, *m.levels) for m in self._packed().values())
+
     def _packed(self) -> dict[str, PackedMatrices]:
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
         return {name: module for name, module in modules if isinstance(module, PackedMatrices)}
@@ -183,11 +188,69 @@ def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
     experts.__class__ = _packed_class(type(experts))
 
 
+class PackedWeight(Tensor):
+    """A packed linear's weight for whoever reads it: float32 [rows, columns], unpacked anew at each use.
+
+    Nothing can be written to it: what is packed would not take it up, and it would be lost.
+    """
+
+    linear: PackedLinear
+
+    @classmethod
+    def of(cls, linear: PackedLinear) -> PackedWeight:
+        place = linear.codes.new_empty(1, dtype=torch.float32).expand(linear.out_features, linear.in_features)
+        weight = place.as_subclass(cls)
+        weight.linear = linear
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _UNREAD:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _ITSELF:
+            return args[0]
+        changed = [kwargs.get("out")]
+        if _writes(func.__name__):
+            changed += [*args[:1], kwargs.get("input"), kwargs.get("tensor")]
+        if any(isinstance(value, cls) for value in changed):
+            raise RuntimeError(
+                "a packed weight cannot be written to, nor take up an adapter: keep the adapter beside the packed "
+                "model, or merge it into the plain model that gemq export --dense writes"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = tree_map_only(cls, lambda weight: weight.linear.dequantize(torch.float32), (args, kwargs))
+            return func(*args, **kwargs)
+
+
+_UNREAD = {
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "shape", "ndim", "is_cuda", "is_meta", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_sparse", "is_quantized", "is_leaf")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.get_device, Tensor.is_contiguous),
+}
+"""What can be asked of a weight without its numbers."""
+
+_ITSELF = {getattr(Tensor.data, "__get__"), Tensor.detach}  # noqa: B009 - mypy takes it for a call
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name changes its first argument: ``add_``, ``__iadd__``, setting an attribute."""
+    return (name.endswith("_") and not name.startswith("__")) or name in _WRITING
+
+
+_WRITING = {
+    *("__set__", "__setitem__"),
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
+}
+
+
 class PackedLinear(nn.Linear):
     """``y = x W^T + bias`` with W [rows, columns] packed at one width.
 
-    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is what is stored, the codes, and no
-    parameter: enough to ask for the device; merging an adapter into it fails.
+    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is no parameter and can only be read:
+    merging an adapter into it raises RuntimeError.
 
     codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups] uint8.
     """
@@ -225,7 +288,11 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.codes
+        return PackedWeight.of(self)
+
+    def kernel_sizes(self) -> tuple[Any, ...]:
+        """What distinguishes the kernels of two linears."""
+        return (self.out_features, self.in_features, self.width, self.group_size)
 
     def matrix(self) -> PackedMatrix:
         return PackedMatrix(self.codes, self.scales, self.offsets)

@@ -57,7 +57,7 @@ def experts_forward(
 ) -> Tensor:
     """hidden [T, H], top_k_index [T, K] int, top_k_weights [T, K] -> [T, H] in hidden's dtype.
 
-    Only chosen experts are dequantized, one at a time. Indices from E up mark unused slots and are skipped.
+    Only chosen experts are dequantized, one at a time. Indices outside 0 ... E - 1 mark unused slots and are skipped.
     product: takes the place of the product with an expert's matrix, given its projection, number and input
     """
     product = product or partial(_product, module)
@@ -66,7 +66,7 @@ def experts_forward(
     chosen = top_k_index.T  # [K, T]: rows of a product in eager's order
     out = torch.zeros_like(hidden)
     for e in torch.unique(chosen).tolist():
-        if e >= module.down_proj.num_experts:
+        if not 0 <= e < module.down_proj.num_experts:
             continue
         slot, token = torch.where(chosen == e)
         y = product(up_name, e, hidden[token])

@@ -42,7 +42,7 @@ def _sort_kernel(index, order, starts, tiles, pairs, num_tiles, tile, BLOCK: tl.
     while at < pairs:
         p = at + tl.arange(0, BLOCK)
         chosen = tl.load(index + p, mask=p < pairs, other=2147483647)
-        before += tl.sum((chosen < expert).to(tl.int32))
+        before += tl.sum(((chosen >= 0) & (chosen < expert)).to(tl.int32))
         at += BLOCK
     place, at = before, 0
     while at < pairs:
@@ -66,7 +66,10 @@ def _sort_kernel(index, order, starts, tiles, pairs, num_tiles, tile, BLOCK: tl.
 
 
 def sort_pairs(top_k_index: Tensor, experts: int, block: int) -> Routing:
-    """Pairs of top_k_index [T, K] int by expert. Indices from ``experts`` up are unused slots and left out."""
+    """Pairs of top_k_index [T, K] int by expert.
+
+    Indices below 0 and from ``experts`` up mark unused slots, which are left out: vLLM gives -1 to padding tokens.
+    """
     pairs = top_k_index.numel()
     num_tiles = triton.cdiv(pairs, block) + experts
     order, starts, tiles = (
@@ -86,7 +89,8 @@ def _combine_kernel(y, index, weights, out, columns, experts, K: tl.constexpr, B
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(K):
         pair = token * K + k
-        routed = tl.load(index + pair) < experts
+        expert = tl.load(index + pair)
+        routed = (expert >= 0) & (expert < experts)
         weight = tl.load(weights + pair).to(tl.float32)
         value = tl.load(y + pair * columns + column, mask=inside & routed, other=0.0).to(tl.float32)
         total += tl.where(routed, weight, 0.0) * value

@@ -187,12 +187,18 @@ def call_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
     """The call of an experts module from its arguments, with an empty output if there is none yet."""
     hidden, *routing = (*args, *kwargs.values())[:3]
     if getattr(module, "batched_rows", False):
-        routing = list(routing_of_rows(hidden, module.down_proj.shape[0]))
+        routing = list(routing_of_rows(hidden, expert_count(module)))
     index, weights = routing
     if index.is_floating_point():  # a family that passes weights before indices
         index, weights = weights, index
     output = hidden.new_empty(0) if output is None else output
     return ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
+
+
+def expert_count(module: Any) -> int:
+    """Experts of an experts module, packed or not."""
+    down = module.down_proj
+    return int(down.shape[0] if isinstance(down, Tensor) else down.num_experts)
 
 
 def oriented(module: Any, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,94 +18,115 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import build_glob_alternation, convert_and_load_state_dict_in_model
 from transformers.utils import logging
 
 from gemq.errors import UserError
+from gemq.models.finite import largest_finite, not_finite
+from gemq.models.fp8 import use_block_dequantize
 from gemq.models.layout import Part, learned
-from gemq.models.structure import Structure
+from gemq.models.stored import FLOATS, Stored, find_targets, short_type
 from gemq.resources.upload import Place, Span, spans_of, upload_to
 
 
 class LayerReader:
-    """Reads layers of a model.
+    """Reads layers of a model, and what lies outside of them.
 
-    given: per layer, the names inside the model of what the files hold of it
-    types: the type in which each parameter and buffer of the model is stored
+    given:    per layer, the names inside the model of what the files hold of it
+    types:    the type in which the files hold each parameter and buffer of the model; of dequantized ones, the type
+              that they are dequantized to
+    loaded:   the type that Transformers' own loading would give them
+    left_out: names of stored matrices that are no part of the model
     """
 
-    def __init__(self, model: Any, files: list[str], load_config: Any, structure: Structure):
-        """model: as Transformers is about to fill it, on the meta device; it is copied, not changed"""
+    def __init__(self, model: Any, files: Sequence[Path], load_config: Any, reading: Reading):
+        """
+        Args:
+            model: as Transformers is about to fill it, on the meta device; it is copied, not changed.
+            files: the model's safetensors files.
+            load_config: how Transformers would load it.
+            reading: what is read of it, and in which types.
+
+        Raises:
+            UserError: the files and the model do not fit each other.
+        """
         self._model = copy.deepcopy(model)
-        self._config = load_config
+        self._origin = reading.origin
         self._lock = threading.Lock()
         self._open = [safe_open(file, framework="pt") for file in files]
         self._slices: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
-        self._spans: dict[str, Span] = {name: span for file in files for name, span in spans_of(Path(file)).items()}
+        self._spans: dict[str, Span] = {name: span for file in files for name, span in spans_of(file).items()}
+        use_block_dequantize(load_config.weight_mapping)
+        state = dict(self._model.state_dict(keep_vars=True))
+        prefix = model.base_model_prefix
+        targets = find_targets(self._slices, state, load_config.weight_mapping, prefix)
+        self._tensors = Stored(self._origin, self._spans, targets, state)
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        self.left_out = self._tensors.check(model._keys_to_ignore_on_load_unexpected or (), depth)
+        self.loaded = _loaded_types(state, load_config.dtype_plan)
+        self._config = load_config
+        self._stored_types: dict[str, torch.dtype] = {}
+        if reading.dtype is not None:
+            self._stored_types = self._tensors.types()
+            self._config = dataclasses.replace(load_config, dtype_plan={})
+            _retype(self._model, self._stored_types)
         self._empty = dict(self._model.state_dict(keep_vars=True))
-        self._prefixes = [f"{layer.path}." for layer in structure.layers]
-        by_layer: list[dict[str, str]] = [{} for _ in structure.layers]  # stored name -> name inside the model
+        self._prefixes = [f"{path}." for path in reading.layers]
+        by_layer: list[dict[str, str]] = [{} for _ in self._prefixes]  # stored name -> name inside the model
         self._outside: list[str] = []
-        for name, target in self._targets().items():
-            index = self._layer_of(target)
+        for name, target in targets.items():
+            index = self._layer_of(target.name)
             if index is None:
                 self._outside.append(name)
             else:
-                by_layer[index][name] = target
+                by_layer[index][name] = target.name
         self._stored = by_layer
         self._layouts: dict[Any, list[Part] | None] = {}  # of the kinds of layers that were put together already
         self.report = self._dry_run()
         absent = set(self.report.missing_keys)
-        wrong = {name for name, *_ in self.report.mismatched_keys}
         self.given: list[frozenset[str]] = [
-            frozenset(n for n in self._empty if n.startswith(prefix) and n not in absent | wrong)
-            for prefix in self._prefixes
+            frozenset(n for n in self._empty if n.startswith(prefix) and n not in absent) for prefix in self._prefixes
         ]
+        inside = frozenset().union(*self.given)
+        self._given_outside = frozenset(n for n in self._empty if n not in inside and n not in absent)
+        limited = {name: [kind, self.loaded[name]] for name, kind in self.types.items() if kind.is_floating_point}
+        also = [reading.dtype] if reading.dtype is not None else []
+        self._limits = {name: largest_finite(*kinds, *also) for name, kinds in limited.items()}
+        self._checked: set[int] = set()  # layers whose weights are known to be finite
 
     def _layer_of(self, name: str) -> int | None:
         return next((i for i, prefix in enumerate(self._prefixes) if name.startswith(prefix)), None)
 
-    def _targets(self) -> dict[str, str]:
-        """Stored name -> (first) name inside the model, as Transformers' own loading finds it."""
-        mapping = self._config.weight_mapping or []
-        renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
-        converters = [x for x in mapping if isinstance(x, WeightConverter)]
-        prefix = self._model.base_model_prefix
-        found = {}
-        for name in self._slices:
-            target, _ = rename_source_key(name, renamings, converters, prefix, self._empty)
-            if target not in self._empty and name in self._empty:
-                target, _ = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self._empty)
-            found[name] = target
-        return found
-
     def _dry_run(self) -> Any:
-        """Loads tensors without contents: which are missing or too many, and of what type each will be."""
+        """Loads tensors without contents: which are missing, and of what type each will be."""
         tensors = {}
         for name, span in self._spans.items():
             tensors[name] = torch.empty(span.shape, dtype=span.dtype, device="meta")
         report = self._convert(self._model, tensors, "meta")
         # a conversion that cannot be done without contents: its results are of the types that the model has
-        unknown = set(report.missing_keys) if report.conversion_errors else set()
-        report.missing_keys -= {n for n in unknown if self._layer_of(n) is not None}
+        unknown = self._tensors.check_shapes(report)
+        report.missing_keys -= unknown
         self.types = {n: t.dtype for n, t in self._model.state_dict().items()}
         self._restore(self._empty)
-        report.conversion_errors.clear()
         return report
 
     def fill_outside(self, model: PreTrainedModel) -> Any:
-        """Fills everything of ``model`` but its layers. Returns Transformers' report, as of the whole model."""
+        """Fills everything of ``model`` but its layers. Returns Transformers' report, as of the whole model.
+
+        Raises:
+            UserError: values that are not finite.
+        """
+        _retype(model, self._stored_types)
         report = self._convert(model, {name: self._slices[name].get_slice(name) for name in self._outside})
         model._weight_conversions = self._model._weight_conversions  # those that the layers need, too
-        report.unexpected_keys |= self.report.unexpected_keys
-        report.mismatched_keys |= self.report.mismatched_keys
+        self._raise_conversion_errors(report)
+        filled = {name: model.get_parameter_or_buffer(name) for name in self._given_outside}
+        self._check_finite(filled)
+        for name, tensor in filled.items():
+            if not isinstance(tensor, nn.Parameter):  # what a model computes with a buffer may depend on its type
+                tensor.data = tensor.data.to(self.loaded[name])
         for names in self.given:
             report.missing_keys -= names
             for name in names:
@@ -122,10 +143,29 @@ class LayerReader:
     def read(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """A layer's tensors by name inside the model, on the CPU, in the types in which they are stored.
 
-        without: names to leave in the files. May be called from any thread. Raises UserError for damaged files.
+        May be called from any thread.
+
+        Args:
+            index: of the layer.
+            without: names to leave in the files.
+
+        Raises:
+            UserError: damaged files, or values that are not finite.
         """
         names = [name for name, target in self._stored[index].items() if target not in without]
-        return self._put_together(index, {name: self._slices[name].get_slice(name) for name in names}, without)
+        slices = {name: self._slices[name].get_slice(name) for name in names}
+        made = self._put_together(self.given[index], slices, without)
+        if made is None:  # one stored tensor holds several of the model's, of which some are asked for
+            return {name: tensor for name, tensor in self.read(index).items() if name not in without}
+        self._check_layer(index, made, whole=not without)
+        return made
+
+    def read_outside(self) -> dict[str, Tensor]:
+        """What lies outside of the layers, likewise."""
+        slices = {name: self._slices[name].get_slice(name) for name in self._outside}
+        made = self._put_together(self._given_outside, slices, ())
+        assert made is not None
+        return made
 
     def read_to(self, device: torch.device, index: int) -> dict[str, Tensor]:
         """The same on ``device``, for ``plain`` layers: past the host's memory, as soon as one of the kind is known.
@@ -136,9 +176,13 @@ class LayerReader:
         if layout := self._layouts.get(self._kind(index)):
             shapes = {name: (self._empty[name].shape, self.types[name]) for name in given}
             places = [Place(self._spans[stored[x.stored]], given[x.target], x.start) for x in layout]
-            return upload_to(device).placed(shapes, places)
+            placed = upload_to(device).placed(shapes, places)
+            self._check_layer(index, placed)
+            return placed
         parts = upload_to(device).tensors({name: self._spans[name] for name in stored})
-        made = self._put_together(index, parts, (), device)
+        made = self._put_together(self.given[index], parts, (), device)
+        assert made is not None
+        self._check_layer(index, made)
         self.learn(index, made, parts)
         return made
 
@@ -179,23 +223,56 @@ class LayerReader:
         return lambda name: name.replace(f".{number}.", ".*.", 1)
 
     def _put_together(
-        self, index: int, stored: Mapping[str, Any], without: Collection[str], device: torch.device | None = None
-    ) -> dict[str, Tensor]:
-        """What Transformers makes of a layer's stored tensors, or of what stands for them in the files."""
-        wanted = self.given[index] - set(without)
+        self,
+        names: Collection[str],
+        stored: Mapping[str, Any],
+        without: Collection[str],
+        device: torch.device | None = None,
+    ) -> dict[str, Tensor] | None:
+        """What Transformers makes of stored tensors: those of ``names`` that are not in ``without``, inside the model.
+
+        None if ``stored`` without what belongs to ``without`` is not enough for them.
+        """
         with self._lock:
             try:
                 report = self._convert(self._model, stored, device)
-                found = {name: self._model.get_parameter_or_buffer(name).detach() for name in wanted}
+                made = {n: self._model.get_parameter_or_buffer(n).detach() for n in names if n not in without}
             finally:
-                self._restore({n: self._empty[n] for n in self.given[index]})
-        absent = sorted(name for name, tensor in found.items() if tensor.is_meta)
-        if absent and without:  # one stored tensor holds several of the model's, of which some are wanted
-            return {name: tensor for name, tensor in self.read(index).items() if name in wanted}
-        if report.conversion_errors or absent:
-            what = next(iter(report.conversion_errors.values()), "").strip().splitlines()[-1:] or absent
-            raise UserError(f"cannot read layer {self._prefixes[index][:-1]} ({what[0]}): copy the checkpoint again")
-        return found
+                self._restore({name: self._empty[name] for name in names})
+        absent = sorted(name for name, tensor in made.items() if tensor.is_meta)
+        if absent and without:
+            return None
+        self._raise_conversion_errors(report, *absent)
+        return made
+
+    def _raise_conversion_errors(self, report: Any, *absent: str) -> None:
+        for name, error in report.conversion_errors.items():
+            reason = (error.strip().splitlines() or [""])[-1]
+            raise UserError(f"cannot read {name} of {self._origin} ({reason}): copy the model again")
+        if absent:
+            raise UserError(f"cannot read {absent[0]} of {self._origin}: copy the model again")
+
+    def _check_layer(self, index: int, made: Mapping[str, Tensor], whole: bool = True) -> None:
+        """Refuses values that are not finite, when the layer is read for the first time."""
+        if index not in self._checked:
+            self._check_finite(made)
+            if whole:
+                self._checked.add(index)
+
+    def _check_finite(self, made: Mapping[str, Tensor]) -> None:
+        for target in not_finite(made, self._limits):
+            for name in self._tensors.sources(target):
+                stored = self._slices[name].get_tensor(name)
+                if not_finite({name: stored if stored.dtype in FLOATS else stored.float()}):
+                    raise UserError(
+                        f"{self._origin} stores {name} with values that are not finite (NaN or infinity): copy the "
+                        "model again, or ask whoever made it"
+                    )
+            kind = short_type(self.loaded[target])
+            raise UserError(
+                f"{self._origin} stores {target} with values that are not finite in {kind}, the type that the model is "
+                "loaded in: give config.json a wider dtype (bfloat16 or float32)"
+            )
 
     def _convert(self, model: Any, tensors: Mapping[str, Any], device: torch.device | str | None = None) -> Any:
         config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
@@ -211,18 +288,32 @@ class LayerReader:
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
-@contextmanager
-def reading_layers(structure: Structure) -> Iterator[list[LayerReader]]:
-    """While open, ``from_pretrained`` leaves the decoder layers on the meta device.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is read of a model.
 
-    The list receives the reader that has them. Everything else (classes, types, quantized originals, buffers, tied
-    weights) stays Transformers' own doing.
+    origin: the model as messages call it
+    layers: paths of the layers that stay on the meta device until they are read
+    dtype:  the type that weights are to be computed with: they are read in the types in which they are stored. None:
+            they are read in the types that Transformers' own loading gives them
+    """
+
+    origin: str
+    layers: Sequence[str] = ()
+    dtype: torch.dtype | None = None
+
+
+@contextmanager
+def reading_from(files: Sequence[Path], reading: Reading) -> Iterator[list[LayerReader]]:
+    """While open, ``from_pretrained`` fills a model from these files, whichever it was given.
+
+    The layers of ``reading`` stay on the meta device; the list receives the reader that has them. Everything else
+    (classes, types, quantized originals, buffers, tied weights) is Transformers' own loading.
     """
     readers: list[LayerReader] = []
 
     def fill(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any, **__: Any) -> Any:
-        files = [str(Path(file)) for file in checkpoint_files]
-        readers.append(LayerReader(model, files, load_config, structure))
+        readers.append(LayerReader(model, files, load_config, reading))
         return readers[-1].fill_outside(model), None
 
     original: Callable[..., Any] = vars(PreTrainedModel)["_load_pretrained_model"]
@@ -243,3 +334,27 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _loaded_types(state: Mapping[str, Tensor], dtype_plan: Mapping[str, torch.dtype] | None) -> dict[str, torch.dtype]:
+    """The types that Transformers' own loading gives a model's tensors.
+
+    Args:
+        state: the empty model's tensors by name.
+        dtype_plan: types by patterns of names, of modules that a family keeps in float32.
+    """
+    types = {name: tensor.dtype for name, tensor in state.items()}
+    if dtype_plan:
+        pattern, by_group = build_glob_alternation(list(dtype_plan))[:2]
+        for name, kind in types.items():
+            match = pattern.search(name)
+            if match and match.lastgroup and kind.is_floating_point:
+                types[name] = dtype_plan[by_group[match.lastgroup]]
+    return types
+
+
+def _retype(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Gives tensors of an empty model other types. What is loaded into one is cast to its type."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in types and types[name] != tensor.dtype:
+            tensor.data = torch.empty_like(tensor.data, dtype=types[name])

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gemq.checkpoint.adopt import as_adopted
+from gemq.fallbacks import optional
+from gemq.models.balance import balance
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
 from gemq.resources.memory import Memory
@@ -46,6 +48,8 @@ class Residency:
         """
         self.model, self.reader, self.memory, self._dtype = model, reader, memory, dtype
         self._prefixes = [f"{layer.path}." for layer in structure.layers]
+        self._experts = [layer.experts for layer in structure.layers]
+        self._within_reach: set[int] = set()  # layers whose experts are known to need no balance
         self._places = [{name: self._find(name) for name in names} for names in reader.given]
         self._empty = [{name: self._placeholder(name, *at) for name, at in x.items()} for x in self._places]
         self.bytes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in self._empty]
@@ -192,21 +196,36 @@ class Residency:
 
     def _read(self, index: int) -> _Ready:
         if self._stream is None:
-            found = self.reader.read(index)
-            return _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)})
+            return _Ready(self._arrived(index, self.reader.read(index)))
         with torch.cuda.stream(self._stream):
             # the first of a kind is put together on the GPU where that has room for its parts, too
             beside = 0 if self.reader.known(index) else 2 * self.bytes[index]
             on_device = self.reader.plain and self.memory.on_device.take(beside)
+            found: dict[str, Tensor] | None = None
             try:
-                found = self.reader.read_to(self.memory.device, index) if on_device else self.reader.read(index)
-                if self.reader.plain and not on_device:
-                    self.reader.learn(index, found)
+                if on_device:
+                    with optional("layers_read_through_host"):
+                        found = self.reader.read_to(self.memory.device, index)
+                if found is None:
+                    found = self.reader.read(index)
+                    if self.reader.plain and not on_device:
+                        with optional("layers_read_through_host"):
+                            self.reader.learn(index, found)
             finally:
                 self.memory.on_device.give(beside if on_device else 0)
-            ready = _Ready({n: self._moved(index, n, found.pop(n)) for n in list(found)}, torch.cuda.Event())
+            ready = _Ready(self._arrived(index, found), torch.cuda.Event())
             ready.copied.record(self._stream)
         return ready
+
+    def _arrived(self, index: int, read: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer as it was read, on the device and balanced. Uses up ``read``."""
+        tensors = {name: self._moved(index, name, read.pop(name)) for name in list(read)}
+        experts = self._experts[index]
+        if experts is not None and index not in self._within_reach:
+            first, down = (tensors[f"{experts.path}.{matrix.name}"] for matrix in experts.matrices)
+            if not balance(self.model.get_submodule(experts.path), first, down):
+                self._within_reach.add(index)
+        return tensors
 
     def _moved(self, index: int, name: str, tensor: Tensor) -> Tensor:
         """A copy on the device, through pinned memory: what was read may be the mapped file itself."""
@@ -265,7 +284,7 @@ class Residency:
         """
         found = owner[leaf]
         if not isinstance(found, nn.Parameter):
-            return found.to(self.reader.types[name])
+            return found.to(self.reader.loaded[name])
         kind = self._dtype if found.is_floating_point() else found.dtype
         owner[leaf] = nn.Parameter(torch.empty(found.shape, dtype=kind, device="meta"), requires_grad=False)
         return owner[leaf]

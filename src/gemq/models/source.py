@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,22 +18,26 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
 from gemq.errors import UserError
+from gemq.models.calls import one_line_errors, summary
+from gemq.models.configuration import read_configuration, suspicious_fields
 from gemq.models.digests import file_digests
 from gemq.models.elementwise import use_fused_kernels
 from gemq.models.experts import use_experts_forward
-from gemq.models.reader import LayerReader, reading_layers
+from gemq.models.reader import LayerReader, Reading, reading_from
+from gemq.models.stored import FLOATS
 from gemq.models.structure import find_structure
+from gemq.resources.upload import TYPES
 from gemq.safetensors_files import read_header, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_WINDOW = 2048
+ADAPTER = "adapter_config.json"
 READ_QUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 """Quantized originals that are read: published in no better precision, and Transformers dequantizes them on loading."""
 
@@ -83,40 +89,71 @@ class Source:
         return self._stored_config()
 
     def _stored_config(self) -> Any:
+        read_configuration(self.path / "config.json")
+        problem = f"cannot read the configuration of {self.path}"
         try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            if "trust_remote_code" in str(error):
+            with one_line_errors(problem, "correct its config.json, or copy the model again"):
+                config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+                config.get_text_config()
+        except UserError as error:
+            reason = str(error.__cause__)
+            if "trust_remote_code" in reason:
                 raise UserError(
                     f"{self.path} brings its own code: read it, then allow it with --trust-remote-code"
                 ) from error
-            if unknown := re.search(r"model type `(.*?)` but Transformers", str(error)):
+            if unknown := re.search(r"model type `(.*?)` but Transformers", reason):
                 raise UserError(
                     f"{self.path} is of type {unknown.group(1)!r}, which Transformers {transformers.__version__} does "
                     "not know: upgrade Transformers, or allow code that the model brings with --trust-remote-code"
                 ) from error
-            raise UserError(
-                f"cannot read the configuration of {self.path} ({_first_line(error)}): copy the model again"
-            ) from error
+            raise
+        config.return_dict = True  # outputs are read by name
+        return config
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: shapes without weights."""
         config = self.config()
-        with torch.device("meta"):
-            model = _build(
-                lambda: auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code),
-                self.path,
-            )
+        with torch.device("meta"), self._building():
+            model = auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
         adopt_experts(model)
         return model
 
-    def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-        """The whole model on ``device`` and the type in which each parameter is stored.
+    def advice(self) -> str:
+        """What to do about a model that cannot be built or run: names fields of config.json with unusual values."""
+        fields: list[str] = []
+        with suppress(Exception):  # a family whose configuration has no defaults
+            defaults = type(self._stored_config())().to_dict()
+            fields = suspicious_fields(read_configuration(self.path / "config.json"), defaults)
+        look_at = f"look at {', '.join(fields[:3])} in" if fields else "correct"
+        return f"{look_at} its config.json, or copy the model again"
 
-        dtype: of all floating-point parameters; None leaves them as they are stored
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """While Transformers builds or fills the model: whatever it raises is one line."""
+        problem = f"cannot load {self.path} as a causal language model"
+        try:
+            with one_line_errors(problem, self.advice):
+                yield
+        except UserError as error:
+            if "Unrecognized configuration class" in str(error):
+                raise UserError(
+                    f"{self.path} is of a type that Transformers does not know as a model that predicts each token "
+                    "from those before it: gemq quantizes no encoders and no encoder-decoders"
+                ) from error
+            raise
+
+    def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+        """The whole model.
+
+        Args:
+            device: where to.
+            dtype: of all floating-point parameters; None leaves them in the types that Transformers gives them.
+
+        Returns:
+            The model, and the type in which each parameter is stored.
         """
-        model = self._from_pretrained()
-        stored = {name: p.dtype for name, p in model.named_parameters()}
+        model, reader = self._read(self.skeleton(), (), dtype)
+        stored = {name: reader.types[name] for name, _ in model.named_parameters()}
         return self._ready(model, device, dtype), stored
 
     def open(self, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerReader]:
@@ -124,36 +161,56 @@ class Source:
 
         Raises UserError for a model whose structure is not understood.
         """
-        structure = find_structure(self.skeleton())
-        with reading_layers(structure) as readers:
-            model = self._from_pretrained()
-        return self._ready(model, device, dtype), readers[0]
+        skeleton = self.skeleton()
+        paths = [layer.path for layer in find_structure(skeleton).layers]
+        model, reader = self._read(skeleton, paths, dtype)
+        return self._ready(model, device, dtype), reader
 
-    def _from_pretrained(self) -> PreTrainedModel:
-        """The model as Transformers loads it. Raises UserError when that cannot be, or leaves something made up."""
-        config = self.config()
-        self.check_weights()
-        method = _quantization(self._stored_config())
-        reading = {} if method is None else {"quantization_config": READ_QUANTIZED[method](dequantize=True)}
-        model, report = _build(
-            lambda: auto_class(config).from_pretrained(
-                self.path,
-                dtype="auto",
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
+    def _read(
+        self, skeleton: PreTrainedModel, layers: Sequence[str], dtype: torch.dtype | None
+    ) -> tuple[PreTrainedModel, LayerReader]:
+        """The model as Transformers loads it, but from ``weight_files`` alone and without ``layers``.
+
+        Transformers is given no directory: there it would also look for pickled weights and for adapters.
+
+        Raises:
+            UserError: the model cannot be loaded, or Transformers would make something up.
+        """
+        config = self._stored_config()
+        method = _quantization(config)
+        quantization = getattr(config, "quantization_config", None)
+        if type(config) is not type(skeleton.config):  # the text part of a model that also sees or hears
+            config = config.get_text_config()
+            if quantization is not None:
+                config.quantization_config = quantization
+        options = {} if method is None else {"quantization_config": READ_QUANTIZED[method](dequantize=True)}
+        files = weight_files(self.path)
+        if (self.path / ADAPTER).exists():
+            warnings.warn(
+                f"the adapter in {self.path} ({ADAPTER}) is not applied: only the whole model beside it is read",
+                stacklevel=3,
+            )
+        with reading_from(files, Reading(str(self.path), layers, dtype)) as readers, self._building():
+            loaded: Any = type(skeleton).from_pretrained(
+                None,
+                config=config,
+                dtype=getattr(config, "dtype", None) or _first_type(files),
+                state_dict={},
                 output_loading_info=True,
-                **reading,
-            ),
-            self.path,
-        )
-        if reading:
+                **options,
+            )
+        model, report = loaded
+        if options:
             _forget_quantization(model)
-        self.left_out[:] = self._left_out(model, report)
+        self.left_out[:] = readers[0].left_out
         if absent := sorted(map(str, report["missing_keys"])):  # Transformers would make them up
             raise UserError(
                 f"{self.path} lacks {len(absent)} of the model's tensors, first: {absent[0]}: copy the checkpoint again"
             )
-        return model
+        model.config.name_or_path = model.name_or_path = str(self.path)
+        if model.can_generate():
+            model.generation_config = self.generation_config()
+        return model, readers[0]
 
     @staticmethod
     def _ready(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -175,16 +232,6 @@ class Source:
             use_fused_kernels(model, device)
         return model.eval()
 
-    def _left_out(self, model: PreTrainedModel, report: Any) -> list[str]:
-        """Stored matrices that the model did not take: those that Transformers reports, and those that it is silent on.
-
-        Norms and rotary frequencies, which have one dimension, do not count: they go with matrices or are computed.
-        """
-        stored = {name: spec for file in weight_files(self.path) for name, spec in read_header(file).items()}
-        silent = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        names = {*map(str, report["unexpected_keys"]), *(n for n in stored if any(p.search(n) for p in silent))}
-        return sorted(n for n in names if n not in stored or len(stored[n].shape) > 1)
-
     def check_weights(self) -> None:
         """Reads the headers of the weights. Raises UserError when files are missing, pickled or cut short."""
         for file in weight_files(self.path):
@@ -192,19 +239,30 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Raises UserError when there is none, or none that can be read."""
-        try:
+        """Raises UserError when there is none, none that can be read, or one of another model."""
+        advice = "copy the tokenizer files again, or install what they need"
+        with one_line_errors(f"cannot read the tokenizer of {self.path}", advice):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read the tokenizer of {self.path}: {_first_line(error)}") from error
-        if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # Transformers made an empty one
+            known, special = len(tokenizer.get_vocab()), len(set(tokenizer.all_special_ids))
+            size = tokenizer.vocab_size  # without added tokens, which may lie behind the embedding
+            tokenizer.decode(tokenizer("a b")["input_ids"])  # some damage shows only in use
+        if known <= special:  # Transformers made an empty one
             raise UserError(f"{self.path} holds no tokenizer: copy its tokenizer files there")
+        rows = getattr(self._stored_config().get_text_config(), "vocab_size", None)
+        if isinstance(rows, int) and size > rows:
+            raise UserError(
+                f"the tokenizer of {self.path} has {size} tokens and the model has embeddings for {rows} (vocab_size): "
+                "copy the tokenizer that belongs to the model"
+            )
         return tokenizer
 
-    def generation_config(self) -> GenerationConfig | None:
+    def generation_config(self) -> GenerationConfig:
+        """How the model generates, by its generation_config.json or else by its config.json."""
+        options: dict[str, Any] = {}
         if not (self.path / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_pretrained(self.path)
+            options = {"config_file_name": "config.json", "_from_model_config": True}
+        with one_line_errors(f"cannot read the generation_config.json of {self.path}", "correct or delete it"):
+            return GenerationConfig.from_pretrained(self.path, **options)
 
     def fingerprint(self, known: Mapping[str, Sequence[Any]] | None = None) -> tuple[str, dict[str, list[Any]]]:
         """SHA-256 over the configuration, the tokenizer and every byte of the weights; and for each file its size, the
@@ -261,21 +319,10 @@ def _forget_quantization(model: Any) -> None:
     model._weight_conversions = None  # they began with dequantizing; saving uses the family's own
 
 
-def _build(make: Any, path: Path) -> Any:
-    try:
-        return make()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if "Unrecognized configuration class" in str(error):
-            raise UserError(
-                f"{path} is of a type that Transformers does not know as a model that predicts each token from those "
-                "before it: gemq quantizes no encoders and no encoder-decoders"
-            ) from error
-        raise UserError(f"cannot load {path} as a causal language model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+def _first_type(files: Sequence[Path]) -> torch.dtype:
+    """The type of the first stored floats: what Transformers takes where a configuration names no type."""
+    kinds = (TYPES.get(spec.dtype) for file in files for spec in read_header(file).values())
+    return next((kind for kind in kinds if kind in FLOATS), torch.float32)
 
 
 def _download(model: str, revision: str | None, weights: bool) -> Path:
@@ -301,5 +348,5 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"model {model} is no local directory and the hub refuses it ({_first_line(error)}): check the name"
+            f"model {model} is no local directory and the hub refuses it ({summary(error)}): check the name"
         ) from error

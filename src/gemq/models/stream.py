@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gemq.errors import UserError
+from gemq.checkpoint.adopt import as_adopted
+from gemq.errors import NotFiniteError, UserError
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
 from gemq.models.residency import Residency
 from gemq.models.structure import Structure
@@ -155,11 +157,17 @@ class Replay:
         return {n: t for n, t in state.items() if n.startswith(prefix) and n not in without}
 
     def unpacked(self, without: Collection[str]) -> dict[str, Tensor]:
-        """The full-precision model's tensors by name, on the CPU where they are read anew, but for those named."""
+        """The full-precision model's tensors by name but for those named, as the files store them.
+
+        They are read again, to the CPU: those of the model are in the type that it computes with.
+        """
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in without}
         if self.residency is not None:
+            reader = self.residency.reader
+            outside = {name: tensor for name, tensor in reader.read_outside().items() if name in state}
+            state.update({name: as_adopted(tensor, state[name]) for name, tensor in outside.items()})
             for index in range(len(self.layers)):
-                state.update(self.residency.reader.read(index, without))
+                state.update(reader.read(index, without))
         return state
 
     def restore(self, index: int) -> None:
@@ -282,7 +290,12 @@ class Replay:
             self._verify(ids)
 
     def _verify(self, ids: Tensor) -> None:
-        expected = self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        expected = self._own_logits(ids)
+        if not expected.isfinite().all():
+            raise NotFiniteError(
+                f"{type(self.model).__name__} computes logits that are not finite: its activations overflow; try "
+                "--dtype float32, or look for weights that are far too large"
+            )
         self._check_arithmetic(ids)
         hidden, calls = self.inputs(ids)
         other, other_calls = self.inputs(ids[:, :1].expand_as(ids))
@@ -307,6 +320,16 @@ class Replay:
                 f"replaying {type(self.model).__name__} layer by layer gives other logits than its own forward "
                 f"(relative difference {difference:.2g}): its layers share state; this family is not supported yet"
             )
+
+    def _own_logits(self, ids: Tensor) -> Tensor:
+        """The model's logits of token ids [B, S] in float32. Raises UserError where its parts do not fit together."""
+        try:
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"Transformers {transformers.__version__} cannot run {type(self.model).__name__} on text alone "
+                f"({_first_line(error)}): install another release of Transformers"
+            ) from error
 
     def _check_arithmetic(self, ids: Tensor) -> None:
         """Compares gemq's arithmetic of each layer's experts with their own."""

@@ -8,6 +8,7 @@ understand it refuses, naming the module. Works on models on the meta device too
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,6 +139,8 @@ def find_structure(model: nn.Module) -> Structure:
         kept += _stacked_weights(path, layer, [*inside, *kept])
         found = _read_experts(inside[0], experts[inside[0]]) if inside else None
         router = _find_router(modules, found) if found else None
+        if found and router:
+            _check_top_k(model, modules[router], found)
         linears = []
         for sub, module in layer.named_modules():
             full = f"{path}.{sub}"
@@ -233,6 +236,11 @@ def _layers_path(modules: dict[str, nn.Module], experts: list[str], decoder: str
 
 def _read_experts(path: str, module: Any) -> Experts:
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    if 0 in module.down_proj.shape:
+        raise UserError(
+            f"cannot quantize {path}: its down_proj is {list(module.down_proj.shape)}; correct number and size of "
+            "experts in config.json"
+        )
     matrices = []
     for name in (first, "down_proj"):
         weight = getattr(module, name, None)
@@ -273,6 +281,19 @@ def _find_router(modules: dict[str, nn.Module], experts: Experts) -> str:
         f"cannot tell which module routes to {experts.path} (candidates: {', '.join(p for _, p in found) or 'none'}); "
         "this family is not supported yet"
     )
+
+
+def _check_top_k(model: Any, router: nn.Module, experts: Experts) -> None:
+    """Refuses a router that chooses more experts a token than it has, or none."""
+    top_k = getattr(router, "top_k", None)
+    rows = max((p.shape[0] for p in router.parameters() if p.dim() == 2), default=experts.count)
+    if isinstance(top_k, int) and not 1 <= top_k <= max(rows, experts.count):
+        values = model.config.get_text_config().to_dict()
+        field = next((k for k, v in values.items() if v == top_k and re.search(r"per_tok|top_?k", k)), "config.json")
+        raise UserError(
+            f"cannot quantize {experts.path}: its router chooses {top_k} of {experts.count} experts for a token; "
+            f"correct {field} in config.json"
+        )
 
 
 def _kind(name: str, path: str, experts: Experts | None) -> str:

@@ -25,6 +25,12 @@ MANTISSA_SHIFT = 20
 FIRST_SCALE = (127 - 24) << 3
 """The byte 0 there: the exponent of 2^-24."""
 
+LAST_SCALE, LARGEST_SCALE = 255, 240.0
+"""The largest byte and what it stands for."""
+
+SMALL_WEIGHT = 2.0**-17
+"""With no larger weight in a matrix, scales of 8 bits would have to be smaller than 2^-24."""
+
 PARTS = 128
 """Offsets are in these parts of the codes' span."""
 
@@ -92,6 +98,18 @@ def decode(scale_bytes: Tensor, offset_bytes: Tensor, highest: Tensor | float) -
 def nearest(scales: Tensor, offsets: Tensor, highest: Tensor | float) -> tuple[Tensor, Tensor]:
     """Scales and offsets (float32) that are stored in place of these."""
     return decode(*encode(scales, offsets, highest), highest)
+
+
+def largest_weights(weight: Tensor) -> Tensor:
+    """The largest absolute weight of each of the matrices [E, R, C]: [E] float32."""
+    weight = weight.detach()
+    return torch.maximum(weight.amax((1, 2)), -weight.amin((1, 2))).float()
+
+
+def below_scales(weight: Tensor) -> int:
+    """How many of the matrices [E, R, C] hold weights, and only weights so small that scales do not resolve them."""
+    largest = largest_weights(weight)
+    return int(((largest > 0) & (largest < SMALL_WEIGHT)).sum())
 
 
 def _scales(scale_bytes: Tensor) -> Tensor:

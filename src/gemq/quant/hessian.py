@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemq.errors import NotFiniteError
 from gemq.resources.ranks import ALONE, Ranks
 
 BLOCK = 128
@@ -138,7 +139,10 @@ def factorize(hessians: Tensor, damping: float) -> Factor:
         if attempt == 0:
             retries = len(pending)
         amount *= 10
-    raise ArithmeticError("a Hessian is not finite: the model's activations overflow; try --dtype float32")
+    raise NotFiniteError(
+        "the model's activations overflow, so that its Hessians are not finite: try --dtype float32, or look for "
+        "weights that are far too large"
+    )
 
 
 def _at_once(h: Tensor) -> tuple[Tensor, Tensor]:

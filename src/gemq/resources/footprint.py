@@ -14,6 +14,7 @@ from gemq.divergence import ROWS
 from gemq.errors import UserError
 from gemq.kernels.unpacked import UNPACKED_TOGETHER
 from gemq.ladder import CHUNK_BYTES
+from gemq.models.config_values import layer_configs
 from gemq.models.source import calibration_window
 from gemq.models.stream import LOGITS_TOGETHER
 from gemq.models.structure import Layer, Structure
@@ -91,7 +92,7 @@ class Footprint:
 
 
 def experts_per_token(text: Any) -> int:
-    """Experts that a token chooses, from a text model's configuration: families name it differently."""
+    """Experts that a token chooses at most, from a text model's configuration: families name it differently."""
     names = (
         "num_experts_per_tok",
         "num_experts_per_token",
@@ -101,7 +102,11 @@ def experts_per_token(text: Any) -> int:
         "top_k_experts",
         "experts_per_token",
     )
-    return next((value for n in names if isinstance(value := getattr(text, n, None), int)), MOST_CHOSEN)
+    found = [
+        next((value for n in names if isinstance(value := getattr(layer, n, None), int)), MOST_CHOSEN)
+        for layer in layer_configs(text)
+    ]
+    return max(found, default=MOST_CHOSEN)
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,9 @@ def forward_bytes(
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
-    largest, rows = 4 * hidden * hidden, tokens * max(8 * hidden, 3 * int(getattr(text, "intermediate_size", 0) or 0))
+    each = layer_configs(text)
+    widest = max(int(getattr(config, "intermediate_size", 0) or 0) for config in each)
+    largest, rows = 4 * hidden * hidden, tokens * max(8 * hidden, 3 * widest)
     for layer in structure.layers if structure else ():
         largest = max([largest, *(x.rows * x.columns for x in layer.linears)])
         if layer.experts is not None:
@@ -234,7 +241,7 @@ def forward_bytes(
             chosen = tokens * experts_per_token(text)
             rows = max(rows, chosen * (3 * first.columns + first.rows + 2 * down.columns))
     if getattr(text, "_attn_implementation", None) == "eager":  # it keeps scores and their softmax
-        rows = max(rows, 2 * tokens * window * int(text.num_attention_heads))
+        rows = max(rows, 2 * tokens * window * max(int(config.num_attention_heads) for config in each))
     layer_bytes = rows * dtype.itemsize + 3 * 4 * largest
     logits = int(text.vocab_size) * (2 * 4 * tokens + LOGIT_BYTES * min(tokens, ROWS))
     return max(layer_bytes, logits) + (WORKSPACES if device.type == "cuda" else 0)
@@ -250,26 +257,40 @@ def staging_bytes(model: Any, structure: Structure) -> int:
     return 3 * max(sizes)
 
 
-def check_staging(memory: Memory, model: Any, structure: Structure) -> None:
-    """Raises UserError, saying what would do, when host memory does not hold the layer that is on its way to a GPU."""
-    if memory.device.type == "cuda" and (staging := staging_bytes(model, structure)) > memory.host.limit:
+def check_staging(memory: Memory, model: Any, structure: Structure, texts: int = 0) -> None:
+    """Raises UserError, saying what would do, when host memory does not hold the layer that is on its way to a GPU.
+
+    texts: bytes of host memory for the tokens of the calibration texts
+    """
+    of_texts = _of_texts(texts)
+    if memory.device.type == "cuda" and (staging := staging_bytes(model, structure)) + texts > memory.host.limit:
         raise UserError(
-            f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU: give "
-            f"at least --host-memory {gigabytes(staging)}"
+            f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU"
+            f"{of_texts}: give at least --host-memory {gigabytes(staging + texts)}"
         )
 
 
-def check_bounds(memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype) -> None:
+def _of_texts(texts: int) -> str:
+    return f" and the tokens of the calibration texts ({gigabytes(texts)})" if texts else ""
+
+
+def check_bounds(
+    memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype, texts: int = 0
+) -> None:
     """Raises UserError, saying what would do, when the least that a job must have on its device is above its bound.
 
-    model: may be on the meta device
+    Args:
+        model: may be on the meta device
+        texts: bytes of host memory for the tokens of the calibration texts
     """
-    check_staging(memory, model, structure)
+    check_staging(memory, model, structure, texts)
+    cuda = memory.device.type == "cuda"
     held = held_bytes(model, structure, dtype)
     working = Footprint(structure, recipe, model.config, dtype, memory.device).least
-    if held + working > memory.on_device.limit:
+    least = held + working + (0 if cuda else texts)
+    if least > memory.on_device.limit:
         raise UserError(
             f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "
-            f"layers ({gigabytes(held)}) and what one layer takes to compute ({gigabytes(working)}): "
-            f"give at least {memory.flag} {gigabytes(held + working)}"
+            f"layers ({gigabytes(held)}) and what one layer takes to compute ({gigabytes(working)})"
+            f"{'' if cuda else _of_texts(texts)}: give at least {memory.flag} {gigabytes(least)}"
         )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gemq.resources.graph_capture import capture
 
 WARM_UP = 2
 """Steps that run as they are before one is captured: kernels are compiled and optimizers have their state then."""
@@ -107,18 +108,13 @@ class Replayed:
         return output
 
     def _captured(self) -> bool:
-        pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-        graph = torch.cuda.CUDAGraph()
-        try:
-            if not Replayed.failed:
-                with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
-                    self._output = self._run(self._fixed, *self._given)
-                self._graph = graph
+        if not Replayed.failed:
+            run = partial(self._run, self._fixed, *self._given)
+            try:
+                self._graph, self._output = capture(run, self._device, stream=self._stream, pool=self._pool)
                 return True
-        except RuntimeError:  # out of memory, or something that a graph does not take
-            Replayed.failed = True
-            with suppress(RuntimeError):  # where torch has done so, as it does from 2.12 on
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            except Exception:  # noqa: BLE001 - out of memory, or whatever a graph does not take: steps run without
+                Replayed.failed = True
         self._usable = False
         self._tell()
         return False

@@ -67,8 +67,15 @@ class Span(NamedTuple):
 
 
 def spans_of(file: Path) -> dict[str, Span]:
-    """The tensors of a safetensors file by name. Raises UserError for a damaged one."""
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        UserError: a damaged file, or a type that torch does not have.
+    """
     entries, start = tensor_entries(file)
+    for name, entry in entries.items():
+        if entry["dtype"] not in TYPES:
+            raise UserError(f"{file} stores {name} as {entry['dtype']}: give the model in 16 or 32 bits")
     return {
         name: Span(file, start + entry["data_offsets"][0], TYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in entries.items()

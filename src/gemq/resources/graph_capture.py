@@ -1,0 +1,63 @@
+"""Capturing a CUDA graph so that a capture that fails leaves the process as it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+
+def capture(
+    run: Callable[[], Any], device: torch.device, *, stream: torch.cuda.Stream | None = None, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Captures what ``run`` launches on ``device``.
+
+    ``torch.cuda.graph`` does the same, but where the capture fails it leaves its stream current, its memory pool open
+    and the default generator in its capturing state, in which every later draw raises (torch 2.11).
+
+    Args:
+        run: launches the work; it must have run before, so that kernels are compiled and libraries initialised
+        stream: the stream to capture on, a new one by default
+        pool: a ``graph_pool_handle`` shared by graphs that never run at the same time, a new one by default
+
+    Returns:
+        The graph, and what ``run`` returned: tensors that each replay overwrites.
+
+    Raises:
+        Exception: whatever ``run`` or the end of the capture raised.
+    """
+    graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[device_index(device)]
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # what stays cached outside the pool is no use to the graph
+    state = generator.clone_state()
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device) if stream is None else stream):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            output = run()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error says more
+                _end(graph, device, pool, generator, state)
+            raise
+        _end(graph, device, pool, generator, state)
+    return graph, output
+
+
+def device_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _end(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, generator: torch.Generator, state: torch.Generator
+) -> None:
+    """Ends a capture. Raises RuntimeError when it is invalid, after undoing what torch leaves behind then."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError):  # from torch 2.12 on, the pool is closed already
+            torch._C._cuda_endAllocateToPool(device_index(device), pool)
+        generator.graphsafe_set_state(state)
+        raise

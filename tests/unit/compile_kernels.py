@@ -1,0 +1,354 @@
+"""Compiles Triton kernels as they would be launched, for GPUs that are not here, and prints a JSON line for each.
+
+    python tests/unit/compile_kernels.py [--strength 2] [--jobs 2] [--only decode grouped training]
+
+A launch is described by a few axes (architecture, dtype, tile, widths, group size ...). All combinations would take a
+day, so launches are chosen in which every pair of values of two axes occurs (``--strength 3``: every triple of three).
+It needs a process of its own, because the test process has told Triton to interpret.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
+from triton.runtime.jit import JITFunction
+
+from gemq.kernels import attention, fields, launch, matmul, pairs, rotary, routing, unpack
+from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
+from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ARCHITECTURES = (80, 89, 90)
+ACTIVATIONS = {
+    "silu": Activation(SILU, gated=True),
+    "clamped": Activation(SILU, True, True, CLAMP_BEFORE, 7.0, 1.7, 1.0),  # gpt-oss: interleaved, too
+    "gelu": Activation(GELU_TANH, gated=True),
+    "plain": Activation(RELU_SQUARED, gated=False),
+}
+LOW = (2, 3, 4, 8)
+"""Levels of the widths that experts mostly get."""
+
+Axes = Mapping[str, Sequence[Any]]
+
+
+class Device:
+    """What Triton asks a driver for before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+class Task:
+    """One kernel with its constants, and the launch that it belongs to."""
+
+    def __init__(self, fn: Any, signature: Any, constants: Any, attributes: Any, options: Any, target: GPUTarget):
+        self.source = compiler.ASTSource(fn, signature, constants, attributes)
+        self.name, self.options, self.target = fn.fn.__name__, options, target
+        self.launch: dict[str, str] = {}
+
+    def compile(self) -> dict[str, Any]:
+        """Compiles down to LLVM's IR, where the last of Triton's passes and the use of shared memory are done."""
+        backend = compiler.make_backend(self.target)
+        options = backend.parse_options({**vars(self.options), **self.source.parse_options()})
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, self.source.language)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        metadata: dict[str, Any] = {"target": self.target, **vars(options)}
+        codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+        module = self.source.make_ir(self.target, options, codegen, modules, context)
+        result = {"kernel": self.name, "arch": self.target.arch, **self.launch}
+        try:
+            for stage in ("ttir", "ttgir", "llir"):
+                module = stages[stage](module, metadata)
+                if stage == "ttgir":
+                    launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+        except Exception as error:  # noqa: BLE001 - whatever Triton raises is what this looks for
+            return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
+        return {**result, "shared": metadata["shared"]}
+
+
+TASKS: dict[str, Task] = {}
+"""By everything that Triton's own cache distinguishes."""
+
+
+def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    """Takes the place of ``JITFunction.run``: notes what would be compiled."""
+    options |= {"debug": False, "instrumentation_mode": triton.knobs.compilation.instrumentation_mode}
+    _, _, target, backend, binder = self.device_caches[triton.runtime.driver.active.get_current_device()]
+    bound, specialization, parsed = binder(*args, **options)
+    key = f"{self.fn.__module__}.{self.fn.__name__} {target} {specialization} {parsed}"
+    if key not in TASKS:
+        packed, signature, constants, attributes = self._pack_args(backend, options, bound, specialization, parsed)
+        TASKS[key] = Task(self, signature, constants, attributes, packed, target)
+
+
+def covering(axes: Axes, strength: int = 2, candidates: int = 100) -> Iterator[dict[str, Any]]:
+    """Rows, a value for each axis, in which every combination of the values of ``strength`` axes occurs.
+
+    Greedy: of some random rows that hold a missing combination, the one with the most missing ones is taken. The
+    result is the same at every call.
+    """
+    draw = random.Random(0)
+    names = list(axes)
+    chosen_axes = list(itertools.combinations(range(len(names)), strength))
+    values = [range(len(axes[name])) for name in names]
+    missing = {(which, row) for which in chosen_axes for row in itertools.product(*(values[i] for i in which))}
+    while missing:
+        which, fixed = min(missing)
+        best: list[int] = []
+        covered: set[Any] = set()
+        for _ in range(candidates):
+            row = [draw.choice(value) for value in values]
+            for axis, value in zip(which, fixed, strict=True):
+                row[axis] = value
+            hits = {(w, tuple(row[i] for i in w)) for w in chosen_axes} & missing
+            if len(hits) > len(covered):
+                best, covered = row, hits
+        missing -= covered
+        yield {name: axes[name][index] for name, index in zip(names, best, strict=True)}
+
+
+# Launches. Pointers are all that matters of a tensor: few elements do.
+
+
+def empty_bytes() -> torch.Tensor:
+    return torch.empty(64, dtype=torch.uint8)
+
+
+def tiles() -> list[tuple[torch.dtype, matmul.Config]]:
+    return [
+        (dtype, config)
+        for dtype in (BF16, FP16, FP32)
+        for config in sorted({matmul.config_for(count, 1, dtype) for count in range(1, 1000)})
+    ]
+
+
+GROUPED: Axes = {
+    "arch": ARCHITECTURES,
+    "tile": tiles(),
+    "widths": [unpack.levels_mask(LOW), unpack.levels_mask([256])],
+    "group": [128, 256, 64, 32, 16],
+    "product": [*ACTIVATIONS, "down"],
+    "bias": [False, True],
+    "index": [torch.int32, torch.int64],
+}
+
+
+def grouped(tile: Any, widths: int, group: int, product: str, bias: bool, index: torch.dtype) -> None:
+    dtype, config = tile
+    columns, rows, experts, top_k = 2 * group, 512, 8, 4
+    table = torch.empty(experts, 3, dtype=torch.int64)
+    biases = torch.empty(experts, rows, dtype=dtype) if bias else None
+    w = matmul.Packed(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, widths, rows, group)
+    order = routing.sort_pairs(torch.empty(64, top_k, dtype=index), experts, config.block_m)
+    x = torch.empty(64, columns, dtype=dtype)
+    if product == "down":
+        matmul.matmul(x.expand(64, -1), w, config, order, scatter=True)
+    else:
+        matmul.matmul(x, w, config, order, top_k=top_k, activation=ACTIVATIONS[product])
+    weights = torch.empty(64, top_k)
+    routing.combine(torch.empty(256, columns, dtype=dtype), torch.empty(64, top_k, dtype=index), weights, experts)
+
+
+LINEAR: Axes = {
+    "arch": ARCHITECTURES,
+    "tile": tiles(),
+    "levels": unpack.ALL_LEVELS,
+    "group": [128, 64, 32, 16],
+    "bias": [False, True],
+}
+
+
+def grouped_linear(tile: Any, levels: int, group: int, bias: bool) -> None:
+    dtype, config = tile
+    rows = 512
+    biases = torch.empty(rows, dtype=dtype) if bias else None
+    w = matmul.Packed(empty_bytes(), empty_bytes(), empty_bytes(), None, biases, unpack.width_bit(levels), rows, group)
+    matmul.matmul(torch.empty(64, 2 * group, dtype=dtype), w, config, None)
+    unpack.dequantize(*w[:4], w.widths, rows, 2 * group, group, dtype)
+
+
+DECODE: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP16, FP32],
+    "tokens": [(1, 8, 64), (4, 2, 8), (9, 4, 8), (16, 8, 64)],  # tokens, slots, experts
+    "widths": [*((levels,) for levels in unpack.ALL_LEVELS), LOW, unpack.ALL_LEVELS],
+    "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16), (16, 16)],  # groups, size
+    "product": list(ACTIVATIONS),
+    "bias": [False, True],
+}
+
+
+def decode(dtype: torch.dtype, tokens: Any, widths: Sequence[int], size: Any, product: str, bias: bool) -> None:
+    count, slots, experts = tokens
+    groups, group = size
+    columns, rows = groups * group, 512
+    levels = launch.widths_for(widths, group)
+    table, index = torch.empty(experts, 3, dtype=torch.int64), torch.empty(count, slots, dtype=torch.int64)
+    biases = torch.empty(experts, rows, dtype=dtype) if bias else None
+    first = launch.Matrices(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, rows, group, levels)
+    launch.launch_up(torch.empty(count, columns, dtype=dtype), index, first, ACTIVATIONS[product])
+    weights = torch.empty(count, slots, dtype=dtype) if product != "plain" else None
+    launch.launch_down(torch.empty(count, slots, columns, dtype=dtype), index, weights, first)
+
+
+DECODE_LINEARS: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP16, FP32],
+    "tokens": [1, 4, 16],
+    "levels": unpack.ALL_LEVELS,
+    "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16)],
+    "count": [1, 3],
+    "rows": [64, 4096],
+    "bias": [False, True],
+}
+
+
+def decode_linears(dtype: torch.dtype, tokens: int, levels: int, size: Any, count: int, rows: int, bias: bool) -> None:
+    groups, group = size
+    parts = [torch.empty(rows, 1, dtype=torch.uint8)] * count
+    biases = [torch.empty(rows, dtype=dtype)] * count if bias else []
+    x = torch.empty(tokens, groups * group, dtype=dtype)
+    launch.launch_linears(x, launch.Linears(parts, parts, parts, biases, levels, group))
+
+
+ATTENTION: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP16, FP32],
+    "length": [64, 4096],
+    "head": [64, 80, 128, 256],
+    "heads": [(8, 2), (32, 8)],
+}
+
+
+def decode_attention(dtype: torch.dtype, length: int, head: int, heads: Any) -> None:
+    queries, groups = heads
+    cache = torch.empty(1, groups, length, head, dtype=dtype)
+    query, bounds = torch.empty(1, queries, head, dtype=dtype), torch.empty(2, dtype=torch.int32)
+    attention.decode_attention(query, cache, cache, bounds, 1.0)
+
+
+TRAINING: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP16, FP32],
+    "hidden": [96, 2048],
+    "group": [16, 64, 128],
+}
+
+
+def training(dtype: torch.dtype, hidden: int, group: int) -> None:
+    rows, top_k, experts = 32, 2, 4
+    x, y = torch.empty(rows, hidden, dtype=dtype), torch.empty(rows * top_k, hidden, dtype=dtype)
+    token, place = torch.zeros(rows * top_k, dtype=torch.int64), torch.zeros(rows, top_k, dtype=torch.int64)
+    weights = torch.empty(rows * top_k, dtype=dtype)
+    y.requires_grad_()
+    weights.requires_grad_()
+    pairs.combine(y, weights, token, place).backward(x)
+    gathered = pairs.gather(x.clone().requires_grad_(), token, place)
+    gathered.backward(torch.empty_like(gathered))
+    gate = torch.empty(rows, 2 * hidden, dtype=dtype, requires_grad=True)
+    pairs.silu_gate(gate).backward(x)
+    pairs.residual_gradient(x, x, torch.empty(rows), torch.empty(()))
+    for squares in (False, True):
+        pairs.projection(x, x, x, squares)
+    turn = torch.empty(1, rows, 64, dtype=dtype)
+    rotary.rotary(torch.empty(1, 4, rows, 64, dtype=dtype, requires_grad=True), turn, turn).backward(
+        torch.empty(1, 4, rows, 64, dtype=dtype)
+    )
+    if dtype != FP32:
+        gram_kernel.add(torch.empty(experts, hidden, hidden), x, torch.empty(experts, dtype=torch.int64))
+    columns, widths = 2 * group, 3
+    upper, highest = torch.empty(experts, columns, columns), torch.empty(widths, experts)
+    for latents in (None, torch.empty(widths, experts, rows, columns, dtype=torch.int16)):
+        gptq_kernel.quantize(torch.empty(experts, rows, columns, dtype=dtype), upper, highest, group, latents)
+    codes, table = empty_bytes(), torch.empty(experts, 3, dtype=torch.int64)
+    unpack.grid_gradients(torch.empty(experts, rows, columns, dtype=dtype), codes, table, 63, group)
+    scales = torch.empty(experts, rows, 2)
+    grid_kernel.changed(scales, scales, scales, scales, torch.empty(experts, 1, 1))
+    unpack.dequantize(codes, scales, scales, table, 63, rows, columns, group, dtype)
+    for latents in (torch.float32, torch.int16):
+        _training_step(dtype, torch.empty(experts, rows, columns, dtype=latents), scales)
+
+
+def _training_step(dtype: torch.dtype, latents: torch.Tensor, scales: torch.Tensor) -> None:
+    from gemq.quant.fused import State, Steps
+
+    weight = torch.empty(latents.shape, dtype=dtype)
+    moments = (torch.empty(latents.shape, dtype=BF16),) * 2
+    state = State(weight, latents, moments, (scales, scales), (scales, scales), (scales,) * 4)
+    steps = Steps(torch.empty(4, 3), torch.empty((), dtype=torch.int64))
+    numbers = torch.empty(len(latents), dtype=torch.int64)
+    step_kernel.step(state, weight, torch.empty(len(latents)), numbers, steps, True, 0)
+
+
+KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
+    "grouped": [(grouped, GROUPED), (grouped_linear, LINEAR)],
+    "decode": [(decode, DECODE), (decode_linears, DECODE_LINEARS), (decode_attention, ATTENTION)],
+    "training": [(training, TRAINING)],
+}
+
+
+def collect(kinds: Sequence[str], strength: int) -> list[Task]:
+    """The kernels of all launches, each once."""
+    JITFunction.run = record  # type: ignore[method-assign]
+    precisions = {BF16: fields.BF16, FP16: fields.FP16, FP32: fields.SPLIT}
+    launch._kind = lambda x: int(precisions[x.dtype])  # as on a GPU
+    launch.starts_early = lambda device: triton.runtime.driver.active.get_current_device() >= 90
+    for function, axes in (pair for kind in kinds for pair in KINDS[kind]):
+        for row in covering(axes, strength):
+            values = dict(row)
+            triton.runtime.driver.set_active(Device(values.pop("arch")))
+            count = len(TASKS)
+            function(**values)
+            for task in list(TASKS.values())[count:]:
+                task.launch = {"launch": function.__name__, **{name: str(value) for name, value in values.items()}}
+    return list(TASKS.values())
+
+
+def compile_task(number: int) -> dict[str, Any]:
+    return list(TASKS.values())[number].compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--strength", type=int, default=2, help="axes whose combinations of values all occur")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=list(KINDS), default=list(KINDS))
+    args = parser.parse_args()
+    tasks = collect(args.only, args.strength)
+    failures = 0
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        chunk = max(1, math.ceil(len(tasks) / (args.jobs * 16)))
+        for result in pool.imap_unordered(compile_task, range(len(tasks)), chunksize=chunk):
+            failures += "error" in result
+            print(json.dumps(result), flush=True)
+    print(f"{len(tasks)} kernels, {failures} failures", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A packed linear's weight: read as the unpacked one, never written to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gemq.checkpoint.packing import PackedMatrix
+from gemq.kernels.packed import PackedLinear
+from gemq.quant.gptq import round_to_nearest
+from gemq.quant.grid import Quantized
+
+torch.set_num_threads(1)
+
+
+def packed(bits: float) -> PackedLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32, bias=False)
+    quantized = round_to_nearest(linear.weight.detach()[None], (bits,), 32)
+    matrix = PackedMatrix.pack(Quantized(*(t[0] for t in quantized)), bits, 32)
+    return PackedLinear.from_linear(linear, PackedMatrix(*(t[0] for t in matrix)), bits, 32)
+
+
+@pytest.mark.parametrize("bits", [2.0, 4.0, 8.0])
+def test_it_reads_as_the_unpacked_weight(bits):
+    linear = packed(bits)
+    exact = linear.dequantize(torch.float32)
+    weight = linear.weight
+    assert (weight.device, weight.dtype, tuple(weight.shape)) == (exact.device, torch.float32, (32, 64))
+    x = torch.randn(3, 64)
+    for read, expected in (
+        (weight.data.clone(), exact),
+        (weight + 1.0, exact + 1.0),
+        (1.0 - weight, 1.0 - exact),
+        (weight.to(torch.bfloat16), exact.bfloat16()),
+        (torch.linalg.norm(weight.detach(), dim=1), exact.norm(dim=1)),
+        (torch.cat([weight, weight]), torch.cat([exact, exact])),
+        (nn.functional.linear(x, weight), x @ exact.T),
+        (weight[3:5].T, exact[3:5].T),
+    ):
+        assert type(read) is torch.Tensor
+        assert torch.allclose(read, expected, atol=1e-6)
+    assert torch.equal(linear.dequantize(torch.float32), exact)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda linear: linear.weight.add_(1),
+        lambda linear: linear.weight.data.copy_(torch.zeros(32, 64)),
+        lambda linear: linear.weight.__setitem__(0, 1.0),
+        lambda linear: setattr(linear.weight, "data", torch.zeros(32, 64)),
+        lambda linear: torch.add(torch.zeros(32, 64), 1.0, out=linear.weight),
+        lambda linear: nn.init.normal_(linear.weight),
+        lambda linear: linear.weight.data.__iadd__(1.0),
+    ],
+)
+def test_nothing_can_be_written_to_it(write):
+    linear = packed(8.0)
+    before = linear.codes.clone()
+    with pytest.raises(RuntimeError, match="gemq export --dense"):
+        write(linear)
+    assert torch.equal(linear.codes, before)
+
+
+@pytest.mark.parametrize("bits", [4.0, 8.0])
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_is_never_lost_by_merging(bits, safe):
+    """At 8 bits codes have the shape of weights, and took what was added to them for codes."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.ModuleDict({"q": packed(bits), "norm": nn.LayerNorm(4)}), config)
+    layer = model.base_model.model["q"]
+    x = torch.randn(3, 64)
+    before = layer(x)
+    with pytest.raises(RuntimeError, match="cannot be written to, nor take up an adapter"):
+        model.merge_and_unload(safe_merge=safe)
+    assert torch.equal(layer(x), before)
+
+
+def test_adapters_that_compute_with_the_weights_get_those():
+    """DoRA scales by the weights' norms, at 8 bits once by those of the codes."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q"], use_dora=True)
+    linear = packed(8.0)
+    model = peft.get_peft_model(nn.ModuleDict({"q": linear, "norm": nn.LayerNorm(4)}), config)
+    layer = model.base_model.model["q"]
+    norms = linear.dequantize(torch.float32).norm(dim=1)
+    assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms)
+    x = torch.randn(3, 64)
+    assert torch.allclose(layer(x), linear(x), atol=1e-5)
+    layer(x).sum().backward()
+    assert layer.lora_magnitude_vector["default"].weight.grad.abs().max() > 0
