@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from gemq.decoder import FALLBACKS, Decoder, Unsupported
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 
 SERVED = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
@@ -46,8 +47,10 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the least is 1")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature cannot be {temperature}: give 0 or more")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"--seed cannot be {shown(seed)}: give a number of at most 64 bits")
     ids = _encode(tokenizer, prompt, raw).to(model.device)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None

@@ -25,7 +25,7 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, encode
 from gemq.quant.trainable import TrainableMatrices, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
-from gemq.reconstruct import Training, as_parameter, expert_overrides, set_gradients, tunable_names
+from gemq.reconstruct import Training, all_finite, as_parameter, expert_overrides, set_gradients, tunable_names
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Place, Waiting
 from gemq.resources.ranks import ALONE, Ranks
@@ -157,6 +157,10 @@ class Student:
             found.update(tuned.result())
         return found
 
+    def is_finite(self) -> bool:
+        """Whether all that is trained is finite, parameters that held-out windows do not reach included."""
+        return all_finite(self.tail.parameters.values()) and all(layer.is_finite() for layer in self.layers)
+
     def close(self) -> None:
         for layer in self.layers:
             layer.close()
@@ -253,6 +257,13 @@ class _PackedLayer:
         of_hidden: Tensor = self._descend(call, hidden, gradient)
         self.waiting.leave(changed=True)
         return of_hidden
+
+    def is_finite(self) -> bool:
+        """Whether all that is trained of the layer is finite."""
+        self.waiting.come()
+        finite = all_finite(self.trained)
+        self.waiting.leave()
+        return finite
 
     def close(self) -> None:
         """Lets go of everything."""

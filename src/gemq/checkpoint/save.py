@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.errors import UserError
 from gemq.files import disk_errors, flush_to_disk
+from gemq.outputs import partial_directory, remove_partial
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -110,12 +111,11 @@ def write_directory(
 ) -> None:
     """One atomic checkpoint directory. ``required`` are tensor names that must be among the shards."""
     out = Path(out).resolve()  # behind a link, so that the rename stays on one file system
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_directory(out)
     with disk_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty directory: choose another output, or delete it")
-        if partial.exists():
-            shutil.rmtree(partial)
+        remove_partial(partial)
         partial.mkdir(parents=True)
     try:
         written = _write_shards(partial, shards, shard_bytes, out)
@@ -188,16 +188,20 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-def _copy_small_files(source: Path, directory: Path) -> None:
-    folders = [source, *(source / name for name in _COPIED_DIRECTORIES if (source / name).is_dir())]
-    for folder in folders:
-        target = directory if folder is source else directory / folder.name
-        target.mkdir(exist_ok=True)
+def copied_files(source: Path) -> Iterator[Path]:
+    """The small files of a model that a checkpoint takes over as they are, by their paths inside ``source``."""
+    for folder in (source, *(source / name for name in _COPIED_DIRECTORIES if (source / name).is_dir())):
         for file in sorted(folder.iterdir()):
             wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES
             skipped = file.name in _NOT_COPIED or file.name.endswith(".index.json") or file.name.startswith(".")
             if wanted and not skipped and file.is_file():
-                shutil.copyfile(file, target / file.name)
+                yield file.relative_to(source)
+
+
+def _copy_small_files(source: Path, directory: Path) -> None:
+    for name in copied_files(source):
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

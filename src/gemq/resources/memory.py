@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ DEFAULT_SHARE = 0.9
 """Of what is free when a job starts: what it takes at most when it is told no bound."""
 
 UNLIMITED = 1 << 62
+
+WAITING = ".waiting-"
+"""How names of files begin that hold what does not fit into memory. A job removes those that a killed one left."""
 
 MOST_THREADS = 8
 """For files on their way to a GPU: enough for the bytes that memory gives, and the thread that launches is not kept
@@ -98,7 +102,6 @@ class Memory:
     spilled: dict[Place, int] = field(default_factory=lambda: {Place.HOST: 0, Place.DISK: 0})
     """Most bytes that were put off to each place: said in the summary."""
     _waiting: dict[Place, int] = field(default_factory=lambda: {Place.HOST: 0, Place.DISK: 0})
-    _files: int = 0
 
     @classmethod
     def unlimited(cls, device: torch.device) -> Memory:
@@ -210,10 +213,11 @@ class Memory:
         Its name is hidden, so that a job that goes on removes what a killed one left.
         """
         assert self.directory is not None
-        self._files += 1
-        path = self.directory / f".waiting-{os.getpid()}-{self._files}"
         count = max(1, math.prod(shape))
-        with disk_errors(path), path.open("wb") as file:
+        with disk_errors(self.directory):
+            descriptor, name = tempfile.mkstemp(prefix=WAITING, dir=self.directory)
+        path = Path(name)
+        with disk_errors(path), open(descriptor, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is told now, not by a signal
         flat = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
         return flat[: math.prod(shape)].view(tuple(shape)), path
