@@ -5,6 +5,7 @@ Both are data, whoever wrote them: they grant no trust, and what they say of the
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gemq.checkpoint.format import read_quantization_config
+from gemq.checkpoint.reader import check_checkpoint
+from gemq.checkpoint.save import copied_files
 from gemq.data.sources import SELF
 from gemq.errors import UserError
 from gemq.files import write_json
@@ -22,7 +25,6 @@ from gemq.preflight import read_allocation_file
 from gemq.quant.widths import width_name
 from gemq.recipe import Recipe
 from gemq.records import damaged, digest, read_object
-from gemq.safetensors_files import read_header, weight_files
 from gemq.workdir import JOB_FILE
 
 RESULTS_FILE = "results.json"
@@ -217,7 +219,7 @@ def record_result(work: Path, key: str, fingerprint: str) -> None:
 
 
 def check_own_output(out: Path, work: Path, key: str) -> None:
-    """Raises UserError unless the checkpoint ``out`` is the one that a job in ``work`` wrote, with all its weights.
+    """Raises UserError unless the checkpoint ``out`` carries the fingerprint of what a job in ``work`` wrote.
 
     So a job that goes on does not compute for hours only to find that its output holds something else.
     """
@@ -226,15 +228,20 @@ def check_own_output(out: Path, work: Path, key: str) -> None:
         raise UserError(
             f"{out} exists and is not what the job in {work} writes: name another output, or delete it first"
         )
+
+
+def check_whole(out: Path, source: Source) -> None:
+    """Raises UserError for a finished checkpoint of which something was deleted or replaced since.
+
+    Reads headers and small files. Whatever else tells that a checkpoint is whole belongs here.
+    """
     try:
-        for file in weight_files(out):
-            read_header(file)
+        check_checkpoint(out, trust_remote_code=source.trust_remote_code)
+        for name in copied_files(source.path):
+            if not (out / name).is_file() or not filecmp.cmp(source.path / name, out / name, shallow=False):
+                raise UserError(f"{name} is not the model's")
     except UserError as error:
-        raise incomplete(out, error) from error
-
-
-def incomplete(out: Path, reason: object) -> UserError:
-    return UserError(f"{out} is no longer complete ({reason}): delete it, and --resume writes it again")
+        raise UserError(f"{out} is no longer complete ({error}): delete it, and --resume writes it again") from error
 
 
 def _results(work: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ on where it was stopped and another budget costs only the stages that depend on 
 from __future__ import annotations
 
 import dataclasses
-import filecmp
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat, read_quantization_config
-from gemq.checkpoint.reader import check_checkpoint
-from gemq.checkpoint.save import copied_files, dense_state, model_card, write_checkpoint
+from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
 from gemq.files import check_free_space, write_text
 from gemq.finish import run_finish
@@ -31,7 +29,7 @@ from gemq.jobfile import (
     check_own_output,
     check_same_recipe,
     check_texts,
-    incomplete,
+    check_whole,
     known_files,
     record_job,
     record_result,
@@ -128,16 +126,19 @@ def quantize(
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
 
-    def check() -> None:
+    def check() -> bool:
         WorkDir.check(work_path, resume=resume)
         check_same_recipe(work_path, recipe)
-        if check_output(out, resume=resume):
+        if finished := check_output(out, resume=resume):
             check_own_output(out, work_path, result_key(recipe, allocation))
+        return finished
 
-    ranks.agree(check)
+    finished = ranks.agree(check)
     memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.here)
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
+    if finished:
+        ranks.agree(lambda: check_whole(out, source))
     with ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(claimed(out)))
         stack.enter_context(memory.enforced())
@@ -252,7 +253,7 @@ def _run(
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
     if key is not None:
         ranks.agree(lambda: record_result(job.work.path, key, packed_format.fingerprint))
-    if not ranks.agree(lambda: _is_complete(job, out, packed_format)):
+    if not ranks.agree(lambda: _is_complete(out, packed_format)):
         ranks.agree(lambda: check_free_space(out, result.stored_bytes))
         layers, tuned = assembled(job, structure, ladder, chosen), {}
         if finish:
@@ -296,11 +297,8 @@ def _why_unguarded(recipe: Recipe, allocation_file: Path | None, guarded: bool) 
     return "" if guarded else "a plain export takes seconds; --finish runs it"
 
 
-def _is_complete(job: Job, out: Path, packed_format: PackedFormat) -> bool:
-    """Whether this very result stands in ``out`` already. An output appears by one rename: it is never half there.
-
-    Raises UserError for another result, and for one of which something was deleted or replaced since.
-    """
+def _is_complete(out: Path, packed_format: PackedFormat) -> bool:
+    """Whether this very result stands in ``out`` already. An output appears by one rename: it is never half there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -309,13 +307,6 @@ def _is_complete(job: Job, out: Path, packed_format: PackedFormat) -> bool:
         found = None
     if found != packed_format.fingerprint:
         raise UserError(f"{out} exists and holds something else: name another output, or delete it first")
-    try:
-        check_checkpoint(out, trust_remote_code=job.source.trust_remote_code)
-    except UserError as error:
-        raise incomplete(out, error) from error
-    for name in copied_files(job.source.path):
-        if not (out / name).is_file() or not filecmp.cmp(job.source.path / name, out / name, shallow=False):
-            raise incomplete(out, f"{name} is not the model's")
     return True
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +181,7 @@ def _refuse_repeats(sources: Sequence[str]) -> None:
         raise UserError("no calibration source is given: name a text file, a data set id or self")
     seen: set[str] = set()
     for source in sources:
-        key = str(Path(source).resolve()) if source != SELF and Path(source).exists() else source
+        key = str(Path(source).resolve()) if source != SELF and os.path.exists(source) else source
         if key in seen:
             raise UserError(f"calibration source {source} is given twice: name it once")
         seen.add(key)
@@ -190,7 +191,7 @@ def _unique_names(sources: Sequence[str]) -> list[str]:
     """The stem of a file, the id of a data set, ``self``; a repeated name gets a number."""
     names: list[str] = []
     for source in sources:
-        base = Path(source).stem if source != SELF and Path(source).exists() else source
+        base = Path(source).stem if source != SELF and os.path.exists(source) else source
         candidates = chain([base], (f"{base}-{number}" for number in range(2, len(sources) + 2)))
         names.append(next(name for name in candidates if name not in names))
     return names
@@ -230,9 +231,10 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+            reason = getattr(error, "msg", None) or str(error)
             raise UserError(
-                f'{path} line {number} is not JSON ({error.msg}): write one object a line, such as {{"text": "..."}}'
+                f'{path} line {number} is not JSON ({reason}): write one object a line, such as {{"text": "..."}}'
             ) from error
         yield _text_of(row, f"{path} line {number}")
 
@@ -244,19 +246,19 @@ def _text_of(row: Any, where: str) -> str:
     text = next((value for value in strings if isinstance(value, str)), None)
     if text is None:
         raise UserError(f'{where} has no string field: name the text\'s field "text"')
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # cut emoji leave half a pair
 
 
 def _is_file(source: str) -> bool:
     """Whether a source is a file, there or not: a data set id is ``name`` or ``owner/name`` without a file's
     suffix."""
     is_id = bool(DATASET_ID.fullmatch(source)) and source[0] != "." and not FILE_SUFFIX.search(source)
-    return Path(source).exists() or not is_id
+    return os.path.exists(source) or not is_id  # False for a name that is too long for a path
 
 
 def _require_datasets(source: str) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"there is no file {source}; if it is a data set id, pip install gemq[datasets]")
+        raise UserError(f"there is no file {source[:200]}; if it is a data set id, pip install gemq[datasets]")
 
 
 def _dataset(source: str) -> Iterator[str]:
