@@ -263,7 +263,8 @@ class Recipe:
         """Nominal budgets must lie within the widths. Stored and total bytes are checked when shapes are known."""
         low, high = nominal_bits(min(self.ladder_widths)), nominal_bits(max(self.ladder_widths))
         budgets = self.progressive or ((self.bits,) if self.bits is not None else ())
-        if bits := next((b for b in budgets if not low <= b <= high), None):
+        bits = next((b for b in budgets if not low <= b <= high), None)
+        if bits is not None:
             advice = f"give --bits from {low:g} to {high:g}"
             if bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= bits]):
                 names = ",".join(width_name(w) for w in (*self.ladder_widths, wider[0]))

@@ -19,9 +19,9 @@ NEVER = [float("nan"), float("inf"), -1.0, 1e300, 1e308, 2 * MOST]
 
 
 def refused(match: str, **values: object) -> None:
-    for make in (lambda: Recipe(**values), lambda: Recipe.from_dict(values)):  # type: ignore[arg-type]
+    for construct in (lambda: Recipe(**values), lambda: Recipe.from_dict(values)):  # type: ignore[arg-type]
         with pytest.raises(UserError, match=match) as caught:
-            make()
+            construct()
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 300
 
@@ -85,6 +85,7 @@ def test_python_takes_what_yaml_takes(values, same):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
+        ({"bits": 0}, "has 0 bits: give --bits from 1 to 3"),
         ({"bits": "two"}, "bits cannot be 'two': it takes a value of type float"),
         ({"bits": True}, "bits cannot be True"),
         ({"bits": [2.0]}, r"bits cannot be \[2.0\]"),
