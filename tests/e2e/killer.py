@@ -8,7 +8,8 @@ A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
 ``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
 ``rename``: before this file is renamed, or the directory that holds it, by its own SIGKILL
 The answer holds ``code`` (0 done, 2 refused, or minus the signal that ended the job), ``error``, ``complete_before``
-and ``calls``, the names of all writes; of a job that was killed ``code`` and ``path``, what it was about to write or rename.
+and ``calls``, the names of all writes; of a job that was killed ``code`` and ``path``, what it was about to write or
+rename.
 """
 
 from __future__ import annotations
