@@ -19,7 +19,7 @@ from torch import Tensor
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat, read_quantization_config
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 from gemq.files import check_free_space, write_text
 from gemq.finish import run_finish
 from gemq.guard import own_plans, run_guard
@@ -121,6 +121,8 @@ def quantize(
     Raises UserError when something cannot be done, before anything is lost or half written.
     """
     recipe = recipe or Recipe()
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{shown(recipe)} is no recipe: give a gemq.Recipe, such as Recipe.from_yaml(file)")
     out = Path(out)
     work_path = Path(work) if work is not None else default_work(out)
     allocation = None if allocation is None else Path(allocation)

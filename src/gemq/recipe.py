@@ -304,7 +304,8 @@ class Recipe:
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some keys changed. A new budget replaces the old one, whatever its kind, and a new effort the
-        keys that the old one had set."""
+        keys that the old one had set. Raises UserError for unknown keys."""
+        changes = _clean(changes, origin="changes")
         if "effort" in changes:
             old = {name: FROM_EFFORT for name, value in EFFORTS[self.effort].items() if getattr(self, name) == value}
             changes = {**old, **changes}

@@ -123,12 +123,15 @@ class Optimizer:
             self.inner.zero_grad(set_to_none=True)
         for matrices in self.fused:
             matrices.leaf.grad = None  # of a step that was not taken
-        loss.backward(gradient)
+        if loss.requires_grad:  # not where every learning rate is 0
+            loss.backward(gradient)
         between()
         self.update()
 
     def update(self) -> None:
         """The same from gradients that the parameters have already."""
+        if self.inner is None and not self.fused:
+            return
         if self.inner is not None:
             factor = self._on_device.index_select(0, self.number.view(1)).squeeze(0)
             for group, rate in zip(self.inner.param_groups, self.rates, strict=True):

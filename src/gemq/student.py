@@ -139,10 +139,10 @@ class Student:
 
         last: what the last layer gave, a leaf; ``inputs`` of the layers, which are computed again
         """
-        sources = [last, *self.tail.parameters.values()]
-        parts = [torch.autograd.grad(part, sources) for part in losses]
+        trained = [parameter for parameter in self.tail.parameters.values() if parameter.requires_grad]
+        parts = [torch.autograd.grad(part, [last, *trained]) for part in losses]
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
-        set_gradients(list(self.tail.parameters.values()), of_tail, self.among)
+        set_gradients(trained, of_tail, self.among)
         if self.optimizer is not None:
             self.optimizer.update()
         for index in reversed(range(len(self.layers))):

@@ -283,3 +283,19 @@ def test_training_that_ends_in_nan_is_not_kept(tiny_model, tmp_path, monkeypatch
     assert not any(math.isnan(gain) for gain in result.gains.values())
     model = library.load(tmp_path / "out")
     assert model(torch.arange(3, 30)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ladder_epochs": 1, "rate_ladder": 0, "rate_codes": 0, "rate_grids": 0},
+        {"layer_epochs": 1, "rate_codes": 0, "rate_grids": 0, "rate_tuned": 0},
+        {"distil_epochs": 1, "rate_tuned": 0},
+        {"distil_epochs": 1, "rate_grids": 0, "rate_tuned": 0},
+        {"distil_epochs": 1, "rate_grids": 0, "distil_sets": ("grids",)},
+    ],
+)
+def test_a_learning_rate_of_0_leaves_things_as_they_are(tiny_model, tmp_path, keys):
+    text = str(builtin_texts()[0])
+    recipe = Recipe(effort="low", windows=4, window=16, batch_tokens=16, calib=(text,), guard=False, **keys)
+    assert quantize(str(tiny_model), recipe, out=tmp_path / "out", device="cpu").expert_bits_nominal <= 2

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 from gemq.files import disk_errors
 
 DEFAULT_SHARE = 0.9
@@ -122,6 +122,9 @@ class Memory:
         processes: of the job on this machine, which share its host memory
         Raises UserError for bounds that the machine does not have.
         """
+        for name, count in (("gpu_memory", gpu_bytes), ("host_memory", host_bytes)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise UserError(f"{name} cannot be {shown(count)}: give a number of bytes, such as 20_000_000_000")
         free = free_host_bytes()
         if host_bytes is not None and host_bytes > (total := total_host_bytes()):
             raise UserError(f"--host-memory {gigabytes(host_bytes)} is more than this machine's {gigabytes(total)}")
