@@ -9,6 +9,7 @@ read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,7 +38,7 @@ from gemq.checkpoint.format import (
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
 from gemq.quant.widths import Width, group_size_for
 from gemq.safetensors_files import TensorSpec, read_header
@@ -46,7 +47,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """The model of a packed checkpoint, in eval mode.
 
     path:   a directory that gemq wrote, or the hub id of one
@@ -56,6 +59,8 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
     Raises UserError when it is not a gemq checkpoint, or when anything is missing or damaged.
     """
     register()
+    device = str(device) if isinstance(device, torch.device) else device
+    _check_arguments(path, device, dtype)
     auto = _auto_class(path, kwargs)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,6 +74,21 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
             f"{len(absent)} tensors are missing or have the wrong shape, first: {absent[0]}: copy the checkpoint again"
         )
     return model.eval()
+
+
+def _check_arguments(path: object, device: object, dtype: object) -> None:
+    """Raises UserError for arguments of ``load`` that mean nothing."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{shown(path)} is no path: give the directory of a checkpoint, or its hub id")
+    names = [name for name, kind in vars(torch).items() if isinstance(kind, torch.dtype) and kind.is_floating_point]
+    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", *names):
+        raise UserError(f"dtype cannot be {shown(dtype)}: give auto, float32, bfloat16 or float16")
+    try:
+        known = device == "auto" or torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        known = False
+    if not known or not isinstance(device, str):
+        raise UserError(f"there is no device {shown(device)}: give auto, cpu or cuda")
 
 
 def _auto_class(path: str | Path, kwargs: dict[str, Any]) -> Any:

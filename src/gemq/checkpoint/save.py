@@ -21,6 +21,7 @@ from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
 from gemq.files import disk_errors, flush_to_disk
+from gemq.outputs import partial_directory, remove_partial
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -105,13 +106,12 @@ def write_directory(
 ) -> None:
     """One atomic checkpoint directory. ``required`` are tensor names that must be among the shards."""
     out = Path(out).resolve()  # behind a link, so that the rename stays on one file system
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_directory(out)
     copied = {} if source is None else small_files(source)
     with disk_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty directory: choose another output, or delete it")
-        if partial.exists():
-            shutil.rmtree(partial)
+        remove_partial(partial)
         partial.mkdir(parents=True)
     try:
         written = _write_shards(partial, shards, shard_bytes, out)

@@ -16,6 +16,7 @@ from torch import Tensor
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_directory
+from gemq.outputs import check_output, claimed
 from gemq.quant.grid import dequantize
 from gemq.quant.widths import Width, group_size_for
 
@@ -35,7 +36,9 @@ def write_dense_twin(
     """
     reader = CheckpointReader(packed, trust_remote_code=trust_remote_code)
     values = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
-    write_directory(out, values, _dense_shards(reader, dtype), packed, None, None, shard_bytes, set())
+    check_output(out, resume=False)
+    with claimed(out):
+        write_directory(out, values, _dense_shards(reader, dtype), packed, None, None, shard_bytes, set())
 
 
 def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,10 +60,10 @@ class Source:
 
         weights: False leaves the weights on the hub and fetches only what describes the model
         """
-        path = Path(model).expanduser()
-        if not path.exists():
+        path = Path(os.path.expanduser(model))
+        if not os.path.exists(path):  # False for what cannot be a path, such as a name that is too long
             if model.startswith((".", "/", "~")) or model.count("/") != 1:
-                raise UserError(f"model {model} does not exist: give a directory or a hub id such as org/name")
+                raise UserError(f"model {model[:200]} does not exist: give a directory or a hub id such as org/name")
             return cls(_download(model, revision, weights), trust_remote_code)
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: give the directory of a Transformers checkpoint")
