@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from gemq.decoder import FALLBACKS, Decoder, Unsupported
+from gemq.display import printable
 from gemq.errors import UserError
 
 SERVED = {
@@ -140,4 +141,4 @@ def _end_tokens(model: Any) -> set[int]:
 
 @functools.cache
 def say_once(line: str) -> None:
-    logging.getLogger("gemq").warning(line)
+    logging.getLogger("gemq").warning(printable(line))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gemq.display import styled
 from gemq.quant.widths import ExpertWidths, width_name
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ def print_result(console: Console, result: Result) -> None:
     print_widths(console, rows, result.expert_bits_nominal)
     share = result.stored_bytes / result.original_bytes
     console.print(
-        f"[bold]{_size(result.original_bytes)} -> {_size(result.stored_bytes)}[/] ({share:.1%}), "
-        f"{result.quantized_share:.1%} of the parameters quantized; expert weights: "
-        f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
-        f"(budget {result.budget}, allocation {result.method})"
+        styled(
+            (f"{_size(result.original_bytes)} -> {_size(result.stored_bytes)}", "bold"),
+            f" ({share:.1%}), {result.quantized_share:.1%} of the parameters quantized; expert weights: "
+            f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
+            f"(budget {result.budget}, allocation {result.method})",
+        )
     )
     sources = ", ".join(f"{count} {name}" for name, count in result.windows.items())
     tokens = sum(result.windows.values()) * result.window
@@ -66,7 +69,7 @@ def print_result(console: Console, result: Result) -> None:
             console.print(f"Up to {_size(count)} of activations and packed layers waited in {place} for want of room.")
     for name, count in result.fallbacks.items():
         if count:
-            console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")
+            console.print(f"{count} {FALLBACKS.get(name, name.replace('_', ' '))}", style="yellow")
     if not any(result.fallbacks.values()):
         console.print("No fallbacks.")
     console.print(
@@ -74,7 +77,7 @@ def print_result(console: Console, result: Result) -> None:
         "budgets from it in seconds; it may be deleted."
     )
     done = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
-    console.print(f'[green]{done}[/]. Try: gemq generate {result.out} -p "Once"')
+    console.print(styled((done, "green"), f'. Try: gemq generate {result.out} -p "Once"'))
 
 
 def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths], float]], mean: float) -> None:
@@ -259,7 +262,7 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
     runs = ", ".join(dict.fromkeys(row["execution"] for row in values["decode"]))
     console.print(f"Decoded with: {runs}. Weights a step: dense ones once, experts that any token chose once.")
     for line in values["fallbacks"]:
-        console.print(f"[yellow]{line}[/]")
+        console.print(line, style="yellow")
 
 
 def _rate(bytes_per_second: float) -> str:

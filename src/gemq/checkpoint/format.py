@@ -6,6 +6,8 @@ be planned, inspected and verified from JSON and safetensors headers alone.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,8 @@ QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2
 PARTS = ("codes", "scales", "offsets")
 UP_PROJECTIONS = ("gate_up_proj", "up_proj")
+LARGEST_GROUP = 1 << 16
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 Shapes = Mapping[str, tuple[int, int]]
 """(rows, columns) of each packed matrix kind: ``{experts path}.{projection}`` or ``{linear path}``."""
@@ -55,6 +59,8 @@ class PackedFormat:
     def __post_init__(self) -> None:
         if self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1):
             raise UserError(f"group_size {self.group_size} is not a power of two from {SMALLEST_GROUP} up: try 128")
+        if self.group_size > LARGEST_GROUP:
+            raise UserError(f"group_size {self.group_size} is larger than {LARGEST_GROUP}: try 128")
         for path, projections in self.experts.items():
             names = set(projections)
             if names not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
@@ -79,18 +85,24 @@ class PackedFormat:
                 "this gemq reads: upgrade gemq, or quantize the model again"
             )
         experts, linears, group_size = (values.get(key) for key in ("experts", "linears", "group_size"))
+        fingerprint = values.get("fingerprint", "")
         if not isinstance(experts, Mapping) or not isinstance(linears, Mapping) or type(group_size) is not int:
             raise _damaged("experts, linears or group_size is missing or of the wrong kind")
+        if not isinstance(fingerprint, str):
+            raise _damaged("fingerprint is not text")
         if not all(isinstance(p, Mapping) and all(isinstance(w, list) for w in p.values()) for p in experts.values()):
             raise _damaged("experts does not map projections to lists of widths")
+        for path in (*experts, *linears):
+            if not _MODULE_PATH.fullmatch(path):
+                raise _damaged(f"{path!r} is not the path of a module")
         return cls(
             experts={
-                path: {proj: tuple(parse_width(w) for w in widths) for proj, widths in projections.items()}
+                path: {proj: tuple(_width(w, path) for w in widths) for proj, widths in projections.items()}
                 for path, projections in sorted(experts.items(), key=_by_number)
             },
-            linears={path: parse_width(width) for path, width in sorted(linears.items(), key=_by_number)},
+            linears={path: _width(width, path) for path, width in sorted(linears.items(), key=_by_number)},
             group_size=group_size,
-            fingerprint=str(values.get("fingerprint", "")),
+            fingerprint=fingerprint,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,25 +152,31 @@ class PackedFormat:
         )
 
 
-def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
-    """The raw ``quantization_config`` of a local checkpoint. Raises UserError when it is not gemq's."""
-    try:
-        config = read_json(checkpoint / "config.json")
-    except UserError as error:
-        raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote") from error
+def read_packed_config(checkpoint: Path) -> dict[str, Any]:
+    """The contents of a packed checkpoint's config.json. Raises UserError when it is unreadable or not gemq's."""
+    if not (checkpoint / "config.json").exists():
+        raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote")
+    config = read_json(checkpoint / "config.json", unique_keys=True)
     values = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{checkpoint} is not a gemq checkpoint: give a directory that gemq quantize or export wrote")
+    return config
+
+
+def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
+    """The raw ``quantization_config`` of a local checkpoint. Raises UserError when it is not gemq's."""
+    values: dict[str, Any] = read_packed_config(checkpoint)["quantization_config"]
     return values
 
 
 def is_packed(path: Path) -> bool:
     """Whether a directory's config.json names gemq as its quantization."""
     try:
-        read_quantization_config(path)
+        config = read_json(path / "config.json")
     except UserError:
         return False
-    return True
+    values = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD
 
 
 def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
@@ -199,6 +217,13 @@ def _describe(spec: TensorSpec) -> str:
 def _by_number(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
     """Sorts by module path, numbers in it by their size."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
+
+
+def _width(value: object, path: str) -> Width:
+    """A width as config.json has it: a number, neither text nor a truth value. Raises UserError for others."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _damaged(f"{path} has the width {reprlib.repr(value)}, which is not a number")
+    return parse_width(value)
 
 
 def _damaged(what: str) -> UserError:

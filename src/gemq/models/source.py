@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
 from gemq.errors import UserError
+from gemq.model_limits import bounded_construction, check_source_sizes
 from gemq.models.digests import file_digests
 from gemq.models.elementwise import use_fused_kernels
 from gemq.models.experts import use_experts_forward
@@ -79,6 +80,7 @@ class Source:
         return config
 
     def _stored_config(self) -> Any:
+        check_source_sizes(self.path)
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
@@ -259,7 +261,10 @@ def _forget_quantization(model: Any) -> None:
 
 def _build(make: Any, path: Path) -> Any:
     try:
-        return make()
+        with bounded_construction(path):
+            return make()
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "Unrecognized configuration class" in str(error):
             raise UserError(
