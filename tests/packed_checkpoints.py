@@ -45,6 +45,7 @@ def write_packed(
     """Writes a packed checkpoint of random weights: experts at ``widths`` in turn, dense linears at 4 bits."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or olmoe_config(), dtype=torch.bfloat16)
+    model.config.architectures = [type(model).__name__]
     packed_format = _format(model, widths)
     write_checkpoint(
         out,

@@ -193,7 +193,8 @@ class Source:
         """Raises UserError when there is none, or none that can be read."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer.decode(tokenizer("a b")["input_ids"])  # some damage shows only in use
+        except Exception as error:
             raise UserError(f"cannot read the tokenizer of {self.path}: {_first_line(error)}") from error
         if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # Transformers made an empty one
             raise UserError(f"{self.path} holds no tokenizer: copy its tokenizer files there")
