@@ -329,6 +329,8 @@ def test_odd_settings_are_one_line_each(copy, tmp_path, change):
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"num_attention_heads": 0},
         {"num_experts_per_tok": None},
+        {"num_experts_per_tok": 9},
+        {"num_experts_per_tok": 0},
         {"dtype": "x"},
         {"architectures": 7},
         {"pad_token_id": 10**6},

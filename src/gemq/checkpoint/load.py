@@ -71,6 +71,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
         raise UserError(
             f"{len(absent)} tensors are missing or have the wrong shape, first: {absent[0]}: copy the checkpoint again"
         )
+    model.config.return_dict = True  # outputs are read by name
     return model.eval()
 
 
@@ -239,6 +240,7 @@ def matrix_shapes(model: nn.Module, packed_format: PackedFormat) -> dict[str, tu
                     f"config.json lists {len(widths)} widths for the {weight.shape[0]} experts of {path}: "
                     "copy the checkpoint again"
                 )
+            _check_top_k(model, path, len(widths))
             rows, columns = weight.shape[1:]
             transposed = getattr(experts, "is_transposed", False)
             shapes[f"{path}.{proj}"] = (columns, rows) if transposed else (rows, columns)
@@ -248,6 +250,17 @@ def matrix_shapes(model: nn.Module, packed_format: PackedFormat) -> dict[str, tu
             raise UserError(f"{path} of {type(model).__name__} is not a linear layer: upgrade Transformers or gemq")
         shapes[path] = (linear.out_features, linear.in_features)
     return shapes
+
+
+def _check_top_k(model: nn.Module, path: str, experts: int) -> None:
+    """Raises UserError when the router beside experts chooses more of them than there are."""
+    for router in _submodule(model, path.rpartition(".")[0]).children():
+        top_k, weight = getattr(router, "top_k", None), getattr(router, "weight", None)
+        choices = max(experts, len(weight) if isinstance(weight, Tensor) else 0)
+        if isinstance(top_k, int) and not 1 <= top_k <= choices:
+            raise UserError(
+                f"config.json lets a token choose {top_k} of the {choices} experts of {path}: copy the checkpoint again"
+            )
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
