@@ -26,7 +26,7 @@ published models have 100,000 to 200,000 tensors in all their files together."""
 MAX_TENSORS = 1_000_000
 """Upper bound for the tensors of all files together."""
 
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = MAX_HEADER_BYTES
 """Upper bound for config.json and for an index."""
 
 BITS = {
@@ -69,11 +69,11 @@ def weight_files(directory: Path) -> list[Path]:
         UserError: no such file, a missing shard, a damaged index, or an index that names files outside the directory
             or files that are not safetensors.
     """
-    chosen = _explicit_name(directory) or (WEIGHTS_NAME if (directory / WEIGHTS_NAME).is_file() else INDEX_NAME)
+    chosen = _explicit_name(directory) or (WEIGHTS_NAME if is_file(directory / WEIGHTS_NAME) else INDEX_NAME)
     if not chosen.endswith(".json"):
         return [_inside(directory, chosen, "config.json")]
     index = directory / chosen
-    if not index.is_file():
+    if not is_file(index):
         raise UserError(_no_weights(directory))
     shards = sorted(set(read_index(index).values()))
     return [_inside(directory, name, index.name) for name in shards]
@@ -232,8 +232,16 @@ def _damages(header: dict[str, Any]) -> Iterator[str]:
 
 def _check_regular(path: Path) -> None:
     """Refuses what is absent, and what opening would wait for: pipes and devices."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path} is missing or not a regular file: copy the checkpoint again")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there, which links may lead to. False for what the system refuses to look up."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no permission for a directory on the way, a name that is too long or has a NUL
+        return False
 
 
 def _is_integers(values: Any) -> bool:
@@ -242,7 +250,7 @@ def _is_integers(values: Any) -> bool:
 
 def _explicit_name(directory: Path) -> str | None:
     """What config.json names as ``transformers_weights``. None without config.json, which other checks report."""
-    if not (directory / "config.json").is_file():
+    if not is_file(directory / "config.json"):
         return None
     config = read_json(directory / "config.json")
     name = config.get("transformers_weights") if isinstance(config, dict) else None
@@ -261,7 +269,7 @@ def _inside(directory: Path, name: str, origin: str) -> Path:
         raise UserError(f"{origin} of {directory} names {name!r}, outside the directory: copy the model again")
     if not name.endswith(".safetensors"):
         raise UserError(f"{origin} of {directory} names {name!r}: gemq reads safetensors files alone, no pickled ones")
-    if not (directory / name).is_file():
+    if not is_file(directory / name):
         raise UserError(f"{directory / name} is missing, which {origin} names: copy the checkpoint again")
     return directory / name
 

@@ -6,6 +6,7 @@ be planned, inspected and verified from JSON and safetensors headers alone.
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,7 @@ class PackedFormat:
 
 def read_packed_config(checkpoint: Path) -> dict[str, Any]:
     """The contents of a packed checkpoint's config.json. Raises UserError when it is unreadable or not gemq's."""
-    if not (checkpoint / "config.json").exists():
+    if not os.path.lexists(checkpoint / "config.json"):
         raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote")
     config = read_json(checkpoint / "config.json", unique_keys=True)
     values = config.get("quantization_config") if isinstance(config, dict) else None
@@ -196,14 +197,34 @@ def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) 
         )
 
 
-def verify_unpacked(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorSpec]) -> None:
-    """UserError when a tensor that is not packed is missing or has another shape than the model gives it."""
+class UnpackedTensor(NamedTuple):
+    """What the model expects of a tensor that is not packed. ``required`` is False for weights that are tied."""
+
+    shape: tuple[int, ...]
+    floating: bool
+    required: bool = True
+
+
+FLOATING = {"F64", "F32", "F16", "BF16"}
+
+
+def verify_unpacked(
+    expected: Mapping[str, UnpackedTensor], packed: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]
+) -> None:
+    """Compares the tensors that are not packed with what the model expects.
+
+    Raises:
+        UserError: one is missing, has another shape or no floating-point type, or the model has no place for it.
+    """
     wrong = []
-    for name, shape in expected.items():
+    for name, tensor in expected.items():
         if name not in found:
-            wrong.append(f"{name} is missing")
-        elif found[name].shape != shape:
-            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(shape)}")
+            wrong += [f"{name} is missing"] if tensor.required else []
+        elif found[name].shape != tensor.shape:
+            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}")
+        elif tensor.floating and found[name].dtype not in FLOATING:
+            wrong.append(f"{name} is of type {found[name].dtype}")
+    wrong += [f"the model has no place for {name}" for name in sorted(found.keys() - packed.keys() - expected.keys())]
     if wrong:
         raise UserError(
             f"{len(wrong)} unpacked tensors do not fit the model, first: {wrong[0]}: copy the checkpoint again"

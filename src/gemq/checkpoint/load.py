@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
-from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat, verify, verify_unpacked
+from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat, UnpackedTensor, verify, verify_unpacked
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state
@@ -37,7 +37,7 @@ from gemq.errors import UserError
 from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
 from gemq.model_limits import bounded_construction
 from gemq.quant.widths import Width, group_size_for
-from gemq.safetensors_files import TensorSpec, read_json, stored_tensors
+from gemq.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ class GemqQuantizer(HfQuantizer):
         found = _in_model_names(model, expected, stored.specs)
         verify(expected, found)
         if type(model).__name__ in (model.config.architectures or ()):  # another class may have a head of its own
-            verify_unpacked(unpacked_shapes(model, packed), found)
+            verify_unpacked(unpacked_tensors(model, packed), expected, found)
         stored.check_config()
         self._data_check = DataCheck(stored)
         for path, projections in packed.experts.items():
@@ -270,9 +270,14 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         raise UserError(f"{type(model).__name__} has no {path}: load with gemq.load") from error
 
 
-def unpacked_shapes(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, tuple[int, ...]]:
-    """Name on disk and shape of every tensor that is not packed. ``model`` may be on the meta device."""
-    return {name: tuple(tensor.shape) for name, tensor in dense_state(model, packed_format).items()}
+def unpacked_tensors(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, UnpackedTensor]:
+    """Name on disk and what to expect of every tensor that is not packed. ``model`` may be on the meta device."""
+    required = dense_state(model, packed_format)
+    tied = {name: t for name, t in model.state_dict().items() if name in model.all_tied_weights_keys}
+    return {
+        name: UnpackedTensor(tuple(tensor.shape), tensor.is_floating_point(), required=name in required)
+        for name, tensor in {**tied, **required}.items()
+    }
 
 
 def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat) -> StoredCheckpoint:
@@ -282,8 +287,9 @@ def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat)
     directory = Path(files[0]).parent
     if len(files) > 1:  # shards may lie in folders of their own
         directory = Path(os.path.commonpath([Path(file).parent for file in files]))
+    directory = next((d for d in (directory, *directory.parents[:2]) if is_file(d / "config.json")), directory)
     check_no_adapter(directory)
-    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    config = read_json(directory / "config.json") if is_file(directory / "config.json") else {}
     return StoredCheckpoint(directory, config, packed_format, stored_tensors(map(Path, files)))
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gemq.checkpoint.format import PARTS, verify, verify_unpacked
-from gemq.checkpoint.load import matrix_shapes, unpacked_shapes
+from gemq.checkpoint.load import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.skeleton import build_skeleton, read_config
@@ -51,8 +51,8 @@ class CheckpointReader:
         return sorted(self.found.keys() - self.expected.keys())
 
     def verify_unpacked(self) -> None:
-        """UserError when a tensor that is not packed is missing or has the wrong shape."""
-        verify_unpacked(unpacked_shapes(self.skeleton, self.format), self.found)
+        """UserError when a tensor that is not packed is missing, of another shape, or not part of the model."""
+        verify_unpacked(unpacked_tensors(self.skeleton, self.format), self.expected, self.found)
 
     def verify_data(self) -> None:
         """Reads every byte. UserError when the weights are not those that gemq wrote."""
