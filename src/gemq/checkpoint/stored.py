@@ -53,6 +53,11 @@ class StoredCheckpoint:
         """Dtype and shape of every tensor by its stored name."""
         return {name: stored.spec for name, stored in self.tensors.items()}
 
+    @property
+    def files(self) -> set[Path]:
+        """The weight files that hold tensors."""
+        return {stored.file for stored in self.tensors.values()}
+
     @cached_property
     def size(self) -> StoredSize:
         return StoredSize.of(self.tensors)
