@@ -77,6 +77,7 @@ def run_kind(cases: Any, numbers: range, verbose: bool) -> int:
         if failed or verbose:
             detail = outcome.detail if failed else outcome.detail[:150]
             print(f"{'FAILED ' if failed else ''}{cases.name} {number}: {damage}: {outcome.kind}: {detail}", flush=True)
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(totals.items()))
-    print(f"{cases.name}: {len(numbers)} cases: {counts} in {time.monotonic() - begin:.0f} s", flush=True)
+        if totals.total() in (len(numbers), *range(100, len(numbers), 100)):
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(totals.items()))
+            print(f"{cases.name}: {totals.total()} cases: {counts} in {time.monotonic() - begin:.0f} s", flush=True)
     return sum(totals[kind] for kind in worker.FAILURES)
