@@ -157,11 +157,12 @@ def test_another_division_into_files_is_fine(packed, sharded, tmp_path):
     assert torch.equal(logits(gemq.load(directory)), logits(gemq.load(packed)))
 
 
-def test_saving_a_loaded_model_drops_the_checksums(packed, tmp_path):
+def test_saving_a_loaded_model_drops_the_checksums(packed, tmp_path, caplog):
     """They would not be true of what was trained, cast or renamed."""
     model = gemq.load(packed, dtype=torch.float32)
     model.model.norm.weight.data += 1
     model.save_pretrained(tmp_path / "saved")
+    assert "save_pretrained writes no checksums" in caplog.text
     assert "gemq_checksums" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert torch.equal(logits(gemq.load(tmp_path / "saved")), logits(model))
     inspect_checkpoint(tmp_path / "saved")

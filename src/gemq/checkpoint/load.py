@@ -9,6 +9,7 @@ read.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,14 @@ class GemqQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Called by ``save_pretrained``. Its config.json is written before, without checksums."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+            logging.getLogger("gemq").warning(
+                "save_pretrained writes no checksums: inspect --verify needs gemq's own files"
+            )
+        return super().get_state_dict_and_metadata(model)
 
     @property
     def is_trainable(self) -> bool:

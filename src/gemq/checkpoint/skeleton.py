@@ -65,7 +65,9 @@ def user_errors(directory: Path, doing: str) -> Iterator[None]:
                 f"{directory} brings its own code: read it, then allow it with --trust-remote-code "
                 "(trust_remote_code=True)"
             ) from error
-        raise UserError(f"cannot {doing} {directory} ({describe(error)}): copy the checkpoint again") from error
+        raise UserError(
+            f"cannot {doing} {directory} ({describe(error)}): if its files were damaged or edited, copy them again"
+        ) from error
 
 
 def describe(error: Exception) -> str:
