@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import struct
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ class Packed:
         damage = m.pick(rng, DAMAGE)
         done = damage(rng, directory)
         if rng.random() < 0.1:
-            done += f", {m.pick(rng, DAMAGE)(rng, directory)}"
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
+                done += f", {m.pick(rng, DAMAGE)(rng, directory)}"  # if the first left it something to damage
         action = m.pick(rng, ACTIONS)
         if action is Packed.from_pretrained and damage is large_number:
             action = Packed.load  # Transformers alone has no bounds
