@@ -18,6 +18,7 @@ from transformers import GenerationConfig, TextStreamer
 from gemq.chat import CannotRender, has_template, render
 from gemq.data.tokens import check_tokens
 from gemq.decoder import FALLBACKS, Decoder, Unsupported
+from gemq.display import printable
 from gemq.errors import UserError, shown
 from gemq.fallbacks import take_lines
 from gemq.models.config_values import embedding_rows
@@ -162,4 +163,4 @@ def _end_tokens(model: Any) -> set[int]:
 
 @functools.cache
 def say_once(line: str) -> None:
-    logging.getLogger("gemq").warning(line)
+    logging.getLogger("gemq").warning(printable(line))

@@ -8,8 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from gemq.display import SafeConsole
 from gemq.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def make_monitor(quiet: bool) -> Monitor:
     from gemq.progress import Monitor
 
     quiet_libraries()
-    return Monitor(None if quiet else Console(stderr=True))
+    return Monitor(None if quiet else SafeConsole(stderr=True))
 
 
 def quiet_libraries() -> None:
@@ -34,12 +33,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated")
 
 
-class _Console(Console):
+class _Console(SafeConsole):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would exit with 1; see ``run``
 
 
-def make_console() -> Console:
+def make_console() -> SafeConsole:
     console = _Console(highlight=False)
     console.soft_wrap = not console.is_terminal  # whole lines for pipes and files, whole words for people
     return console

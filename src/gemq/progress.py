@@ -27,6 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gemq.display import printable
+
 
 class Tick(Protocol):
     """Moves a stage's bar: one step on, or to ``done`` of ``total``."""
@@ -89,17 +91,17 @@ class Monitor:
             yield lambda done=None, total=None: None
             return
         columns = (
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[job]}"),
+            TextColumn("{task.fields[job]}", markup=False),
         )
         begin = time.perf_counter()
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=steps, job="")
+            task = progress.add_task(printable(name), total=steps, job="")
 
             def tick(done: int | None = None, total: int | None = None) -> None:
                 if done is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gemq.display import styled
 from gemq.fallbacks import TEXTS as ACCELERATIONS
 from gemq.quant.widths import ExpertWidths, width_name
 from gemq.tested_versions import untested_transformers
@@ -55,10 +56,12 @@ def print_result(console: Console, result: Result) -> None:
     print_widths(console, rows, result.expert_bits_nominal)
     share = result.stored_bytes / result.original_bytes
     console.print(
-        f"[bold]{_size(result.original_bytes)} -> {_size(result.stored_bytes)}[/] ({share:.1%}), "
-        f"{result.quantized_share:.1%} of the parameters quantized; expert weights: "
-        f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
-        f"(budget {result.budget}, allocation {result.method})"
+        styled(
+            (f"{_size(result.original_bytes)} -> {_size(result.stored_bytes)}", "bold"),
+            f" ({share:.1%}), {result.quantized_share:.1%} of the parameters quantized; expert weights: "
+            f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
+            f"(budget {result.budget}, allocation {result.method})",
+        )
     )
     sources = ", ".join(
         f"{count} {name}{_columns(result.calibration_rows.get(name))}" for name, count in result.windows.items()
@@ -76,17 +79,17 @@ def print_result(console: Console, result: Result) -> None:
             console.print(f"Up to {_size(count)} of activations and packed layers waited in {place} for want of room.")
     for name, count in result.fallbacks.items():
         if count:
-            console.print(f"[yellow]{count} {FALLBACKS.get(name, name.replace('_', ' '))}[/]")
+            console.print(f"{count} {FALLBACKS.get(name, name.replace('_', ' '))}", style="yellow")
     if not any(result.fallbacks.values()):
         console.print("No fallbacks.")
     if (line := untested_transformers()) is not None:
-        console.print(f"[yellow]{line}[/]")
+        console.print(line, style="yellow")
     console.print(
         f"Work directory: {result.work} ({_size(result.work_bytes)}). `gemq export {result.work}` makes other "
         "budgets from it in seconds; it may be deleted."
     )
     done = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
-    console.print(f'[green]{done}[/]. Try: gemq generate {result.out} -p "Once"')
+    console.print(styled((done, "green"), f'. Try: gemq generate {result.out} -p "Once"'))
 
 
 def _columns(rows: dict[str, Any] | None) -> str:
@@ -216,7 +219,9 @@ def print_plan(console: Console, plan: Plan) -> None:
         "Times rest on counted work and a second's measurement; files are not in them."
     )
     if plan.least_bytes > plan.available_bytes:
-        console.print(f"[yellow]This machine has {_size(plan.available_bytes)} of it: quantize would refuse here.[/]")
+        console.print(
+            f"This machine has {_size(plan.available_bytes)} of it: quantize would refuse here.", style="yellow"
+        )
     if plan.linears_not_quantized:
         console.print(
             f"{len(plan.linears_not_quantized)} linears stay unquantized: {', '.join(plan.linears_not_quantized[:4])}"
@@ -283,7 +288,7 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
     runs = ", ".join(dict.fromkeys(row["execution"] for row in values["decode"]))
     console.print(f"Decoded with: {runs}. Weights a step: dense ones once, experts that any token chose once.")
     for line in values["fallbacks"]:
-        console.print(f"[yellow]{line}[/]")
+        console.print(line, style="yellow")
 
 
 def _rate(bytes_per_second: float) -> str:

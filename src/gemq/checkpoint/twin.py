@@ -34,9 +34,11 @@ def write_dense_twin(
     dtype: of the weights that were packed; all others keep theirs
     Raises UserError when ``packed`` is damaged or ``out`` is taken.
     """
-    reader = CheckpointReader(packed, trust_remote_code=trust_remote_code)
-    values = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
     check_output(out, resume=False)
+    reader = CheckpointReader(packed, trust_remote_code=trust_remote_code)
+    reader.verify_unpacked()
+    reader.verify_data()
+    values = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
     with claimed(out):
         write_directory(out, values, _dense_shards(reader, dtype), packed, None, None, shard_bytes, set())
 

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
 from gemq.errors import UserError
+from gemq.model_limits import bounded_construction, check_source_sizes
 from gemq.models.calls import one_line_errors, summary
 from gemq.models.configuration import read_configuration, suspicious_fields
 from gemq.models.digests import file_digests
@@ -87,6 +88,7 @@ class Source:
 
     def _stored_config(self) -> Any:
         read_configuration(self.path / "config.json")
+        check_source_sizes(self.path)
         problem = f"cannot read the configuration of {self.path}"
         try:
             with one_line_errors(problem, "correct its config.json, or copy the model again"):
@@ -129,7 +131,7 @@ class Source:
         """While Transformers builds or fills the model: whatever it raises is one line."""
         problem = f"cannot load {self.path} as a causal language model"
         try:
-            with one_line_errors(problem, self.advice):
+            with one_line_errors(problem, self.advice), bounded_construction(self.path):
                 yield
         except UserError as error:
             if "Unrecognized configuration class" in str(error):
