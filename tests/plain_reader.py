@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import safe_open
 
 LEVEL_BITS = {1: 1, 2: 2, 4: 4}
@@ -19,11 +20,35 @@ LEVEL_BITS = {1: 1, 2: 2, 4: 4}
 
 def read_files(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by their stored names."""
+    files = {"model.safetensors"}
+    if not (directory / "model.safetensors").exists():
+        files = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
     tensors = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+    for file in sorted(files):
+        with safe_open(directory / file, framework="pt") as opened:
             tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     return tensors
+
+
+def checksums(directory: Path) -> dict[str, Any]:
+    """The ``gemq_checksums`` that config.json should have."""
+    types = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
+    lines: dict[str, str] = {}
+    for name, tensor in sorted(read_files(directory).items()):
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        group = ".".join(parts[: numbers[0] + 1]) if numbers else "other"
+        digest = xxhash.xxh3_64_hexdigest(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        line = f"{name} {types[tensor.dtype]} [{', '.join(map(str, tensor.shape))}] {digest}\n"
+        lines[group] = lines.get(group, "") + line
+    config = json.loads((directory / "config.json").read_text())
+    del config["gemq_checksums"]
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return {
+        "algorithm": "xxh3_64",
+        "config": xxhash.xxh3_64_hexdigest(text.encode("ascii")),
+        "tensors": {group: xxhash.xxh3_64_hexdigest(text.encode()) for group, text in lines.items()},
+    }
 
 
 def group_of(columns: int, wanted: int) -> int:
@@ -86,6 +111,7 @@ def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     """(dequantized weights by in-model name, [E, rows, columns] or [rows, columns]; all other tensors; the config)."""
     config = json.loads((directory / "config.json").read_text())
     listed = config.pop("quantization_config")
+    config.pop("gemq_checksums", None)
     assert listed["quant_method"] == "gemq"
     assert listed["format_version"] == 2
     tensors = read_files(directory)

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 from gemq.knapsack import Floats, Ints, cheapest, solve, take
 from gemq.quant.widths import ExpertWidths, Width, nominal_bits, parse_width, plain_widths, width_name
 
@@ -133,19 +133,19 @@ class Allocation:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{origin} is not valid JSON ({error}): mend it or export it again") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{origin} is not valid JSON ({error}): correct it or export it again") from error
         if not isinstance(data, dict) or not isinstance(data.get("widths"), list):
             raise UserError(f'{origin} has no list "widths": write {{"widths": [[2, 3, ...], ...]}}')
         if unknown := sorted(data.keys() - {"budget", "method", "widths"}):
-            raise UserError(f"{origin}: unknown key {unknown[0]!r}: the keys are budget, method and widths")
+            raise UserError(f"{origin}: unknown key {shown(unknown[0])}: the keys are budget, method and widths")
         budget = data.get("budget")
         if budget is not None:
             try:
                 ((kind, value),) = budget.items()
                 budget = Budget(kind, float(value))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise UserError(f'{origin}: budget cannot be {budget!r}: write {{"bits": 2.0}}') from error
+            except (AttributeError, OverflowError, TypeError, ValueError) as error:
+                raise UserError(f'{origin}: budget cannot be {shown(budget)}: write {{"bits": 2.0}}') from error
         choice = _read_widths(data["widths"], problem, origin)
         return _allocation(problem, budget, str(data.get("method", "file")), choice)
 
@@ -287,7 +287,7 @@ def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
     for index, (row, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
         experts = (rows.stop - rows.start) // problem.units
         if not isinstance(row, list) or len(row) != experts:
-            found = f"{len(row)} widths" if isinstance(row, list) else repr(row)
+            found = f"{len(row)} widths" if isinstance(row, list) else shown(row)
             raise UserError(f"{origin}: layer {index} has {experts} experts, not {found}: give one for each")
         for expert, value in enumerate(row):
             both = value if isinstance(value, list) else [value] * problem.units
@@ -297,7 +297,7 @@ def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
                 choice += [problem.widths.index(parse_width(v)) for v in both]
             except ValueError as error:  # no width at all (UserError), or not among these
                 raise UserError(
-                    f"{origin}: layer {index}, expert {expert} cannot have width {value!r}: "
+                    f"{origin}: layer {index}, expert {expert} cannot have width {shown(value)}: "
                     f"choose from {problem.width_names}{OF_BOTH if problem.units > 1 else ''}"
                 ) from error
     return np.array(choice, np.int64)

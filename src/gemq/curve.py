@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 from gemq.allocate import Budget, Problem, allocate, smallest_budget
 from gemq.errors import UserError
 from gemq.files import replacing, write_text
+from gemq.jobfile import check_config, recorded_job
 from gemq.models.source import configured_types
 from gemq.models.structure import Structure, find_structure
-from gemq.pipeline import recorded_job
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
 from gemq.sizes import linear_bytes, other_bytes
@@ -71,23 +70,37 @@ class Curve:
         return asdict(self)
 
 
-def size_curve(work: str | Path, method: str | None = None, step: float = STEP) -> Curve:
+def size_curve(
+    work: str | Path,
+    method: str | None = None,
+    step: float = STEP,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+) -> Curve:
     """The curve of a work directory of ``quantize``, in seconds.
 
-    method: ``global`` or ``layerwise``; None is the recipe's own if it goes by scores, else global
-    step:   bits between two budgets
-    Raises UserError when the directory holds no complete scores.
+    Args:
+        work: the work directory
+        method: ``global`` or ``layerwise``; None is the recipe's own if it goes by scores, else global
+        step: bits between two budgets
+        model: where the full-precision model lies now, if it was moved
+        trust_remote_code: lets code of the model run
+
+    Raises:
+        UserError: the directory holds no complete scores, or is damaged.
     """
     with WorkDir.existing(Path(work)) as directory:
-        source, recipe, _ = recorded_job(directory)
-        model = source.skeleton()
-        structure = find_structure(model)
+        source, recipe, record = recorded_job(directory.path, model=model, trust_remote_code=trust_remote_code)
+        check_config(source, record)
+        skeleton = source.skeleton()
+        structure = find_structure(skeleton)
         problem = _scored_problem(directory, structure, recipe)
     method = method or (recipe.allocate if recipe.allocate == "layerwise" else "global")
     if method not in ("global", "layerwise"):
         raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
-    stored = configured_types(model)
-    fixed = other_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
+    stored = configured_types(skeleton)
+    fixed = other_bytes(skeleton, structure, recipe, stored) + linear_bytes(structure, recipe)
     least = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
     points = []
     for bits in budgets(nominal_bits(problem.widths[0]), nominal_bits(problem.widths[-1]), step):
@@ -106,7 +119,7 @@ def size_curve(work: str | Path, method: str | None = None, step: float = STEP) 
                 uniform_cost(problem, bits),
             )
         )
-    original = sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters())
+    original = sum(p.numel() * stored[name].itemsize for name, p in skeleton.named_parameters())
     return Curve(str(source.path), method, original, tuple(points))
 
 
@@ -172,18 +185,17 @@ def write_curve(curve: Curve, directory: Path) -> list[Path]:
 def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Problem:
     """The allocation problem with the costs of all calibration sources. Token counts, which it does not need, are 0."""
     problem = shape_problem(structure, recipe)
-    measured = _complete(work, structure, "sensitivity") if recipe.rescale else None
-    judged = Judged(_complete(work, structure, "scores-*"), measured)
+    names = [layer_file(i) for i, _ in structure.moe_layers]
+    measured = _complete(work, "sensitivity", names) if recipe.rescale else None
+    judged = Judged(_complete(work, "scores-*", names), measured)
     costs = [layer_costs(judged, i, recipe.smoothing) for i, _ in structure.moe_layers]
     return replace(problem, costs=np.concatenate(costs))
 
 
-def _complete(work: WorkDir, structure: Structure, name: str) -> Stage:
-    """The stage ``name``, around full precision, with a file for every layer."""
-    for recorded in sorted(work.path.glob(f"{name}/stage.json")):
-        stage = Stage(recorded.parent)
-        around = json.loads(recorded.read_text(encoding="utf-8")).get("around")
-        if not around and all(stage.has(layer_file(i)) for i, _ in structure.moe_layers):
+def _complete(work: WorkDir, pattern: str, names: list[str]) -> Stage:
+    """The stage around full precision that matches ``pattern`` and has all of ``names``."""
+    for stage, inputs in work.finished(pattern, names):
+        if not inputs.get("around"):
             return stage
     raise UserError(
         f"{work.path} holds no complete scores: go on with the same gemq quantize command and --resume, or make them "

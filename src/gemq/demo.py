@@ -43,7 +43,7 @@ CAPTION = "* exported in seconds from the same experts: layers not reconstructed
 
 def run_demo(out: Path, device: str, console: Console) -> dict[str, Any]:
     """Runs the demo into ``out`` and prints its table. Returns figures by variant and the result."""
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: delete it, or name another directory with -o")
     model = builtin_model()
     monitor = Monitor(console)

@@ -4,7 +4,7 @@ The loss is the KL divergence from the full-precision model, whose logits are co
 states, so that T x vocabulary numbers are never stored; or the next-token loss, with which the paper tunes routers.
 The model that is trained stands in ``student``.
 
-Held-out micro-batches decide: a result that is not better on them is dropped.
+Held-out micro-batches decide: a result that is not better on them, or not finite, is dropped.
 Shapes: B windows, S tokens, H hidden, V vocabulary.
 """
 
@@ -109,7 +109,7 @@ def distil(
         tick(step + 1, steps)
         if (step + 1) % per_epoch == 0:
             now = held_out_loss()
-            if now >= best.after:
+            if not (now < best.after and ranks.agree(student.is_finite)):  # NaN is not less
                 break  # the last epochs did no good, and the next ones would do worse
             best = Distilled(student.tensors(), student.tuned(), best.before, now)
     student.close()

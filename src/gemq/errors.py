@@ -1,4 +1,4 @@
-"""The one exception that the command line shows as a single line."""
+"""The one exception that the command line shows as a single line, and values in its message."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,12 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError, ArithmeticError):
     """What a model computes overflows: NaN or infinity where there should be numbers."""
+
+
+def shown(value: object) -> str:
+    """``repr`` of a value from a file or a user for a message: short, whatever the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes out no integer of more than 4,300 digits
+        return "a value that is too long to show"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,15 +1,21 @@
 """Files that are whole or absent: written beside their place, flushed to disk, then renamed.
 
-Every file that a job may be killed over goes through here. Knows nothing of what the files mean.
+Every file that a job may be killed over goes through here. Must not import what knows the meaning of the files.
+Temporary files and locks are created anew and never opened through a link, since a directory may come from somebody
+else.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,17 +46,94 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A new temporary file that becomes ``path`` when the block ends well, and vanishes when it does not."""
+    temporary: Path | None = None
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary, mode = _new_temporary(path)
             yield temporary
+            temporary.chmod(mode)  # safetensors puts a file there that only its owner can read
             flush_to_disk(temporary)
             os.replace(temporary, path)
             flush_to_disk(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _new_temporary(path: Path) -> tuple[Path, int]:
+    """A new empty file next to ``path``, and its mode. What has its usual name already is left alone."""
+    usual = f".{path.name}.tmp"
+    for name in itertools.chain([usual], (f".{path.name}.{secrets.token_hex(4)}.tmp" for _ in range(100))):
+        temporary = path.with_name(name)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        except FileExistsError:
+            continue
+        try:
+            return temporary, stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+    raise OSError(errno.EEXIST, f"{usual} is there already", str(path))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name may be what a killed job was writing: our temporary, or one of safetensors."""
+    return re.fullmatch(r"\..+\.tmp|\.tmp[A-Za-z0-9]{6}", name) is not None
+
+
+def lock_file(path: Path) -> int | None:
+    """Creates ``path`` if need be and locks it. Returns its descriptor, or None when another process has locked it.
+
+    The kernel releases the lock when the process ends, however it ends. The contents of the file are left alone.
+
+    Raises:
+        OSError: the file cannot be created or locked, is a link, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def real_path(path: Path) -> Path:
+    """``path`` without links and dots. Raises UserError for what cannot be a path, such as a circle of links."""
+    try:
+        real = path.resolve()
+        real.exists()  # a name may be too long
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(path)[:80]!r} cannot be used as a path ({reason}): name another") from error
+    return real
+
+
+def read_input(path: Path, limit: int) -> bytes:
+    """The contents of a small file that the user names.
+
+    Raises:
+        OSError: the file cannot be read, is larger than ``limit`` bytes, or is no regular file (a pipe may never end).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            reason = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file: save it to one first"
+            raise OSError(errno.EINVAL, reason, str(path))
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, more than {limit:,}", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -96,12 +179,17 @@ def check_writable(path: Path) -> None:
 
 def check_free_space(directory: Path, needed: int) -> None:
     """Refuses when the disk that holds ``directory`` has fewer than ``needed`` bytes free."""
-    free = shutil.disk_usage(_existing(directory)).free
+    free = free_space(directory)
     if free < needed:
         raise UserError(
             f"{directory} needs about {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
             "free some space or name another disk"
         )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that are free on the disk of ``path``, which need not exist yet."""
+    return shutil.disk_usage(_existing(path)).free
 
 
 def _existing(path: Path) -> Path:

@@ -18,10 +18,11 @@ from gemq.distil import Distilled, distil
 from gemq.job import Job
 from gemq.models.stream import Replay
 from gemq.quant.widths import ExpertWidths
+from gemq.records import digest
 from gemq.refine import RefinedLayer, Targets, layer_overrides, refine_layer
 from gemq.resources.batches import Batches
 from gemq.resources.footprint import Footprint
-from gemq.stages import Around, digest, layer_file
+from gemq.stages import Around, layer_file
 from gemq.student import Distillation
 from gemq.workdir import Stage
 
@@ -173,7 +174,7 @@ def _describe(job: Job, finish: Finish) -> None:
         layer = RefinedLayer.from_tensors(finish.refined.load_tensors(layer_file(i)))
         finish.tuned.update(layer.tuned)
         retries += layer.retries
-        kept += int(bool(job.recipe.layer_epochs) and layer.after >= layer.before)
+        kept += int(bool(job.recipe.layer_epochs) and not layer.after < layer.before)  # NaN counts
         before += layer.before / finish.count
         after += layer.after / finish.count
     finish.tuned.update(finish.distilled.tuned)
@@ -183,4 +184,4 @@ def _describe(job: Job, finish: Finish) -> None:
         finish.gains.update(reconstruction_before=before, reconstruction_after=after)
     if job.recipe.distil_epochs:
         finish.gains.update(distillation_before=finish.distilled.before, distillation_after=finish.distilled.after)
-        job.fallbacks["distillation_dropped"] = int(finish.distilled.after >= finish.distilled.before)
+        job.fallbacks["distillation_dropped"] = int(not finish.distilled.after < finish.distilled.before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import GenerationConfig, TextStreamer
 from gemq.chat import CannotRender, has_template, render
 from gemq.data.tokens import check_tokens
 from gemq.decoder import FALLBACKS, Decoder, Unsupported
-from gemq.errors import UserError
+from gemq.display import printable
+from gemq.errors import UserError, shown
 from gemq.fallbacks import take_lines
 from gemq.models.config_values import embedding_rows
 
@@ -51,8 +53,10 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the least is 1")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature cannot be {temperature}: give 0 or more")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"--seed cannot be {shown(seed)}: give a number of at most 64 bits")
     ids = _encode(tokenizer, prompt, raw)
     check_tokens(ids, embedding_rows(model), tokenizer, "the prompt")
     ids = ids.to(model.device)
@@ -159,4 +163,4 @@ def _end_tokens(model: Any) -> set[int]:
 
 @functools.cache
 def say_once(line: str) -> None:
-    logging.getLogger("gemq").warning(line)
+    logging.getLogger("gemq").warning(printable(line))

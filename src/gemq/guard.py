@@ -28,15 +28,16 @@ from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to
 from gemq.data.sources import SELF, held_out_windows
 from gemq.data.windows import Windows
 from gemq.divergence import windows_kl
-from gemq.job import Job, Writer
+from gemq.job import GUARD_WINDOWS_STAGE, Job, Writer
 from gemq.knapsack import Floats, Ints, take
 from gemq.ladder import LayerLadder
 from gemq.models.stream import Replay
 from gemq.progress import Tick
 from gemq.quant.widths import ExpertWidths, Width
 from gemq.recipe import Recipe
+from gemq.records import digest
 from gemq.refine import assemble_layer, layer_overrides
-from gemq.stages import digest, load_ladder
+from gemq.stages import load_ladder
 from gemq.workdir import Stage
 
 PER_SOURCE = 8
@@ -283,5 +284,5 @@ def draw_guard_windows(job: Job, replay: Replay) -> Windows:
             windows = windows.extended(SELF, own)
         return windows, {"guard_windows_missing": missing}
 
-    stage = job.work.stage("guard-windows", job.guard_inputs())
+    stage = job.work.stage(GUARD_WINDOWS_STAGE, job.guard_inputs())
     return job.windows_stage(stage, "guard windows", OWN, replay, draw)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from gemq.calibrate import Activations
 from gemq.checkpoint.format import FORMAT_VERSION
 from gemq.data.selfgen import OF_THE_SOURCE, Plan, added_to, batch_size, cache_bytes, generate_windows, side_by_side
-from gemq.data.sources import SELF, Streams, calibration_windows, host_bytes, source_digest
+from gemq.data.sources import SELF, Streams, calibration_windows, host_bytes
 from gemq.data.windows import Windows
 from gemq.fallbacks import take as take_fallbacks
 from gemq.ladder import Quantizer
@@ -35,8 +36,9 @@ from gemq.resources.memory import Memory
 from gemq.stand_in import copy_bytes, packed_copy, widest_copy
 from gemq.workdir import Stage, WorkDir
 
-WINDOWS_STAGE, WINDOWS_FILE = "windows", "windows.safetensors"
-"""Where the calibration windows are, and how every stage of windows names its file."""
+WINDOWS_STAGE, GUARD_WINDOWS_STAGE = "windows", "guard-windows"
+WINDOWS_FILE, NOTES_FILE = "windows.safetensors", "notes.json"
+"""What every stage of windows names its files."""
 
 ROWS_FILE = "rows.json"
 """What was read of calibration sources that have rows, by name."""
@@ -136,6 +138,7 @@ class Job:
     train_room: of them, for the state of experts that are trained together
     written_beside: windows that were written along with calibration's, see ``draw_windows``
     calibration_rows: by name of the source what was read of rows (``Rows.to_dict``)
+    calibration: fingerprint of each calibration source
     """
 
     source: Source
@@ -144,6 +147,7 @@ class Job:
     memory: Memory
     monitor: Monitor
     fingerprint: str
+    calibration: Sequence[str]
     fallbacks: dict[str, int] = field(default_factory=dict)
     working: int = 0
     train_room: int = 0
@@ -210,7 +214,7 @@ class Job:
 
     def read_texts(self) -> None:
         """Begins to read the calibration sources, if windows are still to be drawn: a model can load meanwhile."""
-        if not (self.work.path / WINDOWS_STAGE / WINDOWS_FILE).is_file():
+        if not has_windows(self.work.path, WINDOWS_STAGE):
             self.streams.begin()
 
     def draw_windows(self, replay: Replay, beside: Callable[[Windows], Sequence[Plan]] = lambda _: ()) -> Windows:
@@ -263,17 +267,16 @@ class Job:
         draw: Callable[[Writer], tuple[Windows, dict[str, int]]],
     ) -> Windows:
         """Windows that ``draw`` gives, drawn once; what it counts beside them is added to the fallbacks."""
-        path = stage.directory / WINDOWS_FILE
-        if not stage.has(path.name):
+        if not (stage.has(WINDOWS_FILE) and stage.has(NOTES_FILE)):
             with self.monitor.stage(title, steps) as tick:
                 writer = Writer(self, replay, tick)
                 with closing(writer):
                     windows, notes = draw(writer)
-                stage.save_json("notes.json", {**notes, **writer.notes})
-                stage.save_bytes(path.name, windows.to_bytes())
-        for note, count in stage.load_json("notes.json").items():
+                stage.save_json(NOTES_FILE, {**notes, **writer.notes})
+                stage.save_tensors(WINDOWS_FILE, windows.to_tensors(), windows.about())
+        for note, count in stage.load_json(NOTES_FILE).items():
             self.fallbacks[note] = self.fallbacks.get(note, 0) + count
-        return Windows.load(path)
+        return Windows.from_tensors(stage.load_tensors(WINDOWS_FILE), stage.about(WINDOWS_FILE))
 
     def start_activations(self, replay: Replay, windows: Windows | None = None) -> Activations:
         """``windows``, by default all of calibration's, in front of the first layer."""
@@ -304,7 +307,7 @@ class Job:
         r = self.recipe
         return {
             "model": self.fingerprint,
-            "calibration": [source_digest(s) for s in r.calib],
+            "calibration": list(self.calibration),
             "windows": r.windows,
             "window": self.window,
             "total_tokens": r.total_tokens,
@@ -353,3 +356,13 @@ class Job:
 
     def sensitivity_inputs(self) -> dict[str, Any]:
         return {**self.ladder_inputs(), "score_weights": self.recipe.score_weights}
+
+
+def has_windows(work: Path, stage: str) -> bool:
+    """Whether a stage of windows is complete in a work directory, so that nobody needs the texts for it."""
+    return all((work / stage / name).is_file() for name in (WINDOWS_FILE, NOTES_FILE))
+
+
+def needs_texts(work: Path, guarded: bool) -> bool:
+    """Whether calibration texts are still to be read. ``guarded``: the guard has windows of its own."""
+    return not has_windows(work, WINDOWS_STAGE) or (guarded and not has_windows(work, GUARD_WINDOWS_STAGE))

@@ -84,6 +84,8 @@ def check_json(path: Path | None) -> None:
 
         if path.is_dir():
             raise UserError(f"--json {path} is a directory: name a file")
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of a device or a pipe
+            raise UserError(f"--json {path} is not a regular file: name one, or - for the terminal")
         check_writable(path)
 
 

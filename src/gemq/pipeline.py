@@ -8,8 +8,8 @@ that depend on it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,41 @@ from torch import Tensor
 from gemq.allocate import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat, read_quantization_config
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.errors import UserError
-from gemq.files import check_free_space, write_json, write_text
+from gemq.errors import UserError, shown
+from gemq.files import check_free_space, write_text
 from gemq.finish import run_finish
 from gemq.guard import own_plans, run_guard
-from gemq.job import Job, source_digest
+from gemq.job import Job, needs_texts
+from gemq.jobfile import (
+    JobRecord,
+    check_own_output,
+    check_same_recipe,
+    check_texts,
+    check_whole,
+    known_files,
+    record_job,
+    record_result,
+    recorded_job,
+    result_key,
+)
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
-from gemq.preflight import check_allocation, check_job, check_output, expert_budget, read_allocation
+from gemq.outputs import check_output, claimed, default_work
+from gemq.preflight import check_allocation, check_job, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
-from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths, width_name
+from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths
 from gemq.recipe import Recipe
+from gemq.records import digest
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Memory
 from gemq.resources.ranks import start_ranks
 from gemq.sensitivity import run_sensitivity
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
-from gemq.stages import FULL_PRECISION, Judged, assembled, digest, layer_file, make_problem, run_ladder, run_scores
+from gemq.stages import FULL_PRECISION, Judged, assembled, layer_file, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir
 from gemq.workload import Workload
 
-JOB_FILE = "job.json"
 SCORED = ("global", "layerwise")
 """Allocation methods that need scores."""
 
@@ -91,7 +104,7 @@ class Result:
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     recipe: Recipe | None = None,
     *,
     out: str | Path,
@@ -115,24 +128,36 @@ def quantize(
     Raises UserError when something cannot be done, before anything is lost or half written.
     """
     recipe = recipe or Recipe()
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{shown(recipe)} is no recipe: give a gemq.Recipe, such as Recipe.from_yaml(file)")
     out = Path(out)
-    work_path = Path(work) if work is not None else out.with_name(out.name + ".work")
+    work_path = Path(work) if work is not None else default_work(out)
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
 
-    def check() -> None:
+    def check() -> bool:
         WorkDir.check(work_path, resume=resume)
-        check_output(out, resume=resume)
+        check_same_recipe(work_path, recipe)
+        if finished := check_output(out, resume=resume):
+            check_own_output(out, work_path, result_key(recipe, allocation))
+        return finished
 
-    ranks.agree(check)
+    finished = ranks.agree(check)
     memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.here)
-    source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
+    source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
-    fingerprint, files = ranks.agree(lambda: source.fingerprint(_files_before(work_path)))
-    with memory.enforced(), WorkDir(work_path, resume=resume, ranks=ranks) as directory:
-        ranks.agree(lambda: _record_job(directory, source, recipe, fingerprint, files))
-        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
-        return _run(job, out, allocation, finish=recipe.refine, guarded=True)
+    if finished:
+        ranks.agree(lambda: check_whole(out, source))
+    with ExitStack() as stack:
+        ranks.agree(lambda: stack.enter_context(claimed(out)))
+        stack.enter_context(memory.enforced())
+        fingerprint, files = ranks.agree(lambda: source.fingerprint(known_files(work_path)))
+        directory = stack.enter_context(WorkDir(work_path, resume=resume, ranks=ranks))
+        record = JobRecord.of(source, recipe, fingerprint, files)
+        ranks.agree(lambda: record_job(directory.path, record))
+        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint, record.calibration)
+        key = result_key(recipe, allocation)
+        return _run(job, out, allocation, finish=recipe.refine, guarded=True, key=key)
 
 
 def export(
@@ -145,6 +170,8 @@ def export(
     device: str = "auto",
     gpu_memory: int | None = None,
     host_memory: int | None = None,
+    model: str | Path | None = None,
+    trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
     """Another budget from the work directory of ``quantize``, in seconds: weights are picked from its ladder.
@@ -152,24 +179,35 @@ def export(
     changes: recipe keys of the budget and the allocation, such as ``{"bits": 1.5}`` or ``{"allocate": "uniform"}``
     finish:  refine at the new widths, as ``quantize`` does, rather than take the ladder's weights
     gpu_memory, host_memory: as for ``quantize``
+    model:   where the full-precision model lies now, if it was moved; by default where ``quantize`` found it
+    trust_remote_code: lets code of the model run; no work directory decides that
     """
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
     ranks.agree(lambda: check_output(out, resume=False))
-    with WorkDir.existing(Path(work), ranks) as directory:
-        source, recipe, recorded = recorded_job(directory, changes)
+    with ExitStack() as stack:
+        directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
+        place = None if model is None else str(model)
+        source, recipe, record = recorded_job(directory.path, changes, place, trust_remote_code)
         memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.here)
-        check_job(source, recipe, out, directory.path, allocation, memory, new=False)
-        fingerprint, _ = ranks.agree(lambda: source.fingerprint(_files_before(directory.path)))
-        if fingerprint != recorded:
-            raise UserError(f"{source.path} is no longer the model that {work} was made from: quantize it again")
-        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint)
-        with memory.enforced():
-            return _run(job, out, allocation, finish=finish, guarded=finish)
+        texts = needs_texts(directory.path, guarded=not _why_unguarded(recipe, allocation, finish))
+        if texts:
+            check_texts(directory.path, recipe.calib, record)
+        check_job(source, recipe, out, directory.path, allocation, memory, new=False, texts=texts)
+        ranks.agree(lambda: stack.enter_context(claimed(out)))
+        fingerprint, _ = ranks.agree(lambda: source.fingerprint(record.files))
+        if fingerprint != record.fingerprint:
+            raise UserError(f"{source.path} is not the model that {work} was made from: quantize it again")
+        job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint, record.calibration)
+        stack.enter_context(memory.enforced())
+        return _run(job, out, allocation, finish=finish, guarded=finish)
 
 
-def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool) -> Result:
+def _run(
+    job: Job, out: Path, allocation_file: Path | None, finish: bool, guarded: bool, key: str | None = None
+) -> Result:
+    """The stages in order. ``key``: of the result in the work directory, so that ``--resume`` knows it again."""
     # A plain export does not verify: quantize did, before the work directory had a ladder.
     job.read_texts()
     replay, stored = job.load(verify=guarded)
@@ -226,6 +264,8 @@ def _run(job: Job, out: Path, allocation_file: Path | None, finish: bool, guarde
         trust_remote_code=job.source.trust_remote_code,
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
+    if key is not None:
+        ranks.agree(lambda: record_result(job.work.path, key, packed_format.fingerprint))
     if not ranks.agree(lambda: _is_complete(out, packed_format)):
         ranks.agree(lambda: check_free_space(out, result.stored_bytes))
         layers, tuned = assembled(job, structure, ladder, chosen), {}
@@ -289,70 +329,6 @@ def _is_complete(out: Path, packed_format: PackedFormat) -> bool:
     if found != packed_format.fingerprint:
         raise UserError(f"{out} exists and holds something else: name another output, or delete it first")
     return True
-
-
-def _record_job(work: WorkDir, source: Source, recipe: Recipe, fingerprint: str, files: dict[str, list[Any]]) -> None:
-    """Writes what the work directory is for, or refuses to go on with another job in it."""
-    record = {
-        "model": str(source.path.resolve()),
-        "trust_remote_code": source.trust_remote_code,
-        "fingerprint": fingerprint,
-        "files": files,
-        "recipe": recipe.to_dict(),
-        "ladder_widths": list(recipe.ladder_widths),
-        "calibration": [source_digest(s) for s in recipe.calib],
-    }
-    path = work.path / JOB_FILE
-    if not path.exists():
-        write_json(path, record)
-        return
-    before = _read_job(work)
-    for key, value in recipe.to_dict().items():
-        if before["recipe"].get(key) != value:
-            raise UserError(
-                f"{work.path} was made with {key} {_show(before['recipe'].get(key))} and is now asked for "
-                f"{_show(value)}: resume with the same, or start anew with another --work"
-            )
-    for key, what in (("fingerprint", "model"), ("calibration", "calibration text")):
-        if before[key] != record[key]:
-            raise UserError(
-                f"{work.path} was made from another {what}, which has changed since: "
-                "start anew with another --work, or delete this one"
-            )
-
-
-def recorded_job(work: WorkDir, changes: dict[str, Any] | None = None) -> tuple[Source, Recipe, str]:
-    """The model of a work directory, its recipe with ``changes`` and the ladder's widths, and its fingerprint."""
-    recorded = _read_job(work)
-    kept = {"widths": tuple(recorded["ladder_widths"])}  # no budget has other ones than the ladder
-    recipe = Recipe.from_dict(recorded["recipe"], origin=str(work.path)).replace(**kept, **(changes or {}))
-    source = Source(Path(recorded["model"]), recorded["trust_remote_code"])
-    if not source.path.exists():
-        raise UserError(
-            f"{source.path}, the model of {work.path}, is gone: put it back, its unquantized parts are needed"
-        )
-    return source, recipe, recorded["fingerprint"]
-
-
-def _read_job(work: WorkDir) -> dict[str, Any]:
-    try:
-        return json.loads((work.path / JOB_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{work.path} holds no job yet: run gemq quantize first") from error
-
-
-def _files_before(work: Path) -> dict[str, list[Any]]:
-    """The model's files as a job in this directory has read them; empty if there is none."""
-    try:
-        return json.loads((work / JOB_FILE).read_text(encoding="utf-8")).get("files", {})
-    except (OSError, ValueError):
-        return {}
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(width_name(v) if isinstance(v, float) else str(v) for v in value)
-    return "unset" if value is None else f"{value}"
 
 
 # Checkpoint

@@ -1,24 +1,27 @@
 """The dry run: what a job would do to a model, from its configuration alone.
 
-Checkpoint sizes are exact but for rounding the budget. Memory and disk are estimates, and times rest on counted work
+What ``quantize`` refuses before it computes is refused here as well, as far as it shows without weights. Checkpoint
+sizes are exact but for rounding the budget. Memory and disk are estimates, and times rest on counted work
 (``workload``) and a second's measurement of this machine (``machine``); reading and writing files is not in them.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
-from gemq.models.structure import Structure, find_structure
+from gemq.models.source import Source, configured_types, pick_dtype
+from gemq.models.structure import Structure
+from gemq.preflight import Checked, check_model
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
-from gemq.resources.footprint import Footprint, held_bytes, staging_bytes
+from gemq.resources.footprint import Footprint, check_bounds, held_bytes, staging_bytes
 from gemq.resources.memory import Memory
-from gemq.sizes import expert_bytes, ladder_bytes, linear_bytes, other_bytes, quantized_share
+from gemq.sizes import expert_bytes, ladder_bytes, quantized_share
 from gemq.workload import Workload
 
 LIBRARIES, CUDA_LIBRARIES = 430_000_000, 900_000_000
@@ -32,8 +35,10 @@ class Plan:
     """What ``quantize`` would need and give.
 
     sizes:   bytes of the checkpoint's tensors by nominal bits per expert weight
+    bits:    nominal bits per expert weight that the budget buys
     least_bytes, quickest_bytes: of memory on ``device`` with which the job runs at all, and with which nothing waits
     host_bytes: of host memory beside that (on a GPU: on which layers are read)
+    available_bytes: of memory on ``device`` that a job started now would take at most
     tokens:  of calibration, those that the effort adds included
     seconds: expected time of each stage on ``device``
     """
@@ -48,6 +53,7 @@ class Plan:
     original_bytes: int
     sizes: dict[str, int]
     budget: str
+    bits: float
     window: int
     windows: int
     tokens: int
@@ -55,6 +61,7 @@ class Plan:
     least_bytes: int
     quickest_bytes: int
     host_bytes: int
+    available_bytes: int
     device: str
     seconds: dict[str, float]
 
@@ -62,22 +69,45 @@ class Plan:
         return asdict(self)
 
 
-def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
-    """The plan for a model and a recipe. Needs no weights. Raises UserError when the model cannot be quantized."""
-    model = source.skeleton()
-    structure = find_structure(model)
-    stored = configured_types(model)
-    fixed = other_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
-    wanted = sorted({*BUDGETS, recipe.bits or DEFAULT_BITS})
-    low, high = (nominal_bits(f(recipe.ladder_widths)) for f in (min, max))
-    sizes = {f"{bits:g}": fixed + experts_at(structure, recipe, bits) for bits in wanted if low <= bits <= high}
-    window = calibration_window(model.config, recipe.window)
+def plan(
+    source: Source,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    allocation: Path | None = None,
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
+) -> Plan:
+    """The plan for a model and a recipe. Needs no weights.
+
+    Args:
+        source: the model
+        recipe: as for ``quantize``
+        device: where the job would run
+        allocation: file with the widths of all experts, as for ``quantize``
+        gpu_memory, host_memory: bounds in bytes, as for ``quantize``
+
+    Raises:
+        UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Bounds that nobody gave
+            are no reason: a plan may be for another machine.
+    """
+    memory = Memory.bounded(device, gpu_memory, host_memory, None)
+    if any(source.path.glob("*.safetensors*")):
+        source.check_weights()
+    checked = check_model(source, recipe, allocation)
+    model, structure, fixed = checked.model, checked.structure, checked.fixed_bytes
     compute = pick_dtype(recipe.dtype, device)
-    held, limit = held_bytes(model, structure, compute), Memory.bounded(device, None, None, None).on_device.limit
+    if gpu_memory is not None or host_memory is not None:
+        check_bounds(memory, model, structure, recipe, compute)
+    stored = configured_types(model)
+    bits = bits_of(checked, recipe, allocation)
+    low, high = (nominal_bits(f(recipe.ladder_widths)) for f in (min, max))
+    sizes = {f"{b:.4g}": fixed + experts_at(structure, recipe, b) for b in sorted({*BUDGETS, bits}) if low <= b <= high}
+    held, limit = held_bytes(model, structure, compute), memory.on_device.limit
     footprint = Footprint(structure, recipe, model.config, compute, device)
     working = footprint.stages(footprint.train_room(limit - held))
     free = limit - max(working.values())
-    workload = Workload.of(structure, recipe, model.config, window, compute, device, free)
+    workload = Workload.of(structure, recipe, model.config, checked.window, compute, device, free)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,
@@ -88,14 +118,16 @@ def plan(source: Source, recipe: Recipe, device: torch.device) -> Plan:
         experts=sum(x.experts.count for _, x in structure.moe_layers if x.experts),
         original_bytes=sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters()),
         sizes=sizes,
-        budget=recipe.budget_text,
-        window=window,
+        budget=recipe.budget_text if allocation is None else f"of {allocation}",
+        bits=bits,
+        window=checked.window,
         windows=recipe.windows,
         tokens=workload.tokens,
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
         least_bytes=held + footprint.least,
         quickest_bytes=_quickest_bytes(workload, working),
         host_bytes=LIBRARIES + (CUDA_LIBRARIES + staging_bytes(model, structure) if device.type == "cuda" else 0),
+        available_bytes=limit,
         device=str(device),
         seconds={name: round(seconds, 1) for name, seconds in workload.seconds(device, compute).items()},
     )
@@ -119,19 +151,36 @@ def _quickest_bytes(workload: Workload, working: dict[str, int]) -> int:
     return workload.structure.total_parameters * workload.itemsize + most
 
 
+def bits_of(checked: Checked, recipe: Recipe, allocation: Path | None) -> float:
+    """Nominal bits per expert weight that a recipe's budget buys, or that the allocation of a file has."""
+    if allocation is not None:
+        return checked.allocation.nominal_bits
+    if recipe.size is not None:
+        return bits_at(checked.structure, recipe, recipe.size - checked.fixed_bytes)
+    if recipe.stored_bits is not None:
+        return bits_at(checked.structure, recipe, recipe.stored_bits * checked.structure.expert_weights / 8)
+    return DEFAULT_BITS if recipe.bits is None else recipe.bits
+
+
 def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:
     """Bytes of all experts at ``bits`` nominal bits: between the sizes of the two widths around it."""
-    widths = recipe.ladder_widths
+    return round(float(np.interp(bits, *_size_curve(structure, recipe))))
 
-    def total(width: float) -> int:
-        return sum(
+
+def bits_at(structure: Structure, recipe: Recipe, size: float) -> float:
+    """Nominal bits at which all experts take ``size`` bytes: the inverse of ``experts_at``, within the widths."""
+    bits, sizes = _size_curve(structure, recipe)
+    return float(np.interp(size, sizes, bits))
+
+
+def _size_curve(structure: Structure, recipe: Recipe) -> tuple[list[float], list[int]]:
+    """Nominal bits of each width, and bytes of all experts at it; both rise."""
+    sizes = [
+        sum(
             x.experts.count * expert_bytes(x.experts, width, recipe.group_size)
             for _, x in structure.moe_layers
             if x.experts
         )
-
-    for a, b in pairwise(widths):
-        low, high = nominal_bits(a), nominal_bits(b)
-        if low <= bits <= high:
-            return round(total(a) + (total(b) - total(a)) * (bits - low) / (high - low))
-    return total(widths[-1])
+        for width in recipe.ladder_widths
+    ]
+    return [nominal_bits(width) for width in recipe.ladder_widths], sizes

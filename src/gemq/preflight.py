@@ -5,64 +5,128 @@ Everything here would also be noticed later, but then hours may have gone and a 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from gemq.allocate import Allocation, Budget, Problem, allocate, smallest_budget
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.small_files import small_files
-from gemq.data.sources import check_sources, host_bytes
+from gemq.data.sources import SELF, check_sources, host_bytes
 from gemq.errors import UserError
-from gemq.files import check_free_space, check_writable
+from gemq.files import check_free_space, check_writable, free_space, read_input, real_path
 from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.resources.footprint import check_bounds
-from gemq.resources.memory import Memory
+from gemq.resources.memory import Memory, gigabytes
 from gemq.sizes import ladder_bytes, linear_bytes, other_bytes
 from gemq.stages import shape_problem
 
+MAX_ALLOCATION_BYTES = 64 << 20
+"""Upper bound for an allocation file."""
 
-def check_output(out: Path, *, resume: bool) -> None:
-    """Refuses an output that is there already; a resumed job may find its own."""
-    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if taken and not (resume and is_packed(out)):
-        raise UserError(f"{out} exists: name another output, or delete it first")
+TOKEN_BYTES = 16
+"""Host memory for a calibration token: its number, and the random number that it is drawn by."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a recipe would do to a model, which passed all checks that need neither weights nor a work directory.
+
+    model:       on the meta device
+    fixed_bytes: of the checkpoint's tensors outside the experts
+    allocation:  one that meets the budget, or the one of the file
+    """
+
+    model: Any
+    structure: Structure
+    window: int
+    fixed_bytes: int
+    allocation: Allocation
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all the checkpoint's tensors."""
+        return self.fixed_bytes + self.allocation.stored_bytes
+
+
+def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, texts: bool = True) -> Checked:
+    """Raises UserError for a model and a recipe with which no job could end well.
+
+    Args:
+        source: needs no weights
+        recipe: what the user asks for
+        allocation: file with the widths of all experts, if any
+        texts: whether calibration texts are still to be read
+    """
+    model = source.skeleton()
+    structure = find_structure(model)
+    window = calibration_window(source.config(), recipe.window)
+    if texts:
+        check_sources(
+            recipe.calib,
+            source.tokenizer,
+            window,
+            column=recipe.calib_column,
+            embeddings=embedding_rows(model),
+            written=recipe.total_tokens > recipe.windows * window,
+        )
+    fixed = other_bytes(model, structure, recipe, configured_types(model)) + linear_bytes(structure, recipe)
+    return Checked(model, structure, window, fixed, check_allocation(structure, recipe, fixed, allocation))
 
 
 def check_job(
-    source: Source, recipe: Recipe, out: Path, work: Path, allocation: Path | None, memory: Memory, *, new: bool
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    work: Path,
+    allocation: Path | None,
+    memory: Memory,
+    *,
+    new: bool,
+    texts: bool = True,
 ) -> None:
     """Raises UserError for a model, a recipe, directories or bounds with which a job could not end well.
 
     new: nothing is in the work directory yet, so its disk must hold all of the ladder
+    texts: whether calibration texts are still to be read
     """
-    a, b = out.resolve(), work.resolve()
+    a, b = real_path(out), real_path(work)
     if a == b or a in b.parents or b in a.parents:
-        raise UserError(f"{out} and the work directory {work} lie in each other: name another output")
-    model = source.skeleton()
-    structure = find_structure(model)
+        raise UserError(f"{out} and the work directory {work} lie in each other: name another with --work")
     source.check_weights()
     small_files(source.path)
-    texts = host_bytes(recipe.calib)
-    check_bounds(memory, model, structure, recipe, pick_dtype(recipe.dtype, memory.device), texts)
-    window = calibration_window(source.config(), recipe.window)
-    check_sources(
-        recipe.calib,
-        source.tokenizer,
-        window,
-        column=recipe.calib_column,
-        embeddings=embedding_rows(model),
-        written=recipe.total_tokens > recipe.windows * window,
-    )
-    fixed = other_bytes(model, structure, recipe, configured_types(model)) + linear_bytes(structure, recipe)
-    size = fixed + check_allocation(structure, recipe, fixed, allocation).stored_bytes
+    checked = check_model(source, recipe, allocation, texts=texts)
+    dtype = pick_dtype(recipe.dtype, memory.device)
+    text_bytes = host_bytes(recipe.calib) if texts else 0
+    check_bounds(memory, checked.model, checked.structure, recipe, dtype, text_bytes)
     if not is_packed(out):
         check_writable(out)
-        check_free_space(out, size)
+        check_free_space(out, checked.stored_bytes)
     if new:
         check_writable(work)
-        check_free_space(work, ladder_bytes(structure, recipe))
+        check_free_space(work, ladder_bytes(checked.structure, recipe))
+        check_tokens(checked, recipe, work, memory, dtype)
+
+
+def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: Memory, dtype: torch.dtype) -> None:
+    """Raises UserError for more calibration than memory and disk hold, as far as the recipe alone tells.
+
+    Texts may have fewer windows than are asked for; what the model writes itself comes whole.
+    """
+    tokens = max(recipe.total_tokens, recipe.windows * checked.window if SELF in recipe.calib else 0)
+    hidden = checked.model.config.get_text_config().hidden_size
+    room = memory.on_device.limit + free_space(work) + (memory.host.limit if memory.device.type == "cuda" else 0)
+    needed = tokens * hidden * dtype.itemsize  # between two layers
+    if needed > room or tokens * TOKEN_BYTES > memory.host.limit:
+        raise UserError(
+            f"{tokens:,} tokens of calibration do not fit: between two layers they take {gigabytes(needed)}, and "
+            f"memory and the disk of {work} have {gigabytes(room)}; set windows or total_tokens lower"
+        )
 
 
 def check_allocation(structure: Structure, recipe: Recipe, fixed_bytes: int, allocation: Path | None) -> Allocation:
@@ -95,11 +159,16 @@ def expert_budget(recipe: Recipe, fixed_bytes: int, problem: Problem) -> Budget:
 
 
 def read_allocation(path: Path, problem: Problem) -> Allocation:
+    """The allocation of a file. Raises UserError when it cannot be read or does not fit the model."""
+    return Allocation.from_json(read_allocation_file(path), problem, origin=str(path))
+
+
+def read_allocation_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: give the allocation.json of a work directory") from error
-    return Allocation.from_json(text, problem, origin=str(path))
+        return read_input(path, MAX_ALLOCATION_BYTES).decode()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"cannot read {path} ({reason}): give the allocation.json of a work directory") from error
 
 
 def _size(count: float, up: bool = False) -> str:

@@ -1,7 +1,7 @@
 """The recipe: everything that decides the bytes of a result, in one validated dataclass.
 
-YAML files and command-line flags both end here. What only decides where and how fast a job runs (device, memory
-bounds, work directory) is not part of it. Knows nothing of models, stages or files of a job.
+YAML files, command-line flags and Python all end here and are checked alike. What only decides where and how fast a job
+runs (device, memory bounds, work directory) is not part of it. Must not import models, stages or files of a job.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 from gemq.quant.widths import LEVELS, SMALLEST_GROUP, Width, nominal_bits, parse_width, width_name
+from gemq.recipe_values import MAX_SEED, convert, read_yaml
+from gemq.recipe_values import parse_size as parse_size
 
 DEFAULT_BITS = 2.0
 DEFAULT_WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)
@@ -43,6 +42,22 @@ EFFORTS: dict[str, dict[str, int]] = {
 }
 """What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
 
+
+INTEGERS = {
+    "windows": (1, 1_000_000),
+    "batch_tokens": (1, 1 << 31),
+    "seed": (0, MAX_SEED),
+    "total_tokens": (0, 1 << 40),
+    "score_tokens": (0, 1 << 40),
+    "ladder_epochs": (0, 1000),
+    "layer_epochs": (0, 1000),
+    "distil_epochs": (0, 1000),
+}
+"""Least and most of whole numbers. The most is far beyond use, and far below what ends a job after hours."""
+
+NUMBERS = ("damping", "hessian_shrink", "smoothing", "rate_ladder", "rate_codes", "rate_grids", "rate_tuned")
+MOST, MOST_BYTES, LARGEST_GROUP = 1e6, 10**18, 1 << 20
+"""Upper bounds of the numbers above, of a size in bytes, and of a group size."""
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "default": {},
@@ -174,53 +189,61 @@ class Recipe:
     """Compute type of the full-precision model: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU)."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = convert(field.name, getattr(self, field.name), str(field.type), "recipe")
+            object.__setattr__(self, field.name, value)
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise UserError(f"{' and '.join(budgets)} each set the budget: give only one of them")
         self._check_progressive()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"{name} cannot be {getattr(self, name)!r}: choose from {', '.join(choices)}")
+                raise UserError(f"{name} cannot be {shown(getattr(self, name))}: choose from {', '.join(choices)}")
         for name, value in EFFORTS[self.effort].items():
             if getattr(self, name) == FROM_EFFORT:
                 object.__setattr__(self, name, value)
         for name in self.distil_sets:
             if name not in TUNABLE:
-                raise UserError(f"distil_sets cannot have {name!r}: choose from {', '.join(TUNABLE)}")
+                raise UserError(f"distil_sets cannot have {shown(name)}: choose from {', '.join(TUNABLE)}")
         if self.self_width is not None:
             object.__setattr__(self, "self_width", parse_width(self.self_width))
         if self.widths is not None:
-            widths = tuple(sorted({parse_width(w) for w in self.widths}))
+            widths = tuple(sorted(set(self.widths)))
             if not widths:
                 raise UserError("widths is empty: name at least one, such as 2")
             object.__setattr__(self, "widths", widths)
-        if self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1):
-            raise UserError(f"group_size {self.group_size} is not a power of two from {SMALLEST_GROUP} up: try 128")
+        if not SMALLEST_GROUP <= self.group_size <= LARGEST_GROUP or self.group_size & (self.group_size - 1):
+            raise UserError(
+                f"group_size {shown(self.group_size)} is not a power of two from {SMALLEST_GROUP} up: try 128"
+            )
         if self.attention_bits not in (2, 3, 4, 8, 16):
-            raise UserError(f"attention_bits cannot be {self.attention_bits}: choose 2, 3, 4, 8, or 16 for unquantized")
+            raise UserError(
+                f"attention_bits cannot be {shown(self.attention_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
+            )
         if not self.calib:
             raise UserError("calib names no source: give a text file, a data set id or self")
-        for name, least in (
-            ("windows", 1),
-            ("batch_tokens", 1),
-            ("seed", 0),
-            ("total_tokens", 0),
-            ("score_tokens", 0),
-            ("ladder_epochs", 0),
-            ("layer_epochs", 0),
-            ("distil_epochs", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} cannot be {getattr(self, name)}: the least is {least}")
-        if self.window is not None and self.window < 2:
-            raise UserError(f"window cannot be {self.window}: a window has at least 2 tokens")
-        rates = ("rate_ladder", "rate_codes", "rate_grids", "rate_tuned")
-        for name in ("damping", "hessian_shrink", "smoothing", *rates, "held_out"):
-            if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
-                raise UserError(f"{name} must be a number from 0 up (it is {getattr(self, name)})")
+        self._check_numbers()
         if self.quantizer == "rtn" and (self.ladder_epochs or self.layer_epochs):
             raise UserError("quantizer rtn gives no start for training: set ladder_epochs and layer_epochs to 0")
         self._check_budget()
+
+    def _check_numbers(self) -> None:
+        for name, (least, most) in INTEGERS.items():
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"{name} cannot be {shown(value)}: the least is {least}")
+            if value > most:
+                raise UserError(f"{name} cannot be {shown(value)}: the most is {most}")
+        if self.window is not None and self.window < 2:
+            raise UserError(f"window cannot be {shown(self.window)}: a window has at least 2 tokens")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:  # NaN is neither
+                raise UserError(f"{name} must be a number from 0 up (it is {value})")
+            if value > MOST:
+                raise UserError(f"{name} cannot be {value:g}: the most is {MOST:g}")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out must be a share from 0 up and below 1 (it is {self.held_out})")
 
     def _check_progressive(self) -> None:
         steps = self.progressive
@@ -242,7 +265,8 @@ class Recipe:
         """Nominal budgets must lie within the widths. Stored and total bytes are checked when shapes are known."""
         low, high = nominal_bits(min(self.ladder_widths)), nominal_bits(max(self.ladder_widths))
         budgets = self.progressive or ((self.bits,) if self.bits is not None else ())
-        if bits := next((b for b in budgets if not low <= b <= high), None):
+        bits = next((b for b in budgets if not low <= b <= high), None)
+        if bits is not None:
             advice = f"give --bits from {low:g} to {high:g}"
             if bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= bits]):
                 names = ",".join(width_name(w) for w in (*self.ladder_widths, wider[0]))
@@ -252,13 +276,13 @@ class Recipe:
         for name in ("stored_bits", "size"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be a positive number (it is {value})")
+                raise UserError(f"{name} must be a positive number (it is {shown(value)})")
+        if self.size is not None and self.size > MOST_BYTES:
+            raise UserError(f"size cannot be {shown(self.size)}: the most is {MOST_BYTES} bytes")
 
     @property
     def ladder_widths(self) -> tuple[Width, ...]:
         """The candidate widths, defaults filled in, in ascending order."""
-        if self.self_width is not None:
-            object.__setattr__(self, "self_width", parse_width(self.self_width))
         if self.widths is not None:
             return self.widths
         return (*DEFAULT_WIDTHS, 4) if self.size or (self.bits or self.stored_bits or 0) > 2.5 else DEFAULT_WIDTHS
@@ -283,7 +307,8 @@ class Recipe:
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some keys changed. A new budget replaces the old one, whatever its kind, and a new effort the
-        keys that the old one had set."""
+        keys that the old one had set. Raises UserError for unknown keys."""
+        changes = _clean(changes, origin="changes")
         if "effort" in changes:
             old = {name: FROM_EFFORT for name, value in EFFORTS[self.effort].items() if getattr(self, name) == value}
             changes = {**old, **changes}
@@ -308,7 +333,7 @@ class Recipe:
         flags: keys that go before the file's; a budget among them replaces the file's, whatever its kind
         Raises UserError when the file cannot be read.
         """
-        values = _clean(BUILT_IN[str(path)] if str(path) in BUILT_IN else _read_yaml(path), origin=str(path))
+        values = _clean(BUILT_IN[str(path)] if str(path) in BUILT_IN else _read_file(path), origin=str(path))
         flags = flags or {}
         if any(name in flags for name in BUDGETS):
             values = {name: value for name, value in values.items() if name not in BUDGETS}
@@ -323,29 +348,8 @@ def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:
     return (*above, bits) if above and bits is not None else ()
 
 
-def parse_size(text: str) -> int:
-    """Bytes from ``12GB``, ``800 MB`` or ``1.5e9``. GB is 1e9 bytes. Raises UserError when it is none of these."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match.group(1)) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
-        raise UserError(f"{text!r} is not a size: write it like 12GB or 800MB")
-    return int(number * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match.group(2).upper()])
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read recipe {path} ({getattr(error, 'strerror', None) or 'not a text file'}): "
-            f"give a YAML file of lines such as 'bits: 2.0', or {', '.join(BUILT_IN)}"
-        ) from error
-    except yaml.YAMLError as error:
-        line = str(error).splitlines()[0]
-        raise UserError(f"{path} is not valid YAML ({line}): write lines such as 'bits: 2.0'") from error
+def _read_file(path: str | Path) -> dict[str, Any]:
+    values = read_yaml(Path(path), hint=f"a YAML file of lines such as 'bits: 2.0', or {', '.join(BUILT_IN)}")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -359,47 +363,9 @@ def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
     clean: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = difflib.get_close_matches(str(key)[:80], fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise UserError(f"{origin}: unknown key {key!r}: {hint}")
+            raise UserError(f"{origin}: unknown key {shown(key)}: {hint}")
         where = "--" + key.replace("_", "-") if origin == "flag" else origin
-        clean[key] = _convert(key, value, str(fields[key].type), where)
+        clean[key] = convert(key, value, str(fields[key].type), where)
     return clean
-
-
-def _convert(key: str, value: Any, kind: str, origin: str) -> Any:
-    """A YAML value as the type that a field's annotation names."""
-    if value is None and "None" in kind:
-        return None
-    try:
-        if kind.startswith("tuple[str"):
-            return tuple(str(v) for v in (value if isinstance(value, list | tuple) else [value]))
-        if kind.startswith("tuple[Width"):
-            if isinstance(value, str):
-                value = value.split(",")
-            return tuple(parse_width(v) for v in (value if isinstance(value, list | tuple) else [value]))
-        if kind.startswith("tuple[float"):
-            parts = value.split(",") if isinstance(value, str) else value
-            return tuple(float(v) for v in (parts if isinstance(parts, list | tuple) else [parts]))
-        if kind.startswith("bool"):
-            if not isinstance(value, bool):
-                raise TypeError
-            return value
-        if kind.startswith("int"):
-            if key == "size" and isinstance(value, str):
-                return parse_size(value)
-            if isinstance(value, bool) or float(value) != int(value):
-                raise TypeError
-            return int(value)
-        if kind.startswith("float"):
-            if isinstance(value, bool):
-                raise TypeError
-            return float(value)
-        return str(value)
-    except UserError:
-        raise
-    except (OverflowError, TypeError, ValueError) as error:
-        plain = (
-            "budgets such as 3.0,2.5,2.0" if key == "progressive" else f"a value of type {kind.split('|')[0].strip()}"
-        )
-        raise UserError(f"{origin}: {key} cannot be {value!r}: it takes {plain}") from error

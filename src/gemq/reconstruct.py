@@ -11,7 +11,7 @@ Shapes: E experts, B windows, S tokens a window.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -123,12 +123,15 @@ class Optimizer:
             self.inner.zero_grad(set_to_none=True)
         for matrices in self.fused:
             matrices.leaf.grad = None  # of a step that was not taken
-        loss.backward(gradient)
+        if loss.requires_grad:  # not where every learning rate is 0
+            loss.backward(gradient)
         between()
         self.update()
 
     def update(self) -> None:
         """The same from gradients that the parameters have already."""
+        if self.inner is None and not self.fused:
+            return
         if self.inner is not None:
             factor = self._on_device.index_select(0, self.number.view(1)).squeeze(0)
             for group, rate in zip(self.inner.param_groups, self.rates, strict=True):
@@ -219,8 +222,11 @@ def train_layer(
     original = {name: p.clone() for name, p in tuned.items()}
     before = error([x.q for x in parameters], original)
 
-    def after_training() -> list[Quantized]:
-        """What is in training is gone afterwards: judging takes as much memory again."""
+    def after_training() -> tuple[list[Quantized], bool]:
+        """The trained grids, and whether all that was trained is finite.
+
+        Optimizer state is freed on return: evaluation needs the same amount of memory.
+        """
         shared = [split is not None and x.name.startswith(f"{split.path}.") for x in parameters]
         first = 0 if split is None else own_experts(model, split, ranks).start
         matrices = [_trainable(model, x, first * of_ranks) for x, of_ranks in zip(parameters, shared, strict=True)]
@@ -253,16 +259,22 @@ def train_layer(
             for batch in epochs(len(train), training.epochs, training.seed + index):
                 number = train[batch]
                 replayed(activations.calls[number][index], inputs[number], targets[number])
-        return [m.result() for m in matrices]
+        return [m.result() for m in matrices], all_finite(p for m in matrices for p in m.trained())
 
-    grids = after_training()
+    grids, finite = after_training()
     tuned = {name: ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
     before, after = ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
-    if after < before:
+    failed = torch.tensor(float(not (finite and all_finite(tuned.values()))), dtype=torch.float64)
+    ranks.add_up(failed)  # each rank has experts of its own
+    if after < before and not failed:
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)
     return LayerResult(parameters, original, before, before)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ranks: Ranks) -> None:

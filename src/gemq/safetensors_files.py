@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,10 +19,14 @@ from gemq.errors import UserError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-MAX_HEADER_BYTES = 100_000_000
-"""Upper bound for a header, the one of the safetensors library."""
+MAX_HEADER_BYTES = 32_000_000
+"""Upper bound for one header: about 250,000 tensors with names of usual length, read in about two seconds. The largest
+published models have 100,000 to 200,000 tensors in all their files together."""
 
-MAX_JSON_BYTES = 100_000_000
+MAX_TENSORS = 1_000_000
+"""Upper bound for the tensors of all files together."""
+
+MAX_JSON_BYTES = MAX_HEADER_BYTES
 """Upper bound for config.json and for an index."""
 
 BITS = {
@@ -46,6 +51,14 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
+class StoredTensor(NamedTuple):
+    """Where a tensor is stored: its file, its specification, and the position of its first byte in the file."""
+
+    file: Path
+    spec: TensorSpec
+    start: int
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that hold a model's weights, in the order of their names.
 
@@ -56,11 +69,11 @@ def weight_files(directory: Path) -> list[Path]:
         UserError: no such file, a missing shard, a damaged index, or an index that names files outside the directory
             or files that are not safetensors.
     """
-    chosen = _explicit_name(directory) or (WEIGHTS_NAME if (directory / WEIGHTS_NAME).is_file() else INDEX_NAME)
+    chosen = _explicit_name(directory) or (WEIGHTS_NAME if is_file(directory / WEIGHTS_NAME) else INDEX_NAME)
     if not chosen.endswith(".json"):
         return [_inside(directory, chosen, "config.json")]
     index = directory / chosen
-    if not index.is_file():
+    if not is_file(index):
         raise UserError(_no_weights(directory))
     shards = sorted(set(read_index(index).values()))
     return [_inside(directory, name, index.name) for name in shards]
@@ -77,17 +90,66 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a small JSON file. Raises UserError when it is missing, too large, or not JSON."""
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files by name, from their headers.
+
+    Raises:
+        UserError: a file is missing or damaged, two files hold the same tensor, or there are too many tensors.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        entries, start = tensor_entries(file)
+        for name, entry in entries.items():
+            if name in tensors:
+                raise UserError(
+                    f"{tensors[name].file} and {file.name} both hold {name}: delete the file that does not belong to "
+                    "the checkpoint, or copy the checkpoint again"
+                )
+            spec = TensorSpec(entry["dtype"], tuple(entry["shape"]))
+            tensors[name] = StoredTensor(file, spec, start + entry["data_offsets"][0])
+        if len(tensors) > MAX_TENSORS:
+            raise UserError(f"{file.parent} holds more than {MAX_TENSORS:,} tensors: gemq reads no such checkpoint")
+    return tensors
+
+
+def read_json(path: Path, *, unique_keys: bool = False) -> Any:
+    """The contents of a small JSON file.
+
+    Args:
+        path: a regular file of UTF-8 text
+        unique_keys: refuse an object that has a key twice; JSON parsers take the first or the last of them
+
+    Raises:
+        UserError: the file is missing, too large, or not JSON.
+    """
     _check_regular(path)
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise OSError(errno.EFBIG, f"{size:,} bytes are too many for a JSON file")
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_unique_keys if unique_keys else None)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
+    except _DuplicateKeyError as error:
+        raise UserError(f"{path} has the key {error.key!r} twice: copy the checkpoint again") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: copy the checkpoint again") from error
+
+
+class _DuplicateKeyError(ValueError):
+    """A JSON object with a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of json.loads that refuses duplicate keys."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise _DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return values
 
 
 def read_header(file: Path) -> dict[str, TensorSpec]:
@@ -104,25 +166,41 @@ def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
     Raises:
         UserError: the file is missing, cut short, or its header is damaged.
     """
-    _check_regular(path)
+    text, size = _header_text(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if 0 < length <= min(size - 8, MAX_HEADER_BYTES) else None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
+        header = json.loads(text.decode(), object_pairs_hook=_unique_keys) if text.startswith(b"{") else None
+    except _DuplicateKeyError as error:
+        raise UserError(f"the header of {path} lists {error.key!r} twice: copy the checkpoint again") from error
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         header = None
     if not isinstance(header, dict):
         raise UserError(f"{path} is cut short or not a safetensors file: copy the checkpoint again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"the header of {path} is damaged (its metadata is not text): copy the checkpoint again")
+    length = len(text)
     if damage := next(_damages(header), None):
         raise UserError(f"the header of {path} is damaged ({damage}): copy the checkpoint again")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise UserError(f"{path} has {size} bytes instead of {8 + length + end}: copy the checkpoint again")
     return header, 8 + length
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The header of a safetensors file, empty when the file is too short for it, and the size of the file."""
+    _check_regular(path)
+    try:
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if length > size - 8:
+                return b"", size
+            if length > MAX_HEADER_BYTES:
+                raise UserError(f"the header of {path} has {length:,} bytes: gemq reads at most {MAX_HEADER_BYTES:,}")
+            return stream.read(length), size
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
 
 
 def _damages(header: dict[str, Any]) -> Iterator[str]:
@@ -133,7 +211,9 @@ def _damages(header: dict[str, Any]) -> Iterator[str]:
         if isinstance(entry, dict):
             values = [entry.get(key) for key in ("dtype", "shape", "data_offsets")]
         dtype, shape, offsets = values
-        if not isinstance(dtype, str) or dtype not in BITS:
+        if not name.isprintable():
+            yield f"a tensor has the name {name!r}"
+        elif not isinstance(dtype, str) or dtype not in BITS:
             yield f"{name} has the unknown type {dtype!r}"
         elif not _is_integers(shape):
             yield f"{name} has the shape {shape!r}"
@@ -152,17 +232,25 @@ def _damages(header: dict[str, Any]) -> Iterator[str]:
 
 def _check_regular(path: Path) -> None:
     """Refuses what is absent, and what opening would wait for: pipes and devices."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path} is missing or not a regular file: copy the checkpoint again")
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there, which links may lead to. False for what the system refuses to look up."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no permission for a directory on the way, a name that is too long or has a NUL
+        return False
+
+
 def _is_integers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
 
 
 def _explicit_name(directory: Path) -> str | None:
     """What config.json names as ``transformers_weights``. None without config.json, which other checks report."""
-    if not (directory / "config.json").is_file():
+    if not is_file(directory / "config.json"):
         return None
     config = read_json(directory / "config.json")
     name = config.get("transformers_weights") if isinstance(config, dict) else None
@@ -181,7 +269,7 @@ def _inside(directory: Path, name: str, origin: str) -> Path:
         raise UserError(f"{origin} of {directory} names {name!r}, outside the directory: copy the model again")
     if not name.endswith(".safetensors"):
         raise UserError(f"{origin} of {directory} names {name!r}: gemq reads safetensors files alone, no pickled ones")
-    if not (directory / name).is_file():
+    if not is_file(directory / name):
         raise UserError(f"{directory / name} is missing, which {origin} names: copy the checkpoint again")
     return directory / name
 

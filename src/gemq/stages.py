@@ -7,8 +7,6 @@ bytes as an uninterrupted one. What is computed for a layer stands in ``ladder``
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +30,7 @@ from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.widths import Width, group_size_for, width_name
 from gemq.recipe import Recipe
+from gemq.records import digest
 from gemq.refine import RefinedLayer, assemble_layer
 from gemq.resources.batches import Batches
 from gemq.score import (
@@ -324,11 +323,6 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
         layers=len(structure.layers),
         units=recipe.units,
     )
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of plain values, shortened."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def layer_file(layer: int) -> str:

@@ -25,7 +25,7 @@ from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, encode
 from gemq.quant.trainable import TrainableMatrices, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
-from gemq.reconstruct import Training, as_parameter, expert_overrides, set_gradients, tunable_names
+from gemq.reconstruct import Training, all_finite, as_parameter, expert_overrides, set_gradients, tunable_names
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Place, Waiting
 from gemq.resources.ranks import ALONE, Ranks
@@ -139,10 +139,10 @@ class Student:
 
         last: what the last layer gave, a leaf; ``inputs`` of the layers, which are computed again
         """
-        sources = [last, *self.tail.parameters.values()]
-        parts = [torch.autograd.grad(part, sources) for part in losses]
+        trained = [parameter for parameter in self.tail.parameters.values() if parameter.requires_grad]
+        parts = [torch.autograd.grad(part, [last, *trained]) for part in losses]
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
-        set_gradients(list(self.tail.parameters.values()), of_tail, self.among)
+        set_gradients(trained, of_tail, self.among)
         if self.optimizer is not None:
             self.optimizer.update()
         for index in reversed(range(len(self.layers))):
@@ -156,6 +156,10 @@ class Student:
         for tuned in (*(layer.tuned for layer in self.layers), self.tail):
             found.update(tuned.result())
         return found
+
+    def is_finite(self) -> bool:
+        """Whether all that is trained is finite, parameters that held-out windows do not reach included."""
+        return all_finite(self.tail.parameters.values()) and all(layer.is_finite() for layer in self.layers)
 
     def close(self) -> None:
         for layer in self.layers:
@@ -253,6 +257,13 @@ class _PackedLayer:
         of_hidden: Tensor = self._descend(call, hidden, gradient)
         self.waiting.leave(changed=True)
         return of_hidden
+
+    def is_finite(self) -> bool:
+        """Whether all that is trained of the layer is finite."""
+        self.waiting.come()
+        finite = all_finite(self.trained)
+        self.waiting.leave()
+        return finite
 
     def close(self) -> None:
         """Lets go of everything."""

@@ -243,11 +243,17 @@ def print_plan(console: Console, plan: Plan) -> None:
         )
     else:
         memory = f"at least {least} of GPU memory (--gpu-memory), {quickest} to be quickest, {host} of host memory"
+    bits = f"{plan.bits:.4g}"
+    buys = "" if plan.budget == f"{bits} bits" else f" ({bits} bits per expert weight)"
     console.print(
-        f"Job: budget {plan.budget}, {plan.tokens:,} tokens of calibration in windows of {plan.window}. Estimates: "
-        f"{_size(plan.work_bytes)} of disk for the work directory; {memory}. "
+        f"Job: budget {plan.budget}{buys}, {plan.tokens:,} tokens of calibration in windows of {plan.window}. "
+        f"Estimates: {_size(plan.work_bytes)} of disk for the work directory; {memory}. "
         "Times rest on counted work and a second's measurement; files are not in them."
     )
+    if plan.least_bytes > plan.available_bytes:
+        console.print(
+            f"This machine has {_size(plan.available_bytes)} of it: quantize would refuse here.", style="yellow"
+        )
     if plan.linears_not_quantized:
         console.print(
             f"{len(plan.linears_not_quantized)} linears stay unquantized: {', '.join(plan.linears_not_quantized[:4])}"

@@ -1,31 +1,53 @@
 """The work directory: each stage's results, written atomically beside a fingerprint of what they were made from.
 
 A stage is a directory. Its ``stage.json`` names its inputs; a resumed job whose inputs differ is refused, with the
-input that changed. Only one process works in a directory at a time. Knows nothing of what stages compute.
+input that changed. What is there from an earlier run is verified before a stage goes on (``records``). Only one process
+works in a directory at a time.
+
+A directory counts as ours by its marker file alone. Without it nothing in the directory is changed or deleted, and
+nothing is ever read or written through a link inside it. Must not import what stages compute.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
+import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemq.errors import UserError
-from gemq.files import disk_errors, replacing, write_json, write_tensors
+from gemq.files import disk_errors, is_temporary, lock_file, write_json, write_tensors
+from gemq.records import (
+    check_record,
+    digest,
+    read_about,
+    read_json_record,
+    read_object,
+    tensor_metadata,
+    write_json_record,
+)
+from gemq.resources.memory import WAITING
 from gemq.resources.ranks import ALONE, Ranks
 from gemq.resources.upload import spans_of, upload_to
 
 MARKER = "gemq-work.json"
 """Names the directory as ours, so that nothing else is ever taken for a work directory."""
+
+FORMAT_VERSION = 2
+"""Of work directories. Since 2 their files hold checksums."""
+
+LOCK, STAGE_FILE, JOB_FILE = ".lock", "stage.json", "job.json"
 
 
 class WorkDir:
@@ -38,31 +60,26 @@ class WorkDir:
     def __init__(self, path: Path, *, resume: bool, ranks: Ranks = ALONE):
         self.path, self.ranks = path, ranks
         self._is_new = False
-        self._lock: TextIO | None = None
+        self._lock: int | None = None
         ranks.agree(lambda: self._open(resume))
 
     def _open(self, resume: bool) -> None:
         path = self.path
         self.check(path, resume=resume)
-        self._is_new = not path.exists()
         with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held as long as the directory is open
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                self._is_new = True
+        with disk_errors(path / LOCK):
+            self._lock = lock_file(path / LOCK)
+        if self._lock is None:
+            raise UserError(f"{path} is in use by another gemq process: wait for it, or name another with --work")
         try:
-            # the kernel lets go of the lock when a process dies, however it dies
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise UserError(
-                f"{path} is in use by another gemq process: wait for it, or name another with --work"
-            ) from error
-        try:
-            # what a killed job was writing: our temporary files, and those that safetensors names at random
-            for leftover in path.rglob(".*"):
-                if leftover.is_file() and leftover.name != ".lock":
-                    leftover.unlink()
+            with disk_errors(path):
+                _remove_temporaries(path)
             if not (path / MARKER).exists():
-                write_json(path / MARKER, {"format_version": 1})
+                write_json(path / MARKER, {"format_version": FORMAT_VERSION})
         except UserError as error:
             self.__exit__(type(error), error, None)
             raise
@@ -70,19 +87,26 @@ class WorkDir:
     @staticmethod
     def check(path: Path, *, resume: bool) -> None:
         """Raises UserError for a path that is not ours, or that is taken and not to be resumed."""
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is not a directory: name another with --work")
-        if path.exists() and any(path.iterdir()):
-            if not (path / MARKER).exists() and not _only_leftovers(path):
+        with disk_errors(path):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is not a directory: name another with --work")
+            if not path.exists() or not any(path.iterdir()):
+                return
+            marked = os.path.lexists(path / MARKER)
+            if not marked and not _only_leftovers(path):
                 raise UserError(f"{path} exists and is not a work directory of gemq: name another with --work")
             if not resume:
                 raise UserError(f"{path} exists: go on with --resume, or delete it, or name another with --work")
+            if marked:
+                _check_marker(path)
+            _check_no_links(path)
 
     @classmethod
     def existing(cls, path: Path, ranks: Ranks = ALONE) -> WorkDir:
         """Opens a work directory that must be there already."""
-        if not (path / MARKER).is_file():
-            raise UserError(f"{path} is not a work directory of gemq: give the one that quantize made (OUT.work)")
+        with disk_errors(path):
+            if not (path / MARKER).is_file():
+                raise UserError(f"{path} is not a work directory of gemq: give the one that quantize made (OUT.work)")
         return cls(path, resume=True, ranks=ranks)
 
     def __enter__(self) -> WorkDir:
@@ -91,25 +115,29 @@ class WorkDir:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_new and isinstance(value, UserError) and not any(self.path.rglob("*.safetensors")):
-            shutil.rmtree(self.path, ignore_errors=True)  # a mistake before anything was computed leaves no trace
+        if self._is_new and isinstance(value, UserError):
+            _discard(self.path)  # a mistake before anything was computed leaves no trace
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         """The stage ``name`` made from ``inputs`` (plain values), begun or gone on with.
 
-        Raises UserError naming the first input that differs from those of the results already there.
+        Raises:
+            UserError: results that are there already were made from other inputs, or are damaged.
         """
-        self.ranks.agree(lambda: self._begin(self.path / name, json.loads(json.dumps(inputs))))
-        return Stage(self.path / name, self.ranks)
+        inputs = json.loads(json.dumps(inputs))
+        self.ranks.agree(lambda: self._begin(self.path / name, inputs))
+        return Stage(self.path / name, self.ranks, digest(inputs))
 
     def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
-        recorded = directory / "stage.json"
+        recorded = directory / STAGE_FILE
         if not recorded.exists():
             write_json(recorded, inputs)
-            return
-        before = json.loads(recorded.read_text(encoding="utf-8"))
+            before = inputs
+        else:
+            before = read_object(recorded)
         for key in [*inputs, *before]:
             if before.get(key) != inputs.get(key):
                 raise UserError(
@@ -117,6 +145,16 @@ class WorkDir:
                     f"({_short(before.get(key))}, now {_short(inputs.get(key))}): "
                     "use the same, or start anew with another --work"
                 )
+        verify_stage(directory, digest(inputs))
+
+    def finished(self, pattern: str, names: list[str]) -> Iterator[tuple[Stage, dict[str, Any]]]:
+        """Stages whose directories match ``pattern`` and that have all of ``names``, verified, and their inputs."""
+        for recorded in sorted(self.path.glob(f"{pattern}/{STAGE_FILE}")):
+            inputs = read_object(recorded)
+            stage = Stage(recorded.parent, self.ranks, digest(inputs))
+            if all(stage.has(name) for name in names):
+                verify_stage(stage.directory, stage.identity)
+                yield stage, inputs
 
     def size(self) -> int:
         """Bytes of everything in the directory."""
@@ -129,16 +167,21 @@ class Stage:
     Every rank sees the files that others write, which several machines share.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks = ALONE):
-        self.directory, self.ranks = directory, ranks
+    def __init__(self, directory: Path, ranks: Ranks = ALONE, identity: str = ""):
+        """identity: digest of the stage's inputs, which its files carry"""
+        self.directory, self.ranks, self.identity = directory, ranks, identity
 
     def has(self, name: str) -> bool:
         """Whether the result ``name`` (with its suffix) is there. What is there is whole."""
         return self.ranks.agree((self.directory / name).is_file)
 
-    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Every rank gives the same tensors; the first writes them."""
-        self.ranks.agree(lambda: write_tensors(self.directory / name, tensors))
+    def save_tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+        """Every rank gives the same tensors, and plain values to keep with them; the first writes them."""
+        self.ranks.agree(lambda: self._write(name, tensors, about))
+
+    def _write(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+        on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        write_tensors(self.directory / name, on_host, tensor_metadata(name, on_host, self.identity, about or {}))
 
     @contextmanager
     def writing_behind(self, each: bool = False) -> Iterator[Callable[[str, dict[str, Tensor] | None], None]]:
@@ -158,7 +201,7 @@ class Stage:
                 settle()
                 if tensors is not None and (each or self.ranks.first):
                     on_host = copied_behind(tensors)
-                    writing.append(pool.submit(lambda: write_tensors(self.directory / name, on_host())))
+                    writing.append(pool.submit(lambda: self._write(name, on_host())))
 
             yield save
             settle()
@@ -190,23 +233,15 @@ class Stage:
         """One tensor of a set, on the CPU, without reading the others."""
         return self.load_tensors(name, wanted=lambda other: other == key)[key]
 
+    def about(self, name: str) -> dict[str, Any]:
+        """The plain values that were saved with a set of tensors."""
+        return read_about(self.directory / name)
+
     def save_json(self, name: str, value: Any) -> None:
-        self.ranks.agree(lambda: write_json(self.directory / name, value))
-
-    def save_bytes(self, name: str, data: bytes) -> None:
-        """Every rank gives the same bytes; the first writes them."""
-
-        def write() -> None:
-            with replacing(self.directory / name) as temporary:
-                temporary.write_bytes(data)
-
-        self.ranks.agree(write)
+        self.ranks.agree(lambda: write_json_record(self.directory / name, value, self.identity))
 
     def load_json(self, name: str) -> Any:
-        return json.loads((self.directory / name).read_text(encoding="utf-8"))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        return read_json_record(self.directory / name, self.identity)
 
 
 def copied_behind(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -233,9 +268,68 @@ def copied_behind(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]
     return copies
 
 
+def verify_stage(directory: Path, identity: str) -> None:
+    """Reads all results that a stage has. Raises UserError for one that is damaged or belongs to another stage.
+
+    Files are read by several threads, so that this takes little longer than the disk.
+    """
+    files = sorted(path for path in directory.iterdir() if path.name != STAGE_FILE and not path.name.startswith("."))
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="gemq-verify") as pool:
+        for checked in [pool.submit(check_record, path, identity) for path in files]:
+            checked.result()
+
+
+def _check_marker(path: Path) -> None:
+    """Raises UserError unless the directory's marker is one of this format."""
+    try:
+        version = read_object(path / MARKER).get("format_version")
+    except UserError as error:
+        raise UserError(
+            f"{path} is not a work directory of gemq, or its {MARKER} is damaged: name another with --work"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a work directory of format version {_short(version)}, and this gemq reads {FORMAT_VERSION}: "
+            "start anew with another --work"
+        )
+
+
+def _check_no_links(path: Path) -> None:
+    """Raises UserError for anything below ``path`` that is neither a plain file nor a directory."""
+    for directory, directories, files in os.walk(path):
+        for name in (*directories, *files):
+            entry = Path(directory) / name
+            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+                raise UserError(
+                    f"{entry} is a link or no regular file, and gemq makes none: "
+                    "put a copy of what it points to there, or name another with --work"
+                )
+
+
 def _only_leftovers(path: Path) -> bool:
-    """A directory in which a killed job had not yet written anything but its lock and temporary files."""
-    return all(f.name.startswith(".") for f in path.iterdir())
+    """A directory in which a killed job had not yet written anything but its lock and its marker's temporary file."""
+    most = {"lock": 0, "marker": 64}  # bytes
+    names = re.compile(rf"(?P<lock>{re.escape(LOCK)})|(?P<marker>\.{re.escape(MARKER)}(\.\w+)?\.tmp)")
+    for entry in path.iterdir():
+        kind, found = names.fullmatch(entry.name), entry.lstat()
+        if not kind or not stat.S_ISREG(found.st_mode) or found.st_size > most[str(kind.lastgroup)]:
+            return False
+    return True
+
+
+def _remove_temporaries(path: Path) -> None:
+    """Removes what a killed job was writing when it ended, from the directory and its stages."""
+    for directory in (path, *(entry for entry in path.iterdir() if entry.is_dir())):
+        for entry in directory.iterdir():
+            if entry.is_file() and (is_temporary(entry.name) or entry.name.startswith(WAITING)):
+                entry.unlink()
+
+
+def _discard(path: Path) -> None:
+    """Removes a directory that this job made, unless it holds a result, or something that is not ours."""
+    ours = {STAGE_FILE, JOB_FILE, MARKER, LOCK}
+    if all(entry.is_dir() or entry.name in ours for entry in path.rglob("*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _short(value: Any) -> str:

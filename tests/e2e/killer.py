@@ -3,12 +3,13 @@
 Everything is imported once and nothing computed, so that a child starts at once and inherits no threads.
 
 A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
-``delay``: after so many seconds, by the parent's SIGKILL
+``delay``: after so many seconds, by the parent's ``signal`` (SIGKILL if it is not given)
 ``host_memory``: bytes that the job may hold
 ``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
 ``rename``: before this file is renamed, or the directory that holds it, by its own SIGKILL
-The answer holds ``code`` (0 done, 2 refused, -9 killed), ``error``, ``complete_before`` and ``calls``, the names of
-all writes; of a job that was killed ``code`` and ``path``, what it was about to write or rename.
+The answer holds ``code`` (0 done, 2 refused, or minus the signal that ended the job), ``error``, ``complete_before``
+and ``calls``, the names of all writes; of a job that was killed ``code`` and ``path``, what it was about to write or
+rename.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def child(request: dict[str, Any], answer: int) -> None:
         result["complete_before"] = done.complete_before
     except UserError as error:
         result = {"code": 2, "error": str(error)}
+    except KeyboardInterrupt:
+        result = {"code": -signal.SIGINT}
     os.write(answer, json.dumps({**result, "calls": writes.calls}).encode())
 
 
@@ -97,7 +100,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
     os.close(writer)
     if "delay" in request:
         time.sleep(request["delay"])
-        os.kill(pid, signal.SIGKILL)  # to no effect on a child that has ended, which is not waited for yet
+        os.kill(
+            pid, request.get("signal", signal.SIGKILL)
+        )  # to no effect on a child that has ended, which is not waited for yet
     with os.fdopen(reader, "rb") as stream:
         told = stream.read()
     _, status = os.waitpid(pid, 0)

@@ -70,7 +70,7 @@ class Killer:
         assert done["code"] == 0, (why, done)
         assert contents(self.base / name) == self.bytes, why
         work = self.base / f"{name}.work"
-        left = [f for f in [*self.base.rglob("*.tmp"), *self.base.glob(".*.partial")] if f.exists()]
+        left = [f for pattern in ("**/*.tmp", ".*.partial", ".*.gemq-lock") for f in self.base.glob(pattern)]
         assert not left, (why, left)
         assert_same_work(work, self.base / "expected.work", why)
         shutil.rmtree(work)

@@ -273,6 +273,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] =
     ),
     "group size": (lambda t, c: c.update(group_size=32), "do not match config.json"),
     "format version": (lambda t, c: c.update(format_version=1), "format version 1 is not 2"),
+    "changed data": (lambda t, c: t[f"{EXPERTS}.3.down_proj.codes"][0].bitwise_not_(), "are not what gemq wrote"),
 }
 
 
@@ -289,6 +290,14 @@ def test_damage_is_one_clear_error(packed, tmp_path, kind):
             read(broken)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=message), engine(broken):
+        pass
+
+
+def test_a_file_that_only_vllm_would_read_is_refused(packed, tmp_path):
+    directory = shutil.copytree(packed("olmoe"), tmp_path / "copy")
+    shutil.copy(directory / "model.safetensors", directory / "zzz.safetensors")
+    load(directory)
+    with pytest.raises(ValueError, match=r"holds zzz\.safetensors, which vLLM would read"), engine(directory):
         pass
 
 

@@ -6,6 +6,9 @@ be planned, inspected and verified from JSON and safetensors headers alone.
 
 from __future__ import annotations
 
+import os
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,8 @@ QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2
 PARTS = ("codes", "scales", "offsets")
 UP_PROJECTIONS = ("gate_up_proj", "up_proj")
+LARGEST_GROUP = 1 << 16
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 Shapes = Mapping[str, tuple[int, int]]
 """(rows, columns) of each packed matrix kind: ``{experts path}.{projection}`` or ``{linear path}``."""
@@ -55,6 +60,8 @@ class PackedFormat:
     def __post_init__(self) -> None:
         if self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1):
             raise UserError(f"group_size {self.group_size} is not a power of two from {SMALLEST_GROUP} up: try 128")
+        if self.group_size > LARGEST_GROUP:
+            raise UserError(f"group_size {self.group_size} is larger than {LARGEST_GROUP}: try 128")
         for path, projections in self.experts.items():
             names = set(projections)
             if names not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
@@ -79,18 +86,24 @@ class PackedFormat:
                 "this gemq reads: upgrade gemq, or quantize the model again"
             )
         experts, linears, group_size = (values.get(key) for key in ("experts", "linears", "group_size"))
+        fingerprint = values.get("fingerprint", "")
         if not isinstance(experts, Mapping) or not isinstance(linears, Mapping) or type(group_size) is not int:
             raise _damaged("experts, linears or group_size is missing or of the wrong kind")
+        if not isinstance(fingerprint, str):
+            raise _damaged("fingerprint is not text")
         if not all(isinstance(p, Mapping) and all(isinstance(w, list) for w in p.values()) for p in experts.values()):
             raise _damaged("experts does not map projections to lists of widths")
+        for path in (*experts, *linears):
+            if not _MODULE_PATH.fullmatch(path):
+                raise _damaged(f"{path!r} is not the path of a module")
         return cls(
             experts={
-                path: {proj: tuple(parse_width(w) for w in widths) for proj, widths in projections.items()}
+                path: {proj: tuple(_width(w, path) for w in widths) for proj, widths in projections.items()}
                 for path, projections in sorted(experts.items(), key=_by_number)
             },
-            linears={path: parse_width(width) for path, width in sorted(linears.items(), key=_by_number)},
+            linears={path: _width(width, path) for path, width in sorted(linears.items(), key=_by_number)},
             group_size=group_size,
-            fingerprint=str(values.get("fingerprint", "")),
+            fingerprint=fingerprint,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,25 +153,31 @@ class PackedFormat:
         )
 
 
-def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
-    """The raw ``quantization_config`` of a local checkpoint. Raises UserError when it is not gemq's."""
-    try:
-        config = read_json(checkpoint / "config.json")
-    except UserError as error:
-        raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote") from error
+def read_packed_config(checkpoint: Path) -> dict[str, Any]:
+    """The contents of a packed checkpoint's config.json. Raises UserError when it is unreadable or not gemq's."""
+    if not os.path.lexists(checkpoint / "config.json"):
+        raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote")
+    config = read_json(checkpoint / "config.json", unique_keys=True)
     values = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{checkpoint} is not a gemq checkpoint: give a directory that gemq quantize or export wrote")
+    return config
+
+
+def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
+    """The raw ``quantization_config`` of a local checkpoint. Raises UserError when it is not gemq's."""
+    values: dict[str, Any] = read_packed_config(checkpoint)["quantization_config"]
     return values
 
 
 def is_packed(path: Path) -> bool:
     """Whether a directory's config.json names gemq as its quantization."""
     try:
-        read_quantization_config(path)
+        config = read_json(path / "config.json")
     except UserError:
         return False
-    return True
+    values = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD
 
 
 def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
@@ -178,14 +197,34 @@ def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) 
         )
 
 
-def verify_unpacked(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorSpec]) -> None:
-    """UserError when a tensor that is not packed is missing or has another shape than the model gives it."""
+class UnpackedTensor(NamedTuple):
+    """What the model expects of a tensor that is not packed. ``required`` is False for weights that are tied."""
+
+    shape: tuple[int, ...]
+    floating: bool
+    required: bool = True
+
+
+FLOATING = {"F64", "F32", "F16", "BF16"}
+
+
+def verify_unpacked(
+    expected: Mapping[str, UnpackedTensor], packed: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]
+) -> None:
+    """Compares the tensors that are not packed with what the model expects.
+
+    Raises:
+        UserError: one is missing, has another shape or no floating-point type, or the model has no place for it.
+    """
     wrong = []
-    for name, shape in expected.items():
+    for name, tensor in expected.items():
         if name not in found:
-            wrong.append(f"{name} is missing")
-        elif found[name].shape != shape:
-            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(shape)}")
+            wrong += [f"{name} is missing"] if tensor.required else []
+        elif found[name].shape != tensor.shape:
+            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}")
+        elif tensor.floating and found[name].dtype not in FLOATING:
+            wrong.append(f"{name} is of type {found[name].dtype}")
+    wrong += [f"the model has no place for {name}" for name in sorted(found.keys() - packed.keys() - expected.keys())]
     if wrong:
         raise UserError(
             f"{len(wrong)} unpacked tensors do not fit the model, first: {wrong[0]}: copy the checkpoint again"
@@ -199,6 +238,13 @@ def _describe(spec: TensorSpec) -> str:
 def _by_number(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
     """Sorts by module path, numbers in it by their size."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
+
+
+def _width(value: object, path: str) -> Width:
+    """A width as config.json has it: a number, neither text nor a truth value. Raises UserError for others."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _damaged(f"{path} has the width {reprlib.repr(value)}, which is not a number")
+    return parse_width(value)
 
 
 def _damaged(what: str) -> UserError:

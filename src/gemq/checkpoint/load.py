@@ -9,7 +9,9 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,27 +28,28 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
-from gemq.checkpoint.format import (
-    PARTS,
-    QUANT_METHOD,
-    PackedFormat,
-    read_quantization_config,
-    verify,
-    verify_unpacked,
-)
+from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat, UnpackedTensor, verify, verify_unpacked
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state
-from gemq.errors import UserError
+from gemq.checkpoint.skeleton import forget_checksums, read_config, user_errors
+from gemq.checkpoint.stored import DataCheck, StoredCheckpoint, check_no_adapter
+from gemq.errors import UserError, shown
 from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
+from gemq.model_limits import bounded_construction
 from gemq.quant.widths import Width, group_size_for
-from gemq.safetensors_files import TensorSpec, read_header
+from gemq.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py"]
 
-def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """The model of a packed checkpoint, in eval mode.
 
     path:   a directory that gemq wrote, or the hub id of one
@@ -56,37 +59,57 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
     Raises UserError when it is not a gemq checkpoint, or when anything is missing or damaged.
     """
     register()
-    auto = _auto_class(path, kwargs)
+    device = str(device) if isinstance(device, torch.device) else device
+    _check_arguments(path, device, dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: use device='cpu'")
-    kwargs = {"device_map": device, **kwargs, "dtype": dtype, "output_loading_info": True}
-    loaded: Any = auto.from_pretrained(path, **kwargs)
+    directory = local_directory(path, kwargs) / kwargs.get("subfolder", "")
+    stored = StoredCheckpoint.open(directory)
+    kwargs = {"trust_remote_code": False, "device_map": device, **kwargs, "use_safetensors": True, "dtype": dtype}
+    config = read_config(directory, trust_remote_code=kwargs["trust_remote_code"])
+    with user_errors(directory, "load"), bounded_construction(directory, stored.size):
+        loaded: Any = auto_class(config).from_pretrained(path, **kwargs, output_loading_info=True)
     model, report = loaded
     if absent := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(
             f"{len(absent)} tensors are missing or have the wrong shape, first: {absent[0]}: copy the checkpoint again"
         )
+    model.config.return_dict = True  # outputs are read by name
     return model.eval()
 
 
-def _auto_class(path: str | Path, kwargs: dict[str, Any]) -> Any:
-    """Transformers' Auto class for a checkpoint. Raises UserError when it is not gemq's, or of another version."""
-    from transformers import AutoConfig
-
-    if Path(path).is_dir():
-        PackedFormat.from_dict(read_quantization_config(Path(path)))
-    known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+def _check_arguments(path: object, device: object, dtype: object) -> None:
+    """Raises UserError for arguments of ``load`` that mean nothing."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{shown(path)} is no path: give the directory of a checkpoint, or its hub id")
+    names = [name for name, kind in vars(torch).items() if isinstance(kind, torch.dtype) and kind.is_floating_point]
+    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", *names):
+        raise UserError(f"dtype cannot be {shown(dtype)}: give auto, float32, bfloat16 or float16")
     try:
-        config = AutoConfig.from_pretrained(path, **known)
-    except OSError as error:
+        known = device == "auto" or torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        known = False
+    if not known or not isinstance(device, str):
+        raise UserError(f"there is no device {shown(device)}: give auto, cpu or cuda")
+
+
+def local_directory(path: str | Path, kwargs: Mapping[str, Any]) -> Path:
+    """A checkpoint's directory: a local one as it is, a hub id's snapshot in the cache, downloaded if need be.
+
+    kwargs: those of ``from_pretrained`` that say where on the hub and in which cache
+    Raises UserError when there is no such directory or model.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    places = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES, **places))
+    except (OSError, ValueError) as error:  # of the hub's own errors, all that may occur here are one of these
         raise UserError(f"{path} is neither a directory nor a model on the hub that can be reached") from error
-    values = getattr(config, "quantization_config", None)
-    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
-        raise UserError(f"{path} is not a gemq checkpoint: load it with Transformers alone")
-    PackedFormat.from_dict(values)
-    return auto_class(config)
 
 
 class GemqConfig(QuantizationConfigMixin):
@@ -117,9 +140,18 @@ class GemqQuantizer(HfQuantizer):
         self._dtype = torch.float32
         self._dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._data_check: DataCheck | None = None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Called by ``save_pretrained``. Its config.json is written before, without checksums."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+            logging.getLogger("gemq").warning(
+                "save_pretrained writes no checksums: inspect --verify needs gemq's own files"
+            )
+        return super().get_state_dict_and_metadata(model)
 
     @property
     def is_trainable(self) -> bool:
@@ -134,13 +166,18 @@ class GemqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         packed = self._format
+        stored = _stored_checkpoint(checkpoint_files, packed)
+        forget_checksums(model.config)
         adopt_experts(model)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         self._shapes = matrix_shapes(model, packed)
         expected = packed.expected(self._shapes)
-        found = _verify_files(model, expected, checkpoint_files)
+        found = _in_model_names(model, expected, stored.specs)
+        verify(expected, found)
         if type(model).__name__ in (model.config.architectures or ()):  # another class may have a head of its own
-            verify_unpacked(unpacked_shapes(model, packed), found)
+            verify_unpacked(unpacked_tensors(model, packed), expected, found)
+        stored.check_config()
+        self._data_check = DataCheck(stored)
         for path, projections in packed.experts.items():
             _hang_placeholders(model.get_submodule(path), path, projections, expected)
         for path, width in packed.linears.items():
@@ -157,6 +194,9 @@ class GemqQuantizer(HfQuantizer):
                 matrices = [_take(experts, e, proj) for e in range(len(widths))]
                 setattr(experts, proj, PackedMatrices(matrices, widths, self._group_size(f"{path}.{proj}")))
         self._settle_dtypes(model)
+        if self._data_check is not None:
+            self._data_check.result()
+        self._data_check = None
 
     def _group_size(self, kind: str) -> int:
         return group_size_for(self._shapes[kind][1], self._format.group_size)
@@ -231,6 +271,7 @@ def matrix_shapes(model: nn.Module, packed_format: PackedFormat) -> dict[str, tu
                     f"config.json lists {len(widths)} widths for the {weight.shape[0]} experts of {path}: "
                     "copy the checkpoint again"
                 )
+            _check_top_k(model, path, len(widths))
             rows, columns = weight.shape[1:]
             transposed = getattr(experts, "is_transposed", False)
             shapes[f"{path}.{proj}"] = (columns, rows) if transposed else (rows, columns)
@@ -242,6 +283,17 @@ def matrix_shapes(model: nn.Module, packed_format: PackedFormat) -> dict[str, tu
     return shapes
 
 
+def _check_top_k(model: nn.Module, path: str, experts: int) -> None:
+    """Raises UserError when the router beside experts chooses more of them than there are."""
+    for router in _submodule(model, path.rpartition(".")[0]).children():
+        top_k, weight = getattr(router, "top_k", None), getattr(router, "weight", None)
+        choices = max(experts, len(weight) if isinstance(weight, Tensor) else 0)
+        if isinstance(top_k, int) and not 1 <= top_k <= choices:
+            raise UserError(
+                f"config.json lets a token choose {top_k} of the {choices} experts of {path}: copy the checkpoint again"
+            )
+
+
 def _submodule(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
@@ -249,25 +301,37 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         raise UserError(f"{type(model).__name__} has no {path}: load with gemq.load") from error
 
 
-def unpacked_shapes(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, tuple[int, ...]]:
-    """Name on disk and shape of every tensor that is not packed. ``model`` may be on the meta device."""
-    return {name: tuple(tensor.shape) for name, tensor in dense_state(model, packed_format).items()}
+def unpacked_tensors(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, UnpackedTensor]:
+    """Name on disk and what to expect of every tensor that is not packed. ``model`` may be on the meta device."""
+    required = dense_state(model, packed_format)
+    tied = {name: t for name, t in model.state_dict().items() if name in model.all_tied_weights_keys}
+    return {
+        name: UnpackedTensor(tuple(tensor.shape), tensor.is_floating_point(), required=name in required)
+        for name, tensor in {**tied, **required}.items()
+    }
 
 
-def _verify_files(
-    model: PreTrainedModel, expected: dict[str, TensorSpec], files: list[str] | None
-) -> dict[str, TensorSpec]:
-    """Checks all packed tensors against the headers before any weight is read. Returns what the files hold."""
+def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat) -> StoredCheckpoint:
+    """The checkpoint that Transformers is about to read. Raises UserError for files that are pickled or damaged."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise UserError("a gemq checkpoint is loaded from its safetensors files: give from_pretrained its directory")
-    found: dict[str, TensorSpec] = {}
-    for file in files:
-        found.update(read_header(Path(file)))
-    if not expected.keys() <= found.keys():  # save_pretrained uses the family's hub names for packed tensors as well
-        aliases = {saved: name for name, saved in saved_names(model, expected).items()}
-        found = {aliases.get(name, name): spec for name, spec in found.items()}
-    verify(expected, found)
-    return found
+    directory = Path(files[0]).parent
+    if len(files) > 1:  # shards may lie in folders of their own
+        directory = Path(os.path.commonpath([Path(file).parent for file in files]))
+    directory = next((d for d in (directory, *directory.parents[:2]) if is_file(d / "config.json")), directory)
+    check_no_adapter(directory)
+    config = read_json(directory / "config.json") if is_file(directory / "config.json") else {}
+    return StoredCheckpoint(directory, config, packed_format, stored_tensors(map(Path, files)))
+
+
+def _in_model_names(
+    model: PreTrainedModel, expected: Mapping[str, TensorSpec], found: dict[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """``found`` with packed tensors under their in-model names; save_pretrained gives them the family's hub names."""
+    if expected.keys() <= found.keys():
+        return found
+    aliases = {saved: name for name, saved in saved_names(model, expected).items()}
+    return {aliases.get(name, name): spec for name, spec in found.items()}
 
 
 def register() -> None:

@@ -7,28 +7,17 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gemq.checkpoint.adopt import adopt_experts
-from gemq.checkpoint.auto import auto_class
-from gemq.checkpoint.format import (
-    PARTS,
-    PackedFormat,
-    read_quantization_config,
-    verify,
-    verify_unpacked,
-)
-from gemq.checkpoint.load import matrix_shapes, unpacked_shapes
+from gemq.checkpoint.format import PARTS, verify, verify_unpacked
+from gemq.checkpoint.load import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import saved_names
 from gemq.checkpoint.packing import PackedMatrix
-from gemq.safetensors_files import TensorSpec, read_header, weight_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from gemq.checkpoint.skeleton import build_skeleton, read_config
+from gemq.checkpoint.stored import StoredCheckpoint
 
 
 class CheckpointReader:
@@ -36,30 +25,25 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         """Reads configuration and file headers. UserError when a packed tensor is missing or of the wrong kind."""
-        from transformers import AutoConfig
-
-        self.format = PackedFormat.from_dict(read_quantization_config(directory))
-        self.config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        self.stored = StoredCheckpoint.open(directory)
+        self.format = self.stored.format
+        self.config = read_config(directory, trust_remote_code=trust_remote_code)
         del self.config.quantization_config
-        with torch.device("meta"):
-            auto = auto_class(self.config)
-            self.skeleton: PreTrainedModel = auto.from_config(self.config, trust_remote_code=trust_remote_code)
-        adopt_experts(self.skeleton)
+        self.skeleton = build_skeleton(self.config, self.stored, trust_remote_code=trust_remote_code)
         self.shapes = matrix_shapes(self.skeleton, self.format)
         """(rows, columns) of every packed matrix kind."""
         self.expected = self.format.expected(self.shapes)
-        self.found: dict[str, TensorSpec] = {}
-        self._files: dict[str, tuple[Path, str]] = {}  # name -> file, name in the file
+        self.found = self.stored.specs
+        self._stored_names: dict[str, str] = {}
+        """In-model name of a packed tensor -> its name in the files, where the two differ."""
         self._open: dict[Path, Any] = {}
-        for file in weight_files(directory):
-            for name, spec in read_header(file).items():
-                self.found[name] = spec
-                self._files[name] = (file, name)
         if not self.expected.keys() <= self.found.keys():  # save_pretrained gives packed tensors hub names as well
             for name, saved in saved_names(self.skeleton, self.expected).items():
                 if saved in self.found:
-                    self.found[name], self._files[name] = self.found.pop(saved), self._files.pop(saved)
+                    self.found[name] = self.found.pop(saved)
+                    self._stored_names[name] = saved
         verify(self.expected, self.found)
+        self.stored.check_config()
 
     @cached_property
     def unpacked(self) -> list[str]:
@@ -67,8 +51,12 @@ class CheckpointReader:
         return sorted(self.found.keys() - self.expected.keys())
 
     def verify_unpacked(self) -> None:
-        """UserError when a tensor that is not packed is missing or has the wrong shape."""
-        verify_unpacked(unpacked_shapes(self.skeleton, self.format), self.found)
+        """UserError when a tensor that is not packed is missing, of another shape, or not part of the model."""
+        verify_unpacked(unpacked_tensors(self.skeleton, self.format), self.expected, self.found)
+
+    def verify_data(self) -> None:
+        """Reads every byte. UserError when the weights are not those that gemq wrote."""
+        self.stored.check_data()
 
     def tensor(self, name: str) -> Tensor:
         file, stored = self._where(name)
@@ -89,12 +77,15 @@ class CheckpointReader:
         return PackedMatrix(*parts)
 
     def _where(self, name: str) -> tuple[Any, str]:
-        file, stored = self._files[name]
+        stored_name = self._stored_names.get(name, name)
+        file = self.stored.tensors[stored_name].file
         if file not in self._open:  # kept open: a header may list 100,000 tensors
             self._open[file] = safe_open(file, framework="pt")
-        return self._open[file], stored
+        return self._open[file], stored_name
 
 
 def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """UserError for the first thing that is missing or damaged. Reads headers, no weights."""
-    CheckpointReader(directory, trust_remote_code=trust_remote_code).verify_unpacked()
+    """UserError for the first thing that is missing or damaged. Reads everything, weights for their checksums."""
+    reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
+    reader.verify_unpacked()
+    reader.verify_data()

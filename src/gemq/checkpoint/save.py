@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemq.checkpoint.checksums import KEY, checksums_of
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
 from gemq.files import disk_errors, flush_to_disk
+from gemq.outputs import partial_directory, remove_partial
+from gemq.safetensors_files import stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -107,13 +110,11 @@ def write_directory(
 ) -> None:
     """One atomic checkpoint directory. ``required`` are tensor names that must be among the shards."""
     out = Path(out).resolve()  # behind a link, so that the rename stays on one file system
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_directory(out)
+    check_free(out)
     copied = {} if source is None else small_files(source)
     with disk_errors(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not an empty directory: choose another output, or delete it")
-        if partial.exists():
-            shutil.rmtree(partial)
+        remove_partial(partial)
         partial.mkdir(parents=True)
     try:
         written = _write_shards(partial, shards, shard_bytes, out)
@@ -127,6 +128,9 @@ def write_directory(
                 _write_text(partial / "generation_config.json", generation_config.to_json_string(use_diff=True))
             if readme is not None:
                 _write_text(partial / "README.md", readme)
+            if "quantization_config" in config:
+                checksums = checksums_of(config, stored_tensors(weight_files(partial)))
+                config = {**config, KEY: checksums.to_dict()}
             _write_json(partial / "config.json", config)
             mode = (partial / "config.json").stat().st_mode
             for file in partial.rglob("*"):
@@ -138,6 +142,13 @@ def write_directory(
             flush_to_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
+
+
+def check_free(out: Path) -> None:
+    """Raises UserError when ``out`` is there already, unless it is an empty directory."""
+    with disk_errors(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not an empty directory: choose another output, or delete it")
 
 
 def _write_shards(directory: Path, shards: Iterable[Mapping[str, Tensor]], shard_bytes: float, out: Path) -> set[str]:
@@ -183,7 +194,8 @@ def _write_shards(directory: Path, shards: Iterable[Mapping[str, Tensor]], shard
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     """config.json as ``save_pretrained`` would write it: no path, no private state."""
     values = json.loads(config.to_json_string(use_diff=True))
-    values.pop("quantization_config", None)
+    for name in ("quantization_config", "transformers_weights", KEY):  # true of the original's files only
+        values.pop(name, None)
     return values
 
 

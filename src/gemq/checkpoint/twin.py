@@ -16,6 +16,7 @@ from torch import Tensor
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_directory
+from gemq.outputs import check_output, claimed
 from gemq.quant.grid import dequantize
 from gemq.quant.widths import Width, group_size_for
 
@@ -33,9 +34,13 @@ def write_dense_twin(
     dtype: of the weights that were packed; all others keep theirs
     Raises UserError when ``packed`` is damaged or ``out`` is taken.
     """
+    check_output(out, resume=False)
     reader = CheckpointReader(packed, trust_remote_code=trust_remote_code)
+    reader.verify_unpacked()
+    reader.verify_data()
     values = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
-    write_directory(out, values, _dense_shards(reader, dtype), packed, None, None, shard_bytes, set())
+    with claimed(out):
+        write_directory(out, values, _dense_shards(reader, dtype), packed, None, None, shard_bytes, set())
 
 
 def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:

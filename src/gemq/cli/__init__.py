@@ -13,6 +13,7 @@ import typer
 from gemq import fallbacks
 from gemq.cli.jobs import export, plan, quantize
 from gemq.cli.models import bench, demo, evaluate, generate, inspect
+from gemq.display import printable, shortened
 from gemq.errors import UserError
 from gemq.models import digests
 from gemq.output import use_any_encoding
@@ -101,6 +102,6 @@ def _warn_of_untested(arguments: list[str]) -> None:
 
 def _fail(message: str) -> int:
     before_failing()
-    print(f"gemq: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gemq: {shortened(printable(' '.join(message.split())))}", file=sys.stderr)
     after_failing(2)
     return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -53,31 +54,40 @@ def plan(
     bits: Bits = None,
     stored_bits: StoredBits = None,
     size: Size = None,
+    progressive: Progressive = None,
     effort: Effort = None,
     calib: Calib = None,
     calib_column: CalibColumn = None,
     windows: Windows = None,
     window: Window = None,
+    allocate: Allocate = None,
+    allocation: AllocationFile = None,
     widths: Widths = None,
     group_size: GroupSize = None,
     attention_bits: AttentionBits = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
     device: Device = "auto",
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json_file: Json = None,
 ) -> None:
-    """Dry run without weights: sizes, memory, disk and time."""
+    """Dry run without weights: sizes, memory, disk and time, and whether quantize would take these flags."""
     keys = given(locals(), Recipe)
     check_json(json_file)
     chosen = recipe_of(recipe, keys)
+    bounds = {"gpu_memory": size_of("--gpu-memory", gpu_memory), "host_memory": size_of("--host-memory", host_memory)}
     with importing():
         from gemq.models.source import Source
         from gemq.plan import plan as make_plan
         from gemq.resources.machine import pick_device
         from gemq.summary import print_plan
 
+    picked = pick_device(device)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    found = make_plan(source, chosen, pick_device(device))
+    found = make_plan(source, chosen, picked, allocation=allocation, **bounds)
     if not print_json(json_file, found.to_dict()):
         print_plan(make_console(), found)
 
@@ -117,8 +127,9 @@ def quantize(
     check_json(json_file)
     quiet = quiet or not is_first()
     if is_first() and not resume:
-        digests.begin(Path(model).expanduser())
+        digests.begin(Path(os.path.expanduser(model)))
     with importing():
+        from gemq.outputs import default_work
         from gemq.pipeline import quantize as run_quantize
         from gemq.resources.ranks import leave_ranks
         from gemq.summary import print_result
@@ -139,7 +150,7 @@ def quantize(
             monitor=make_monitor(quiet or to_stdout(json_file)),
         )
     except KeyboardInterrupt:
-        where = work or out.with_name(out.name + ".work")
+        where = work or default_work(out)
         print(
             f"\nInterrupted. Nothing is lost: the same command with --resume goes on from {where}",
             file=sys.stderr,
@@ -158,6 +169,9 @@ def export(
     size: Size = None,
     allocate: Allocate = None,
     allocation: AllocationFile = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Where the full-precision model lies now, if it was moved.")
+    ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Refine at the new widths, as quantize does.")] = False,
     curve: Annotated[
         bool, typer.Option("--curve", help="Predicted cost and bytes of budgets over the ladder's range; no output.")
@@ -188,7 +202,7 @@ def export(
             from gemq.summary import print_curve
 
         quiet_libraries()
-        found = size_curve(work, budget.get("allocate"))
+        found = size_curve(work, budget.get("allocate"), model=model, trust_remote_code=trust_remote_code)
         written = write_curve(found, work)
         if not print_json(json_file, found.to_dict()) and not quiet:
             print_curve(make_console(), found, written)
@@ -199,7 +213,7 @@ def export(
 
         if out is not None:
             raise UserError("--dense names the output: leave -o out")
-        if budget or allocation is not None or finish:
+        if budget or allocation is not None or finish or model is not None:
             raise UserError("--dense writes a checkpoint as it is: leave --bits and other flags of the budget out")
         quiet_libraries()
         write_dense_twin(work, dense, trust_remote_code=trust_remote_code)
@@ -221,6 +235,8 @@ def export(
         device=device,
         gpu_memory=size_of("--gpu-memory", gpu_memory),
         host_memory=size_of("--host-memory", host_memory),
+        model=model,
+        trust_remote_code=trust_remote_code,
         monitor=make_monitor(quiet or to_stdout(json_file)),
     )
     if not print_json(json_file, result.to_dict()) and not quiet:

@@ -136,16 +136,24 @@ def bench(
         print_bench(make_console(), values)
 
 
-def inspect(checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_file: Json = None) -> None:
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare with the checksums that gemq wrote.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
     """What a packed checkpoint holds: widths, bytes, format."""
     check_json(json_file)
     with importing():
         from gemq.inspect import inspect_checkpoint
         from gemq.summary import print_contents
 
-    contents = inspect_checkpoint(checkpoint)
+    contents = inspect_checkpoint(checkpoint, verify=verify)
     if not print_json(json_file, contents.to_dict()):
         print_contents(make_console(), contents)
+        if verify:
+            make_console().print("All weights and config.json are as gemq wrote them (checksums).")
 
 
 def demo(

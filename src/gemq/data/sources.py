@@ -307,7 +307,7 @@ def _exists(source: str) -> bool:
 
 def _require_datasets(source: str) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"there is no file {source}; if it is a data set id, pip install datasets")
+        raise UserError(f"there is no file {source[:200]}; if it is a data set id, pip install gemq[datasets]")
 
 
 def _dataset(source: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -93,14 +93,25 @@ class Windows:
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """``tokens`` and ``source`` as files hold them: int32, on the CPU."""
+        tensors = {"tokens": self.tokens, "source": self.source}
+        return {name: tensor.to("cpu", torch.int32).contiguous() for name, tensor in tensors.items()}
+
+    def about(self) -> dict[str, Any]:
+        """What files hold beside the tensors, as plain values."""
+        return {"names": self.names, "tokens_available": self.tokens_available}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Windows:
+        """The windows that ``to_tensors`` and ``about`` describe."""
+        tokens, source = tensors["tokens"].long(), tensors["source"].long()
+        return cls(tokens, source, tuple(about["names"]), tuple(about["tokens_available"]))
+
     def to_bytes(self) -> bytes:
         """The safetensors file; equal windows give equal bytes."""
         # One metadata key: safetensors writes several in no fixed order.
-        about = json.dumps({"names": self.names, "tokens_available": self.tokens_available})
-        tensors = {"tokens": self.tokens.to("cpu", torch.int32), "source": self.source.to("cpu", torch.int32)}
-        return safetensors.torch.save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"windows": about}
-        )
+        return safetensors.torch.save(self.to_tensors(), metadata={"windows": json.dumps(self.about())})
 
     def digest(self) -> str:
         """SHA-256 of the file's bytes: what a fingerprint of the calibration set is made of."""
@@ -111,10 +122,11 @@ class Windows:
 
     @classmethod
     def load(cls, path: str | Path) -> Windows:
+        """Reads what ``save`` wrote, or a file of windows in a work directory. Either has one metadata key."""
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["windows"])
-            tokens, source = file.get_tensor("tokens").long(), file.get_tensor("source").long()
-        return cls(tokens, source, tuple(about["names"]), tuple(about["tokens_available"]))
+            (about,) = file.metadata().values()
+            tensors = {name: file.get_tensor(name) for name in ("tokens", "source")}
+        return cls.from_tensors(tensors, json.loads(about))
 
 
 def pack_documents(documents: Iterable[Iterable[int]], *, separator: int | None) -> Tensor:

@@ -173,8 +173,19 @@ _packed_classes: dict[type[nn.Module], type[nn.Module]] = {}  # family's class -
 def _packed_class(experts_class: type[nn.Module]) -> type[nn.Module]:
     if experts_class not in _packed_classes:
         name = f"Packed{experts_class.__name__}"
-        _packed_classes[experts_class] = type(name, (PackedExperts, experts_class), {})
+
+        def reduce(self: nn.Module, protocol: Any) -> Any:
+            """For pickle and copy, which look a class up by name and would not find one that was made at run time."""
+            return _new_packed, (experts_class,), self.__getstate__()
+
+        _packed_classes[experts_class] = type(name, (PackedExperts, experts_class), {"__reduce_ex__": reduce})
     return _packed_classes[experts_class]
+
+
+def _new_packed(experts_class: type[nn.Module]) -> nn.Module:
+    """An empty instance of the packed subclass of a family's experts class."""
+    packed_class = _packed_class(experts_class)
+    return packed_class.__new__(packed_class)
 
 
 def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:

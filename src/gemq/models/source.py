@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from gemq.checkpoint.adopt import adopt_experts
 from gemq.checkpoint.auto import auto_class
 from gemq.errors import UserError
+from gemq.model_limits import bounded_construction, check_source_sizes
 from gemq.models.calls import one_line_errors, summary
 from gemq.models.configuration import read_configuration, suspicious_fields
 from gemq.models.digests import file_digests
@@ -59,10 +61,10 @@ class Source:
 
         weights: False leaves the weights on the hub and fetches only what describes the model
         """
-        path = Path(model).expanduser()
-        if not path.exists():
+        path = Path(os.path.expanduser(model))
+        if not os.path.exists(path):  # False for what cannot be a path, such as a name that is too long
             if model.startswith((".", "/", "~")) or model.count("/") != 1:
-                raise UserError(f"model {model} does not exist: give a directory or a hub id such as org/name")
+                raise UserError(f"model {model[:200]} does not exist: give a directory or a hub id such as org/name")
             return cls(_download(model, revision, weights), trust_remote_code)
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: give the directory of a Transformers checkpoint")
@@ -90,6 +92,7 @@ class Source:
 
     def _stored_config(self) -> Any:
         read_configuration(self.path / "config.json")
+        check_source_sizes(self.path)
         problem = f"cannot read the configuration of {self.path}"
         try:
             with one_line_errors(problem, "correct its config.json, or copy the model again"):
@@ -132,7 +135,7 @@ class Source:
         """While Transformers builds or fills the model: whatever it raises is one line."""
         problem = f"cannot load {self.path} as a causal language model"
         try:
-            with one_line_errors(problem, self.advice):
+            with one_line_errors(problem, self.advice), bounded_construction(self.path):
                 yield
         except UserError as error:
             if "Unrecognized configuration class" in str(error):

@@ -127,6 +127,10 @@ class FusedMatrices:
         """What has gradients."""
         return [self.leaf]
 
+    def trained(self) -> list[Tensor]:
+        """All numbers that training changes."""
+        return [self.state.latents, *self.state.changes]
+
     def step(self, steps: Steps, seed: int = 0) -> None:
         """Takes the next of ``steps`` down the gradient that the leaf has, and drops it. Counting is the caller's."""
         from gemq.quant.step_kernel import step  # triton comes with torch for CUDA, not for CPUs

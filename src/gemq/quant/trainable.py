@@ -58,6 +58,10 @@ class TrainableMatrices:
         """What has gradients."""
         return [p for p in (self.latents, *self.grids()) if p is not None]
 
+    def trained(self) -> list[Tensor]:
+        """All numbers that training changes."""
+        return self.leaves()
+
     def weight(self) -> Tensor:
         """[E, R, C] float32, as a checkpoint with these codes would mean it; differentiable."""
         scale, offset = self.grid()

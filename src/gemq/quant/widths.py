@@ -6,7 +6,7 @@ recipes and ``--help`` stay fast. Knows nothing of tensors, models or files.
 
 from __future__ import annotations
 
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 
 Width = float
 ExpertWidths = tuple[Width, Width]
@@ -32,11 +32,11 @@ def parse_width(value: object) -> Width:
     """A width from user input (``2``, ``"1.6"``). Raises UserError for a width that does not exist."""
     try:
         width = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         width = -1.0
     if width not in LEVELS:
         known = ", ".join(width_name(w) for w in LEVELS)
-        raise UserError(f"there is no width {value!r}: choose from {known}")
+        raise UserError(f"there is no width {shown(value)}: choose from {known}")
     return int(width) if width == int(width) else width
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 
 SECONDS, TRIES = 0.05, 3
 """What a figure is measured for, and how often: the best counts, as others may use the machine now and then."""
@@ -32,9 +32,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"there is no device {name!r}: give auto, cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"there is no device {shown(name)}: give auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"gemq does not compute on {shown(name)}: give auto, cpu or cuda")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not there ({torch.cuda.device_count()} GPUs found): give --device cpu")
     return device
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gemq.errors import UserError
+from gemq.errors import UserError, shown
 from gemq.files import disk_errors
 
 DEFAULT_SHARE = 0.9
 """Of what is free when a job starts: what it takes at most when it is told no bound."""
 
 UNLIMITED = 1 << 62
+
+WAITING = ".waiting-"
+"""How names of files begin that hold what does not fit into memory. A job removes those that a killed one left."""
 
 MOST_THREADS = 8
 """For files on their way to a GPU: enough for the bytes that memory gives, and the thread that launches is not kept
@@ -98,7 +102,6 @@ class Memory:
     spilled: dict[Place, int] = field(default_factory=lambda: {Place.HOST: 0, Place.DISK: 0})
     """Most bytes that were put off to each place: said in the summary."""
     _waiting: dict[Place, int] = field(default_factory=lambda: {Place.HOST: 0, Place.DISK: 0})
-    _files: int = 0
 
     @classmethod
     def unlimited(cls, device: torch.device) -> Memory:
@@ -119,6 +122,9 @@ class Memory:
         processes: of the job on this machine, which share its host memory
         Raises UserError for bounds that the machine does not have.
         """
+        for name, count in (("gpu_memory", gpu_bytes), ("host_memory", host_bytes)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise UserError(f"{name} cannot be {shown(count)}: give a number of bytes, such as 20_000_000_000")
         free = free_host_bytes()
         if host_bytes is not None and host_bytes > (total := total_host_bytes()):
             raise UserError(f"--host-memory {gigabytes(host_bytes)} is more than this machine's {gigabytes(total)}")
@@ -210,10 +216,11 @@ class Memory:
         Its name is hidden, so that a job that goes on removes what a killed one left.
         """
         assert self.directory is not None
-        self._files += 1
-        path = self.directory / f".waiting-{os.getpid()}-{self._files}"
         count = max(1, math.prod(shape))
-        with disk_errors(path), path.open("wb") as file:
+        with disk_errors(self.directory):
+            descriptor, name = tempfile.mkstemp(prefix=WAITING, dir=self.directory)
+        path = Path(name)
+        with disk_errors(path), open(descriptor, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is told now, not by a signal
         flat = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
         return flat[: math.prod(shape)].view(tuple(shape)), path

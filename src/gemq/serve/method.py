@@ -22,9 +22,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat
+from gemq.checkpoint.load import local_directory
 from gemq.checkpoint.reader import CheckpointReader, check_checkpoint
 from gemq.errors import UserError
+from gemq.safetensors_files import weight_files
 from gemq.serve.experts import PackedExpertsMethod
+from gemq.serve.files import check_served_files
 from gemq.serve.head import TiedHeadMethod
 from gemq.serve.linears import PackedLinearMethod
 
@@ -43,17 +46,14 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> CheckpointReader:
-        directory = Path(self._model)
-        if not directory.is_dir():  # a hub id: into the cache in which vLLM will find it
-            from huggingface_hub import snapshot_download
-
-            wanted = ["*.safetensors", "*.json", "*.py"]
-            found = snapshot_download(
-                self._model, revision=self._revision, cache_dir=self._download_dir, allow_patterns=wanted
-            )
-            directory = Path(found)
+        # a hub id: into the cache in which vLLM will find it
+        directory = local_directory(self._model, {"revision": self._revision, "cache_dir": self._download_dir})
         reader = CheckpointReader(directory, trust_remote_code=self._trust_remote_code)
         reader.verify_unpacked()
+        check_served_files(directory, reader.stored.files)
+        # ``maybe_update_config`` has read a local checkpoint without remote code; others are read by one rank
+        if (not Path(self._model).is_dir() or self._trust_remote_code) and torch.distributed.get_rank() == 0:
+            reader.verify_data()
         return reader
 
 
@@ -91,6 +91,7 @@ class GemqQuantization(QuantizationConfig):
         One that needs remote code or has yet to be downloaded is checked when its first layer is read.
         """
         if Path(model_name).is_dir() and not getattr(hf_config, "auto_map", None):
+            check_served_files(Path(model_name), weight_files(Path(model_name)))
             check_checkpoint(Path(model_name))
 
     def get_checkpoint_weight_mapper(self) -> Any:
