@@ -149,7 +149,8 @@ def quantize(
     if finished:
         ranks.agree(lambda: check_whole(out, source))
     with ExitStack() as stack:
-        ranks.agree(lambda: stack.enter_context(claimed(out)))
+        if not finished:
+            ranks.agree(lambda: stack.enter_context(claimed(out)))
         stack.enter_context(memory.enforced())
         fingerprint, files = ranks.agree(lambda: source.fingerprint(known_files(work_path)))
         directory = stack.enter_context(WorkDir(work_path, resume=resume, ranks=ranks))

@@ -77,6 +77,7 @@ def plan(
     allocation: Path | None = None,
     gpu_memory: int | None = None,
     host_memory: int | None = None,
+    with_weights: bool = False,
 ) -> Plan:
     """The plan for a model and a recipe. Needs no weights.
 
@@ -86,13 +87,14 @@ def plan(
         device: where the job would run
         allocation: file with the widths of all experts, as for ``quantize``
         gpu_memory, host_memory: bounds in bytes, as for ``quantize``
+        with_weights: the model's weights are there, so their headers are checked as well
 
     Raises:
         UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Bounds that nobody gave
             are no reason: a plan may be for another machine.
     """
     memory = Memory.bounded(device, gpu_memory, host_memory, None)
-    if any(source.path.glob("*.safetensors*")):
+    if with_weights:
         source.check_weights()
     checked = check_model(source, recipe, allocation)
     model, structure, fixed = checked.model, checked.structure, checked.fixed_bytes

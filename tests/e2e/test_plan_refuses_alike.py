@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_flags_of_quantize_that_plan_takes(flags):
     ran = gemq("plan", builtin_model(), "--device", "cpu", *flags, "--json", "-")
     assert ran.code == 0, ran.err
     assert ran.json["bits"] == 2
+
+
+def test_a_plan_needs_no_weights_but_checks_those_that_are_there(tmp_path):
+    model = Path(shutil.copytree(builtin_model(), tmp_path / "model"))
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1000])
+    ran = gemq("plan", model)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "model.safetensors" in ran.err
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "x.safetensors"}}')
+    assert gemq("plan", model).code == 0
 
 
 def test_a_size_buys_bits(tmp_path):

@@ -87,7 +87,8 @@ def plan(
 
     picked = pick_device(device)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    found = make_plan(source, chosen, picked, allocation=allocation, **bounds)
+    weights = os.path.exists(model) and any(source.path.glob("*.safetensors"))  # of a hub's model some may be cached
+    found = make_plan(source, chosen, picked, allocation=allocation, with_weights=weights, **bounds)
     if not print_json(json_file, found.to_dict()):
         print_plan(make_console(), found)
 
