@@ -34,6 +34,13 @@ def check_output(out: Path, *, resume: bool) -> bool:
     return True
 
 
+def check_apart(out: Path, work: Path, advice: str) -> None:
+    """Raises UserError, with ``advice``, when one of the two directories lies in the other."""
+    a, b = real_path(out), real_path(work)
+    if a == b or a in b.parents or b in a.parents:
+        raise UserError(f"{out} and the work directory {work} lie in each other: {advice}")
+
+
 def default_work(out: Path) -> Path:
     """The work directory of an output if none is named: next to it."""
     named = out if out.name not in ("", "..") else real_path(out)
@@ -58,7 +65,7 @@ def claimed(out: Path) -> Iterator[None]:
     if not place.name:
         raise UserError(f"{out} exists: name another output")
     parents = [parent for parent in place.parents if not parent.exists()]
-    lock = place.with_name(f".{place.name}.gemq-lock")
+    lock = _lock_path(place)
     descriptor: int | None = None
     try:
         with disk_errors(out):
@@ -76,6 +83,19 @@ def claimed(out: Path) -> Iterator[None]:
         for parent in parents:  # of a job that wrote nothing
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def remove_stale_lock(out: Path) -> None:
+    """Removes the lock of a job that was killed after its output appeared. A lock that a process holds stays."""
+    lock = _lock_path(real_path(out))
+    with contextlib.suppress(OSError, UserError):
+        if lock.exists() and (descriptor := _lock(lock)) is not None:
+            lock.unlink()
+            os.close(descriptor)
+
+
+def _lock_path(place: Path) -> Path:
+    return place.with_name(f".{place.name}.gemq-lock")
 
 
 def _lock(path: Path) -> int | None:

@@ -40,7 +40,7 @@ from gemq.jobfile import (
 from gemq.models.source import Source
 from gemq.models.stream import Replay
 from gemq.models.structure import Structure
-from gemq.outputs import check_output, claimed, default_work
+from gemq.outputs import check_apart, check_output, claimed, default_work, remove_stale_lock
 from gemq.preflight import check_allocation, check_job, expert_budget, read_allocation
 from gemq.progress import Monitor, Tick
 from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths
@@ -136,6 +136,7 @@ def quantize(
     ranks = start_ranks(device)
 
     def check() -> bool:
+        check_apart(out, work_path, "name another --work")
         WorkDir.check(work_path, resume=resume)
         check_same_recipe(work_path, recipe)
         if finished := check_output(out, resume=resume):
@@ -149,7 +150,9 @@ def quantize(
     if finished:
         ranks.agree(lambda: check_whole(out, source))
     with ExitStack() as stack:
-        if not finished:
+        if finished:
+            ranks.agree(lambda: remove_stale_lock(out))
+        else:
             ranks.agree(lambda: stack.enter_context(claimed(out)))
         stack.enter_context(memory.enforced())
         fingerprint, files = ranks.agree(lambda: source.fingerprint(known_files(work_path)))
@@ -187,6 +190,7 @@ def export(
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
     ranks.agree(lambda: check_output(out, resume=False))
+    ranks.agree(lambda: check_apart(out, Path(work), "name another output"))
     with ExitStack() as stack:
         directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
         place = None if model is None else str(model)

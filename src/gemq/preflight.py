@@ -16,7 +16,7 @@ from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.small_files import small_files
 from gemq.data.sources import SELF, check_sources, host_bytes
 from gemq.errors import UserError
-from gemq.files import check_free_space, check_writable, free_space, read_input, real_path
+from gemq.files import check_free_space, check_writable, free_space, read_input
 from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
@@ -95,9 +95,6 @@ def check_job(
     new: nothing is in the work directory yet, so its disk must hold all of the ladder
     texts: whether calibration texts are still to be read
     """
-    a, b = real_path(out), real_path(work)
-    if a == b or a in b.parents or b in a.parents:
-        raise UserError(f"{out} and the work directory {work} lie in each other: name another with --work")
     source.check_weights()
     small_files(source.path)
     checked = check_model(source, recipe, allocation, texts=texts)

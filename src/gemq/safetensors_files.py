@@ -19,6 +19,9 @@ from gemq.errors import UserError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of files in which weights are pickled."""
+
 MAX_HEADER_BYTES = 32_000_000
 """Upper bound for one header: about 250,000 tensors with names of usual length, read in about two seconds. The largest
 published models have 100,000 to 200,000 tensors in all their files together."""
@@ -282,7 +285,9 @@ def _no_weights(directory: Path) -> str:
             f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}, though it holds {others[0]}: "
             "copy the missing file, or rename the weights"
         )
-    return (
-        f"{directory} holds no safetensors weights: gemq reads no pickled files; load the model with Transformers and "
-        "save it again with save_pretrained"
-    )
+    if any(path.suffix in PICKLED for path in directory.glob("*")):
+        return (
+            f"{directory} holds no safetensors weights: gemq reads no pickled files; load the model with Transformers "
+            "and save it again with save_pretrained"
+        )
+    return f"{directory} holds no safetensors weights: copy the checkpoint again"

@@ -106,6 +106,7 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     """The smallest ``--host-memory`` that a job on the CPU takes: no layer stays, nothing waits in memory."""
     import torch
 
+    from gemq.data.sources import host_bytes
     from gemq.models.source import Source
     from gemq.models.structure import find_structure
     from gemq.recipe import Recipe
@@ -113,5 +114,6 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
 
     skeleton = Source(model).skeleton()
     structure, cpu = find_structure(skeleton), torch.device("cpu")
-    footprint = Footprint(structure, Recipe.from_dict(recipe), skeleton.config, torch.float32, cpu)
-    return held_bytes(skeleton, structure, torch.float32) + footprint.least
+    values = Recipe.from_dict(recipe)
+    footprint = Footprint(structure, values, skeleton.config, torch.float32, cpu)
+    return held_bytes(skeleton, structure, torch.float32) + footprint.least + host_bytes(values.calib)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -70,4 +71,6 @@ def test_a_job_whose_output_has_brackets(tiny_model, tmp_path):
     text.write_text("a few words, again and again. " * 100)
     ran = gemq("quantize", tiny_model, "-o", out, *SMALL, "--calib", text)
     assert ran.code == 0, ran.err
-    assert f"Saved {out}. Try: gemq generate {out}" in ran.out.replace("\n", "")
+    printed = ran.out.replace("\n", "")
+    assert f"Saved {out}" in printed
+    assert f"Try: gemq generate {shlex.quote(str(out))}" in printed

@@ -113,7 +113,10 @@ def test_fp8_originals_are_dequantized_on_reading(fp8):
     assert torch.equal(model.get_parameter(f"{layer}.experts.gate_up_proj"), gate_up.bfloat16())
     name = f"{layer}.shared_experts.down_proj.weight"
     assert torch.equal(model.get_parameter(name), meant[name].bfloat16())
-    assert set(stored.values()) == {torch.bfloat16}
+    # since Transformers 5.24 routers stay in float32
+    wide = {n for n, t in read_files(source).items() if t.dtype == torch.float32 and not n.endswith("_scale_inv")}
+    assert {name for name, dtype in stored.items() if dtype == torch.float32} == wide & stored.keys()
+    assert set(stored.values()) <= {torch.bfloat16, torch.float32}
     assert configured_types(Source(source).skeleton()).keys() == stored.keys()
 
 

@@ -204,8 +204,11 @@ def source_digest(source: str) -> str:
 
 
 def host_bytes(sources: Sequence[str]) -> int:
-    """Bytes of host memory that the tokens of the sources' files take, about: as many as their texts."""
-    return sum(text_bytes(Path(source)) for source in sources if source != SELF and _is_file(source))
+    """Bytes of host memory that the tokens of the sources' files take, about: as many as their texts.
+
+    Counts the files that exist. An export may run without the texts of its job.
+    """
+    return sum(text_bytes(Path(source)) for source in sources if source != SELF and _exists(source))
 
 
 def share_out(count: int, available: Sequence[int | None]) -> list[int]:
@@ -307,7 +310,7 @@ def _exists(source: str) -> bool:
 
 def _require_datasets(source: str) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"there is no file {source[:200]}; if it is a data set id, pip install gemq[datasets]")
+        raise UserError(f"there is no file {source[:200]}; if it is a data set id, pip install datasets")
 
 
 def _dataset(source: str) -> Iterator[tuple[str, Any]]:
