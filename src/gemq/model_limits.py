@@ -20,8 +20,9 @@ from gemq.safetensors_files import StoredTensor, read_json, stored_tensors, weig
 if TYPE_CHECKING:
     from torch import nn
 
-COUNTS = re.compile(r"layer|expert|label|depth|block|stage|codebook|quantizer|level|head")
-"""Names of numbers for which Transformers makes so many Python objects."""
+COUNTS = re.compile(r"^(?!.*(size|dim|length)).*(layer|expert|label|depth|block|stage|codebook|quantizer|level|head)")
+"""Names of numbers for which Transformers makes so many Python objects. Sizes, such as ``vocab_size_per_layer_input``,
+are none."""
 
 ALWAYS_ALLOWED = 1 << 16
 """A count that costs nothing. Sizes of chunks and images, which no weight has, are below it."""
