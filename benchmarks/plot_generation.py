@@ -1,9 +1,9 @@
 """Draws decode speed against bits from results/generation.csv: batch 1, end to end, with the limit of memory bandwidth.
 
-    python benchmarks/plot_generation.py [--shape olmoe-1b-7b] [--csv FILE] [--out FILE.svg]
+    python benchmarks/plot_generation.py [--shape olmoe-1b-7b] [--device NAME] [--csv FILE] [--out FILE.svg]
 
-The fastest row of each shape and commit, for one GPU; the newest commit's are filled. The limit is the GPU's measured
-copy bandwidth over the bytes of weights that a step reads. Needs matplotlib.
+The fastest row of each shape and commit, for one GPU (by default that of the last row); the newest commit's are filled.
+The limit is the GPU's measured copy bandwidth over the bytes of weights that a step reads. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="olmoe-1b-7b")
+    parser.add_argument("--device", help="name of a GPU in the rows")
     parser.add_argument("--csv", type=Path, default=ROOT / "results" / "generation.csv")
     parser.add_argument("--out", type=Path, default=ROOT.parent / "docs" / "generation.svg")
     args = parser.parse_args()
@@ -32,7 +33,9 @@ def main() -> None:
     rows = [r for r in rows if r["shape"].startswith(args.shape + "-")]
     if not rows:
         raise SystemExit(f"{args.csv} has no decode rows of {args.shape} at batch 1: measure them with generation.py")
-    rows = [r for r in rows if r["device"] == rows[-1]["device"]]
+    rows = [r for r in rows if r["device"] == (args.device or rows[-1]["device"])]
+    if not rows:
+        raise SystemExit(f"{args.csv} has no rows of {args.device}: name a device of the file")
     best: dict[tuple[str, str], dict[str, str]] = {}  # of a commit and shape, the fastest way
     for row in rows:
         key = row["commit"], row["shape"]
