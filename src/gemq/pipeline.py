@@ -23,7 +23,7 @@ from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError, shown
 from gemq.files import check_free_space, write_text
 from gemq.finish import run_finish
-from gemq.guard import own_plans, run_guard
+from gemq.guard_stage import own_plans, run_guard
 from gemq.job import Job, needs_texts
 from gemq.jobfile import (
     JobRecord,
@@ -49,7 +49,7 @@ from gemq.records import digest
 from gemq.refine import RefinedLayer, matrix_widths
 from gemq.resources.memory import Memory
 from gemq.resources.ranks import start_ranks
-from gemq.sensitivity import run_sensitivity
+from gemq.sensitivity_stage import run_sensitivity
 from gemq.sizes import linear_bytes, other_bytes, quantized_share, smaller_groups
 from gemq.stages import FULL_PRECISION, Judged, assembled, layer_file, make_problem, run_ladder, run_scores
 from gemq.workdir import Stage, WorkDir

@@ -22,8 +22,8 @@ BUILTIN_TOKENS = 4096
 
 def few_guard_windows(patch: pytest.MonkeyPatch) -> None:
     """Lets the guard judge by 6 windows, not 24: models write them token by token, and no job here is about them."""
-    patch.setattr("gemq.guard.PER_SOURCE", 2)
-    patch.setattr("gemq.guard.OWN", 4)
+    patch.setattr("gemq.guard_stage.PER_SOURCE", 2)
+    patch.setattr("gemq.guard_stage.OWN", 4)
 
 
 @dataclass(frozen=True)

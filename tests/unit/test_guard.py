@@ -20,7 +20,8 @@ from gemq.assets import builtin_model, builtin_texts
 from gemq.calibrate import Activations
 from gemq.data.sources import Streams, calibration_windows, held_out_windows
 from gemq.data.windows import Windows
-from gemq.guard import SOFTENING, candidates_kl, decide, describe, judge, paired_p, soften
+from gemq.guard import SOFTENING, decide, describe, judge, paired_p, soften
+from gemq.guard_stage import candidates_kl
 from gemq.ladder import LayerLadder, Quantizer, build_layer
 from gemq.models.source import Source
 from gemq.models.stream import Replay

@@ -14,7 +14,8 @@ from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
 from gemq.reconstruct import expert_overrides
 from gemq.score import rescaled
-from gemq.sensitivity import TOKENS, layer_kl, measured_tokens, measured_windows
+from gemq.sensitivity import TOKENS, measured_tokens, measured_windows
+from gemq.sensitivity_stage import layer_kl
 
 torch.set_num_threads(1)
 WINDOWS = Windows(tokens(6, 10), torch.tensor([0, 0, 1, 1, 1, 2]), ("a", "b", "c"), (20, 30, 10))

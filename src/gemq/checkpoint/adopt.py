@@ -10,7 +10,6 @@ import inspect
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -60,20 +59,3 @@ def as_adopted(tensor: Tensor, parameter: Tensor) -> Tensor:
 def _gate(activation: Any, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return activation(gate) * up
-
-
-def routing_of_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Index [R, 1] and weight [R, 1] of batched rows [R, H], R = experts * tokens.
-
-    The router's weight is in the rows already: those of experts that a token did not choose are zero, and get an index
-    past the last expert.
-    """
-    expert = torch.arange(experts, device=rows.device).repeat_interleave(len(rows) // experts)
-    index = torch.where((rows != 0).any(-1), expert, experts)
-    return index.unsqueeze(1), rows.new_ones(len(rows), 1)
-
-
-def passed_on(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Tensor:
-    """What experts that return their input add: [T, H] for hidden [T, H] and routing [T, K]."""
-    idle = top_k_weights.masked_fill(top_k_index < experts, 0)
-    return hidden * idle.sum(1, keepdim=True).to(hidden.dtype)

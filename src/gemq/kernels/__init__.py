@@ -37,6 +37,8 @@ if mode not in ("", "reference", "triton"):
 fallbacks: Counter[str] = Counter()
 """How often the reference computed what a kernel should have, by reason."""
 
+_MODULES = {"decode": "gemq.kernels.decode", "grouped": "gemq.kernels.grouped"}
+
 _loaded: dict[str, ModuleType | None] = {}
 
 _failed: dict[Any, str] = {}
@@ -104,9 +106,9 @@ def _load(name: str) -> ModuleType | None:
     """``decode`` or ``grouped``, None when triton is missing. Imported only now: a CPU needs none of it."""
     if name not in _loaded:
         try:
-            _loaded[name] = importlib.import_module(f"gemq.kernels.{name}")
+            _loaded[name] = importlib.import_module(_MODULES[name])
         except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "triton" and error.name != "gemq.kernels.grouped":
+            if (error.name or "").split(".")[0] != "triton" and error.name != _MODULES["grouped"]:
                 raise
             _loaded[name] = None
     return _loaded[name]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gemq import kernels
-from gemq.checkpoint.adopt import passed_on, routing_of_rows
 from gemq.checkpoint.packing import PackedMatrix
+from gemq.kernels.expert_inputs import passed_on, routing_of_rows
 from gemq.quant.grid import dequantize
 from gemq.quant.widths import LEVELS, Width, bytes_per_group
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from gemq.checkpoint.adopt import passed_on, routing_of_rows
+from gemq.kernels.expert_inputs import passed_on, routing_of_rows
 from gemq.models import grouped
 from gemq.models.split import Split, split_of
 
