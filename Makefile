@@ -3,7 +3,7 @@
 # make conformance  every family of the installed Transformers; writes docs/families.md
 # make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
-# make check  linter, formatter and type checker
+# make check  linter, formatter, type checker, and the direction of imports
 #
 # PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install.
 
@@ -58,6 +58,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) .venv-* demo-out

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from gemq.data.windows import Windows, cut_windows, eval_windows, from_parts, tokenize_text
-from gemq.evaluate import evaluate, open_model
+from gemq.calibration.windows import Windows, cut_windows, eval_windows, from_parts, tokenize_text
+from gemq.evaluation.evaluate import evaluate, open_model
 from gemq.models.structure import find_structure
-from gemq.pipeline import export, quantize
-from gemq.progress import Monitor
+from gemq.pipeline.quantize import export, quantize
 from gemq.quant.widths import ExpertWidths
 from gemq.recipe import BUILT_IN, DEFAULT_BITS, Recipe
+from gemq.runtime.progress import Monitor
 from record import RESULTS as FOLDER
 from record import append, environment
 from rows import allocation_text

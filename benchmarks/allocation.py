@@ -17,7 +17,7 @@ import numpy as np
 import scipy
 
 import gemq
-from gemq.allocate import Budget, Problem, allocate
+from gemq.allocation.problem import Budget, Problem, allocate
 from gemq.quant.widths import Width, matrix_bytes, nominal_bits
 from record import RESULTS, append, commit
 

@@ -9,9 +9,9 @@
 Each part runs in a process of its own with empty kernel caches, so that seconds of compiling are those of a first use.
 ``decode`` rows are end to end at batch 1, 4 and 16 (tokens of all sequences a second; prompt 128, 128 new tokens),
 ``prefill`` rows at 128, 512 and 2048 tokens, both warm, over five runs; ``bytes`` are the weights that a step reads
-(``gemq.traffic``). ``start`` rows are seconds from packed files to the first token in a fresh process, imports apart;
-the files were just written, so the operating system has them in memory. bf16 rows take the faster of Transformers'
-grouped_mm and batched_mm experts in the same loop.
+(``gemq.evaluation.weight_traffic``). ``start`` rows are seconds from packed files to the first token in a fresh
+process, imports apart; the files were just written, so the operating system has them in memory. bf16 rows take the
+faster of Transformers' grouped_mm and batched_mm experts in the same loop.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from gemq.bench import Work, bench
+    from gemq.evaluation.bench import Work, bench
     from shapes import SHAPES, Shape, dense_model, mean_bits, packed_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -206,8 +206,8 @@ def first_token(path: Path) -> dict[str, Any]:
     import transformers.generation  # imported lazily otherwise, within the loading
 
     import gemq.checkpoint.load
-    import gemq.decoder
-    from gemq.traffic import synchronize
+    import gemq.decoding.decoder
+    from gemq.evaluation.weight_traffic import synchronize
 
     assert transformers.generation
     imported = time.perf_counter()
@@ -216,7 +216,7 @@ def first_token(path: Path) -> dict[str, Any]:
     synchronize(model.device)
     loaded = time.perf_counter()
     ids = torch.arange(128)[None].to(model.device)
-    decoder = gemq.decoder.Decoder(model, 1, 320)
+    decoder = gemq.decoding.decoder.Decoder(model, 1, 320)
     decoder.prefill(ids).tolist()
     first = time.perf_counter()
     seconds = {"imports": imported - begin, "load": loaded - imported, "prefill": first - loaded}
@@ -240,7 +240,7 @@ def profile(name: str, batch: int, compiled: bool, steps: int = 20) -> None:
     """Prints the kernels of a decode step by time, and how often each runs."""
     import torch
 
-    from gemq.decoder import Decoder
+    from gemq.decoding.decoder import Decoder
     from shapes import SHAPES, dense_model, packed_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

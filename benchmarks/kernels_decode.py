@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import SILU, Activation
-from gemq.kernels.launch import Config, Cut, Linears, Matrices, launch_down, launch_linears, launch_up
-from gemq.kernels.packed import PackedMatrices, PackedMatrix
+from gemq.kernels.decode.launch import Config, Cut, Linears, Matrices, launch_down, launch_linears, launch_up
+from gemq.kernels.modules import PackedMatrices, PackedMatrix
 from gemq.quant.grid import encode
 from gemq.quant.widths import LEVELS, matrix_bytes
 from record import RESULTS, append, environment

@@ -100,7 +100,7 @@ def make_layers(shape: Shape) -> list[Any]:
 def make_layer(shape: Shape) -> Any:
     from torch import nn
 
-    from gemq.kernels.packed import PackedExperts, PackedMatrices
+    from gemq.kernels.modules import PackedExperts, PackedMatrices
 
     class Experts(PackedExperts):
         has_gate, has_bias = True, False
@@ -127,8 +127,8 @@ def random_matrix(rows: int, columns: int, width: float) -> Any:
     """Weights of variance about 1 / columns: outputs neither grow nor vanish."""
     import torch
 
-    from gemq.checkpoint.packing import PackedMatrix
     from gemq.quant.grid import encode
+    from gemq.quant.packing import PackedMatrix
     from gemq.quant.widths import LEVELS
     from shapes import random_codes
 
@@ -174,8 +174,8 @@ def dense_forward(
 def dequantized(matrices: Any) -> Tensor:
     import torch
 
-    from gemq.kernels.grouped import packed_experts
-    from gemq.kernels.unpack import dequantize
+    from gemq.kernels.grouped.dequantize import dequantize
+    from gemq.kernels.grouped.operators import packed_experts
 
     w = packed_experts(matrices, None)
     return dequantize(*w[:4], w.widths, w.rows, matrices.columns, w.group_size, torch.bfloat16)
@@ -183,14 +183,15 @@ def dequantized(matrices: Any) -> Tensor:
 
 def check(name: str, shape: Shape, layers: list[Any]) -> None:
     """Stops if the kernels are further from float64 than twice the reference's distance."""
-    from gemq.kernels import grouped, reference
+    from gemq.kernels import reference
+    from gemq.kernels.grouped import operators
 
     for tokens in (33, 300):
         hidden, index, weights = routings(shape, tokens)[0]
         truth = reference.experts_forward(layers[0], hidden.double(), index, weights.double())
         errors = [
             ((f(layers[0], hidden, index, weights).double() - truth).norm() / truth.norm()).item()
-            for f in (grouped.experts_forward, reference.experts_forward)
+            for f in (operators.experts_forward, reference.experts_forward)
         ]
         print(f"{name}, {tokens} tokens: relative error {errors[0]:.2e}, reference {errors[1]:.2e}")
         if not errors[0] <= 2 * errors[1]:
@@ -239,8 +240,9 @@ def cycle(layers: list[Any], draws: list[Any], call: Callable[..., Any]) -> list
 def bench_experts(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) -> None:
     import torch
 
-    from gemq.kernels import grouped, reference
+    from gemq.kernels import reference
     from gemq.kernels.activation import activation_of
+    from gemq.kernels.grouped import operators
 
     def through_dense(layer: Any, *draw: Tensor) -> Tensor:
         return dense_forward(dequantized(layer.gate_up_proj), dequantized(layer.down_proj), *draw)
@@ -257,7 +259,7 @@ def bench_experts(args: argparse.Namespace, name: str, shape: Shape, layers: lis
         flops = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
         ways: dict[str, tuple[list[Callable[[], Any]], bool]] = {
             "dense": (cycle(dense, draws, lambda ws, *draw: dense_forward(*ws, *draw)), True),
-            "packed": (cycle(layers, draws, grouped.experts_forward), True),
+            "packed": (cycle(layers, draws, operators.experts_forward), True),
             "dequantize+dense": (cycle(layers, draws, through_dense), True),
         }
         if not args.no_reference and tokens <= 2048:
@@ -276,9 +278,9 @@ def bench_linears(args: argparse.Namespace) -> None:
     from torch import nn
     from torch.nn import functional as F
 
-    from gemq.kernels import grouped
-    from gemq.kernels.matmul import config_for, matmul
-    from gemq.kernels.packed import PackedLinear
+    from gemq.kernels.grouped import operators
+    from gemq.kernels.grouped.matmul import config_for, matmul
+    from gemq.kernels.modules import PackedLinear
 
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     for rows, columns, width in ((2048, 2048, 4), (4096, 4096, 4), (4096, 4096, 8), (14336, 4096, 4)):
@@ -290,10 +292,10 @@ def bench_linears(args: argparse.Namespace) -> None:
             total += modules[-1].codes.nbytes
 
         def fused(module: Any, x: Tensor) -> Tensor:
-            return matmul(x, grouped.packed_linear(module), config_for(x.shape[0], 1, x.dtype), None)
+            return matmul(x, operators.packed_linear(module), config_for(x.shape[0], 1, x.dtype), None)
 
         def through_dense(module: Any, x: Tensor) -> Tensor:
-            return grouped.linear_dequantized(x, grouped.packed_linear(module))
+            return operators.linear_dequantized(x, operators.packed_linear(module))
 
         for tokens in args.tokens:
             draws = [(torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16),) for _ in range(len(modules))]
@@ -320,9 +322,9 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
     import torch
     import triton
 
-    from gemq.kernels import grouped
-    from gemq.kernels.matmul import Config, config_for, matmul
-    from gemq.kernels.routing import combine, sort_pairs
+    from gemq.kernels.grouped import operators
+    from gemq.kernels.grouped.matmul import Config, config_for, matmul
+    from gemq.kernels.grouped.routing import combine, sort_pairs
 
     for tokens in args.tokens:
         draws = routings(shape, tokens)
@@ -338,8 +340,8 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
                 print(f"  {tuple(config)!s:28} {error}")
 
         layer, (hidden, index, weights) = layers[0], draws[0]
-        first, down = (grouped.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))
-        activation = grouped.activation_of(layer) or grouped.RAW
+        first, down = (operators.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))
+        activation = operators.activation_of(layer) or operators.RAW
         routing = sort_pairs(index, shape.experts, chosen.block_m)
         h = matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation)
         y = matmul(h, down, chosen, routing, scatter=True)
@@ -353,10 +355,12 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
 
 
 def parts(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor, config: Any) -> Tensor:
-    from gemq.kernels import grouped
+    from gemq.kernels.grouped import operators
 
-    first, down = (grouped.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))
-    return grouped.experts(hidden, index, weights, first, down, grouped.activation_of(layer) or grouped.RAW, config)
+    first, down = (operators.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))
+    return operators.experts(
+        hidden, index, weights, first, down, operators.activation_of(layer) or operators.RAW, config
+    )
 
 
 def write(path: Path, row: dict[str, Any], times: tuple[float, float, float], flops: int, base: float) -> None:

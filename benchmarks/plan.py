@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 
 from gemq.models.source import Source
-from gemq.pipeline import quantize
-from gemq.plan import plan
+from gemq.pipeline.plan import plan
+from gemq.pipeline.quantize import quantize
 from gemq.recipe import Recipe
-from gemq.resources.machine import pick_device
+from gemq.runtime.device import pick_device
 from record import RESULTS, append, environment
 
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from gemq.calibrate import Activations, layer_moments
-from gemq.data.windows import Windows
-from gemq.ladder import Quantizer, build_layer
+from gemq.allocation.scores import pair_costs, reverse_layer
+from gemq.calibration.activations import Activations, layer_moments
+from gemq.calibration.windows import Windows
+from gemq.layers.candidates import Quantizer, build_layer
+from gemq.layers.refinement import Targets, refine_layer
+from gemq.layers.training import Training
 from gemq.models.experts import expert_weight, use_experts_forward
-from gemq.models.stream import Replay
+from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.quant.hessian import factorize
-from gemq.reconstruct import Training
-from gemq.refine import Targets, refine_layer
-from gemq.resources.batches import Batches
-from gemq.score import pair_costs, reverse_layer
+from gemq.runtime.activation_store import Batches
 from record import RESULTS, append, environment
 
 FILE = RESULTS / "quantize_speed.csv"

@@ -41,10 +41,10 @@ from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.names import hub_state
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
-from gemq.progress import Monitor
+from gemq.planning.cost_model import Workload
 from gemq.recipe import Recipe, parse_size
-from gemq.resources.machine import Rates
-from gemq.workload import Workload
+from gemq.runtime.device import Rates
+from gemq.runtime.progress import Monitor
 from record import RESULTS, append, environment, read
 from shapes import MIXTRAL, OLMOE, SMALL, STD
 
@@ -71,7 +71,7 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
 H100 = Rates(products=6.5e14, bytes=2e12, near=2e12, calls=6e4, draws=8e11)
-"""As ``gemq.resources.machine`` measures them."""
+"""As ``gemq.runtime.device`` measures them."""
 
 ONCE = ("load", "allocate")
 """Stages that do not take longer with more layers, or not in proportion."""

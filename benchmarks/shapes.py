@@ -19,14 +19,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig
 
-from gemq import kernels
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import model_card, write_checkpoint
-from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
+from gemq.kernels import dispatch
+from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.grid import encode
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, Width, bytes_per_group, group_size_for, nominal_bits
 
 GROUP_SIZE = 128
@@ -127,7 +127,7 @@ def packed_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any
         model.set_submodule(path, PackedLinear.from_linear(linear, matrix, width, size))
     _fill(model, random)
     config.quantization_config = packed.to_dict()
-    kernels.prepare(model)
+    dispatch.prepare(model)
     return model.eval()
 
 

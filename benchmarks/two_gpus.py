@@ -32,7 +32,7 @@ import torch
 import yaml
 
 from gemq.assets import builtin_model
-from gemq.checkpoint.packing import PackedMatrix, unpack_codes
+from gemq.quant.packing import PackedMatrix, unpack_codes
 from gemq.quant.widths import group_size_for
 from record import RESULTS, append, environment
 from scale import JOBS, recipe, write_model, write_text
@@ -144,7 +144,7 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
     record(args, f"job {effort}", "matrices at the same width", 1.0, sum(a == b for a, b in pairs) / len(pairs), "")
     from safetensors import safe_open
 
-    from gemq.inspect import inspect_checkpoint
+    from gemq.checkpoint.contents import inspect_checkpoint
 
     outs = [directory / f"{effort}-{ranks}" for ranks in (1, 2)]
     paths = [path for path, _, _ in inspect_checkpoint(outs[0]).layers]

@@ -108,7 +108,7 @@ def time_experts(args: argparse.Namespace) -> None:
     ways: dict[str, Any] = {"NCCL": plainly}
     if device.type == "cuda":
         from exchange import End
-        from gemq.kernels.decode import expert_shares
+        from gemq.kernels.decode.operators import expert_shares
 
         end = End(config.hidden_size, device)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from gemq.data.selfgen import OF_THE_SOURCE, Plan, batch_size, generate_windows
-from gemq.evaluate import open_model
+from gemq.calibration.self_generation import OF_THE_SOURCE, Plan, batch_size, generate_windows
+from gemq.evaluation.evaluate import open_model
 from gemq.models.experts import use_experts_forward, use_fast_experts
 from record import RESULTS, append, environment
 

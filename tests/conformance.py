@@ -34,11 +34,11 @@ from transformers.models.auto import modeling_auto
 
 import gemq
 from families import random_model, tiny_config
-from gemq.data.selfgen import Plan, generate_windows
-from gemq.data.windows import from_parts
-from gemq.decoder import Decoder, Unsupported
+from gemq.calibration.self_generation import Plan, generate_windows
+from gemq.calibration.windows import from_parts
+from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.errors import UserError
-from gemq.evaluate import evaluate
+from gemq.evaluation.evaluate import evaluate
 from gemq.models.source import Source
 from gemq.models.structure import SENSES, find_structure
 from gemq.recipe import Recipe

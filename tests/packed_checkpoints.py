@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedConfig, Pr
 
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.load import matrix_shapes
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.quant.grid import Quantized, nearest
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, Width, group_size_for
 
 WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Recipe", "UserError", "load", "quantize"]
 
-_LAZY = {"load": "gemq.checkpoint.load", "quantize": "gemq.pipeline", "Recipe": "gemq.recipe"}
+_LAZY = {"load": "gemq.checkpoint.load", "quantize": "gemq.pipeline.quantize", "Recipe": "gemq.recipe"}
 _REGISTRY = "transformers.quantizers.auto"
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from gemq.errors import UserError, shown
-from gemq.files import read_input
 from gemq.quant.widths import parse_width
+from gemq.runtime.files import read_input
 
 MAX_YAML_BYTES = 1 << 17
 """Upper bound for a recipe file: PyYAML needs a second for some 100 kB."""

@@ -22,8 +22,8 @@ BUILTIN_TOKENS = 4096
 
 def few_guard_windows(patch: pytest.MonkeyPatch) -> None:
     """Lets the guard judge by 6 windows, not 24: models write them token by token, and no job here is about them."""
-    patch.setattr("gemq.guard_stage.PER_SOURCE", 2)
-    patch.setattr("gemq.guard_stage.OWN", 4)
+    patch.setattr("gemq.pipeline.guard_stage.PER_SOURCE", 2)
+    patch.setattr("gemq.pipeline.guard_stage.OWN", 4)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     """The smallest ``--host-memory`` that a job on the CPU takes: no layer stays, nothing waits in memory."""
     import torch
 
-    from gemq.data.sources import host_bytes
+    from gemq.calibration.sources import host_bytes
     from gemq.models.source import Source
     from gemq.models.structure import find_structure
+    from gemq.planning.memory_model import Footprint, held_bytes
     from gemq.recipe import Recipe
-    from gemq.resources.footprint import Footprint, held_bytes
 
     skeleton = Source(model).skeleton()
     structure, cpu = find_structure(skeleton), torch.device("cpu")

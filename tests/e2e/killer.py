@@ -2,7 +2,7 @@
 
 Everything is imported once and nothing computed, so that a child starts at once and inherits no threads.
 
-A request holds the arguments of ``gemq.pipeline.quantize`` and how to die:
+A request holds the arguments of ``gemq.pipeline.quantize.quantize`` and how to die:
 ``delay``: after so many seconds, by the parent's ``signal`` (SIGKILL if it is not given)
 ``host_memory``: bytes that the job may hold
 ``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
@@ -30,8 +30,8 @@ import transformers.models.olmoe.modeling_olmoe
 from helpers import few_guard_windows
 
 import gemq.checkpoint.save
-import gemq.files
-import gemq.pipeline
+import gemq.pipeline.quantize
+import gemq.runtime.files
 from gemq.errors import UserError
 from gemq.recipe import Recipe
 
@@ -73,7 +73,7 @@ def child(request: dict[str, Any], answer: int) -> None:
     result: dict[str, Any] = {"code": 0}
     try:
         recipe = Recipe.from_dict(request["recipe"])
-        done = gemq.pipeline.quantize(
+        done = gemq.pipeline.quantize.quantize(
             request["model"],
             recipe,
             out=request["out"],

@@ -17,7 +17,7 @@ from helpers import SMALL, Finished, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
-from gemq.safetensors_files import read_header
+from gemq.runtime.safetensors_files import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -209,7 +209,7 @@ def test_inspect(finished: Finished):
 
 def test_json_on_stdout_is_alone_there(work, tmp_path, monkeypatch, capfd):
     """HiGHS, the solver, prints stray lines past Python, which a script would take for our JSON."""
-    from gemq import knapsack
+    from gemq.allocation import knapsack
 
     libc, real, calls = ctypes.CDLL(None), knapsack.milp, []
 
@@ -388,7 +388,9 @@ def test_output_into_a_pipe_that_closes(finished: Finished):
 
 def test_demo(tmp_path, monkeypatch):
     """On a tiny random model; ``make demo`` runs it on the built-in one."""
-    from gemq import demo, evaluate, recipe
+    from gemq import recipe
+    from gemq.cli import demo
+    from gemq.evaluation import evaluate
 
     model = make_tiny_model(tmp_path / "model", max_position_embeddings=512)
     monkeypatch.setattr(demo, "builtin_model", lambda: model)

@@ -20,7 +20,7 @@ import torch
 from helpers import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
 
 from gemq.assets import builtin_model, builtin_texts
-from gemq.workdir import WorkDir
+from gemq.pipeline.workdir import WorkDir
 
 LOW = ("--effort", "low", "--windows", "4", "--window", "32")
 

@@ -10,11 +10,11 @@ import torch
 from helpers import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
 
 from gemq.assets import builtin_texts
-from gemq.data.windows import eval_windows
-from gemq.evaluate import evaluate, evaluate_paths, open_model
-from gemq.models.residency import Residency
+from gemq.calibration.windows import eval_windows
+from gemq.evaluation.evaluate import evaluate, evaluate_paths, open_model
+from gemq.models.layer_cache import Residency
 from gemq.models.structure import find_structure
-from gemq.resources.batches import Batches
+from gemq.runtime.activation_store import Batches
 
 LAYERS = 6
 HOW: dict[str, Any] = {"texts": builtin_texts()[:2], "window": 64, "max_windows": 40, "device": "cpu"}
@@ -78,7 +78,7 @@ def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
         read.append(index)
         return read_layer(self, index)
 
-    monkeypatch.setattr("gemq.models.stream.Replay.verify", lambda self, ids: None)  # it reads a layer as well
+    monkeypatch.setattr("gemq.models.replay.Replay.verify", lambda self, ids: None)  # it reads a layer as well
     monkeypatch.setattr(Residency, "_place", placed)
     monkeypatch.setattr(Residency, "_read", reading)
     evaluate_paths(str(model), **HOW)  # with all of the machine's memory
@@ -118,7 +118,7 @@ def test_a_dense_model_is_evaluated_whole_where_it_fits(tmp_path):
 def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packed, tmp_path, monkeypatch):
     other = make_tiny_model(tmp_path / "other", num_hidden_layers=2, vocab_size=BUILTIN_TOKENS)
     small = make_tiny_model(tmp_path / "small", num_hidden_layers=LAYERS, vocab_size=512)
-    monkeypatch.setattr("gemq.evaluate.start_all", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("gemq.evaluation.evaluate.start_all", lambda *_: pytest.fail("something was computed"))
     for arguments, words in (
         ((packed, "--reference", packed), "is a packed checkpoint"),
         ((packed, "--reference", other), "has other experts"),

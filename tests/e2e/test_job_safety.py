@@ -18,11 +18,11 @@ from helpers import Ran, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
-from gemq.jobfile import read_job
-from gemq.outputs import claimed
-from gemq.pipeline import export, quantize
+from gemq.checkpoint.outputs import claimed
+from gemq.layers.training import Optimizer
+from gemq.pipeline.job_record import read_job
+from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
-from gemq.reconstruct import Optimizer
 
 LOW = ("--effort", "low", "--windows", "4", "--window", "32", "--device", "cpu")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import Finished, gemq
 
-from gemq.summary import short_names
+from gemq.cli.report import short_names
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

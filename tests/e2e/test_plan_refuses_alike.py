@@ -95,7 +95,7 @@ def test_a_size_buys_bits(tmp_path):
 
 def test_a_plan_tells_when_this_machine_is_too_small(monkeypatch):
     """It is no refusal: a plan may be for another machine."""
-    monkeypatch.setattr("gemq.resources.memory.free_host_bytes", lambda: 10_000_000)
+    monkeypatch.setattr("gemq.runtime.memory.free_host_bytes", lambda: 10_000_000)
     ran = gemq("plan", builtin_model(), "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "quantize would refuse here" in ran.out

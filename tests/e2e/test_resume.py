@@ -19,9 +19,9 @@ import pytest
 from helpers import Finished, contents, gemq, least_bytes, make_tiny_model
 
 from gemq.assets import builtin_texts
-from gemq.models import digests
+from gemq.models import file_hashes
 from gemq.models.source import Source
-from gemq.workdir import WorkDir
+from gemq.pipeline.workdir import WorkDir
 
 TINY = {"effort": "low", "windows": 4, "window": 8, "batch_tokens": 16}
 TRAINED = {
@@ -219,13 +219,13 @@ def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, mo
     model = Source(tmp_path / "model")
     first, files = model.fingerprint()
     read: list[str] = []
-    digest = digests._Reading._read
+    digest = file_hashes._Reading._read
 
     def noted(self: Any, path: Path) -> str:
         read.append(path.name)
         return digest(self, path)
 
-    monkeypatch.setattr(digests._Reading, "_read", noted)
+    monkeypatch.setattr(file_hashes._Reading, "_read", noted)
     assert model.fingerprint(files) == (first, files)
     assert read == []
     weights = tmp_path / "model" / "model.safetensors"
@@ -293,7 +293,7 @@ def test_resume_without_a_work_directory_starts_anew(tiny_model, tmp_path):
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     work = tmp_path / "w"
     code = (
-        "import os, pathlib, time\nfrom gemq.workdir import WorkDir\n"
+        "import os, pathlib, time\nfrom gemq.pipeline.workdir import WorkDir\n"
         f"w = WorkDir(pathlib.Path({str(work)!r}), resume=False)\n"
         "print('locked', flush=True)\ntime.sleep(60)\n"
     )

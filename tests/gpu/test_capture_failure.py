@@ -12,10 +12,10 @@ import torch
 
 import gemq
 from gemq.assets import builtin_model
-from gemq.decoder import Decoder
+from gemq.decoding.decoder import Decoder
 from gemq.recipe import Recipe
-from gemq.resources.graph_capture import capture
-from gemq.resources.replayed import Replayed
+from gemq.runtime.cuda_graph import Replayed
+from gemq.runtime.graph_capture import capture
 
 pytestmark = [
     pytest.mark.gpu,

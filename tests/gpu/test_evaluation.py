@@ -9,9 +9,9 @@ import torch
 
 import gemq
 from gemq.assets import builtin_model, builtin_texts
-from gemq.data.windows import eval_windows
+from gemq.calibration.windows import eval_windows
 from gemq.errors import UserError
-from gemq.evaluate import evaluate, evaluate_paths, open_model
+from gemq.evaluation.evaluate import evaluate, evaluate_paths, open_model
 from gemq.models.structure import find_structure
 from gemq.recipe import Recipe, parse_size
 

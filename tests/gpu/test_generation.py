@@ -16,7 +16,7 @@ import torch
 
 import gemq
 from gemq.assets import builtin_model
-from gemq.decoder import Decoder
+from gemq.decoding.decoder import Decoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ NEW = 48
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gemq.pipeline import quantize
+    from gemq.pipeline.quantize import quantize
     from gemq.recipe import Recipe
 
     out = tmp_path_factory.mktemp("packed") / "out"

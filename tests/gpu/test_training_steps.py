@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gemq.assets import builtin_model
-from gemq.pipeline import quantize
-from gemq.quant.fused import trainable
+from gemq.layers.training import Optimizer
+from gemq.pipeline.quantize import quantize
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, nearest
+from gemq.quant.trainable_gpu import trainable
 from gemq.recipe import Recipe
-from gemq.reconstruct import Optimizer
-from gemq.resources.replayed import Replayed
+from gemq.runtime.cuda_graph import Replayed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime.jit import JITFunction
 
-from gemq.kernels import attention, fields, launch, matmul, pairs, rotary, routing, unpack
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
+from gemq.kernels.decode import attention, bit_fields, launch
+from gemq.kernels.grouped import dequantize, matmul, routing
+from gemq.kernels.training import expert_ops, rotary
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -151,7 +153,7 @@ def tiles() -> list[tuple[torch.dtype, matmul.Config]]:
 GROUPED: Axes = {
     "arch": ARCHITECTURES,
     "tile": tiles(),
-    "widths": [unpack.levels_mask(LOW), unpack.levels_mask([256])],
+    "widths": [dequantize.levels_mask(LOW), dequantize.levels_mask([256])],
     "group": [128, 256, 64, 32, 16],
     "product": [*ACTIVATIONS, "down"],
     "bias": [False, True],
@@ -178,7 +180,7 @@ def grouped(tile: Any, widths: int, group: int, product: str, bias: bool, index:
 LINEAR: Axes = {
     "arch": ARCHITECTURES,
     "tile": tiles(),
-    "levels": unpack.ALL_LEVELS,
+    "levels": dequantize.ALL_LEVELS,
     "group": [128, 64, 32, 16],
     "bias": [False, True],
 }
@@ -188,16 +190,18 @@ def grouped_linear(tile: Any, levels: int, group: int, bias: bool) -> None:
     dtype, config = tile
     rows = 512
     biases = torch.empty(rows, dtype=dtype) if bias else None
-    w = matmul.Packed(empty_bytes(), empty_bytes(), empty_bytes(), None, biases, unpack.width_bit(levels), rows, group)
+    w = matmul.Packed(
+        empty_bytes(), empty_bytes(), empty_bytes(), None, biases, dequantize.width_bit(levels), rows, group
+    )
     matmul.matmul(torch.empty(64, 2 * group, dtype=dtype), w, config, None)
-    unpack.dequantize(*w[:4], w.widths, rows, 2 * group, group, dtype)
+    dequantize.dequantize(*w[:4], w.widths, rows, 2 * group, group, dtype)
 
 
 DECODE: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "tokens": [(1, 8, 64), (4, 2, 8), (9, 4, 8), (16, 8, 64)],  # tokens, slots, experts
-    "widths": [*((levels,) for levels in unpack.ALL_LEVELS), LOW, unpack.ALL_LEVELS],
+    "widths": [*((levels,) for levels in dequantize.ALL_LEVELS), LOW, dequantize.ALL_LEVELS],
     "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16), (16, 16)],  # groups, size
     "product": list(ACTIVATIONS),
     "bias": [False, True],
@@ -221,7 +225,7 @@ DECODE_LINEARS: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "tokens": [1, 4, 16],
-    "levels": unpack.ALL_LEVELS,
+    "levels": dequantize.ALL_LEVELS,
     "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16)],
     "count": [1, 3],
     "rows": [64, 4096],
@@ -268,14 +272,14 @@ def training(dtype: torch.dtype, hidden: int, group: int) -> None:
     weights = torch.empty(rows * top_k, dtype=dtype)
     y.requires_grad_()
     weights.requires_grad_()
-    pairs.combine(y, weights, token, place).backward(x)
-    gathered = pairs.gather(x.clone().requires_grad_(), token, place)
+    expert_ops.combine(y, weights, token, place).backward(x)
+    gathered = expert_ops.gather(x.clone().requires_grad_(), token, place)
     gathered.backward(torch.empty_like(gathered))
     gate = torch.empty(rows, 2 * hidden, dtype=dtype, requires_grad=True)
-    pairs.silu_gate(gate).backward(x)
-    pairs.residual_gradient(x, x, torch.empty(rows), torch.empty(()))
+    expert_ops.silu_gate(gate).backward(x)
+    expert_ops.residual_gradient(x, x, torch.empty(rows), torch.empty(()))
     for squares in (False, True):
-        pairs.projection(x, x, x, squares)
+        expert_ops.projection(x, x, x, squares)
     turn = torch.empty(1, rows, 64, dtype=dtype)
     rotary.rotary(torch.empty(1, 4, rows, 64, dtype=dtype, requires_grad=True), turn, turn).backward(
         torch.empty(1, 4, rows, 64, dtype=dtype)
@@ -287,16 +291,16 @@ def training(dtype: torch.dtype, hidden: int, group: int) -> None:
     for latents in (None, torch.empty(widths, experts, rows, columns, dtype=torch.int16)):
         gptq_kernel.quantize(torch.empty(experts, rows, columns, dtype=dtype), upper, highest, group, latents)
     codes, table = empty_bytes(), torch.empty(experts, 3, dtype=torch.int64)
-    unpack.grid_gradients(torch.empty(experts, rows, columns, dtype=dtype), codes, table, 63, group)
+    dequantize.grid_gradients(torch.empty(experts, rows, columns, dtype=dtype), codes, table, 63, group)
     scales = torch.empty(experts, rows, 2)
     grid_kernel.changed(scales, scales, scales, scales, torch.empty(experts, 1, 1))
-    unpack.dequantize(codes, scales, scales, table, 63, rows, columns, group, dtype)
+    dequantize.dequantize(codes, scales, scales, table, 63, rows, columns, group, dtype)
     for latents in (torch.float32, torch.int16):
         _training_step(dtype, torch.empty(experts, rows, columns, dtype=latents), scales)
 
 
 def _training_step(dtype: torch.dtype, latents: torch.Tensor, scales: torch.Tensor) -> None:
-    from gemq.quant.fused import State, Steps
+    from gemq.quant.trainable_gpu import State, Steps
 
     weight = torch.empty(latents.shape, dtype=dtype)
     moments = (torch.empty(latents.shape, dtype=BF16),) * 2
@@ -316,7 +320,7 @@ KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
 def collect(kinds: Sequence[str], strength: int) -> list[Task]:
     """The kernels of all launches, each once."""
     JITFunction.run = record  # type: ignore[method-assign]
-    precisions = {BF16: fields.BF16, FP16: fields.FP16, FP32: fields.SPLIT}
+    precisions = {BF16: bit_fields.BF16, FP16: bit_fields.FP16, FP32: bit_fields.SPLIT}
     launch._kind = lambda x: int(precisions[x.dtype])  # as on a GPU
     launch.starts_early = lambda device: triton.runtime.driver.active.get_current_device() >= 90
     for function, axes in (pair for kind in kinds for pair in KINDS[kind]):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import gemq
 from conformance import save_tokenizer
 from families import random_model, tiny_config
-from gemq.pipeline import Result
+from gemq.pipeline.quantize import Result
 from gemq.recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint.packing import PackedMatrix
-from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices
+from gemq.kernels.modules import PackedExperts, PackedLinear, PackedMatrices
 from gemq.quant.grid import Quantized
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS
 
 
@@ -117,6 +117,6 @@ def assert_as_close(mine: Tensor, reference: Tensor, truth: Tensor) -> None:
 
 def few_programs(rows: int, groups: int, units: int, dtype: torch.dtype, block_rows: int = 64) -> Any:
     """In place of ``launch.config_for``: a program costs the interpreter about as much however large its tiles are."""
-    from gemq.kernels.launch import Config  # triton is not everywhere
+    from gemq.kernels.decode.launch import Config  # triton is not everywhere
 
     return Config(block_rows, min(8, 1 << (groups - 1).bit_length()), 4)

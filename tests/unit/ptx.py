@@ -1,4 +1,4 @@
-"""Runs the assembly of ``gemq.kernels.dots`` on numbers: the few PTX instructions it is made of, one thread's worth."""
+"""Runs the assembly of ``gemq.kernels.decode.dots`` on numbers: a few PTX instructions, for one thread."""
 
 from __future__ import annotations
 

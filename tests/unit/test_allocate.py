@@ -7,15 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gemq.allocate import (
-    METHODS,
-    Allocation,
-    Budget,
-    Problem,
-    allocate,
-    linear_constraint,
-    smallest_budget,
-)
+from gemq.allocation.problem import METHODS, Allocation, Budget, Problem, allocate, linear_constraint, smallest_budget
 from gemq.errors import UserError
 from gemq.quant.widths import matrix_bytes, nominal_bits, plain_widths
 

@@ -9,8 +9,8 @@ from model_folders import edit_tensors, model_folder, quantize
 import gemq
 from families import tiny, tokens
 from gemq import UserError
-from gemq.checkpoint.adopt import adopt_experts
 from gemq.models.balance import LEAST, MOST, balance
+from gemq.models.experts_adapter import adopt_experts
 from gemq.models.structure import find_structure
 from gemq.quant.grid import below_scales, largest_weights
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from families import FIVE, MORE, OWN, tiny, tokens
-from gemq.calibrate import Activations, KeptCalls, layer_moments
-from gemq.data.windows import Windows
+from gemq.calibration.activations import Activations, KeptCalls, layer_moments
+from gemq.calibration.windows import Windows
 from gemq.errors import UserError
-from gemq.models.stream import Replay
+from gemq.models.replay import Replay
 from gemq.models.structure import Layer, find_structure
-from gemq.resources.ranks import Ranks
+from gemq.runtime.ranks import Ranks
 
 torch.set_num_threads(1)
 IDS = tokens(7, 10)
@@ -152,7 +152,7 @@ def test_micro_batches_that_go_through_a_layer_at_once(family, monkeypatch):
     found = []
     for at_once in (1, 3):
         monkeypatch.setattr(Ranks, "at_once", property(lambda _, at_once=at_once: at_once))
-        monkeypatch.setattr("gemq.resources.ranks.LEAST_TURNS", 1)
+        monkeypatch.setattr("gemq.runtime.ranks.LEAST_TURNS", 1)
         replay, activations = start(family, 10)
         assert len(activations.runs()) == (7 if at_once == 1 or replay.passes_more else 3)
         index, layer = replay.structure.moe_layers[0]

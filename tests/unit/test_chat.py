@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemq import cli
 from gemq.assets import builtin_model
-from gemq.chat import FIXED_DATE, CannotRender, chat_opening, render
 from gemq.errors import UserError
-from gemq.generate import generate
+from gemq.evaluation.generate import generate
+from gemq.models.chat_template import FIXED_DATE, CannotRender, chat_opening, render
 
 torch.set_num_threads(1)
 STRINGS = "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}\n{% endfor %}"

@@ -29,16 +29,16 @@ from transformers import (
 import gemq
 from gemq import UserError
 from gemq.checkpoint import save
+from gemq.checkpoint.dense_export import write_dense_twin
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.load import matrix_shapes
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.checkpoint.twin import write_dense_twin
-from gemq.files import disk_errors
-from gemq.kernels import packed as packed_modules
+from gemq.kernels import modules as packed_modules
 from gemq.quant.grid import Quantized, dequantize, nearest
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, group_size_for, matrix_bytes
-from gemq.safetensors_files import read_header
+from gemq.runtime.files import disk_errors
+from gemq.runtime.safetensors_files import read_header
 
 pytestmark = pytest.mark.sample  # loading differs most between versions of Transformers
 torch.set_num_threads(1)

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, OlmoeConfig, PhimoeConfig
 
 from families import tiny_config, tokens
-from gemq.data.selfgen import batch_size, cache_bytes
-from gemq.data.steps import Steps
-from gemq.decoder import Decoder, Unsupported
+from gemq.calibration.generation_steps import Steps
+from gemq.calibration.self_generation import batch_size, cache_bytes
+from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.models.config_values import embedding_rows, layer_configs, rotary_limit
-from gemq.resources.footprint import experts_per_token
+from gemq.planning.memory_model import experts_per_token
 
 torch.set_num_threads(1)
 LIMIT = 12

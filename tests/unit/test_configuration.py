@@ -15,7 +15,7 @@ from gemq import UserError
 from gemq.models.calls import one_line_errors, summary
 from gemq.models.configuration import suspicious_fields
 from gemq.models.source import Source
-from gemq.plan import plan
+from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
 
 pytestmark = pytest.mark.sample

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint.packing import PackedMatrix
-from gemq.kernels import cpu, reference
-from gemq.kernels.packed import PackedLinear, PackedMatrices
+from gemq.kernels import cpu_int4, reference
+from gemq.kernels.modules import PackedLinear, PackedMatrices
 from gemq.quant.grid import Quantized
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, Width
 
 torch.set_num_threads(1)
@@ -44,10 +44,10 @@ def test_products_are_as_exact_as_the_reference(width, rows, columns, group_size
     module = linear(random_matrix(rows, columns, width, group_size), width, group_size, bias=rows == 48)
     for tokens in (1, 5, 16):
         x = torch.randn(2, tokens // 2 or 1, columns).bfloat16()[: 1 if tokens == 1 else 2]
-        assert cpu.covers(module, x)
+        assert cpu_int4.covers(module, x)
         truth = x.double() @ module.dequantize(torch.float32).double().T
         truth = truth if module.bias is None else truth + module.bias.double()
-        found = cpu.linear_forward(module, x)
+        found = cpu_int4.linear_forward(module, x)
         assert found.shape == truth.shape
         assert found.dtype == torch.bfloat16
         assert error(found, truth) < 1.6 * max(error(reference.linear_forward(module, x), truth), 2**-9)
@@ -83,7 +83,7 @@ def test_experts_of_mixed_widths():
         index = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)])  # 6 marks an unused slot
         weights = torch.rand(tokens, 3).bfloat16()
         truth = reference.experts_forward(module, x.double(), index, weights.double())
-        found = cpu.experts_forward(module, x, index, weights)
+        found = cpu_int4.experts_forward(module, x, index, weights)
         assert error(found, truth) < 1.6 * error(reference.experts_forward(module, x, index, weights), truth)
 
 
@@ -91,17 +91,17 @@ def test_experts_of_mixed_widths():
 def test_changed_weights_are_seen():
     module = linear(random_matrix(32, 64, 2, 32), 2, 32)
     x = torch.randn(1, 64).bfloat16()
-    before = cpu.linear_forward(module, x)
+    before = cpu_int4.linear_forward(module, x)
     module.scales.add_(8)  # an octave, of offsets too
-    torch.testing.assert_close(cpu.linear_forward(module, x), 2 * before)
+    torch.testing.assert_close(cpu_int4.linear_forward(module, x), 2 * before)
 
 
 def test_what_is_left_to_the_reference():
     module = linear(random_matrix(32, 64, 2, 32), 2, 32)
     x = torch.randn(1, 64).bfloat16()
-    assert cpu.covers(module, x)
-    assert not cpu.covers(module, x.float())
-    assert not cpu.covers(module, torch.randn(17, 64).bfloat16())
-    assert not cpu.covers(module, x.clone().requires_grad_())
-    assert not cpu.covers(linear(random_matrix(40, 64, 2, 32), 2, 32), x)  # rows
-    assert not cpu.covers(linear(random_matrix(32, 64, 2, 16), 2, 16), x)  # groups
+    assert cpu_int4.covers(module, x)
+    assert not cpu_int4.covers(module, x.float())
+    assert not cpu_int4.covers(module, torch.randn(17, 64).bfloat16())
+    assert not cpu_int4.covers(module, x.clone().requires_grad_())
+    assert not cpu_int4.covers(linear(random_matrix(40, 64, 2, 32), 2, 32), x)  # rows
+    assert not cpu_int4.covers(linear(random_matrix(32, 64, 2, 16), 2, 16), x)  # groups

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gemq.allocate import Budget, Problem, allocate
-from gemq.curve import Curve, CurvePoint, uniform_cost, write_curve
-from gemq.summary import print_curve
+from gemq.allocation.problem import Budget, Problem, allocate
+from gemq.cli.report import print_curve
+from gemq.pipeline.size_curve import Curve, CurvePoint, uniform_cost, write_curve
 
 POINTS = (
     CurvePoint(1.0, 1.0, 1.125, 100, 200, 4.0, 8.0),

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from gemq.assets import builtin_model, builtin_texts
-from gemq.data import sources
-from gemq.data.sources import Streams, calibration_windows, share_out
-from gemq.data.windows import Windows, cut_windows, eval_windows, pack_documents, tokenize_text
+from gemq.calibration import sources
+from gemq.calibration.sources import Streams, calibration_windows, share_out
+from gemq.calibration.windows import Windows, cut_windows, eval_windows, pack_documents, tokenize_text
 from gemq.errors import UserError
 
 WINDOW = 16

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import MORE, OWN, tiny, tokens
 from gemq.assets import builtin_model
-from gemq.decoder import Decoder, Unsupported
-from gemq.generate import generate, say_once
-from gemq.layer_compiler import MOST_KINDS, LayerCompiler
+from gemq.decoding.decoder import Decoder, Unsupported
+from gemq.decoding.regional_compile import MOST_KINDS, LayerCompiler
+from gemq.evaluation.generate import generate, say_once
 
 torch.set_num_threads(1)
 NEW = 20

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.table import Table
 
-from gemq.display import SafeConsole, printable, shortened, styled
-from gemq.progress import Monitor
+from gemq.runtime.display import SafeConsole, printable, shortened, styled
+from gemq.runtime.progress import Monitor
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, apply_rotary_pos_emb
 
-from gemq.kernels.rotary import rotary, usable
-from gemq.models.elementwise import plain_rotary, use_fused_norms, use_fused_rotary
+from gemq.kernels.training.rotary import rotary, usable
+from gemq.models.fused_norms import plain_rotary, use_fused_norms, use_fused_rotary
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemq.data.windows import from_parts
-from gemq.evaluate import compare
+from gemq.calibration.windows import from_parts
+from gemq.evaluation.evaluate import compare
+from gemq.evaluation.predictions import UNUSED, chosen_experts
 from gemq.models.experts import ExpertsCall
-from gemq.predictions import UNUSED, chosen_experts
 
 
 class Fixed:

@@ -12,15 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import tiny, tokens
-from gemq import bench, cli, fallbacks
+from gemq import cli
 from gemq.assets import builtin_model
-from gemq.data.steps import Steps
-from gemq.decoder import Decoder, Unsupported
+from gemq.calibration.generation_steps import Steps
+from gemq.decoding.decoder import Decoder, Unsupported
+from gemq.decoding.regional_compile import LayerCompiler
 from gemq.errors import UserError
-from gemq.generate import generate, say_once
-from gemq.layer_compiler import LayerCompiler
-from gemq.models import elementwise
+from gemq.evaluation import bench
+from gemq.evaluation.generate import generate, say_once
+from gemq.models import fused_norms
 from gemq.models.cache_names import cache_argument, cache_name
+from gemq.runtime import fallbacks
 
 torch.set_num_threads(1)
 ERRORS = [TypeError, AttributeError, KeyError, ImportError, NotImplementedError, RuntimeError, AssertionError]
@@ -70,9 +72,9 @@ def test_a_static_cache_that_fails_leaves_decoding_to_transformers(builtin, wher
     model, tokenizer = builtin
     expected = generate(model, tokenizer, "Once upon a time", max_new_tokens=12)
     if where == "cache":
-        monkeypatch.setattr("gemq.decoder._static_cache", raising(kind))
+        monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(kind))
     elif where == "prompt":
-        monkeypatch.setattr("gemq.decoder._last_logits", raising(kind))
+        monkeypatch.setattr("gemq.decoding.decoder._last_logits", raising(kind))
     else:
         steps, step = [], Decoder._step
         fail = raising(kind)
@@ -94,8 +96,8 @@ def test_layers_and_attention_that_fail_are_left_out(kind, monkeypatch):
     decoder = Decoder(model, 1, 40)
     expected = [decoder.prefill(ids).tolist(), *decoder.decode(6)]
     monkeypatch.setattr(LayerCompiler, "_call", raising(kind))
-    monkeypatch.setattr("gemq.step_attention.usable", lambda model, config: True)
-    monkeypatch.setattr("gemq.step_attention.attend", raising(kind))
+    monkeypatch.setattr("gemq.decoding.step_attention.usable", lambda model, config: True)
+    monkeypatch.setattr("gemq.decoding.step_attention.attend", raising(kind))
     decoder.prefill(ids)
     decoder.prepare(compile_layers=True, backend="eager")
     assert decoder.fallbacks == Counter(layers_not_compiled=1, attention_by_transformers=1)
@@ -110,18 +112,18 @@ def test_windows_are_written_without_a_static_step(kind, monkeypatch):
     model = tiny("olmoe")
     plain = Steps(model, 6, static=False).begin(2)
     monkeypatch.setattr(Decoder, "prepare", raising(kind))
-    monkeypatch.setattr("gemq.decoder._static_cache", raising(kind))
+    monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(kind))
     steps = Steps(model, 6, static=True)
     step = steps.begin(2)
     assert kind.__name__ in steps.why
     assert torch.equal(step(tokens(2, 1)), plain(tokens(2, 1)))
-    monkeypatch.setattr("gemq.data.steps._Preallocated", raising(kind))
+    monkeypatch.setattr("gemq.calibration.generation_steps._Preallocated", raising(kind))
     assert torch.equal(Steps(model, 6, static=False).begin(2)(tokens(2, 1)), Steps(model, 6).begin(2)(tokens(2, 1)))
     assert fallbacks.take()["cache_grows"].count == 2
 
 
 def test_out_of_memory_is_no_fallback(monkeypatch):
-    monkeypatch.setattr("gemq.decoder._static_cache", raising(torch.OutOfMemoryError))
+    monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         Decoder(tiny("olmoe"), 1, 20)
 
@@ -164,9 +166,9 @@ def test_nothing_is_called_by_a_deprecated_name(family):
 def test_kernels_that_cannot_take_over_leave_the_family_its_own(kind, monkeypatch):
     model = tiny("olmoe")
     expected = model(input_ids=tokens(1, 9)).logits
-    monkeypatch.setattr(elementwise, "use_fused_norms", raising(kind))
-    monkeypatch.setitem(sys.modules, "gemq.kernels.rotary", None)
-    elementwise.use_fused_kernels(model, torch.device("cpu"))
+    monkeypatch.setattr(fused_norms, "use_fused_norms", raising(kind))
+    monkeypatch.setitem(sys.modules, "gemq.kernels.training.rotary", None)
+    fused_norms.use_fused_kernels(model, torch.device("cpu"))
     assert {name: found.count for name, found in fallbacks.take().items()} == {
         "norms_not_fused": 1,
         "rotary_not_fused": 1,
@@ -179,7 +181,7 @@ def test_a_norm_that_raises_something_is_none_to_take_over(kind, monkeypatch):
     model = tiny("olmoe")
     norm = type(model.model.norm)
     monkeypatch.setattr(norm, "forward", raising(kind))
-    assert elementwise.use_fused_norms(model, torch.device("cpu")) == 0
+    assert fused_norms.use_fused_norms(model, torch.device("cpu")) == 0
 
 
 # Where they are shown
@@ -192,7 +194,7 @@ def test_bench_shows_them(monkeypatch):
 
 
 def test_bench_goes_on_where_the_static_cache_fails(monkeypatch):
-    monkeypatch.setattr("gemq.decoder._last_logits", raising(TypeError))
+    monkeypatch.setattr("gemq.decoding.decoder._last_logits", raising(TypeError))
     values = bench.bench(tiny("olmoe"), bench.Work((1,), (4,), 2, compiled=False))
     assert [row["execution"] for row in values["decode"]] == ["model.generate"]
     assert "TypeError" in values["fallbacks"][0]
@@ -205,6 +207,6 @@ def test_a_command_says_at_its_end_what_no_summary_has_shown(monkeypatch, capsys
 
 
 def test_unsupported_says_what_was_raised(monkeypatch):
-    monkeypatch.setattr("gemq.decoder._static_cache", raising(TypeError))
+    monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(TypeError))
     with pytest.raises(Unsupported, match="TypeError: an interface has changed"):
         Decoder(tiny("olmoe"), 1, 20)

@@ -7,7 +7,7 @@ import torch
 from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 from gemq import UserError
-from gemq.evaluate import evaluate_paths
+from gemq.evaluation.evaluate import evaluate_paths
 from gemq.models.finite import not_finite
 from gemq.models.source import Source
 

@@ -7,11 +7,11 @@ import torch
 from interpreted import DEVICE
 from torch import Tensor
 
-from gemq.quant.fused import FusedMatrices, Steps, decoded, encoded
+from gemq.layers.training import Optimizer
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import TrainableMatrices
-from gemq.reconstruct import Optimizer
+from gemq.quant.trainable_gpu import FusedMatrices, Steps, decoded, encoded
 
 torch.set_num_threads(1)
 WIDTHS = (1, 2, 3)

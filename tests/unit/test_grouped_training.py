@@ -8,11 +8,11 @@ from interpreted import DEVICE
 from torch import Tensor
 
 from families import tiny
-from gemq.kernels.pairs import Shared, combine, gather, projection, residual_gradient, silu_gate
+from gemq.kernels.training.expert_ops import Shared, combine, gather, projection, residual_gradient, silu_gate
+from gemq.layers.candidate_training import _residuals
 from gemq.models import experts, grouped
 from gemq.models.experts import Routed, route, route_all, route_own
 from gemq.models.structure import find_structure
-from gemq.rungs import _residuals
 
 torch.set_num_threads(1)
 

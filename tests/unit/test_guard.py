@@ -15,21 +15,21 @@ from scipy import stats
 
 from conformance import save_tokenizer
 from families import tiny, tokens
-from gemq.allocate import Allocation, Budget, Problem, allocate
+from gemq.allocation.guard import SOFTENING, decide, describe, judge, paired_p, soften
+from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.assets import builtin_model, builtin_texts
-from gemq.calibrate import Activations
-from gemq.data.sources import Streams, calibration_windows, held_out_windows
-from gemq.data.windows import Windows
-from gemq.guard import SOFTENING, decide, describe, judge, paired_p, soften
-from gemq.guard_stage import candidates_kl
-from gemq.ladder import LayerLadder, Quantizer, build_layer
+from gemq.calibration.activations import Activations
+from gemq.calibration.sources import Streams, calibration_windows, held_out_windows
+from gemq.calibration.windows import Windows
+from gemq.cli.report import print_result
+from gemq.layers.candidates import LayerLadder, Quantizer, build_layer
+from gemq.layers.refinement import assemble_layer, install_layer
+from gemq.models.replay import Replay
 from gemq.models.source import Source
-from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
-from gemq.pipeline import export, quantize
+from gemq.pipeline.guard_stage import candidates_kl
+from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
-from gemq.refine import assemble_layer, install_layer
-from gemq.summary import print_result
 
 torch.set_num_threads(1)
 WIDTHS = (1, 2, 3)

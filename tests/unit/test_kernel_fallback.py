@@ -10,15 +10,14 @@ import pytest
 import torch
 from packed_cases import Experts, random_linear, random_routing
 
-from gemq import kernels
-from gemq.kernels import reference
+from gemq.kernels import dispatch, reference
 
 
 class BrokenKernel(SimpleNamespace):
     """A kernel module that Triton fails to compile."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(__name__="gemq.kernels.broken", calls=0, error=error)
+        super().__init__(__name__="gemq.kernels.dispatch.broken", calls=0, error=error)
 
     def experts_forward(self, *_: object) -> torch.Tensor:
         self.calls += 1
@@ -30,9 +29,9 @@ class BrokenKernel(SimpleNamespace):
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> BrokenKernel:
     kernel = BrokenKernel(RuntimeError("PassManager::run failed\nmore lines"))
-    monkeypatch.setattr(kernels, "_choose", lambda x, tokens: kernel)
-    monkeypatch.setattr(kernels, "_failed", {})
-    monkeypatch.setattr(kernels, "fallbacks", type(kernels.fallbacks)())
+    monkeypatch.setattr(dispatch, "_choose", lambda x, tokens: kernel)
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "fallbacks", type(dispatch.fallbacks)())
     return kernel
 
 
@@ -44,18 +43,18 @@ def test_experts_run_on_the_reference_and_it_is_counted(broken: BrokenKernel) ->
     with torch.no_grad():
         expected = reference.experts_forward(module, hidden, index, weights)
         with pytest.warns(UserWarning, match="PassManager::run failed.*slow reference"):
-            result = kernels.experts_forward(module, hidden, index, weights)
+            result = dispatch.experts_forward(module, hidden, index, weights)
         assert torch.equal(result, expected)
-        assert torch.equal(kernels.experts_forward(module, hidden, index, weights), expected)
+        assert torch.equal(dispatch.experts_forward(module, hidden, index, weights), expected)
     assert broken.calls == 1  # compiling takes seconds: it is not tried again
-    assert list(kernels.fallbacks.values()) == [2]
+    assert list(dispatch.fallbacks.values()) == [2]
 
 
 def test_gradients_pass_through_the_fallback(broken: BrokenKernel) -> None:
     linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
     x = torch.randn(3, 64, requires_grad=True)
     with pytest.warns(UserWarning, match="slow reference"):
-        kernels.linear_forward(linear, x).sum().backward()
+        dispatch.linear_forward(linear, x).sum().backward()
     expected = torch.autograd.grad(reference.linear_forward(linear, x).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
 
@@ -64,22 +63,22 @@ def test_errors_of_the_device_are_raised(broken: BrokenKernel) -> None:
     broken.error = torch.OutOfMemoryError("out of memory")
     linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
     with pytest.raises(torch.OutOfMemoryError):
-        kernels.linear_forward(linear, torch.randn(3, 64))
-    assert not kernels.fallbacks
+        dispatch.linear_forward(linear, torch.randn(3, 64))
+    assert not dispatch.fallbacks
 
 
 def test_kernels_that_were_asked_for_raise(broken: BrokenKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(dispatch, "mode", "triton")
     linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="PassManager"):
-        kernels.linear_forward(linear, torch.randn(3, 64))
+        dispatch.linear_forward(linear, torch.randn(3, 64))
 
 
 def test_an_unpacked_model_has_nothing_to_merge() -> None:
     """The operator is not registered in its process; looking it up there would end every compilation."""
     code = """
 import torch
-from gemq.kernels.merge import merge_linears
+from gemq.kernels.decode.linear_fusion import merge_linears
 assert merge_linears(torch.fx.symbolic_trace(torch.nn.Linear(2, 2))) == 0
 assert not hasattr(torch.ops.gemq, "decode_linears")
 """

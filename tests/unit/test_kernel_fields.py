@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gemq.kernels import fields
+from gemq.kernels.decode import bit_fields
 
 BF16, FP16 = 0, 1
 FULL = 0xFFFFFFFF
@@ -54,13 +54,13 @@ def random_bytes(below: int = 256) -> list[list[int]]:
 
 
 def read(levels: int, kind: int, code: int) -> float:
-    return fields.bias(levels, kind) + code / fields.factor(levels, kind)
+    return bit_fields.bias(levels, kind) + code / bit_fields.factor(levels, kind)
 
 
 @pytest.mark.parametrize("kind", [BF16, FP16])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_planes(bits, kind):
-    asm = lambda kind: fields.plane_asm(bits, kind, fields.lower_byte(kind))
+    asm = lambda kind: bit_fields.plane_asm(bits, kind, bit_fields.lower_byte(kind))
     for given in random_bytes():
         found = run(asm, kind, **{f"r{16 // bits}": word(given)})
         for i, field in enumerate(found):
@@ -70,8 +70,8 @@ def test_planes(bits, kind):
 @pytest.mark.parametrize("kind", [BF16, FP16])
 def test_eight_bits_are_two_halves(kind):
     for given in random_bytes():
-        low = run(lambda kind: fields.plane_asm(4, kind, fields.lower_byte(kind)), kind, r4=word(given))[0]
-        high = run(lambda kind: fields.plane_asm(4, kind, fields.upper_byte(kind)), kind, r4=word(given))[1]
+        low = run(lambda kind: bit_fields.plane_asm(4, kind, bit_fields.lower_byte(kind)), kind, r4=word(given))[0]
+        high = run(lambda kind: bit_fields.plane_asm(4, kind, bit_fields.upper_byte(kind)), kind, r4=word(given))[1]
         assert [a + b for a, b in zip(low, high, strict=True)] == [read(256, kind, b) for b in given]
 
 
@@ -79,7 +79,7 @@ def test_eight_bits_are_two_halves(kind):
 @pytest.mark.parametrize("kind", [BF16, FP16])
 def test_three_bits(kind, half):
     for low, high in zip(random_bytes(), random_bytes(), strict=True):
-        found = run(fields.three_bit_asm, kind, r8=word(low), r9=word(high), r10=half * 0x01010101)
+        found = run(bit_fields.three_bit_asm, kind, r8=word(low), r9=word(high), r10=half * 0x01010101)
         for i, field in enumerate(found):
             codes = [a >> 2 * i & 3 | (b >> 2 * i + half & 1) << 2 for a, b in zip(low, high, strict=True)]
             assert field == [read(8, kind, code) for code in codes]
@@ -89,6 +89,6 @@ def test_three_bits(kind, half):
 def test_ternary_digits_of_every_byte(kind):
     for b in range(243):
         given = [b, 242 - b, 0, b // 2]
-        found = run(fields.ternary_asm, kind, r10=word(given))
+        found = run(bit_fields.ternary_asm, kind, r10=word(given))
         for i, field in enumerate(found):
             assert field == [read(3, kind, x // 3**i % 3) for x in given]

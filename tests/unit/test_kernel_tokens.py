@@ -15,12 +15,12 @@ from packed_cases import few_programs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gemq
-from gemq import kernels
 from gemq.assets import builtin_model
+from gemq.kernels import dispatch
 from gemq.recipe import Recipe
 
 pytest.importorskip("triton", reason="torch for CPUs comes without it")
-from gemq.kernels import launch
+from gemq.kernels.decode import launch
 
 NEW = 2
 LAYERS = 2
@@ -45,7 +45,7 @@ def test_kernels_and_reference_write_the_same_tokens(packed, monkeypatch):
     monkeypatch.setattr(launch, "config_for", partial(few_programs, block_rows=128))
     written = []
     for mode in ("triton", "reference"):
-        monkeypatch.setattr(kernels, "mode", mode)
+        monkeypatch.setattr(dispatch, "mode", mode)
         new = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

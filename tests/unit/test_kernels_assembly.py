@@ -8,11 +8,11 @@ import pytest
 import torch
 from ptx import run, signed
 
-from gemq.checkpoint.packing import pack_codes
+from gemq.quant.packing import pack_codes
 
 pytest.importorskip("triton")
-from gemq.kernels.dots import fields_of, plane_asm, ternary_asm, three_bit_asm
-from gemq.kernels.fixed import plane_words, words_at_once
+from gemq.kernels.decode.dots import fields_of, plane_asm, ternary_asm, three_bit_asm
+from gemq.kernels.decode.fixed_point import plane_words, words_at_once
 from gemq.quant.widths import LEVELS
 
 G = 128

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from families import tiny, tokens
-from gemq import kernels, step_attention
-from gemq.decoder import Decoder
+from gemq.decoding import step_attention
+from gemq.decoding.decoder import Decoder
+from gemq.kernels import dispatch
 
 pytest.importorskip("triton")
-from gemq.kernels import attention
+from gemq.kernels.decode import attention
 
 torch.set_num_threads(1)
 
@@ -23,7 +24,7 @@ torch.set_num_threads(1)
 def device(request, monkeypatch):
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
-    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(dispatch, "mode", "triton")
     return request.param
 
 

@@ -23,14 +23,13 @@ from packed_cases import (
 from torch import nn
 from torch.nn import functional as F
 
-from gemq import kernels
-from gemq.kernels import reference
+from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
-from gemq.kernels.autograd import experts_with_grids, linear_with_grids
-from gemq.kernels.merge import merge_linears
+from gemq.kernels.decode.linear_fusion import merge_linears
+from gemq.kernels.training.autograd import experts_with_grids, linear_with_grids
 
 pytest.importorskip("triton")
-from gemq.kernels import decode, launch
+from gemq.kernels.decode import launch, operators
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
@@ -42,7 +41,7 @@ HERE = Path(__file__).parent
 def device(request, monkeypatch):
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
-    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
         monkeypatch.setattr(launch, "config_for", few_programs)
         monkeypatch.setattr(launch, "cut_for", lambda units, groups, down=False: launch.Cut(64, 4))
@@ -67,7 +66,7 @@ def check_experts(module, tokens, slots, dtype, device, generator, unused=False)
         index[-1, 0], index[0, -1] = -1, count + 3  # as vLLM marks padding tokens, and as families mark dropped ones
         weights[-1, 0] = torch.nan
     with torch.no_grad():
-        mine = kernels.experts_forward(module, hidden, index, weights)
+        mine = dispatch.experts_forward(module, hidden, index, weights)
         theirs = reference.experts_forward(module, hidden, index, weights)
     assert_as_close(mine, theirs, exact_experts(module, hidden, index, weights))
     return hidden, index, weights
@@ -83,7 +82,7 @@ def test_linear_of_each_width(width, group_size, device, generator):
     linear.to(device)
     x = torch.randn(tokens, linear.in_features, generator=generator).to(device, dtype)
     with torch.no_grad():
-        mine, theirs = kernels.linear_forward(linear, x), reference.linear_forward(linear, x)
+        mine, theirs = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
     truth = F.linear(x.double(), linear.dequantize(torch.float64))
     assert_as_close(mine, theirs, truth if linear.bias is None else truth + linear.bias.double())
 
@@ -91,12 +90,12 @@ def test_linear_of_each_width(width, group_size, device, generator):
 def test_linear_takes_any_leading_dimensions(device, generator):
     linear = random_linear(40, 64, 4, 64, generator).to(device)
     x = torch.randn(2, 3, 64, generator=generator).to(device)
-    y = kernels.linear_forward(linear, x)
+    y = dispatch.linear_forward(linear, x)
     assert y.shape == (2, 3, 40)
     torch.testing.assert_close(y, reference.linear_forward(linear, x), rtol=1e-5, atol=1e-4)
     turned = torch.randn(64, 5, generator=generator).to(device).T
     torch.testing.assert_close(
-        kernels.linear_forward(linear, turned), reference.linear_forward(linear, turned), rtol=1e-5, atol=1e-4
+        dispatch.linear_forward(linear, turned), reference.linear_forward(linear, turned), rtol=1e-5, atol=1e-4
     )
 
 
@@ -117,7 +116,7 @@ def test_experts_of_mixed_widths(tokens, slots, dtype, unused, device, generator
 
 def test_many_blocks_and_the_real_configuration(device, generator, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(dispatch, "mode", "triton")
     module = Experts(80, 48, (1.6, 3), generator, group_sizes=(16, 16))
     check_experts(module, 2, 1, torch.float32, device, generator)
 
@@ -127,7 +126,7 @@ def test_an_expert_in_two_slots_of_a_token(device, generator):
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index = torch.tensor([[1, 1], [0, 1]], device=device)
     weights = torch.rand(2, 2, generator=generator).to(device)
-    mine = kernels.experts_forward(module, hidden, index, weights)
+    mine = dispatch.experts_forward(module, hidden, index, weights)
     torch.testing.assert_close(mine.double(), exact_experts(module, hidden, index, weights), rtol=1e-5, atol=1e-4)
 
 
@@ -209,7 +208,7 @@ def test_gradients_equal_the_references(device, generator):
     hidden = torch.randn(3, 32, generator=generator).to(device)
     index, weights = random_routing(3, 2, 2, generator, torch.float32, device)
     found = []
-    for call in (kernels, reference):
+    for call in (dispatch, reference):
         x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
         parameters = [*module.parameters(), *linear.parameters()]
         y = call.linear_forward(linear, call.experts_forward(module, x, index, w))
@@ -218,7 +217,7 @@ def test_gradients_equal_the_references(device, generator):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
     for p in module.parameters():
         p.requires_grad_(False)
-    assert not kernels.experts_forward(module, hidden, index, weights).requires_grad
+    assert not dispatch.experts_forward(module, hidden, index, weights).requires_grad
 
 
 def test_gradients_of_grids(generator):
@@ -268,16 +267,16 @@ def test_operators_trace(device, generator):
     linear = random_linear(32, 32, 4, 32, generator).to(device)
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index, weights = random_routing(2, 1, 2, generator, torch.float32, device)
-    kernels.prepare(module)
+    dispatch.prepare(module)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        decode.decode_linears,
+        operators.decode_linears,
         (hidden, [linear.codes], [linear.scales], [linear.offsets], [], 16, 32),
         test_utils=tests,
     )
-    down = (*decode._tensors(module.down_proj), None, 32, 16, [4, 8])
+    down = (*operators._tensors(module.down_proj), None, 32, 16, [4, 8])
     h = torch.randn(2, 1, 16, generator=generator).to(device)
-    torch.library.opcheck(decode.decode_down, (h, index, weights, *down), test_utils=tests)
+    torch.library.opcheck(operators.decode_down, (h, index, weights, *down), test_utils=tests)
 
     def layer(x):
         return linear(module(x, index, weights))
@@ -288,41 +287,41 @@ def test_operators_trace(device, generator):
 
 
 def test_a_cpu_takes_the_reference(generator, monkeypatch):
-    monkeypatch.setattr(kernels, "mode", "")
-    monkeypatch.setattr(kernels, "_load", lambda name: pytest.fail("loaded a kernel"))
+    monkeypatch.setattr(dispatch, "mode", "")
+    monkeypatch.setattr(dispatch, "_load", lambda name: pytest.fail("loaded a kernel"))
     linear = random_linear(8, 32, 2, 32, generator)
     x = torch.randn(1, 32, generator=generator)
-    assert torch.equal(kernels.linear_forward(linear, x), reference.linear_forward(linear, x))
+    assert torch.equal(dispatch.linear_forward(linear, x), reference.linear_forward(linear, x))
 
 
 def test_what_is_not_covered_is_counted_and_said_once(device, generator, monkeypatch):
-    monkeypatch.setattr(kernels, "fallbacks", type(kernels.fallbacks)())
+    monkeypatch.setattr(dispatch, "fallbacks", type(dispatch.fallbacks)())
     linear = random_linear(8, 32, 2, 32, generator).to(device)
     x = torch.randn(3, 32, generator=generator).to(device).double()
     with pytest.warns(UserWarning, match="float64"):
-        kernels.linear_forward(linear, x)
+        dispatch.linear_forward(linear, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(kernels.linear_forward(linear, x), reference.linear_forward(linear, x))
-    assert list(kernels.fallbacks.values()) == [2]
+        assert torch.equal(dispatch.linear_forward(linear, x), reference.linear_forward(linear, x))
+    assert list(dispatch.fallbacks.values()) == [2]
 
 
 def test_no_tokens(device, generator):
     module = Experts(32, 16, (2,), generator, group_sizes=(32, 16)).to(device)
     empty = torch.empty(0, 1, device=device)
-    assert kernels.experts_forward(module, torch.empty(0, 32, device=device), empty.long(), empty).shape == (0, 32)
+    assert dispatch.experts_forward(module, torch.empty(0, 32, device=device), empty.long(), empty).shape == (0, 32)
 
 
 def test_environment_forces_the_reference():
     code = """
-import importlib, os, torch, gemq.kernels as k
+import importlib, os, torch, gemq.kernels.dispatch as k
 for mode in ("reference", "triton"):
     os.environ["GEMQ_KERNELS"] = mode
     importlib.reload(k)
     print(k.mode, k._choose(torch.ones(1, 1), 1).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "reference gemq.kernels.reference\ntriton gemq.kernels.decode\n"
+    assert done.stdout == "reference gemq.kernels.reference\ntriton gemq.kernels.decode.operators\n"
 
 
 def test_linears_of_one_launch(device, generator):
@@ -333,7 +332,7 @@ def test_linears_of_one_launch(device, generator):
         parts = [[getattr(linear, name) for linear in linears] for name in ("codes", "scales", "offsets")]
         biases = [linear.bias for linear in linears] if bias else []
         for count in (2, 3):
-            mine = decode.decode_linears(x, *(part[:count] for part in parts), biases[:count], 16, 64)
+            mine = operators.decode_linears(x, *(part[:count] for part in parts), biases[:count], 16, 64)
             each = [reference.linear_forward(linear, x) for linear in linears[:count]]
             truth = [linear.dequantize(torch.float64) @ x.double().T for linear in linears[:count]]
             truth = [
@@ -355,13 +354,13 @@ def test_a_row_of_many_groups_in_one_program(device, generator):
     linear = random_linear(20, 70 * 32, 2, 32, generator).to(device)
     x = torch.randn(1, 70 * 32, generator=generator).to(device, torch.bfloat16)
     truth = F.linear(x.double(), linear.dequantize(torch.float64))
-    assert_as_close(kernels.linear_forward(linear, x), reference.linear_forward(linear, x), truth)
+    assert_as_close(dispatch.linear_forward(linear, x), reference.linear_forward(linear, x), truth)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypatch):
     """Three of one input are one launch; one of another input, or of another width, is left alone."""
-    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(dispatch, "mode", "triton")
     widths, rows = (4, 4, 4, 8, 4), (32, 16, 16, 16, 128)
     linears = (random_linear(n, 128, w, 64, generator, bias) for n, w in zip(rows, widths, strict=True))
     q, k, v, other, out = (linear.to(DEVICE) for linear in linears)
@@ -396,5 +395,5 @@ def test_one_vector_of_16_bit_floats(width, device, generator):
         linear = random_linear(40, groups * 128, width, 128, generator).to(device)
         assert launch.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
         x = torch.randn(1, groups * 128, generator=generator).to(device, dtype)
-        mine, theirs = kernels.linear_forward(linear, x), reference.linear_forward(linear, x)
+        mine, theirs = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
         assert_as_close(mine, theirs, F.linear(x.double(), linear.dequantize(torch.float64)))

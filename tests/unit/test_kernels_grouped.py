@@ -15,23 +15,16 @@ import torch
 from torch import nn
 
 from families import OWN, tiny
-from gemq.checkpoint.packing import PackedMatrix
-from gemq.kernels import grouped, reference
-from gemq.kernels.activation import (
-    CLAMP_BEFORE,
-    GELU,
-    GELU_TANH,
-    RELU_SQUARED,
-    SILU,
-    Activation,
-    activation_of,
-)
-from gemq.kernels.packed import PackedExperts, PackedLinear, PackedMatrices, make_packed
-from gemq.kernels.routing import combine, sort_pairs
-from gemq.kernels.unpack import dequantize
-from gemq.kernels.unpacked import KernelCodes, TorchCodes
+from gemq.kernels import reference
+from gemq.kernels.activation import CLAMP_BEFORE, GELU, GELU_TANH, RELU_SQUARED, SILU, Activation, activation_of
+from gemq.kernels.grouped import operators
+from gemq.kernels.grouped.dequantize import dequantize
+from gemq.kernels.grouped.routing import combine, sort_pairs
+from gemq.kernels.modules import PackedExperts, PackedLinear, PackedMatrices, make_packed
+from gemq.kernels.training.differentiable_dequantize import KernelCodes, TorchCodes
 from gemq.models.structure import find_structure
 from gemq.quant.grid import Quantized
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, group_size_for
 
 torch.set_num_threads(1)
@@ -84,7 +77,7 @@ def routed(tokens: int, experts: int, k: int, hidden: int, dtype: torch.dtype, s
 def assert_close_to_truth(module, x, index, weights):
     """Errors against float64 no larger than a small multiple of the reference's."""
     with torch.no_grad():
-        y = grouped.experts_forward(module, x, index, weights)
+        y = operators.experts_forward(module, x, index, weights)
         plain = reference.experts_forward(module, x, index, weights)
         truth = reference.experts_forward(module, x.double(), index, weights.double())
     assert y.dtype == x.dtype
@@ -102,7 +95,7 @@ def assert_errors(y, plain, truth):
 def test_dequantize_equals_the_reference(group):
     matrices = random_matrices(9, 2 * group, MIXED, group)
     for dtype in (FP32, FP16):
-        w = grouped.packed_experts(matrices, None)
+        w = operators.packed_experts(matrices, None)
         dense = dequantize(*w[:4], w.widths, 9, 2 * group, group, dtype)
         for e in range(len(MIXED)):
             expected = matrices.dequantize(e, dtype)
@@ -192,16 +185,16 @@ def test_every_expert_crowded_and_most_empty():
     assert_close_to_truth(module, x, torch.full((70, 1), 3, device=DEVICE), weights)
     for unused in (7, -1):
         index = torch.full((70, 1), unused, device=DEVICE)
-        assert torch.equal(grouped.experts_forward(module, x, index, weights), torch.zeros_like(x))
+        assert torch.equal(operators.experts_forward(module, x, index, weights), torch.zeros_like(x))
 
 
 def test_results_do_not_change_between_runs_or_with_strides():
     module = Experts(64, 64, MIXED, 64)
     x, index, weights = routed(40, 7, 2, 64, FP16)
-    y = grouped.experts_forward(module, x, index, weights)
+    y = operators.experts_forward(module, x, index, weights)
     wide = torch.randn(40, 128, device=DEVICE).half()
     wide[:, ::2] = x
-    assert torch.equal(grouped.experts_forward(module, wide[:, ::2], index.T.contiguous().T, weights), y)
+    assert torch.equal(operators.experts_forward(module, wide[:, ::2], index.T.contiguous().T, weights), y)
 
 
 def packed_family(family: str) -> PackedExperts:
@@ -257,14 +250,14 @@ def test_a_norm_after_the_experts_and_an_approximate_gelu():
 
 @pytest.mark.parametrize("width", LEVELS)
 @pytest.mark.parametrize(
-    ("dtype", "tokens"), [(FP32, 17), (FP16, 33), (BF16, 17), (FP16, grouped.LINEAR_DEQUANTIZE_ROWS)]
+    ("dtype", "tokens"), [(FP32, 17), (FP16, 33), (BF16, 17), (FP16, operators.LINEAR_DEQUANTIZE_ROWS)]
 )
 def test_linears(width, dtype, tokens):
     linear = nn.Linear(128, 50, bias=width != 4, device=DEVICE)
     module = PackedLinear.from_linear(linear, random_matrix(50, 128, width, 64), width, 64)
     x = torch.randn(1, tokens, 128, device=DEVICE).to(dtype)
     with torch.no_grad():
-        y, plain, truth = grouped.linear_forward(module, x), module(x), reference.linear_forward(module, x.double())
+        y, plain, truth = operators.linear_forward(module, x), module(x), reference.linear_forward(module, x.double())
     assert y.dtype == dtype
     assert y.shape == (1, tokens, 50)
     assert_errors(y, plain, truth)

@@ -12,19 +12,19 @@ from torch import Tensor
 
 import gemq
 from families import FIVE, MORE, OWN, tiny, tokens
-from gemq.calibrate import Activations, LayerMoments
+from gemq.calibration.activations import Activations, LayerMoments
+from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.data.windows import Windows
-from gemq.ladder import LayerLadder, Quantizer, build_layer, quantize_linears, rung_weight
+from gemq.layers.candidates import LayerLadder, Quantizer, build_layer, quantize_linears, rung_weight
+from gemq.layers.refinement import RefinedLayer, assemble_layer, install_layer, matrix_widths, refine_layer
 from gemq.models.experts import expert_weight
-from gemq.models.stream import Replay
+from gemq.models.replay import Replay
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import ExpertWidths, group_size_for
-from gemq.refine import RefinedLayer, assemble_layer, install_layer, matrix_widths, refine_layer
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)

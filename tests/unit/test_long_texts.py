@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemq.assets import builtin_model, builtin_texts
-from gemq.data import tokens
-from gemq.data.sources import Streams, calibration_windows, check_sources, source_digest
-from gemq.data.texts import json_rows, text_parts
-from gemq.data.tokens import tokenize_pieces, tokenize_text
-from gemq.data.windows import eval_windows
+from gemq.calibration import tokens
+from gemq.calibration.sources import Streams, calibration_windows, check_sources, source_digest
+from gemq.calibration.texts import json_rows, text_parts
+from gemq.calibration.tokens import tokenize_pieces, tokenize_text
+from gemq.calibration.windows import eval_windows
 from gemq.errors import UserError
 
 TEXT = "\n\n".join(path.read_text() for path in builtin_texts())
@@ -103,7 +103,7 @@ def test_memory_grows_by_the_tokens_alone(tmp_path, monkeypatch):
 
 
 def test_parts_are_the_text_with_unix_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("gemq.data.texts.READ_BYTES", 7)
+    monkeypatch.setattr("gemq.calibration.texts.READ_BYTES", 7)
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffcafé\r\nau lait\r\n\r\n日本\rx\r".encode())
     assert "".join(text_parts(path)) == "café\nau lait\n\n日本\rx\r"
@@ -120,7 +120,7 @@ def test_windows_line_ends_change_no_window(tmp_path):
 
 
 def test_rows_by_line_and_in_one_array(tmp_path, monkeypatch):
-    monkeypatch.setattr("gemq.data.texts.READ_BYTES", 7)
+    monkeypatch.setattr("gemq.calibration.texts.READ_BYTES", 7)
     path = tmp_path / "a.JSON"
     path.write_text('{"text": "one\u2028two"}\r\n\n{"text": "three"}')
     assert [row for _, row in json_rows(path)] == [{"text": "one\u2028two"}, {"text": "three"}]

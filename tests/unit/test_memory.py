@@ -11,17 +11,18 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from families import MORE, random_model, tiny_config, tokens
-from gemq import UserError, stages
-from gemq.models.residency import Residency
+from gemq import UserError
+from gemq.layers.candidate_training import TRAIN_BYTES
+from gemq.models.layer_cache import Residency
+from gemq.models.replay import Replay
 from gemq.models.source import Source
-from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
+from gemq.pipeline import layer_stages
+from gemq.pipeline.layer_stages import reverse_order, segment_length
+from gemq.planning.memory_model import Footprint
 from gemq.recipe import Recipe
-from gemq.resources.batches import PASSED, Batches
-from gemq.resources.footprint import Footprint
-from gemq.resources.memory import Bound, Memory, Place, Waiting, gigabytes
-from gemq.rungs import TRAIN_BYTES
-from gemq.stages import reverse_order, segment_length
+from gemq.runtime.activation_store import PASSED, Batches
+from gemq.runtime.memory import Bound, Memory, Place, Waiting, gigabytes
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -243,7 +244,7 @@ def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, mon
     recipe = Recipe(effort="low", windows=4, window=24, batch_tokens=48, calib=(str(builtin_texts()[0]),), guard=False)
     found: list[Any] = []
     for k in (1, 2, 3):
-        monkeypatch.setattr(stages, "segment_length", lambda *_, k=k: k)
+        monkeypatch.setattr(layer_stages, "segment_length", lambda *_, k=k: k)
         work = tmp_path / f"out{k}.work"
         gemq.quantize(str(source), recipe, out=tmp_path / f"out{k}", work=work, device="cpu")
         found.append({f.name: f.read_bytes() for f in sorted(work.glob("scores-*/*.safetensors"))})

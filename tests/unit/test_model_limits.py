@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from gemq import UserError
-from gemq.model_limits import bounded_construction, check_source_sizes
+from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.source import Source
 from packed_checkpoints import olmoe_config
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import gemq
 import plain_reader
 from gemq import UserError
+from gemq.checkpoint.contents import inspect_checkpoint
+from gemq.checkpoint.dense_export import write_dense_twin
 from gemq.checkpoint.reader import check_checkpoint
-from gemq.checkpoint.twin import write_dense_twin
-from gemq.inspect import inspect_checkpoint
 from packed_checkpoints import write_packed
 
 IDS = torch.arange(3, 23).reshape(1, 20)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from gemq.checkpoint.packing import PackedMatrix
-from gemq.kernels.packed import PackedLinear
+from gemq.kernels.modules import PackedLinear
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized
+from gemq.quant.packing import PackedMatrix
 
 torch.set_num_threads(1)
 

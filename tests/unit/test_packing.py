@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemq.checkpoint.packing import PackedMatrix, pack_codes, unpack_codes
 from gemq.quant.grid import Quantized, nearest
+from gemq.quant.packing import PackedMatrix, pack_codes, unpack_codes
 from gemq.quant.widths import LEVELS, bytes_per_group, matrix_bytes
 
 GROUP_SIZES = (16, 32, 64, 128, 256)

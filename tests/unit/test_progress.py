@@ -11,13 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from gemq import pipeline, progress
 from gemq.assets import builtin_model, builtin_texts
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
-from gemq.progress import Monitor, StageCost
+from gemq.pipeline import quantize
+from gemq.planning.cost_model import Workload
 from gemq.recipe import Recipe
-from gemq.workload import Workload
+from gemq.runtime import progress
+from gemq.runtime.progress import Monitor, StageCost
 
 
 def test_later_stages_are_expected_to_be_as_slow_as_those_so_far():
@@ -35,12 +36,12 @@ def test_a_watched_job_knows_its_stages_before_the_first_of_them(tmp_path, monke
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "run_ladder", stop)
+    monkeypatch.setattr(quantize, "run_ladder", stop)
     recipe = Recipe(effort="low", windows=2, window=32, calib=(str(builtin_texts()[0]),))
     for console in (None, Console(file=io.StringIO())):
         monitor = Monitor(console)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(str(builtin_model()), recipe, out=tmp_path / str(console is None), monitor=monitor)
+            quantize.quantize(str(builtin_model()), recipe, out=tmp_path / str(console is None), monitor=monitor)
         names = list(monitor.expected)
         assert names == (
             [] if console is None else ["ladder", "sensitivity", "scores", "guard windows", "guard", "refine"]

@@ -10,7 +10,7 @@ import torch
 
 import gemq
 from gemq.assets import builtin_model, builtin_texts
-from gemq.pipeline import Result, export, quantize
+from gemq.pipeline.quantize import Result, export, quantize
 from gemq.recipe import Recipe
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemq.resources.ranks import Ranks
+from gemq.runtime.ranks import Ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -40,8 +40,8 @@ import os, socket, sys, torch, warnings
 from pathlib import Path
 from gemq.errors import UserError
 from gemq.models import experts, grouped, split
-from gemq.resources.ranks import leave_ranks, start_ranks
-from gemq.workdir import WorkDir
+from gemq.runtime.ranks import leave_ranks, start_ranks
+from gemq.pipeline.workdir import WorkDir
 
 # what torchrun would set, in processes that have imported everything
 with socket.create_server(("localhost", 0)) as server:

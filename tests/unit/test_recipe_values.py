@@ -11,7 +11,7 @@ import pytest
 from test_allocate import make
 
 from gemq import UserError
-from gemq.allocate import Allocation
+from gemq.allocation.problem import Allocation
 from gemq.recipe import INTEGERS, MOST, NUMBERS, Recipe, parse_size
 from gemq.recipe_values import MAX_SEED, convert
 

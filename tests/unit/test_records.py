@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemq.errors import UserError
-from gemq.workdir import MARKER, WorkDir
+from gemq.pipeline.workdir import MARKER, WorkDir
 
 INPUTS = {"a": 1, "b": [0.5, "x"]}
 TENSORS = {"codes": torch.arange(64, dtype=torch.uint8).view(8, 8), "notes": torch.tensor([1.5, 2.5])}

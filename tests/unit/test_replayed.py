@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gemq.models.stream import Call
-from gemq.resources.replayed import MANY, Replayed, same
+from gemq.models.replay import Call
+from gemq.runtime.cuda_graph import MANY, Replayed, same
 
 
 def test_on_a_cpu_a_step_runs_as_it_is():

@@ -12,12 +12,12 @@ import gemq
 from conformance import save_tokenizer
 from families import tiny
 from gemq.assets import builtin_model
-from gemq.data.rows import RowReader, Rows, texts_of
-from gemq.data.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
-from gemq.data.windows import eval_windows
+from gemq.calibration.rows import RowReader, Rows, texts_of
+from gemq.calibration.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
+from gemq.calibration.windows import eval_windows
+from gemq.cli.report import print_result
 from gemq.errors import UserError
 from gemq.recipe import Recipe
-from gemq.summary import print_result
 
 WINDOW = 16
 TEMPLATE = (
@@ -136,7 +136,7 @@ def test_rows_with_nothing_in_them_are_left_out_and_counted(tokenizer):
 
 
 def test_a_data_set_without_text_and_end_is_given_up(tokenizer, monkeypatch):
-    monkeypatch.setattr("gemq.data.rows.MOST_EMPTY", 50)
+    monkeypatch.setattr("gemq.calibration.rows.MOST_EMPTY", 50)
     endless = iter(lambda: ("row", {"text": ""}), None)
     with pytest.raises(UserError, match="has no text"):
         list(texts_of(endless, RowReader(tokenizer), Rows(), "the source"))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from gemq.errors import UserError
-from gemq.safetensors_files import read_header, tensor_entries, weight_files
+from gemq.runtime.safetensors_files import read_header, tensor_entries, weight_files
 
 
 def write(path, **tensors):

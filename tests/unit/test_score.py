@@ -10,20 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families import FIVE, MORE, OWN, tiny, tokens
-from gemq.calibrate import Activations
-from gemq.data.windows import Windows
+from gemq.allocation.scores import LayerScores, loss_gradients, pair_costs, reverse_layer, smooth_usage
+from gemq.calibration.activations import Activations
+from gemq.calibration.windows import Windows
 from gemq.models.experts import expert_weight, route, route_all, watch_experts
-from gemq.models.stream import Replay
+from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
-from gemq.resources.machine import FixedOrder
-from gemq.resources.ranks import ALONE
-from gemq.score import (
-    LayerScores,
-    loss_gradients,
-    pair_costs,
-    reverse_layer,
-    smooth_usage,
-)
+from gemq.runtime.device import FixedOrder
+from gemq.runtime.ranks import ALONE
 
 torch.set_num_threads(1)
 IDS = tokens(6, 10)
@@ -247,7 +241,7 @@ def test_sampled_labels_are_seeded_and_alone():
 def test_a_large_vocabularys_loss_goes_by_windows(labels, monkeypatch):
     replay, activations, _ = start("mixtral", 60)
     whole = loss_gradients(replay, activations, labels, 5)
-    monkeypatch.setattr("gemq.models.stream.LOGITS_TOGETHER", 1)
+    monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
     assert len(replay.windows_together(activations.ids[0])) == len(activations.ids[0]) > 1
     for a, b in zip(whole, loss_gradients(replay, activations, labels, 5), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

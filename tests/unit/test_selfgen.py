@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.data.selfgen import Openings, Plan, evenly, generate_windows, sample, side_by_side
+from gemq.calibration.self_generation import Openings, Plan, evenly, generate_windows, sample, side_by_side
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from families import tiny, tokens
-from gemq.calibrate import Activations
-from gemq.data.windows import Windows
+from gemq.allocation.scores import rescaled
+from gemq.allocation.sensitivity import TOKENS, measured_tokens, measured_windows
+from gemq.calibration.activations import Activations
+from gemq.calibration.windows import Windows
+from gemq.layers.training import expert_overrides
 from gemq.models.experts import expert_weight
-from gemq.models.stream import Replay
+from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
-from gemq.reconstruct import expert_overrides
-from gemq.score import rescaled
-from gemq.sensitivity import TOKENS, measured_tokens, measured_windows
-from gemq.sensitivity_stage import layer_kl
+from gemq.pipeline.sensitivity_stage import layer_kl
 
 torch.set_num_threads(1)
 WINDOWS = Windows(tokens(6, 10), torch.tensor([0, 0, 1, 1, 1, 2]), ("a", "b", "c"), (20, 30, 10))

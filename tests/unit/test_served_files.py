@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from gemq import UserError
-from gemq.safetensors_files import weight_files
-from gemq.serve.files import check_served_files
+from gemq.integrations.vllm.files import check_served_files
+from gemq.runtime.safetensors_files import weight_files
 
 
 def write(directory, *names):

@@ -7,16 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import FIVE, MORE, OWN, OwnConfig, tiny, tiny_config, tokens
-from gemq.calibrate import Activations
+from gemq.calibration.activations import Activations
+from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state
-from gemq.data.windows import Windows
-from gemq.ladder import Quantizer, build_layer
-from gemq.models.stream import Replay
-from gemq.models.structure import find_structure
-from gemq.recipe import Recipe
-from gemq.refine import assemble_layer
-from gemq.sizes import (
+from gemq.layers.candidates import Quantizer, build_layer
+from gemq.layers.refinement import assemble_layer
+from gemq.models.byte_sizes import (
     expert_bytes,
     ladder_bytes,
     linear_bytes,
@@ -24,6 +21,9 @@ from gemq.sizes import (
     quantized_share,
     smaller_groups,
 )
+from gemq.models.replay import Replay
+from gemq.models.structure import find_structure
+from gemq.recipe import Recipe
 
 torch.set_num_threads(1)
 

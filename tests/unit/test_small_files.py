@@ -11,8 +11,8 @@ from model_folders import model_folder, quantize
 
 import gemq
 from gemq import UserError
+from gemq.checkpoint.dense_export import write_dense_twin
 from gemq.checkpoint.small_files import small_files
-from gemq.checkpoint.twin import write_dense_twin
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import pytest
 
 from gemq import UserError
 from gemq.checkpoint.format import PackedFormat
-from gemq.serve.split import divided_groups, groups_of_rank
+from gemq.integrations.vllm.split import divided_groups, groups_of_rank
 
 
 def test_ranks_share_all_groups():

@@ -16,7 +16,7 @@ from families import MORE, random_model, tiny_config
 from gemq import UserError
 from gemq.checkpoint.load import GemqQuantizer
 from gemq.models.source import Source
-from gemq.plan import plan
+from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
 from plain_reader import read_files
 
@@ -99,7 +99,7 @@ def test_parameters_that_a_family_keeps_in_float32_stay_so(family, dtype, tmp_pa
     save_tokenizer(source)
     quantize(source)
     gemq.load(tmp_path / "out")
-    from gemq.checkpoint.twin import write_dense_twin
+    from gemq.checkpoint.dense_export import write_dense_twin
 
     write_dense_twin(tmp_path / "out", twin, torch.float32)
     expected = Source(twin).load(CPU, None)[0].__class__.from_pretrained(twin, dtype=dtype)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from families import MORE, OWN, OwnLayer, OwnModel, tiny, tokens
 from gemq import UserError
-from gemq.models.stream import Replay
+from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
 
 torch.set_num_threads(1)

@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gemq
 from families import MORE, OWN, OwnBlock, OwnConfig, OwnModel, tiny, tiny_config, tokens
 from gemq import UserError
-from gemq.calibrate import Activations
+from gemq.allocation.scores import loss_gradients, reverse_layer
+from gemq.calibration.activations import Activations
+from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.data.windows import Windows
-from gemq.ladder import Quantizer, build_layer
-from gemq.models.stream import Replay
+from gemq.layers.candidates import Quantizer, build_layer
+from gemq.layers.refinement import matrix_widths, refine_layer
+from gemq.models.replay import Replay
 from gemq.models.structure import FEWEST_ROWS, Structure, find_structure
 from gemq.quant.widths import ExpertWidths
-from gemq.refine import matrix_widths, refine_layer
-from gemq.score import loss_gradients, reverse_layer
 
 torch.set_num_threads(1)
 

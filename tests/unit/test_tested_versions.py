@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gemq import cli, tested_versions
-from gemq.tested_versions import NEWEST, OLDEST, untested_transformers
+from gemq import cli
+from gemq.runtime import tested_versions
+from gemq.runtime.tested_versions import NEWEST, OLDEST, untested_transformers
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from gemq.calibrate import Activations
-from gemq.data.windows import Windows
-from gemq.distil import distil
-from gemq.ladder import LayerLadder, Quantizer, build_layer, rung_weight
-from gemq.models.stream import Replay
+from gemq.calibration.activations import Activations
+from gemq.calibration.windows import Windows
+from gemq.distillation.distill import distil
+from gemq.distillation.student import Distillation, PackedExperts
+from gemq.layers.candidates import LayerLadder, Quantizer, build_layer, rung_weight
+from gemq.layers.refinement import RefinedLayer, Targets, refine_layer
+from gemq.layers.training import Training, tunable_names
+from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
 from gemq.quant.gptq import highest_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths
-from gemq.reconstruct import Training, tunable_names
-from gemq.refine import RefinedLayer, Targets, refine_layer
-from gemq.student import Distillation, PackedExperts
 
 torch.set_num_threads(1)
 WINDOWS = 120
@@ -234,7 +234,7 @@ def test_distillation_lowers_the_held_out_loss():
 def test_distillation_by_windows_is_the_same_descent(loss, monkeypatch):
     short = replace(TRAINING, codes=0.0, epochs=1)
     whole, _, _ = run_distil(short, loss)
-    monkeypatch.setattr("gemq.models.stream.LOGITS_TOGETHER", 1)
+    monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
     parts, _, _ = run_distil(short, loss)
     assert parts.before == pytest.approx(whole.before, rel=1e-5)
     assert parts.after == pytest.approx(whole.after, rel=1e-3)
@@ -267,7 +267,7 @@ def test_packed_experts_mean_what_their_codes_say():
 
 
 def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
-    monkeypatch.setattr("gemq.kernels.unpacked.UNPACKED_TOGETHER", 1)  # one expert at a time
+    monkeypatch.setattr("gemq.kernels.training.differentiable_dequantize.UNPACKED_TOGETHER", 1)  # one expert at a time
     replay, _, layers, _ = refined(None)
     experts = replay.structure.layers[0].experts
     assert experts is not None

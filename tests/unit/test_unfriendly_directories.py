@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemq.checkpoint.outputs import check_output, claimed, default_work
 from gemq.errors import UserError
-from gemq.files import replacing, write_json, write_text
-from gemq.outputs import check_output, claimed, default_work
-from gemq.resources.memory import Bound, Memory
-from gemq.workdir import LOCK, MARKER, WorkDir
+from gemq.pipeline.workdir import LOCK, MARKER, WorkDir
+from gemq.runtime.files import replacing, write_json, write_text
+from gemq.runtime.memory import Bound, Memory
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from gemq.errors import UserError
-from gemq.resources import upload
-from gemq.resources.upload import Upload, spans_of
+from gemq.runtime import upload
+from gemq.runtime.upload import Upload, spans_of
 
 CPU = torch.device("cpu")
 

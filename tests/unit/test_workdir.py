@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemq.errors import UserError
-from gemq.workdir import Stage, WorkDir
+from gemq.pipeline.workdir import Stage, WorkDir
 
 
 def test_what_a_killed_job_left_half_written_is_gone(tmp_path):
@@ -33,7 +33,7 @@ def test_what_is_written_behind_is_there_in_the_end_and_a_full_disk_is_told(tmp_
     def full(*_):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("gemq.workdir.write_tensors", full)
+    monkeypatch.setattr("gemq.pipeline.workdir.write_tensors", full)
     with pytest.raises(UserError, match="full"), stage.writing_behind() as save:
         save("3.safetensors", {"x": torch.zeros(1)})
 

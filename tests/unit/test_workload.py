@@ -9,12 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gemq.assets import builtin_model
+from gemq.models.replay import Replay
 from gemq.models.source import Source
-from gemq.models.stream import Replay
 from gemq.models.structure import find_structure
+from gemq.planning.cost_model import Work, Workload
 from gemq.recipe import Recipe
-from gemq.resources.machine import Rates, measure
-from gemq.workload import Work, Workload
+from gemq.runtime.device import Rates, measure
 
 WINDOW = 64
 

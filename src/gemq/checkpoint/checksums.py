@@ -21,8 +21,8 @@ from typing import Any
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from gemq.errors import UserError
-from gemq.resources.processes import leave_signals
-from gemq.safetensors_files import StoredTensor
+from gemq.runtime.processes import leave_signals
+from gemq.runtime.safetensors_files import StoredTensor
 
 KEY = "gemq_checksums"
 """Where config.json lists them. Not in its ``quantization_config``, which Transformers passes on to what it saves."""

@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError
-from gemq.quant.widths import (
-    SMALLEST_GROUP,
-    Width,
-    bytes_per_group,
-    group_size_for,
-    matrix_bytes,
-    parse_width,
-)
-from gemq.safetensors_files import TensorSpec, read_json
+from gemq.quant.widths import SMALLEST_GROUP, Width, bytes_per_group, group_size_for, matrix_bytes, parse_width
+from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2

@@ -26,19 +26,19 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint.adopt import adopt_experts
-from gemq.checkpoint.auto import auto_class
 from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat, UnpackedTensor, verify, verify_unpacked
 from gemq.checkpoint.names import saved_names
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.save import dense_state
 from gemq.checkpoint.skeleton import forget_checksums, read_config, user_errors
 from gemq.checkpoint.stored import DataCheck, StoredCheckpoint, check_no_adapter
 from gemq.errors import UserError, shown
-from gemq.kernels.packed import PackedLinear, PackedMatrices, make_packed
-from gemq.model_limits import bounded_construction
+from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
+from gemq.models.auto_class import auto_class
+from gemq.models.experts_adapter import adopt_experts
+from gemq.models.size_limits import bounded_construction
+from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width, group_size_for
-from gemq.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
+from gemq.runtime.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,9 +15,9 @@ from torch import Tensor
 from gemq.checkpoint.format import PARTS, verify, verify_unpacked
 from gemq.checkpoint.load import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import saved_names
-from gemq.checkpoint.packing import PackedMatrix
 from gemq.checkpoint.skeleton import build_skeleton, read_config
 from gemq.checkpoint.stored import StoredCheckpoint
+from gemq.quant.packing import PackedMatrix
 
 
 class CheckpointReader:

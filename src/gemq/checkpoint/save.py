@@ -19,11 +19,11 @@ from torch import Tensor
 from gemq.checkpoint.checksums import KEY, checksums_of
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
+from gemq.checkpoint.outputs import partial_directory, remove_partial
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
-from gemq.files import disk_errors, flush_to_disk
-from gemq.outputs import partial_directory, remove_partial
-from gemq.safetensors_files import stored_tensors, weight_files
+from gemq.runtime.files import disk_errors, flush_to_disk
+from gemq.runtime.safetensors_files import stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel

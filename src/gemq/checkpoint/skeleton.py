@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig
 
 from gemq.checkpoint import checksums
-from gemq.checkpoint.adopt import adopt_experts
-from gemq.checkpoint.auto import auto_class
 from gemq.errors import UserError
-from gemq.model_limits import bounded_construction
+from gemq.models.auto_class import auto_class
+from gemq.models.experts_adapter import adopt_experts
+from gemq.models.size_limits import bounded_construction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

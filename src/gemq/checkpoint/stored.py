@@ -16,9 +16,9 @@ from typing import Any
 from gemq.checkpoint.checksums import Checksums, tensor_digests
 from gemq.checkpoint.format import PackedFormat, read_packed_config
 from gemq.errors import UserError
-from gemq.model_limits import StoredSize, check_config_sizes
-from gemq.resources.processes import leave_signals
-from gemq.safetensors_files import StoredTensor, TensorSpec, stored_tensors, weight_files
+from gemq.models.size_limits import StoredSize, check_config_sizes
+from gemq.runtime.processes import leave_signals
+from gemq.runtime.safetensors_files import StoredTensor, TensorSpec, stored_tensors, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 

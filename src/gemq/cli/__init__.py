@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from gemq import fallbacks
-from gemq.cli.jobs import export, plan, quantize
-from gemq.cli.models import bench, demo, evaluate, generate, inspect
-from gemq.display import printable, shortened
+from gemq.cli.console import use_any_encoding
+from gemq.cli.model_commands import bench, demo, evaluate, generate, inspect
+from gemq.cli.quantize_commands import export, plan, quantize
 from gemq.errors import UserError
-from gemq.models import digests
-from gemq.output import use_any_encoding
-from gemq.resources.processes import after_failing, before_failing, is_first
-from gemq.tested_versions import untested_transformers
+from gemq.models import file_hashes
+from gemq.runtime import fallbacks
+from gemq.runtime.display import printable, shortened
+from gemq.runtime.processes import after_failing, before_failing, is_first
+from gemq.runtime.tested_versions import untested_transformers
 
 # from typer: some of its versions use the package click, others carry their own copy
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -89,7 +89,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     finally:
-        digests.end()
+        file_hashes.end()
 
 
 def _warn_of_untested(arguments: list[str]) -> None:

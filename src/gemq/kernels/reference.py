@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from gemq.kernels.packed import PackedExperts, PackedLinear
+    from gemq.kernels.modules import PackedExperts, PackedLinear
 
 Dequantize = Callable[[torch.dtype], Tensor]
 Product = Callable[[str, int, Tensor], Tensor]

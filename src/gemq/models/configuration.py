@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gemq.errors import UserError
-from gemq.safetensors_files import read_json
+from gemq.runtime.safetensors_files import read_json
 
 ROTARY = re.compile(r"^rope_(parameters|scaling)$")
 

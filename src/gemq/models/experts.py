@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gemq.kernels.expert_inputs import passed_on, routing_of_rows
 from gemq.models import grouped
-from gemq.models.split import Split, split_of
+from gemq.models.expert_parallel import Split, split_of
 
 IMPLEMENTATION = "gemq_calibration"
 EVERY_EXPERT = "gemq_every_expert"
@@ -298,7 +298,11 @@ def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Spl
 
     split: the ranks whose sums are added up, where ``routed`` are one rank's pairs
     """
-    from gemq.kernels.pairs import Shared, combine, gather  # triton comes with torch for CUDA, not for CPUs
+    from gemq.kernels.training.expert_ops import (  # triton comes with torch for CUDA, not for CPUs
+        Shared,
+        combine,
+        gather,
+    )
 
     assert routed.place is not None
     shared = None if split is None else Shared(routed.ends[-1:], split.spread, split.add_up)

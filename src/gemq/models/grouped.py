@@ -105,7 +105,7 @@ def looped(x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) ->
 
 def gate(module: Any, x: Tensor) -> Tensor:
     """An experts module's gate, [P, 2 I] -> [P, I]: in one pass if it is the usual one."""
-    from gemq.kernels.pairs import silu_gate  # triton comes with torch for CUDA, not for CPUs
+    from gemq.kernels.training.expert_ops import silu_gate  # triton comes with torch for CUDA, not for CPUs
 
     usual = activation_of(module) == Activation(SILU, gated=True)
     return silu_gate(x) if usual else module._apply_gate(x)

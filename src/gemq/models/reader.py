@@ -26,9 +26,9 @@ from transformers.utils import logging
 from gemq.errors import UserError
 from gemq.models.finite import largest_finite, not_finite
 from gemq.models.fp8 import use_block_dequantize
-from gemq.models.layout import Part, learned
 from gemq.models.stored import FLOATS, Stored, find_targets, short_type
-from gemq.resources.upload import Place, Span, spans_of, upload_to
+from gemq.models.stored_layout import Part, learned
+from gemq.runtime.upload import Place, Span, spans_of, upload_to
 
 
 class LayerReader:

@@ -22,20 +22,20 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from gemq.checkpoint.adopt import adopt_experts
-from gemq.checkpoint.auto import auto_class
 from gemq.errors import UserError
-from gemq.model_limits import bounded_construction, check_source_sizes
+from gemq.models.auto_class import auto_class
 from gemq.models.calls import one_line_errors, summary
 from gemq.models.configuration import read_configuration, suspicious_fields
-from gemq.models.digests import file_digests
-from gemq.models.elementwise import use_fused_kernels
 from gemq.models.experts import use_experts_forward
+from gemq.models.experts_adapter import adopt_experts
+from gemq.models.file_hashes import file_digests
+from gemq.models.fused_norms import use_fused_kernels
 from gemq.models.reader import LayerReader, Reading, reading_from
+from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.stored import FLOATS
 from gemq.models.structure import find_structure
-from gemq.resources.upload import TYPES
-from gemq.safetensors_files import read_header, weight_files
+from gemq.runtime.safetensors_files import read_header, weight_files
+from gemq.runtime.upload import TYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_WINDOW = 2048

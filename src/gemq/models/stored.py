@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from gemq.errors import UserError
-from gemq.resources.upload import Span
+from gemq.runtime.upload import Span
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types in which weights are stored as they are. Floats of 8 bits are codes, which mean nothing without scales."""

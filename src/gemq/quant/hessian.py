@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import NotFiniteError
-from gemq.resources.ranks import ALONE, Ranks
+from gemq.runtime.ranks import ALONE, Ranks
 
 BLOCK = 128
 """Columns that ``factorize`` takes at once on a GPU."""

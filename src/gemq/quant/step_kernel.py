@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.quant.fused import State, Steps
 from gemq.quant.grid_kernel import change_grid, nearest_code
 from gemq.quant.trainable import BETAS, EPS, MARGIN
+from gemq.quant.trainable_gpu import State, Steps
 
 _MARGIN, _EPS = tl.constexpr(MARGIN), tl.constexpr(EPS)
 _BETA1, _BETA2 = tl.constexpr(BETAS[0]), tl.constexpr(BETAS[1])

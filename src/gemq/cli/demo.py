@@ -1,0 +1,102 @@
+"""The whole job on the built-in model: quantize once, take several allocations from it, compare, write a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gemq.assets import builtin_model
+from gemq.cli.report import print_result
+from gemq.errors import UserError
+from gemq.evaluation.evaluate import evaluate_paths, open_model
+from gemq.evaluation.generate import generate
+from gemq.pipeline.quantize import export, quantize
+from gemq.recipe import Recipe
+from gemq.runtime.progress import Monitor
+
+WINDOWS, WINDOW, TOKENS = 32, 256, 24_576
+"""Fewer and shorter calibration windows than the defaults: the demo is to end within minutes on two cores."""
+
+PROMPT = "The configuration file"
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    directory: str
+    changes: dict[str, Any]
+    finish: bool = False
+
+
+VARIANTS = (
+    Variant("random 2.0 *", "random-2.0", {"bits": 2.0, "allocate": "random"}),
+    Variant("uniform 2 bit *", "uniform-2", {"bits": 2.0, "allocate": "uniform"}),
+    Variant("gemq 2.0 *", "gemq-2.0-exported", {"bits": 2.0}),
+    Variant("gemq 1.5", "gemq-1.5", {"bits": 1.5}, finish=True),
+)
+CAPTION = "* exported in seconds from the same experts: layers not reconstructed, nothing distilled"
+
+
+def run_demo(out: Path, device: str, console: Console) -> dict[str, Any]:
+    """Runs the demo into ``out`` and prints its table. Returns figures by variant and the result."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists: delete it, or name another directory with -o")
+    model = builtin_model()
+    monitor = Monitor(console)
+    console.print(
+        f"Built-in model {model.name}: quantizing to 2.0 bits, calibrated on {WINDOWS} windows that it writes itself."
+    )
+    recipe = Recipe(bits=2.0, windows=WINDOWS, window=WINDOW, total_tokens=TOKENS)
+    main = out / "gemq-2.0"
+    result = quantize(str(model), recipe, out=main, work=out / "work", device=device, monitor=monitor)
+    print_result(console, result)
+    paths = {"full precision": model, "gemq 2.0": main}
+    for variant in VARIANTS:
+        console.print(f"From the same work directory: {variant.name}")
+        paths[variant.name] = out / variant.directory
+        export(
+            out / "work",
+            out=paths[variant.name],
+            changes=variant.changes,
+            finish=variant.finish,
+            device=device,
+            monitor=monitor,
+        )
+    order = ["full precision", "random 2.0 *", "uniform 2 bit *", "gemq 2.0 *", "gemq 2.0", "gemq 1.5"]
+    rows = {name: _measure(name, paths[name], model, device, monitor) for name in order}
+    _print_table(console, rows)
+    return {"variants": rows, "quantize": result.to_dict()}
+
+
+def _measure(name: str, path: Path, model: Path, device: str, monitor: Monitor) -> dict[str, Any]:
+    reference = None if path == model else str(model)
+    values = evaluate_paths(str(path), reference=reference, device=device, monitor=monitor)
+    opened = open_model(str(path), "float32", device)
+    text = generate(opened.model, opened.tokenizer, PROMPT, max_new_tokens=24)
+    return {
+        "bytes": values["stored_bytes"],
+        "perplexity": values["perplexity"],
+        "mean_kl": values.get("mean_kl", 0.0),
+        "text": " ".join((PROMPT + text).split()),
+    }
+
+
+def _print_table(console: Console, rows: dict[str, dict[str, Any]]) -> None:
+    title = "Built-in texts, float32, windows of 512 tokens"
+    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left", show_lines=True)
+    for column in ("", "MB", "perplexity", "KL"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    table.add_column("writes")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['mean_kl']:.4f}",
+            row["text"],
+        )
+    console.print(table)

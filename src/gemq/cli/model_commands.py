@@ -1,0 +1,170 @@
+"""Commands that use checkpoints: eval, generate, bench, inspect, and demo. Import torch only when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemq.cli.console import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
+from gemq.cli.flags import ComputeDtype, Device, GpuMemory, HostMemory, Json, Quiet, TrustRemoteCode, numbers, size_of
+from gemq.cli.startup import importing
+from gemq.errors import UserError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    reference: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text or JSONL file; may be repeated. Default: the built-in texts.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of JSONL rows (default: text, messages, or a prompt with its response).")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "auto",
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Perplexity, and how far a model is from its reference."""
+    check_json(json_file)
+    if window < 2:
+        raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
+    with importing():
+        from gemq.cli.report import print_evaluation
+        from gemq.evaluation.evaluate import evaluate_paths
+
+    values = evaluate_paths(
+        model,
+        reference=reference,
+        texts=text,
+        text_column=text_column,
+        window=window,
+        max_windows=max_windows,
+        dtype=dtype,
+        device=device,
+        gpu_memory=size_of("--gpu-memory", gpu_memory),
+        host_memory=size_of("--host-memory", host_memory),
+        trust_remote_code=trust_remote_code,
+        monitor=make_monitor(quiet or to_stdout(json_file)),
+    )
+    if not print_json(json_file, values) and not quiet:
+        print_evaluation(make_console(), values)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    prompt: Annotated[
+        list[str], typer.Option("-p", "--prompt", help="Text to go on from; may be repeated: each on its own.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: compile the layers after the first token; pays for long texts.")
+    ] = False,
+    dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Streams text that a model writes."""
+    with importing():
+        from gemq.evaluation.evaluate import open_model
+        from gemq.evaluation.generate import generate as write
+        from gemq.models.experts import use_fast_experts
+
+    quiet_libraries()
+    opened = open_model(model, dtype, device, trust_remote_code)
+    if opened.contents is None:
+        use_fast_experts(opened.model)
+    for text in prompt:
+        write(
+            opened.model,
+            opened.tokenizer,
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            raw=raw,
+            stream=True,
+            compile_layers=compiled,
+        )
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
+    batch: Annotated[str | None, typer.Option(help="Sequences decoded together (default 1,4,16; CPU: 1).")] = None,
+    prefill: Annotated[str | None, typer.Option(help="Prompt lengths (default 128,512,2048; CPU: 128).")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded a run (default 128; CPU: 16).")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers (on a GPU).")
+    ] = True,
+    dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Speed: decode, prefill and first token, beside what memory allows."""
+    check_json(json_file)
+    batches, prefills = numbers("--batch", batch), numbers("--prefill", prefill)
+    with importing():
+        from gemq.cli.report import print_bench
+        from gemq.evaluation.bench import bench_path
+
+    values = bench_path(
+        model,
+        batches=batches,
+        prefills=prefills,
+        new_tokens=new_tokens,
+        compiled=compiled,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        monitor=make_monitor(quiet or to_stdout(json_file)),
+    )
+    if not print_json(json_file, values) and not quiet:
+        print_bench(make_console(), values)
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare with the checksums that gemq wrote.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """What a packed checkpoint holds: widths, bytes, format."""
+    check_json(json_file)
+    with importing():
+        from gemq.checkpoint.contents import inspect_checkpoint
+        from gemq.cli.report import print_contents
+
+    contents = inspect_checkpoint(checkpoint, verify=verify)
+    if not print_json(json_file, contents.to_dict()):
+        print_contents(make_console(), contents)
+        if verify:
+            make_console().print("All weights and config.json are as gemq wrote them (checksums).")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the results.")] = Path("demo-out"),
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """The whole job on the built-in model: quantize, compare, write."""
+    check_json(json_file)
+    with importing():
+        from gemq.cli.demo import run_demo
+
+    quiet_libraries()
+    print_json(json_file, run_demo(out, device, make_console()))

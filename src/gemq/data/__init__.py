@@ -1,1 +1,0 @@
-"""Windows of tokens: from texts, from data sets, and written by the model itself."""

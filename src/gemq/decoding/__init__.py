@@ -1,0 +1,1 @@
+"""Decoding with a static cache, compiled layers and CUDA graphs."""

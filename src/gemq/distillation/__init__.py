@@ -1,0 +1,1 @@
+"""Distillation of the packed model towards the full-precision model."""

@@ -1,0 +1,1 @@
+"""Evaluation, generation and benchmarks of a finished model."""

@@ -1,0 +1,1 @@
+"""Kernels for few tokens: linears, experts and attention of a decode step."""

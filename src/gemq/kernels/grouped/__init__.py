@@ -1,0 +1,1 @@
+"""Kernels for many tokens: a matrix product grouped by expert."""

@@ -1,0 +1,1 @@
+"""Differentiable kernels for training with packed or unpacked experts."""

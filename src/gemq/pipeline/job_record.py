@@ -1,0 +1,248 @@
+"""What a work directory is for (``job.json``), and which outputs its jobs made (``results.json``).
+
+Both are data, whoever wrote them: they grant no trust, and what they say of the model is checked against its files.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemq.calibration.sources import SELF, source_digest
+from gemq.checkpoint.format import read_quantization_config
+from gemq.checkpoint.reader import check_checkpoint
+from gemq.checkpoint.small_files import small_files
+from gemq.errors import UserError
+from gemq.models.source import Source
+from gemq.pipeline.preflight import read_allocation_file
+from gemq.pipeline.records import damaged, digest, read_object
+from gemq.pipeline.workdir import JOB_FILE
+from gemq.quant.widths import width_name
+from gemq.recipe import Recipe
+from gemq.runtime.files import write_json
+
+RESULTS_FILE = "results.json"
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "fingerprint": str,
+    "files": dict,
+    "recipe": dict,
+    "ladder_widths": list,
+    "calibration": list,
+    "sources": list,
+}
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The contents of ``job.json``.
+
+    model:         directory of the full-precision model; where it lies now may be given anew
+    fingerprint:   of the model's contents
+    files:         size, time of the last change and digest of each of the model's files, see ``Source.fingerprint``
+    recipe:        its keys and values
+    ladder_widths: of the ladder, whichever budget the recipe has
+    calibration:   fingerprint of each calibration source
+    sources:       where each calibration source is: an absolute path, the id of a data set, or ``self``
+    """
+
+    model: str
+    fingerprint: str
+    files: dict[str, list[Any]]
+    recipe: dict[str, Any]
+    ladder_widths: list[float]
+    calibration: list[str]
+    sources: list[str]
+
+    @classmethod
+    def of(cls, source: Source, recipe: Recipe, fingerprint: str, files: dict[str, list[Any]]) -> JobRecord:
+        return cls(
+            model=str(source.path.resolve()),
+            fingerprint=fingerprint,
+            files=files,
+            recipe=recipe.to_dict(),
+            ladder_widths=list(recipe.ladder_widths),
+            calibration=[source_digest(s) for s in recipe.calib],
+            sources=[s if s == SELF or not os.path.exists(s) else str(Path(s).resolve()) for s in recipe.calib],
+        )
+
+    def write(self, work: Path) -> None:
+        values = asdict(self)
+        write_json(work / JOB_FILE, {**values, "checksum": _checksum(values)})
+
+
+def read_job(work: Path) -> JobRecord | None:
+    """The record of a work directory, None if it has none. Raises UserError when it is damaged."""
+    path = work / JOB_FILE
+    if not path.exists() and not path.is_symlink():
+        return None
+    values = read_object(path)
+    checksum = values.pop("checksum", None)
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(values.get(key), kind)]
+    if wrong or values.keys() != _KINDS.keys():
+        raise damaged(path, f"its {wrong[0]} is missing or of the wrong kind" if wrong else "it has other keys")
+    if checksum != _checksum(values):
+        raise damaged(path, "its contents do not match its checksum")
+    return JobRecord(**values)
+
+
+def known_files(work: Path) -> dict[str, list[Any]]:
+    """The model's files as an earlier job in this directory has read them; empty if there was none."""
+    record = read_job(work)
+    return {} if record is None else record.files
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Of all but the model's place, which may be edited, and which its fingerprint makes up for."""
+    return digest({key: value for key, value in values.items() if key != "model"})
+
+
+def record_job(work: Path, record: JobRecord) -> None:
+    """Writes what the work directory is for, or refuses to go on with another job in it.
+
+    A model or a text that was moved is the same one: the record then tells its new place.
+    """
+    before = read_job(work)
+    if before is not None:
+        _check_recipe(work, before, record.recipe, record.calibration)
+        if before.fingerprint != record.fingerprint:
+            raise _changed(work, "model")
+    if before != record:
+        record.write(work)
+
+
+def check_same_recipe(work: Path, recipe: Recipe) -> None:
+    """Raises UserError when the work directory, if there is one, was made by another recipe."""
+    if (before := read_job(work)) is not None:
+        _check_recipe(work, before, recipe.to_dict(), [source_digest(s) for s in recipe.calib])
+
+
+def _check_recipe(work: Path, before: JobRecord, recipe: dict[str, Any], calibration: list[str]) -> None:
+    """Raises UserError that names the first difference between two recipes or their texts."""
+    same_texts = before.calibration == calibration
+    for key, value in recipe.items():
+        if before.recipe.get(key) != value and not (key == "calib" and same_texts):
+            raise UserError(
+                f"{work} was made with {key} {_show(before.recipe.get(key))} and is now asked for "
+                f"{_show(value)}: resume with the same, or start anew with another --work"
+            )
+    if not same_texts:
+        raise _changed(work, "calibration text")
+
+
+def _changed(work: Path, what: str) -> UserError:
+    return UserError(
+        f"{work} was made from another {what}, which has changed since: "
+        "start anew with another --work, or delete this one"
+    )
+
+
+def recorded_job(
+    work: Path, changes: dict[str, Any] | None = None, model: str | None = None, trust_remote_code: bool = False
+) -> tuple[Source, Recipe, JobRecord]:
+    """The model of a work directory, its recipe with ``changes`` and the ladder's widths, and its record.
+
+    Args:
+        work: a work directory of ``quantize``
+        changes: recipe keys that replace those of the record
+        model: where the model lies now, a directory or a hub id; None: where it was
+        trust_remote_code: whether code that the model brings may run; no file decides that
+
+    Raises:
+        UserError: there is no record or it is damaged, or the model is not there.
+    """
+    record = read_job(work)
+    if record is None:
+        raise UserError(f"{work} holds no job yet: run gemq quantize first")
+    recipe = Recipe.from_dict({**record.recipe, "calib": record.sources}, origin=str(work / JOB_FILE))
+    recipe = recipe.replace(**(changes or {}))
+    widths = tuple(record.ladder_widths)
+    if recipe.ladder_widths != widths:
+        recipe = recipe.replace(widths=widths)
+    if model is not None:
+        return Source.resolve(model, trust_remote_code=trust_remote_code), recipe, record
+    source = Source(Path(record.model), trust_remote_code)
+    if not source.path.exists():
+        raise UserError(
+            f"{source.path}, the model of {work}, is gone: put it back, or name its new place with --model; "
+            "its unquantized parts are needed"
+        )
+    return source, recipe, record
+
+
+def check_config(source: Source, record: JobRecord) -> None:
+    """Raises UserError for a model with another config.json than the recorded one. Reads no weights."""
+    try:
+        found = hashlib.sha256((source.path / "config.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read config.json of {source.path} ({error.strerror}): check --model") from error
+    if record.files.get("config.json", [None])[-1] != found:
+        raise UserError(f"{source.path} is not the model that the work directory was made from: check --model")
+
+
+def check_texts(work: Path, sources: Sequence[str], record: JobRecord) -> None:
+    """Raises UserError for a calibration text that is no longer the one that the work directory was made from."""
+    for source, expected in zip(sources, record.calibration, strict=True):
+        if source != SELF and source_digest(source) != expected:
+            raise UserError(
+                f"{source}, a calibration text of {work}, has changed or is gone, and windows are still to be "
+                "drawn from it: put it back"
+            )
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(width_name(v) if isinstance(v, float) else str(v) for v in value)
+    return "unset" if value is None else f"{value}"
+
+
+# Outputs
+
+
+def result_key(recipe: Recipe, allocation: Path | None) -> str:
+    """Names what ``quantize`` makes in a work directory by this recipe and allocation file."""
+    recipe_keys = {key: value for key, value in recipe.to_dict().items() if key != "calib"}
+    file = None if allocation is None else hashlib.sha256(read_allocation_file(allocation).encode()).hexdigest()
+    return digest({"recipe": recipe_keys, "allocation": file})
+
+
+def record_result(work: Path, key: str, fingerprint: str) -> None:
+    """Keeps the fingerprint of an output that is about to be written."""
+    write_json(work / RESULTS_FILE, {**_results(work), key: fingerprint})
+
+
+def check_own_output(out: Path, work: Path, key: str) -> None:
+    """Raises UserError unless the checkpoint ``out`` carries the fingerprint of what a job in ``work`` wrote.
+
+    So a job that goes on does not compute for hours only to find that its output holds something else.
+    """
+    fingerprint = read_quantization_config(out).get("fingerprint")
+    if not (work / JOB_FILE).is_file() or _results(work).get(key) != fingerprint:
+        raise UserError(
+            f"{out} exists and is not what the job in {work} writes: name another output, or delete it first"
+        )
+
+
+def check_whole(out: Path, source: Source) -> None:
+    """Raises UserError for a finished checkpoint of which something was deleted or replaced since.
+
+    Reads headers and small files. Whatever else tells that a checkpoint is whole belongs here.
+    """
+    try:
+        check_checkpoint(out, trust_remote_code=source.trust_remote_code)
+        for name, original in small_files(source.path).items():
+            if not (out / name).is_file() or not filecmp.cmp(original, out / name, shallow=False):
+                raise UserError(f"{name} is not the model's")
+    except UserError as error:
+        raise UserError(f"{out} is no longer complete ({error}): delete it, and --resume writes it again") from error
+
+
+def _results(work: Path) -> dict[str, Any]:
+    path = work / RESULTS_FILE
+    return read_object(path) if path.exists() else {}

@@ -1,0 +1,1 @@
+"""What a job will cost: time by stage, memory by stage."""

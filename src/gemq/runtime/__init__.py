@@ -1,0 +1,1 @@
+"""Memory, files, processes and devices. Independent of models and of quantization."""
