@@ -5,7 +5,8 @@
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
 # make check  linter, formatter, type checker, and the direction of imports
 #
-# PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install.
+# PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install. With BASE, an environment that
+# is ready, VENV holds that version of Transformers alone and finds all other packages in BASE.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -19,12 +20,21 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-sample test-vllm conformance check-conformance check clean
 
+ifdef BASE
+$(VENV)/.ready: $(BASE)/.ready
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	cd $(BASE)/lib/python*/site-packages && echo "import site; site.addsitedir('$$PWD')" > $(CURDIR)/base.pth
+	mv base.pth $(VENV)/lib/python*/site-packages/
+	$(BIN)/python -m pip install -qq --no-compile transformers==$(TRANSFORMERS)
+	touch $@
+else
 # torch goes first and alone, so that no other package chooses its build.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --no-compile torch==$(TORCH)
 	$(BIN)/python -m pip install -qq --no-compile -e ".[dev]" transformers==$(TRANSFORMERS)
 	touch $@
+endif
 
 demo: $(VENV)/.ready
 	rm -rf demo-out

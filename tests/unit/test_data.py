@@ -315,7 +315,7 @@ def test_dataset_mistakes(tokenizer, hub):
 
 def test_dataset_without_the_extra(tokenizer, monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"no file someone/notes; .*pip install gemq\[datasets\]"):
+    with pytest.raises(UserError, match=r"no file someone/notes; .*pip install datasets"):
         calibrate(tokenizer, "someone/notes")
 
 

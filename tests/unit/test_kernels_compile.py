@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 covering = pytest.importorskip("compile_kernels", reason="torch for CPUs comes without triton").covering
-MOST_SHARED = 99 * 1024
-"""Bytes of shared memory that a block has on consumer cards (sm_86, sm_89)."""
+MOST_SHARED = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a block has, by architecture; for sm_80 those of the consumer cards of sm_86."""
 
 
 @pytest.mark.parametrize("kind", ["grouped", "decode", "training"])
@@ -29,7 +29,7 @@ def test_kernels_compile_and_fit_a_consumer_card(kind: str) -> None:
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["arch"] for kernel in compiled} == {80, 89, 90}
     assert not [kernel for kernel in compiled if "error" in kernel]
-    assert not [kernel for kernel in compiled if kernel["shared"] > MOST_SHARED]
+    assert not [kernel for kernel in compiled if kernel["shared"] > MOST_SHARED[kernel["arch"]]]
 
 
 def test_every_pair_of_values_is_covered() -> None:
