@@ -96,9 +96,9 @@ def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_p
 AS_ON_A_GPU = """
 from gemq.__main__ import main
 from gemq.runtime import ranks
-ranks.Ranks.at_once = property(lambda self: 3)
-ranks.Ranks.deals = property(lambda self: self.count > 1)
-ranks.LEAST_TURNS = 1
+ranks.Ranks.max_batches_per_forward = property(lambda self: 3)
+ranks.Ranks.shards_windows = property(lambda self: self.count > 1)
+ranks.MIN_FORWARDS = 1
 main()
 """
 

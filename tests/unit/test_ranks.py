@@ -59,13 +59,13 @@ else:
 ranks = start_ranks("cpu")
 assert ranks.count == 3
 warnings.simplefilter("error", FutureWarning)  # every rank would tell the user
-own = [torch.full((2,), float(i)) for i in ranks.own(7)]
-assert [t[0].item() for t in ranks.share(own, 7)] == list(range(7))
+own = [torch.full((2,), float(i)) for i in ranks.local_batches(7)]
+assert [t[0].item() for t in ranks.gather_micro_batches(own, 7)] == list(range(7))
 whole = torch.arange(5.0)
-parts = [whole[ranks.part(5)].half(), whole[ranks.part(2)]]
-joined, counts = ranks.join(parts), [ranks.count_up(ranks.rank), ranks.count_up(1)]
+parts = [whole[ranks.local_slice(5)].half(), whole[ranks.local_slice(2)]]
+joined, counts = ranks.all_gather_cat(parts), [ranks.all_reduce_int(ranks.rank), ranks.all_reduce_int(1)]
 assert torch.equal(joined[0], whole.half()) and torch.equal(joined[1], whole[:2]) and counts == [3, 3]
-for rank, ((x, none, last), notes) in enumerate(ranks.gather(
+for rank, ((x, none, last), notes) in enumerate(ranks.all_gather_tensors(
     [torch.full((ranks.rank + 1, 2), float(ranks.rank)).half(), None,
      torch.tensor([ranks.rank]) if ranks.rank == 2 else None],
     [ranks.rank, -1],
@@ -73,24 +73,24 @@ for rank, ((x, none, last), notes) in enumerate(ranks.gather(
     assert x.dtype == torch.float16 and x.shape == (rank + 1, 2) and (x == rank).all()
     assert none is None and (last is None or last.tolist() == [2]) and (last is not None) == (rank == 2)
     assert notes == [rank, -1]
-assert [notes for _, notes in ranks.gather([], [ranks.rank])] == [[0], [1], [2]]
-assert ranks.spread(torch.tensor([ranks.rank, 7])).tolist() == [0, 7, 1, 7, 2, 7]
-assert ranks.collect(torch.arange(6)).tolist() == [6 * ranks.rank, 6 * ranks.rank + 3]
-several = ranks.add_up_together([torch.ones(2), torch.ones(1).half(), torch.full((1, 3), float(ranks.rank))])
+assert [notes for _, notes in ranks.all_gather_tensors([], [ranks.rank])] == [[0], [1], [2]]
+assert ranks.all_gather(torch.tensor([ranks.rank, 7])).tolist() == [0, 7, 1, 7, 2, 7]
+assert ranks.reduce_scatter(torch.arange(6)).tolist() == [6 * ranks.rank, 6 * ranks.rank + 3]
+several = ranks.all_reduce_coalesced([torch.ones(2), torch.ones(1).half(), torch.full((1, 3), float(ranks.rank))])
 assert [t.tolist() for t in several] == [[3, 3], [3], [[3, 3, 3]]]
 total = torch.tensor([1 << 40, ranks.rank])
-ranks.add_up(total)
+ranks.all_reduce(total)
 assert total.tolist() == [3 << 40, 3]
 filled = torch.zeros(5, 3, dtype=torch.bfloat16)
 rows = [slice(0, 2), slice(2, 2), slice(2, 5)]
 filled[rows[ranks.rank]] = ranks.rank + 1
-ranks.fill(filled, rows)
+ranks.broadcast_slices(filled, rows)
 assert filled[:, 0].tolist() == [1, 1, 3, 3, 3]
-assert ranks.agree(lambda: ranks.rank + 10) == 10
+assert ranks.run_on_first(lambda: ranks.rank + 10) == 10
 def wrong():
     raise UserError("no")
 try:
-    ranks.agree(wrong)
+    ranks.run_on_first(wrong)
 except UserError as error:
     assert str(error) == "no"
 else:
@@ -125,7 +125,7 @@ def run(index, own, divided, tokens=slice(None)):
     out.float().square().sum().backward()
     return [out, x.grad, w.grad], [module.gate_up_proj.grad, module.down_proj.grad]
 
-own = ranks.part(8)
+own = ranks.local_slice(8)
 grouped.gate = lambda module, x: module._apply_gate(x)
 for in_groups in (False, True):
     grouped.usable = lambda *_: in_groups
@@ -138,8 +138,8 @@ for in_groups in (False, True):
         else:
             assert all(torch.equal(a, b) for a, b in pairs)
         if in_groups:  # a rank has tokens of its own: a third of the rows, so their mean rounding is less even
-            tokens = ranks.part(21)
-            found, of_own = run(index, own, split.Split(ranks, 8, dealt=True), tokens)
+            tokens = ranks.local_slice(21)
+            found, of_own = run(index, own, split.Split(ranks, 8, sharded=True), tokens)
             pairs = [*zip((a[tokens] for a in alike), found), *zip((a[own] for a in of_weights), of_own)]
             assert all((a - b).float().norm() <= 2**-6 * a.float().norm() for a, b in pairs)
 leave_ranks()

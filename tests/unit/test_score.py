@@ -17,7 +17,7 @@ from gemq.models.experts import expert_weight, route, route_all, watch_experts
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.runtime.device import FixedOrder
-from gemq.runtime.ranks import ALONE
+from gemq.runtime.ranks import SINGLE
 
 torch.set_num_threads(1)
 IDS = tokens(6, 10)
@@ -69,7 +69,7 @@ def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) ->
             scores = scores_by_layer.setdefault(i, LayerScores(3, experts.count, replay.device))
             routed, costs = pair_costs(module, experts, call, gradient, rungs_of(module, experts, i), form, units)
             scores.add(routed, costs, activations.source[batch].repeat_interleave(10))
-    return {i: Totals(*scores.total(ALONE, activations.total)) for i, scores in scores_by_layer.items()}
+    return {i: Totals(*scores.total(SINGLE, activations.total)) for i, scores in scores_by_layer.items()}
 
 
 def whole_model_gradients(model: Any, structure: Any, loss_of) -> dict[int, tuple[Any, Tensor]]:
@@ -196,7 +196,7 @@ def test_sources_add_up():
     source = torch.tensor([0, 2, 2, 0])
     scores.add(routed, costs, source)
     scores.add(routed, costs, source)
-    found = Totals(*scores.total(ALONE, 2))
+    found = Totals(*scores.total(SINGLE, 2))
     for e in range(4):
         for s in range(3):
             mine = (routed.expert == e) & (source[routed.token] == s)
@@ -215,7 +215,7 @@ def test_pairs_that_should_have_been_dropped_count_for_nobody():
         routed = routing(index, torch.ones(4, 2), 4)
         scores = LayerScores(1, 4, torch.device("cpu"))
         scores.add(routed, routed.weight.double().view(-1, 1, 1), source)
-        found.append(scores.total(ALONE, 1))
+        found.append(scores.total(SINGLE, 1))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][1].tolist() == [[2, 2, 0, 2]]
 

@@ -45,7 +45,7 @@ def windows_kl(replay: Replay, start: Activations, exact: Batches, states: Seque
             for i, state in enumerate(states):  # one of them on the device at a time
                 kl[i, part] = _of_windows(expected, replay.logits(ids[part], state[batch][part]))
         found.append(kl / (ids.shape[1] - 1))
-    every = torch.cat(list(replay.ranks.share(found, start.total)), 1).cpu()
+    every = torch.cat(list(replay.ranks.gather_micro_batches(found, start.total)), 1).cpu()
     return list(torch.empty(len(states), len(start.order), dtype=torch.float64).index_copy_(1, start.order, every))
 
 

@@ -71,9 +71,11 @@ class LayerScores:
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
         """Costs and tokens of all ranks' ``batches`` micro-batches, added up in their order: as one rank would."""
         own = torch.stack(self.costs) if self.costs else None
-        parts: list[Iterator[Tensor]] = [iter([] if t is None else list(t)) for (t,), _ in ranks.gather([own])]
+        parts: list[Iterator[Tensor]] = [
+            iter([] if t is None else list(t)) for (t,), _ in ranks.all_gather_tensors([own])
+        ]
         ordered = torch.stack([next(parts[ranks.owner(number, batches)]) for number in range(batches)])
-        ranks.add_up(self.tokens)
+        ranks.all_reduce(self.tokens)
         return ordered.sum(0), self.tokens
 
 
@@ -86,7 +88,7 @@ def loss_gradients(
     makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
     """
     gradients = Batches(replay.memory)
-    own = replay.ranks.own(activations.total)
+    own = replay.ranks.local_batches(activations.total)
     for number, ids, hidden in zip(own, activations.ids, activations.hidden, strict=True):
         # a micro-batch's labels do not depend on which rank draws them, nor on those drawn before
         mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

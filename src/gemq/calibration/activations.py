@@ -23,7 +23,7 @@ from gemq.models.structure import Experts, Linear
 from gemq.quant.hessian import Moments
 from gemq.runtime.activation_store import Batches
 from gemq.runtime.memory import Memory
-from gemq.runtime.ranks import ALONE, SHARED, Ranks
+from gemq.runtime.ranks import MAX_EXCHANGE_BYTES, SINGLE, Ranks
 
 
 @dataclass
@@ -57,15 +57,15 @@ class Activations:
         source, calls, hidden = [], [], Batches(replay.memory)
         parts = list(windows.batches(batch_tokens))
         every = [windows.tokens[order[part]].to(replay.device) for part in parts]
-        own = replay.ranks.own(len(parts))
+        own = replay.ranks.local_batches(len(parts))
         for number in own:
             first, call = replay.inputs(every[number])
             calls.append(call)
             source.append(windows.source[order[parts[number]]].to(replay.device))
             hidden.append(first)
         # what travels beside hidden states does so as an attribute of a micro-batch's
-        at_once = 1 if replay.passes_more else replay.ranks.at_once
-        together = min(at_once, replay.ranks.together(len(parts)))
+        at_once = 1 if replay.passes_more else replay.ranks.max_batches_per_forward
+        together = min(at_once, replay.ranks.batches_per_forward(len(parts)))
         return cls([every[number] for number in own], source, calls, hidden, order, every, together, at_once)
 
     @property
@@ -73,38 +73,38 @@ class Activations:
         """Micro-batches of all ranks."""
         return len(self.every or self.ids)
 
-    def may_deal(self, ranks: Ranks) -> bool:
+    def can_shard_windows(self, ranks: Ranks) -> bool:
         """Whether ranks can train on their own windows of each micro-batch: on GPUs, if each has as many of them."""
-        return ranks.deals and not any(len(ids) % ranks.count for ids in self.every)
+        return ranks.shards_windows and not any(len(ids) % ranks.count for ids in self.every)
 
-    def to_train(self, replay: Replay, dealt: bool = False) -> Activations:
+    def to_train(self, replay: Replay, sharded: bool = False) -> Activations:
         """All ranks' micro-batches, for those who train on them. Without ``source``.
 
-        dealt: of each micro-batch, this rank's windows
+        sharded: of each micro-batch, this rank's windows
         """
         ranks = replay.ranks
         if ranks.count == 1:
             return self
-        if dealt not in self._to_train:
-            ids = [every[ranks.part(len(every))] if dealt else every for every in self.every]
+        if sharded not in self._to_train:
+            ids = [every[ranks.local_slice(len(every))] if sharded else every for every in self.every]
             calls = [replay.inputs(some)[1] for some in ids]
             empty = Batches(replay.memory)
-            self._to_train[dealt] = dataclasses.replace(
+            self._to_train[sharded] = dataclasses.replace(
                 self, ids=ids, source=[], calls=calls, hidden=empty, _joined_calls={}
             )
-        return dataclasses.replace(self._to_train[dealt], hidden=self.share(replay, self.hidden, dealt))
+        return dataclasses.replace(self._to_train[sharded], hidden=self.share(replay, self.hidden, sharded))
 
-    def share(self, replay: Replay, own: Batches, dealt: bool = False) -> Batches:
-        """A tensor [B, ...] of each micro-batch, from every rank's own; ``dealt``: this rank's windows of it."""
+    def share(self, replay: Replay, own: Batches, sharded: bool = False) -> Batches:
+        """A tensor [B, ...] of each micro-batch, from every rank's own; ``sharded``: this rank's windows of it."""
         ranks = replay.ranks
         if ranks.count == 1:
             return own
-        every = ranks.share(own, self.total)
-        return Batches(replay.memory, (t[ranks.part(len(t))].clone() for t in every) if dealt else every)
+        every = ranks.gather_micro_batches(own, self.total)
+        return Batches(replay.memory, (t[ranks.local_slice(len(t))].clone() for t in every) if sharded else every)
 
     def give(self, replay: Replay) -> None:
         """Lets other ranks have what ``to_train`` gives them, where this one has no use for it."""
-        for _ in replay.ranks.share(self.hidden, self.total):
+        for _ in replay.ranks.gather_micro_batches(self.hidden, self.total):
             pass
 
     def runs(self) -> list[range]:
@@ -261,7 +261,7 @@ def layer_moments(
                 if kept is not None:
                     kept.extend(taken.call, each)
     spread = experts is not None and own is not None and own.stop - own.start < experts.count
-    found.finish(ranks if spread else ALONE)
+    found.finish(ranks if spread else SINGLE)
     return found, outputs
 
 
@@ -353,7 +353,7 @@ def _blocks(replay: Replay, activations: Activations, kinds: int) -> Iterator[ra
     if ranks.count > 1:
         hidden = replay.model.config.get_text_config().hidden_size * replay.model.dtype.itemsize
         tokens = activations.every[0].numel() * activations.together
-        together = max(1, SHARED // (tokens * hidden * min(kinds, 3) * ranks.count))
+        together = max(1, MAX_EXCHANGE_BYTES // (tokens * hidden * min(kinds, 3) * ranks.count))
     return (range(start, min(start + together, rounds)) for start in range(0, rounds, together))
 
 
@@ -367,7 +367,7 @@ def _of_all(ranks: Ranks, block: Sequence[_Taken]) -> Iterator[_Taken]:
     for taken in block:
         c = taken.call
         tensors += [*taken.inputs, *([None] * 3 if c is None else [c.hidden, c.top_k_index, c.top_k_weights])]
-    found = ranks.gather(tensors, [number for taken in block for number in taken.same])
+    found = ranks.all_gather_tensors(tensors, [number for taken in block for number in taken.same])
     for i in range(len(block)):
         for given, same in found:
             own = given[i * (count + 3) : (i + 1) * (count + 3)]

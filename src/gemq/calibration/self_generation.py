@@ -26,7 +26,7 @@ from gemq.calibration.sources import SELF
 from gemq.calibration.windows import Windows
 from gemq.models.chat_template import ChatOpening, chat_opening, has_template
 from gemq.models.config_values import layer_configs
-from gemq.runtime.ranks import ALONE, Ranks
+from gemq.runtime.ranks import SINGLE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
 """For keys and values of the windows that are written side by side, in float32: see ``batch_size``."""
@@ -104,7 +104,7 @@ def generate_windows(
     window: int,
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
     static: bool | None = None,
 ) -> Generated:
     """Windows of ``window`` tokens that ``model`` samples from itself, by one plan after the other.
@@ -148,7 +148,7 @@ def generate_windows(
     finally:
         model.train(was_training)
     written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
-    documents, launched = ranks.count_up(documents), ranks.count_up(launched)
+    documents, launched = ranks.all_reduce_int(documents), ranks.all_reduce_int(launched)
     whole = torch.cat([torch.empty(0, window, dtype=torch.int64), *written])
     tokens = list(whole.split([plan.count for plan in plans]))
     return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted, launched)

@@ -21,7 +21,7 @@ from typing import Any
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from gemq.errors import UserError
-from gemq.runtime.processes import leave_signals
+from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import StoredTensor
 
 KEY = "gemq_checksums"
@@ -136,7 +136,7 @@ def tensor_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
         UserError: a file cannot be read, or became shorter.
     """
     threads = min(THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "gemq-checksums", initializer=leave_signals) as pool:
+    with ThreadPoolExecutor(threads, "gemq-checksums", initializer=block_sigterm) as pool:
         return {name: digest for part in pool.map(_digests, _tasks(tensors)) for name, digest in part}
 
 

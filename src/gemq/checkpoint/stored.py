@@ -17,7 +17,7 @@ from gemq.checkpoint.checksums import Checksums, tensor_digests
 from gemq.checkpoint.format import PackedFormat, read_packed_config
 from gemq.errors import UserError
 from gemq.models.size_limits import StoredSize, check_config_sizes
-from gemq.runtime.processes import leave_signals
+from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import StoredTensor, TensorSpec, stored_tensors, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -84,7 +84,7 @@ class DataCheck:
         """Begins. Raises UserError for damaged checksums."""
         self._result: Future[None] | None = None
         if checkpoint.checksums.tensors is not None:
-            pool = ThreadPoolExecutor(1, "gemq-checksums", initializer=leave_signals)
+            pool = ThreadPoolExecutor(1, "gemq-checksums", initializer=block_sigterm)
             self._result = pool.submit(checkpoint.check_data)
             pool.shutdown(wait=False)
 

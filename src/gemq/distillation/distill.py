@@ -66,14 +66,14 @@ def distil(
     beside:      bytes that a layer's step computes with, which CUDA graphs keep for themselves
     """
     training, ranks = distillation.training, replay.ranks
-    dealt = activations.may_deal(ranks)
-    activations, teacher = activations.to_train(replay, dealt), activations.share(replay, teacher, dealt)
-    parts = ranks.count if dealt else 1  # of a micro-batch
+    sharded = activations.can_shard_windows(ranks)
+    activations, teacher = activations.to_train(replay, sharded), activations.share(replay, teacher, sharded)
+    parts = ranks.count if sharded else 1  # of a micro-batch
     train, held_out = training.split(len(activations.ids))
     per_epoch = len(train)
     steps = training.epochs * per_epoch
     beside += GIVEN * activations.hidden[0].nbytes * len(widths)
-    student = Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, dealt, beside)
+    student = Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, sharded, beside)
 
     def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
         """Parts of the mean over tokens, in nats, from the student's last hidden states [B, S, H]."""
@@ -95,9 +95,9 @@ def distil(
         for batch in held_out:
             hidden = student.inputs(activations, batch)[-1]
             total += sum(part.item() for part in losses(batch, hidden))
-        if dealt:
-            ranks.add_up(total)
-        return ranks.agree(lambda: total.item() / len(held_out))
+        if sharded:
+            ranks.all_reduce(total)
+        return ranks.run_on_first(lambda: total.item() / len(held_out))
 
     best = Distilled(before=held_out_loss())
     best.after = best.before
@@ -109,7 +109,7 @@ def distil(
         tick(step + 1, steps)
         if (step + 1) % per_epoch == 0:
             now = held_out_loss()
-            if not (now < best.after and ranks.agree(student.is_finite)):  # NaN is not less
+            if not (now < best.after and ranks.run_on_first(student.is_finite)):  # NaN is not less
                 break  # the last epochs did no good, and the next ones would do worse
             best = Distilled(student.tensors(), student.tuned(), best.before, now)
     student.close()

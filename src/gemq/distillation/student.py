@@ -29,7 +29,7 @@ from gemq.quant.trainable import TrainableMatrices, rounded_to
 from gemq.quant.widths import ExpertWidths, Width, group_size_for
 from gemq.runtime.cuda_graph import Replayed
 from gemq.runtime.memory import Place, Waiting
-from gemq.runtime.ranks import ALONE, Ranks
+from gemq.runtime.ranks import SINGLE, Ranks
 
 GIVEN = 5
 """Tensors of the size of hidden states that a layer's CUDA graphs are given and give: see ``_PackedLayer.capture``."""
@@ -97,13 +97,13 @@ class Student:
         steps: int,
         stored: dict[str, torch.dtype],
         group_size: int,
-        dealt: bool,
+        sharded: bool,
         beside: int,
     ):
-        """dealt: other ranks have other windows; ``beside``: bytes that layers' CUDA graphs take together"""
-        self.replay, self.among = replay, replay.ranks if dealt else ALONE
+        """sharded: other ranks train on other windows; ``beside``: bytes that layers' CUDA graphs take together"""
+        self.replay, self.group = replay, replay.ranks if sharded else SINGLE
         self.layers = [
-            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.among)
+            _PackedLayer(replay, i, refined(i), row, dense_bits, how, steps, stored, group_size, self.group)
             for i, row in enumerate(widths)
         ]
         # what waits elsewhere comes to other addresses each time
@@ -142,7 +142,7 @@ class Student:
         trained = [parameter for parameter in self.tail.parameters.values() if parameter.requires_grad]
         parts = [torch.autograd.grad(part, [last, *trained]) for part in losses]
         gradient, *of_tail = (sum(each[1:], start=each[0]) for each in zip(*parts, strict=True))
-        set_gradients(trained, of_tail, self.among)
+        set_gradients(trained, of_tail, self.group)
         if self.optimizer is not None:
             self.optimizer.update()
         for index in reversed(range(len(self.layers))):
@@ -197,10 +197,10 @@ class _PackedLayer:
         steps: int,
         stored: dict[str, torch.dtype],
         group_size: int,
-        among: Ranks,
+        group: Ranks,
     ):
         """among: ranks that have other windows"""
-        self.replay, self.index, self.among = replay, index, among
+        self.replay, self.index, self.group = replay, index, group
         self.layer = layer = replay.structure.layers[index]
         of_matrices = matrix_widths(layer, widths)
         self.experts = (
@@ -276,7 +276,7 @@ class _PackedLayer:
         output = self._run(call, leaf)
         # every parameter's, wanted or not: one that no token met has none
         of_hidden, *of_all = torch.autograd.grad(output, [leaf, *self.trained], gradient, allow_unused=True)
-        set_gradients(self.trained, of_all, self.among)
+        set_gradients(self.trained, of_all, self.group)
         if self.optimizer is not None:
             self.optimizer.update()
         for parameter in self.trained:

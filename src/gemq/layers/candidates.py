@@ -321,7 +321,7 @@ def quantize_linears(
     given: list[Tensor | None] = []
     for linear in linears:
         given += [*(ladder.linears.get(linear.path) or [None] * size), (latents or {}).get(linear.path)]
-    found = ranks.gather(given, [retried])
+    found = ranks.all_gather_tensors(given, [retried])
     ladder.retries += sum(notes[0] for _, notes in found)
     owners = {linear.path: number % ranks.count for number, group in enumerate(groups.values()) for linear in group}
     for place, linear in enumerate(linears if ranks.count > 1 else ()):

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemq.calibration.activations import Activations, layer_moments
 from gemq.layers.candidates import LayerLadder, Quantizer, linear_parameters, quantize_linears
 from gemq.layers.training import QuantizedParameter, Training, as_parameter, train_layer
-from gemq.models.expert_parallel import join_experts, may_deal, own_experts
+from gemq.models.expert_parallel import can_shard_windows, join_experts, own_experts
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Layer, Linear, Matrix
@@ -128,15 +128,17 @@ def refine_layer(
             found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", at, q, before))
             retried += retries
         everything = own.stop - own.start == layer.experts.count
-        result.retries += retried if everything else ranks.count_up(retried)
+        result.retries += retried if everything else ranks.all_reduce_int(retried)
         del moments, moment  # as large as what training takes
     refined = RefinedLayer({}, retries=result.retries)
     if targets is not None and latents is not None:
         found += linear_parameters(linears, result, quantizer, dense_bits, latents)
-        dealt = activations.may_deal(ranks) and (layer.experts is None or may_deal(model, layer.experts, ranks))
-        every, goals = activations.to_train(replay, dealt), activations.share(replay, targets.hidden, dealt)
+        sharded = activations.can_shard_windows(ranks) and (
+            layer.experts is None or can_shard_windows(model, layer.experts, ranks)
+        )
+        every, goals = activations.to_train(replay, sharded), activations.share(replay, targets.hidden, sharded)
         found, refined.tuned, refined.before, refined.after = train_layer(
-            replay, index, every, goals, found, targets.training, targets.stored, dealt=dealt
+            replay, index, every, goals, found, targets.training, targets.stored, sharded=sharded
         )
     grids = {x.name: _of_all_ranks(replay, layer, x) for x in found}
     for linear in linears:

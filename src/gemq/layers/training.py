@@ -182,7 +182,7 @@ def train_layer(
     training: Training,
     stored: dict[str, torch.dtype],
     most: int | None = None,
-    dealt: bool = False,
+    sharded: bool = False,
 ) -> LayerResult:
     """Trains layer ``index`` to turn its inputs (of the quantized model) into ``targets`` [B, S, H] (full precision).
 
@@ -191,7 +191,7 @@ def train_layer(
     experts are of this rank's (see ``models.expert_parallel``), and so is what is given back of them; without experts
     among them every rank does the same work. Only the first ``most`` micro-batches are used.
 
-    dealt: ``activations`` and ``targets`` are this rank's windows of each micro-batch; gradients are added up
+    sharded: ``activations`` and ``targets`` are this rank's windows of each micro-batch; gradients are added up
     """
     inputs, model, layer, ranks = activations.hidden, replay.model, replay.structure.layers[index], replay.ranks
     names = tunable_names(replay, layer) if training.tuned else []
@@ -202,7 +202,7 @@ def train_layer(
     def run(hidden: Tensor, call: Call, weights: Sequence[Tensor], tuned: dict[str, Tensor]) -> Tensor:
         overrides = {name: rounded_to(p, stored[name]).to(model.get_parameter(name)) for name, p in tuned.items()}
         overrides.update({x.name: as_parameter(model, x.name, w) for x, w in zip(parameters, weights, strict=True)})
-        with split_experts(model, split, ranks, dealt):
+        with split_experts(model, split, ranks, sharded):
             return replay.run(index, hidden, call, overrides)
 
     @torch.no_grad()
@@ -216,8 +216,8 @@ def train_layer(
             goal = targets[b]
             sums[0] += (out - goal).float().square().sum().item()
             sums[1] += goal.float().square().sum().item()
-        if dealt:
-            ranks.add_up(sums)
+        if sharded:
+            ranks.all_reduce(sums)
         return float(sums[0] / sums[1])
 
     original = {name: p.clone() for name, p in tuned.items()}
@@ -237,20 +237,20 @@ def train_layer(
 
         def keep_alike() -> None:
             """Ranks have one gradient of what all of them train, beside experts of their own."""
-            if dealt:
+            if sharded:
                 set_gradients(alike, [p.grad for p in alike], ranks)
-            elif split is not None and ranks.deals:  # every GPU has roundings of its own
+            elif split is not None and ranks.shards_windows:  # every GPU has roundings of its own
                 for p in alike:
                     if p.grad is not None:
                         p.grad = p.grad.contiguous()
-                        ranks.overwrite(p.grad, 0)
+                        ranks.broadcast_into(p.grad, 0)
 
         def step(call: Call, hidden: Tensor, goal: Tensor) -> None:
             target = goal.float()
             out = run(hidden, call, [m.weight() for m in matrices], tuned)
             energy = target.square().sum(-1).mean().clamp_min(1e-20)
-            if dealt:
-                ranks.add_up(energy)
+            if sharded:
+                ranks.all_reduce(energy)
                 energy = energy / ranks.count
             optimizer.step((out.float() - target).square().sum() / energy, between=keep_alike)
             for m in matrices:
@@ -265,9 +265,9 @@ def train_layer(
     grids, finite = after_training()
     tuned = {name: ranks.broadcast(rounded_to(p.detach(), stored[name]), 0) for name, p in tuned.items()}
     after = error(grids, tuned)
-    before, after = ranks.agree(lambda: (before, after))  # on a GPU each rank has roundings of its own
+    before, after = ranks.run_on_first(lambda: (before, after))  # on a GPU each rank has roundings of its own
     failed = torch.tensor(float(not (finite and all_finite(tuned.values()))), dtype=torch.float64)
-    ranks.add_up(failed)  # each rank has experts of its own
+    ranks.all_reduce(failed)  # each rank has experts of its own
     if after < before and not failed:
         trained = [dataclasses.replace(x, q=q) for x, q in zip(parameters, grids, strict=True)]
         return LayerResult(trained, tuned, before, after)
@@ -282,7 +282,7 @@ def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
     """Gives parameters their gradients, added up over ``ranks``."""
     if ranks.count > 1:
         own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-        gradients = ranks.add_up_together(own)
+        gradients = ranks.all_reduce_coalesced(own)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 

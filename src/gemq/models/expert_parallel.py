@@ -1,9 +1,9 @@
-"""A layer's experts over several ranks: each computes the routed pairs of its own, and all get every pair's output.
+"""Expert parallelism: each rank computes the pairs of token and expert whose experts it holds.
 
-In grouped products on GPUs, ranks add up the sums over their own pairs, and nothing waits. What surrounds the experts
-each rank computes for its own windows of a micro-batch, where these can be dealt out (``dealt``), and gives all ranks
-what the experts receive; else every rank computes it alike. On a CPU the result is that of one rank to the bit: there
-pairs are put together, never added up.
+On GPUs, where experts run as grouped products, each rank sums over its pairs and the sums are all-reduced. Modules
+around the experts run on each rank's windows of a micro-batch if these can be divided (``sharded``), and the inputs of
+the experts are all-gathered. Otherwise every rank runs them on all windows. On a CPU the result equals that of one rank
+bit for bit: pairs are concatenated, never summed.
 
 Shapes: P routed pairs sorted by expert, H hidden size.
 """
@@ -28,43 +28,44 @@ _SPLIT = "gemq_split"
 
 @dataclass(frozen=True)
 class Split:
-    """``count`` experts over ``ranks``; the weights that a module has meanwhile are those of this rank's experts.
+    """``count`` experts divided over ``ranks``. The module holds the weights of this rank's experts.
 
-    dealt: a rank has tokens [T', ...] of its own, as many as the others; else all have the same
+    Attributes:
+        sharded: every rank has other tokens [T', ...], equally many; otherwise all ranks have the same tokens
     """
 
     ranks: Ranks
     count: int
-    dealt: bool = False
+    sharded: bool = False
 
     @property
     def own(self) -> slice:
         """This rank's experts."""
-        return self.ranks.part(self.count)
+        return self.ranks.local_slice(self.count)
 
     def same(self, top_k_index: Tensor) -> Tensor:
-        """The routing [T, K] that all ranks take of a token: on a GPU, roundings could give each its own."""
-        if self.dealt or top_k_index.device.type == "cpu":
+        """The routing [T, K] of rank 0, for all ranks: on GPUs, rounding could make it differ."""
+        if self.sharded or top_k_index.device.type == "cpu":
             return top_k_index
         chosen = top_k_index.contiguous().clone()
-        self.ranks.overwrite(chosen, 0)
+        self.ranks.broadcast_into(chosen, 0)
         return chosen
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """All tokens' rows [T, ...] from those that this rank has."""
-        return self.ranks.spread(rows) if self.dealt else rows
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Rows [T, ...] of the tokens of all ranks."""
+        return self.ranks.all_gather(rows) if self.sharded else rows
 
-    def add_up(self, rows: Tensor) -> Tensor:
-        """Every rank's sum [T, ...], of the tokens that this rank has. Overwrites ``rows``."""
-        if self.dealt:
-            return self.ranks.collect(rows)
-        self.ranks.add_up(rows)
+    def reduce(self, rows: Tensor) -> Tensor:
+        """The sum of ``rows`` [T, ...] over ranks, for the tokens of this rank. Overwrites ``rows``."""
+        if self.sharded:
+            return self.ranks.reduce_scatter(rows)
+        self.ranks.all_reduce(rows)
         return rows
 
     def rows(self, counts: Sequence[int]) -> list[slice]:
         """Each rank's pairs, of ``counts`` pairs of each expert."""
         ends = [0, *itertools.accumulate(counts)]
-        return [slice(ends[part.start], ends[part.stop]) for part in self.ranks.parts(self.count)]
+        return [slice(ends[part.start], ends[part.stop]) for part in self.ranks.slices(self.count)]
 
     def take(self, pairs: Tensor, rows: list[slice]) -> Tensor:
         """This rank's rows of ``pairs`` [P, H], which every rank has. Their gradients come from all ranks."""
@@ -85,10 +86,10 @@ def own_experts(model: Any, experts: Experts, ranks: Ranks) -> slice:
     All of them where their class computes them itself (see ``models.experts_adapter``): it stays whole on every rank.
     """
     adopted = hasattr(model.get_submodule(experts.path), "batched_rows")
-    return slice(0, experts.count) if adopted else ranks.part(experts.count)
+    return slice(0, experts.count) if adopted else ranks.local_slice(experts.count)
 
 
-def may_deal(model: Any, experts: Experts, ranks: Ranks) -> bool:
+def can_shard_windows(model: Any, experts: Experts, ranks: Ranks) -> bool:
     """Whether a layer's experts, run on several ranks, take each rank's own tokens: in grouped products alone."""
     if own_experts(model, experts, ranks) == slice(0, experts.count):
         return False
@@ -98,16 +99,16 @@ def may_deal(model: Any, experts: Experts, ranks: Ranks) -> bool:
 
 
 @contextmanager
-def split_experts(model: Any, experts: Experts | None, ranks: Ranks, dealt: bool = False) -> Iterator[None]:
-    """Lets a layer run with the weights of ``own_experts`` alone, the others being those of the other ranks.
+def split_experts(model: Any, experts: Experts | None, ranks: Ranks, sharded: bool = False) -> Iterator[None]:
+    """Lets a layer run with the weights of ``own_experts`` alone. Other ranks hold the other experts.
 
-    dealt: each rank runs it on tokens of its own
+    sharded: every rank runs other tokens
     """
     if experts is None or own_experts(model, experts, ranks) == slice(0, experts.count):
         yield
         return
     module = model.get_submodule(experts.path)
-    setattr(module, _SPLIT, Split(ranks, experts.count, dealt))
+    setattr(module, _SPLIT, Split(ranks, experts.count, sharded))
     try:
         yield
     finally:
@@ -118,7 +119,7 @@ def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Sequence[Tenso
     """Tensors [E, ...] of all experts, from those of each rank's ``own_experts``."""
     if own_experts(model, experts, ranks) == slice(0, experts.count):
         return [ranks.broadcast(tensor, 0) for tensor in own]
-    return ranks.join(own)
+    return ranks.all_gather_cat(own)
 
 
 def split_of(module: Any) -> Split | None:
@@ -129,12 +130,12 @@ class _Everywhere(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, split: Split) -> Tensor:
         ctx.split = split
-        whole = split.spread(tensor)
+        whole = split.all_gather(tensor)
         return whole.view_as(whole)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.split.add_up(gradient.contiguous().clone()), None
+        return ctx.split.reduce(gradient.contiguous().clone()), None
 
 
 class _Take(torch.autograd.Function):
@@ -162,5 +163,5 @@ class _Join(torch.autograd.Function):
 def _joined(own: Tensor, ranks: Ranks, rows: list[slice], pairs: int) -> Tensor:
     whole = own.new_zeros(pairs, own.shape[1])
     whole[rows[ranks.rank]] = own
-    ranks.fill(whole, rows)
+    ranks.broadcast_slices(whole, rows)
     return whole

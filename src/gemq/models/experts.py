@@ -264,7 +264,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     if split is not None:
         top_k_index = split.same(top_k_index)
     if in_groups and split is not None:
-        own = route_own(split.spread(top_k_index), split.with_all_gradients(top_k_weights), split.own)
+        own = route_own(split.all_gather(top_k_index), split.with_all_gradients(top_k_weights), split.own)
         out = _grouped(module, first, hidden, own, split)
     elif in_groups:
         out = _grouped(module, first, hidden, route_all(top_k_index, top_k_weights, count), None)
@@ -305,7 +305,7 @@ def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Spl
     )
 
     assert routed.place is not None
-    shared = None if split is None else Shared(routed.ends[-1:], split.spread, split.add_up)
+    shared = None if split is None else Shared(routed.ends[-1:], split.all_gather, split.reduce)
     x = gather(hidden, routed.token, routed.place, shared)
     h = apply_first(module, first, oriented(module, first), x, routed)
     out = apply_down(module, oriented(module, "down_proj"), h, routed)

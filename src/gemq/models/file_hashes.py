@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemq.errors import UserError
-from gemq.runtime.processes import leave_signals
+from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import weight_files
 
 CHUNK = 1 << 23
@@ -68,7 +68,7 @@ class _Reading:
 
     def __init__(self) -> None:
         threads = min(16, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gemq-digests", initializer=leave_signals)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gemq-digests", initializer=block_sigterm)
         self._begun: dict[tuple[str, int, int], Future[str]] = {}
         self._closed = False
 

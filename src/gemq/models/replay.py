@@ -27,7 +27,7 @@ from gemq.models.experts_adapter import as_adopted
 from gemq.models.layer_cache import Residency
 from gemq.models.structure import Structure
 from gemq.runtime.memory import Memory
-from gemq.runtime.ranks import ALONE, Ranks
+from gemq.runtime.ranks import SINGLE, Ranks
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Replay:
     processes that share the job: each holds a model.
     """
 
-    def __init__(self, model: Any, structure: Structure, residency: Residency | None = None, ranks: Ranks = ALONE):
+    def __init__(self, model: Any, structure: Structure, residency: Residency | None = None, ranks: Ranks = SINGLE):
         self.model: Any = model.eval().requires_grad_(False)
         self.structure = structure
         self.residency, self.ranks = residency, ranks

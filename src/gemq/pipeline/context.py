@@ -82,11 +82,11 @@ class Writer:
         if self._width is None and self._replay.device.type == "cuda" and self._replay.residency is not None:
             most = self._replay.residency.room_beside_all() // self._each
             rows = side_by_side(count, self._batch, most)
-            wanted = min(own for _, (own,) in self._replay.ranks.gather([], [rows]))
+            wanted = min(own for _, (own,) in self._replay.ranks.all_gather_tensors([], [rows]))
         elif self._width is not None:  # as many side by side as there is room for beside the copy
             held = copy_bytes(self._replay.structure, self._width, self._outside)
             room = max(1, (self._replay.memory.on_device.limit - held) // self._each)
-            wanted = self._replay.ranks.agree(lambda: min(batch, room))
+            wanted = self._replay.ranks.run_on_first(lambda: min(batch, room))
             note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
             self.notes[note] = self.notes.get(note, 0) + count
         made = generate_windows(
@@ -123,7 +123,7 @@ class Writer:
             beside = min(caches, FEWEST_ROWS * self._each)
             return widest_copy(replay.structure, self._outside, beside + self._outside, memory)
 
-        self._width = replay.ranks.agree(width)
+        self._width = replay.ranks.run_on_first(width)
         if self._width is None:
             return replay.whole()
         directory = self._job.work.path / f"{COPY}-{replay.ranks.rank}"

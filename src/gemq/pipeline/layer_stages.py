@@ -239,9 +239,9 @@ def rung_weights(job: Job, replay: Replay, ladder: Stage, index: int, experts: E
     found: dict[str, Tensor] = {}
     if recipe.score_weights == "ladder":
         at = f":{width_name(width)}."  # the other widths stay in the file
-        rows = ranks.part(experts.count) if ranks.count > 1 else None
+        rows = ranks.local_slice(experts.count) if ranks.count > 1 else None
         own = ladder.load_tensors(layer_file(index), str(job.device), lambda key: at in key, rows)
-        found = dict(zip(own, ranks.join(list(own.values())), strict=True))
+        found = dict(zip(own, ranks.all_gather_cat(list(own.values())), strict=True))
     for matrix in experts.matrices:
         weight = expert_weight(module, matrix.name)
         if found:

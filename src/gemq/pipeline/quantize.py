@@ -151,22 +151,22 @@ def quantize(
             check_own_output(out, work_path, result_key(recipe, allocation))
         return finished
 
-    finished = ranks.agree(check)
-    memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.here)
+    finished = ranks.run_on_first(check)
+    memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.local_count)
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
     if finished:
-        ranks.agree(lambda: check_whole(out, source))
+        ranks.run_on_first(lambda: check_whole(out, source))
     with ExitStack() as stack:
         if finished:
-            ranks.agree(lambda: remove_stale_lock(out))
+            ranks.run_on_first(lambda: remove_stale_lock(out))
         else:
-            ranks.agree(lambda: stack.enter_context(claimed(out)))
+            ranks.run_on_first(lambda: stack.enter_context(claimed(out)))
         stack.enter_context(memory.enforced())
-        fingerprint, files = ranks.agree(lambda: source.fingerprint(known_files(work_path)))
+        fingerprint, files = ranks.run_on_first(lambda: source.fingerprint(known_files(work_path)))
         directory = stack.enter_context(WorkDir(work_path, resume=resume, ranks=ranks))
         record = JobRecord.of(source, recipe, fingerprint, files)
-        ranks.agree(lambda: record_job(directory.path, record))
+        ranks.run_on_first(lambda: record_job(directory.path, record))
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint, record.calibration)
         key = result_key(recipe, allocation)
         return _run(job, out, allocation, finish=recipe.refine, guarded=True, key=key)
@@ -197,19 +197,19 @@ def export(
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
-    ranks.agree(lambda: check_output(out, resume=False))
-    ranks.agree(lambda: check_apart(out, Path(work), "name another output"))
+    ranks.run_on_first(lambda: check_output(out, resume=False))
+    ranks.run_on_first(lambda: check_apart(out, Path(work), "name another output"))
     with ExitStack() as stack:
         directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
         place = None if model is None else str(model)
         source, recipe, record = recorded_job(directory.path, changes, place, trust_remote_code)
-        memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.here)
+        memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.local_count)
         texts = needs_texts(directory.path, guarded=not _why_unguarded(recipe, allocation, finish))
         if texts:
             check_texts(directory.path, recipe.calib, record)
         check_job(source, recipe, out, directory.path, allocation, memory, new=False, texts=texts)
-        ranks.agree(lambda: stack.enter_context(claimed(out)))
-        fingerprint, _ = ranks.agree(lambda: source.fingerprint(record.files))
+        ranks.run_on_first(lambda: stack.enter_context(claimed(out)))
+        fingerprint, _ = ranks.run_on_first(lambda: source.fingerprint(record.files))
         if fingerprint != record.fingerprint:
             raise UserError(f"{source.path} is not the model that {work} was made from: quantize it again")
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint, record.calibration)
@@ -252,7 +252,7 @@ def _run(
         leave_out = lambda name: make_problem(job, structure, ladder, judged, name)
         chosen, guard = run_guard(job, replay, ladder, problem, budget, chosen, leave_out)
     ranks = job.work.ranks
-    ranks.agree(lambda: write_text(job.work.path / "allocation.json", chosen.to_json()))
+    ranks.run_on_first(lambda: write_text(job.work.path / "allocation.json", chosen.to_json()))
     result = Result(
         out=out,
         work=job.work.path,
@@ -278,15 +278,15 @@ def _run(
     )
     packed_format = _packed_format(job, structure, chosen.by_layer, finish)
     if key is not None:
-        ranks.agree(lambda: record_result(job.work.path, key, packed_format.fingerprint))
-    if not ranks.agree(lambda: _is_complete(out, packed_format)):
-        ranks.agree(lambda: check_free_space(out, result.stored_bytes))
+        ranks.run_on_first(lambda: record_result(job.work.path, key, packed_format.fingerprint))
+    if not ranks.run_on_first(lambda: _is_complete(out, packed_format)):
+        ranks.run_on_first(lambda: check_free_space(out, result.stored_bytes))
         layers, tuned = assembled(job, structure, ladder, chosen), {}
         if finish:
             finished = run_finish(job, replay, stored, chosen)
             layers, tuned, result.gains = finished.layers(), finished.tuned, finished.gains
         with job.monitor.stage("save", len(structure.layers)) as tick:
-            ranks.agree(lambda: _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result))
+            ranks.run_on_first(lambda: _save(job, replay, stored, packed_format, _counted(layers, tick), tuned, result))
     else:
         result.complete_before = True
     job.count_fallbacks()

@@ -38,7 +38,7 @@ from gemq.pipeline.records import (
 )
 from gemq.runtime.files import disk_errors, is_temporary, lock_file, write_json, write_tensors
 from gemq.runtime.memory import WAITING
-from gemq.runtime.ranks import ALONE, Ranks
+from gemq.runtime.ranks import SINGLE, Ranks
 from gemq.runtime.upload import spans_of, upload_to
 
 MARKER = "gemq-work.json"
@@ -57,11 +57,11 @@ class WorkDir:
     Raises UserError when the directory exists and ``resume`` is False, is not ours, or is in use.
     """
 
-    def __init__(self, path: Path, *, resume: bool, ranks: Ranks = ALONE):
+    def __init__(self, path: Path, *, resume: bool, ranks: Ranks = SINGLE):
         self.path, self.ranks = path, ranks
         self._is_new = False
         self._lock: int | None = None
-        ranks.agree(lambda: self._open(resume))
+        ranks.run_on_first(lambda: self._open(resume))
 
     def _open(self, resume: bool) -> None:
         path = self.path
@@ -102,7 +102,7 @@ class WorkDir:
             _check_no_links(path)
 
     @classmethod
-    def existing(cls, path: Path, ranks: Ranks = ALONE) -> WorkDir:
+    def existing(cls, path: Path, ranks: Ranks = SINGLE) -> WorkDir:
         """Opens a work directory that must be there already."""
         with disk_errors(path):
             if not (path / MARKER).is_file():
@@ -128,7 +128,7 @@ class WorkDir:
             UserError: results that are there already were made from other inputs, or are damaged.
         """
         inputs = json.loads(json.dumps(inputs))
-        self.ranks.agree(lambda: self._begin(self.path / name, inputs))
+        self.ranks.run_on_first(lambda: self._begin(self.path / name, inputs))
         return Stage(self.path / name, self.ranks, digest(inputs))
 
     def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
@@ -167,17 +167,17 @@ class Stage:
     Every rank sees the files that others write, which several machines share.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks = ALONE, identity: str = ""):
+    def __init__(self, directory: Path, ranks: Ranks = SINGLE, identity: str = ""):
         """identity: digest of the stage's inputs, which its files carry"""
         self.directory, self.ranks, self.identity = directory, ranks, identity
 
     def has(self, name: str) -> bool:
         """Whether the result ``name`` (with its suffix) is there. What is there is whole."""
-        return self.ranks.agree((self.directory / name).is_file)
+        return self.ranks.run_on_first((self.directory / name).is_file)
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
         """Every rank gives the same tensors, and plain values to keep with them; the first writes them."""
-        self.ranks.agree(lambda: self._write(name, tensors, about))
+        self.ranks.run_on_first(lambda: self._write(name, tensors, about))
 
     def _write(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
         on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
@@ -193,13 +193,13 @@ class Stage:
 
         def settle() -> None:
             last = [writing.pop()] if writing else []
-            self.ranks.each(lambda: [future.result() for future in last])
+            self.ranks.run_on_all(lambda: [future.result() for future in last])
 
         with ThreadPoolExecutor(1, thread_name_prefix="gemq-files") as pool:
 
             def save(name: str, tensors: dict[str, Tensor] | None) -> None:
                 settle()
-                if tensors is not None and (each or self.ranks.first):
+                if tensors is not None and (each or self.ranks.is_first):
                     on_host = copied_behind(tensors)
                     writing.append(pool.submit(lambda: self._write(name, on_host())))
 
@@ -238,7 +238,7 @@ class Stage:
         return read_about(self.directory / name)
 
     def save_json(self, name: str, value: Any) -> None:
-        self.ranks.agree(lambda: write_json_record(self.directory / name, value, self.identity))
+        self.ranks.run_on_first(lambda: write_json_record(self.directory / name, value, self.identity))
 
     def load_json(self, name: str) -> Any:
         return read_json_record(self.directory / name, self.identity)

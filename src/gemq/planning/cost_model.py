@@ -23,7 +23,7 @@ from gemq.planning.memory_model import experts_per_token
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.device import Rates, measure
-from gemq.runtime.ranks import AT_ONCE, neighbours
+from gemq.runtime.ranks import GPU_BATCHES_PER_FORWARD, batches_per_forward
 
 GUARD_TRIES = 3
 """Allocations that the guard is expected to look at: the one that scores make, and softer ones."""
@@ -325,12 +325,12 @@ class Workload:
     @property
     def at_once(self) -> int:
         """Micro-batches of any kind that go through a layer at once where nothing is trained."""
-        return AT_ONCE if self.on_gpu else 1
+        return GPU_BATCHES_PER_FORWARD if self.on_gpu else 1
 
     @property
     def together(self) -> int:
         """Neighbours among calibration's that do (see ``Ranks``)."""
-        return neighbours(self.batches, self.at_once)
+        return batches_per_forward(self.batches, self.at_once)
 
     @property
     def widths(self) -> int:

@@ -132,7 +132,7 @@ class _Layer:
         widths, size = len(recipe.ladder_widths), self.dtype.itemsize
         of_experts = 4 * experts.count * sum(m.columns**2 for m in experts.matrices)
         means = 4 * sum(m.columns**2 for m in experts.matrices)
-        forward = self._pairs(False) * Ranks(device=self.device).at_once
+        forward = self._pairs(False) * Ranks(device=self.device).max_batches_per_forward
         collecting = squares + of_experts + max(forward, means)
         ladder = squares + of_experts + means + self._quantizing(widths)
         ladder = max(ladder, squares + dense + of_experts)

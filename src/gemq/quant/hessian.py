@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import NotFiniteError
-from gemq.runtime.ranks import ALONE, Ranks
+from gemq.runtime.ranks import SINGLE, Ranks
 
 BLOCK = 128
 """Columns that ``factorize`` takes at once on a GPU."""
@@ -50,7 +50,7 @@ class Moments:
                 x = rows[start:end].float()
                 self.sums[e].addmm_(x.T, x)
 
-    def finish(self, ranks: Ranks = ALONE) -> None:
+    def finish(self, ranks: Ranks = SINGLE) -> None:
         """Ends the adding of rows.
 
         ranks: those that have the other matrices of the layer; one by default, for a rank that has all of them
@@ -65,7 +65,7 @@ class Moments:
         for one in self.sums:
             mean += one
         self._rows, self._matrices = self.counts.sum(), torch.full_like(self.counts[0], len(self.counts))
-        ranks.add_up(mean, self._rows, self._matrices)
+        ranks.all_reduce(mean, self._rows, self._matrices)
         self._mean = mean.div_(self._rows.clamp_min(1)).float()
 
     def park(self, keep: Callable[[Tensor], Sequence[Tensor]]) -> None:

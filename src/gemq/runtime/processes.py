@@ -1,4 +1,4 @@
-"""How a process that torchrun started among others ends, and which of them speaks. Loads no torch."""
+"""How one of several processes started by torchrun ends, and which of them prints. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _ending = threading.Lock()
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints."""
+    """Whether this process prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def before_failing() -> None:
-    """Call before a user's mistake is told. Where all ranks find it, the first tells it, the others end in silence."""
+    """Call before printing a UserError. Only rank 0 prints; other ranks exit silently."""
     _failing.set()
     if not is_first():
         time.sleep(10)  # torchrun ends this process as soon as the first has ended
 
 
 def after_failing(code: int) -> None:
-    """Call after it has been told: one of several processes ends here, at once.
+    """Call after printing a UserError. One of several processes exits here, at once.
 
-    To take apart all that was imported takes seconds, in which another process would tell the same.
+    Interpreter shutdown takes seconds, in which another rank would print the same error.
     """
     if "RANK" in os.environ:
         sys.stdout.flush()
@@ -39,19 +39,19 @@ def after_failing(code: int) -> None:
         os._exit(code)
 
 
-def leave_signals() -> None:
-    """That the process shall end is not told to this thread, nor to those that it starts."""
+def block_sigterm() -> None:
+    """Blocks SIGTERM in this thread and in threads that it starts."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-def end_when_told() -> None:
-    """Ends this process with one line when torchrun tells it that another has ended.
+def end_on_sigterm() -> None:
+    """Exits with one line on SIGTERM, which torchrun sends when another process has ended.
 
-    A thread waits for the signal, since the main thread may be waiting for the other rank where Python sees no signal.
-    Call before any other thread is started, but those that ``leave_signals``.
+    A thread waits for the signal, since the main thread may wait in a collective, where Python handles no signals.
+    Call before any other thread starts, except threads that called ``block_sigterm``.
     """
-    leave_signals()
+    block_sigterm()
 
     def watch() -> None:
         signal.sigwait({signal.SIGTERM})
@@ -61,8 +61,8 @@ def end_when_told() -> None:
 
 
 def end(reason: str = "") -> NoReturn:
-    """Ends the process at once, whose other threads may be waiting where no exception reaches them."""
-    with _ending:  # the first to come here ends it
+    """Exits the process at once. Other threads may wait in collectives that no exception reaches."""
+    with _ending:  # only one thread prints
         if not _failing.is_set():
             lines = reason.strip().splitlines()
             why = f"the processes of this job no longer reach each other ({lines[0][:120]})" if lines else LOST

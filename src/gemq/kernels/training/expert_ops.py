@@ -18,16 +18,17 @@ from torch.autograd.function import once_differentiable
 
 
 class Shared(NamedTuple):
-    """One rank's share of the pairs.
+    """The pairs of token and expert that belong to one rank.
 
-    used:   [1] int32, how many of the first rows of y [P, H] are this rank's; what the others hold is never looked at
-    spread: all tokens' rows [T, ...] from those that this rank goes on with, which may be all
-    add_up: the sum of every rank's [T, ...], of which it may give the rows that this rank goes on with alone
+    Attributes:
+        used: [1] int32, number of the first rows of y [P, H] that belong to this rank; other rows are not read
+        all_gather: rows [T, ...] of all tokens from rows of this rank's tokens, which may be all tokens
+        reduce: the sum over ranks of rows [T, ...], for this rank's tokens
     """
 
     used: Tensor
-    spread: Callable[[Tensor], Tensor]
-    add_up: Callable[[Tensor], Tensor]
+    all_gather: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor]
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _summed(y: Tensor, weights: Tensor | None, place: Tensor, shared: Shared | N
             SHARED=shared is not None,
             BLOCK=block,
         )
-    return (out if shared is None else shared.add_up(out)).to(y.dtype)
+    return (out if shared is None else shared.reduce(out)).to(y.dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -106,7 +107,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, token: Tensor, place: Tensor, shared: Shared | None) -> Tensor:
         ctx.save_for_backward(place)
         ctx.shared = shared
-        return (hidden if shared is None else shared.spread(hidden)).index_select(0, token)
+        return (hidden if shared is None else shared.all_gather(hidden)).index_select(0, token)
 
     @staticmethod
     @once_differentiable
@@ -136,7 +137,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, weights, token = ctx.saved_tensors
-        gradient = gradient if ctx.shared is None else ctx.shared.spread(gradient)
+        gradient = gradient if ctx.shared is None else ctx.shared.all_gather(gradient)
         of_y, of_weights = torch.empty_like(y), torch.empty_like(weights)
         block = min(1024, triton.next_power_of_2(y.shape[1]))
         if len(y):
