@@ -389,14 +389,14 @@ def test_output_into_a_pipe_that_closes(finished: Finished):
 def test_demo(tmp_path, monkeypatch):
     """On a tiny random model; ``make demo`` runs it on the built-in one."""
     from gemq import recipe
-    from gemq.cli import demo
+    from gemq.cli import run_demo
     from gemq.evaluation import evaluate
 
     model = make_tiny_model(tmp_path / "model", max_position_embeddings=512)
-    monkeypatch.setattr(demo, "builtin_model", lambda: model)
-    monkeypatch.setattr(demo, "WINDOWS", 8)
-    monkeypatch.setattr(demo, "WINDOW", 64)
-    monkeypatch.setattr(demo, "TOKENS", 512)
+    monkeypatch.setattr(run_demo, "builtin_model", lambda: model)
+    monkeypatch.setattr(run_demo, "WINDOWS", 8)
+    monkeypatch.setattr(run_demo, "WINDOW", 64)
+    monkeypatch.setattr(run_demo, "TOKENS", 512)
     for effort in recipe.EFFORTS:
         monkeypatch.setitem(recipe.EFFORTS, effort, recipe.EFFORTS["low"])
     monkeypatch.setattr(evaluate, "builtin_texts", lambda: builtin_texts()[:1])
@@ -408,7 +408,7 @@ def test_demo(tmp_path, monkeypatch):
     for name, row in rows.items():
         assert name in ran.out
         assert f"{row['perplexity']:.2f}" in ran.out
-        assert row["text"].startswith(demo.PROMPT)
+        assert row["text"].startswith(run_demo.PROMPT)
     assert rows["full precision"]["mean_kl"] == 0
     assert rows["gemq 1.5"]["bytes"] < rows["gemq 2.0"]["bytes"] < rows["full precision"]["bytes"]
     assert rows["gemq 1.5"]["mean_kl"] > rows["gemq 2.0"]["mean_kl"] > 0

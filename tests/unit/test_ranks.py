@@ -1,4 +1,4 @@
-"""Ranks: who does what, sums in one order, and what several real processes tell each other through gloo."""
+"""Ranks: division of work, order of sums, and collectives of several real processes through gloo."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
 def test_every_micro_batch_and_expert_has_one_rank(total, count, device):
     ranks = [Ranks(r, count, device) for r in range(count)]
-    together = ranks[0].together(total)
+    together = ranks[0].batches_per_forward(total)
     assert together == (1 if device == CPU or total < 128 else 4)
-    every = [[r.own(total)[start : start + together] for start in range(0, total, together)] for r in ranks]
+    every = [[r.local_batches(total)[start : start + together] for start in range(0, total, together)] for r in ranks]
     in_step = [i for runs in zip(*every, strict=True) for run in runs for i in run]
     assert in_step == list(range(total))
-    assert all(i in ranks[ranks[0].owner(i, total)].own(total) for i in range(total))
+    assert all(i in ranks[ranks[0].owner(i, total)].local_batches(total) for i in range(total))
     experts = list(range(total))
-    assert [e for r in ranks for e in experts[r.part(total)]] == experts
+    assert [e for r in ranks for e in experts[r.local_slice(total)]] == experts
 
 
-def test_a_process_on_its_own_gathers_what_it_gives():
+def test_a_single_process_gathers_its_input():
     given = [torch.ones(2), None]
-    assert Ranks().gather(given, [3, -1]) == [(given, [3, -1])]
+    assert Ranks().all_gather_tensors(given, [3, -1]) == [(given, [3, -1])]
 
 
 MEETING = """
 import os, socket, sys, torch, warnings
 from pathlib import Path
 from gemq.errors import UserError
-from gemq.models import experts, grouped, split
+from gemq.models import expert_parallel, experts, grouped
 from gemq.runtime.ranks import leave_ranks, start_ranks
 from gemq.pipeline.workdir import WorkDir
 
@@ -119,7 +119,7 @@ def run(index, own, divided, tokens=slice(None)):
     for name, weight in weights.items():
         setattr(module, name, torch.nn.Parameter(weight[own].clone()))
     if divided is not None:
-        setattr(module, split._SPLIT, divided)
+        setattr(module, expert_parallel._SPLIT, divided)
     x, w = hidden[tokens].clone().requires_grad_(), routing[tokens].clone().requires_grad_()
     out = experts.experts_forward(module, x, index[tokens], w)
     out.float().square().sum().backward()
@@ -131,7 +131,7 @@ for in_groups in (False, True):
     grouped.usable = lambda *_: in_groups
     for index in (busy, idle):
         alike, of_weights = run(index, slice(None), None)
-        found, of_own = run(index, own, split.Split(ranks, 8))
+        found, of_own = run(index, own, expert_parallel.Split(ranks, 8))
         pairs = [*zip(alike, found), *zip((a[own] for a in of_weights), of_own)]
         if in_groups:  # sums over ranks are rounded by torch, those of one in the interpreter, which cuts off
             assert all((a - b).float().norm() <= 2**-7 * a.float().norm() for a, b in pairs)
@@ -139,14 +139,14 @@ for in_groups in (False, True):
             assert all(torch.equal(a, b) for a, b in pairs)
         if in_groups:  # a rank has tokens of its own: a third of the rows, so their mean rounding is less even
             tokens = ranks.local_slice(21)
-            found, of_own = run(index, own, split.Split(ranks, 8, sharded=True), tokens)
+            found, of_own = run(index, own, expert_parallel.Split(ranks, 8, sharded=True), tokens)
             pairs = [*zip((a[tokens] for a in alike), found), *zip((a[own] for a in of_weights), of_own)]
             assert all((a - b).float().norm() <= 2**-6 * a.float().norm() for a, b in pairs)
 leave_ranks()
 """
 
 
-def test_what_three_processes_tell_each_other(tmp_path: Path):
+def test_collectives_of_three_processes(tmp_path: Path):
     script = tmp_path / "meeting.py"
     script.write_text(MEETING)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

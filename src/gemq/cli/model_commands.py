@@ -164,7 +164,7 @@ def demo(
     """The whole job on the built-in model: quantize, compare, write."""
     check_json(json_file)
     with importing():
-        from gemq.cli.demo import run_demo
+        from gemq.cli.run_demo import run_demo
 
     quiet_libraries()
     print_json(json_file, run_demo(out, device, make_console()))
