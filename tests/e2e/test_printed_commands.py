@@ -195,15 +195,18 @@ def test_flags_in_documents_exist():
     assert flags_in(text) <= known
 
 
-@pytest.mark.parametrize("number", range(len(documented("python"))))
-def test_documented_python_runs_as_printed(number, place):
-    name, code = documented("python")[number]
-    if name == "use-vllm.md" or "lm_eval" in code:
-        pytest.skip("needs packages that are not installed here: see test_vllm and test_round_trips")
-    if "peft" in code:
-        pytest.importorskip("peft")
-    if 'device="cuda"' in code:
-        code = code.replace('device="cuda"', 'device="cpu"')
-    code = code.replace("gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", windows=2, window=16)')
-    ran = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+def test_documented_python_runs_as_printed(place):
+    """In one process, since Python and torch take seconds to start; each piece of code with its own names.
+
+    What needs vLLM or lm-eval is in ``test_vllm`` and ``test_round_trips``.
+    """
+    pytest.importorskip("peft")
+    script = ""
+    for name, code in documented("python"):
+        if name != "use-vllm.md" and "lm_eval" not in code:
+            code = code.replace('device="cuda"', 'device="cpu"')
+            code = code.replace("gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", windows=2, window=16)')
+            script += f"exec({code!r}, {{'__name__': '__main__'}})\n"
+    assert script.count("exec(") > 2
+    ran = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

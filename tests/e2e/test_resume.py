@@ -111,7 +111,7 @@ def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
 
 @pytest.mark.parametrize(
     ("kind", "times"),
-    [pytest.param("killer", 4, marks=pytest.mark.xdist_group("killer")), ("trainer", 6), ("bounded", 3)],
+    [pytest.param("killer", 3, marks=pytest.mark.xdist_group("killer")), ("trainer", 4), ("bounded", 2)],
 )
 def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, times: int):
     """Some kills on the way to each result; with training and without."""

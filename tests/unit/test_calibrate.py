@@ -151,7 +151,7 @@ def test_micro_batches_that_go_through_a_layer_at_once(family, monkeypatch):
     """As on a GPU: the same moments, outputs and kept calls as one after the other, but for rounding."""
     found = []
     for at_once in (1, 3):
-        monkeypatch.setattr(Ranks, "at_once", property(lambda _, at_once=at_once: at_once))
+        monkeypatch.setattr(Ranks, "max_batches_per_forward", property(lambda _, at_once=at_once: at_once))
         monkeypatch.setattr("gemq.runtime.ranks.MIN_FORWARDS", 1)
         replay, activations = start(family, 10)
         assert len(activations.runs()) == (7 if at_once == 1 or replay.passes_more else 3)
