@@ -485,9 +485,8 @@ def test_stderr_of_a_real_process_holds_one_line(here, tiny_model, tmp_path):
 
 def test_ctrl_c(here, tmp_path):
     """Interrupted during a stage: exit code 1, a line that says how to go on, and going on works."""
-    model = make_tiny_model(
-        tmp_path / "model", num_hidden_layers=16
-    )  # so many that the job is not over before it is hit
+    # enough layers for the job to be running when the signal arrives
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=16)
     Path("quick.yaml").write_text("effort: low\nwindows: 4\nwindow: 16\nguard: false\n")
     job = ["quantize", str(model), "-o", "x", "--recipe", "quick.yaml"]
     with open("log", "w") as log:
