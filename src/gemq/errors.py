@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """An error that the user can fix.
 
     The message is one line: what is wrong, then what to do. The command line prints it without a traceback and
     exits with code 2.

@@ -99,7 +99,7 @@ class Windows:
         return {name: tensor.to("cpu", torch.int32).contiguous() for name, tensor in tensors.items()}
 
     def about(self) -> dict[str, Any]:
-        """What files hold beside the tensors, as plain values."""
+        """Metadata that files hold in addition to the tensors, as plain values."""
         return {"names": self.names, "tokens_available": self.tokens_available}
 
     @classmethod
@@ -178,7 +178,7 @@ def eval_windows(
     A text is tokenized as a whole, rows are joined as for calibration; tokens beyond the last full window are dropped.
 
     Args:
-        max_windows: takes the first so many windows of each file
+        max_windows: number of windows to take from the start of each file
         column: whose text to take from rows; None: by the known names
         embeddings: tokens that the model has embeddings for; None: not known
         read: receives by name what was read of those files that have rows

@@ -197,8 +197,12 @@ def export(
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
-    ranks.run_on_first(lambda: check_output(out, resume=False))
-    ranks.run_on_first(lambda: check_apart(out, Path(work), "name another output"))
+
+    def check() -> None:
+        check_output(out, resume=False)
+        check_apart(out, Path(work), "name another output")
+
+    ranks.run_on_first(check)
     with ExitStack() as stack:
         directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
         place = None if model is None else str(model)
