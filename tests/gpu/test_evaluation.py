@@ -40,3 +40,11 @@ def test_a_bound_changes_no_figure(tmp_path: Path):
         assert found["mean_kl"] == pytest.approx(whole["mean_kl"], rel=1e-4)
         assert found["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
         assert found["layers"] == pytest.approx(whole["layers"], abs=1e-3)
+
+
+def test_a_callers_tensors_do_not_count_towards_the_bound(tmp_path: Path):
+    """A notebook that holds a model quantizes another one in little memory."""
+    tensor = torch.empty(3_000_000_000, dtype=torch.uint8, device="cuda")
+    recipe = Recipe(effort="low", windows=4, window=64, guard=False, calib=(str(builtin_texts()[0]),))
+    gemq.quantize(str(builtin_model()), recipe, out=tmp_path / "out", device="cuda", gpu_memory=3_000_000_000)
+    assert tensor.numel() == 3_000_000_000

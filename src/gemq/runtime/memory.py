@@ -175,9 +175,12 @@ class Memory:
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Holds this process to the device's bound, PyTorch's own reserves included, and beside a GPU to a few threads.
+        """Limits this process to the device's bound, PyTorch's cached blocks included, and to a few threads next to a GPU.
 
-        Raises UserError when a stage needs more than was counted on.
+        Memory that the process holds on entry, such as a caller's model, does not count towards the bound.
+
+        Raises:
+            UserError: A stage needs more memory than its estimate.
         """
         bounded = self.device.type == "cuda" and self.on_device.limit < UNLIMITED
         threads = torch.get_num_threads()
@@ -186,7 +189,8 @@ class Memory:
             total = torch.cuda.get_device_properties(index).total_memory
             torch.set_num_threads(min(MOST_THREADS, threads))
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.on_device.limit / total), index)
+            limit = torch.cuda.memory_reserved(index) + self.on_device.limit
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
             _use_expandable_segments(True)
         try:
             yield
