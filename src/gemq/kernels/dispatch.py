@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections import Counter
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.errors import UserError
-from gemq.kernels import cpu_int4, reference
+from gemq.kernels import cpu_int4, fallbacks, reference
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
@@ -33,9 +32,6 @@ DECODE_TOKENS = 16
 mode = os.environ.get("GEMQ_KERNELS", "")
 if mode not in ("", "reference", "triton"):
     raise UserError(f"GEMQ_KERNELS={mode}: it can be reference or triton, or unset")
-
-fallbacks: Counter[str] = Counter()
-"""How often the reference computed what a kernel should have, by reason."""
 
 _MODULES = {"decode": "gemq.kernels.decode.operators", "grouped": "gemq.kernels.grouped.operators"}
 
