@@ -175,7 +175,7 @@ class Memory:
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Limits this process to the device's bound, PyTorch's cached blocks included, and to a few threads next to a GPU.
+        """Limits the process to the device's bound, cached blocks included, and to a few threads next to a GPU.
 
         Memory that the process holds on entry, such as a caller's model, does not count towards the bound.
 
