@@ -187,8 +187,8 @@ def test_documented_commands_run_as_printed(place, monkeypatch):
     """All but those that take long are run; those must name options that there are."""
     monkeypatch.chdir(place)
     lines = [line for _, block in documented("") for line in block.splitlines()]
-    documented_lines = dict.fromkeys(line for line in lines if line.startswith("gemq "))  # each once
-    commands = [shlex.split(line, comments=True) for line in documented_lines]
+    split_lines = (tuple(shlex.split(line, comments=True)) for line in lines if line.startswith("gemq "))
+    commands = list(dict.fromkeys(split_lines))  # each once
     assert {command[1] for command in commands} >= set(VERBS)
     for _, verb, *arguments in commands:
         assert {a for a in arguments if a.startswith("-")} <= options_of(verb)
