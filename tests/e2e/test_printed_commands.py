@@ -18,7 +18,17 @@ from gemq.assets import builtin_texts
 from gemq.cli import app
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("use-*.md"))]
+PAGES = ("quantize", "budget", "transformers", "serve", "evaluate", "several-gpus", "troubleshooting")
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
+OTHER_FLAGS = {
+    "--nproc-per-node",
+    "--tensor-parallel-size",
+    "--enable-expert-parallel",
+    "--load-format",
+    "--quantization",
+}
+OTHER_FLAGS |= {"--attention-backend", "--version"}
+"""Flags in documents that belong to torchrun, to vLLM or to gemq itself."""
 VERBS = ("plan", "quantize", "export", "eval", "generate", "bench", "inspect")
 SMALL = ("--effort", "low", "--windows", "4", "--window", "32")
 
@@ -177,7 +187,8 @@ def test_documented_commands_run_as_printed(place, monkeypatch):
     """All but those that take long are run; those must name options that there are."""
     monkeypatch.chdir(place)
     lines = [line for _, block in documented("") for line in block.splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("gemq ")]
+    split_lines = (tuple(shlex.split(line, comments=True)) for line in lines if line.startswith("gemq "))
+    commands = list(dict.fromkeys(split_lines))  # each once
     assert {command[1] for command in commands} >= set(VERBS)
     for _, verb, *arguments in commands:
         assert {a for a in arguments if a.startswith("-")} <= options_of(verb)
@@ -190,9 +201,10 @@ def test_documented_commands_run_as_printed(place, monkeypatch):
 
 def test_flags_in_documents_exist():
     """In running text as well."""
-    known = {flag for verb in VERBS for flag in options_of(verb)} | {"--nproc-per-node"}  # of torchrun
-    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert flags_in(text) <= known
+    known = {flag for verb in VERBS for flag in options_of(verb)} | OTHER_FLAGS
+    for document in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+        assert flags_in(text) <= known, document.name
 
 
 def test_documented_python_runs_as_printed(place):
@@ -203,7 +215,7 @@ def test_documented_python_runs_as_printed(place):
     pytest.importorskip("peft")
     script = ""
     for name, code in documented("python"):
-        if name != "use-vllm.md" and "lm_eval" not in code:
+        if name != "serve.md" and "lm_eval" not in code:
             code = code.replace('device="cuda"', 'device="cpu"')
             code = code.replace("gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", windows=2, window=16)')
             script += f"exec({code!r}, {{'__name__': '__main__'}})\n"

@@ -1,0 +1,52 @@
+"""Links, module paths and recipe keys in the documents name things that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from gemq.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"```.*?```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", CODE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path) -> None:
+    for link in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "lab-log.md"], ids=lambda page: page.name)
+def test_paths_of_modules_exist(page: Path) -> None:
+    """Of files in backquotes, below the repository or below src/gemq."""
+    for path in re.findall(r"`((?:\w[\w.-]*/)+[\w-]+\.(?:py|csv))`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists() or (ROOT / "src" / "gemq" / path).exists(), path
+
+
+def test_all_pages_are_in_the_index() -> None:
+    index = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= index
+
+
+def test_recipe_keys_are_documented() -> None:
+    """The table of docs/quantize.md has every key of a recipe, and no other."""
+    table = (ROOT / "docs" / "quantize.md").read_text(encoding="utf-8").partition("| key |")[2].partition("\n\n")[0]
+    keys = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert keys == [field.name for field in dataclasses.fields(Recipe)]
