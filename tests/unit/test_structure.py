@@ -21,7 +21,7 @@ from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.layers.candidates import Quantizer, build_layer
 from gemq.layers.refinement import matrix_widths, refine_layer
 from gemq.models.replay import Replay
-from gemq.models.structure import FEWEST_ROWS, Structure, find_structure
+from gemq.models.structure import MIN_LINEAR_ROWS, Structure, find_structure
 from gemq.quant.widths import ExpertWidths
 
 torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def test_what_stays_unquantized():
     model = AutoModelForCausalLM.from_config(config)
     kept = find_structure(model).kept_linears
     assert kept == tuple(f"model.layers.{i}.self_attn.kv_b_proj" for i in range(3))
-    assert all(model.get_submodule(path).weight.shape[0] >= FEWEST_ROWS for path in kept)
+    assert all(model.get_submodule(path).weight.shape[0] >= MIN_LINEAR_ROWS for path in kept)
 
 
 def test_subclasses_of_linear_are_kept_and_said():
