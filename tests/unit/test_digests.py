@@ -54,7 +54,7 @@ def test_a_file_that_changed_meanwhile_is_read_again(checkpoint, read):
 
 
 def test_what_nobody_will_ask_for_is_read_no_further(checkpoint, monkeypatch):
-    monkeypatch.setattr(file_hashes, "CHUNK", 1)
+    monkeypatch.setattr(file_hashes, "CHUNK_BYTES", 1)
     begun, goes_on = threading.Event(), threading.Event()
     read = file_hashes._Reading._read
 
@@ -66,11 +66,11 @@ def test_what_nobody_will_ask_for_is_read_no_further(checkpoint, monkeypatch):
     monkeypatch.setattr(file_hashes._Reading, "_read", slowly)
     file_hashes.begin(checkpoint)
     assert begun.wait(10)
-    reading = file_hashes._ahead[-1]
+    reading = file_hashes._background[-1]
     threading.Timer(0.2, goes_on.set).start()
     file_hashes.end()
     nothing = hashlib.sha256(b"").hexdigest()
-    done = [each for each in reading._begun.values() if not each.cancelled()]
+    done = [each for each in reading._digests.values() if not each.cancelled()]
     assert {each.result() for each in done} == {nothing}
 
 

@@ -43,8 +43,8 @@ class Residency:
         """
         self.reader, self.memory = reader, memory
         self._slots: list[LayerSlot] = []
-        for layer, names in zip(structure.layers, reader.given, strict=True):
-            types = {name: reader.loaded[name] for name in names}
+        for layer, names in zip(structure.layers, reader.names_by_layer, strict=True):
+            types = {name: reader.loaded_types[name] for name in names}
             self._slots.append(LayerSlot(model, f"{layer.path}.", types, dtype))
         self._loader = LayerLoader(model, structure.layers, self._slots, reader, memory)
         self.outside_bytes = sum(t.numel() * t.element_size() for t in _unique_tensors(model) if not t.is_meta)

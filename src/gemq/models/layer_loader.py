@@ -168,16 +168,16 @@ class LayerLoader:
         """Reads a layer straight to the GPU where that is possible, else to the host."""
         reader, on_device = self._reader, self._memory.on_device
         # the first layer of a kind is converted on the GPU, which takes memory for its stored parts as well
-        extra_bytes = 0 if reader.known(index) else 2 * self._slots[index].nbytes
-        direct = reader.plain and on_device.take(extra_bytes)
+        extra_bytes = 0 if reader.knows_layout(index) else 2 * self._slots[index].nbytes
+        direct = reader.has_uniform_type and on_device.take(extra_bytes)
         try:
             if direct:
                 with optional("layers_read_through_host"):
-                    return reader.read_to(self._memory.device, index)
+                    return reader.read_to_device(self._memory.device, index)
             tensors = reader.read(index)
-            if reader.plain and not direct:
+            if reader.has_uniform_type and not direct:
                 with optional("layers_read_through_host"):
-                    reader.learn(index, tensors)
+                    reader.learn_layout(index, tensors)
             return tensors
         finally:
             if direct:

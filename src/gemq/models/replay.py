@@ -34,8 +34,7 @@ _MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, 
 """Errors that a model's code raises when it receives other values than it expects."""
 
 LOGITS_TOGETHER = 1 << 27
-"""Upper bound of the logits that go through a loss in one go, unless a single window has more. Each needs up to 22
-bytes there."""
+"""Upper bound of the logits that a loss takes in one go, unless one window has more. Each needs up to 22 bytes."""
 
 MAX_TUPLE_SIZE = 3
 """Upper bound of the values that a layer may return: hidden states and extra outputs."""
@@ -191,7 +190,7 @@ class Replay:
         return state
 
     def restore(self, index: int) -> None:
-        """Undoes changes of a layer's weights, if they can be read again."""
+        """Undoes changes of a layer's weights if they can be read again."""
         if self.residency is not None:
             self.residency.restore(index)
 
