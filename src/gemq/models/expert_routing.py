@@ -23,7 +23,7 @@ class Routed:
         ends: [E] int32 on the device, the end of each expert's pairs
         place: [T, K] int64, positions of a token's pairs; None unless all T * K pairs are included
         owners: [E] int64, the experts whose biases apply, where these are not experts 0 to E - 1 of the module
-        kept: [1] int32 on the device, number of pairs before those that ``route`` would drop; None if there are none
+        kept: [1] int32 on the device, number of pairs before those that ``route`` would drop; None if none
     """
 
     token: Tensor

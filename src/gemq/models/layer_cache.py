@@ -150,13 +150,13 @@ class Residency:
             reserved = self.memory.room(self._reserved_bytes)
             assert reserved, "the other model was freed"
 
-    def covered(self, index: int, names: Collection[str]) -> bool:
+    def covers(self, index: int, names: Collection[str]) -> bool:
         """Returns whether ``names`` include all of a layer's tensors, so that it runs without being read."""
         return self._slots[index].covered_by(names)
 
-    def rest(self, index: int, without: Collection[str]) -> dict[str, Tensor]:
-        """Reads a layer's tensors except ``without`` to the device. The caller owns them."""
-        return self._loader.load_without(index, without)
+    def read_layer(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
+        """Reads a layer's tensors except ``excluded`` to the device. The caller owns them."""
+        return self._loader.load_without(index, excluded)
 
     def close(self) -> None:
         """Ends the thread that loads layers."""

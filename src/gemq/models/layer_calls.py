@@ -101,10 +101,10 @@ class SharedTensors:
 
     def _earlier(self, tensor: Tensor) -> Tensor:
         """Returns an equal earlier tensor; ``tensor`` itself if there is none."""
-        known = self._known.setdefault((tensor.shape, tensor.dtype), [])
-        for candidate in known:
+        candidates = self._known.setdefault((tensor.shape, tensor.dtype), [])
+        for candidate in candidates:
             if candidate is tensor or torch.equal(candidate, tensor):
                 return candidate
-        if len(known) < MAX_SHARED_TENSORS:
-            known.append(tensor)
+        if len(candidates) < MAX_SHARED_TENSORS:
+            candidates.append(tensor)
         return tensor

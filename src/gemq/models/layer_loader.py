@@ -188,8 +188,8 @@ class LayerLoader:
         prepared = {name: self._to_device(index, name, tensors.pop(name)) for name in list(tensors)}
         experts = self._experts[index]
         if experts is not None and index not in self._needs_no_balance:
-            first, down = (prepared[f"{experts.path}.{matrix.name}"] for matrix in experts.matrices)
-            if not balance(self._model.get_submodule(experts.path), first, down):
+            first_matrix, down_matrix = (prepared[f"{experts.path}.{matrix.name}"] for matrix in experts.matrices)
+            if not balance(self._model.get_submodule(experts.path), first_matrix, down_matrix):
                 self._needs_no_balance.add(index)
         return prepared
 

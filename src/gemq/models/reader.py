@@ -220,8 +220,10 @@ class LayerReader:
         stored_names, names = layer.in_order()
         if layout := self._layouts.get(layer.kind(self._spans)):
             shapes = {name: (self._placeholders[name].shape, self.types[name]) for name in names}
-            places = [Place(self._spans[stored_names[x.stored]], names[x.target], x.start) for x in layout]
-            tensors = upload_to(device).placed(shapes, places)
+            spans = []
+            for part in layout:
+                spans.append(Place(self._spans[stored_names[part.stored]], names[part.target], part.start))
+            tensors = upload_to(device).placed(shapes, spans)
             self._check_layer(index, tensors)
             return tensors
         stored = upload_to(device).tensors({name: self._spans[name] for name in stored_names})

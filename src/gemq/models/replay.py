@@ -168,7 +168,7 @@ class Replay:
     def rest(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
         """Returns a layer's parameters and buffers on the device, except ``excluded``, by name inside the model."""
         if self.residency is not None:
-            return self.residency.rest(index, excluded)
+            return self.residency.read_layer(index, excluded)
         prefix = self.structure.layers[index].path + "."
         state = self.model.state_dict()
         return {name: t for name, t in state.items() if name.startswith(prefix) and name not in excluded}
@@ -200,6 +200,7 @@ class Replay:
         calls: list[Call] = []
         first_hidden: Tensor | None = None
         replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        share = self._shared_tensors.share
 
         def capture(hidden: Tensor, call: Call) -> Tensor:
             nonlocal first_hidden
@@ -208,9 +209,7 @@ class Replay:
             elif hidden is not first_hidden:
                 raise HiddenStatesChanged(len(calls))
             self._note_extra_arguments(call)
-            args = self._shared_tensors.share(call.args, replaced)
-            kwargs = self._shared_tensors.share(call.kwargs, replaced)
-            calls.append(Call(args, kwargs))
+            calls.append(Call(share(call.args, replaced), share(call.kwargs, replaced)))
             if len(calls) == len(self.layers):
                 raise _AllCaptured
             return hidden
@@ -245,7 +244,7 @@ class Replay:
         Returns:
             Its output [B, S, H].
         """
-        if self.residency is not None and not (overrides and self.residency.covered(index, overrides)):
+        if self.residency is not None and not (overrides and self.residency.covers(index, overrides)):
             self.residency.load(index)
         layer = self.layers[index]
         call = self._with_extra_arguments(index, hidden, call)

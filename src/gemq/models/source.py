@@ -100,9 +100,7 @@ class Source:
         if method is not None:
             if method not in READABLE_QUANTIZATIONS:
                 raise UserError(f"{self.path} is quantized already ({method}): give the full-precision model")
-            for part in (config, config.get_text_config()):
-                if hasattr(part, "quantization_config"):
-                    del part.quantization_config
+            _delete_quantization(config)
         return config
 
     def stored_config(self) -> Any:
@@ -368,23 +366,26 @@ def calibration_window(config: Any, seq_len: int | None) -> int:
 
 def _quantization_method(config: Any) -> str | None:
     """Returns the name of a stored model's quantization; None if it is not quantized."""
-    for part in (config, config.get_text_config()):
-        quantization = getattr(part, "quantization_config", None)
+    for section in (config, config.get_text_config()):
+        quantization = getattr(section, "quantization_config", None)
         if quantization is None:
             continue
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method")
-        else:
-            method = getattr(quantization, "quant_method", None)
+        is_dict = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if is_dict else getattr(quantization, "quant_method", None)
         return str(getattr(method, "value", method or "unknown"))
     return None
 
 
+def _delete_quantization(config: Any) -> None:
+    """Removes the description of a quantization from a configuration and from its text part."""
+    for section in (config, config.get_text_config()):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config
+
+
 def _forget_quantization(model: Any) -> None:
     """Makes a dequantized model an ordinary one, so that it is not quantized again when it is saved."""
-    for part in (model.config, model.config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    _delete_quantization(model.config)
     model.hf_quantizer = None
     model._weight_conversions = None  # they include dequantization; saving uses the family's own
 

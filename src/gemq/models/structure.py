@@ -281,15 +281,15 @@ def _read_experts(path: str, module: Any) -> Experts:
             f"cannot quantize {path}: its down_proj is {list(module.down_proj.shape)}; correct number and size of "
             "experts in config.json"
         )
-    first = _read_matrix(path, module, first_matrix_name(module))
-    down = _read_matrix(path, module, "down_proj")
-    expected = {first.name, down.name, f"{first.name}_bias", f"{down.name}_bias"}
+    first_matrix = _read_matrix(path, module, first_matrix_name(module))
+    down_matrix = _read_matrix(path, module, "down_proj")
+    expected = {name for m in (first_matrix, down_matrix) for name in (m.name, f"{m.name}_bias")}
     unknown = [n for n, p in module.named_parameters(recurse=False) if n not in expected and p.dim() >= 2]
     if unknown:
         raise UserError(
             f"cannot quantize {path}: unknown weights {', '.join(unknown)}; this family is not supported yet"
         )
-    return Experts(path, module.down_proj.shape[0], (first, down))
+    return Experts(path, module.down_proj.shape[0], (first_matrix, down_matrix))
 
 
 def _read_matrix(path: str, module: Any, name: str) -> Matrix:
