@@ -44,7 +44,7 @@ def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
     m = memory(40, 64, tmp_path)
     tensors = [some(10), some(2, 5) + 1, some(10).to(torch.int64), some(3)]
     batches = Batches(m, tensors)
-    assert [entry._tensor.place for entry in batches._entries] == [Place.DEVICE, Place.HOST, Place.DISK, Place.DISK]
+    assert [entry._tensor.location for entry in batches._entries] == [Place.DEVICE, Place.HOST, Place.DISK, Place.DISK]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batches, tensors, strict=True))
     assert m.spilled == {Place.HOST: 40, Place.DISK: 92}
     for i in range(4):

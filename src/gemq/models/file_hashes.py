@@ -37,12 +37,12 @@ def stop_hashing() -> None:
         _background.pop().close()
 
 
-def file_digests(directory: Path, known: Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Any]]:
+def file_digests(directory: Path, previous: Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Any]]:
     """Returns size, time of the last change in nanoseconds, and digest of each file of a checkpoint, by name.
 
     Args:
         directory: the checkpoint
-        known: an earlier result. Files with the same size and time are not read again.
+        previous: an earlier result. Files with the same size and time are not read again.
     """
     hasher = _background[-1] if _background else _FileHasher()
     try:
@@ -50,7 +50,7 @@ def file_digests(directory: Path, known: Mapping[str, Sequence[Any]] | None = No
         pending: dict[str, Future[str]] = {}
         for name, path in _checkpoint_files(directory).items():
             stat = path.stat()
-            records[name] = list((known or {}).get(name, ()))
+            records[name] = list((previous or {}).get(name, ()))
             if records[name][:2] != [stat.st_size, stat.st_mtime_ns]:
                 records[name] = [stat.st_size, stat.st_mtime_ns]
                 pending[name] = hasher.digest(path, stat)

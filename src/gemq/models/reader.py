@@ -221,8 +221,8 @@ class LayerReader:
         if layout := self._layouts.get(layer.kind(self._spans)):
             shapes = {name: (self._placeholders[name].shape, self.types[name]) for name in names}
             spans = []
-            for part in layout:
-                spans.append(Place(self._spans[stored_names[part.stored]], names[part.target], part.start))
+            for item in layout:
+                spans.append(Place(self._spans[stored_names[item.stored]], names[item.target], item.start))
             tensors = upload_to(device).placed(shapes, spans)
             self._check_layer(index, tensors)
             return tensors

@@ -320,16 +320,16 @@ class Source:
         with one_line_errors(f"cannot read the generation_config.json of {self.path}", "correct or delete it"):
             return GenerationConfig.from_pretrained(self.path, **options)
 
-    def fingerprint(self, known: Mapping[str, Sequence[Any]] | None = None) -> tuple[str, dict[str, list[Any]]]:
+    def fingerprint(self, previous: Mapping[str, Sequence[Any]] | None = None) -> tuple[str, dict[str, list[Any]]]:
         """Hashes the configuration, the tokenizer and every byte of the weights.
 
         Args:
-            known: an earlier second result. Files with the same size and time are not read again.
+            previous: an earlier second result. Files with the same size and time are not read again.
 
         Returns:
             The fingerprint, and size, time of the last change in nanoseconds, and SHA-256 of each file.
         """
-        files = file_digests(self.path, known)
+        files = file_digests(self.path, previous)
         digests = {name: record[2] for name, record in files.items()}
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16], files
 

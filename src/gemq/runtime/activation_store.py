@@ -136,22 +136,22 @@ class _StoredTensor:
     def _store(self, tensor: Tensor) -> None:
         """Reserves memory for ``tensor`` and stores it there."""
         self._bytes = tensor.numel() * tensor.element_size()
-        self.place = self._memory.place(self._bytes)
-        if self.place is not Place.DEVICE:
+        self.location = self._memory.place(self._bytes)
+        if self.location is not Place.DEVICE:
             self._tensor = self._allocate(tensor)
         self._write(tensor)
 
     def _allocate(self, like: Tensor) -> Tensor:
         """Returns an empty tensor in pinned host memory or in a new file."""
-        if self.place is Place.HOST:
+        if self.location is Place.HOST:
             return self._memory.pinned(like.shape, like.dtype)
         tensor, self._file = self._memory.mapped(like.shape, like.dtype)
         return tensor
 
     def _write(self, tensor: Tensor) -> None:
         """Writes ``tensor`` to the memory that is reserved for it."""
-        if self.place is not Place.DEVICE:
-            self._tensor.copy_(tensor.detach(), non_blocking=self.place is Place.HOST)
+        if self.location is not Place.DEVICE:
+            self._tensor.copy_(tensor.detach(), non_blocking=self.location is Place.HOST)
         elif isinstance(tensor, HiddenStates):
             self._tensor = tensor.detach()  # a plain tensor: the entry stores the extra outputs
         else:
@@ -159,10 +159,10 @@ class _StoredTensor:
 
     def load(self) -> Tensor:
         """Returns the tensor on the device."""
-        if self.place is Place.DEVICE:
+        if self.location is Place.DEVICE:
             return self._tensor
         # pinned copies are queued after the kernels that were launched earlier: one stream keeps the order
-        tensor = self._tensor.to(self._memory.device, non_blocking=self.place is Place.HOST)
+        tensor = self._tensor.to(self._memory.device, non_blocking=self.location is Place.HOST)
         if tensor is self._tensor:
             tensor = tensor.clone()  # an operation in place must not change the stored tensor
         return tensor
@@ -177,7 +177,7 @@ class _StoredTensor:
 
     def free(self) -> None:
         """Drops the tensor and frees its memory."""
-        self._memory.release(self.place, self._bytes)
+        self._memory.release(self.location, self._bytes)
         del self._tensor
         if self._file is not None:
             self._file.unlink(missing_ok=True)
