@@ -111,9 +111,9 @@ class Structure:
         layers_path: path of the list of decoder layers inside the model
         layers: the decoder layers
         parameters: number of parameters by kind, see ``PARAMETER_KINDS``; ``other`` is embeddings, norms and head
-        kept_linears: paths of large weights and of linears in decoder layers that stay unquantized: gates, linears
-            whose columns no group size divides, subclasses of Linear, shared experts stacked in one weight, experts
-            outside the language model
+        kept_linears: paths of large weights and of linears in decoder layers that stay unquantized: gates,
+            subclasses of Linear, linears whose columns no group size divides, shared experts stacked in one weight,
+            experts outside the language model
     """
 
     layers_path: str
