@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def by_hand(module, experts, call, weights=None):
-    """The block's output [T, H] put together from its steps."""
+    """Computes the block's output [T, H] from its steps."""
     first, down = weights or (expert_weight(module, m.name) for m in experts.matrices)
     routed = route(call.top_k_index, call.top_k_weights, experts.count)
     h = apply_first(module, experts.matrices[0].name, first, call.hidden[routed.token], routed)
@@ -53,15 +53,15 @@ def test_steps_reproduce_the_modules_output(family):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("family", [*MORE, OWN])
-def test_every_expert_on_every_token_gives_the_same(family):
+def test_every_expert_on_every_token_gives_the_same_output(family):
     module, _, call = first_call(family)
     if getattr(module, "batched_rows", False):
         pytest.skip("routes rows, not tokens")
-    given = call.hidden, call.top_k_index, call.top_k_weights
+    arguments = call.hidden, call.top_k_index, call.top_k_weights
     with torch.no_grad():
-        expected, found = experts_forward(module, *given), every_expert_forward(module, *given)
+        expected, output = experts_forward(module, *arguments), every_expert_forward(module, *arguments)
     scale = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6 * scale)
 
 
 @pytest.mark.sample
@@ -120,7 +120,7 @@ def test_route_sorts_pairs_by_expert():
 
 
 def test_indices_past_the_last_expert_are_dropped():
-    """Expert parallelism marks unused slots so; families with experts that do nothing route beyond E as well."""
+    """Expert parallelism marks unused slots this way. Families with idle experts also route beyond E."""
     index = torch.tensor([[3, 0], [4, 3], [1, 7]])
     weights = torch.arange(6.0).view(3, 2)
     routed = route(index, weights, 3)

@@ -21,7 +21,7 @@ from gemq.pipeline import layer_stages
 from gemq.pipeline.layer_stages import reverse_order, segment_length
 from gemq.planning.memory_model import Footprint
 from gemq.recipe import Recipe
-from gemq.runtime.activation_store import PASSED, Batches
+from gemq.runtime.activation_store import Batches, HiddenStates
 from gemq.runtime.memory import Bound, Memory, Place, Waiting, gigabytes
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
     m = memory(40, 64, tmp_path)
     tensors = [some(10), some(2, 5) + 1, some(10).to(torch.int64), some(3)]
     batches = Batches(m, tensors)
-    assert [slot.place for slot in batches._slots] == [Place.DEVICE, Place.HOST, Place.DISK, Place.DISK]
+    assert [entry._tensor.location for entry in batches._entries] == [Place.DEVICE, Place.HOST, Place.DISK, Place.DISK]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batches, tensors, strict=True))
     assert m.spilled == {Place.HOST: 40, Place.DISK: 92}
     for i in range(4):
@@ -62,19 +62,16 @@ def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("room", [1000, 0])
-def test_what_a_layer_passes_on_waits_with_its_hidden_states(room, tmp_path):
-    hidden, chosen = some(2, 3), torch.tensor([1, 2])
-    setattr(hidden, PASSED, {1: chosen, 2: "word"})
-    batches = Batches(memory(room, 0, tmp_path), [hidden])
+def test_extra_outputs_are_stored_with_hidden_states(room, tmp_path):
+    positions = torch.tensor([1, 2])
+    states = HiddenStates.with_extras(some(2, 3), {1: positions, 2: "word"})
+    batches = Batches(memory(room, 0, tmp_path), [states])
     for _ in range(2):
-        found = batches[0]
-        assert torch.equal(found, some(2, 3))
-        passed = getattr(found, PASSED)
-        assert torch.equal(passed[1], chosen)
-        assert passed[2] == "word"
-        again = found + 0
-        setattr(again, PASSED, passed)
-        batches[0] = again
+        loaded = batches[0]
+        assert torch.equal(loaded, some(2, 3))
+        assert torch.equal(loaded.extras[1], positions)
+        assert loaded.extras[2] == "word"
+        batches[0] = HiddenStates.with_extras(loaded + 0, loaded.extras)
 
 
 def test_without_a_directory_what_does_not_fit_is_refused():
@@ -129,7 +126,7 @@ def test_layers_read_alone_are_those_of_the_whole_model(family, tmp_path):
     model, reader = source.open(CPU, torch.float32)
     assert {name: reader.types[name] for name in stored} == stored
     residency = Residency(model, find_structure(model), reader, Memory.unlimited(CPU), torch.float32)
-    with residency.all():
+    with residency.all_layers():
         found = model.state_dict()
         assert found.keys() == whole.state_dict().keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())

@@ -1,4 +1,4 @@
-"""What the files of a model store, and what the model takes of it: all that is meant to be used is used."""
+"""Checks that a model takes every tensor that its files store, or that loading refuses the files."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ EXPERT = f"{LAYER}.mlp.experts.3"
 
 
 def to_codes(kind: torch.dtype, scale: str = "{}_scale", only: str = "proj.weight"):
-    """Changes weights to codes of a type with one scale each, without a word in config.json."""
+    """Changes weights to codes of a type with one scale each. config.json does not mention them."""
 
     def change(tensors):
-        found = {}
+        changed = {}
         for name, tensor in tensors.items():
-            found[name] = tensor
+            changed[name] = tensor
             if name.endswith(only):
                 largest = 448 if kind.is_floating_point else 127
                 factor = tensor.float().abs().max() / largest
-                found[name] = (tensor.float() / factor).to(kind)
+                changed[name] = (tensor.float() / factor).to(kind)
                 if scale:
-                    found[scale.format(name)] = factor.reshape(())
-        return found
+                    changed[scale.format(name)] = factor.reshape(())
+        return changed
 
     return change
 
 
 def without(*names):
+    """Removes tensors."""
     return lambda tensors: {n: t for n, t in tensors.items() if n not in names}
 
 
 def with_tensors(**shapes):
-    """Adds tensors; in their names two underscores stand for a dot."""
+    """Adds tensors of ones. Two underscores in a name stand for a dot."""
     return lambda tensors: {**tensors, **{n.replace("__", "."): torch.ones(shape) for n, shape in shapes.items()}}
 
 
 def fused(tensors):
-    """Experts of layer 1 fused beside those that are stored one by one."""
+    """Adds fused experts of layer 1, which also has separate ones."""
     experts = f"{LAYER}.mlp.experts"
     gate, up, down = (
         torch.stack([tensors[f"{experts}.{e}.{p}_proj.weight"] for e in range(6)]) for p in ("gate", "up", "down")
@@ -113,7 +114,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_model_would_not_take_as_it_is_meant_is_refused(case, tmp_path):
+def test_tensors_that_the_model_would_misread_are_refused(case, tmp_path):
     change, message = REFUSED[case]
     source = model_folder(tmp_path / "model")
     edit_tensors(source, change)
@@ -127,12 +128,12 @@ def test_what_the_model_would_not_take_as_it_is_meant_is_refused(case, tmp_path)
     assert not (tmp_path / "out.work").exists()
 
 
-def test_a_description_elsewhere_does_not_make_codes_weights(tmp_path):
+def test_a_description_in_another_file_does_not_help(tmp_path):
     """Some exporters describe their codes in hf_quant_config.json alone."""
     source = model_folder(tmp_path / "model")
     edit_tensors(source, to_codes(torch.float8_e4m3fn))
-    described = {"producer": {"name": "any"}, "quantization": {"quant_algo": "FP8"}}
-    (source / "hf_quant_config.json").write_text(json.dumps(described))
+    description = {"producer": {"name": "any"}, "quantization": {"quant_algo": "FP8"}}
+    (source / "hf_quant_config.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"config\.json has no quantization_config"):
         quantize(source)
 
@@ -146,17 +147,17 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_what_a_model_computes_itself_may_be_stored(case, tmp_path):
+def test_harmless_tensors_are_ignored(case, tmp_path):
     source = model_folder(tmp_path / "model")
     expected, _ = Source(source).load(CPU, None)
     edit_tensors(source, lambda t: {**t, **{name: torch.ones(shape) for name, shape in HARMLESS[case].items()}})
-    found, _ = Source(source).load(CPU, None)
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    loaded, _ = Source(source).load(CPU, None)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
     _, reader = Source(source).open(CPU, torch.float32)
     assert reader.left_out == []
 
 
-def test_modules_that_predict_several_tokens_are_left_out(tmp_path):
+def test_modules_that_predict_several_tokens_are_ignored_and_reported(tmp_path):
     source = model_folder(tmp_path / "model")
     names = [
         "mtp.fc.weight",
@@ -188,7 +189,7 @@ def test_types_that_torch_does_not_have_are_refused(kind, tmp_path):
 
 
 def test_integers_where_the_model_has_them_are_read(tmp_path):
-    """A table by which tokens are routed is no code of a weight."""
+    """Such as a table that routes tokens, which is no quantized weight."""
     source = model_folder(tmp_path / "model", "deepseek_v4")
     _, reader = Source(source).open(CPU, torch.float32)
     assert torch.int64 in reader.types.values()

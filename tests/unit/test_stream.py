@@ -103,7 +103,7 @@ def test_gradients_equal_whole_model_autograd(family):
         torch.testing.assert_close(gradient, expected[i], rtol=1e-6, atol=1e-6 * expected[i].abs().max().item())
 
 
-# Toy models: our own family with other layers. What does not fit is refused, what fits is replayed.
+# Toy models: our own family with other layers, which is replayed or refused.
 
 
 def toy(layer: type[OwnLayer], model: type[OwnModel] | None = None) -> OwnModel:
@@ -115,7 +115,7 @@ def toy(layer: type[OwnLayer], model: type[OwnModel] | None = None) -> OwnModel:
 
 
 class _Loop(OwnModel):
-    """The model's forward with ``between`` deciding how layers are strung together."""
+    """The model's forward, with a method ``between`` that runs the layers."""
 
     def forward(self, input_ids: Any = None, use_cache: Any = None, **kwargs: Any) -> CausalLMOutput:
         hidden = self.words(input_ids)
@@ -151,8 +151,8 @@ def test_layers_that_return_tuples():
 
 @pytest.mark.sample
 @pytest.mark.parametrize("kind", ["by place", "by name"])
-def test_what_layers_hand_on_travels_with_hidden_states(kind):
-    """Two batches at once, and a second pass over other hidden states: nothing of one shows in the other."""
+def test_extra_outputs_are_passed_with_hidden_states(kind):
+    """Two batches in turns: extra outputs of one must not reach the other."""
     model = toy(_TwoStreamsLayer, _TwoStreams if kind == "by place" else _NamedStream)
     replay = Replay(model, find_structure(model))
     replay.verify(tokens())
@@ -166,7 +166,7 @@ def test_what_layers_hand_on_travels_with_hidden_states(kind):
     leaf = replay.leaf(hidden)
     assert leaf.is_leaf
     assert leaf.requires_grad
-    assert replay.run(1, leaf, calls[1]).shape == hidden.shape  # takes along what belongs to it
+    assert replay.run(1, leaf, calls[1]).shape == hidden.shape  # with its extra outputs
 
 
 class _KeywordModel(_Loop):
@@ -186,7 +186,7 @@ class _KeywordLayer(OwnLayer):
 
 
 def test_layers_called_by_keyword():
-    """The replay hands hidden states on first in place, whatever the model does."""
+    """The replay passes hidden states as the first argument, however the model passes them."""
     model = toy(_KeywordLayer, _KeywordModel)
     replay = Replay(model, find_structure(model))
     replay.verify(tokens())
@@ -208,7 +208,7 @@ class _TwoStreamsLayer(OwnLayer):
 
 
 class _TwoStreams(_Loop):
-    """Layers hand something on beside hidden states, as sparse attention does with the positions that it chose."""
+    """Layers have extra outputs, such as the positions that sparse attention chose."""
 
     def between(self, hidden: Tensor, decay: Tensor) -> Tensor:
         memory = None
@@ -258,7 +258,7 @@ class _SkipModel(_Loop):
         (OwnLayer, _EarlyExit, r"has 3 decoder layers and calls 2"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_at_once(layer, model, message):
+def test_models_that_cannot_be_cut_are_refused_by_the_constructor(layer, model, message):
     toy_model = toy(layer, model)
     with pytest.raises(UserError, match=message) as caught:
         Replay(toy_model, find_structure(toy_model))
@@ -268,13 +268,13 @@ def test_what_cannot_be_cut_is_refused_at_once(layer, model, message):
 
 
 def test_a_skip_around_all_layers_is_replayed():
-    """It lies in the head and the tail of the model, which run as they are."""
+    """It belongs to the head and the tail of the model, which are not replaced."""
     model = toy(OwnLayer, _SkipModel)
     Replay(model, find_structure(model)).verify(tokens())
 
 
 class _SharedDictLayer(OwnLayer):
-    """As in models whose later layers reuse keys and values of earlier ones."""
+    """Like models whose later layers reuse keys and values of earlier ones."""
 
     def forward(self, hidden: Tensor, decay: Tensor, shared: dict[str, Tensor]) -> Any:  # type: ignore[override]
         if self.number == 0:
@@ -291,7 +291,7 @@ class _SharedDict(_Loop):
 
 
 class _MemoryLayer(OwnLayer):
-    """The first layer leaves something on the class for those behind: right only if batches do not overlap."""
+    """The first layer stores state on the class for later layers, which works only if batches do not alternate."""
 
     memory: Any = None
 
@@ -312,8 +312,8 @@ def test_layers_that_share_state_are_refused(layer, model):
 
 
 @pytest.mark.sample
-def test_errors_of_the_model_itself_are_not_renamed():
-    """A model whose own forward fails shares no state: the error comes as it is."""
+def test_errors_of_the_model_itself_are_not_converted():
+    """A failure of the model's own forward says nothing about shared state."""
     model = tiny("olmoe")
     replay = Replay(model, find_structure(model))
     with pytest.raises(IndexError):
@@ -321,7 +321,7 @@ def test_errors_of_the_model_itself_are_not_renamed():
 
 
 def test_a_model_that_this_transformers_cannot_run_is_refused(monkeypatch):
-    """As Llama 4 with its eyes in Transformers 5.24, whose parts give each other something else than expected."""
+    """Such as multimodal Llama 4 in Transformers 5.24, whose parts do not fit each other."""
     model = tiny("olmoe")
     replay = Replay(model, find_structure(model))
     monkeypatch.setattr(model, "forward", lambda **_: model.nothing.of.the.kind)
@@ -333,7 +333,7 @@ def test_a_model_that_this_transformers_cannot_run_is_refused(monkeypatch):
 
 @pytest.mark.sample
 def test_layers_keep_their_forward():
-    """Also one set on the instance, as accelerate's hooks are, and also after an error."""
+    """Including one that is set on the instance, as accelerate's hooks are, and after an error."""
     model = tiny("olmoe")
     structure = find_structure(model)
     layer = model.model.layers[1]

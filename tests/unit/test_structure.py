@@ -1,4 +1,4 @@
-"""Experts, routers and linears found by structure: known families, one of our own, and what is refused."""
+"""Experts, routers and linears found by structure: known families, one of our own, and refusals."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.layers.candidates import Quantizer, build_layer
 from gemq.layers.refinement import matrix_widths, refine_layer
 from gemq.models.replay import Replay
-from gemq.models.structure import FEWEST_ROWS, Structure, find_structure
+from gemq.models.structure import MIN_LINEAR_ROWS, Structure, find_structure
 from gemq.quant.widths import ExpertWidths
 
 torch.set_num_threads(1)
 
-# What each family's configuration means: experts a layer (None: dense), router's name, linears by kind.
+# Expectations by family: experts per layer (None: dense), name of the router, linears by kind.
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 MLA = {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
@@ -97,20 +97,20 @@ def test_same_on_the_meta_device(family):
     assert find_structure(skeleton) == find_structure(tiny(family))
 
 
-def test_what_stays_unquantized():
+def test_gates_and_odd_columns_stay_unquantized():
     assert find_structure(tiny("qwen2_moe")).kept_linears == tuple(
         f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 2)
     )
     config = tiny_config("deepseek_v2")
     config.kv_lora_rank = 24  # kv_b_proj then has 24 inputs, which no group size divides
     model = AutoModelForCausalLM.from_config(config)
-    kept = find_structure(model).kept_linears
-    assert kept == tuple(f"model.layers.{i}.self_attn.kv_b_proj" for i in range(3))
-    assert all(model.get_submodule(path).weight.shape[0] >= FEWEST_ROWS for path in kept)
+    unquantized = find_structure(model).kept_linears
+    assert unquantized == tuple(f"model.layers.{i}.self_attn.kv_b_proj" for i in range(3))
+    assert all(model.get_submodule(path).weight.shape[0] >= MIN_LINEAR_ROWS for path in unquantized)
 
 
-def test_subclasses_of_linear_are_kept_and_said():
-    """Their forward may be another one: never quantized, never left out in silence."""
+def test_subclasses_of_linear_stay_unquantized_and_are_reported():
+    """Their forward may compute something else."""
 
     class Grouped(nn.Linear):
         pass
@@ -122,15 +122,15 @@ def test_subclasses_of_linear_are_kept_and_said():
     assert structure.layers[0].linears == ()
 
 
-def test_quantized_share_of_the_whole_model():
-    """Nothing is skipped in silence: embeddings, head, norms and routers are all that is left."""
+def test_all_large_weights_are_quantized():
+    """Only embeddings, head, norms and routers are not."""
     structure = find_structure(tiny("olmoe"))
-    rest = structure.parameters["other"] + structure.parameters["router"]
+    unquantized = structure.parameters["other"] + structure.parameters["router"]
     linears = sum(x.rows * x.columns for layer in structure.layers for x in layer.linears)
-    assert structure.expert_weights + linears == structure.total_parameters - rest
+    assert structure.expert_weights + linears == structure.total_parameters - unquantized
 
 
-# Refusals. Each names the module.
+# Refusals. Each message names the module.
 
 
 def refused(model: nn.Module, match: str) -> None:
@@ -147,8 +147,8 @@ def test_dense_model_is_refused():
     refused(AutoModelForCausalLM.from_config(config), "LlamaForCausalLM has no experts.*dense model")
 
 
-def own(change) -> OwnModel:
-    """Our own family with ``change(block)`` done to every layer's block."""
+def own_family_with(change) -> OwnModel:
+    """Builds our own family and applies ``change`` to every layer's block."""
     model = tiny(OWN)
     for layer in model.stack:
         change(layer.block)
@@ -160,7 +160,7 @@ def test_list_of_expert_modules_is_refused():
         del block.pool
         block.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(5))
 
-    refused(own(change), r"stack\.0\.block\.experts \(ModuleList\).*not supported")
+    refused(own_family_with(change), r"stack\.0\.block\.experts \(ModuleList\).*not supported")
 
 
 def test_unknown_three_dimensional_weights_are_refused():
@@ -175,22 +175,22 @@ def test_unknown_three_dimensional_weights_are_refused():
 
         block.moe_weights = StrangeExperts()
 
-    refused(own(other_names), r"stack\.0\.block\.moe_weights \(StrangeExperts\)")
+    refused(own_family_with(other_names), r"stack\.0\.block\.moe_weights \(StrangeExperts\)")
 
     def one_more(block: OwnBlock) -> None:
         block.pool.low_rank = nn.Parameter(torch.zeros(5, 64, 8))
 
-    refused(own(one_more), r"stack\.0\.block\.pool: unknown weights low_rank")
+    refused(own_family_with(one_more), r"stack\.0\.block\.pool: unknown weights low_rank")
 
     def no_first(block: OwnBlock) -> None:
         block.pool.first = block.pool.gate_up_proj
         del block.pool.gate_up_proj
 
-    refused(own(no_first), r"stack\.0\.block\.pool: it has no 3-D weight 'gate_up_proj'")
+    refused(own_family_with(no_first), r"stack\.0\.block\.pool: it has no 3-D weight 'gate_up_proj'")
 
 
 def test_unnamed_three_dimensional_weights_are_refused():
-    """Routed experts under a name and class that say nothing, in one layer of a model that is fine otherwise."""
+    """Routed experts with meaningless names in a single layer."""
     model = tiny(OWN)
 
     class Mystery(nn.Module):
@@ -206,19 +206,19 @@ def test_ambiguous_router_is_refused():
     def change(block: OwnBlock) -> None:
         block.other_chooser = nn.Linear(64, 5)
 
-    refused(own(change), r"routes to stack\.0\.block\.pool .*chooser.*other_chooser")
+    refused(own_family_with(change), r"routes to stack\.0\.block\.pool .*chooser.*other_chooser")
 
     def none(block: OwnBlock) -> None:
         block.chooser = nn.Identity()
 
-    refused(own(none), r"routes to stack\.0\.block\.pool \(candidates: none\)")
+    refused(own_family_with(none), r"routes to stack\.0\.block\.pool \(candidates: none\)")
 
 
 def test_router_by_name_wins():
     def change(block: OwnBlock) -> None:
         block.router, block.chooser = block.chooser, nn.Linear(64, 5)
 
-    assert find_structure(own(change)).layers[0].router == "stack.0.block.router"
+    assert find_structure(own_family_with(change)).layers[0].router == "stack.0.block.router"
 
 
 @pytest.mark.parametrize(("inner", "hidden", "name"), [(24, 64, "down_proj"), (32, 40, "gate_up_proj")])
@@ -239,7 +239,7 @@ def test_experts_outside_the_layers_are_refused():
     refused(model, r"outside one list of decoder layers")
 
 
-# A family that exists nowhere else goes the whole way.
+# A family of our own, from quantization to loading.
 
 
 @pytest.mark.sample
@@ -284,7 +284,7 @@ def test_own_family_end_to_end(tmp_path):
     )
     loaded = gemq.load(tmp_path / "packed", dtype=torch.float32)
     with torch.no_grad():
-        # refine left the same weights in the model; float32 sums in another order (all experts on all tokens)
+        # reconstruction left the same weights in the model; float32 sums take another order
         torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -298,7 +298,7 @@ def packed_format(structure: Structure, widths: list[ExpertWidths]) -> PackedFor
 
 @pytest.mark.sample
 def test_no_family_names_in_the_source():
-    """Structure, not names: no model_type of Transformers stands as a literal in the package."""
+    """Families are recognised by structure: no model_type of Transformers is a literal in the package."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     moe_like = {name for name in CONFIG_MAPPING_NAMES if re.search(r"\d|_|moe|mixtral|olmo|deepseek|jamba", name)}

@@ -5,7 +5,7 @@ around the experts run on each rank's windows of a micro-batch if these can be d
 the experts are all-gathered. Otherwise every rank runs them on all windows. On a CPU the result equals that of one rank
 bit for bit: pairs are concatenated, never summed.
 
-Shapes: P routed pairs sorted by expert, H hidden size.
+Shapes: P pairs of token and expert, sorted by expert, T tokens, K experts per token, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gemq.models.structure import Experts
 from gemq.runtime.ranks import Ranks
 
 _SPLIT = "gemq_split"
+"""Attribute of an experts module that is sharded."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Split:
     """``count`` experts divided over ``ranks``. The module holds the weights of this rank's experts.
 
     Attributes:
+        ranks: the processes that share the experts
+        count: number of experts of all ranks
         sharded: every rank has other tokens [T', ...], equally many; otherwise all ranks have the same tokens
     """
 
@@ -39,58 +42,62 @@ class Split:
     sharded: bool = False
 
     @property
-    def own(self) -> slice:
+    def local_experts(self) -> slice:
         """This rank's experts."""
         return self.ranks.local_slice(self.count)
 
-    def same(self, top_k_index: Tensor) -> Tensor:
-        """The routing [T, K] of rank 0, for all ranks: on GPUs, rounding could make it differ."""
+    def broadcast_routing(self, top_k_index: Tensor) -> Tensor:
+        """Returns rank 0's routing [T, K] on all ranks: on GPUs, rounding could make it differ."""
         if self.sharded or top_k_index.device.type == "cpu":
             return top_k_index
-        chosen = top_k_index.contiguous().clone()
-        self.ranks.broadcast_into(chosen, 0)
-        return chosen
+        index = top_k_index.contiguous().clone()
+        self.ranks.broadcast_into(index, 0)
+        return index
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """Rows [T, ...] of the tokens of all ranks."""
+        """Returns the rows [T, ...] of the tokens of all ranks."""
         return self.ranks.all_gather(rows) if self.sharded else rows
 
     def reduce(self, rows: Tensor) -> Tensor:
-        """The sum of ``rows`` [T, ...] over ranks, for the tokens of this rank. Overwrites ``rows``."""
+        """Returns the sum of ``rows`` [T, ...] over ranks, for the tokens of this rank. Overwrites ``rows``."""
         if self.sharded:
             return self.ranks.reduce_scatter(rows)
         self.ranks.all_reduce(rows)
         return rows
 
-    def rows(self, counts: Sequence[int]) -> list[slice]:
-        """Each rank's pairs, of ``counts`` pairs of each expert."""
+    def rows_by_rank(self, counts: Sequence[int]) -> list[slice]:
+        """Returns each rank's range of pairs, where ``counts`` are the pairs of each expert."""
         ends = [0, *itertools.accumulate(counts)]
-        return [slice(ends[part.start], ends[part.stop]) for part in self.ranks.slices(self.count)]
+        return [slice(ends[experts.start], ends[experts.stop]) for experts in self.ranks.slices(self.count)]
 
-    def take(self, pairs: Tensor, rows: list[slice]) -> Tensor:
-        """This rank's rows of ``pairs`` [P, H], which every rank has. Their gradients come from all ranks."""
-        return _Take.apply(pairs, self.ranks, rows)
+    def local_pairs(self, rows: Tensor, rows_by_rank: list[slice]) -> Tensor:
+        """Selects this rank's rows of [P, H], which all ranks have. Their gradients are gathered from all ranks."""
+        return _LocalPairs.apply(rows, self.ranks, rows_by_rank)
 
-    def with_all_gradients(self, tensor: Tensor) -> Tensor:
-        """All tokens' rows [T, ...], of which every rank uses a part; the gradient is then the sum over all ranks."""
-        return _Everywhere.apply(tensor, self)
+    def gather_pairs(self, local_rows: Tensor, rows_by_rank: list[slice]) -> Tensor:
+        """Gathers the rows [P, H] of all pairs on every rank. Their gradient must be equal on all ranks."""
+        return _GatherPairs.apply(local_rows, self.ranks, rows_by_rank)
 
-    def join(self, own: Tensor, rows: list[slice]) -> Tensor:
-        """All pairs [P, H] on every rank, from each rank's own. Every rank has the gradient of all."""
-        return _Join.apply(own, self.ranks, rows)
+    def gather_weights(self, top_k_weights: Tensor) -> Tensor:
+        """Returns the routing weights [T, K] of all tokens, of which every rank uses a part.
+
+        Their gradient is summed over ranks.
+        """
+        return _GatherWeights.apply(top_k_weights, self)
 
 
 def own_experts(model: Any, experts: Experts, ranks: Ranks) -> slice:
-    """This rank's of a layer's experts where they run on several ranks.
+    """Returns this rank's experts of a layer that runs on several ranks.
 
-    All of them where their class computes them itself (see ``models.experts_adapter``): it stays whole on every rank.
+    These are all experts where the module's class computes them itself (see ``models.experts_adapter``). Such a module
+    is not sharded.
     """
-    adopted = hasattr(model.get_submodule(experts.path), "batched_rows")
-    return slice(0, experts.count) if adopted else ranks.local_slice(experts.count)
+    is_adopted = hasattr(model.get_submodule(experts.path), "batched_rows")
+    return slice(0, experts.count) if is_adopted else ranks.local_slice(experts.count)
 
 
 def can_shard_windows(model: Any, experts: Experts, ranks: Ranks) -> bool:
-    """Whether a layer's experts, run on several ranks, take each rank's own tokens: in grouped products alone."""
+    """Returns whether ranks can run a layer's experts on other tokens each. Only grouped products support this."""
     if own_experts(model, experts, ranks) == slice(0, experts.count):
         return False
     module = model.get_submodule(experts.path)
@@ -100,9 +107,13 @@ def can_shard_windows(model: Any, experts: Experts, ranks: Ranks) -> bool:
 
 @contextmanager
 def split_experts(model: Any, experts: Experts | None, ranks: Ranks, sharded: bool = False) -> Iterator[None]:
-    """Lets a layer run with the weights of ``own_experts`` alone. Other ranks hold the other experts.
+    """Shards a layer's experts while the context is open.
 
-    sharded: every rank runs other tokens
+    Args:
+        model: its layer holds the weights of this rank's experts (see ``own_experts``)
+        experts: of the layer; None in a dense layer
+        ranks: the processes that share the experts
+        sharded: whether every rank runs other tokens
     """
     if experts is None or own_experts(model, experts, ranks) == slice(0, experts.count):
         yield
@@ -115,53 +126,67 @@ def split_experts(model: Any, experts: Experts | None, ranks: Ranks, sharded: bo
         delattr(module, _SPLIT)
 
 
-def join_experts(model: Any, experts: Experts, ranks: Ranks, own: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors [E, ...] of all experts, from those of each rank's ``own_experts``."""
+def join_experts(model: Any, experts: Experts, ranks: Ranks, local_tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gathers tensors [E, ...] of all experts from those of each rank's experts (see ``own_experts``)."""
     if own_experts(model, experts, ranks) == slice(0, experts.count):
-        return [ranks.broadcast(tensor, 0) for tensor in own]
-    return ranks.all_gather_cat(own)
+        return [ranks.broadcast(tensor, 0) for tensor in local_tensors]
+    return ranks.all_gather_cat(local_tensors)
 
 
-def split_of(module: Any) -> Split | None:
+def sharding_of(module: Any) -> Split | None:
+    """Returns the sharding of an experts module; None if it holds all experts."""
     return getattr(module, _SPLIT, None)
 
 
-class _Everywhere(torch.autograd.Function):
+class _GatherWeights(torch.autograd.Function):
+    """All-gather whose gradient is summed over ranks."""
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        whole = split.all_gather(tensor)
-        return whole.view_as(whole)
+    def forward(ctx: Any, weights: Tensor, sharding: Split) -> Tensor:
+        """[T', K] -> [T, K]."""
+        ctx.sharding = sharding
+        gathered = sharding.all_gather(weights)
+        return gathered.view_as(gathered)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.split.reduce(gradient.contiguous().clone()), None
+        """[T, K] -> [T', K]."""
+        return ctx.sharding.reduce(gradient.contiguous().clone()), None
 
 
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pairs: Tensor, ranks: Ranks, rows: list[slice]) -> Tensor:
-        ctx.ranks, ctx.rows, ctx.pairs = ranks, rows, len(pairs)
-        return pairs[rows[ranks.rank]].clone()
+class _LocalPairs(torch.autograd.Function):
+    """Selection of this rank's rows, whose gradient is gathered."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _joined(gradient, ctx.ranks, ctx.rows, ctx.pairs), None, None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, ranks: Ranks, rows: list[slice]) -> Tensor:
-        ctx.ranks, ctx.rows = ranks, rows
-        return _joined(own, ranks, rows, rows[-1].stop)
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, rows_by_rank: list[slice]) -> Tensor:
+        """[P, H] -> [P', H]."""
+        ctx.ranks, ctx.rows_by_rank, ctx.num_pairs = ranks, rows_by_rank, len(rows)
+        return rows[rows_by_rank[ranks.rank]].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[ctx.rows[ctx.ranks.rank]].contiguous(), None, None
+        """[P', H] -> [P, H]."""
+        return _gather_rows(gradient, ctx.ranks, ctx.rows_by_rank, ctx.num_pairs), None, None
 
 
-def _joined(own: Tensor, ranks: Ranks, rows: list[slice], pairs: int) -> Tensor:
-    whole = own.new_zeros(pairs, own.shape[1])
-    whole[rows[ranks.rank]] = own
-    ranks.broadcast_slices(whole, rows)
-    return whole
+class _GatherPairs(torch.autograd.Function):
+    """Gather of all ranks' rows, whose gradient is selected."""
+
+    @staticmethod
+    def forward(ctx: Any, local_rows: Tensor, ranks: Ranks, rows_by_rank: list[slice]) -> Tensor:
+        """[P', H] -> [P, H]."""
+        ctx.ranks, ctx.rows_by_rank = ranks, rows_by_rank
+        return _gather_rows(local_rows, ranks, rows_by_rank, rows_by_rank[-1].stop)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """[P, H] -> [P', H]."""
+        return gradient[ctx.rows_by_rank[ctx.ranks.rank]].contiguous(), None, None
+
+
+def _gather_rows(local_rows: Tensor, ranks: Ranks, rows_by_rank: list[slice], num_pairs: int) -> Tensor:
+    """Returns the rows [P, H] of all ranks, where each rank has its range of ``rows_by_rank``."""
+    rows = local_rows.new_zeros(num_pairs, local_rows.shape[1])
+    rows[rows_by_rank[ranks.rank]] = local_rows
+    ranks.broadcast_slices(rows, rows_by_rank)
+    return rows

@@ -1,18 +1,18 @@
-"""The routed experts' arithmetic, step by step and with any weights.
+"""The arithmetic of routed experts, step by step and with any weights.
 
-Transformers' own experts modules compute a whole block with their own weights. Calibration needs more: the input of
-``down_proj`` for its Hessian, and every routed pair's output with other weights. Everything a family adds (clamps,
-biases, interleaved gates, a norm behind each expert) is taken from the module itself.
+Transformers' own experts modules compute a whole block with their own weights. Calibration also needs the input of
+``down_proj`` for its Hessian, and every pair's output with other weights. Everything that a family adds (clamps,
+biases, interleaved gates, a norm after each expert) is taken from the module itself.
 
-Shapes: T tokens, K experts a token, P = T * K routed pairs sorted by expert, E experts, H hidden, I intermediate.
+Shapes: T tokens, K experts per token, P = T * K pairs of token and expert, sorted by expert, E experts, H hidden size,
+I intermediate size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,156 +20,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from gemq.errors import UserError
 from gemq.kernels.expert_inputs import passed_on, routing_of_rows
 from gemq.models import grouped
-from gemq.models.expert_parallel import Split, split_of
+from gemq.models.expert_parallel import Split, sharding_of
+from gemq.models.expert_routing import Routed, route, route_all, route_own
+from gemq.models.structure import first_matrix_name
 
-IMPLEMENTATION = "gemq_calibration"
-EVERY_EXPERT = "gemq_every_expert"
+PAIRWISE_IMPLEMENTATION = "gemq_calibration"
+"""Name of ``experts_forward`` in Transformers' table of experts implementations."""
 
-EVERY_BYTES = 1 << 28
-"""For what every expert makes of every token: see ``every_expert_forward``."""
+ALL_PAIRS_IMPLEMENTATION = "gemq_every_expert"
+"""Name of ``every_expert_forward`` in that table."""
 
+MAX_ALL_PAIRS_BYTES = 1 << 28
+"""Upper bound for the intermediates of ``every_expert_forward``."""
 
-@dataclass
-class Routed:
-    """The routed pairs of one call of an experts module, sorted by expert.
-
-    token:  [P] int64, row of the call's hidden states
-    expert: [P] int64
-    weight: [P] routing weight, differentiable where the call's was
-    ends:   [E] int32, where each expert's pairs end, on the device
-    place:  [T, K] int64, where a token's pairs lie, if all T * K are here
-    owners: [E] int64, whose bias an expert's pairs get, if not their own number's (see ``stacked``)
-    kept:   [1] int32 on the device, how many of the first pairs are none that should have been dropped; None: all
-    """
-
-    token: Tensor
-    expert: Tensor
-    weight: Tensor
-    ends: Tensor
-    place: Tensor | None = None
-    owners: Tensor | None = None
-    kept: Tensor | None = None
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Pairs of each expert. Waits for the device, once."""
-        return _differences(self.ends.tolist())
-
-    def stacked(self, experts: slice, times: int) -> Routed:
-        """The pairs of some experts, ``times`` times one after another, as if each time to experts of its own.
-
-        ``experts`` has a start and a stop. For weights [times * E', ...], which are several versions of some experts'.
-        """
-        counts = self.counts[experts]
-        start, count = sum(self.counts[: experts.start]), sum(counts)
-        rows = slice(start, start + count)
-        every = torch.arange(times, device=self.token.device).unsqueeze(1)
-        result = Routed(
-            self.token[rows].repeat(times),
-            (self.expert[rows] - experts.start + every * len(counts)).flatten(),
-            self.weight[rows].repeat(times),
-            (self.ends[experts] - start + every.int() * count).flatten(),
-            owners=torch.arange(experts.start, experts.stop, device=self.token.device).repeat(times),
-        )
-        result.counts = counts * times
-        return result
-
-
-def route(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Routed:
-    """Sorts a call's routing (index and weights [T, K]) by expert. Indices past the last expert are dropped."""
-    expert, order, ends = _sorted(top_k_index, experts)
-    counts = _differences(ends.tolist())
-    pairs = sum(counts)
-    order = order[:pairs]
-    routed = Routed(order // top_k_index.shape[-1], expert[:pairs], top_k_weights.reshape(-1)[order], ends)
-    routed.counts = counts
-    return routed
-
-
-def route_all(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Routed:
-    """As ``route``, without waiting for the device to know how many are dropped.
-
-    Pairs of indices past the last expert go to that expert, with a weight of zero.
-    """
-    expert, order, ends = _sorted(top_k_index, experts)
-    weight = top_k_weights.reshape(-1)[order]
-    weight = torch.where(expert < experts, weight, torch.zeros_like(weight))
-    kept = ends[-1:].clone()
-    ends[-1:].fill_(len(order))  # assigning a number would wait for the device
-    token = order // top_k_index.shape[-1]
-    return Routed(token, expert.clamp(max=experts - 1), weight, ends, _places(order, top_k_index), kept=kept)
-
-
-def route_own(top_k_index: Tensor, top_k_weights: Tensor, own: slice) -> Routed:
-    """The pairs of some of the experts, counted from the first of these, and behind them all others, in no group.
-
-    Does not wait for the device. ``own`` has a start and a stop.
-    """
-    count = own.stop - own.start
-    inside = (top_k_index >= own.start) & (top_k_index < own.stop)
-    expert, order, ends = _sorted(torch.where(inside, top_k_index - own.start, count), count)
-    token, weight = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order]
-    owners = torch.arange(own.start, own.stop, device=order.device)
-    return Routed(token, expert.clamp(max=count - 1), weight, ends, _places(order, top_k_index), owners)
-
-
-def route_in_groups(call: ExpertsCall, weights: Sequence[Tensor], experts: int) -> Routed:
-    """``route_all`` where products with these weights are grouped, and nothing waits for the device; else ``route``."""
-    return (route_all if grouped.usable(call.hidden, *weights) else route)(
-        call.top_k_index, call.top_k_weights, experts
-    )
-
-
-def route_to(call: ExpertsCall, own: slice, weight: Tensor) -> Routed:
-    """A call's pairs with some of the experts, counted from the first of these, for products with ``weight``.
-
-    Where products are grouped, all other pairs follow in no group, and nothing waits for the device.
-    """
-    routed = route_own(call.top_k_index, call.top_k_weights, own)
-    if grouped.usable(call.hidden, weight):
-        return routed
-    pairs = int(routed.ends[-1])
-    return Routed(routed.token[:pairs], routed.expert[:pairs], routed.weight[:pairs], routed.ends, owners=routed.owners)
-
-
-def _places(order: Tensor, top_k_index: Tensor) -> Tensor:
-    """``Routed.place`` of pairs in an order."""
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return place.view(top_k_index.shape)
-
-
-def _differences(ends: list[int]) -> list[int]:
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _sorted(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts of the pairs in their order, the pairs in that order, and ``Routed.ends``."""
-    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    numbers = torch.arange(experts, device=expert.device, dtype=expert.dtype)
-    return expert, order, torch.searchsorted(expert, numbers, right=True, out_int32=True)
+MAX_ARITHMETIC_ERROR = 2e-2
+"""Allowed relative difference from the module's own class. Other orders of sums, and bfloat16, stay below 4e-3."""
 
 
 @dataclass
 class ExpertsCall:
-    """What one forward pass of a layer gave to its experts module and got back."""
+    """Arguments and result of an experts module in one forward pass of a layer.
+
+    Attributes:
+        hidden: [T, H]
+        top_k_index: [T, K] int64
+        top_k_weights: [T, K]
+        output: [T, H]
+    """
 
     hidden: Tensor
-    """[T, H]"""
     top_k_index: Tensor
-    """[T, K] int64"""
     top_k_weights: Tensor
-    """[T, K]"""
     output: Tensor
-    """[T, H]"""
 
 
 @contextmanager
 def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
-    """Collects the calls of an experts module while the context is open.
+    """Records the calls of an experts module while the context is open.
 
-    The arguments come from the call itself, never from the router's output, whose order differs between families.
+    The arguments are read from the call itself, not from the router's output, whose order differs between families.
     """
     calls: list[ExpertsCall] = []
 
@@ -184,119 +76,173 @@ def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
 
 
 def call_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None = None) -> ExpertsCall:
-    """The call of an experts module from its arguments, with an empty output if there is none yet."""
+    """Reads an experts call from its arguments. Without ``output``, that of the call is empty."""
     hidden, *routing = (*args, *kwargs.values())[:3]
     if getattr(module, "batched_rows", False):
-        routing = list(routing_of_rows(hidden, expert_count(module)))
-    index, weights = routing
-    if index.is_floating_point():  # a family that passes weights before indices
+        index, weights = routing_of_rows(hidden, expert_count(module))
+    else:
+        index, weights = routing
+    if index.is_floating_point():  # some families pass weights before indices
         index, weights = weights, index
-    output = hidden.new_empty(0) if output is None else output
+    if output is None:
+        output = hidden.new_empty(0)
     return ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
 
 
+def route_in_groups(call: ExpertsCall, weights: Sequence[Tensor], experts: int) -> Routed:
+    """Sorts a call's pairs by expert, without waiting for the device if products with ``weights`` can be grouped."""
+    function = route_all if grouped.usable(call.hidden, *weights) else route
+    return function(call.top_k_index, call.top_k_weights, experts)
+
+
+def route_to(call: ExpertsCall, local_experts: slice, weight: Tensor) -> Routed:
+    """Sorts a call's pairs with local experts, numbered from the first of these, for products with ``weight``.
+
+    Where products are grouped, nothing waits for the device, and all other pairs follow in no group.
+    """
+    pairs = route_own(call.top_k_index, call.top_k_weights, local_experts)
+    if grouped.usable(call.hidden, weight):
+        return pairs
+    count = int(pairs.ends[-1])
+    return Routed(pairs.token[:count], pairs.expert[:count], pairs.weight[:count], pairs.ends, owners=pairs.owners)
+
+
 def expert_count(module: Any) -> int:
-    """Experts of an experts module, packed or not."""
+    """Returns the number of experts of an experts module, packed or not."""
     down = module.down_proj
     return int(down.shape[0] if isinstance(down, Tensor) else down.num_experts)
 
 
 def oriented(module: Any, name: str) -> Tensor:
-    """An experts module's weight as [E, rows, columns]: outputs by inputs, whatever the family's layout."""
+    """Returns an experts module's weight as [E, outputs, inputs], whatever the family's layout is."""
     weight = getattr(module, name)
     return weight.transpose(1, 2) if module.is_transposed else weight
 
 
 def expert_weight(module: Any, name: str) -> Tensor:
-    """``oriented``, outside autograd."""
+    """Returns ``oriented`` outside autograd."""
     return oriented(module, name).detach()
 
 
-def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, routed: Routed) -> Tensor:
-    """Inputs x [P, H] and weights [E, rows, H] of the matrix ``name`` -> what ``down_proj`` receives, [P, I]."""
-    out = _product(x, weight, _bias(module, name, routed), routed)
+def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: Routed) -> Tensor:
+    """Computes the input of ``down_proj``.
+
+    Args:
+        module: the experts module, for its bias and gate
+        name: of the first matrix
+        weight: its weights [E, rows, H]
+        x: inputs [P, H]
+        pairs: the pairs of x
+
+    Returns:
+        [P, I].
+    """
+    output = _expert_linear(x, weight, _bias(module, name, pairs), pairs)
     if not module.has_gate:
-        return module.act_fn(out)
-    return grouped.gate(module, out) if grouped.usable(x, weight) else module._apply_gate(out)
+        return module.act_fn(output)
+    return grouped.gate(module, output) if grouped.usable(x, weight) else module._apply_gate(output)
 
 
-def apply_down(module: Any, weight: Tensor, h: Tensor, routed: Routed) -> Tensor:
-    """Intermediates h [P, I] and down weights [E, H, I] -> each pair's output [P, H], not yet times its weight."""
-    out = _product(h, weight, _bias(module, "down_proj", routed), routed)
-    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+def apply_down(module: Any, weight: Tensor, h: Tensor, pairs: Routed) -> Tensor:
+    """Computes each pair's output [P, H], not yet multiplied by its routing weight.
+
+    Args:
+        module: the experts module, for its bias and norm
+        weight: of ``down_proj`` [E, H, I]
+        h: inputs [P, I]
+        pairs: the pairs of h
+    """
+    output = _expert_linear(h, weight, _bias(module, "down_proj", pairs), pairs)
+    return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
 
-def _bias(module: Any, name: str, routed: Routed) -> Tensor | None:
+def _bias(module: Any, name: str, pairs: Routed) -> Tensor | None:
+    """Returns the biases [E, rows] of a matrix; None if the module has none."""
     if not module.has_bias:
         return None
     bias = getattr(module, f"{name}_bias")
-    return bias if routed.owners is None else bias[routed.owners]
+    return bias if pairs.owners is None else bias[pairs.owners]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
-    """One linear per expert over its slice of the sorted pairs: [P, columns] -> [P, rows]."""
+def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Routed) -> Tensor:
+    """Applies each expert's linear to its pairs: [P, columns] -> [P, rows]."""
     if grouped.usable(x, weight):
-        out = grouped.linear(x, weight, routed.ends)
-        return out if bias is None else out + bias[routed.expert]
-    counts = routed.counts
-    most = max(counts, default=0)
-    if x.device.type == "cuda" and len(counts) * most <= 4 * len(x):
-        # one batched product over padded slices: launches, not arithmetic, bound small experts on a GPU
-        starts = F.pad(routed.ends[:-1], (1, 0))
-        slot = torch.arange(len(x), device=x.device) + (routed.expert * most - starts[routed.expert])
-        padded = x.new_zeros(len(counts) * most, x.shape[1]).index_copy(0, slot, x).unflatten(0, (-1, most))
-        out = torch.bmm(padded, weight.transpose(1, 2)).flatten(0, 1).index_select(0, slot)
-        return out if bias is None else out + bias[routed.expert]
-    return grouped.looped(x, weight, bias, counts)
+        output = grouped.linear(x, weight, pairs.ends)
+        return output if bias is None else output + bias[pairs.expert]
+    counts = pairs.counts
+    max_count = max(counts, default=0)
+    if x.device.type == "cuda" and len(counts) * max_count <= 4 * len(x):
+        # one batched product over padded slices: small experts on a GPU are bound by launches, not by arithmetic
+        starts = F.pad(pairs.ends[:-1], (1, 0))
+        slot = torch.arange(len(x), device=x.device) + (pairs.expert * max_count - starts[pairs.expert])
+        padded = x.new_zeros(len(counts) * max_count, x.shape[1]).index_copy(0, slot, x).unflatten(0, (-1, max_count))
+        output = torch.bmm(padded, weight.transpose(1, 2)).flatten(0, 1).index_select(0, slot)
+        return output if bias is None else output + bias[pairs.expert]
+    return grouped.looped_linear(x, weight, bias, counts)
 
 
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """A whole experts block, [T, H] -> [T, H], as a Transformers experts implementation. Differentiable in weights.
+    """Computes an experts block [T, H] -> [T, H], as a Transformers experts implementation. Differentiable in weights.
 
-    Sums over a token's experts in a fixed order. Faster here than Transformers' own: on CPU than ``grouped_mm``,
-    which loops there, and for float32 on a GPU.
+    Sums over a token's experts in a fixed order. Faster here than Transformers' own ``grouped_mm``: on a CPU, where
+    that loops, and for float32 on a GPU.
     """
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    matrices = oriented(module, first), oriented(module, "down_proj")
-    in_groups = grouped.usable(hidden, *matrices)
-    split = split_of(module)
-    count = len(matrices[1]) if split is None else split.count
-    if split is not None:
-        top_k_index = split.same(top_k_index)
-    if in_groups and split is not None:
-        own = route_own(split.all_gather(top_k_index), split.with_all_gradients(top_k_weights), split.own)
-        out = _grouped(module, first, hidden, own, split)
-    elif in_groups:
-        out = _grouped(module, first, hidden, route_all(top_k_index, top_k_weights, count), None)
-    else:
-        routed = route(top_k_index, top_k_weights, count)
-        if split is None:
-            h = apply_first(module, first, matrices[0], hidden.index_select(0, routed.token), routed)
-            out = apply_down(module, matrices[1], h, routed)
+    weights = _weights(module)
+    sharding = sharding_of(module)
+    count = len(weights[1]) if sharding is None else sharding.count
+    if sharding is not None:
+        top_k_index = sharding.broadcast_routing(top_k_index)
+    if grouped.usable(hidden, *weights):
+        if sharding is None:
+            pairs = route_all(top_k_index, top_k_weights, count)
         else:
-            out = _split_pairs(split, module, first, hidden, routed)
-        out = out * routed.weight.unsqueeze(1)
-        out = torch.zeros_like(hidden).index_add(0, routed.token, out.to(hidden.dtype))
+            all_index = sharding.all_gather(top_k_index)
+            pairs = route_own(all_index, sharding.gather_weights(top_k_weights), sharding.local_experts)
+        output = _grouped_block(module, hidden, pairs, sharding)
+    else:
+        pairs = route(top_k_index, top_k_weights, count)
+        if sharding is None:
+            output = _pair_outputs(module, weights, hidden.index_select(0, pairs.token), pairs)
+        else:
+            output = _sharded_pair_outputs(module, weights, hidden, pairs, sharding)
+        output = output * pairs.weight.unsqueeze(1)
+        output = torch.zeros_like(hidden).index_add(0, pairs.token, output.to(hidden.dtype))
     if getattr(module, "passes_on", False):
-        out = out + passed_on(hidden, top_k_index, top_k_weights, count)
-    return out
+        output = output + passed_on(hidden, top_k_index, top_k_weights, count)
+    return output
 
 
-def _split_pairs(split: Split, module: Any, first: str, hidden: Tensor, routed: Routed) -> Tensor:
-    """Every pair's output [P, H] on every rank, where the module has this rank's experts. ``hidden`` [T, H]."""
-    matrices = oriented(module, first), oriented(module, "down_proj")
-    own, rows = routed.stacked(split.own, 1), split.rows(routed.counts)
-    x = split.take(hidden.index_select(0, routed.token), rows)
-    out = apply_down(module, matrices[1], apply_first(module, first, matrices[0], x, own), own)
-    if not len(x):  # no pair for this rank: zero gradients, as an expert without pairs has beside others
-        out = out + x.sum() + 0 * sum(matrix.sum() for matrix in matrices)
-    return split.join(out, rows)
+def _weights(module: Any) -> tuple[Tensor, Tensor]:
+    """Returns the module's first and second matrices, each [E, outputs, inputs]."""
+    return oriented(module, first_matrix_name(module)), oriented(module, "down_proj")
 
 
-def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Split | None) -> Tensor:
-    """Every token's weighted sum over its experts [T, H], in grouped products; nothing waits for the GPU.
+def _pair_outputs(module: Any, weights: tuple[Tensor, Tensor], x: Tensor, pairs: Routed) -> Tensor:
+    """Computes both matrices of every pair: [P, H] -> [P, H]."""
+    h = apply_first(module, first_matrix_name(module), weights[0], x, pairs)
+    return apply_down(module, weights[1], h, pairs)
 
-    split: the ranks whose sums are added up, where ``routed`` are one rank's pairs
+
+def _sharded_pair_outputs(
+    module: Any, weights: tuple[Tensor, Tensor], hidden: Tensor, pairs: Routed, sharding: Split
+) -> Tensor:
+    """Returns every pair's output [P, H] on every rank, of hidden states [T, H] and this rank's experts."""
+    rows_by_rank = sharding.rows_by_rank(pairs.counts)
+    x = sharding.local_pairs(hidden.index_select(0, pairs.token), rows_by_rank)
+    output = _pair_outputs(module, weights, x, pairs.stacked(sharding.local_experts, 1))
+    if not len(x):  # without a pair the experts get zero gradients, as an expert without pairs does on one rank
+        output = output + x.sum() + 0 * sum(weight.sum() for weight in weights)
+    return sharding.gather_pairs(output, rows_by_rank)
+
+
+def _grouped_block(module: Any, hidden: Tensor, pairs: Routed, sharding: Split | None) -> Tensor:
+    """Computes every token's weighted sum over its experts [T, H] by grouped products, without waiting for the GPU.
+
+    Args:
+        module: the experts module
+        hidden: [T, H]
+        pairs: all pairs, or those of this rank if there is a sharding
+        sharding: reduces the sums over ranks
     """
     from gemq.kernels.training.expert_ops import (  # triton comes with torch for CUDA, not for CPUs
         Shared,
@@ -304,92 +250,112 @@ def _grouped(module: Any, first: str, hidden: Tensor, routed: Routed, split: Spl
         gather,
     )
 
-    assert routed.place is not None
-    shared = None if split is None else Shared(routed.ends[-1:], split.all_gather, split.reduce)
-    x = gather(hidden, routed.token, routed.place, shared)
-    h = apply_first(module, first, oriented(module, first), x, routed)
-    out = apply_down(module, oriented(module, "down_proj"), h, routed)
-    return combine(out.to(hidden.dtype), routed.weight, routed.token, routed.place, shared)
+    assert pairs.place is not None
+    shared = None if sharding is None else Shared(pairs.ends[-1:], sharding.all_gather, sharding.reduce)
+    x = gather(hidden, pairs.token, pairs.place, shared)
+    output = _pair_outputs(module, _weights(module), x, pairs)
+    return combine(output.to(hidden.dtype), pairs.weight, pairs.token, pairs.place, shared)
 
 
 def every_expert_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """``experts_forward`` with every expert run on every token, as one batched product on a GPU, so that nothing waits.
+    """Computes an experts block with every expert on every token, so that nothing waits for the GPU.
 
-    For steps of few tokens, which read all experts anyway. What is too much for that, or split over ranks, goes to
-    ``experts_forward``.
+    For decode steps of few tokens, which read all experts anyway. Uses one batched product on a GPU. Large inputs and
+    sharded experts go to ``experts_forward``.
     """
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    weight = oriented(module, first)
-    tokens, count = len(hidden), len(weight)
-    if split_of(module) is not None or tokens * count * sum(weight.shape[1:]) * hidden.itemsize > EVERY_BYTES:
+    weights = _weights(module)
+    num_tokens, num_experts = len(hidden), len(weights[0])
+    intermediate_bytes = num_tokens * num_experts * sum(weights[0].shape[1:]) * hidden.itemsize
+    if sharding_of(module) is not None or intermediate_bytes > MAX_ALL_PAIRS_BYTES:
         return experts_forward(module, hidden, top_k_index, top_k_weights)
-    numbers = torch.arange(count, device=hidden.device)
-    shares = hidden.new_zeros(tokens, count + 1).scatter_add_(
-        1, top_k_index.clamp(max=count), top_k_weights.to(hidden.dtype)
-    )[:, :count]
-    every = Routed(
-        torch.arange(tokens, device=hidden.device).repeat(count),
-        numbers.repeat_interleave(tokens, output_size=tokens * count),
-        shares.T.reshape(-1),
-        ((numbers + 1) * tokens).int(),
+    expert_ids = torch.arange(num_experts, device=hidden.device)
+    routing_weights = hidden.new_zeros(num_tokens, num_experts + 1)
+    routing_weights.scatter_add_(1, top_k_index.clamp(max=num_experts), top_k_weights.to(hidden.dtype))
+    routing_weights = routing_weights[:, :num_experts]
+    pairs = Routed(
+        token=torch.arange(num_tokens, device=hidden.device).repeat(num_experts),
+        expert=expert_ids.repeat_interleave(num_tokens, output_size=num_tokens * num_experts),
+        weight=routing_weights.T.reshape(-1),
+        ends=((expert_ids + 1) * num_tokens).int(),
     )
-    every.counts = [tokens] * count
-    h = apply_first(module, first, weight, hidden.repeat(count, 1), every)
-    out = apply_down(module, oriented(module, "down_proj"), h, every) * every.weight.unsqueeze(1)
-    out = out.view(count, tokens, -1).sum(0)
+    pairs.counts = [num_tokens] * num_experts
+    output = _pair_outputs(module, weights, hidden.repeat(num_experts, 1), pairs) * pairs.weight.unsqueeze(1)
+    output = output.view(num_experts, num_tokens, -1).sum(0)
     if getattr(module, "passes_on", False):
-        out = out + passed_on(hidden, top_k_index, top_k_weights, count)
-    return out.to(hidden.dtype)
+        output = output + passed_on(hidden, top_k_index, top_k_weights, num_experts)
+    return output.to(hidden.dtype)
 
 
 @contextmanager
-def _own_forward(module: Any) -> Iterator[None]:
-    """Lets an experts module run the forward of its class for the moment, whatever implementation was chosen."""
+def _class_forward(module: Any) -> Iterator[None]:
+    """Makes an experts module run the forward of its class, whichever implementation is selected."""
     config = getattr(module, "config", None)
-    if config is None:  # no choice of implementations
+    if config is None:  # the family offers no choice of implementations
         yield
         return
-    chosen = config._experts_implementation
+    implementation = config._experts_implementation
     config._experts_implementation = "eager"
     try:
         yield
     finally:
-        config._experts_implementation = chosen
+        config._experts_implementation = implementation
+
+
+def check_arithmetic(model: Any, paths: Sequence[str], ids: Tensor) -> None:
+    """Compares ``experts_forward`` with the computation of the model's own class, on inputs of one forward pass.
+
+    A clamp or a gate that this module does not implement shows up here.
+
+    Args:
+        model: the model
+        paths: of its experts modules
+        ids: token ids [B, S] int64, on the model's device
+
+    Raises:
+        UserError: they differ
+    """
+    modules = [model.get_submodule(path) for path in paths]
+    with ExitStack() as stack:
+        recordings = [stack.enter_context(watch_experts(module)) for module in modules]
+        model(input_ids=ids, use_cache=False)
+    for path, module, calls in zip(paths, modules, recordings, strict=True):
+        for call in calls:
+            difference = _arithmetic_error(module, call)
+            if not difference < MAX_ARITHMETIC_ERROR:
+                raise UserError(
+                    f"cannot quantize {path} ({type(module).__name__}): it computes something else than gemq "
+                    f"understands (relative difference {difference:.2g}); this family is not supported yet"
+                )
 
 
 @torch.no_grad()
-def check_arithmetic(module: Any, call: ExpertsCall) -> float:
-    """Relative difference between ``experts_forward`` and what the module's own class computes for a call.
-
-    Small wherever this module understands the family; a clamp or a gate that it does not know shows here.
-    """
-    own = experts_forward(module, call.hidden, call.top_k_index, call.top_k_weights).float()
-    arguments = (
-        (call.hidden,)
-        if getattr(module, "batched_rows", False)
-        else (call.hidden, call.top_k_index, call.top_k_weights)
-    )
-    with _own_forward(module):
-        expected = module(*arguments)
-    expected = expected.reshape(own.shape).float()
-    return float((own - expected).norm() / expected.norm().clamp_min(1e-12))
+def _arithmetic_error(module: Any, call: ExpertsCall) -> float:
+    """Returns the relative difference between ``experts_forward`` and the module's own class for a call."""
+    output = experts_forward(module, call.hidden, call.top_k_index, call.top_k_weights).float()
+    with _class_forward(module):
+        if getattr(module, "batched_rows", False):
+            expected = module(call.hidden)
+        else:
+            expected = module(call.hidden, call.top_k_index, call.top_k_weights)
+    expected = expected.reshape(output.shape).float()
+    return float((output - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def use_experts_forward(model: Any) -> None:
     """Makes a model's experts modules run ``experts_forward``. Families without the interface keep their own."""
-    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    model.set_experts_implementation(IMPLEMENTATION)
+    if PAIRWISE_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(PAIRWISE_IMPLEMENTATION, experts_forward)
+    model.set_experts_implementation(PAIRWISE_IMPLEMENTATION)
 
 
 def use_fast_experts(model: Any) -> None:
-    """For generation in full precision on a GPU: what a CUDA graph can hold.
+    """Selects experts that a CUDA graph can capture, for full-precision generation on a GPU.
 
-    Transformers' ``grouped_mm`` in bfloat16; in other types it waits for the device and loops over the experts.
+    In bfloat16 this is Transformers' ``grouped_mm``. In other types that waits for the device and loops over experts.
     """
     parameter = next(model.parameters())
     if not parameter.is_cuda:
         return
-    if EVERY_EXPERT not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(EVERY_EXPERT, every_expert_forward)
-    model.set_experts_implementation("grouped_mm" if parameter.dtype == torch.bfloat16 else EVERY_EXPERT)
+    if ALL_PAIRS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(ALL_PAIRS_IMPLEMENTATION, every_expert_forward)
+    model.set_experts_implementation("grouped_mm" if parameter.dtype == torch.bfloat16 else ALL_PAIRS_IMPLEMENTATION)

@@ -1,7 +1,7 @@
-"""Gives experts modules without Transformers' experts interface the attributes of that interface.
+"""Adapts experts modules without Transformers' experts interface, by setting the attributes of that interface.
 
-A few families hold the same fused 3-D weights and compute the same thing, but are not decorated. What they compute is
-not taken for granted: ``models.experts.check_arithmetic`` compares it with the module's own forward before it is used.
+A few families hold the same fused 3-D weights and compute the same function without the interface's decorator. This is
+verified before use: ``models.experts.check_arithmetic`` compares it with the module's own forward.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 def adopt_experts(model: nn.Module) -> None:
-    """Sets ``is_transposed``, ``has_gate`` and the like on every experts module of ``model`` that has none.
+    """Sets ``is_transposed``, ``has_gate`` and similar attributes on experts modules of ``model`` that lack them.
 
-    Such a module owns ``gate_up_proj`` and ``down_proj`` and is called as ``experts(hidden, index, weights)``, or as
-    ``experts(rows)`` with every token's row for every expert, one expert after the other (``batched_rows``). With
+    Such a module owns ``gate_up_proj`` and ``down_proj``. It is called as ``experts(hidden, index, weights)``, or as
+    ``experts(rows)`` with a row of every token for every expert, sorted by expert (``batched_rows``). With
     ``passes_on``, indices past the last expert stand for experts that return their input, not for unused slots.
     """
     for module in model.modules():
@@ -26,36 +26,45 @@ def adopt_experts(model: nn.Module) -> None:
 
 
 def _adopt(module: Any) -> None:
-    own = dict(module.named_parameters(recurse=False))
-    first, down = own.get("gate_up_proj"), own.get("down_proj")
-    arguments = len(inspect.signature(module.forward).parameters)
-    if len(own) != 2 or first is None or down is None or first.dim() != 3 or down.dim() != 3 or arguments not in (1, 3):
+    """Sets the attributes on one module, if it is an experts module."""
+    weights = dict(module.named_parameters(recurse=False))
+    gate_up, down = weights.get("gate_up_proj"), weights.get("down_proj")
+    num_arguments = len(inspect.signature(module.forward).parameters)
+    if len(weights) != 2 or gate_up is None or down is None or num_arguments not in (1, 3):
         return
-    count, a, b = down.shape
-    if first.shape[1:] == (2 * b, a):
-        transposed = False
-    elif first.shape[1:] == (b, 2 * a):
-        transposed = True
-    else:
+    is_transposed = _is_transposed(gate_up, down)
+    if is_transposed is None or not callable(getattr(module, "act_fn", None)):
         return
-    if not callable(getattr(module, "act_fn", None)):
+    count = len(down)
+    if len(gate_up) < count:
         return
-    if first.shape[0] > count:  # rows for experts that only return their input, which no forward reads
-        module.gate_up_proj = nn.Parameter(first.detach()[:count], requires_grad=first.requires_grad)
+    if len(gate_up) > count:  # rows of experts that only return their input, which no forward reads
+        module.gate_up_proj = nn.Parameter(gate_up.detach()[:count], requires_grad=gate_up.requires_grad)
         module.passes_on = True
-    elif first.shape[0] < count:
-        return
-    module.is_transposed, module.has_gate, module.has_bias, module.is_concatenated = transposed, True, False, True
-    module.batched_rows = arguments == 1
+    module.is_transposed, module.has_gate, module.has_bias, module.is_concatenated = is_transposed, True, False, True
+    module.batched_rows = num_arguments == 1
     if not hasattr(module, "_apply_gate"):
-        module._apply_gate = partial(_gate, module.act_fn)
+        module._apply_gate = partial(_apply_gate, module.act_fn)
+
+
+def _is_transposed(gate_up: Tensor, down: Tensor) -> bool | None:
+    """Returns whether weights are stored as inputs by outputs. None if their shapes do not fit each other."""
+    if gate_up.dim() != 3 or down.dim() != 3:
+        return None
+    _, rows, columns = down.shape
+    if gate_up.shape[1:] == (2 * columns, rows):
+        return False
+    if gate_up.shape[1:] == (columns, 2 * rows):
+        return True
+    return None
 
 
 def as_adopted(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor as it is stored in the shape of the adopted model's parameter: without rows that no forward reads."""
+    """Returns a stored tensor in the shape of the adopted model's parameter, without rows that no forward reads."""
     return tensor if tensor.shape == parameter.shape else tensor[: len(parameter)]
 
 
-def _gate(activation: Any, gate_up: Tensor) -> Tensor:
+def _apply_gate(activation: Any, gate_up: Tensor) -> Tensor:
+    """Computes activation(gate) * up, [P, 2 I] -> [P, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return activation(gate) * up

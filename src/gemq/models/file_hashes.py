@@ -1,4 +1,4 @@
-"""SHA-256 of a checkpoint's files, by threads that may begin before anything else is imported. Imports no torch."""
+"""SHA-256 of a checkpoint's files, computed by threads that can start before heavy imports. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,83 +13,100 @@ from gemq.errors import UserError
 from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import weight_files
 
-CHUNK = 1 << 23
-"""Bytes that a thread reads before it looks whether it shall go on."""
+CHUNK_BYTES = 1 << 23
+"""Bytes that a thread reads between two checks whether it should stop."""
+
+MAX_THREADS = 16
 
 
-def begin(directory: Path) -> None:
-    """Starts to read a checkpoint of which ``file_digests`` will be asked. Nothing happens where there is none."""
+def start_hashing(directory: Path) -> None:
+    """Starts to hash a checkpoint, for a later call of ``file_digests``. Ignores directories without one."""
     try:
-        files = _files_of(directory)
-    except UserError:  # the job that follows tells the user
+        files = _checkpoint_files(directory)
+    except UserError:  # the job itself will raise it again
         return
-    _ahead.append(_Reading())
+    hasher = _FileHasher()
+    _background.append(hasher)
     for path in files.values():
-        _ahead[-1].digest(path, path.stat())
+        hasher.digest(path, path.stat())
 
 
-def end() -> None:
-    """Reads no further what has begun."""
-    while _ahead:
-        _ahead.pop().close()
+def stop_hashing() -> None:
+    """Stops all background hashing."""
+    while _background:
+        _background.pop().close()
 
 
-def file_digests(directory: Path, known: Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Any]]:
-    """For each file of a checkpoint its size, the nanosecond of its last change and its digest, by name.
+def file_digests(directory: Path, previous: Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Any]]:
+    """Returns size, time of the last change in nanoseconds, and digest of each file of a checkpoint, by name.
 
-    known: what this gave before: a file of the same size and time is not read again
+    Args:
+        directory: the checkpoint
+        previous: an earlier result. Files with the same size and time are not read again.
     """
-    reading = _ahead[-1] if _ahead else _Reading()
+    hasher = _background[-1] if _background else _FileHasher()
     try:
-        found: dict[str, list[Any]] = {}
-        waiting: dict[str, Future[str]] = {}
-        for name, path in _files_of(directory).items():
+        records: dict[str, list[Any]] = {}
+        pending: dict[str, Future[str]] = {}
+        for name, path in _checkpoint_files(directory).items():
             stat = path.stat()
-            found[name] = list((known or {}).get(name, ()))
-            if found[name][:2] != [stat.st_size, stat.st_mtime_ns]:
-                found[name] = [stat.st_size, stat.st_mtime_ns]
-                waiting[name] = reading.digest(path, stat)
-        for name, digest in waiting.items():
-            found[name].append(digest.result())
-        return found
+            records[name] = list((previous or {}).get(name, ()))
+            if records[name][:2] != [stat.st_size, stat.st_mtime_ns]:
+                records[name] = [stat.st_size, stat.st_mtime_ns]
+                pending[name] = hasher.digest(path, stat)
+        for name, digest in pending.items():
+            records[name].append(digest.result())
+        return records
     finally:
-        if reading not in _ahead:
-            reading.close()
+        if hasher not in _background:
+            hasher.close()
 
 
-def _files_of(directory: Path) -> dict[str, Path]:
-    """Weights, configuration and tokenizer, by relative path. Raises UserError where weights are missing."""
-    others = [path for name in ("tokenizer*", "config.json") for path in directory.glob(name) if path.is_file()]
-    return {str(path.relative_to(directory)): path for path in sorted([*weight_files(directory), *others])}
+def _checkpoint_files(directory: Path) -> dict[str, Path]:
+    """Returns weights, configuration and tokenizer files by relative path.
+
+    Raises:
+        UserError: weights are missing
+    """
+    files = list(weight_files(directory))
+    for pattern in ("tokenizer*", "config.json"):
+        files += [path for path in directory.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(directory)): path for path in sorted(files)}
 
 
-class _Reading:
-    """Threads, and the files that they have begun to read."""
+class _FileHasher:
+    """Threads that hash files. Each file is hashed once."""
 
     def __init__(self) -> None:
-        threads = min(16, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gemq-digests", initializer=block_sigterm)
-        self._begun: dict[tuple[str, int, int], Future[str]] = {}
+        num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="gemq-digests", initializer=block_sigterm)
+        self._digests: dict[tuple[str, int, int], Future[str]] = {}
         self._closed = False
 
     def digest(self, path: Path, stat: os.stat_result) -> Future[str]:
-        """That of the file as it is now, which ``stat`` tells."""
+        """Returns the future digest of a file in its current state, which ``stat`` describes."""
         key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
-        if key not in self._begun:
-            self._begun[key] = self._pool.submit(self._read, path)
-        return self._begun[key]
+        if key not in self._digests:
+            self._digests[key] = self._pool.submit(self._read, path)
+        return self._digests[key]
 
     def close(self) -> None:
+        """Stops all threads."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def _read(self, path: Path) -> str:
-        whole = hashlib.sha256()
-        chunk = bytearray(CHUNK)
+        """Hashes a file, until the hasher is closed."""
+        digest = hashlib.sha256()
+        chunk = bytearray(CHUNK_BYTES)
         with path.open("rb", buffering=0) as file:
-            while not self._closed and (read := file.readinto(chunk)):
-                whole.update(memoryview(chunk)[:read])
-        return whole.hexdigest()
+            while not self._closed and (count := file.readinto(chunk)):
+                digest.update(memoryview(chunk)[:count])
+        return digest.hexdigest()
 
 
-_ahead: list[_Reading] = []
+_background: list[_FileHasher] = []
+"""Hashers started by ``start_hashing``."""
+
+_Reading = _FileHasher
+begin, end = start_hashing, stop_hashing

@@ -1,7 +1,8 @@
 """Products of routed tokens with their experts' weights: torch's grouped product on tensor cores, or a loop.
 
-The grouped product is for bfloat16 on a GPU and waits for nothing.
-Shapes: P pairs sorted by expert, E experts, R rows (outputs), C columns (inputs).
+The grouped product is for bfloat16 on a GPU. It never waits for the device.
+
+Shapes: P pairs of token and expert, sorted by expert, E experts, R rows (outputs), C columns (inputs).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from gemq.kernels.activation import SILU, Activation, activation_of
 
 ALIGNMENT = 8
-"""Rows and columns are multiples of this: 16 bytes."""
+"""Rows and columns must be multiples of this, which is 16 bytes."""
 
 
 def usable(x: Tensor, *weights: Tensor) -> bool:
-    """Whether ``linear`` takes rows like x [P, C] with each of these weights [E, R, C]."""
+    """Returns whether ``linear`` supports rows like x [P, C] with each of these weights [E, R, C]."""
     return (
         x.device.type == "cuda"
         and all(x.dtype == weight.dtype == torch.bfloat16 for weight in weights)
@@ -29,83 +30,105 @@ def usable(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-class _Linear(torch.autograd.Function):
+class _GroupedLinear(torch.autograd.Function):
+    """One linear per expert as a single grouped product."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """x [P, C], weight [E, R, C], ends [E] -> [P, R]."""
         ctx.save_for_backward(x, weight, ends)
         return F.grouped_mm(x, weight.mT, offs=ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient [P, R] -> gradients of x and weight."""
         x, weight, ends = ctx.saved_tensors
         gradient = gradient.contiguous()
-        of_x = F.grouped_mm(gradient, weight, offs=ends) if ctx.needs_input_grad[0] else None
-        # rows of the result are the weight's: what trains the weight reads it in that order
-        of_weight = F.grouped_mm(gradient.mT, x, offs=ends) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, None
+        grad_x = F.grouped_mm(gradient, weight, offs=ends) if ctx.needs_input_grad[0] else None
+        # the weight's own layout [R, C]: the training step of the weight reads it in that order
+        grad_weight = F.grouped_mm(gradient.mT, x, offs=ends) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
 
 
 def linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x [P, C] and weight [E, R, C] -> [P, R], differentiable in both.
+    """Applies one linear per expert as a grouped product. Differentiable in x and weight.
 
-    ends: [E] int32 on the device, where each expert's pairs end; the last is P
+    Args:
+        x: [P, C]
+        weight: [E, R, C]
+        ends: [E] int32 on the device, the end of each expert's pairs; the last is P
+
+    Returns:
+        [P, R].
     """
-    return _Linear.apply(x.contiguous(), weight, ends)
+    return _GroupedLinear.apply(x.contiguous(), weight, ends)
 
 
-class _Looped(torch.autograd.Function):
-    """Every product lands where it belongs: putting parts together costs as much as a third of the products."""
+class _LoopedLinear(torch.autograd.Function):
+    """One linear per expert in a loop.
+
+    Every product is written to its place in the result, since a concatenation costs up to a third of the products.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+        """x [P, C], weight [E, R, C], bias [E, R] -> [P, R]."""
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
-        out = x.new_empty(len(x), weight.shape[1])
-        for e, (rows, into) in enumerate(zip(x.split(counts), out.split(counts), strict=True)):
-            if not len(rows):
+        output = x.new_empty(len(x), weight.shape[1])
+        for e, (x_rows, output_rows) in enumerate(zip(x.split(counts), output.split(counts), strict=True)):
+            if not len(x_rows):
                 continue
             if bias is None:
-                torch.mm(rows, weight[e].T, out=into)
+                torch.mm(x_rows, weight[e].T, out=output_rows)
             else:
-                torch.addmm(bias[e], rows, weight[e].T, out=into)
-        return out
+                torch.addmm(bias[e], x_rows, weight[e].T, out=output_rows)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient [P, R] -> gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
-        wanted = ctx.needs_input_grad
-        of_x = torch.empty_like(x) if wanted[0] else None
-        of_weight = weight.new_empty(weight.shape) if wanted[1] else None
-        of_bias = gradient.new_zeros(weight.shape[:2]) if wanted[2] else None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = weight.new_empty(weight.shape) if needs_weight else None
+        grad_bias = gradient.new_zeros(weight.shape[:2]) if needs_bias else None
         start = 0
         for e, count in enumerate(ctx.counts):
             rows = slice(start, start + count)
             start += count
-            if of_weight is not None and count:
-                torch.mm(gradient[rows].T, x[rows], out=of_weight[e])
-            elif of_weight is not None:
-                of_weight[e].zero_()
-            if of_x is not None and count:
-                torch.mm(gradient[rows], weight[e], out=of_x[rows])
-            if of_bias is not None:
-                of_bias[e] = gradient[rows].sum(0)
-        return of_x, of_weight, of_bias, None
+            if grad_weight is not None and count:
+                torch.mm(gradient[rows].T, x[rows], out=grad_weight[e])
+            elif grad_weight is not None:
+                grad_weight[e].zero_()
+            if grad_x is not None and count:
+                torch.mm(gradient[rows], weight[e], out=grad_x[rows])
+            if grad_bias is not None:
+                grad_bias[e] = gradient[rows].sum(0)
+        return grad_x, grad_weight, grad_bias, None
 
 
-def looped(x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
-    """x [P, C] and weight [E, R, C] -> [P, R], plus bias [E, R], differentiable.
+def looped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    """Applies one linear per expert in a loop. Differentiable in x, weight and bias.
 
-    counts: pairs of each expert; one product each
+    Args:
+        x: [P, C]
+        weight: [E, R, C]
+        bias: [E, R], or None
+        counts: number of pairs of each expert
+
+    Returns:
+        [P, R].
     """
-    return _Looped.apply(x, weight, bias, counts)
+    return _LoopedLinear.apply(x, weight, bias, counts)
 
 
 def gate(module: Any, x: Tensor) -> Tensor:
-    """An experts module's gate, [P, 2 I] -> [P, I]: in one pass if it is the usual one."""
+    """Applies an experts module's gate, [P, 2 I] -> [P, I]: SiLU gates as one kernel, others as the module does."""
     from gemq.kernels.training.expert_ops import silu_gate  # triton comes with torch for CUDA, not for CPUs
 
-    usual = activation_of(module) == Activation(SILU, gated=True)
-    return silu_gate(x) if usual else module._apply_gate(x)
+    is_silu_gate = activation_of(module) == Activation(SILU, gated=True)
+    return silu_gate(x) if is_silu_gate else module._apply_gate(x)

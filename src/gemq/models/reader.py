@@ -1,8 +1,8 @@
-"""A model's layers, read from its files one at a time, as Transformers converts them.
+"""Reads a model's layers from its files one at a time, as Transformers converts them.
 
 Transformers loads a model in one go: it names every stored tensor, fuses experts, dequantizes, and fills the model.
-Here it is handed everything but the decoder layers' tensors; those of one layer are given to the same conversion when
-the layer is asked for. The files are mapped, so that only what is asked for is read. Knows no residency and no bounds.
+Here it loads everything but the decoder layers. The same conversion is applied to a layer's tensors when the layer is
+read. The files are mapped, so only the requested tensors are read. Must not import the layer cache or memory limits.
 """
 
 from __future__ import annotations
@@ -20,282 +20,34 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation, convert_and_load_state_dict_in_model
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging
 
 from gemq.errors import UserError
 from gemq.models.finite import largest_finite, not_finite
 from gemq.models.fp8 import use_block_dequantize
-from gemq.models.stored import FLOATS, Stored, find_targets, short_type
-from gemq.models.stored_layout import Part, learned
+from gemq.models.stored import (
+    FLOATS,
+    StoredTensors,
+    Target,
+    find_targets,
+    retype,
+    short_type,
+    transformers_types,
+)
+from gemq.models.stored_layout import LayerNames, Part, find_layout
 from gemq.runtime.upload import Place, Span, spans_of, upload_to
 
 
-class LayerReader:
-    """Reads layers of a model, and what lies outside of them.
-
-    given:    per layer, the names inside the model of what the files hold of it
-    types:    the type in which the files hold each parameter and buffer of the model; of dequantized ones, the type
-              that they are dequantized to
-    loaded:   the type that Transformers' own loading would give them
-    left_out: names of stored matrices that are no part of the model
-    """
-
-    def __init__(self, model: Any, files: Sequence[Path], load_config: Any, reading: Reading):
-        """
-        Args:
-            model: as Transformers is about to fill it, on the meta device; it is copied, not changed.
-            files: the model's safetensors files.
-            load_config: how Transformers would load it.
-            reading: what is read of it, and in which types.
-
-        Raises:
-            UserError: the files and the model do not fit each other.
-        """
-        self._model = copy.deepcopy(model)
-        self._origin = reading.origin
-        self._lock = threading.Lock()
-        self._open = [safe_open(file, framework="pt") for file in files]
-        self._slices: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
-        self._spans: dict[str, Span] = {name: span for file in files for name, span in spans_of(file).items()}
-        use_block_dequantize(load_config.weight_mapping)
-        state = dict(self._model.state_dict(keep_vars=True))
-        prefix = model.base_model_prefix
-        targets = find_targets(self._slices, state, load_config.weight_mapping, prefix)
-        self._tensors = Stored(self._origin, self._spans, targets, state)
-        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        self.left_out = self._tensors.check(model._keys_to_ignore_on_load_unexpected or (), depth)
-        self.loaded = _loaded_types(state, load_config.dtype_plan)
-        self._config = load_config
-        self._stored_types: dict[str, torch.dtype] = {}
-        if reading.dtype is not None:
-            self._stored_types = self._tensors.types()
-            self._config = dataclasses.replace(load_config, dtype_plan={})
-            _retype(self._model, self._stored_types)
-        self._empty = dict(self._model.state_dict(keep_vars=True))
-        self._prefixes = [f"{path}." for path in reading.layers]
-        by_layer: list[dict[str, str]] = [{} for _ in self._prefixes]  # stored name -> name inside the model
-        self._outside: list[str] = []
-        for name, target in targets.items():
-            index = self._layer_of(target.name)
-            if index is None:
-                self._outside.append(name)
-            else:
-                by_layer[index][name] = target.name
-        self._stored = by_layer
-        self._layouts: dict[Any, list[Part] | None] = {}  # of the kinds of layers that were put together already
-        self.report = self._dry_run()
-        absent = set(self.report.missing_keys)
-        self.given: list[frozenset[str]] = [
-            frozenset(n for n in self._empty if n.startswith(prefix) and n not in absent) for prefix in self._prefixes
-        ]
-        inside = frozenset().union(*self.given)
-        self._given_outside = frozenset(n for n in self._empty if n not in inside and n not in absent)
-        limited = {name: [kind, self.loaded[name]] for name, kind in self.types.items() if kind.is_floating_point}
-        also = [reading.dtype] if reading.dtype is not None else []
-        self._limits = {name: largest_finite(*kinds, *also) for name, kinds in limited.items()}
-        self._checked: set[int] = set()  # layers whose weights are known to be finite
-
-    def _layer_of(self, name: str) -> int | None:
-        return next((i for i, prefix in enumerate(self._prefixes) if name.startswith(prefix)), None)
-
-    def _dry_run(self) -> Any:
-        """Loads tensors without contents: which are missing, and of what type each will be."""
-        tensors = {}
-        for name, span in self._spans.items():
-            tensors[name] = torch.empty(span.shape, dtype=span.dtype, device="meta")
-        report = self._convert(self._model, tensors, "meta")
-        # a conversion that cannot be done without contents: its results are of the types that the model has
-        unknown = self._tensors.check_shapes(report)
-        report.missing_keys -= unknown
-        self.types = {n: t.dtype for n, t in self._model.state_dict().items()}
-        self._restore(self._empty)
-        return report
-
-    def fill_outside(self, model: PreTrainedModel) -> Any:
-        """Fills everything of ``model`` but its layers. Returns Transformers' report, as of the whole model.
-
-        Raises:
-            UserError: values that are not finite.
-        """
-        _retype(model, self._stored_types)
-        report = self._convert(model, {name: self._slices[name].get_slice(name) for name in self._outside})
-        model._weight_conversions = self._model._weight_conversions  # those that the layers need, too
-        self._raise_conversion_errors(report)
-        filled = {name: model.get_parameter_or_buffer(name) for name in self._given_outside}
-        self._check_finite(filled)
-        for name, tensor in filled.items():
-            if not isinstance(tensor, nn.Parameter):  # what a model computes with a buffer may depend on its type
-                tensor.data = tensor.data.to(self.loaded[name])
-        for names in self.given:
-            report.missing_keys -= names
-            for name in names:
-                model.get_parameter_or_buffer(name)._is_hf_initialized = True  # never to be made up
-        return report
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether the files hold layers in the model's one type: then converting them only puts tensors together."""
-        names = [name for stored in self._stored for name in stored]
-        stored = {self._spans[name].dtype for name in names}
-        return len(stored) == 1 and stored == {self.types[name] for given in self.given for name in given}
-
-    def read(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """A layer's tensors by name inside the model, on the CPU, in the types in which they are stored.
-
-        May be called from any thread.
-
-        Args:
-            index: of the layer.
-            without: names to leave in the files.
-
-        Raises:
-            UserError: damaged files, or values that are not finite.
-        """
-        names = [name for name, target in self._stored[index].items() if target not in without]
-        slices = {name: self._slices[name].get_slice(name) for name in names}
-        made = self._put_together(self.given[index], slices, without)
-        if made is None:  # one stored tensor holds several of the model's, of which some are asked for
-            return {name: tensor for name, tensor in self.read(index).items() if name not in without}
-        self._check_layer(index, made, whole=not without)
-        return made
-
-    def read_outside(self) -> dict[str, Tensor]:
-        """What lies outside of the layers, likewise."""
-        slices = {name: self._slices[name].get_slice(name) for name in self._outside}
-        made = self._put_together(self._given_outside, slices, ())
-        assert made is not None
-        return made
-
-    def read_to(self, device: torch.device, index: int) -> dict[str, Tensor]:
-        """The same on ``device``, for ``plain`` layers: past the host's memory, as soon as one of the kind is known.
-
-        The first of a kind takes room for the layer thrice, see ``known``.
-        """
-        stored, given = self._sorted(index)
-        if layout := self._layouts.get(self._kind(index)):
-            shapes = {name: (self._empty[name].shape, self.types[name]) for name in given}
-            places = [Place(self._spans[stored[x.stored]], given[x.target], x.start) for x in layout]
-            placed = upload_to(device).placed(shapes, places)
-            self._check_layer(index, placed)
-            return placed
-        parts = upload_to(device).tensors({name: self._spans[name] for name in stored})
-        made = self._put_together(self.given[index], parts, (), device)
-        assert made is not None
-        self._check_layer(index, made)
-        self.learn(index, made, parts)
-        return made
-
-    def learn(self, index: int, made: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
-        """Lets ``read_to`` know the kind of a layer from what was ``made`` of its stored tensors.
-
-        parts: these, where they are at hand
-        """
-        kind = self._kind(index)
-        if kind in self._layouts:
-            return
-        stored, given = self._sorted(index)
-        if parts is None:
-            parts = {name: self._slices[name].get_tensor(name) for name in stored}
-        place = {name: number for number, name in enumerate(given)}
-        targets = [place.get(self._stored[index][name], -1) for name in stored]  # -1: nothing that the model has
-        self._layouts[kind] = learned([parts[name] for name in stored], targets, [made[name] for name in given])
-
-    def known(self, index: int) -> bool:
-        """Whether ``read_to`` needs room for the layer alone."""
-        return bool(self._layouts.get(self._kind(index)))
-
-    def _sorted(self, index: int) -> tuple[list[str], list[str]]:
-        """Names of a layer's tensors, as they are stored and inside the model, in an order that layers share."""
-        return sorted(self._stored[index], key=self._without_number(index)), sorted(self.given[index])
-
-    def _kind(self, index: int) -> Any:
-        """Equal for layers that are stored alike."""
-        short = self._without_number(index)
-        stored, given = self._sorted(index)
-        return (
-            tuple((short(name), self._spans[name].shape, short(self._stored[index][name])) for name in stored),
-            tuple(map(short, given)),
-        )
-
-    def _without_number(self, index: int) -> Callable[[str], str]:
-        number = self._prefixes[index].split(".")[-2]
-        return lambda name: name.replace(f".{number}.", ".*.", 1)
-
-    def _put_together(
-        self,
-        names: Collection[str],
-        stored: Mapping[str, Any],
-        without: Collection[str],
-        device: torch.device | None = None,
-    ) -> dict[str, Tensor] | None:
-        """What Transformers makes of stored tensors: those of ``names`` that are not in ``without``, inside the model.
-
-        None if ``stored`` without what belongs to ``without`` is not enough for them.
-        """
-        with self._lock:
-            try:
-                report = self._convert(self._model, stored, device)
-                made = {n: self._model.get_parameter_or_buffer(n).detach() for n in names if n not in without}
-            finally:
-                self._restore({name: self._empty[name] for name in names})
-        absent = sorted(name for name, tensor in made.items() if tensor.is_meta)
-        if absent and without:
-            return None
-        self._raise_conversion_errors(report, *absent)
-        return made
-
-    def _raise_conversion_errors(self, report: Any, *absent: str) -> None:
-        for name, error in report.conversion_errors.items():
-            reason = (error.strip().splitlines() or [""])[-1]
-            raise UserError(f"cannot read {name} of {self._origin} ({reason}): copy the model again")
-        if absent:
-            raise UserError(f"cannot read {absent[0]} of {self._origin}: copy the model again")
-
-    def _check_layer(self, index: int, made: Mapping[str, Tensor], whole: bool = True) -> None:
-        """Refuses values that are not finite, when the layer is read for the first time."""
-        if index not in self._checked:
-            self._check_finite(made)
-            if whole:
-                self._checked.add(index)
-
-    def _check_finite(self, made: Mapping[str, Tensor]) -> None:
-        for target in not_finite(made, self._limits):
-            for name in self._tensors.sources(target):
-                stored = self._slices[name].get_tensor(name)
-                if not_finite({name: stored if stored.dtype in FLOATS else stored.float()}):
-                    raise UserError(
-                        f"{self._origin} stores {name} with values that are not finite (NaN or infinity): copy the "
-                        "model again, or ask whoever made it"
-                    )
-            kind = short_type(self.loaded[target])
-            raise UserError(
-                f"{self._origin} stores {target} with values that are not finite in {kind}, the type that the model is "
-                "loaded in: give config.json a wider dtype (bfloat16 or float32)"
-            )
-
-    def _convert(self, model: Any, tensors: Mapping[str, Any], device: torch.device | str | None = None) -> Any:
-        config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
-        with _without_bars():
-            report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=dict(tensors), load_config=config)
-        return report
-
-    def _restore(self, empty: dict[str, Any]) -> None:
-        """Puts tensors without contents back in their places."""
-        for name, tensor in empty.items():
-            path, _, leaf = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
-
-
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """What is read of a model.
 
-    origin: the model as messages call it
-    layers: paths of the layers that stay on the meta device until they are read
-    dtype:  the type that weights are to be computed with: they are read in the types in which they are stored. None:
-            they are read in the types that Transformers' own loading gives them
+    Attributes:
+        origin: name of the model in messages
+        layers: paths of the layers that stay on the meta device until they are read
+        dtype: compute type of the weights, which are then read in the types in which they are stored. None: they are
+            read in the types that Transformers' own loading gives them
     """
 
     origin: str
@@ -303,17 +55,315 @@ class Reading:
     dtype: torch.dtype | None = None
 
 
-@contextmanager
-def reading_from(files: Sequence[Path], reading: Reading) -> Iterator[list[LayerReader]]:
-    """While open, ``from_pretrained`` fills a model from these files, whichever it was given.
+class LayerReader:
+    """Reads layers of a model, and everything outside of them.
 
-    The layers of ``reading`` stay on the meta device; the list receives the reader that has them. Everything else
-    (classes, types, quantized originals, buffers, tied weights) is Transformers' own loading.
+    Attributes:
+        names_by_layer: per layer, the names inside the model of the tensors that the files hold
+        types: the type in which the files hold each parameter and buffer; of dequantized ones, the type after that
+        loaded_types: the type that Transformers' own loading gives them
+        left_out: names of stored matrices that are no part of the model
+        report: of Transformers, after it loaded all tensors without contents
+    """
+
+    def __init__(self, model: Any, files: Sequence[Path], load_config: Any, options: ReadOptions):
+        """
+        Args:
+            model: the model as Transformers is about to fill it, on the meta device; it is copied, not changed
+            files: the model's safetensors files
+            load_config: how Transformers would load it
+            options: what is read, and in which types
+
+        Raises:
+            UserError: the files and the model do not fit each other
+        """
+        self._model = copy.deepcopy(model)
+        self._origin = options.origin
+        self._lock = threading.Lock()
+        handles = [safe_open(file, framework="pt") for file in files]
+        self._handles: dict[str, Any] = {}  # open file by stored name
+        self._spans: dict[str, Span] = {}
+        for handle, file in zip(handles, files, strict=True):
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
+            self._spans.update(spans_of(file))
+        use_block_dequantize(load_config.weight_mapping)
+        state = dict(self._model.state_dict(keep_vars=True))
+        targets = find_targets(self._handles, state, load_config.weight_mapping, model.base_model_prefix)
+        self._stored = StoredTensors(self._origin, self._spans, targets, state)
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        self.left_out = self._stored.check(model._keys_to_ignore_on_load_unexpected or (), depth)
+        self.loaded_types = transformers_types(state, load_config.dtype_plan)
+        self._config = load_config
+        self._stored_types: dict[str, torch.dtype] = {}
+        if options.dtype is not None:
+            self._stored_types = self._stored.types()
+            self._config = dataclasses.replace(load_config, dtype_plan={})
+            retype(self._model, self._stored_types)
+        self._placeholders = dict(self._model.state_dict(keep_vars=True))
+        self._layers = [LayerNames(f"{path}.") for path in options.layers]
+        self._outside = LayerNames("")
+        self._assign_targets(targets)
+        self._layouts: dict[Any, list[Part] | None] = {}  # by kind of layer; None: more than a concatenation
+        self.report = self._dry_run()
+        self._assign_available()
+        self.names_by_layer = [layer.available for layer in self._layers]
+        self._limits = self._finite_limits(options.dtype)
+        self._finite_layers: set[int] = set()  # layers whose weights are known to be finite
+
+    def _assign_targets(self, targets: Mapping[str, Target]) -> None:
+        """Assigns stored names to layers."""
+        for name, target in targets.items():
+            layers = (layer for layer in self._layers if target.name.startswith(layer.prefix))
+            next(layers, self._outside).targets[name] = target.name
+
+    def _dry_run(self) -> Any:
+        """Loads tensors without contents. Finds out which are missing, and the type of each."""
+        tensors = {}
+        for name, span in self._spans.items():
+            tensors[name] = torch.empty(span.shape, dtype=span.dtype, device="meta")
+        report = self._convert(self._model, tensors, "meta")
+        # some conversions need contents: their results have the types that the model has
+        report.missing_keys -= self._stored.check_shapes(report)
+        self.types = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
+        self._restore_placeholders(self._placeholders)
+        return report
+
+    def _assign_available(self) -> None:
+        """Assigns names inside the model to layers, except those that the files lack."""
+        remaining = frozenset(self._placeholders) - self.report.missing_keys
+        for layer in self._layers:
+            layer.available = frozenset(name for name in remaining if name.startswith(layer.prefix))
+            remaining -= layer.available
+        self._outside.available = remaining
+
+    def _finite_limits(self, dtype: torch.dtype | None) -> dict[str, float]:
+        """Returns the largest value of each tensor that is finite in all types that it takes."""
+        limits = {}
+        for name, stored_type in self.types.items():
+            if stored_type.is_floating_point:
+                kinds = [stored_type, self.loaded_types[name]]
+                if dtype is not None:
+                    kinds.append(dtype)
+                limits[name] = largest_finite(*kinds)
+        return limits
+
+    given = property(lambda self: self.names_by_layer)
+    plain = property(lambda self: self.has_uniform_type)
+
+    def fill_outside(self, model: PreTrainedModel) -> Any:
+        """Fills everything of ``model`` but its layers.
+
+        Returns:
+            Transformers' report, as if the whole model was loaded.
+
+        Raises:
+            UserError: values that are not finite
+        """
+        retype(model, self._stored_types)
+        report = self._convert(model, self._slices(self._outside.targets))
+        model._weight_conversions = self._model._weight_conversions  # includes those of the layers
+        self._raise_conversion_errors(report)
+        filled = {name: model.get_parameter_or_buffer(name) for name in self._outside.available}
+        self._check_finite(filled)
+        for name, tensor in filled.items():
+            if not isinstance(tensor, nn.Parameter):  # what a model computes with a buffer may depend on its type
+                tensor.data = tensor.data.to(self.loaded_types[name])
+        for names in self.names_by_layer:
+            report.missing_keys -= names
+            for name in names:
+                model.get_parameter_or_buffer(name)._is_hf_initialized = True  # Transformers must not initialize it
+        return report
+
+    @cached_property
+    def has_uniform_type(self) -> bool:
+        """Whether layers are stored in one type, in which they are also read. Conversion then only moves tensors."""
+        stored_types: set[torch.dtype] = set()
+        types: set[torch.dtype] = set()
+        for layer in self._layers:
+            stored_types.update(self._spans[name].dtype for name in layer.targets)
+            types.update(self.types[name] for name in layer.available)
+        return len(stored_types) == 1 and stored_types == types
+
+    def read(self, index: int, excluded: Collection[str] = ()) -> dict[str, Tensor]:
+        """Reads a layer to the CPU. Can be called from any thread.
+
+        Args:
+            index: of the layer
+            excluded: names inside the model that are not read
+
+        Returns:
+            The layer's tensors by name inside the model, in the types in which they are stored.
+
+        Raises:
+            UserError: damaged files, or values that are not finite
+        """
+        layer = self._layers[index]
+        stored_names = [name for name, target in layer.targets.items() if target not in excluded]
+        tensors = self._assemble(layer.available, self._slices(stored_names), excluded)
+        if tensors is None:  # a stored tensor holds excluded and other tensors of the model
+            return {name: tensor for name, tensor in self.read(index).items() if name not in excluded}
+        self._check_layer(index, tensors, is_complete=not excluded)
+        return tensors
+
+    def read_outside(self) -> dict[str, Tensor]:
+        """Reads everything outside of the layers to the CPU, by name inside the model."""
+        tensors = self._assemble(self._outside.available, self._slices(self._outside.targets), ())
+        assert tensors is not None
+        return tensors
+
+    def read_to_device(self, device: torch.device, index: int) -> dict[str, Tensor]:
+        """Reads a layer to ``device``. Requires ``has_uniform_type``.
+
+        Bypasses host memory if ``knows_layout``. Otherwise it takes device memory for three times the layer.
+        """
+        layer = self._layers[index]
+        stored_names, names = layer.in_order()
+        if layout := self._layouts.get(layer.kind(self._spans)):
+            shapes = {name: (self._placeholders[name].shape, self.types[name]) for name in names}
+            spans = []
+            for item in layout:
+                spans.append(Place(self._spans[stored_names[item.stored]], names[item.target], item.start))
+            tensors = upload_to(device).placed(shapes, spans)
+            self._check_layer(index, tensors)
+            return tensors
+        stored = upload_to(device).tensors({name: self._spans[name] for name in stored_names})
+        converted = self._assemble(layer.available, stored, (), device)
+        assert converted is not None
+        self._check_layer(index, converted)
+        self.learn_layout(index, converted, stored)
+        return converted
+
+    def learn_layout(
+        self, index: int, converted: Mapping[str, Tensor], stored: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Learns the layout of a kind of layers, for ``read_to_device``.
+
+        Args:
+            index: of a layer of the kind
+            converted: its tensors by name inside the model
+            stored: its tensors by stored name; None: they are read
+        """
+        layer = self._layers[index]
+        kind = layer.kind(self._spans)
+        if kind in self._layouts:
+            return
+        stored_names, names = layer.in_order()
+        if stored is None:
+            stored = {name: self._handles[name].get_tensor(name) for name in stored_names}
+        index_of = {name: number for number, name in enumerate(names)}
+        targets = [index_of.get(layer.targets[name], -1) for name in stored_names]  # -1: not in it
+        self._layouts[kind] = find_layout(
+            [stored[name] for name in stored_names], targets, [converted[name] for name in names]
+        )
+
+    def knows_layout(self, index: int) -> bool:
+        """Returns whether the layout of the layer's kind was learned."""
+        return bool(self._layouts.get(self._layers[index].kind(self._spans)))
+
+    known, learn, read_to = knows_layout, learn_layout, read_to_device
+
+    def _slices(self, stored_names: Collection[str]) -> dict[str, Any]:
+        """Returns unread tensors by stored name."""
+        return {name: self._handles[name].get_slice(name) for name in stored_names}
+
+    def _assemble(
+        self,
+        names: Collection[str],
+        stored: Mapping[str, Any],
+        excluded: Collection[str],
+        device: torch.device | None = None,
+    ) -> dict[str, Tensor] | None:
+        """Converts stored tensors.
+
+        Args:
+            names: tensors to fill, by name inside the model
+            stored: tensors by stored name, read or unread
+            excluded: those of ``names`` that are not returned
+            device: of the result; None: the CPU
+
+        Returns:
+            Tensors by name inside the model. None if ``stored``, which lacks the sources of ``excluded``, is not
+            enough for them.
+        """
+        with self._lock:
+            try:
+                report = self._convert(self._model, stored, device)
+                tensors = {}
+                for name in names:
+                    if name not in excluded:
+                        tensors[name] = self._model.get_parameter_or_buffer(name).detach()
+            finally:
+                self._restore_placeholders({name: self._placeholders[name] for name in names})
+        missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+        if missing and excluded:
+            return None
+        self._raise_conversion_errors(report)
+        if missing:
+            raise UserError(f"cannot read {missing[0]} of {self._origin}: copy the model again")
+        return tensors
+
+    def _raise_conversion_errors(self, report: Any) -> None:
+        """Raises a UserError for the first error of a conversion."""
+        for name, error in report.conversion_errors.items():
+            reason = (error.strip().splitlines() or [""])[-1]
+            raise UserError(f"cannot read {name} of {self._origin} ({reason}): copy the model again")
+
+    def _check_layer(self, index: int, tensors: Mapping[str, Tensor], is_complete: bool = True) -> None:
+        """Refuses values that are not finite, unless the complete layer was checked before."""
+        if index not in self._finite_layers:
+            self._check_finite(tensors)
+            if is_complete:
+                self._finite_layers.add(index)
+
+    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises a UserError for values that are not finite, with the name of the stored tensor."""
+        for target in not_finite(tensors, self._limits):
+            for name in self._stored.sources(target):
+                stored = self._handles[name].get_tensor(name)
+                if not_finite({name: stored if stored.dtype in FLOATS else stored.float()}):
+                    raise UserError(
+                        f"{self._origin} stores {name} with values that are not finite (NaN or infinity): copy the "
+                        "model again, or ask whoever made it"
+                    )
+            kind = short_type(self.loaded_types[target])
+            raise UserError(
+                f"{self._origin} stores {target} with values that are not finite in {kind}, the type that the model is "
+                "loaded in: give config.json a wider dtype (bfloat16 or float32)"
+            )
+
+    def _convert(self, model: Any, tensors: Mapping[str, Any], device: torch.device | str | None = None) -> Any:
+        """Runs Transformers' conversion of stored tensors into a model. Returns its report."""
+        config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
+        with _without_progress_bars():
+            report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=dict(tensors), load_config=config)
+        return report
+
+    def _restore_placeholders(self, placeholders: dict[str, Any]) -> None:
+        """Puts tensors without contents back into the model."""
+        for name, tensor in placeholders.items():
+            path, _, key = name.rpartition(".")
+            module = self._model.get_submodule(path)
+            owner = module._parameters if key in module._parameters else module._buffers
+            owner[key] = tensor
+
+
+@contextmanager
+def loading_from(files: Sequence[Path], options: ReadOptions) -> Iterator[list[LayerReader]]:
+    """Makes ``from_pretrained`` fill models from these files, whichever files it is given.
+
+    Everything else (classes, types, quantized originals, buffers, tied weights) is Transformers' own loading.
+
+    Args:
+        files: the model's safetensors files
+        options: whose layers stay on the meta device
+
+    Yields:
+        A list that receives the reader of the layers.
     """
     readers: list[LayerReader] = []
 
     def fill(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any, **__: Any) -> Any:
-        readers.append(LayerReader(model, files, load_config, reading))
+        readers.append(LayerReader(model, files, load_config, options))
         return readers[-1].fill_outside(model), None
 
     original: Callable[..., Any] = vars(PreTrainedModel)["_load_pretrained_model"]
@@ -325,36 +375,12 @@ def reading_from(files: Sequence[Path], reading: Reading) -> Iterator[list[Layer
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Transformers shows a bar for each load; a layer is none."""
-    shown = logging.is_progress_bar_enabled()
+def _without_progress_bars() -> Iterator[None]:
+    """Hides the bar that Transformers shows for each load: layers are loaded one at a time."""
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
-
-
-def _loaded_types(state: Mapping[str, Tensor], dtype_plan: Mapping[str, torch.dtype] | None) -> dict[str, torch.dtype]:
-    """The types that Transformers' own loading gives a model's tensors.
-
-    Args:
-        state: the empty model's tensors by name.
-        dtype_plan: types by patterns of names, of modules that a family keeps in float32.
-    """
-    types = {name: tensor.dtype for name, tensor in state.items()}
-    if dtype_plan:
-        pattern, by_group = build_glob_alternation(list(dtype_plan))[:2]
-        for name, kind in types.items():
-            match = pattern.search(name)
-            if match and match.lastgroup and kind.is_floating_point:
-                types[name] = dtype_plan[by_group[match.lastgroup]]
-    return types
-
-
-def _retype(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
-    """Gives tensors of an empty model other types. What is loaded into one is cast to its type."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in types and types[name] != tensor.dtype:
-            tensor.data = torch.empty_like(tensor.data, dtype=types[name])

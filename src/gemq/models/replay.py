@@ -1,8 +1,8 @@
-"""Runs a causal LM layer by layer by replaying the calls that the model itself makes to its decoder layers.
+"""Runs a causal LM layer by layer, by replaying the calls that the model itself makes to its decoder layers.
 
-Masks, positions and whatever else a family passes to a layer are captured once and passed again, never rebuilt by
-hand. The tail (final norm, head, logit scaling) runs through the model's own forward as well, with layers replaced
-for the moment. Which layers are in memory is the affair of ``residency``. Knows nothing of quantization.
+Masks, positions and other arguments that a family passes to a layer are captured once and passed again. They are never
+rebuilt. The tail (final norm, head, logit scaling) also runs through the model's own forward, with its layers replaced.
+``models.layer_cache`` decides which layers are in memory. Must not import quantization.
 
 Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 """
@@ -10,9 +10,8 @@ Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,298 +21,336 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemq.errors import NotFiniteError, UserError
-from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts, watch_experts
+from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts
 from gemq.models.experts_adapter import as_adopted
 from gemq.models.layer_cache import Residency
+from gemq.models.layer_calls import Call, ExtraOutput, HiddenStatesChanged, SharedTensors, replaced_forwards
 from gemq.models.structure import Structure
+from gemq.runtime.activation_store import HiddenStates
 from gemq.runtime.memory import Memory
 from gemq.runtime.ranks import SINGLE, Ranks
 
-
-@dataclass(frozen=True)
-class Call:
-    """What a model passes to one decoder layer beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-_WRONG_STATE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What model code raises when it is given something else than it expects."""
-
+_MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""Errors that a model's code raises when it receives other values than it expects."""
 
 LOGITS_TOGETHER = 1 << 27
-"""Numbers that go through a loss at once, at most, if that is a window or more: each takes up to 22 bytes there."""
+"""Upper bound of the logits that a loss takes in one go, unless one window has more. Each needs up to 22 bytes."""
 
-_ATTENTION = [
+MAX_TUPLE_SIZE = 3
+"""Upper bound of the values that a layer may return: hidden states and extra outputs."""
+
+_ATTENTION_BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
 
-MOST_OUTPUTS = 3
-"""Values that a layer may return: hidden states and what belongs to them."""
-
 
 class _AllCaptured(Exception):
-    """Ends a forward pass once the last layer's call is known."""
+    """Ends a forward pass once the last layer's call is captured."""
 
 
 class Replay:
-    """A causal LM cut at its decoder layers.
+    """A causal LM that is cut at its decoder layers.
 
-    ``inputs`` gives the first layer's hidden states and every layer's call, ``run`` runs one layer, ``logits`` runs
-    what follows the last layer. Raises UserError from the constructor when the model does more between its layers
-    than passing on what they return.
+    ``inputs`` returns the first layer's hidden states and every layer's call, ``run`` runs one layer, and ``logits``
+    runs everything after the last layer.
 
-    Where layers return something beside hidden states that the next layer receives (such as the positions that sparse
-    attention chose), it travels with the hidden states, as an attribute of the tensor that ``run`` returned: it is a
-    function of those very hidden states, not of the call. ``leaf`` takes it along. No gradient flows through it.
+    In some families a layer returns extra outputs that the next layer receives, such as the positions that sparse
+    attention chose. ``run`` returns them with the hidden states (see ``HiddenStates``), since they depend on these and
+    not on the call. No gradient flows through them.
 
-    With ``residency``, layers are read when they are needed; without, the model holds them all. ``ranks`` are the
-    processes that share the job: each holds a model.
+    Attributes:
+        model: the model, in evaluation mode, its parameters frozen
+        structure: of the model
+        residency: loads layers when they are needed; None if the model holds all of them
+        ranks: the processes that share the job, each of which holds a model
+        memory: the job's memory budget
+        layers: the decoder layers
     """
 
     def __init__(self, model: Any, structure: Structure, residency: Residency | None = None, ranks: Ranks = SINGLE):
+        """Captures the calls of a short text.
+
+        Raises:
+            UserError: the model does more between its layers than passing on what they return, or it does not support
+                so many processes
+        """
         self.model: Any = model.eval().requires_grad_(False)
         self.structure = structure
         self.residency, self.ranks = residency, ranks
         self.memory = residency.memory if residency else Memory.unlimited(next(self.model.parameters()).device)
         self.layers = list(model.get_submodule(structure.layers_path).children())
-        self._outputs = 0  # how many values a layer returns in a tuple; 0: a tensor
-        self._passed: dict[int, str | int] = {}  # place in that tuple -> the next layer's argument that receives it
-        self._shared: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._tuple_size = 0  # number of values in the tuple that a layer returns; 0: it returns a tensor
+        self._extra_arguments: dict[int, str | int] = {}  # index in that tuple -> argument of the next layer
+        self._shared_tensors = SharedTensors()
         if getattr(model.config, "output_router_logits", False):
             model.config.output_router_logits = False  # the auxiliary loss has no meaning in a replay
         self._probe()
-        fewest = min((x.experts.count for _, x in structure.moe_layers if x.experts), default=ranks.count)
-        if fewest < ranks.count:
-            raise UserError(f"{ranks.count} processes share layers of {fewest} experts: start at most {fewest}")
-        if self._passed and ranks.count > 1:
-            raise UserError(
-                f"{type(model).__name__} passes more than hidden states between its layers, which several processes do "
-                "not share yet: start one, without torchrun"
-            )
+        self._check_ranks()
 
     def _probe(self) -> None:
-        """Finds out what layers return, and what of it the next layer receives. UserError when it is not understood."""
+        """Finds out what layers return, and which of it the next layer receives.
+
+        Raises:
+            UserError: no assumption about it fits the model
+        """
         ids = torch.zeros(1, 4, dtype=torch.long, device=self.device)
-        found = ""
-        for self._outputs in range(MOST_OUTPUTS + 1):
-            self._passed = {}
+        reason = ""
+        for self._tuple_size in range(MAX_TUPLE_SIZE + 1):
+            self._extra_arguments = {}
             try:
                 self.inputs(ids)
                 return
             except (UserError, torch.OutOfMemoryError):
                 raise
-            except _NotPassedOn as error:
-                found = found or f"before layer {error.args[0]}"
-            except _WRONG_STATE as error:  # such as unpacking a tensor where the layer returns several
-                found = found or _first_line(error)
+            except HiddenStatesChanged as error:
+                reason = reason or f"before layer {error.args[0]}"
+            except _MODEL_ERRORS as error:  # such as unpacking a tensor where the layer returns a tuple
+                reason = reason or _first_line(error)
         raise UserError(
             f"{type(self.model).__name__} does more between its decoder layers than passing hidden states on "
-            f"({found}): gemq cannot replay it; this family is not supported yet"
+            f"({reason}): gemq cannot replay it; this family is not supported yet"
         )
+
+    def _check_ranks(self) -> None:
+        """Refuses more processes than a layer has experts, and several ones for layers with extra outputs."""
+        fewest_experts = min((layer.experts.count for _, layer in self.structure.moe_layers), default=self.ranks.count)
+        if fewest_experts < self.ranks.count:
+            raise UserError(
+                f"{self.ranks.count} processes share layers of {fewest_experts} experts: start at most {fewest_experts}"
+            )
+        if self.passes_more and self.ranks.count > 1:
+            raise UserError(
+                f"{type(self.model).__name__} passes more than hidden states between its layers, which several "
+                "processes do not share yet: start one, without torchrun"
+            )
 
     @property
     def device(self) -> torch.device:
+        """The device that computes."""
         return self.memory.device
 
     @property
     def passes_more(self) -> bool:
-        """Whether layers give each other more than hidden states."""
-        return bool(self._passed)
+        """Whether layers receive extra outputs of the layer before them."""
+        return bool(self._extra_arguments)
 
     def alone(self) -> Replay:
-        """The same model for what this rank does by itself."""
-        other = copy.copy(self)
-        other.ranks = Ranks(device=self.ranks.device)
-        return other
+        """Returns a replay of the same model for work that this rank does without the others."""
+        replay = copy.copy(self)
+        replay.ranks = Ranks(device=self.ranks.device)
+        return replay
 
     def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
-        """Gives the indices of ``order``, each layer being held while it is looked at; ``ahead``: the next one read."""
+        """Yields the indices of ``order``, each while the model holds its layer.
+
+        Args:
+            order: indices of layers
+            ahead: whether the next layer is loaded meanwhile
+        """
         return iter(order) if self.residency is None else self.residency.walk(order, ahead)
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """The model with all of its layers, to be run as it is. Ask ``Residency.fits`` before."""
+        """Yields the model with all of its layers, for its own forward. Call only if ``Residency.fits``."""
         if self.residency is None:
             yield self.model
             return
-        with self.residency.all():
+        with self.residency.all_layers():
             use_fast_experts(self.model)
             try:
                 yield self.model
             finally:
                 use_experts_forward(self.model)
 
-    def rest(self, index: int, without: Collection[str]) -> dict[str, Tensor]:
-        """A layer's parameters and buffers by name inside the model, on the device, but for those named."""
+    def rest(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
+        """Returns a layer's parameters and buffers on the device, except ``excluded``, by name inside the model."""
         if self.residency is not None:
-            return self.residency.rest(index, without)
+            return self.residency.read_layer(index, excluded)
         prefix = self.structure.layers[index].path + "."
         state = self.model.state_dict()
-        return {n: t for n, t in state.items() if n.startswith(prefix) and n not in without}
+        return {name: t for name, t in state.items() if name.startswith(prefix) and name not in excluded}
 
-    def unpacked(self, without: Collection[str]) -> dict[str, Tensor]:
-        """The full-precision model's tensors by name but for those named, as the files store them.
+    def unpacked(self, excluded: Collection[str]) -> dict[str, Tensor]:
+        """Returns the full-precision model's state except ``excluded``, in the types that the files store.
 
-        They are read again, to the CPU: those of the model are in the type that it computes with.
+        It is read from the files to the CPU, since the model holds tensors in its compute type.
         """
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in without}
-        if self.residency is not None:
-            reader = self.residency.reader
-            outside = {name: tensor for name, tensor in reader.read_outside().items() if name in state}
-            state.update({name: as_adopted(tensor, state[name]) for name, tensor in outside.items()})
-            for index in range(len(self.layers)):
-                state.update(reader.read(index, without))
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in excluded}
+        if self.residency is None:
+            return state
+        reader = self.residency.reader
+        for name, tensor in reader.read_outside().items():
+            if name in state:
+                state[name] = as_adopted(tensor, state[name])
+        for index in range(len(self.layers)):
+            state.update(reader.read(index, excluded))
         return state
 
     def restore(self, index: int) -> None:
-        """Forgets what was written into a layer's weights, where they can be read again."""
+        """Undoes changes of a layer's weights if they can be read again."""
         if self.residency is not None:
             self.residency.restore(index)
 
     @torch.no_grad()
     def inputs(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """Token ids [B, S] int64 -> (hidden states [B, S, H] before the first layer, one call per layer)."""
+        """Returns the hidden states [B, S, H] before the first layer, and one call per layer, of ids [B, S] int64."""
         calls: list[Call] = []
-        first: list[Tensor] = []
-        seen: dict[int, tuple[Tensor, Tensor]] = {}  # most layers are given the same: comparing waits for the device
+        first_hidden: Tensor | None = None
+        replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        share = self._shared_tensors.share
 
-        def record(hidden: Tensor, call: Call) -> Tensor:
-            if first and hidden is not first[0]:
-                raise _NotPassedOn(len(calls))
-            first.append(hidden)
-            self._note_passed(call)
-            calls.append(Call(self._share(call.args, seen), self._share(call.kwargs, seen)))
+        def capture(hidden: Tensor, call: Call) -> Tensor:
+            nonlocal first_hidden
+            if first_hidden is None:
+                first_hidden = hidden
+            elif hidden is not first_hidden:
+                raise HiddenStatesChanged(len(calls))
+            self._note_extra_arguments(call)
+            calls.append(Call(share(call.args, replaced), share(call.kwargs, replaced)))
             if len(calls) == len(self.layers):
                 raise _AllCaptured
             return hidden
 
-        with self._patched(record):
+        with replaced_forwards(self.layers, capture, self._tuple_size):
             try:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             except _AllCaptured:
-                return first[0], calls
+                assert first_hidden is not None
+                return first_hidden, calls
         raise UserError(
             f"{type(self.model).__name__} has {len(self.layers)} decoder layers and calls {len(calls)} of them: "
             "gemq cannot replay it; this family is not supported yet"
         )
 
-    def run(self, index: int, hidden: Tensor, call: Call, overrides: dict[str, Tensor] | None = None) -> Tensor:
-        """Hidden states [B, S, H] after layer ``index``. Differentiable.
+    def _note_extra_arguments(self, call: Call) -> None:
+        """Records which arguments of a call are extra outputs of the layer before."""
+        arguments: list[tuple[str | int, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        for argument, value in arguments:
+            if isinstance(value, ExtraOutput):
+                self._extra_arguments[value.index] = argument
 
-        overrides: tensors to take in place of the model's parameters, by their name inside the model
+    def run(self, index: int, hidden: Tensor, call: Call, overrides: dict[str, Tensor] | None = None) -> Tensor:
+        """Runs layer ``index``. Differentiable.
+
+        Args:
+            index: of the layer
+            hidden: its input [B, S, H]
+            call: its other arguments
+            overrides: tensors that replace the model's parameters, by name inside the model
+
+        Returns:
+            Its output [B, S, H].
         """
-        if self.residency is not None and not (overrides and self.residency.covered(index, overrides)):
-            self.residency.need(index)
+        if self.residency is not None and not (overrides and self.residency.covers(index, overrides)):
+            self.residency.load(index)
         layer = self.layers[index]
-        call = self._with_passed(index, hidden, call)
-        args, prefix = (hidden, *call.args), len(self.structure.layers[index].path) + 1
-        own = {name[prefix:]: tensor for name, tensor in (overrides or {}).items()}
+        call = self._with_extra_arguments(index, hidden, call)
+        prefix_length = len(self.structure.layers[index].path) + 1
+        layer_overrides = {name[prefix_length:]: tensor for name, tensor in (overrides or {}).items()}
         with self._attention():
-            out = functional_call(layer, own, args, call.kwargs) if own else layer(*args, **call.kwargs)
-        if not isinstance(out, tuple):
-            return out
-        if self._passed:
-            passed = {place: out[place] for place in self._passed}
-            out[0].gemq_passed = {p: v.detach() if isinstance(v, Tensor) else v for p, v in passed.items()}
-        return out[0]
+            if layer_overrides:
+                output = functional_call(layer, layer_overrides, (hidden, *call.args), call.kwargs)
+            else:
+                output = layer(hidden, *call.args, **call.kwargs)
+        if not isinstance(output, tuple):
+            return output
+        if not self._extra_arguments:
+            return output[0]
+        extras = {}
+        for position in self._extra_arguments:
+            value = output[position]
+            extras[position] = value.detach() if isinstance(value, Tensor) else value
+        return HiddenStates.with_extras(output[0], extras)
+
+    def _with_extra_arguments(self, index: int, hidden: Tensor, call: Call) -> Call:
+        """Returns the call with the extra outputs of the layer before in place of their placeholders."""
+        if not self._extra_arguments or index == 0:
+            return call
+        assert isinstance(hidden, HiddenStates)
+        args, kwargs = list(call.args), dict(call.kwargs)
+        for position, argument in self._extra_arguments.items():
+            if isinstance(argument, int):
+                args[argument] = hidden.extras[position]
+            else:
+                kwargs[argument] = hidden.extras[position]
+        return Call(tuple(args), kwargs)
 
     def _attention(self) -> AbstractContextManager[None]:
-        """Lets attention without gradients take a kernel that is there, if one fits.
+        """Prefers attention kernels that are compiled already, where no gradients are needed.
 
-        cuDNN, which is otherwise asked first, compiles one for every shape, half a second or more. With gradients it is
-        worth that.
+        PyTorch would try cuDNN first, which compiles a kernel for every shape in half a second or more. This pays off
+        only with gradients.
         """
         if self.device.type != "cuda" or torch.is_grad_enabled():
             return nullcontext()
-        return sdpa_kernel(_ATTENTION, set_priority=True)
+        return sdpa_kernel(_ATTENTION_BACKENDS, set_priority=True)
 
     @staticmethod
     def leaf(hidden: Tensor) -> Tensor:
-        """A layer's input as a leaf of autograd."""
-        leaf = hidden.detach().requires_grad_()
-        if hasattr(hidden, "gemq_passed"):
-            leaf.gemq_passed = hidden.gemq_passed  # type: ignore[attr-defined]
-        return leaf
-
-    def _note_passed(self, call: Call) -> None:
-        """Remembers which arguments are what the layer before returned beside hidden states."""
-        arguments: list[tuple[str | int, Any]] = [*enumerate(call.args), *call.kwargs.items()]
-        self._passed.update({value.place: name for name, value in arguments if isinstance(value, _Output)})
-
-    def _with_passed(self, index: int, hidden: Tensor, call: Call) -> Call:
-        """The call with what the layer before returned in place of what stood for it when it was captured."""
-        if not self._passed or index == 0:
-            return call
-        passed: dict[int, Any] = hidden.gemq_passed  # type: ignore[attr-defined]
-        args, kwargs = list(call.args), dict(call.kwargs)
-        for place, name in self._passed.items():
-            if isinstance(name, int):
-                args[name] = passed[place]
-            else:
-                kwargs[name] = passed[place]
-        return Call(tuple(args), kwargs)
+        """Returns a layer's input as a leaf of autograd, with its extra outputs."""
+        leaf = hidden.detach()
+        if isinstance(hidden, HiddenStates):
+            leaf = HiddenStates.with_extras(leaf, hidden.extras)
+        return leaf.requires_grad_()
 
     def logits(self, ids: Tensor, hidden: Tensor, overrides: dict[str, Tensor] | None = None) -> Tensor:
-        """Logits [B, S, V] from the last layer's hidden states [B, S, H], by the model's own tail. Differentiable.
+        """Computes logits by the model's own tail. Differentiable.
 
-        overrides: tensors to take in place of the tail's parameters, by their name inside the model
+        Args:
+            ids: token ids [B, S] int64
+            hidden: the last layer's output [B, S, H]
+            overrides: tensors that replace the tail's parameters, by name inside the model
+
+        Returns:
+            Logits [B, S, V].
         """
-        seen = 0
+        num_calls = 0
 
-        def substitute(before: Tensor, call: Call) -> Tensor:
-            nonlocal seen
-            seen += 1
-            return hidden if seen == len(self.layers) else before
+        def last_output(layer_input: Tensor, call: Call) -> Tensor:
+            nonlocal num_calls
+            num_calls += 1
+            return hidden if num_calls == len(self.layers) else layer_input
 
-        with self._patched(substitute):
+        with replaced_forwards(self.layers, last_output, self._tuple_size):
             inputs = {"input_ids": ids.to(self.device), "use_cache": False}
             return functional_call(self.model, overrides or {}, (), inputs).logits
 
     def windows_together(self, ids: Tensor) -> list[slice]:
-        """Slices of windows [B, S] whose logits are looked at together: all in one where the vocabulary is small."""
-        each = ids.shape[1] * self.model.config.get_text_config().vocab_size
-        step = max(1, LOGITS_TOGETHER // each)
+        """Slices of the windows [B, S] whose logits are computed in one go: all windows if the vocabulary is small."""
+        logits_per_window = ids.shape[1] * self.model.config.get_text_config().vocab_size
+        step = max(1, LOGITS_TOGETHER // logits_per_window)
         return [slice(start, start + step) for start in range(0, len(ids), step)]
 
     def verify(self, ids: Tensor) -> None:
-        """Compares a replay of token ids [B, S] with the model's own forward. Raises UserError when they differ.
+        """Compares a replay of token ids [B, S] with the model's own forward.
 
-        What is compared is code, not weights: where layers are read as they are needed, one of each kind stands in for
-        all, and nothing waits for files.
+        This verifies code, not weights. So where layers are loaded when they are needed, every layer holds the weights
+        of the first one of its kind, which takes few reads.
+
+        Raises:
+            UserError: they differ, or gemq's arithmetic of the experts differs from the model's
         """
-        with nullcontext() if self.residency is None else self.residency.alike(), torch.no_grad(), self._attention():
+        weights = nullcontext() if self.residency is None else self.residency.alike()
+        with weights, torch.no_grad(), self._attention():
             self._verify(ids)
 
     def _verify(self, ids: Tensor) -> None:
-        expected = self._own_logits(ids)
+        """Does the work of ``verify``, with the weights that the layers hold."""
+        expected = self._model_logits(ids)
         if not expected.isfinite().all():
             raise NotFiniteError(
                 f"{type(self.model).__name__} computes logits that are not finite: its activations overflow; try "
                 "--dtype float32, or look for weights that are far too large"
             )
-        self._check_arithmetic(ids)
-        hidden, calls = self.inputs(ids)
-        other, other_calls = self.inputs(ids[:, :1].expand_as(ids))
-        try:
-            for index, call in enumerate(calls):  # two batches at once: what a layer keeps of one shows in the other
-                hidden = self.run(index, hidden, call)
-                other = self.run(index, other, other_calls[index])
-        except torch.OutOfMemoryError:
-            raise
-        except _WRONG_STATE as error:
-            raise UserError(
-                f"{type(self.model).__name__}'s layers cannot be run on their own ({_first_line(error)}): "
-                "they share state; this family is not supported yet"
-            ) from error
-        replayed = self.logits(ids, hidden).float()
-        # The same operations in the same order: equal but for kernels chosen by memory alignment and, on a GPU, sums in
-        # another order. In bfloat16 such roundings change a token's experts here and there: 0.032 was measured on
-        # the built-in model. Layers that share state give differences of the order of 1.
+        paths = [layer.experts.path for _, layer in self.structure.moe_layers]
+        check_arithmetic(self.model, paths, ids.to(self.device))
+        replayed = self._interleaved_logits(ids)
+        # The operations and their order are equal. Results differ where memory alignment selects another kernel and, on
+        # a GPU, where sums take another order. In bfloat16 such roundings change a token's experts now and then: the
+        # built-in model differs by 0.032. Layers that share state differ by about 1.
         difference = (replayed - expected).norm() / expected.norm().clamp_min(1e-12)
         if not difference < (1e-2 if self.model.dtype == torch.float32 else 0.1):
             raise UserError(
@@ -321,8 +358,33 @@ class Replay:
                 f"(relative difference {difference:.2g}): its layers share state; this family is not supported yet"
             )
 
-    def _own_logits(self, ids: Tensor) -> Tensor:
-        """The model's logits of token ids [B, S] in float32. Raises UserError where its parts do not fit together."""
+    def _interleaved_logits(self, ids: Tensor) -> Tensor:
+        """Replays token ids [B, S] and a second batch in turns, so that state which a layer keeps shows up.
+
+        Returns:
+            Logits [B, S, V] of the first batch, float32.
+        """
+        hidden, calls = self.inputs(ids)
+        second_hidden, second_calls = self.inputs(ids[:, :1].expand_as(ids))
+        try:
+            for index, (call, second_call) in enumerate(zip(calls, second_calls, strict=True)):
+                hidden = self.run(index, hidden, call)
+                second_hidden = self.run(index, second_hidden, second_call)
+        except torch.OutOfMemoryError:
+            raise
+        except _MODEL_ERRORS as error:
+            raise UserError(
+                f"{type(self.model).__name__}'s layers cannot be run on their own ({_first_line(error)}): "
+                "they share state; this family is not supported yet"
+            ) from error
+        return self.logits(ids, hidden).float()
+
+    def _model_logits(self, ids: Tensor) -> Tensor:
+        """Returns the logits [B, S, V] of the model's own forward, float32.
+
+        Raises:
+            UserError: the installed Transformers cannot run the model
+        """
         try:
             return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
         except (AttributeError, TypeError) as error:
@@ -331,79 +393,7 @@ class Replay:
                 f"({_first_line(error)}): install another release of Transformers"
             ) from error
 
-    def _check_arithmetic(self, ids: Tensor) -> None:
-        """Compares gemq's arithmetic of each layer's experts with their own."""
-        paths = [layer.experts.path for _, layer in self.structure.moe_layers if layer.experts]
-        modules = [self.model.get_submodule(path) for path in paths]
-        with ExitStack() as stack:
-            watched = [stack.enter_context(watch_experts(module)) for module in modules]
-            self.model(input_ids=ids.to(self.device), use_cache=False)
-        for path, module, calls in zip(paths, modules, watched, strict=True):
-            for call in calls:
-                difference = check_arithmetic(module, call)
-                if not difference < 2e-2:  # another order of sums; bfloat16 rounds to 4e-3
-                    raise UserError(
-                        f"cannot quantize {path} ({type(module).__name__}): it computes something else than gemq "
-                        f"understands (relative difference {difference:.2g}); this family is not supported yet"
-                    )
-
-    @contextmanager
-    def _patched(self, function: Callable[[Tensor, Call], Tensor]) -> Iterator[None]:
-        """Replaces every layer's forward for the moment. The instance stays, with the attributes a model reads."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, rest = args[0], args[1:]
-            else:
-                kwargs = dict(kwargs)
-                hidden, rest = kwargs.pop("hidden_states"), ()
-            if not isinstance(hidden, Tensor):
-                raise _NotPassedOn(0)
-            out = function(hidden, Call(rest, kwargs))
-            return (out, *map(_Output, range(1, self._outputs))) if self._outputs else out
-
-        # accelerate's hooks, where there are any, are such attributes of an instance
-        before = [vars(layer).get("forward") for layer in self.layers]
-        for layer in self.layers:
-            layer.forward = forward
-        try:
-            yield
-        finally:
-            for layer, own in zip(self.layers, before, strict=True):
-                del layer.forward
-                if own is not None:
-                    layer.forward = own
-
-    def _share(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
-        """Replaces tensors by equal ones seen before: masks and positions are alike in nearly all micro-batches.
-
-        seen: those of this call of the model, by ``id``, and what replaced them
-        """
-        if isinstance(value, Tensor):
-            if id(value) not in seen:
-                known = self._shared.setdefault((value.shape, value.dtype), [])
-                same = next((other for other in known if other is value or torch.equal(other, value)), None)
-                if same is None and len(known) < 8:
-                    known.append(value)
-                seen[id(value)] = value, value if same is None else same
-            return seen[id(value)][1]
-        if isinstance(value, tuple | list):
-            return type(value)(self._share(v, seen) for v in value)
-        if isinstance(value, dict):
-            return {k: self._share(v, seen) for k, v in value.items()}
-        return value
-
 
 def _first_line(error: Exception) -> str:
+    """Returns an error's type and message, cut to one short line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-@dataclass(frozen=True)
-class _Output:
-    """Stands for what a layer returns at a place of its tuple while calls are captured."""
-
-    place: int
-
-
-class _NotPassedOn(Exception):
-    """A layer did not receive what the layer before returned. Holds the layer's index."""

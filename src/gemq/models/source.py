@@ -1,6 +1,6 @@
-"""Where a model comes from: a local directory or a hub id, its fingerprint, and loading it.
+"""A model's files: a local directory or a hub id, its fingerprint, and loading it.
 
-Every way in which that can fail for a reason the user can mend ends in a UserError. Knows no experts and no stages.
+Every failure that the user can fix raises a UserError. Must not import pipeline stages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from gemq.errors import UserError
 from gemq.models.auto_class import auto_class
-from gemq.models.calls import one_line_errors, summary
+from gemq.models.calls import one_line_errors
 from gemq.models.configuration import read_configuration, suspicious_fields
 from gemq.models.experts import use_experts_forward
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.file_hashes import file_digests
 from gemq.models.fused_norms import use_fused_kernels
-from gemq.models.reader import LayerReader, Reading, reading_from
+from gemq.models.hub import download_model
+from gemq.models.reader import LayerReader, ReadOptions, loading_from
 from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.stored import FLOATS
 from gemq.models.structure import find_structure
@@ -38,34 +39,50 @@ from gemq.runtime.safetensors_files import read_header, weight_files
 from gemq.runtime.upload import TYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEFAULT_WINDOW = 2048
-ADAPTER = "adapter_config.json"
-READ_QUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-"""Quantized originals that are read: published in no better precision, and Transformers dequantizes them on loading."""
+
+DEFAULT_SEQ_LEN = 2048
+"""Tokens per window, where neither the user nor the model's configuration limits them."""
+
+ADAPTER_FILE = "adapter_config.json"
+
+READABLE_QUANTIZATIONS = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+"""Quantizations of originals that are published in no better precision. Transformers dequantizes them on loading."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's files on the local disk."""
+    """A model's files on the local disk.
+
+    Attributes:
+        path: directory of the files
+        trust_remote_code: whether code that the model brings may run
+        left_out: names of stored matrices that the loaded model has no place for, such as multi-token prediction layers
+    """
 
     path: Path
     trust_remote_code: bool = False
     left_out: list[str] = field(default_factory=list, compare=False)
-    """Names of stored matrices that ``load`` found no place for in the model, such as multi-token prediction layers."""
 
     @classmethod
     def resolve(
         cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
     ) -> Source:
-        """A local directory as it is; a hub id is downloaded (or found in the cache), no pickled weights.
+        """Finds a model's files. Those of a hub id are downloaded or found in the cache, without pickled weights.
 
-        weights: False leaves the weights on the hub and fetches only what describes the model
+        Args:
+            model: local directory or hub id
+            revision: branch, tag or commit of a hub id
+            trust_remote_code: whether code that the model brings may run
+            weights: False downloads only the files that describe the model
+
+        Raises:
+            UserError: there is no such model
         """
         path = Path(os.path.expanduser(model))
         if not os.path.exists(path):  # False for what cannot be a path, such as a name that is too long
             if model.startswith((".", "/", "~")) or model.count("/") != 1:
                 raise UserError(f"model {model[:200]} does not exist: give a directory or a hub id such as org/name")
-            return cls(_download(model, revision, weights), trust_remote_code)
+            return cls(download_model(model, revision, weights), trust_remote_code)
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: give the directory of a Transformers checkpoint")
         if revision is not None:
@@ -73,24 +90,25 @@ class Source:
         return cls(path, trust_remote_code)
 
     def config(self) -> Any:
-        """The model's configuration, as if it were stored in full precision.
+        """Reads the model's configuration, as if it were stored in full precision.
 
-        Raises UserError when it is unreadable, or quantized in a way that cannot be read.
+        Raises:
+            UserError: the configuration is unreadable, or the model is quantized in a way that cannot be read
         """
-        config = self._stored_config()
-        if (method := _quantization(config)) is not None:
-            if method not in READ_QUANTIZED:
+        config = self.stored_config()
+        method = _quantization_method(config)
+        if method is not None:
+            if method not in READABLE_QUANTIZATIONS:
                 raise UserError(f"{self.path} is quantized already ({method}): give the full-precision model")
-            for part in (config, config.get_text_config()):
-                if hasattr(part, "quantization_config"):
-                    del part.quantization_config
+            _delete_quantization(config)
         return config
 
     def stored_config(self) -> Any:
-        """The configuration as it is stored, of packed checkpoints too. Raises UserError when it is unreadable."""
-        return self._stored_config()
+        """Reads the configuration as it is stored. Packed checkpoints are supported.
 
-    def _stored_config(self) -> Any:
+        Raises:
+            UserError: it is unreadable
+        """
         read_configuration(self.path / "config.json")
         check_source_sizes(self.path)
         problem = f"cannot read the configuration of {self.path}"
@@ -114,7 +132,7 @@ class Source:
         return config
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: shapes without weights."""
+        """Builds the model on the meta device: shapes without weights."""
         config = self.config()
         with torch.device("meta"), self._building():
             model = auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
@@ -122,17 +140,17 @@ class Source:
         return model
 
     def advice(self) -> str:
-        """What to do about a model that cannot be built or run: names fields of config.json with unusual values."""
+        """Returns advice for a model that cannot be built or run: fields of config.json with unusual values."""
         fields: list[str] = []
         with suppress(Exception):  # a family whose configuration has no defaults
-            defaults = type(self._stored_config())().to_dict()
+            defaults = type(self.stored_config())().to_dict()
             fields = suspicious_fields(read_configuration(self.path / "config.json"), defaults)
-        look_at = f"look at {', '.join(fields[:3])} in" if fields else "correct"
-        return f"{look_at} its config.json, or copy the model again"
+        first_step = f"look at {', '.join(fields[:3])} in" if fields else "correct"
+        return f"{first_step} its config.json, or copy the model again"
 
     @contextmanager
     def _building(self) -> Iterator[None]:
-        """While Transformers builds or fills the model: whatever it raises is one line."""
+        """Turns whatever Transformers raises while it builds or fills the model into a UserError of one line."""
         problem = f"cannot load {self.path} as a causal language model"
         try:
             with one_line_errors(problem, self.advice), bounded_construction(self.path):
@@ -146,80 +164,107 @@ class Source:
             raise
 
     def load(self, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-        """The whole model.
+        """Loads the complete model.
 
         Args:
-            device: where to.
-            dtype: of all floating-point parameters; None leaves them in the types that Transformers gives them.
+            device: where to load it
+            dtype: of all floating-point parameters; None leaves them in the types that Transformers gives them
 
         Returns:
             The model, and the type in which each parameter is stored.
         """
         model, reader = self._read(self.skeleton(), (), dtype)
-        stored = {name: reader.types[name] for name, _ in model.named_parameters()}
-        return self._ready(model, device, dtype), stored
+        stored_types = {name: reader.types[name] for name, _ in model.named_parameters()}
+        return self._prepare(model, device, dtype), stored_types
 
     def open(self, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerReader]:
-        """The model without its decoder layers, which stay on the meta device, and the reader that has them.
+        """Loads the model without its decoder layers, which stay on the meta device.
 
-        Raises UserError for a model whose structure is not understood.
+        Args:
+            device: where to load it
+            dtype: of all floating-point parameters
+
+        Returns:
+            The model, and the reader of its layers.
+
+        Raises:
+            UserError: the model's structure is not understood
         """
         skeleton = self.skeleton()
         paths = [layer.path for layer in find_structure(skeleton).layers]
         model, reader = self._read(skeleton, paths, dtype)
-        return self._ready(model, device, dtype), reader
+        return self._prepare(model, device, dtype), reader
 
     def _read(
         self, skeleton: PreTrainedModel, layers: Sequence[str], dtype: torch.dtype | None
     ) -> tuple[PreTrainedModel, LayerReader]:
-        """The model as Transformers loads it, but from ``weight_files`` alone and without ``layers``.
+        """Lets Transformers load the model, but only from ``weight_files`` and without ``layers``.
 
-        Transformers is given no directory: there it would also look for pickled weights and for adapters.
+        Transformers receives no directory. There it would also look for pickled weights and for adapters.
+
+        Args:
+            skeleton: the model without weights
+            layers: paths of the layers that stay on the meta device
+            dtype: compute type, see ``ReadOptions``
+
+        Returns:
+            The model, and the reader of its layers.
 
         Raises:
-            UserError: the model cannot be loaded, or Transformers would make something up.
+            UserError: the model cannot be loaded, or Transformers would initialize tensors that the files lack
         """
-        config = self._stored_config()
-        method = _quantization(config)
-        quantization = getattr(config, "quantization_config", None)
-        if type(config) is not type(skeleton.config):  # the text part of a model that also sees or hears
-            config = config.get_text_config()
-            if quantization is not None:
-                config.quantization_config = quantization
-        options = {} if method is None else {"quantization_config": READ_QUANTIZED[method](dequantize=True)}
+        config = self._load_config(skeleton)
+        method = _quantization_method(config)
+        quantization: dict[str, Any] = {}
+        if method is not None:
+            quantization["quantization_config"] = READABLE_QUANTIZATIONS[method](dequantize=True)
         files = weight_files(self.path)
-        if (self.path / ADAPTER).exists():
+        if (self.path / ADAPTER_FILE).exists():
             warnings.warn(
-                f"the adapter in {self.path} ({ADAPTER}) is not applied: only the whole model beside it is read",
+                f"the adapter in {self.path} ({ADAPTER_FILE}) is not applied: only the whole model beside it is read",
                 stacklevel=3,
             )
-        with reading_from(files, Reading(str(self.path), layers, dtype)) as readers, self._building():
+        with loading_from(files, ReadOptions(str(self.path), layers, dtype)) as readers, self._building():
             loaded: Any = type(skeleton).from_pretrained(
                 None,
                 config=config,
-                dtype=getattr(config, "dtype", None) or _first_type(files),
+                dtype=getattr(config, "dtype", None) or _first_float_type(files),
                 state_dict={},
                 output_loading_info=True,
-                **options,
+                **quantization,
             )
         model, report = loaded
-        if options:
+        if quantization:
             _forget_quantization(model)
         self.left_out[:] = readers[0].left_out
-        if absent := sorted(map(str, report["missing_keys"])):  # Transformers would make them up
+        missing = sorted(map(str, report["missing_keys"]))
+        if missing:  # Transformers would initialize them
             raise UserError(
-                f"{self.path} lacks {len(absent)} of the model's tensors, first: {absent[0]}: copy the checkpoint again"
+                f"{self.path} lacks {len(missing)} of the model's tensors, first: {missing[0]}: copy the checkpoint "
+                "again"
             )
         model.config.name_or_path = model.name_or_path = str(self.path)
         if model.can_generate():
-            model.generation_config = self.generation_config()
+            model.generation_config = self._generation_config()
         return model, readers[0]
 
-    @staticmethod
-    def _ready(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Adopts experts, moves everything that has contents to ``device`` and parameters to ``dtype``.
+    def _load_config(self, skeleton: PreTrainedModel) -> Any:
+        """Returns the stored configuration of the part of the model that is loaded."""
+        config = self.stored_config()
+        if type(config) is type(skeleton.config):
+            return config
+        # the text part of a multimodal model
+        quantization = getattr(config, "quantization_config", None)
+        text_config = config.get_text_config()
+        if quantization is not None:
+            text_config.quantization_config = quantization
+        return text_config
 
-        On a GPU norms and rotary positions are few kernels, where these compute the same.
+    @staticmethod
+    def _prepare(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Adopts experts, moves all loaded tensors to ``device`` and converts parameters to ``dtype``.
+
+        On a GPU it also fuses the kernels of norms and rotary positions, where the result is the same.
         """
         adopt_experts(model)
         for module in model.modules():
@@ -227,7 +272,7 @@ class Source:
                 if parameter is not None and not parameter.is_meta:
                     kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                     parameter.data = parameter.data.to(device, kind)
-            for name, buffer in module._buffers.items():  # not cast: rotary frequencies stay in float32
+            for name, buffer in module._buffers.items():  # not converted: rotary frequencies stay in float32
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
         use_experts_forward(model)
@@ -236,120 +281,120 @@ class Source:
         return model.eval()
 
     def check_weights(self) -> None:
-        """Reads the headers of the weights. Raises UserError when files are missing, pickled or cut short."""
+        """Reads the headers of the weights.
+
+        Raises:
+            UserError: files are missing, pickled or truncated
+        """
         for file in weight_files(self.path):
             read_header(file)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Raises UserError when there is none, none that can be read, or one of another model."""
+        """The model's tokenizer.
+
+        Raises:
+            UserError: it is missing, unreadable, or that of another model
+        """
         advice = "copy the tokenizer files again, or install what they need"
         with one_line_errors(f"cannot read the tokenizer of {self.path}", advice):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-            known, special = len(tokenizer.get_vocab()), len(set(tokenizer.all_special_ids))
-            size = tokenizer.vocab_size  # without added tokens, which may lie behind the embedding
+            num_tokens, num_special = len(tokenizer.get_vocab()), len(set(tokenizer.all_special_ids))
+            size = tokenizer.vocab_size  # without added tokens, which may have no embedding
             tokenizer.decode(tokenizer("a b")["input_ids"])  # some damage shows only in use
-        if known <= special:  # Transformers made an empty one
+        if num_tokens <= num_special:  # Transformers created an empty tokenizer
             raise UserError(f"{self.path} holds no tokenizer: copy its tokenizer files there")
-        rows = getattr(self._stored_config().get_text_config(), "vocab_size", None)
-        if isinstance(rows, int) and size > rows:
+        embeddings = getattr(self.stored_config().get_text_config(), "vocab_size", None)
+        if isinstance(embeddings, int) and size > embeddings:
             raise UserError(
-                f"the tokenizer of {self.path} has {size} tokens and the model has embeddings for {rows} (vocab_size): "
-                "copy the tokenizer that belongs to the model"
+                f"the tokenizer of {self.path} has {size} tokens and the model has embeddings for {embeddings} "
+                "(vocab_size): copy the tokenizer that belongs to the model"
             )
         return tokenizer
 
-    def generation_config(self) -> GenerationConfig:
-        """How the model generates, by its generation_config.json or else by its config.json."""
+    def _generation_config(self) -> GenerationConfig:
+        """Reads the defaults of generation from generation_config.json, or else from config.json."""
         options: dict[str, Any] = {}
         if not (self.path / "generation_config.json").is_file():
             options = {"config_file_name": "config.json", "_from_model_config": True}
         with one_line_errors(f"cannot read the generation_config.json of {self.path}", "correct or delete it"):
             return GenerationConfig.from_pretrained(self.path, **options)
 
-    def fingerprint(self, known: Mapping[str, Sequence[Any]] | None = None) -> tuple[str, dict[str, list[Any]]]:
-        """SHA-256 over the configuration, the tokenizer and every byte of the weights; and for each file its size, the
-        nanosecond of its last change and its digest.
+    def fingerprint(self, previous: Mapping[str, Sequence[Any]] | None = None) -> tuple[str, dict[str, list[Any]]]:
+        """Hashes the configuration, the tokenizer and every byte of the weights.
 
-        known: what this gave before: a file of the same size and time is not read again
+        Args:
+            previous: an earlier second result. Files with the same size and time are not read again.
+
+        Returns:
+            The fingerprint, and size, time of the last change in nanoseconds, and SHA-256 of each file.
         """
-        files = file_digests(self.path, known)
-        whole = {name: values[2] for name, values in files.items()}
-        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], files
+        files = file_digests(self.path, previous)
+        digests = {name: record[2] for name, record in files.items()}
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16], files
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type that a recipe's ``dtype`` means on ``device``."""
+    """Returns the compute type that a recipe's ``dtype`` selects on ``device``."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPES[name]
 
 
 def configured_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """The type in which each parameter is stored, as far as the configuration tells: it names one for all."""
+    """Returns the type in which each parameter is stored according to the configuration, which has one for all."""
     dtype = getattr(model.config.get_text_config(), "dtype", None) or torch.bfloat16
     return {name: dtype for name, _ in model.named_parameters()}
 
 
 def longest_window(config: Any) -> int:
-    """Most tokens that the model takes at once."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_WINDOW)
+    """Returns the length of the longest window that the model supports, in tokens."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQ_LEN)
 
 
-def calibration_window(config: Any, wanted: int | None) -> int:
-    """Tokens per calibration window: those wanted, by default 2048 or the longest that the model takes."""
+def calibration_window(config: Any, seq_len: int | None) -> int:
+    """Returns the tokens per calibration window: ``seq_len``, by default 2048 or what the model supports.
+
+    Raises:
+        UserError: ``seq_len`` is longer than the model supports
+    """
     longest = longest_window(config)
-    if wanted is not None and wanted > longest:
-        raise UserError(f"--window {wanted} is longer than the model takes: give at most {longest}")
-    return min(DEFAULT_WINDOW, longest) if wanted is None else wanted
+    if seq_len is not None and seq_len > longest:
+        raise UserError(f"--window {seq_len} is longer than the model takes: give at most {longest}")
+    return min(DEFAULT_SEQ_LEN, longest) if seq_len is None else seq_len
 
 
-def _quantization(config: Any) -> str | None:
-    """How a stored model is quantized, None if it is not."""
-    for part in (config, config.get_text_config()):
-        if (found := getattr(part, "quantization_config", None)) is not None:
-            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-            return str(getattr(method, "value", method or "unknown"))
+def _quantization_method(config: Any) -> str | None:
+    """Returns the name of a stored model's quantization; None if it is not quantized."""
+    for section in (config, config.get_text_config()):
+        quantization = getattr(section, "quantization_config", None)
+        if quantization is None:
+            continue
+        is_dict = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if is_dict else getattr(quantization, "quant_method", None)
+        return str(getattr(method, "value", method or "unknown"))
     return None
 
 
+def _delete_quantization(config: Any) -> None:
+    """Removes the description of a quantization from a configuration and from its text part."""
+    for section in (config, config.get_text_config()):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config
+
+
 def _forget_quantization(model: Any) -> None:
-    """What was dequantized on loading is an ordinary model: nothing of it shall be quantized again when it is saved."""
-    for part in (model.config, model.config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    """Makes a dequantized model an ordinary one, so that it is not quantized again when it is saved."""
+    _delete_quantization(model.config)
     model.hf_quantizer = None
-    model._weight_conversions = None  # they began with dequantizing; saving uses the family's own
+    model._weight_conversions = None  # they include dequantization; saving uses the family's own
 
 
-def _first_type(files: Sequence[Path]) -> torch.dtype:
-    """The type of the first stored floats: what Transformers takes where a configuration names no type."""
-    kinds = (TYPES.get(spec.dtype) for file in files for spec in read_header(file).values())
-    return next((kind for kind in kinds if kind in FLOATS), torch.float32)
-
-
-def _download(model: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = [
-            "*.json",
-            "*.txt",
-            "*.model",
-            "*.jinja",
-            "*.py",
-            "*.tiktoken",
-            *(["*.safetensors"] if weights else []),
-        ]
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
-        )
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model {model} is no local directory and cannot be had from the hub: check the name and the network"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"model {model} is no local directory and the hub refuses it ({summary(error)}): check the name"
-        ) from error
+def _first_float_type(files: Sequence[Path]) -> torch.dtype:
+    """Returns the type of the first stored floats. Transformers uses it if a configuration names no type."""
+    for file in files:
+        for spec in read_header(file).values():
+            kind = TYPES.get(spec.dtype)
+            if kind in FLOATS:
+                return kind
+    return torch.float32

@@ -1,0 +1,41 @@
+"""Downloads models from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemq.errors import UserError
+from gemq.models.calls import summary
+
+
+def download_model(model: str, revision: str | None, weights: bool) -> Path:
+    """Downloads a model from the hub, or finds it in the cache.
+
+    Args:
+        model: hub id
+        revision: branch, tag or commit
+        weights: whether weights are downloaded. Pickled weights never are.
+
+    Returns:
+        The directory of its files.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses the model
+    """
+    from huggingface_hub import snapshot_download  # not needed for local models
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+    if weights:
+        patterns.append("*.safetensors")
+    try:
+        path = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model {model} is no local directory and cannot be had from the hub: check the name and the network"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"model {model} is no local directory and the hub refuses it ({summary(error)}): check the name"
+        ) from error
+    return Path(path)
