@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gemq.quant.widths import ExpertWidths, width_name
 from gemq.runtime.display import styled
-from gemq.runtime.fallbacks import TEXTS as ACCELERATIONS
+from gemq.runtime.fallbacks import DESCRIPTIONS as ACCELERATIONS
 from gemq.runtime.tested_versions import untested_transformers
 
 if TYPE_CHECKING:
