@@ -159,7 +159,7 @@ def test_a_link_in_the_place_of_a_result_is_replaced_not_followed(tmp_path):
 
 def test_files_for_activations_are_new_ones(tmp_path):
     memory = Memory(torch.device("cpu"), Bound(0), Bound(0), tmp_path)
-    paths = [memory.empty_mapped((4,), torch.float32)[1] for _ in range(3)]
+    paths = [memory.mapped((4,), torch.float32)[1] for _ in range(3)]
     assert len(set(paths)) == 3
     assert all(path.name.startswith(".waiting-") and path.is_file() for path in paths)
 

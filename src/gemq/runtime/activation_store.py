@@ -77,8 +77,8 @@ class _Slot:
 
     def _empty(self, like: Tensor) -> Tensor:
         if self.place is Place.HOST:
-            return self.memory.empty_pinned(like.shape, like.dtype)
-        tensor, self.path = self.memory.empty_mapped(like.shape, like.dtype)
+            return self.memory.pinned(like.shape, like.dtype)
+        tensor, self.path = self.memory.mapped(like.shape, like.dtype)
         return tensor
 
     def get(self) -> Tensor:

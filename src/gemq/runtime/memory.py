@@ -231,11 +231,11 @@ class Memory:
         """The flag that bounds the device."""
         return "--gpu-memory" if self.device.type == "cuda" else "--host-memory"
 
-    def empty_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an uninitialised tensor in host memory that a GPU can copy from and to asynchronously."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
 
-    def empty_mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
+    def mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
         """Return a tensor on the CPU that is mapped to a new file of ``directory``, and the path of that file."""
         assert self.directory is not None
         size = math.prod(shape)
@@ -314,8 +314,8 @@ class Waiting:
     def _empty_like(self, tensor: Tensor) -> Tensor:
         """Return an uninitialised tensor of the same shape and dtype in this group's tier."""
         if self.place is Place.HOST:
-            return self.memory.empty_pinned(tensor.shape, tensor.dtype)
-        copy, path = self.memory.empty_mapped(tensor.shape, tensor.dtype)
+            return self.memory.pinned(tensor.shape, tensor.dtype)
+        copy, path = self.memory.mapped(tensor.shape, tensor.dtype)
         self._files.append(path)
         return copy
 
