@@ -54,7 +54,7 @@ def test_whatever_is_raised_is_recorded_once_with_its_count():
     for kind in ERRORS:
         with fallbacks.optional("norms_not_fused"):
             raise kind("first" if kind is TypeError else "later")
-    assert fallbacks.take_lines() == [f"{len(ERRORS)} {fallbacks.DESCRIPTIONS['norms_not_fused']} (TypeError: first)"]
+    assert fallbacks.take_lines() == [f"{len(ERRORS)} {fallbacks.TEXTS['norms_not_fused']} (TypeError: first)"]
     assert not fallbacks.take()
     with pytest.raises(UserError), fallbacks.optional("norms_not_fused"):
         raise UserError("the user's files")
@@ -190,7 +190,7 @@ def test_a_norm_that_raises_something_is_none_to_take_over(kind, monkeypatch):
 def test_bench_shows_them(monkeypatch):
     fallbacks.record("rotary_not_fused", TypeError("changed"))
     values = bench.bench(tiny("olmoe"), bench.Work((), (), 2, compiled=False))
-    assert values["fallbacks"] == [f"1 {fallbacks.DESCRIPTIONS['rotary_not_fused']} (TypeError: changed)"]
+    assert values["fallbacks"] == [f"1 {fallbacks.TEXTS['rotary_not_fused']} (TypeError: changed)"]
 
 
 def test_bench_goes_on_where_the_static_cache_fails(monkeypatch):
@@ -203,7 +203,7 @@ def test_bench_goes_on_where_the_static_cache_fails(monkeypatch):
 def test_a_command_says_at_its_end_what_no_summary_has_shown(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", lambda *_, **__: fallbacks.record("norms_not_fused", TypeError("changed")))
     assert cli.run(["inspect", "x"]) == 0
-    assert capsys.readouterr().err == f"gemq: 1 {fallbacks.DESCRIPTIONS['norms_not_fused']} (TypeError: changed)\n"
+    assert capsys.readouterr().err == f"gemq: 1 {fallbacks.TEXTS['norms_not_fused']} (TypeError: changed)\n"
 
 
 def test_unsupported_says_what_was_raised(monkeypatch):

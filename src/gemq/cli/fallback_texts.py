@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemq.runtime.fallbacks import DESCRIPTIONS as ACCELERATIONS
+from gemq.runtime.fallbacks import TEXTS as ACCELERATIONS
 
 FALLBACKS = {
     **ACCELERATIONS,
