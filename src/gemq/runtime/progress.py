@@ -100,14 +100,14 @@ class Monitor:
             return None
         measured = seconds
         expected = share * self._expected_run(name)
-        for other in self.stages.keys() & self.expected.keys():
-            if other == name and other not in self.rounds:
+        for stage in self.stages.keys() & self.expected.keys():
+            is_running = stage == name
+            if is_running and stage not in self.rounds:
                 continue
-            begun = self._runs.get(other, 1)
-            ended = begun - 1 if other == name else begun
-            measured += self.stages[other].seconds
-            expected += min(ended, self.rounds.get(other, 1)) * self._expected_run(other)
-        to_come = sum(runs * self._expected_run(other) for other, runs in self._runs_to_come(name).items())
+            ended_runs = self._runs.get(stage, 1) - int(is_running)
+            measured += self.stages[stage].seconds
+            expected += min(ended_runs, self.rounds.get(stage, 1)) * self._expected_run(stage)
+        to_come = sum(runs * self._expected_run(stage) for stage, runs in self._runs_to_come(name).items())
         slowdown = measured / expected if expected > 0 else 1.0
         return seconds * (1 - share) / share + to_come * slowdown
 

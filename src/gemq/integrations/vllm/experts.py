@@ -86,15 +86,16 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self._experts = ServedExperts(_ACTIVATIONS[layer.activation.value], gate_up, down)
         self._name = ops.name_module(layer.layer_name, self._experts)
         for name, matrices in (("w13", gate_up), ("w2", down)):
-            for part in PARTS:
-                layer.register_parameter(f"{name}_{part}", nn.Parameter(getattr(matrices, part), requires_grad=False))
+            for buffer in PARTS:
+                parameter = nn.Parameter(getattr(matrices, buffer), requires_grad=False)
+                layer.register_parameter(f"{name}_{buffer}", parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Read this rank's share of every expert from the files."""
         for name, projection in (("w13", "gate_up_proj"), ("w2", "down_proj")):
             matrices: PackedMatrices = getattr(self._experts, projection)
-            for part in PARTS:  # vLLM may have moved its parameters
-                setattr(matrices, part, getattr(layer, f"{name}_{part}").data)
+            for buffer in PARTS:  # vLLM may have moved its parameters
+                setattr(matrices, buffer, getattr(layer, f"{name}_{buffer}").data)
             for expert in range(matrices.num_experts):
                 path = f"{self._path}.{expert}.{projection}"
                 is_down = projection == "down_proj"
