@@ -12,7 +12,7 @@ import threading
 import time
 from typing import NoReturn
 
-from gemq.runtime.processes import block_sigterm, is_first, ranks_started
+from gemq.runtime.processes import is_first, ranks_started
 
 RESUME_HINT = "nothing is lost, gemq quantize goes on with --resume, gemq export when it is run again"
 
@@ -48,9 +48,9 @@ def exit_on_sigterm() -> None:
     """Exit with one line on SIGTERM, which torchrun sends when another process has ended.
 
     A thread waits for the signal, since the main thread may wait in a collective, where Python handles no signals.
-    Call before any other thread starts.
+    Call before any other thread starts: threads inherit that the signal is blocked, so that only this one gets it.
     """
-    block_sigterm()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         signal.sigwait({signal.SIGTERM})
