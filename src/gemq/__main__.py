@@ -7,11 +7,11 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 failed or interrupted, 2 bad usage or bad input."""
+    """Run the command line. Exit codes: 0 success, 1 failure or interrupt, 2 wrong usage or input."""
     from gemq.cli import run
 
     code = run(sys.argv[1:])
-    gc.freeze()  # or Python looks for garbage in all that was imported before it ends: a second
+    gc.freeze()  # otherwise a last garbage collection visits all imported objects, which takes a second
     sys.exit(code)
 
 

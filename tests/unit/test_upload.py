@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small(monkeypatch):
     """Buffers that are filled several times, and tensors that take several pieces."""
-    monkeypatch.setattr(upload, "BUFFER", 4096)
-    monkeypatch.setattr(upload, "PIECE", 1024)
+    monkeypatch.setattr(upload, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(upload, "MAX_READ_BYTES", 1024)
 
 
 def test_tensors_arrive_as_they_were_written(tmp_path, small):

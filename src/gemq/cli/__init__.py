@@ -1,4 +1,4 @@
-"""The command line: its commands in order, and what a mistake or an interrupt ends in. Imports no torch."""
+"""The command line: its commands, exit codes and one-line errors. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import typer
 from gemq.cli.console import use_any_encoding
 from gemq.cli.model_commands import bench, demo, evaluate, generate, inspect
 from gemq.cli.quantize_commands import export, plan, quantize
+from gemq.cli.rank_exit import after_error, before_error, exit_after_unreachable_rank, exit_on_sigterm
 from gemq.errors import UserError
 from gemq.models import file_hashes
 from gemq.runtime import fallbacks
 from gemq.runtime.display import printable, shortened
-from gemq.runtime.processes import after_failing, before_failing, is_first
+from gemq.runtime.processes import RankLostError, has_other_ranks, is_first
 from gemq.runtime.tested_versions import untested_transformers
 
-# from typer: some of its versions use the package click, others carry their own copy
+# taken from typer, since its versions depend on the package click or contain a copy of it
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Shrinks Mixture-of-Experts language models: every matrix of every expert gets its own bit-width.",
     add_completion=False,
     rich_markup_mode=None,
-    pretty_exceptions_enable=False,  # what is no user's mistake is a bug: a plain traceback is the better report
+    pretty_exceptions_enable=False,  # any error but a UserError is a bug, for which a plain traceback is best
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -36,15 +37,17 @@ app = typer.Typer(
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the versions of gemq and what it runs on.")] = False,
 ) -> None:
+    """Print versions for ``gemq --version``."""
     if version:
-        names = ("gemq", "torch", "transformers", "triton")
-        print(", ".join(f"{name} {found}" for name in names if (found := _installed(name))))
+        versions = {name: _installed_version(name) for name in ("gemq", "torch", "transformers", "triton")}
+        print(", ".join(f"{name} {number}" for name, number in versions.items() if number is not None))
         raise typer.Exit
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -64,15 +67,17 @@ for name, function in COMMANDS.items():
 
 
 def run(arguments: list[str]) -> int:
-    """Runs the command line and returns its exit code. A user's mistake is one line on stderr."""
-    # torch reads this when it first takes memory: pages of 2 MB, with which a layer is read twice as fast
+    """Run the command line and return its exit code. A UserError is one line on stderr."""
+    # torch reads this at its first allocation: with pages of 2 MB a layer is read twice as fast
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     use_any_encoding()
+    if has_other_ranks():
+        exit_on_sigterm()
     try:
-        _warn_of_untested(arguments)
+        _warn_of_untested_transformers(arguments)
         code = app(arguments or ["--help"], prog_name="gemq", standalone_mode=False)
         sys.stdout.flush()
-        for line in fallbacks.take_lines():  # those that no summary has shown
+        for line in fallbacks.take_lines():  # those that no summary has shown yet
             print(f"gemq: {line}", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except UserError as error:
@@ -81,27 +86,32 @@ def run(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "gemq"
         return _fail(f"{error.format_message().rstrip('.')}: see {command} --help")
+    except RankLostError as error:
+        exit_after_unreachable_rank(error)
     except (KeyboardInterrupt, typer.Abort):
         print("\nInterrupted.", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # the reader of our output has left, as `head` does
+        # the process that reads our output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     finally:
         file_hashes.end()
 
 
-def _warn_of_untested(arguments: list[str]) -> None:
-    """One line before a command that runs a model with a Transformers that was never tested."""
-    if arguments and arguments[0] in COMMANDS and is_first() and not {"-h", "--help"} & set(arguments):
+def _warn_of_untested_transformers(arguments: list[str]) -> None:
+    """Print one line before a command that runs with a release of Transformers that gemq was not tested with."""
+    is_command = bool(arguments) and arguments[0] in COMMANDS
+    asks_for_help = "-h" in arguments or "--help" in arguments
+    if is_command and is_first() and not asks_for_help:
         line = untested_transformers()
         if line is not None:
             print(f"gemq: {line}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:
-    before_failing()
+    """Print a UserError as one line and return the exit code."""
+    before_error()
     print(f"gemq: {shortened(printable(' '.join(message.split())))}", file=sys.stderr)
-    after_failing(2)
+    after_error(2)
     return 2

@@ -1,4 +1,4 @@
-"""What goes to the terminal and to JSON files. Imports torch only inside functions, as the command line does."""
+"""Output to the terminal and to JSON files. Must import torch only inside functions, as all of the command line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 UNBOUNDED_WIDTH = 10_000
-"""Columns of a table that goes to a pipe or a file."""
+"""Width of a console that is a pipe or a file, in characters."""
 
 PLAIN = {"·": ".", "±": "+-", "…": "...", "│": "|", "─": "-", "━": "-"}
-"""What stands for characters of ours where an encoding lacks them."""
+"""Replacements of characters that an encoding lacks."""
 
 
 def make_monitor(quiet: bool) -> Monitor:
+    """Return a monitor that shows progress on stderr, unless ``quiet``."""
     from gemq.runtime.progress import Monitor
 
     quiet_libraries()
@@ -34,24 +35,28 @@ def make_monitor(quiet: bool) -> Monitor:
 
 
 def quiet_libraries() -> None:
-    """Our own bars tell what happens; Transformers' would only interrupt them."""
+    """Silence progress bars and warnings of Transformers and the hub, which would interrupt those of gemq."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
-    # Transformers tells developers of names that will change; a user of the command line cannot follow that.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+    # addressed to developers: names that Transformers will change
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated")
 
 
 class _Console(SafeConsole):
+    """A console that leaves broken pipes to the command line, where rich would exit with code 1."""
+
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1; see ``run``
+        """Raise an error that ``gemq.cli.run`` handles."""
+        raise BrokenPipeError
 
 
 def make_console() -> SafeConsole:
+    """Return a console on stdout."""
     console = _Console(highlight=False)
-    if not console.is_terminal:  # whole lines and tables for pipes and files, whole words for people
+    if not console.is_terminal:  # lines and tables are not wrapped
         console.soft_wrap = True
         if "COLUMNS" not in os.environ:
             console.width = UNBOUNDED_WIDTH
@@ -59,41 +64,44 @@ def make_console() -> SafeConsole:
 
 
 def use_any_encoding() -> None:
-    """Lets stdout show what its encoding lacks, such as ASCII's, rather than end the command."""
+    """Let stdout replace characters that its encoding lacks, such as ASCII, instead of ending the command."""
     codecs.register_error("gemq", _encodable)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="gemq")
 
 
 def _encodable(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that cannot be encoded, and where to go on."""
+    """Return the replacement of characters that cannot be encoded, and the position after them."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    text = error.object[error.start : error.end]
-    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+    replacement = ""
+    for character in error.object[error.start : error.end]:
+        replacement += PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
+    return replacement, error.end
 
 
-def to_stdout(path: Path | None) -> bool:
+def is_stdout(path: Path | None) -> bool:
+    """Whether the ``--json`` file is ``-``, which stands for stdout."""
     return path is not None and str(path) == "-"
 
 
-def check_json(path: Path | None) -> None:
-    """Refuses a file for figures that cannot be written, before they have cost anything."""
-    if path is not None and not to_stdout(path):
+def check_json_path(path: Path | None) -> None:
+    """Raise UserError early if the ``--json`` file is not writable."""
+    if path is not None and not is_stdout(path):
         from gemq.runtime.files import check_writable
 
         if path.is_dir():
             raise UserError(f"--json {path} is a directory: name a file")
-        if path.exists() and not path.is_file():  # a rename would put a file in the place of a device or a pipe
+        if path.exists() and not path.is_file():  # a rename would replace a device or a pipe by a file
             raise UserError(f"--json {path} is not a regular file: name one, or - for the terminal")
         check_writable(path)
 
 
-def print_json(path: Path | None, values: dict[str, Any]) -> bool:
-    """Writes figures to ``path``. True when they went to stdout, where tables would spoil them."""
+def output_json(path: Path | None, values: dict[str, Any]) -> bool:
+    """Write ``values`` to the ``--json`` file, if any. Returns True if that is stdout, which then takes no tables."""
     if path is None:
         return False
-    if to_stdout(path):
+    if is_stdout(path):
         print(json.dumps(values, indent=1))
         return True
     from gemq.runtime.files import write_json

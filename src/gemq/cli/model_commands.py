@@ -1,4 +1,4 @@
-"""Commands that use checkpoints: eval, generate, bench, inspect, and demo. Import torch only when they run."""
+"""Commands that use checkpoints: eval, generate, bench, inspect, and demo. They import torch only when they run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from gemq.cli.console import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
-from gemq.cli.flags import ComputeDtype, Device, GpuMemory, HostMemory, Json, Quiet, TrustRemoteCode, numbers, size_of
+from gemq.cli.console import check_json_path, is_stdout, make_console, make_monitor, output_json, quiet_libraries
+from gemq.cli.flags import (
+    ComputeDtype,
+    Device,
+    GpuMemory,
+    HostMemory,
+    Json,
+    Quiet,
+    TrustRemoteCode,
+    parse_memory,
+    parse_numbers,
+)
 from gemq.cli.startup import importing
 from gemq.errors import UserError
 
@@ -32,8 +42,8 @@ def evaluate(
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Perplexity, and how far a model is from its reference."""
-    check_json(json_file)
+    """Measure the perplexity of a model, and how far it is from a reference."""
+    check_json_path(json_file)
     if window < 2:
         raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
@@ -51,22 +61,22 @@ def evaluate(
         max_windows=max_windows,
         dtype=dtype,
         device=device,
-        gpu_memory=size_of("--gpu-memory", gpu_memory),
-        host_memory=size_of("--host-memory", host_memory),
+        gpu_memory=parse_memory("--gpu-memory", gpu_memory),
+        host_memory=parse_memory("--host-memory", host_memory),
         trust_remote_code=trust_remote_code,
-        monitor=make_monitor(quiet or to_stdout(json_file)),
+        monitor=make_monitor(quiet or is_stdout(json_file)),
     )
-    if not print_json(json_file, values) and not quiet:
+    if not output_json(json_file, values) and not quiet:
         print_evaluation(make_console(), values)
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
     prompt: Annotated[
-        list[str], typer.Option("-p", "--prompt", help="Text to go on from; may be repeated: each on its own.")
+        list[str], typer.Option("-p", "--prompt", help="Text to continue; may be repeated for several texts.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to write.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     compiled: Annotated[
@@ -76,10 +86,10 @@ def generate(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Streams text that a model writes."""
+    """Generate text and print it as it is written."""
     with importing():
         from gemq.evaluation.evaluate import open_model
-        from gemq.evaluation.generate import generate as write
+        from gemq.evaluation.generate import generate as generate_text
         from gemq.models.experts import use_fast_experts
 
     quiet_libraries()
@@ -87,7 +97,7 @@ def generate(
     if opened.contents is None:
         use_fast_experts(opened.model)
     for text in prompt:
-        write(
+        generate_text(
             opened.model,
             opened.tokenizer,
             text,
@@ -102,9 +112,9 @@ def generate(
 
 def bench(
     model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
-    batch: Annotated[str | None, typer.Option(help="Sequences decoded together (default 1,4,16; CPU: 1).")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes of decoding (default 1,4,16; CPU: 1).")] = None,
     prefill: Annotated[str | None, typer.Option(help="Prompt lengths (default 128,512,2048; CPU: 128).")] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded a run (default 128; CPU: 16).")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded per run (default 128; CPU: 16).")] = None,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers (on a GPU).")
     ] = True,
@@ -114,9 +124,10 @@ def bench(
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Speed: decode, prefill and first token, beside what memory allows."""
-    check_json(json_file)
-    batches, prefills = numbers("--batch", batch), numbers("--prefill", prefill)
+    """Measure the speed of decoding and prefill, compared with the bandwidth of memory."""
+    check_json_path(json_file)
+    batches = parse_numbers("--batch", batch)
+    prefills = parse_numbers("--prefill", prefill)
     with importing():
         from gemq.cli.report import print_bench
         from gemq.evaluation.bench import bench_path
@@ -130,9 +141,9 @@ def bench(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        monitor=make_monitor(quiet or to_stdout(json_file)),
+        monitor=make_monitor(quiet or is_stdout(json_file)),
     )
-    if not print_json(json_file, values) and not quiet:
+    if not output_json(json_file, values) and not quiet:
         print_bench(make_console(), values)
 
 
@@ -143,14 +154,14 @@ def inspect(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """What a packed checkpoint holds: widths, bytes, format."""
-    check_json(json_file)
+    """Show the contents of a packed checkpoint: widths, bytes, format."""
+    check_json_path(json_file)
     with importing():
         from gemq.checkpoint.contents import inspect_checkpoint
         from gemq.cli.report import print_contents
 
     contents = inspect_checkpoint(checkpoint, verify=verify)
-    if not print_json(json_file, contents.to_dict()):
+    if not output_json(json_file, contents.to_dict()):
         print_contents(make_console(), contents)
         if verify:
             make_console().print("All weights and config.json are as gemq wrote them (checksums).")
@@ -161,10 +172,10 @@ def demo(
     device: Device = "auto",
     json_file: Json = None,
 ) -> None:
-    """The whole job on the built-in model: quantize, compare, write."""
-    check_json(json_file)
+    """Run a whole job on the built-in model: quantize, compare, generate."""
+    check_json_path(json_file)
     with importing():
         from gemq.cli.run_demo import run_demo
 
     quiet_libraries()
-    print_json(json_file, run_demo(out, device, make_console()))
+    output_json(json_file, run_demo(out, device, make_console()))

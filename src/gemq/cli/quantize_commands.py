@@ -1,4 +1,4 @@
-"""Commands that make checkpoints: plan, quantize, export. Import torch only when they run."""
+"""Commands that make checkpoints: plan, quantize, export. They import torch only when they run."""
 
 from __future__ import annotations
 
@@ -9,37 +9,27 @@ from typing import Annotated
 
 import typer
 
-from gemq.cli.console import check_json, make_console, make_monitor, print_json, quiet_libraries, to_stdout
+from gemq.cli.console import check_json_path, is_stdout, make_console, make_monitor, output_json, quiet_libraries
 from gemq.cli.flags import (
     Allocate,
     AllocationFile,
-    AttentionBits,
     Bits,
-    Calib,
-    CalibColumn,
     Device,
-    Dtype,
-    Effort,
     GpuMemory,
-    GroupSize,
     HostMemory,
     Json,
     Model,
     Out,
-    Progressive,
     Quiet,
     RecipeFile,
+    RecipeFlags,
     Revision,
-    Seed,
     Size,
     StoredBits,
     TrustRemoteCode,
-    Widths,
-    Window,
-    Windows,
-    given,
-    recipe_of,
-    size_of,
+    parse_memory,
+    recipe_overrides,
+    with_recipe_flags,
 )
 from gemq.cli.startup import importing
 from gemq.errors import UserError
@@ -47,26 +37,15 @@ from gemq.models import file_hashes
 from gemq.recipe import Recipe
 from gemq.runtime.processes import is_first
 
+DEFAULT_RECIPE = "default"
 
+
+@with_recipe_flags
 def plan(
     model: Model,
+    flags: RecipeFlags,
     recipe: RecipeFile = None,
-    bits: Bits = None,
-    stored_bits: StoredBits = None,
-    size: Size = None,
-    progressive: Progressive = None,
-    effort: Effort = None,
-    calib: Calib = None,
-    calib_column: CalibColumn = None,
-    windows: Windows = None,
-    window: Window = None,
-    allocate: Allocate = None,
     allocation: AllocationFile = None,
-    widths: Widths = None,
-    group_size: GroupSize = None,
-    attention_bits: AttentionBits = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -74,11 +53,12 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     json_file: Json = None,
 ) -> None:
-    """Dry run without weights: sizes, memory, disk and time, and whether quantize would take these flags."""
-    keys = given(locals(), Recipe)
-    check_json(json_file)
-    chosen = recipe_of(recipe, keys)
-    bounds = {"gpu_memory": size_of("--gpu-memory", gpu_memory), "host_memory": size_of("--host-memory", host_memory)}
+    """Dry run without weights: sizes, memory, disk and time, and whether quantize would accept these flags."""
+    overrides = flags.overrides()
+    check_json_path(json_file)
+    resolved_recipe = Recipe.from_yaml(recipe or DEFAULT_RECIPE, overrides)
+    gpu_bytes = parse_memory("--gpu-memory", gpu_memory)
+    host_bytes = parse_memory("--host-memory", host_memory)
     with importing():
         from gemq.cli.report import print_plan
         from gemq.models.source import Source
@@ -87,45 +67,41 @@ def plan(
 
     picked = pick_device(device)
     source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    weights = os.path.exists(model) and any(source.path.glob("*.safetensors"))  # of a hub's model some may be cached
-    found = make_plan(source, chosen, picked, allocation=allocation, with_weights=weights, **bounds)
-    if not print_json(json_file, found.to_dict()):
-        print_plan(make_console(), found)
+    # the cache of a model from the hub may lack some of its weights
+    with_weights = os.path.exists(model) and any(source.path.glob("*.safetensors"))
+    result = make_plan(
+        source,
+        resolved_recipe,
+        picked,
+        allocation=allocation,
+        with_weights=with_weights,
+        gpu_memory=gpu_bytes,
+        host_memory=host_bytes,
+    )
+    if not output_json(json_file, result.to_dict()):
+        print_plan(make_console(), result)
 
 
+@with_recipe_flags
 def quantize(
     model: Model,
     out: Out,
+    flags: RecipeFlags,
     recipe: RecipeFile = None,
-    bits: Bits = None,
-    stored_bits: StoredBits = None,
-    size: Size = None,
-    progressive: Progressive = None,
-    effort: Effort = None,
-    calib: Calib = None,
-    calib_column: CalibColumn = None,
-    windows: Windows = None,
-    window: Window = None,
-    allocate: Allocate = None,
     allocation: AllocationFile = None,
-    widths: Widths = None,
-    group_size: GroupSize = None,
-    attention_bits: AttentionBits = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     work: Annotated[Path | None, typer.Option(help="Directory of intermediate results; default: OUT.work.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted job.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted job.")] = False,
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Quantizes a model into a packed checkpoint."""
-    chosen = recipe_of(recipe, given(locals(), Recipe))
-    check_json(json_file)
+    """Quantize a model into a packed checkpoint."""
+    resolved_recipe = Recipe.from_yaml(recipe or DEFAULT_RECIPE, flags.overrides())
+    check_json_path(json_file)
     quiet = quiet or not is_first()
     if is_first() and not resume:
         file_hashes.begin(Path(os.path.expanduser(model)))
@@ -138,27 +114,27 @@ def quantize(
     try:
         result = run_quantize(
             model,
-            chosen,
+            resolved_recipe,
             out=out,
             work=work,
             resume=resume,
             allocation=allocation,
             device=device,
-            gpu_memory=size_of("--gpu-memory", gpu_memory),
-            host_memory=size_of("--host-memory", host_memory),
+            gpu_memory=parse_memory("--gpu-memory", gpu_memory),
+            host_memory=parse_memory("--host-memory", host_memory),
             revision=revision,
             trust_remote_code=trust_remote_code,
-            monitor=make_monitor(quiet or to_stdout(json_file)),
+            monitor=make_monitor(quiet or is_stdout(json_file)),
         )
     except KeyboardInterrupt:
-        where = work or default_work(out)
+        work_directory = work or default_work(out)
         print(
-            f"\nInterrupted. Nothing is lost: the same command with --resume goes on from {where}",
+            f"\nInterrupted. Nothing is lost: the same command with --resume goes on from {work_directory}",
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
     leave_ranks()
-    if is_first() and not print_json(json_file, result.to_dict()) and not quiet:
+    if is_first() and not output_json(json_file, result.to_dict()) and not quiet:
         print_result(make_console(), result)
 
 
@@ -171,11 +147,13 @@ def export(
     allocate: Allocate = None,
     allocation: AllocationFile = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Where the full-precision model lies now, if it was moved.")
+        str | None, typer.Option("--model", help="Where the full-precision model is, if it was moved.")
     ] = None,
-    finish: Annotated[bool, typer.Option("--finish", help="Refine at the new widths, as quantize does.")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Reconstruct layers at the new widths, as quantize does.")
+    ] = False,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Predicted cost and bytes of budgets over the ladder's range; no output.")
+        bool, typer.Option("--curve", help="Predicted cost and bytes of all budgets of the candidates; no output.")
     ] = False,
     dense: Annotated[
         Path | None, typer.Option(help="Write a packed checkpoint as plain bfloat16 to this directory.")
@@ -187,39 +165,25 @@ def export(
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
-    """Another budget from a work directory, a size curve, or a plain twin.
+    """Another budget from a work directory, a size curve, or a dense checkpoint.
 
-    Other budgets take seconds: nothing is quantized again. --curve tells what they would take and predict, and writes
-    curve.csv (and a figure, with matplotlib) into the work directory. The plain twin (--dense) is an ordinary
-    bfloat16 checkpoint of the same weights, for tools that know no quantized format.
+    Other budgets take seconds: nothing is quantized again. --curve predicts bytes and cost of every budget, and writes
+    curve.csv (and a figure, with matplotlib) into the work directory. A dense checkpoint (--dense) is an ordinary
+    bfloat16 checkpoint of the same weights, for tools that do not know the packed format.
     """
-    budget = {k: v for k, v in given(locals(), Recipe).items() if k in ("bits", "stored_bits", "size", "allocate")}
-    check_json(json_file)
+    budget = recipe_overrides(bits=bits, stored_bits=stored_bits, size=size, allocate=allocate)
+    check_json_path(json_file)
     if curve:
         if out is not None or dense is not None or allocation is not None or finish or budget.keys() - {"allocate"}:
             raise UserError("--curve goes over all budgets and makes no checkpoint: leave -o, --bits and others out")
-        with importing():
-            from gemq.cli.report import print_curve
-            from gemq.pipeline.size_curve import size_curve, write_curve
-
-        quiet_libraries()
-        found = size_curve(work, budget.get("allocate"), model=model, trust_remote_code=trust_remote_code)
-        written = write_curve(found, work)
-        if not print_json(json_file, found.to_dict()) and not quiet:
-            print_curve(make_console(), found, written)
+        _export_curve(work, budget.get("allocate"), model, trust_remote_code, quiet, json_file)
         return
     if dense is not None:
-        with importing():
-            from gemq.checkpoint.dense_export import write_dense_twin
-
         if out is not None:
             raise UserError("--dense names the output: leave -o out")
         if budget or allocation is not None or finish or model is not None:
             raise UserError("--dense writes a checkpoint as it is: leave --bits and other flags of the budget out")
-        quiet_libraries()
-        write_dense_twin(work, dense, trust_remote_code=trust_remote_code)
-        if not quiet:
-            make_console().print(f"Saved {dense}: plain bfloat16, for tools that know no quantized format.")
+        _export_dense(work, dense, trust_remote_code, quiet)
         return
     if out is None:
         raise UserError("export needs an output: add -o OUT")
@@ -234,16 +198,42 @@ def export(
         finish=finish,
         allocation=allocation,
         device=device,
-        gpu_memory=size_of("--gpu-memory", gpu_memory),
-        host_memory=size_of("--host-memory", host_memory),
+        gpu_memory=parse_memory("--gpu-memory", gpu_memory),
+        host_memory=parse_memory("--host-memory", host_memory),
         model=model,
         trust_remote_code=trust_remote_code,
-        monitor=make_monitor(quiet or to_stdout(json_file)),
+        monitor=make_monitor(quiet or is_stdout(json_file)),
     )
-    if not print_json(json_file, result.to_dict()) and not quiet:
+    if not output_json(json_file, result.to_dict()) and not quiet:
         print_result(make_console(), result)
         if not finish:
             make_console().print(
-                "Assembled from the ladder, which was calibrated on full-precision activations; "
-                "--finish refines at the new widths."
+                "Assembled from the candidates, which were calibrated on full-precision activations; "
+                "--finish reconstructs the layers at the new widths."
             )
+
+
+def _export_curve(
+    work: Path, allocate: str | None, model: str | None, trust_remote_code: bool, quiet: bool, json_file: Path | None
+) -> None:
+    """Run ``gemq export --curve``."""
+    with importing():
+        from gemq.cli.report import print_curve
+        from gemq.pipeline.size_curve import size_curve, write_curve
+
+    quiet_libraries()
+    curve = size_curve(work, allocate, model=model, trust_remote_code=trust_remote_code)
+    files = write_curve(curve, work)
+    if not output_json(json_file, curve.to_dict()) and not quiet:
+        print_curve(make_console(), curve, files)
+
+
+def _export_dense(checkpoint: Path, out: Path, trust_remote_code: bool, quiet: bool) -> None:
+    """Run ``gemq export --dense``."""
+    with importing():
+        from gemq.checkpoint.dense_export import write_dense_twin
+
+    quiet_libraries()
+    write_dense_twin(checkpoint, out, trust_remote_code=trust_remote_code)
+    if not quiet:
+        make_console().print(f"Saved {out}: plain bfloat16, for tools that do not know the packed format.")

@@ -1,4 +1,4 @@
-"""What lets a command start and end sooner. Imports no torch."""
+"""Faster start and end of a command. Must not import torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around a command's imports: half a million objects that stay, through which Python would look for garbage.
+    """Disable the garbage collector during heavy imports, which makes them 20 % faster.
 
-    Not to look through them saves a fifth of their time, and later, too, they are left out.
+    The half million imported objects are then frozen, so that later collections skip them.
     """
     if "torch" in sys.modules:
         yield

@@ -1,1 +1,1 @@
-"""Memory, files, processes and devices. Independent of models and of quantization."""
+"""Services of the process: memory, files, devices and other processes. Must not import models or quantization."""

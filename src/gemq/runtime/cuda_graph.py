@@ -1,7 +1,7 @@
-"""A step that is launched from a CUDA graph after it has run a few times.
+"""A training step that is captured in a CUDA graph after it has run a few times.
 
-Launching hundreds of kernels one by one takes Python as long as a GPU needs for them, and longer than its part of them
-takes where several GPUs share a step. Knows nothing of what is computed.
+Launching hundreds of kernels one by one takes Python as long as the GPU needs to run them, and longer where several
+GPUs share a step.
 """
 
 from __future__ import annotations
@@ -15,121 +15,141 @@ import torch
 from torch import Tensor
 
 from gemq.runtime.graph_capture import capture
+from gemq.runtime.processes import RankLostError
 
-WARM_UP = 2
-"""Steps that run as they are before one is captured: kernels are compiled and optimizers have their state then."""
+WARM_UP_STEPS = 2
+"""Steps that run eagerly before one is captured: afterwards kernels are compiled and optimizers have their state."""
 
-MANY = 4 * WARM_UP
-"""So many steps should have met others of their kind."""
+EXPECTED_STEPS = 4 * WARM_UP_STEPS
+"""Among more steps than these, some should have been captured."""
 
 
 class Replayed:
-    """``run`` on a GPU, from a CUDA graph where one can be had. On a CPU, and where none can be had, as it is.
+    """Calls a function on a GPU from a CUDA graph if that is possible, otherwise and on a CPU eagerly.
 
-    What ``run`` changes has to stay where it is, on the device, and all that differs between steps has to be there too.
+    Tensors that the function changes must keep their storage, and everything that differs between steps must be on the
+    device.
     """
 
     failed = False
-    """Whether a capture has failed in this process. There is no other then, as torch keeps the memory of each."""
+    """Whether a capture has failed in this process. No other is tried then, as torch keeps the memory of each."""
 
     def __init__(
         self,
         run: Callable[..., Any],
         device: torch.device,
-        tell: Callable[[], None],
+        on_fallback: Callable[[], None],
         *,
         usable: bool = True,
         pool: Any = None,
-    ):
-        """run: takes whatever stays the same from step to step, then tensors; returns nothing, or a tensor
+    ) -> None:
+        """Prepare to call ``run``.
 
-        tell:   called once when ``run`` is not captured on a GPU, be it for want of steps that are given alike
-        usable: False where it is known to be nothing for a graph, or memory has no room for one
-        pool:   of ``graph_pool_handle``, for several that never run at the same time
+        Args:
+            run: takes a constant argument, which is the same at each step, then tensors; returns a tensor or None
+            device: where ``run`` launches its kernels
+            on_fallback: called once if ``run`` is not captured on a GPU, even if only because no steps were alike
+            usable: False if ``run`` cannot be captured, or memory has no room for the graph
+            pool: a ``graph_pool_handle`` for several graphs that never run at the same time
         """
-        self._run, self._tell, self._pool = run, tell, pool
+        self._run, self._on_fallback, self._pool = run, on_fallback, pool
         self._usable = usable and device.type == "cuda"
         if device.type == "cuda" and not usable:
-            tell()
+            on_fallback()
         self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._fixed: Any = None
-        self._given: list[Tensor] = []  # where the graph looks for its tensors
+        self._constant: Any = None
+        self._inputs: list[Tensor] = []
+        """Where the graph reads its input tensors."""
         self._output: Tensor | None = None
-        self._alike = self._calls = 0  # steps that were given the same one after the other, and all of them
+        self._steps = 0
+        self._matching_steps = 0
+        """Consecutive steps with the same constant and the same shapes."""
 
-    def __call__(self, fixed: Any, *tensors: Tensor) -> Any:
-        """One step. What it returns holds until the next."""
+    def __call__(self, constant: Any, *tensors: Tensor) -> Any:
+        """Run one step. Its result is overwritten by the next."""
         if not self._usable:
-            return self._run(fixed, *tensors)
-        self._calls += 1
-        if not self._fits(fixed, tensors):  # such as a last micro-batch of fewer windows
+            return self._run(constant, *tensors)
+        self._steps += 1
+        if not self._matches(constant, tensors):  # such as a last micro-batch of fewer windows
             if self._graph is not None:
-                return self._run(fixed, *tensors)
-            self._fixed, self._given, self._alike = fixed, [torch.empty_like(t) for t in tensors], 0
-        self._alike += 1
-        if self._graph is None and self._alike <= WARM_UP:
-            return self._aside(tensors)
-        if self._graph is None and not self._captured():
-            return self._run(fixed, *tensors)
+                return self._run(constant, *tensors)
+            self._constant = constant
+            self._inputs = [torch.empty_like(tensor) for tensor in tensors]
+            self._matching_steps = 0
+        self._matching_steps += 1
+        if self._graph is None and self._matching_steps <= WARM_UP_STEPS:
+            return self._warm_up(tensors)
+        if self._graph is None and not self._try_capture():
+            return self._run(constant, *tensors)
         assert self._graph is not None
-        for place, tensor in zip(self._given, tensors, strict=True):
-            place.copy_(tensor)
+        for graph_input, tensor in zip(self._inputs, tensors, strict=True):
+            graph_input.copy_(tensor)
         self._graph.replay()
         return self._output
 
     def close(self) -> None:
-        """Gives back what the graph holds."""
-        if self._usable and self._graph is None and self._calls > MANY:
-            self._tell()
-        self._graph, self._output, self._fixed, self._usable = None, None, None, False
-        self._given.clear()
+        """Free the memory of the graph."""
+        if self._usable and self._graph is None and self._steps > EXPECTED_STEPS:
+            self._on_fallback()
+        self._graph, self._output, self._constant, self._usable = None, None, None, False
+        self._inputs.clear()
 
-    def _fits(self, fixed: Any, tensors: Sequence[Tensor]) -> bool:
-        alike = len(tensors) == len(self._given) and all(
-            t.shape == place.shape and t.dtype == place.dtype for t, place in zip(tensors, self._given, strict=True)
-        )
-        return alike and same(fixed, self._fixed)
+    def _matches(self, constant: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether a step has the constant and the shapes of the last one."""
+        if len(tensors) != len(self._inputs):
+            return False
+        for tensor, graph_input in zip(tensors, self._inputs, strict=True):
+            if tensor.shape != graph_input.shape or tensor.dtype != graph_input.dtype:
+                return False
+        return is_identical(constant, self._constant)
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
+        """The stream of warm-up steps and of the capture."""
         return torch.cuda.Stream(self._device)
 
-    def _aside(self, tensors: Sequence[Tensor]) -> Any:
-        """A step on another stream, as a capture wants it of what comes before."""
-        now = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(now)
+    def _warm_up(self, tensors: Sequence[Tensor]) -> Any:
+        """Run a step eagerly on a side stream, as a later capture requires."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            output = self._run(self._fixed, *tensors)
-        now.wait_stream(self._stream)
-        for tensor in (*tensors, *([output] if isinstance(output, Tensor) else ())):
+            output = self._run(self._constant, *tensors)
+        current.wait_stream(self._stream)
+        shared = list(tensors)
+        if isinstance(output, Tensor):
+            shared.append(output)
+        for tensor in shared:
             tensor.record_stream(self._stream)
-            tensor.record_stream(now)
+            tensor.record_stream(current)
         return output
 
-    def _captured(self) -> bool:
+    def _try_capture(self) -> bool:
+        """Capture a step. Returns False, and falls back to eager steps, if that fails."""
         if not Replayed.failed:
-            run = partial(self._run, self._fixed, *self._given)
+            run = partial(self._run, self._constant, *self._inputs)
             try:
                 self._graph, self._output = capture(run, self._device, stream=self._stream, pool=self._pool)
                 return True
-            except Exception:  # noqa: BLE001 - out of memory, or whatever a graph does not take: steps run without
+            except RankLostError:
+                raise
+            except Exception:  # noqa: BLE001 - out of memory, or anything that a graph does not support
                 Replayed.failed = True
         self._usable = False
-        self._tell()
+        self._on_fallback()
         return False
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests hold the same tensors and equal values."""
-    if one is other:
+def is_identical(first: Any, second: Any) -> bool:
+    """Whether two nested values consist of the same tensor objects and of equal other values."""
+    if first is second:
         return True
-    if isinstance(one, Tensor) or type(one) is not type(other):
+    if isinstance(first, Tensor) or type(first) is not type(second):
         return False
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if dataclasses.is_dataclass(one):
-        return same(vars(one), vars(other))
-    return bool(one == other)
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(is_identical, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(is_identical(value, second[key]) for key, value in first.items())
+    if dataclasses.is_dataclass(first):
+        return is_identical(vars(first), vars(second))
+    return bool(first == second)

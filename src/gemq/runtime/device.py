@@ -1,7 +1,6 @@
-"""The device that a name means, how it adds up, and how fast it is, measured in about a second: products, elementwise
-passes, calls, random numbers.
+"""Choice of a device, deterministic sums on it, and its speed: the rates that ``planning.cost_model`` needs.
 
-Knows no models: ``planning.cost_model`` counts how much of each a stage takes.
+The rates are measured in about a second. Must not import models.
 """
 
 from __future__ import annotations
@@ -21,13 +20,18 @@ from torch import Tensor
 from gemq.errors import UserError, shown
 
 SECONDS, TRIES = 0.05, 3
-"""What a figure is measured for, and how often: the best counts, as others may use the machine now and then."""
-LARGEST = 2048
-"""Rows and columns of a measured product at most: larger ones are no faster."""
+"""Duration of a measurement, and how often it is repeated. The best counts, as others may use the machine too."""
+
+MAX_MATRIX_SIZE = 2048
+"""Upper bound for the rows and columns of a measured product. Larger ones are no faster."""
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises UserError when that device is not there."""
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` names.
+
+    Raises:
+        UserError: the device is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -44,44 +48,46 @@ def pick_device(name: str) -> torch.device:
 
 
 class FixedOrder:
-    """Lets a GPU add up in a fixed order, attention's gradients among all else, so that it gives the same each time.
+    """Makes sums on a GPU deterministic, those of attention's gradients included.
 
-    Where an operation has no such order, it is computed once more without, and so is what follows.
+    If an operation has no deterministic implementation, ``run`` repeats the computation without this mode, and so do
+    all later calls.
     """
 
-    def __init__(self, device: torch.device):
-        self.kept = device.type == "cuda"
+    def __init__(self, device: torch.device) -> None:
+        self.is_active = device.type == "cuda"
 
     def run(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives, called a second time if it has no fixed order."""
-        if not self.kept:
+        """Return the result of ``compute``, which is called a second time if it cannot be deterministic."""
+        if not self.is_active:
             return compute()
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for, and uses on a GPU of today
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it; recent GPUs use it anyway
         memory: Any = torch.utils.deterministic
-        before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-        torch.set_deterministic_debug_mode("error")  # a mode that only warns leaves attention as it is
+        mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+        torch.set_deterministic_debug_mode("error")  # the mode "warn" does not change attention
         memory.fill_uninitialized_memory = False
         try:
             return compute()
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
-            self.kept = False
+            self.is_active = False
         finally:
-            torch.set_deterministic_debug_mode(before[0])
-            memory.fill_uninitialized_memory = before[1]
+            torch.set_deterministic_debug_mode(mode)
+            memory.fill_uninitialized_memory = fill
         return compute()
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one device, in one compute type; per second.
+    """Speed of one device in one dtype, per second.
 
-    products: floating-point operations of matrix products
-    bytes:    read and written by a chain of elementwise operations as experts have them, memory for results included
-    near:     the same in place, on what stays in a CPU's caches
-    calls:    operations on tensors so small that only starting them takes time
-    draws:    random numbers of the exponential distribution, by which labels are sampled
+    Attributes:
+        products: floating-point operations of matrix products
+        bytes: bytes that elementwise operations of experts read and write, including allocation of their results
+        near: bytes that in-place operations read and write in a CPU's caches
+        calls: operations on tensors so small that only their launch takes time
+        draws: exponentially distributed random numbers, by which labels are sampled
     """
 
     products: float
@@ -94,58 +100,68 @@ class Rates:
 @cache
 @torch.no_grad()
 def measure(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> Rates:
-    """The rates of ``device``, products with matrices [rows, columns] as the model's experts have them.
+    """Measure the rates of ``device``, once in a process.
 
-    Measured once in a process: the demo runs several jobs.
+    Args:
+        device: what to measure
+        dtype: of matrix products
+        rows: rows of a matrix of the model's experts
+        columns: its columns
     """
     on_cpu = device.type == "cpu"
-    rows, columns = min(rows, LARGEST), min(columns, LARGEST)
-    tokens = (1 if on_cpu else 32) * max(64, (1 << 26) // (rows * columns))
-    matrix, x = (torch.randn(n, columns, device=device).to(dtype) for n in (rows, tokens))
-    products = 2.0 * rows * columns * tokens * _per_second(lambda: F.linear(x, matrix), device)
-    tiny, few = torch.nn.Linear(16, 16, device=device), torch.randn(4, 16, device=device)
-    calls = _per_second(lambda: tiny(few), device)
-    drawn = torch.empty(1 << (20 if on_cpu else 24), device=device)
-    draws = drawn.numel() * _per_second(lambda: drawn.exponential_(), device)
+    products = _product_rate(device, dtype, min(rows, MAX_MATRIX_SIZE), min(columns, MAX_MATRIX_SIZE))
+    layer, x = torch.nn.Linear(16, 16, device=device), torch.randn(4, 16, device=device)
+    calls = _per_second(lambda: layer(x), device)
+    samples = torch.empty(1 << (20 if on_cpu else 24), device=device)
+    draws = samples.numel() * _per_second(lambda: samples.exponential_(), device)
     if not on_cpu:
-        passes = _gate_rate(1 << 26, device)
-        return Rates(products, passes, passes, calls, draws)
-    # what lies between tensors whose memory is used again and those that the system hands out anew each time
-    passes = math.sqrt(_gate_rate(1 << 22, device) * _gate_rate(1 << 23, device))
-    near = torch.randn(1 << 18)
-    in_place = 2.0 * near.nbytes * _per_second(lambda: near.add_(1), device)
-    return Rates(products, passes, in_place, calls, draws)
+        gate_rate = _gate_rate(1 << 26, device)
+        return Rates(products, gate_rate, gate_rate, calls, draws)
+    # the mean of tensors whose memory is reused, and of those that get new memory from the system each time
+    gate_rate = math.sqrt(_gate_rate(1 << 22, device) * _gate_rate(1 << 23, device))
+    cached = torch.randn(1 << 18)
+    in_place_rate = 2.0 * cached.nbytes * _per_second(lambda: cached.add_(1), device)
+    return Rates(products, gate_rate, in_place_rate, calls, draws)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> float:
+    """Return the floating-point operations per second of products with a matrix [rows, columns]."""
+    tokens = (1 if device.type == "cpu" else 32) * max(64, (1 << 26) // (rows * columns))
+    matrix = torch.randn(rows, columns, device=device).to(dtype)
+    x = torch.randn(tokens, columns, device=device).to(dtype)
+    return 2.0 * rows * columns * tokens * _per_second(lambda: F.linear(x, matrix), device)
 
 
 def _gate_rate(numbers: int, device: torch.device) -> float:
-    """Bytes a second of gathering, gating and adding up ``numbers`` float32."""
+    """Return the bytes per second of gathering, gating and scattering ``numbers`` float32 numbers."""
     x = torch.randn(numbers // 512, 512, device=device)
     order = torch.randperm(len(x), device=device)
 
     def run() -> Tensor:
-        a, b = x.index_select(0, order).chunk(2, -1)
-        h = F.silu(a) * b
+        gate, up = x.index_select(0, order).chunk(2, -1)
+        h = F.silu(gate) * up
         return torch.zeros_like(h).index_add(0, order, h)
 
     return 6.5 * x.nbytes * _per_second(run, device)
 
 
 def _per_second(run: Callable[[], object], device: torch.device) -> float:
-    """How often ``run`` runs in a second."""
+    """Return how often ``run`` can be called in a second."""
 
-    def timed(times: int) -> float:
-        _wait(device)
+    def seconds_for(calls: int) -> float:
+        _synchronize(device)
         begin = time.perf_counter()
-        for _ in range(times):
+        for _ in range(calls):
             run()
-        _wait(device)
+        _synchronize(device)
         return time.perf_counter() - begin
 
-    timed(2)
-    times = max(2, int(2 * SECONDS / max(timed(2), 1e-6)))
-    return times / min(timed(times) for _ in range(TRIES))
+    seconds_for(2)
+    calls = max(2, int(2 * SECONDS / max(seconds_for(2), 1e-6)))
+    return calls / min(seconds_for(calls) for _ in range(TRIES))
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
+    """Wait for a GPU to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

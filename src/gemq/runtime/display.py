@@ -1,4 +1,4 @@
-"""Text that is safe to show: names and messages from files may hold terminal escapes, markup and lone surrogates."""
+"""Safe display of text: names and messages from files may contain terminal escapes, markup and lone surrogates."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def printable(text: str) -> str:
-    """``text`` with everything that a terminal would obey, or cannot show, written as an escape such as ``\\x1b``."""
+    """Return ``text`` with each character that a terminal interprets or cannot show as an escape such as ``\\x1b``."""
     return _UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
-def shortened(text: str, most: int = 2_000) -> str:
-    """``text`` without its middle where it is longer than ``most`` characters."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+def shortened(text: str, max_length: int = 2_000) -> str:
+    """Return ``text`` without its middle if it is longer than ``max_length`` characters."""
+    return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"
 
 
 class SafeConsole(Console):
-    """A console that shows every string as it is, printable and without markup, in tables and titles too.
+    """A console that shows every string literally, without escapes or markup, in tables and titles too.
 
     Styles come from ``style=`` and from ``styled``, never from the contents of a string.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
+        """Return ``text`` as it is shown."""
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
 
 
-def styled(*parts: str | tuple[str, str]) -> Text:
-    """Text of several styles. Each part is a string, or a string and its style."""
-    return Text.assemble(*(printable(p) if isinstance(p, str) else (printable(p[0]), p[1]) for p in parts))
+def styled(*fragments: str | tuple[str, str]) -> Text:
+    """Return text of several styles. Each fragment is a string, or a string and its style."""
+    text = Text()
+    for fragment in fragments:
+        content, style = (fragment, "") if isinstance(fragment, str) else fragment
+        text.append(printable(content), style)
+    return text

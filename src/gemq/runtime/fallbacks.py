@@ -1,7 +1,7 @@
-"""Optional accelerations that raised and were left out: counted here, shown once at the end of a command.
+"""Optional accelerations that failed: they are counted here and shown once at the end of a command.
 
-They rest on interfaces of other libraries that change without notice. Whatever such a change raises, the plain way
-computes the same result more slowly. Imports no torch.
+They depend on interfaces of other libraries that may change without notice. When one fails, for whatever reason, plain
+code computes the same result more slowly. Must not import torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gemq.errors import UserError
+from gemq.runtime.processes import RankLostError
 
 TEXTS = {
     "norms_not_fused": "times norms kept the model's own code: the fused kernel could not take over",
@@ -23,50 +24,51 @@ TEXTS = {
 
 @dataclass
 class Fallback:
-    """How often an acceleration was left out, and the first reason."""
+    """How often an acceleration failed, and the first reason."""
 
     count: int
     reason: str
 
 
-_found: dict[str, Fallback] = {}
-_lock = threading.Lock()  # layers are read in a thread
+_fallbacks: dict[str, Fallback] = {}
+_lock = threading.Lock()
+"""Layers are read in a thread."""
 
 
 def record(name: str, error: BaseException) -> None:
-    """Counts one use of an acceleration that raised ``error``. ``name`` is a key of ``TEXTS``."""
+    """Count one failure of an acceleration. ``name`` is a key of ``TEXTS``."""
     with _lock:
-        _found.setdefault(name, Fallback(0, first_line(error))).count += 1
+        _fallbacks.setdefault(name, Fallback(0, first_line(error))).count += 1
 
 
 @contextmanager
 def optional(name: str) -> Iterator[None]:
-    """Around an acceleration: whatever it raises is recorded, and the code behind goes on without it.
+    """Record any error that the block raises, an acceleration, and continue after it.
 
-    A UserError passes: it is about the user's files, which the plain way reads as well.
+    A UserError is not caught: it is about the user's files, which plain code reads as well. Nor is the loss of a rank.
     """
     try:
         yield
-    except UserError:
+    except (UserError, RankLostError):
         raise
     except Exception as error:  # noqa: BLE001 - other libraries may raise anything
         record(name, error)
 
 
 def take() -> dict[str, Fallback]:
-    """What was recorded since the last call, by name."""
+    """Return what was recorded since the last call, by name."""
     with _lock:
-        found = dict(_found)
-        _found.clear()
-    return found
+        fallbacks = dict(_fallbacks)
+        _fallbacks.clear()
+    return fallbacks
 
 
 def take_lines() -> list[str]:
-    """``take`` as one line each, with the count and the first reason."""
-    return [f"{found.count} {TEXTS[name]} ({found.reason})" for name, found in take().items()]
+    """Return what was recorded since the last call as one line each: the count and the first reason."""
+    return [f"{fallback.count} {TEXTS[name]} ({fallback.reason})" for name, fallback in take().items()]
 
 
 def first_line(error: BaseException) -> str:
-    """Type and message of an error in one line of at most 300 characters, all of them printable."""
+    """Format type and message of an error in one line of at most 300 printable characters."""
     line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return "".join(sign if sign.isprintable() else "?" for sign in line)
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -1,4 +1,4 @@
-"""Capturing a CUDA graph so that a capture that fails leaves the process as it was before."""
+"""Capture of a CUDA graph that leaves no trace in the process when it fails."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 def capture(
     run: Callable[[], Any], device: torch.device, *, stream: torch.cuda.Stream | None = None, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Captures what ``run`` launches on ``device``.
+    """Capture what ``run`` launches on ``device``.
 
-    ``torch.cuda.graph`` does the same, but where the capture fails it leaves its stream current, its memory pool open
+    ``torch.cuda.graph`` does the same. But when a capture fails, it leaves its stream current, its memory pool open,
     and the default generator in its capturing state, in which every later draw raises (torch 2.11).
 
     Args:
-        run: launches the work; it must have run before, so that kernels are compiled and libraries initialised
+        run: launches the work; it must have run before, so that kernels are compiled and libraries are initialised
+        device: where it is launched
         stream: the stream to capture on, a new one by default
         pool: a ``graph_pool_handle`` shared by graphs that never run at the same time, a new one by default
 
@@ -32,14 +33,14 @@ def capture(
     generator = torch.cuda.default_generators[device_index(device)]
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()  # what stays cached outside the pool is no use to the graph
+    torch.cuda.empty_cache()  # the graph cannot use memory that is cached outside its pool
     state = generator.clone_state()
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device) if stream is None else stream):
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             output = run()
         except BaseException:
-            with suppress(RuntimeError):  # the first error says more
+            with suppress(RuntimeError):  # the first error is more informative
                 _end(graph, device, pool, generator, state)
             raise
         _end(graph, device, pool, generator, state)
@@ -47,13 +48,14 @@ def capture(
 
 
 def device_index(device: torch.device) -> int:
+    """Return the index of a GPU: the current one if ``device`` has none."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _end(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, generator: torch.Generator, state: torch.Generator
 ) -> None:
-    """Ends a capture. Raises RuntimeError when it is invalid, after undoing what torch leaves behind then."""
+    """End a capture. Raises RuntimeError if it is invalid, after undoing what torch leaves then."""
     try:
         graph.capture_end()
     except RuntimeError:

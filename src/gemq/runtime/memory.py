@@ -1,8 +1,8 @@
-"""How much a job may hold at once, and where: on its device, in host memory, in files of the work directory.
+"""How many bytes a job may hold, and where: on its device, in host memory, in files of the work directory.
 
-The one place where that is decided. A job names its bounds (``--gpu-memory``, ``--host-memory``); everything large asks
-here before it is made, and what is only kept to be quick (layers that can be read again) gives way. On a CPU the device
-is the host: one bound counts for both. Knows bytes, no models.
+All large allocations of a job are reserved here first, within the bounds of ``--gpu-memory`` and ``--host-memory``.
+Layers that are cached only for speed are evicted when the device has no room left. On a CPU the device is the host,
+and one bound counts for both. Must not import models.
 """
 
 from __future__ import annotations
@@ -19,47 +19,53 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
 from gemq.errors import UserError, shown
 from gemq.runtime.files import disk_errors
 
-DEFAULT_SHARE = 0.9
-"""Of what is free when a job starts: what it takes at most when it is told no bound."""
+DEFAULT_FRACTION = 0.9
+"""Default bound, as a fraction of the memory that is free when a job starts."""
 
 UNLIMITED = 1 << 62
 
 WAITING = ".waiting-"
-"""How names of files begin that hold what does not fit into memory. A job removes those that a killed one left."""
+"""Prefix of the files that hold what does not fit into memory. A job removes those that a killed job left."""
 
-MOST_THREADS = 8
-"""For files on their way to a GPU: enough for the bytes that memory gives, and the thread that launches is not kept
-waiting by all processors of a large machine."""
+MAX_HOST_THREADS = 8
+"""PyTorch threads of a job on a GPU. They only read files for it, and more would delay the thread that launches."""
 
 
 class Place(enum.Enum):
-    """Where a tensor waits until it is needed."""
+    """Where a tensor is stored while it is not in use, the fastest tier first."""
 
     DEVICE = "device"
     HOST = "host memory"
     DISK = "disk"
 
 
+def _no_bytes() -> dict[Place, int]:
+    """Return a count of 0 bytes for each tier outside the device."""
+    return {Place.HOST: 0, Place.DISK: 0}
+
+
 @dataclass
 class Bound:
-    """Bytes that may be held in one place, and how many are."""
+    """A limit in bytes, and how many of them are used. Safe to use from several threads."""
 
     limit: int
     used: int = 0
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)  # threads read layers
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def free(self) -> int:
+        """Bytes that are not used."""
         return self.limit - self.used
 
     def take(self, count: int) -> bool:
-        """Takes ``count`` bytes if there are so many."""
+        """Reserve ``count`` bytes. Returns False, and reserves nothing, if fewer are available."""
         with self._lock:
             if count > self.free:
                 return False
@@ -67,31 +73,34 @@ class Bound:
             return True
 
     def give(self, count: int) -> None:
+        """Free ``count`` reserved bytes."""
         with self._lock:
             self.used -= count
 
 
 class Cache(Protocol):
-    """What is held on the device only to be quick."""
+    """Tensors that are on the device only for speed."""
 
     def held(self) -> int:
-        """Bytes that it could let go of."""
+        """Return the bytes that could be evicted."""
         ...
 
     def give_way(self, count: int) -> None:
-        """Lets go of ``count`` bytes, or of all that it holds."""
+        """Evict ``count`` bytes, or everything if there are fewer."""
         ...
 
 
 @dataclass
 class Memory:
-    """The bounds of a job.
+    """The memory bounds of a job.
 
-    device:    where it computes
-    on_device: bytes there
-    host:      bytes of host memory; the same object on a CPU
-    directory: of files for what neither holds; None where nothing has to be put off
-    caches:    what gives way on the device when room is wanted
+    Attributes:
+        device: where the job computes
+        on_device: limit of bytes there
+        host: limit of bytes in host memory; the same object on a CPU
+        directory: of files for what neither holds; None where files are not allowed
+        caches: evicted when the device has no room left
+        spilled: peak bytes that were stored in each tier outside the device, for the summary
     """
 
     device: torch.device
@@ -99,12 +108,12 @@ class Memory:
     host: Bound
     directory: Path | None = None
     caches: list[Cache] = field(default_factory=list)
-    spilled: dict[Place, int] = field(default_factory=lambda: {Place.HOST: 0, Place.DISK: 0})
-    """Most bytes that were put off to each place: said in the summary."""
-    _waiting: dict[Place, int] = field(default_factory=lambda: {Place.HOST: 0, Place.DISK: 0})
+    spilled: dict[Place, int] = field(default_factory=_no_bytes)
+    _offloaded: dict[Place, int] = field(default_factory=_no_bytes)
 
     @classmethod
     def unlimited(cls, device: torch.device) -> Memory:
+        """Return bounds that everything fits."""
         bound = Bound(UNLIMITED)
         return cls(device, bound, bound if device.type == "cpu" else Bound(UNLIMITED))
 
@@ -117,29 +126,40 @@ class Memory:
         directory: Path | None,
         processes: int = 1,
     ) -> Memory:
-        """Bounds as asked for; without them, nine tenths of what is free now.
+        """Return the bounds that a user asked for.
 
-        processes: of the job on this machine, which share its host memory
-        Raises UserError for bounds that the machine does not have.
+        Args:
+            device: where the job computes
+            gpu_bytes: bound of GPU memory; None: nine tenths of what is free
+            host_bytes: bound of host memory; None: nine tenths of what is free
+            directory: of files for what memory does not hold
+            processes: of the job on this machine, which share its host memory
+
+        Raises:
+            UserError: the machine has less memory than a bound, or no GPU to bound.
         """
         for name, count in (("gpu_memory", gpu_bytes), ("host_memory", host_bytes)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise UserError(f"{name} cannot be {shown(count)}: give a number of bytes, such as 20_000_000_000")
-        free = free_host_bytes()
-        if host_bytes is not None and host_bytes > (total := total_host_bytes()):
-            raise UserError(f"--host-memory {gigabytes(host_bytes)} is more than this machine's {gigabytes(total)}")
-        host = Bound((int(DEFAULT_SHARE * free) if host_bytes is None else host_bytes) // processes)
+        if host_bytes is None:
+            host_bytes = int(DEFAULT_FRACTION * free_host_bytes())
+        elif host_bytes > total_host_bytes():
+            limit = gigabytes(total_host_bytes())
+            raise UserError(f"--host-memory {gigabytes(host_bytes)} is more than this machine's {limit}")
+        host = Bound(host_bytes // processes)
         if device.type != "cuda":
             if gpu_bytes is not None:
                 raise UserError(f"--gpu-memory bounds a GPU and the job runs on {device}: give --host-memory")
             return cls(device, host, host, directory)
         free, total = torch.cuda.mem_get_info(device)
-        if gpu_bytes is not None and gpu_bytes > total:
+        if gpu_bytes is None:
+            gpu_bytes = int(DEFAULT_FRACTION * free)
+        elif gpu_bytes > total:
             raise UserError(f"--gpu-memory {gigabytes(gpu_bytes)} is more than the {gigabytes(total)} of {device}")
-        return cls(device, Bound(int(DEFAULT_SHARE * free) if gpu_bytes is None else gpu_bytes), host, directory)
+        return cls(device, Bound(gpu_bytes), host, directory)
 
     def room(self, count: int) -> bool:
-        """Takes ``count`` bytes on the device, from caches if need be. False when there are not so many."""
+        """Reserve ``count`` bytes on the device, evicting caches if necessary. Returns False if they do not fit."""
         if count > self.on_device.free:
             for cache in self.caches:
                 cache.give_way(count - self.on_device.free)
@@ -147,47 +167,51 @@ class Memory:
 
     @property
     def quick_bytes(self) -> int:
-        """Room for what waits without going to the disk."""
-        free = self.on_device.free + sum(cache.held() for cache in self.caches)
-        return free if self.host is self.on_device else free + self.host.free
+        """Bytes that can be stored without going to the disk."""
+        device_bytes = self.on_device.free + sum(cache.held() for cache in self.caches)
+        return device_bytes if self.host is self.on_device else device_bytes + self.host.free
 
     def place(self, count: int) -> Place:
-        """Takes ``count`` bytes where there is room for them, the quickest place first."""
+        """Reserve ``count`` bytes in the fastest tier that has room for them.
+
+        Raises:
+            UserError: they fit nowhere.
+        """
         if self.room(count):
             return Place.DEVICE
-        place = Place.DISK
+        tier = Place.DISK
         if self.host is not self.on_device and self.host.take(pinned_bytes(count)):
-            place = Place.HOST
+            tier = Place.HOST
         elif self.directory is None:
             raise UserError(f"{gigabytes(count)} more do not fit into memory: give more with {self.flag}")
-        self._waiting[place] += count
-        self.spilled[place] = max(self.spilled[place], self._waiting[place])
-        return place
+        self._offloaded[tier] += count
+        self.spilled[tier] = max(self.spilled[tier], self._offloaded[tier])
+        return tier
 
-    def release(self, place: Place, count: int) -> None:
-        """Gives back what ``place`` took."""
-        if place is Place.DEVICE:
+    def release(self, tier: Place, count: int) -> None:
+        """Free ``count`` bytes that were reserved in ``tier``."""
+        if tier is Place.DEVICE:
             self.on_device.give(count)
             return
-        self._waiting[place] -= count
-        if place is Place.HOST:
+        self._offloaded[tier] -= count
+        if tier is Place.HOST:
             self.host.give(pinned_bytes(count))
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Limits the process to the device's bound, cached blocks included, and to a few threads next to a GPU.
+        """Limit PyTorch's allocator to the device's bound, and on a GPU also the number of threads.
 
         Memory that the process holds on entry, such as a caller's model, does not count towards the bound.
 
         Raises:
-            UserError: A stage needs more memory than its estimate.
+            UserError: a stage needs more memory than was estimated.
         """
-        bounded = self.device.type == "cuda" and self.on_device.limit < UNLIMITED
+        is_bounded_gpu = self.device.type == "cuda" and self.on_device.limit < UNLIMITED
         threads = torch.get_num_threads()
-        if bounded:
+        if is_bounded_gpu:
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
             total = torch.cuda.get_device_properties(index).total_memory
-            torch.set_num_threads(min(MOST_THREADS, threads))
+            torch.set_num_threads(min(MAX_HOST_THREADS, threads))
             torch.cuda.empty_cache()
             limit = torch.cuda.memory_reserved(index) + self.on_device.limit
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
@@ -196,11 +220,11 @@ class Memory:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{gigabytes(self.on_device.limit)} of memory did not do: give more with {self.flag}, or close what "
-                "else runs there; gemq quantize then goes on with --resume"
+                f"{gigabytes(self.on_device.limit)} of memory were not enough: give more with {self.flag}, or close "
+                "what else runs there; gemq quantize then goes on with --resume"
             ) from error
         finally:
-            if bounded:
+            if is_bounded_gpu:
                 torch.set_num_threads(threads)
                 _use_expandable_segments(False)
                 torch.cuda.set_per_process_memory_fraction(1.0, index)
@@ -211,142 +235,137 @@ class Memory:
         return "--gpu-memory" if self.device.type == "cuda" else "--host-memory"
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in host memory that a GPU can copy from and to by itself."""
+        """Return an uninitialised tensor in host memory that a GPU can copy from and to asynchronously."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
-        """A tensor on the CPU whose contents are a new file of ``directory``, and that file.
-
-        Its name is hidden, so that a job that goes on removes what a killed one left.
-        """
+        """Return a tensor on the CPU that is mapped to a new file of ``directory``, and the path of that file."""
         assert self.directory is not None
-        count = max(1, math.prod(shape))
+        size = math.prod(shape)
+        file_size = max(1, size)  # an empty file cannot be mapped
         with disk_errors(self.directory):
             descriptor, name = tempfile.mkstemp(prefix=WAITING, dir=self.directory)
         path = Path(name)
         with disk_errors(path), open(descriptor, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is told now, not by a signal
-        flat = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
-        return flat[: math.prod(shape)].view(tuple(shape)), path
+            # a full disk is reported here; later, writing to the mapping would kill the process
+            os.posix_fallocate(file.fileno(), 0, file_size * dtype.itemsize)
+        flat = torch.from_file(str(path), shared=True, size=file_size, dtype=dtype)
+        return flat[:size].view(tuple(shape)), path
 
 
 class Waiting:
-    """Tensors that belong together and are on the device when they are needed: ``come``, then ``leave``.
+    """A group of tensors that is on the device only while it is used: ``come``, then ``leave``.
 
-    Where memory has room they stay there. Else their contents lie in pinned host memory, or in files, between two
-    visits; the tensor objects stay the same.
+    Where memory has room for them, they stay on the device. Otherwise their contents are stored in pinned host memory
+    or in files between two uses. The tensor objects stay the same, only their storage changes.
     """
 
-    def __init__(self, memory: Memory, tensors: Callable[[], tuple[list[Tensor], list[Tensor]]], more: int = 0):
-        """tensors: gives those that never change, and those that may
+    def __init__(
+        self, memory: Memory, tensors: Callable[[], tuple[list[Tensor], list[Tensor]]], extra_bytes: int = 0
+    ) -> None:
+        """Reserve space for the tensors and offload them if they do not fit on the device.
 
-        more: bytes that will be added later, such as an optimizer's state
+        Args:
+            memory: bounds of the job
+            tensors: returns the tensors that never change, and those that may
+            extra_bytes: bytes that will be added later, such as an optimizer's state
         """
         self.memory, self.tensors = memory, tensors
-        fixed, changing = tensors()
-        self.bytes = sum(t.numel() * t.element_size() for t in (*fixed, *changing)) + more
+        constant, mutable = tensors()
+        self.bytes = sum(tensor.nbytes for tensor in (*constant, *mutable)) + extra_bytes
         self.place = memory.place(self.bytes)
-        self._away: dict[int, Tensor] = {}
+        self._copies: dict[int, Tensor] = {}
         self._files: list[Path] = []
-        self._here = True
+        self._is_loaded = True
         self.leave()
 
     def come(self) -> None:
-        """Brings all tensors to the device."""
-        if self._here or self.place is Place.DEVICE:
+        """Load all tensors to the device."""
+        if self._is_loaded or self.place is Place.DEVICE:
             return
         for tensor in chain(*self.tensors()):
-            tensor.data = self._away[id(tensor)].to(self.memory.device, non_blocking=True)
-        self._here = True
+            tensor.data = self._copies[id(tensor)].to(self.memory.device, non_blocking=True)
+        self._is_loaded = True
 
     def leave(self, changed: bool = False) -> None:
-        """Lets them wait where their place is. ``changed``: with what was written into those that may change."""
-        if not self._here or self.place is Place.DEVICE:
+        """Offload all tensors. ``changed``: those that may change were written to, and are copied again."""
+        if not self._is_loaded or self.place is Place.DEVICE:
             return
-        fixed, changing = self.tensors()
-        for tensor, write in (*((t, False) for t in fixed), *((t, changed) for t in changing)):
-            away = self._away.get(id(tensor))
-            if away is None or away.shape != tensor.shape:
-                away = self._away[id(tensor)] = self._empty(tensor)
-                write = True
-            if write:
-                away.copy_(tensor.detach(), non_blocking=self.place is Place.HOST)
-            tensor.data = away
-        self._here = False
+        constant, mutable = self.tensors()
+        for tensor in constant:
+            self._offload_tensor(tensor, changed=False)
+        for tensor in mutable:
+            self._offload_tensor(tensor, changed)
+        self._is_loaded = False
+
+    def _offload_tensor(self, tensor: Tensor, changed: bool) -> None:
+        """Replace a tensor's storage by its copy outside the device, which is written if it is new or outdated."""
+        copy = self._copies.get(id(tensor))
+        if copy is None or copy.shape != tensor.shape:
+            copy = self._copies[id(tensor)] = self._empty_like(tensor)
+            changed = True
+        if changed:
+            copy.copy_(tensor.detach(), non_blocking=self.place is Place.HOST)
+        tensor.data = copy
 
     def close(self) -> None:
-        """Gives the place back. The tensors are not to be used any more."""
+        """Free the reserved space. The tensors must not be used afterwards."""
         self.memory.release(self.place, self.bytes)
         for path in self._files:
             path.unlink(missing_ok=True)
 
-    def _empty(self, like: Tensor) -> Tensor:
+    def _empty_like(self, tensor: Tensor) -> Tensor:
+        """Return an uninitialised tensor of the same shape and dtype in this group's tier."""
         if self.place is Place.HOST:
-            return self.memory.pinned(like.shape, like.dtype)
-        tensor, path = self.memory.mapped(like.shape, like.dtype)
+            return self.memory.pinned(tensor.shape, tensor.dtype)
+        copy, path = self.memory.mapped(tensor.shape, tensor.dtype)
         self._files.append(path)
-        return tensor
+        return copy
 
 
-def _use_expandable_segments(used: bool) -> None:
-    """Lets PyTorch's reserves grow and shrink by pages, where the user has not chosen for himself.
+def _use_expandable_segments(enable: bool) -> None:
+    """Let PyTorch's reserved memory grow and shrink by pages, unless the user has set this option.
 
-    Under a bound, pieces that are free but lie apart were seen to take a seventh of it.
+    Without it, fragmentation took a seventh of a bound.
     """
-    chosen = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
-    if not any("expandable_segments" in text for text in chosen):
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{used}")
+    settings = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    if not any("expandable_segments" in setting for setting in settings):
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{enable}")
 
 
 def pinned_bytes(count: int) -> int:
-    """What ``count`` bytes take in pinned memory: PyTorch rounds up to a power of two."""
+    """Return what ``count`` bytes take in pinned memory: PyTorch rounds up to a power of two."""
     return 1 << max(0, count - 1).bit_length()
 
 
 def gigabytes(count: int) -> str:
-    """Bytes as the flags take them, rounded up: what is asked for would do."""
+    """Format bytes as the flags take them, such as ``20.01GB``. Rounded up, so that a suggested bound suffices."""
     unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
     return f"{-(-count * 100 // scale) / 100:g}{unit}"
 
 
 def total_host_bytes() -> int:
-    """Memory of this machine, or of the container that it is bounded to."""
-    total = _meminfo("MemTotal")
-    limit, _ = _control_group()
+    """Return the memory of this machine, or of the container that limits this process."""
+    total = psutil.virtual_memory().total
+    limit, _ = _container_limit()
     return total if limit is None else min(total, limit)
 
 
 def free_host_bytes() -> int:
-    """Memory that can be had without swapping."""
-    free = _meminfo("MemAvailable")
-    limit, used = _control_group()
-    return free if limit is None else min(free, limit - used)
+    """Return the memory that is available without swapping."""
+    available = psutil.virtual_memory().available
+    limit, used = _container_limit()
+    return available if limit is None else min(available, limit - used)
 
 
-def _meminfo(key: str) -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _control_group() -> tuple[int | None, int]:
-    """A container's limit and what it uses of it, without the files that the kernel holds only to be quick."""
+def _container_limit() -> tuple[int | None, int]:
+    """Return a container's memory limit (None: no limit) and what it uses of it, without the page cache."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
-        files = next(
-            (
-                int(line.split()[1])
-                for line in (group / "memory.stat").read_text().splitlines()
-                if line.startswith("file ")
-            ),
-            0,
-        )
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        page_cache = int(statistics.get("file", 0))
     except (OSError, ValueError):
         return None, 0
-    return (None, 0) if limit == "max" else (int(limit), max(0, used - files))
+    return (None, 0) if limit == "max" else (int(limit), max(0, used - page_cache))

@@ -1,7 +1,7 @@
-"""Stages as the user sees them: how far they are, the time left, and what each took in seconds and memory.
+"""Progress of a job's stages: how far they are, the time left, and what each took in seconds and memory.
 
-A terminal shows a bar for each stage. Where lines stay (a file, a pipe, a notebook) a stage that takes long writes a
-line now and then, and each stage one at its end. Must not import what the stages do.
+A terminal shows a bar for each stage. Where lines stay (a file, a pipe, a notebook), a long stage prints a line from
+time to time, and each stage prints one at its end. Must not import what the stages do.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,13 +28,13 @@ from gemq.runtime.display import printable
 LINE_SECONDS = (10.0, 60.0)
 """Where lines stay: seconds until the first line of a stage, and between further ones."""
 
-LONGEST_NAME, LONGEST_COUNT = len("calibration windows"), len("1536/1536")
-LONGEST_TIMES = len("0:00:00, 0:00:00 left, all 0:00:00")
-LONGEST_BAR, SHORTEST_BAR = 40, 5
+NAME_WIDTH, COUNT_WIDTH = len("calibration windows"), len("1536/1536")
+TIMES_WIDTH = len("0:00:00, 0:00:00 left, all 0:00:00")
+MAX_BAR_WIDTH, MIN_BAR_WIDTH = 40, 5
 
 
 class Tick(Protocol):
-    """Moves a stage's bar: one step on, or to ``done`` of ``total``."""
+    """Moves a stage's bar: by one step, or to ``done`` of ``total``."""
 
     def __call__(self, done: int | None = None, total: int | None = None) -> None: ...
 
@@ -50,27 +50,32 @@ class StageCost:
 
 @dataclass
 class Monitor:
-    """Shows stages on ``console`` (None: silent) and keeps what they cost."""
+    """Shows the progress of stages and records what they cost.
+
+    Attributes:
+        console: where stages are shown; None: nowhere
+        stages: cost of each stage so far
+        expected: seconds that each stage of the whole job is expected to take, in order; only their ratios matter
+        rounds: how often each repeated stage is expected to run; such stages take turns
+    """
 
     console: Console | None = None
     stages: dict[str, StageCost] = field(default_factory=dict)
     expected: dict[str, float] = field(default_factory=dict)
-    """Seconds that each stage of the whole job is expected to take, in order: only their ratios count."""
     rounds: dict[str, int] = field(default_factory=dict)
-    """How often a stage is expected to run, where that is not once: such stages take turns."""
     _runs: dict[str, int] = field(default_factory=dict)
     """How often each stage has begun."""
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[Tick]:
-        """One stage of ``steps`` steps; the block calls the yielded function after each."""
+        """Show and record one stage of ``steps`` steps. The block calls the yielded function after each."""
         cost = self.stages.setdefault(name, StageCost())
         self._runs[name] = self._runs.get(name, 0) + 1
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         try:
-            with _HostPeak() as host, self._bar(name, steps) as tick:
+            with _HostMemorySampler() as host, self._bar(name, steps) as tick:
                 yield tick
         finally:
             cost.seconds += time.perf_counter() - begin
@@ -79,53 +84,80 @@ class Monitor:
                 cost.peak_gpu_bytes = max(cost.peak_gpu_bytes, torch.cuda.max_memory_allocated())
 
     def seconds_left(self, name: str, seconds: float, share: float) -> float | None:
-        """Seconds until the whole job ends, while stage ``name`` has taken ``seconds`` for a ``share`` of its steps.
+        """Estimate the seconds until the whole job ends.
 
-        The stages to come are expected to be as much slower than expected as those so far were. None: not known.
+        The ratio of measured to expected seconds so far is applied to what is still to come.
+
+        Args:
+            name: the stage that is running
+            seconds: what it has taken so far
+            share: the share of its steps that is done
+
+        Returns:
+            The estimate, or None if nothing is known about this stage.
         """
         if name not in self.expected or not share:
             return None
-        measured, expected = seconds, share * self._expected_run(name)
-        for other in self.stages.keys() & self.expected.keys():
-            runs = self._runs.get(other, 1) - (other == name)  # those that have ended
-            if other != name or other in self.rounds:
-                measured += self.stages[other].seconds
-                expected += min(runs, self.rounds.get(other, 1)) * self._expected_run(other)
-        to_come = sum(runs * self._expected_run(other) for other, runs in self._runs_to_come(name).items())
-        slower = measured / expected if expected > 0 else 1.0
-        return seconds * (1 - share) / share + to_come * slower
+        measured = seconds
+        expected = share * self._expected_run(name)
+        for stage in self.stages.keys() & self.expected.keys():
+            is_running = stage == name
+            if is_running and stage not in self.rounds:
+                continue
+            ended_runs = self._runs.get(stage, 1) - int(is_running)
+            measured += self.stages[stage].seconds
+            expected += min(ended_runs, self.rounds.get(stage, 1)) * self._expected_run(stage)
+        to_come = sum(runs * self._expected_run(stage) for stage, runs in self._runs_to_come(name).items())
+        slowdown = measured / expected if expected > 0 else 1.0
+        return seconds * (1 - share) / share + to_come * slowdown
 
     def _expected_run(self, name: str) -> float:
+        """Return the seconds that one run of a stage is expected to take."""
         return self.expected[name] / self.rounds.get(name, 1)
 
     def _runs_to_come(self, name: str) -> dict[str, int]:
-        """How often each stage will begin after this run of ``name``."""
+        """Return how often each stage will begin after the current run of ``name``."""
         order = list(self.expected)
-        place, turns = order.index(name), max(self.rounds.values(), default=0)
-        first = min((order.index(other) for other in self.rounds), default=len(order))
-        begun = self._runs.get(name, 1) if name in self.rounds else turns * (place > first)  # turns, with this one
-        found = {}
-        for number, other in enumerate(order):
-            if other in self.rounds:
-                found[other] = max(self.rounds[other] - (begun if number <= place else max(begun - 1, 0)), 0)
-            elif other not in self.stages:  # what comes once among stages that take turns, comes in the last turn
-                found[other] = int(number > place or (number > first and begun < turns))
-        return found
+        current = order.index(name)
+        total_rounds = max(self.rounds.values(), default=0)
+        first_repeated = min((order.index(stage) for stage in self.rounds), default=len(order))
+        if name in self.rounds:
+            begun_rounds = self._runs.get(name, 1)
+        else:  # a stage that runs once among repeated ones belongs to the last round
+            begun_rounds = total_rounds if current > first_repeated else 0
+        runs = {}
+        for position, stage in enumerate(order):
+            if stage in self.rounds:
+                begun = begun_rounds if position <= current else max(begun_rounds - 1, 0)
+                runs[stage] = max(self.rounds[stage] - begun, 0)
+            elif stage not in self.stages:
+                is_in_last_round = position > first_repeated and begun_rounds < total_rounds
+                runs[stage] = int(position > current or is_in_last_round)
+        return runs
 
     @contextmanager
     def _bar(self, name: str, steps: int) -> Iterator[Tick]:
+        """Show a stage on the console, if there is one, and yield the function that moves it."""
         if self.console is None:
             yield lambda done=None, total=None: None
             return
-        state = _State(printable(name), steps, lambda seconds, share: self.seconds_left(name, seconds, share))
-        shown = _live_bar if self.console.is_interactive else _lines
-        with shown(self.console, state):
+        state = _StageState(printable(name), steps, lambda seconds, share: self.seconds_left(name, seconds, share))
+        show = _live_bar if self.console.is_interactive else _lines
+        with show(self.console, state):
             yield state.tick
 
 
 @dataclass
-class _State:
-    """How far a stage is. job_left: seconds until the whole job ends, from those of the stage and its share done."""
+class _StageState:
+    """How far a stage is.
+
+    Attributes:
+        name: of the stage
+        steps: of the stage in total
+        job_left: estimates the seconds until the job ends from the seconds of the stage and the share that is done
+        done: steps that are done
+        begin: when the stage began
+    """
 
     name: str
     steps: int
@@ -134,11 +166,13 @@ class _State:
     begin: float = field(default_factory=time.perf_counter)
 
     def tick(self, done: int | None = None, total: int | None = None) -> None:
+        """See ``Tick``."""
         self.done = self.done + 1 if done is None else done
         self.steps = self.steps if total is None else total
 
     @property
     def count(self) -> str:
+        """Such as ``3/16``."""
         return f"{self.done}/{self.steps}"
 
     @property
@@ -149,23 +183,24 @@ class _State:
         if share >= 1 or not share:
             return _clock(seconds)
         text = f"{_clock(seconds)}, {_clock(seconds * (1 - share) / share)} left"
-        left = self.job_left(seconds, share)
-        return text if left is None else f"{text}, all {_clock(left)}"
+        job_left = self.job_left(seconds, share)
+        return text if job_left is None else f"{text}, all {_clock(job_left)}"
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as ``0:01:23``."""
     return str(timedelta(seconds=round(seconds)))
 
 
 @contextmanager
-def _live_bar(console: Console, state: _State) -> Iterator[None]:
-    """A bar that a thread keeps up to date, as wide as the terminal leaves beside name, count and times."""
-    room = console.width - LONGEST_NAME - LONGEST_COUNT - LONGEST_TIMES - 3
+def _live_bar(console: Console, state: _StageState) -> Iterator[None]:
+    """Show a bar that a thread updates, as wide as name, count and times allow."""
+    bar_width = console.width - NAME_WIDTH - COUNT_WIDTH - TIMES_WIDTH - 3
     columns = (
-        TextColumn("{task.description}", markup=False, table_column=Column(min_width=LONGEST_NAME, no_wrap=True)),
-        BarColumn(bar_width=max(SHORTEST_BAR, min(LONGEST_BAR, room))),
+        TextColumn("{task.description}", markup=False, table_column=Column(min_width=NAME_WIDTH, no_wrap=True)),
+        BarColumn(bar_width=max(MIN_BAR_WIDTH, min(MAX_BAR_WIDTH, bar_width))),
         TextColumn(
-            "{task.fields[state].count}", table_column=Column(min_width=LONGEST_COUNT, no_wrap=True, justify="right")
+            "{task.fields[state].count}", table_column=Column(min_width=COUNT_WIDTH, no_wrap=True, justify="right")
         ),
         TextColumn("{task.fields[state].times}", table_column=Column(no_wrap=True)),
     )
@@ -175,17 +210,18 @@ def _live_bar(console: Console, state: _State) -> Iterator[None]:
 
 
 class _Bar(Progress):
-    """Takes how far a stage is from the task's ``state`` whenever it is drawn."""
+    """A bar that reads the task's ``state`` whenever it is drawn."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is drawn, up to date."""
         for task in self.tasks:
             task.completed, task.total = task.fields["state"].done, task.fields["state"].steps
         yield from super().get_renderables()
 
 
 @contextmanager
-def _lines(console: Console, state: _State) -> Iterator[None]:
-    """A line at the end, and before that one now and then, from a thread: a step may take long."""
+def _lines(console: Console, state: _StageState) -> Iterator[None]:
+    """Print a line at the end, and others before it from a thread, since a step may take long."""
     ended = threading.Event()
 
     def show() -> None:
@@ -207,21 +243,21 @@ def _lines(console: Console, state: _State) -> Iterator[None]:
         show()
 
 
-class _HostPeak:
-    """Most memory that this process takes while the context is open: ``peak`` bytes, anonymous and pinned.
+class _HostMemorySampler:
+    """Peak of the anonymous and pinned memory of this process while the context is open: ``peak``, in bytes.
 
-    Mapped files do not count: the kernel lets go of them when it wants to. Sampled, since the kernel keeps no record
-    of the anonymous part alone.
+    Mapped files do not count, since the kernel can drop their pages. The peak is sampled, as the kernel keeps no record
+    of anonymous memory.
     """
 
-    SECONDS = 0.05
+    INTERVAL_SECONDS = 0.05
 
     def __init__(self) -> None:
         self.peak = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="gemq-memory", daemon=True)
 
-    def __enter__(self) -> _HostPeak:
+    def __enter__(self) -> _HostMemorySampler:
         self._sample()
         self._thread.start()
         return self
@@ -232,18 +268,19 @@ class _HostPeak:
         self._sample()
 
     def _watch(self) -> None:
-        while not self._end.wait(self.SECONDS):
+        """Sample until the context is closed."""
+        while not self._end.wait(self.INTERVAL_SECONDS):
             self._sample()
 
     def _sample(self) -> None:
+        """Update the peak."""
         self.peak = max(self.peak, host_bytes())
 
 
 def host_bytes() -> int:
-    """Bytes of this process's anonymous memory, and of PyTorch's pinned memory."""
+    """Return the bytes of this process's anonymous memory and of PyTorch's pinned memory."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_initialized() else 0
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024 + pinned
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared + pinned  # shared: mapped files

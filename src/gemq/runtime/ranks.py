@@ -10,14 +10,12 @@ Must not import models or stages.
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,10 +23,10 @@ from torch import Tensor
 
 from gemq.errors import UserError
 from gemq.runtime.device import pick_device
-from gemq.runtime.processes import end, end_on_sigterm
+from gemq.runtime.processes import RankLostError, ranks_started
 
 TIMEOUT = timedelta(hours=12)
-"""Timeout of a collective. Rank 0 may be solving, packing or writing. A process that died is noticed at once."""
+"""Timeout of a collective. Rank 0 may be solving, packing or writing. A process that died is noticed without it."""
 
 GPU_BATCHES_PER_FORWARD, MIN_FORWARDS = 4, 16
 """Micro-batches in one forward of a layer on a GPU, as long as at least ``MIN_FORWARDS`` forwards remain to divide."""
@@ -36,24 +34,30 @@ GPU_BATCHES_PER_FORWARD, MIN_FORWARDS = 4, 16
 MAX_EXCHANGE_BYTES = 1 << 29
 """Upper bound for one all-gather. Larger exchanges amortise launch and synchronisation."""
 
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.uint8,
-    torch.bool,
-)
-_HEADER = 10
-"""Integers that describe a tensor: index of the dtype, number of dimensions, sizes."""
+ALIGNMENT = 16
+"""Tensors that share an exchange begin at multiples of this many bytes."""
 
 
 def batches_per_forward(total: int, limit: int) -> int:
-    """Micro-batches in one forward of a layer: at most ``limit``, and few enough for ``MIN_FORWARDS`` forwards."""
+    """Return how many of ``total`` micro-batches share a forward: at most ``limit``, and leaving ``MIN_FORWARDS``."""
     return max(1, min(limit, total // MIN_FORWARDS))
+
+
+class _TensorLayout(NamedTuple):
+    """Shape and dtype of a tensor that another rank holds."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _TensorLayout:
+        """Return the layout of ``tensor``."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+
+    def view(self, buffer: Tensor, start: int) -> Tensor:
+        """Return the tensor whose bytes begin at ``start`` of ``buffer`` (uint8)."""
+        return buffer[start : start + self.bytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -88,60 +92,63 @@ class Ranks:
         return 1 if self.device.type == "cpu" else GPU_BATCHES_PER_FORWARD
 
     def batches_per_forward(self, total: int) -> int:
-        """Consecutive micro-batches, of ``total``, that one rank runs in one forward.
+        """Return how many consecutive micro-batches, of ``total``, one rank runs in one forward.
 
         Independent of the number of ranks, since results depend on it.
         """
         return batches_per_forward(total, self.max_batches_per_forward)
 
     def local_batches(self, total: int) -> list[int]:
-        """Indices of this rank's micro-batches."""
+        """Return the indices of this rank's micro-batches."""
         return [index for index in range(total) if self.owner(index, total) == self.rank]
 
     def owner(self, index: int, total: int) -> int:
-        """The rank that runs micro-batch ``index`` of ``total``."""
+        """Return the rank that runs micro-batch ``index`` of ``total``."""
         return index // self.batches_per_forward(total) % self.count
 
     @property
     def shards_windows(self) -> bool:
-        """Whether training divides windows among ranks, which rounds differently from one rank. GPUs do it."""
+        """Whether training divides windows among ranks. Done on GPUs only, as its rounding differs from one rank's."""
         return self.count > 1 and self.device.type != "cpu"
 
     def slices(self, total: int) -> list[slice]:
-        """Each rank's range of ``total`` experts, or of other items that are not summed over."""
-        edges = [total * r // self.count for r in range(self.count + 1)]
-        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+        """Divide ``total`` experts, or other items that are not summed over, into one range for each rank."""
+        edges = [total * rank // self.count for rank in range(self.count + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def local_slice(self, total: int) -> slice:
-        """This rank's range of ``total``."""
+        """Return this rank's range of ``total`` items."""
         return self.slices(total)[self.rank]
 
     # Collectives
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Replaces each tensor by its sum over ranks, in place."""
-        for tensor in tensors if self.count > 1 else ():
-            if self.count == 2 or tensor.device.type != "cpu":  # addition of two terms commutes
+        """Replace each tensor by its sum over ranks, in place."""
+        if self.count == 1:
+            return
+        for tensor in tensors:
+            if self.count == 2 or tensor.device.type != "cpu":  # the sum of two terms does not depend on their order
                 self._run(dist.all_reduce, tensor)
-                continue
-            first, *others = self.all_gather(tensor.unsqueeze(0))
-            tensor.copy_(sum(others, start=first))
+            else:  # gloo adds in no fixed order
+                rows = self.all_gather(tensor.unsqueeze(0))
+                tensor.copy_(sum(rows[1:], start=rows[0]))
 
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over ranks, with one exchange for each dtype."""
+        """Return the sum of each tensor over ranks, with one exchange for each dtype."""
         if self.count == 1 or not tensors:
             return list(tensors)
-        sums: dict[int, Tensor] = {}
+        sums = list(tensors)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            group = [(index, tensor) for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            flat = torch.cat([tensor.flatten() for _, tensor in group])
+            indices = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[index].flatten() for index in indices])
             self.all_reduce(flat)
-            parts = flat.split([tensor.numel() for _, tensor in group])
-            sums.update((index, part.view_as(tensor)) for (index, tensor), part in zip(group, parts, strict=True))
-        return [sums[index] for index in range(len(tensors))]
+            chunks = flat.split([tensors[index].numel() for index in indices])
+            for index, chunk in zip(indices, chunks, strict=True):
+                sums[index] = chunk.view_as(tensors[index])
+        return sums
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks [count * R, ...], in the order of ranks. ``rows`` is [R, ...] on every rank."""
+        """Return the rows of all ranks [count * R, ...], in the order of ranks. ``rows`` is [R, ...] on every rank."""
         if self.count == 1:
             return rows
         result = rows.new_empty(self.count * len(rows), *rows.shape[1:])
@@ -149,7 +156,7 @@ class Ranks:
         return result
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
-        """This rank's part [R, ...] of the sum over ranks of ``rows`` [count * R, ...]; gradient of ``all_gather``."""
+        """Return this rank's [R, ...] of the sum over ranks of ``rows`` [count * R, ...], the gradient of a gather."""
         if self.count == 1:
             return rows
         if rows.device.type == "cpu":  # gloo adds in no fixed order
@@ -160,43 +167,48 @@ class Ranks:
         return result
 
     def all_reduce_int(self, value: int) -> int:
-        """The sum of an integer over ranks."""
+        """Return the sum of an integer over ranks."""
         total = torch.tensor([value])
         self.all_reduce(total)
         return int(total)
 
     def broadcast(self, tensor: Tensor | None, source: int) -> Tensor:
-        """The tensor of rank ``source``, on every rank's device. Other ranks pass None."""
+        """Return the tensor of rank ``source``, on every rank's device. Other ranks pass None."""
         if self.count == 1:
             assert tensor is not None
             return tensor
-        if tensor is not None:
+        layout = None
+        if self.rank == source:
+            assert tensor is not None
             tensor = tensor.detach().to(self.device).contiguous()
-        header = _header(tensor)
-        self._run(dist.broadcast, header, source)
+            layout = _TensorLayout.of(tensor)
+        layout = self._broadcast_object(layout, source)
         if self.rank != source:
-            kind, dimensions, *sizes = header.tolist()
-            tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[kind], device=self.device)
+            tensor = torch.empty(layout.shape, dtype=layout.dtype, device=self.device)
         assert tensor is not None
         self.broadcast_into(tensor, source)
         return tensor
 
     def broadcast_into(self, tensor: Tensor, source: int) -> None:
-        """Overwrites a contiguous tensor, of one shape and dtype on all ranks, by that of rank ``source``."""
+        """Overwrite a contiguous tensor, of one shape and dtype on all ranks, by that of rank ``source``."""
         if tensor.numel() and self.count > 1:
             flat = tensor.view(-1).view(torch.uint8)  # every backend takes bytes
             self._run(dist.broadcast, flat, source)
 
     def broadcast_slices(self, tensor: Tensor, rows: Sequence[slice]) -> None:
-        """Completes ``tensor`` [N, ...], of which rank r has the rows ``rows[r]``."""
-        for source, part in enumerate(rows if self.count > 1 else ()):
-            if part.stop > part.start:
-                self.broadcast_into(tensor[part], source)
+        """Complete ``tensor`` [N, ...], of which rank r has the rows ``rows[r]``."""
+        if self.count == 1:
+            return
+        for source, rank_rows in enumerate(rows):
+            if rank_rows.stop > rank_rows.start:
+                self.broadcast_into(tensor[rank_rows], source)
 
     def all_gather_tensors(
         self, tensors: Sequence[Tensor | None], integers: Sequence[int] = ()
     ) -> list[tuple[list[Tensor | None], list[int]]]:
-        """The tensors and integers of all ranks, in the order of ranks, on this rank's device.
+        """Return the tensors and integers of all ranks, in the order of ranks, on this rank's device.
+
+        All tensors of a rank travel in one exchange, since a collective takes longer than transferring most of them.
 
         Args:
             tensors: of any shape and dtype, or None; as many on every rank
@@ -204,32 +216,34 @@ class Ranks:
         """
         if self.count == 1:
             return [(list(tensors), list(integers))]
-        local = [None if t is None else t.detach().to(self.device).contiguous() for t in tensors]
-        header = torch.cat([torch.tensor(integers, dtype=torch.int64), *map(_header, local)])
-        headers = self.all_gather(header).chunk(self.count)
-        layouts = [h[len(integers) :].unflatten(0, (len(local), _HEADER)).tolist() for h in headers]
-        # one exchange of bytes, aligned to 16: a collective takes longer than transferring most of these tensors
-        offsets = [list(itertools.accumulate((-(-_bytes(h) // 16) * 16 for h in one), initial=0)) for one in layouts]
-        size = max(ends[-1] for ends in offsets)
+        contiguous = [None if t is None else t.detach().to(self.device).contiguous() for t in tensors]
+        layouts = [None if t is None else _TensorLayout.of(t) for t in contiguous]
+        headers = self._all_gather_object((layouts, list(integers)))
+        size = max(_offsets(rank_layouts)[-1] for rank_layouts, _ in headers)
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for tensor, start in zip(local, offsets[self.rank], strict=False):
+        for tensor, start in zip(contiguous, _offsets(layouts), strict=False):
             if tensor is not None:
                 buffer[start : start + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
-        received = self.all_gather(buffer).chunk(self.count) if size else [buffer] * self.count
-        return [
-            ([_unpack(data, start, h) for start, h in zip(ends, one, strict=False)], h0[: len(integers)].tolist())
-            for data, ends, one, h0 in zip(received, offsets, layouts, headers, strict=True)
-        ]
+        buffers = self.all_gather(buffer).chunk(self.count) if size else [buffer] * self.count
+        results = []
+        for rank_buffer, (rank_layouts, rank_integers) in zip(buffers, headers, strict=True):
+            starts = _offsets(rank_layouts)[:-1]
+            rank_tensors = [
+                None if layout is None else layout.view(rank_buffer, start)
+                for layout, start in zip(rank_layouts, starts, strict=True)
+            ]
+            results.append((rank_tensors, rank_integers))
+        return results
 
-    def all_gather_cat(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor concatenated over ranks along its first dimension. One exchange for all of them."""
+    def all_gather_cat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Concatenate each tensor over ranks along its first dimension. One exchange for all of them."""
         if self.count == 1:
-            return list(parts)
-        by_rank = (tensors for tensors, _ in self.all_gather_tensors(parts))
-        return [torch.cat([t for t in tensors if t is not None]) for tensors in zip(*by_rank, strict=True)]
+            return list(tensors)
+        by_rank = [rank_tensors for rank_tensors, _ in self.all_gather_tensors(tensors)]
+        return [torch.cat([t for t in same_tensor if t is not None]) for same_tensor in zip(*by_rank, strict=True)]
 
     def gather_micro_batches(self, local: Sequence[Tensor], total: int) -> Iterator[Tensor]:
-        """Yields the tensor of every micro-batch in order, gathered from its owner.
+        """Yield the tensor of every micro-batch in order, gathered from its owner.
 
         Runs collectives, so every rank must exhaust the iterator.
 
@@ -240,63 +254,80 @@ class Ranks:
         if self.count == 1:
             yield from local
             return
-        group = self.batches_per_forward(total)
-        size = self.run_on_first(lambda: local[0].nbytes)
-        groups = MAX_EXCHANGE_BYTES // max(1, size * group * self.count)  # of one rank in one exchange
-        groups = max(1, min(groups, -(-total // (group * self.count))))
+        batches_per_exchange = self._batches_per_exchange(local, total)
         indices = self.local_batches(total)
-        for start in range(0, total, groups * group * self.count):
-            batches = range(start, min(start + groups * group * self.count, total))
-            sent: list[Tensor | None] = [local[place] for place, index in enumerate(indices) if index in batches]
-            sent += [None] * (groups * group - len(sent))
+        for start in range(0, total, batches_per_exchange):
+            batches = range(start, min(start + batches_per_exchange, total))
+            sent: list[Tensor | None] = [local[row] for row, index in enumerate(indices) if index in batches]
+            sent += [None] * (batches_per_exchange // self.count - len(sent))
             received = [iter(tensors) for tensors, _ in self.all_gather_tensors(sent)]
             for index in batches:
                 tensor = next(received[self.owner(index, total)])
                 assert tensor is not None
                 yield tensor
 
+    def _batches_per_exchange(self, local: Sequence[Tensor], total: int) -> int:
+        """Return how many micro-batches of all ranks one exchange takes: as many for each rank."""
+        batches_per_round = self.batches_per_forward(total) * self.count
+        batch_bytes = self.run_on_first(lambda: local[0].nbytes)
+        rounds = MAX_EXCHANGE_BYTES // max(1, batch_bytes * batches_per_round)
+        total_rounds = -(-total // batches_per_round)
+        return max(1, min(rounds, total_rounds)) * batches_per_round
+
     def run_on_first(self, run: Callable[[], Any]) -> Any:
-        """Runs ``run`` on rank 0 and broadcasts its result, JSON values. Its UserError is raised on all ranks."""
+        """Call ``run`` on rank 0 and broadcast its result, which is pickled. Its UserError is raised on all ranks."""
         if self.count == 1:
             return run()
-        outcome: dict[str, Any] = {}
+        value, message = None, None
         if self.is_first:
             try:
-                outcome = {"value": run()}
+                value = run()
             except UserError as error:
-                outcome = {"error": str(error)}
-        text = torch.tensor(list(json.dumps(outcome).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(text)])
-        self._run(dist.broadcast, size, 0)  # on the CPU: no GPU has to wait for this
-        text = text if self.is_first else torch.empty(int(size), dtype=torch.uint8)
-        self._run(dist.broadcast, text, 0)
-        outcome = json.loads(bytes(text.tolist()))
-        if "error" in outcome:
-            raise UserError(outcome["error"])
-        return outcome["value"]
+                message = str(error)
+        value, message = self._broadcast_object((value, message), 0)
+        if message is not None:
+            raise UserError(message)
+        return value
 
     def run_on_all(self, run: Callable[[], Any]) -> None:
-        """Runs ``run`` on every rank. A UserError of one rank is raised on all."""
-        message = ""
+        """Call ``run`` on every rank. A UserError of one rank is raised on all."""
+        if self.count == 1:
+            run()
+            return
+        message = None
         try:
             run()
         except UserError as error:
-            if self.count == 1:
-                raise
             message = str(error)
-        text = torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8) if message else None
-        for (received,), _ in self.all_gather_tensors([text]) if self.count > 1 else ():
-            if received is not None:
-                raise UserError(bytes(received.tolist()).decode())
+        for rank_message in self._all_gather_object(message):
+            if rank_message is not None:
+                raise UserError(rank_message)
+
+    def _broadcast_object(self, value: Any, source: int) -> Any:
+        """Return the pickled ``value`` of rank ``source``. Goes through host memory: no GPU has to wait for it."""
+        values = [value]
+        self._run(dist.broadcast_object_list, values, source)
+        return values[0]
+
+    def _all_gather_object(self, value: Any) -> list[Any]:
+        """Return the pickled ``value`` of every rank, in the order of ranks. Goes through host memory."""
+        values: list[Any] = [None] * self.count
+        self._run(dist.all_gather_object, values, value)
+        return values
 
     @staticmethod
     def _run(collective: Callable[..., object], *arguments: object) -> None:
+        """Run a collective, once the GPUs are connected if it needs them.
+
+        Raises:
+            RankLostError: the backend reports that another process cannot be reached.
+        """
         try:
             while _warm_ups and any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
                 _warm_ups.pop().result()
             collective(*arguments)
-        except RuntimeError as error:  # the backend's, when another process has ended
-            end(str(error))
+        except RuntimeError as error:
+            raise RankLostError(str(error)) from error
 
 
 SINGLE = Ranks()
@@ -304,35 +335,22 @@ SINGLE = Ranks()
 
 
 def _collective(name: str, old_name: str) -> Callable[..., object]:
-    """A collective by its name since torch 2.13, which deprecates ``old_name``."""
+    """Return a collective by its name since torch 2.13, which deprecates ``old_name``."""
     function: Callable[..., object] = getattr(dist, name, None) or getattr(dist, old_name)
     return function
 
 
-def _header(tensor: Tensor | None) -> Tensor:
-    """Dtype and shape of a tensor, int64 [_HEADER]. None has the dtype -1."""
-    header = torch.full((_HEADER,), -1, dtype=torch.int64)
-    if tensor is not None:
-        header[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
-    return header
-
-
-def _bytes(header: list[int]) -> int:
-    """Size of a tensor in bytes, from its header. 0 for None."""
-    kind, dimensions, *sizes = header
-    return 0 if kind < 0 else math.prod(sizes[:dimensions]) * _DTYPES[kind].itemsize
-
-
-def _unpack(data: Tensor, start: int, header: list[int]) -> Tensor | None:
-    """The tensor whose bytes begin at ``start`` of ``data`` (uint8), from its header."""
-    kind, dimensions, *sizes = header
-    if kind < 0:
-        return None
-    return data[start : start + _bytes(header)].view(_DTYPES[kind]).view(sizes[:dimensions])
+def _offsets(layouts: Sequence[_TensorLayout | None]) -> list[int]:
+    """Return where each tensor begins in a buffer that holds all of them, and the size of the buffer, in bytes."""
+    offsets = [0]
+    for layout in layouts:
+        blocks = 0 if layout is None else -(-layout.bytes // ALIGNMENT)
+        offsets.append(offsets[-1] + blocks * ALIGNMENT)
+    return offsets
 
 
 def start_ranks(device: str) -> Ranks:
-    """Joins the process group if torchrun started this process.
+    """Join the process group if torchrun started this process.
 
     Args:
         device: as the user named it. With GPUs, each rank gets one.
@@ -344,17 +362,18 @@ def start_ranks(device: str) -> Ranks:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Ranks(device=picked)
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if picked.type == "cuda":
         gpus = torch.cuda.device_count()
         if gpus < local_count:
             raise UserError(f"{local_count} processes and {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
-        picked = torch.device("cuda", local)
+        picked = torch.device("cuda", local_rank)
         torch.cuda.set_device(picked)
         # torchrun sets one thread a process, too few to read files. On a CPU the number of threads decides the bytes.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_count))
-    end_on_sigterm()
+    ranks_started.set()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -368,13 +387,13 @@ _warm_ups: list[Future[None]] = []
 
 
 def _connect(device: torch.device) -> None:
-    """Lets NCCL connect the ranks, which takes most of a second, while the job reads files."""
+    """Let NCCL connect the ranks, which takes most of a second, while the job reads files."""
     torch.cuda.set_device(device)
     dist.all_reduce(torch.zeros(1, device=device))
 
 
 def leave_ranks() -> None:
-    """Leaves the process group at the end of a job, so that other ranks do not wait for this one."""
+    """Leave the process group at the end of a job, so that other ranks do not wait for this one."""
     for warm_up in _warm_ups:
         warm_up.exception()  # the job may have ended before the ranks were connected
     _warm_ups.clear()

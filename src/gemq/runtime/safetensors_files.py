@@ -1,7 +1,7 @@
-"""The safetensors files of a model directory: which files hold its weights, and what their headers list.
+"""The safetensors files of a model directory: which of them hold its weights, and what their headers list.
 
-Every reader of weights takes its list of files from here, so that all of them read the same files as Transformers.
-Reads JSON and headers only. Imports neither torch nor Transformers.
+All readers of weights use this module, so that they read the same files as Transformers. Reads JSON and headers only.
+Must not import torch or Transformers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files in which weights are pickled."""
 
 MAX_HEADER_BYTES = 32_000_000
-"""Upper bound for one header: about 250,000 tensors with names of usual length, read in about two seconds. The largest
-published models have 100,000 to 200,000 tensors in all their files together."""
+"""Upper bound for one header: about 250,000 tensors with names of usual length, read in about two seconds.
+
+The largest published models have 100,000 to 200,000 tensors in all their files.
+"""
 
 MAX_TENSORS = 1_000_000
 """Upper bound for the tensors of all files together."""
+
+LENGTH_BYTES = 8
+"""A file begins with the length of its header, a little-endian integer of this size."""
 
 MAX_JSON_BYTES = MAX_HEADER_BYTES
 """Upper bound for config.json and for an index."""
@@ -44,13 +49,14 @@ BITS = {
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as a safetensors header describes it: dtype (``U8`` if packed) and shape."""
+    """Dtype and shape of a tensor, as a safetensors header describes it. Packed tensors have the dtype ``U8``."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
@@ -63,30 +69,34 @@ class StoredTensor(NamedTuple):
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold a model's weights, in the order of their names.
+    """Return the safetensors files that hold a model's weights, in the order of their names.
 
-    The choice is Transformers': the file that config.json names as ``transformers_weights``, else model.safetensors,
-    else the files of model.safetensors.index.json. Other safetensors files in the directory do not belong to the model.
+    These are the files that Transformers reads: the file that config.json names as ``transformers_weights``, else
+    model.safetensors, else the files of model.safetensors.index.json. Other safetensors files in the directory do not
+    belong to the model.
 
     Raises:
         UserError: no such file, a missing shard, a damaged index, or an index that names files outside the directory
             or files that are not safetensors.
     """
-    chosen = _explicit_name(directory) or (WEIGHTS_NAME if is_file(directory / WEIGHTS_NAME) else INDEX_NAME)
-    if not chosen.endswith(".json"):
-        return [_inside(directory, chosen, "config.json")]
-    index = directory / chosen
+    file_name = _explicit_name(directory)
+    if file_name is None:
+        file_name = WEIGHTS_NAME if is_file(directory / WEIGHTS_NAME) else INDEX_NAME
+    if not file_name.endswith(".json"):
+        return [_weight_file(directory, file_name, "config.json")]
+    index = directory / file_name
     if not is_file(index):
-        raise UserError(_no_weights(directory))
+        raise UserError(_explain_no_weights(directory))
     shards = sorted(set(read_index(index).values()))
-    return [_inside(directory, name, index.name) for name in shards]
+    return [_weight_file(directory, name, index.name) for name in shards]
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index: name of each tensor -> name of its file. Raises UserError for a damaged one."""
+    """Return the ``weight_map`` of an index: tensor name -> file name. Raises UserError if the index is damaged."""
     values = read_json(index)
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+    is_valid = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    if not is_valid or not weight_map:
         raise UserError(f"{index} lists no files (its weight_map is damaged): copy the checkpoint again")
     if not isinstance(values.get("metadata"), dict):
         raise UserError(f"{index} has no metadata, which Transformers needs: copy the checkpoint again")
@@ -94,7 +104,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """The tensors of safetensors files by name, from their headers.
+    """Return the tensors of safetensors files by name, from their headers.
 
     Raises:
         UserError: a file is missing or damaged, two files hold the same tensor, or there are too many tensors.
@@ -116,18 +126,19 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> Any:
-    """The contents of a small JSON file.
+    """Return the contents of a small JSON file.
 
     Args:
         path: a regular file of UTF-8 text
-        unique_keys: refuse an object that has a key twice; JSON parsers take the first or the last of them
+        unique_keys: refuse an object that has a key twice, of which JSON parsers take the first or the last
 
     Raises:
         UserError: the file is missing, too large, or not JSON.
     """
     _check_regular(path)
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
             raise OSError(errno.EFBIG, f"{size:,} bytes are too many for a JSON file")
         text = path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=_unique_keys if unique_keys else None)
@@ -140,7 +151,7 @@ def read_json(path: Path, *, unique_keys: bool = False) -> Any:
 
 
 class _DuplicateKeyError(ValueError):
-    """A JSON object with a key twice."""
+    """A JSON object has a key twice."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -148,26 +159,27 @@ class _DuplicateKeyError(ValueError):
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """``object_pairs_hook`` of json.loads that refuses duplicate keys."""
+    """Serve json.loads as an ``object_pairs_hook`` that refuses duplicate keys."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise _DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        counts = Counter(key for key, _ in pairs)
+        raise _DuplicateKeyError(counts.most_common(1)[0][0])
     return values
 
 
 def read_header(file: Path) -> dict[str, TensorSpec]:
-    """Tensors of a safetensors file, from its header alone. Raises UserError when it is missing or damaged."""
+    """Return the tensors of a safetensors file, from its header. Raises UserError if it is missing or damaged."""
     header, _ = tensor_entries(file)
     return {name: TensorSpec(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
-    """The entry of each tensor in a safetensors header, and the position in the file that offsets count from.
+    """Return the entry of each tensor in a safetensors header, and the position in the file of offset 0.
 
-    Every entry is checked: a known dtype, a shape of integers, and offsets that fit both and leave no gap.
+    Each entry must have a known dtype, a shape of integers, and offsets that fit both and leave no gap.
 
     Raises:
-        UserError: the file is missing, cut short, or its header is damaged.
+        UserError: the file is missing or cut short, or its header is damaged.
     """
     text, size = _header_text(path)
     try:
@@ -181,23 +193,24 @@ def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"the header of {path} is damaged (its metadata is not text): copy the checkpoint again")
-    length = len(text)
-    if damage := next(_damages(header), None):
+    damage = next(_find_damage(header), None)
+    if damage is not None:
         raise UserError(f"the header of {path} is damaged ({damage}): copy the checkpoint again")
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise UserError(f"{path} has {size} bytes instead of {8 + length + end}: copy the checkpoint again")
-    return header, 8 + length
+    data_start = LENGTH_BYTES + len(text)
+    data_end = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if data_end != size:
+        raise UserError(f"{path} has {size} bytes instead of {data_end}: copy the checkpoint again")
+    return header, data_start
 
 
 def _header_text(path: Path) -> tuple[bytes, int]:
-    """The header of a safetensors file, empty when the file is too short for it, and the size of the file."""
+    """Return the header of a safetensors file, empty if the file is too short for it, and the size of the file."""
     _check_regular(path)
     try:
         with path.open("rb") as stream:
             size = path.stat().st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size - 8:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            if length > size - LENGTH_BYTES:
                 return b"", size
             if length > MAX_HEADER_BYTES:
                 raise UserError(f"the header of {path} has {length:,} bytes: gemq reads at most {MAX_HEADER_BYTES:,}")
@@ -206,53 +219,54 @@ def _header_text(path: Path) -> tuple[bytes, int]:
         raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
 
 
-def _damages(header: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the entries of a header."""
-    begins = []
+def _find_damage(header: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the entries of a header."""
+    ranges = []
     for name, entry in header.items():
-        values: list[Any] = [None] * 3
-        if isinstance(entry, dict):
-            values = [entry.get(key) for key in ("dtype", "shape", "data_offsets")]
-        dtype, shape, offsets = values
+        fields = entry if isinstance(entry, dict) else {}
+        dtype = fields.get("dtype")
+        shape: Any = fields.get("shape")
+        offsets: Any = fields.get("data_offsets")
         if not name.isprintable():
             yield f"a tensor has the name {name!r}"
         elif not isinstance(dtype, str) or dtype not in BITS:
             yield f"{name} has the unknown type {dtype!r}"
-        elif not _is_integers(shape):
+        elif not _are_integers(shape):
             yield f"{name} has the shape {shape!r}"
-        elif not _is_integers(offsets) or len(offsets) != 2:
+        elif not _are_integers(offsets) or len(offsets) != 2:
             yield f"{name} has the offsets {offsets!r}"
         elif 8 * (offsets[1] - offsets[0]) != math.prod(shape) * BITS[dtype]:
             yield f"{name} has {offsets[1] - offsets[0]} bytes, which do not fit {dtype} {shape}"
         else:
-            begins.append((offsets[0], offsets[1], name))
-    position = 0
-    for begin, end, name in sorted(begins):
-        if begin != position:
+            ranges.append((offsets[0], offsets[1], name))
+    previous_end = 0
+    for start, end, name in sorted(ranges):
+        if start != previous_end:
             yield f"{name} does not begin where the tensor before it ends"
-        position = end
+        previous_end = end
 
 
 def _check_regular(path: Path) -> None:
-    """Refuses what is absent, and what opening would wait for: pipes and devices."""
+    """Raise UserError if there is no such file, or if opening it may block: a pipe or a device."""
     if not is_file(path):
         raise UserError(f"{path} is missing or not a regular file: copy the checkpoint again")
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file is there, which links may lead to. False for what the system refuses to look up."""
+    """Whether ``path`` is a regular file or a link to one. False if the system refuses to look it up."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # no permission for a directory on the way, a name that is too long or has a NUL
+    except (OSError, ValueError):  # no permission for a parent directory, or a name that is too long or has a NUL
         return False
 
 
-def _is_integers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+def _are_integers(values: Any) -> bool:
+    """Whether ``values`` is a list of non-negative 64-bit integers."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _explicit_name(directory: Path) -> str | None:
-    """What config.json names as ``transformers_weights``. None without config.json, which other checks report."""
+    """Return what config.json names as ``transformers_weights``. A missing config.json is reported elsewhere."""
     if not is_file(directory / "config.json"):
         return None
     config = read_json(directory / "config.json")
@@ -265,10 +279,14 @@ def _explicit_name(directory: Path) -> str | None:
     return name
 
 
-def _inside(directory: Path, name: str, origin: str) -> Path:
-    """The file ``name`` of a directory. Raises UserError for a path that leaves it and for what is not safetensors."""
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+def _weight_file(directory: Path, name: str, origin: str) -> Path:
+    """Return the file ``name`` of a directory, which the file ``origin`` lists.
+
+    Raises:
+        UserError: the name leads out of the directory, is not that of a safetensors file, or there is no such file.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UserError(f"{origin} of {directory} names {name!r}, outside the directory: copy the model again")
     if not name.endswith(".safetensors"):
         raise UserError(f"{origin} of {directory} names {name!r}: gemq reads safetensors files alone, no pickled ones")
@@ -277,12 +295,12 @@ def _inside(directory: Path, name: str, origin: str) -> Path:
     return directory / name
 
 
-def _no_weights(directory: Path) -> str:
-    """Why a directory has no weights that gemq reads."""
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
-    if others:
+def _explain_no_weights(directory: Path) -> str:
+    """Return why a directory has no weights that gemq reads."""
+    file_names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if file_names:
         return (
-            f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}, though it holds {others[0]}: "
+            f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}, though it holds {file_names[0]}: "
             "copy the missing file, or rename the weights"
         )
     if any(path.suffix in PICKLED for path in directory.glob("*")):

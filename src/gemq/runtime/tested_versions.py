@@ -1,4 +1,4 @@
-"""Which releases of Transformers gemq was tested with. Imports none of them."""
+"""Releases of Transformers that gemq was tested with. Must not import Transformers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from importlib import metadata
 
 OLDEST, NEWEST = (5, 17), (5, 24)
-"""Minor releases; tests/conformance-results holds a run with each."""
+"""First and last minor release. tests/conformance-results has the results."""
 
 
 def untested_transformers() -> str | None:
-    """One line of warning when the installed Transformers is none that gemq was tested with; else None."""
+    """Return one line of warning if gemq was not tested with the installed Transformers, otherwise None."""
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
@@ -18,11 +18,11 @@ def untested_transformers() -> str | None:
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None:
         return None
-    minor = (int(numbers[1]), int(numbers[2]))
-    if OLDEST <= minor <= NEWEST:
+    release = (int(numbers[1]), int(numbers[2]))
+    if OLDEST <= release <= NEWEST:
         return None
-    oldest, newest = (".".join(map(str, x)) for x in (OLDEST, NEWEST))
-    age = "newer" if minor > NEWEST else "older"
+    oldest, newest = (f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
+    age = "newer" if release > NEWEST else "older"
     return (
         f"Transformers {version} is {age} than the releases that gemq was tested with ({oldest} to {newest}): if "
         f"something fails or looks wrong, pip install 'transformers=={newest}.*'"

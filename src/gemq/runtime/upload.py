@@ -1,7 +1,7 @@
-"""Tensors from safetensors files to a GPU, past all memory that is new.
+"""Reads tensors from safetensors files into a GPU's memory.
 
-Touching a page for the first time takes longer than copying to it, and a mapped file is nothing but such pages. So
-threads read into two pinned buffers that stay, and while one is read into the GPU copies from the other.
+Touching a new page of memory takes longer than copying to it, and a mapped file consists of new pages. Therefore
+threads read into two pinned buffers that are reused: one is filled while the GPU copies from the other.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from gemq.errors import UserError
 from gemq.runtime.safetensors_files import tensor_entries
 
-BUFFER, PIECE = 64 << 20, 4 << 20
-"""Bytes of a buffer, and of what a thread reads into it at once."""
+BUFFER_BYTES, MAX_READ_BYTES = 64 << 20, 4 << 20
+"""Size of a buffer, and upper bound for one read of a thread."""
 
 THREADS, ALIGNMENT = 8, 256
 
@@ -45,11 +45,11 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""As safetensors calls them."""
+"""torch dtypes by the names that safetensors has for them."""
 
 
 class Span(NamedTuple):
-    """Where a tensor's bytes lie."""
+    """Where a tensor is stored: its file, the position of its first byte, dtype and shape."""
 
     file: Path
     start: int
@@ -58,50 +58,55 @@ class Span(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def rows(self, some: slice) -> Span:
-        """Some of the first dimension. ``some`` has a start and a stop."""
-        each = self.bytes // max(1, self.shape[0])
-        return Span(self.file, self.start + some.start * each, self.dtype, (some.stop - some.start, *self.shape[1:]))
+    def rows(self, rows: slice) -> Span:
+        """Return the span of these rows of the first dimension. ``rows`` has a start and a stop."""
+        row_bytes = self.bytes // max(1, self.shape[0])
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return Span(self.file, self.start + rows.start * row_bytes, self.dtype, shape)
 
 
 def spans_of(file: Path) -> dict[str, Span]:
-    """The tensors of a safetensors file by name.
+    """Return where each tensor of a safetensors file is stored, by name.
 
     Raises:
-        UserError: a damaged file, or a type that torch does not have.
+        UserError: the file is damaged, or has a dtype that torch does not have.
     """
-    entries, start = tensor_entries(file)
+    entries, data_start = tensor_entries(file)
+    spans = {}
     for name, entry in entries.items():
         if entry["dtype"] not in TYPES:
             raise UserError(f"{file} stores {name} as {entry['dtype']}: give the model in 16 or 32 bits")
-    return {
-        name: Span(file, start + entry["data_offsets"][0], TYPES[entry["dtype"]], tuple(entry["shape"]))
-        for name, entry in entries.items()
-    }
+        start = data_start + entry["data_offsets"][0]
+        spans[name] = Span(file, start, TYPES[entry["dtype"]], tuple(entry["shape"]))
+    return spans
 
 
 class Place(NamedTuple):
-    """A span, the tensor that it is a part of, and where it begins there, in numbers."""
+    """A span that is a fragment of a new tensor: the name of the tensor, and where the span begins in it.
+
+    ``start`` counts elements of the flattened tensor.
+    """
 
     span: Span
     tensor: str
     start: int
 
 
-class _Piece(NamedTuple):
-    """Some bytes of a file, and where in a tensor they belong."""
+class _Read(NamedTuple):
+    """Bytes of a file, from ``start``, that fill ``target``: a flat uint8 view of a tensor."""
 
     file: Path
     start: int
-    into: Tensor  # flat, uint8
+    target: Tensor
 
 
 class Upload:
-    """Reads tensors to one device. For any thread, one at a time."""
+    """Reads tensors into the memory of one device. Safe to call from several threads, which wait for each other."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self._on_gpu = device, device.type == "cuda"
         self._lock = threading.Lock()
         self._buffers: list[Tensor] = []
@@ -109,71 +114,87 @@ class Upload:
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
 
     def tensors(self, spans: Mapping[str, Span]) -> dict[str, Tensor]:
-        """The tensors, on the device; work that is launched from here on finds them there."""
+        """Return the tensors on the device, ready for work that is launched on the current stream afterwards."""
         shapes = {name: (span.shape, span.dtype) for name, span in spans.items()}
         return self.placed(shapes, [Place(span, name, 0) for name, span in spans.items()])
 
     def placed(
-        self, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], places: Sequence[Place]
+        self, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], fragments: Sequence[Place]
     ) -> dict[str, Tensor]:
-        """Tensors of these shapes and types, put together from ``places``, which are all there is in them."""
-        with self._lock, torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            found = {n: torch.empty(tuple(x), dtype=dtype, device=self.device) for n, (x, dtype) in shapes.items()}
-            pieces = []
-            for span, name, start in places:
-                if span.bytes:
-                    first = start * span.dtype.itemsize
-                    flat = found[name].view(-1).view(torch.uint8)[first : first + span.bytes]
-                    pieces += [
-                        _Piece(span.file, span.start + at, flat[at : at + PIECE]) for at in range(0, span.bytes, PIECE)
-                    ]
-            with ExitStack() as stack:
-                files = dict.fromkeys(piece.file for piece in pieces)
-                self._fill(pieces, {file: _opened(file, stack) for file in files})
-        if self._stream is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_stream(self._stream)
-            for tensor in found.values():
-                tensor.record_stream(now)
-        return found
+        """Return new tensors on the device that are assembled from fragments.
 
-    def _fill(self, pieces: Sequence[_Piece], descriptors: Mapping[Path, int]) -> None:
+        Args:
+            shapes: shape and dtype of each tensor by name
+            fragments: cover all tensors completely
+        """
+        tensors: dict[str, Tensor] = {}
+        with self._lock, torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            for name, (shape, dtype) in shapes.items():
+                tensors[name] = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+            reads: list[_Read] = []
+            for fragment in fragments:
+                reads.extend(_divide_into_reads(fragment, tensors[fragment.tensor]))
+            with ExitStack() as stack:
+                files = dict.fromkeys(read.file for read in reads)
+                self._fill(reads, {file: _open(file, stack) for file in files})
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for tensor in tensors.values():
+                tensor.record_stream(current)
+        return tensors
+
+    def _fill(self, reads: Sequence[_Read], descriptors: Mapping[Path, int]) -> None:
+        """Run ``reads`` by threads, and copy from the buffers to the targets."""
         if not self._buffers:
-            self._buffers = [torch.empty(BUFFER, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(2)]
-        copied: list[Callable[[], Any]] = [lambda: None, lambda: None]
-        for number, some in enumerate(_loads(pieces)):
-            copied[number % 2]()
-            parts = [self._buffers[number % 2][start : start + len(piece.into)] for start, piece in some]
-            reading = [
-                self._pool.submit(_read, descriptors[piece.file], piece.start, part.numpy().data)
-                for (_, piece), part in zip(some, parts, strict=True)
-            ]
-            for (_, piece), part, future in zip(some, parts, reading, strict=True):
+            self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(2)]
+        wait_until_copied: list[Callable[[], Any]] = [lambda: None, lambda: None]
+        for number, batch in enumerate(_fit_into_buffers(reads)):
+            buffer = self._buffers[number % 2]
+            wait_until_copied[number % 2]()
+            pending = []
+            for start, read in batch:
+                source = buffer[start : start + len(read.target)]
+                future = self._pool.submit(_read_into, descriptors[read.file], read.start, source.numpy().data)
+                pending.append((future, read.target, source))
+            for future, target, source in pending:
                 future.result()
-                piece.into.copy_(part, non_blocking=True)
+                target.copy_(source, non_blocking=True)
             if self._on_gpu:
                 event = torch.cuda.Event()
                 event.record()
-                copied[number % 2] = event.synchronize
-        for wait in copied:  # the buffers are free again
+                wait_until_copied[number % 2] = event.synchronize
+        for wait in wait_until_copied:  # the next call may overwrite the buffers
             wait()
 
 
-def _loads(pieces: Sequence[_Piece]) -> Iterator[list[tuple[int, _Piece]]]:
-    """As many pieces as a buffer holds, each with its place there."""
-    load: list[tuple[int, _Piece]] = []
+def _divide_into_reads(fragment: Place, tensor: Tensor) -> Iterator[_Read]:
+    """Yield the reads that fill a fragment of ``tensor``."""
+    span = fragment.span
+    if not span.bytes:
+        return
+    start = fragment.start * span.dtype.itemsize
+    target = tensor.view(-1).view(torch.uint8)[start : start + span.bytes]
+    for offset in range(0, span.bytes, MAX_READ_BYTES):
+        yield _Read(span.file, span.start + offset, target[offset : offset + MAX_READ_BYTES])
+
+
+def _fit_into_buffers(reads: Sequence[_Read]) -> Iterator[list[tuple[int, _Read]]]:
+    """Yield as many reads as a buffer holds, each with its position in the buffer."""
+    batch: list[tuple[int, _Read]] = []
     end = 0
-    for piece in pieces:
-        if end + len(piece.into) > BUFFER:
-            yield load
-            load, end = [], 0
-        load.append((end, piece))
-        end += -(-len(piece.into) // ALIGNMENT) * ALIGNMENT
-    if load:
-        yield load
+    for read in reads:
+        if end + len(read.target) > BUFFER_BYTES:
+            yield batch
+            batch, end = [], 0
+        batch.append((end, read))
+        end += -(-len(read.target) // ALIGNMENT) * ALIGNMENT
+    if batch:
+        yield batch
 
 
-def _opened(file: Path, stack: ExitStack) -> int:
+def _open(file: Path, stack: ExitStack) -> int:
+    """Return a descriptor for reading, which ``stack`` closes."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError as error:
@@ -182,10 +203,11 @@ def _opened(file: Path, stack: ExitStack) -> int:
     return descriptor
 
 
-def _read(descriptor: int, start: int, into: memoryview) -> None:
+def _read_into(descriptor: int, start: int, target: memoryview) -> None:
+    """Fill ``target`` with the bytes of a file from ``start``."""
     done = 0
-    while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], start + done)
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], start + done)
         if not count:
             raise UserError("a file became shorter while it was read: copy the checkpoint again")
         done += count
@@ -193,5 +215,5 @@ def _read(descriptor: int, start: int, into: memoryview) -> None:
 
 @cache
 def upload_to(device: torch.device) -> Upload:
-    """The one upload of a device."""
+    """Return the one ``Upload`` of a device, so that its buffers are shared."""
     return Upload(device)

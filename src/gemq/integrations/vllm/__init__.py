@@ -1,5 +1,5 @@
-"""Serving packed checkpoints with vLLM (0.30 to 0.33): found through the entry point ``vllm.general_plugins``.
+"""Serving of packed checkpoints with vLLM (0.30 to 0.33), which finds it by the entry point ``vllm.general_plugins``.
 
-``plugin`` is that entry point; ``method`` decides which layer is packed; ``experts`` and ``linears`` are vLLM's two
-kinds of layer; ``split`` says what a tensor-parallel rank holds; ``ops`` is what the compiled graph calls.
+``plugin`` is that entry point. ``method`` decides which layers are packed. ``experts``, ``linears`` and ``head`` are
+the kinds of layers. ``split`` computes what a tensor-parallel rank holds. ``ops`` has the operators of compiled graphs.
 """

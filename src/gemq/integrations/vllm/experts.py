@@ -1,6 +1,6 @@
-"""vLLM's routed experts with a width per expert: packed in memory as in ``kernels/packed.py``, never dequantized whole.
+"""vLLM's routed experts with a width per matrix of every expert, packed in memory as in ``kernels/modules.py``.
 
-Legend: E experts, H hidden size, I intermediate size of the checkpoint, i = I / tensor parallel size.
+Legend: H hidden size, I intermediate size of the checkpoint, i = I / tensor parallel size.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from gemq.integrations.vllm.method import Checkpoint
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""vLLM's name of a gated activation -> Transformers' name of what it does to the gate."""
+"""vLLM's name of a gated activation -> Transformers' name of the function that it applies to the gate."""
 
 
 class ServedExperts(PackedExperts):
-    """A layer's packed experts with the attributes that kernels read, as on Transformers' plain experts classes."""
+    """A layer's packed experts, with the attributes of Transformers' experts classes that the kernels read."""
 
     is_transposed = False
     is_concatenated = True
@@ -47,9 +47,13 @@ class ServedExperts(PackedExperts):
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
-    """Parameters ``w13_*`` and ``w2_*`` of vLLM's layer are the flat buffers of ``PackedMatrices``."""
+    """Experts that read their packed weights from the files of the checkpoint.
+
+    The parameters ``w13_*`` and ``w2_*`` of vLLM's layer are the flat buffers of ``PackedMatrices``.
+    """
 
     def __init__(self, moe: Any, packed_format: PackedFormat, path: str, checkpoint: Checkpoint) -> None:
+        """Remember what to load: the experts that the checkpoint has at ``path``."""
         super().__init__(moe)
         self._format, self._path, self._checkpoint = packed_format, path, checkpoint
 
@@ -62,56 +66,57 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._refuse_unsupported(layer)
-        widths = self._format.experts[self._path]
-        if len(widths["down_proj"]) != num_experts:
-            raise UserError(
-                f"config.json lists {len(widths['down_proj'])} widths for the {num_experts} experts of {self._path}: "
-                "copy the checkpoint again"
-            )
+        """Create empty packed matrices: gate and up [2 * i, H], down [H, i]. Raises UserError if not supported."""
+        self._check_supported(layer)
         parallel = self.moe.moe_parallel_config
         rank, size = parallel.tp_rank, parallel.tp_size
-        inner = intermediate_size_per_partition * size
-        up_group, down_group = (group_size_for(columns, self._format.group_size) for columns in (hidden_size, inner))
-        reader = self._checkpoint.reader
-        others = divided_groups(reader.format, reader.shapes) if size > 1 else ()
-        self._groups = groups_of_rank(f"{self._path}.down_proj", inner, down_group, rank, size, others)
-        self._rows = slice(rank * intermediate_size_per_partition, (rank + 1) * intermediate_size_per_partition)
-        gate_up = _empty(widths["gate_up_proj"], 2 * intermediate_size_per_partition, hidden_size // up_group, up_group)
-        down = _empty(widths["down_proj"], hidden_size, self._groups.stop - self._groups.start, down_group)
+        rank_rows = intermediate_size_per_partition
+        intermediate_size = rank_rows * size
+        self._check_widths_and_shapes(num_experts, hidden_size, intermediate_size)
+        reader, widths = self._checkpoint.reader, self._format.experts[self._path]
+        up_group_size = group_size_for(hidden_size, self._format.group_size)
+        down_group_size = group_size_for(intermediate_size, self._format.group_size)
+        group_counts = divided_groups(reader.format, reader.shapes) if size > 1 else ()
+        down_name = f"{self._path}.down_proj"
+        self._groups = groups_of_rank(down_name, intermediate_size, down_group_size, rank, size, group_counts)
+        self._rows = slice(rank * rank_rows, (rank + 1) * rank_rows)
+        up_groups, down_groups = hidden_size // up_group_size, self._groups.stop - self._groups.start
+        gate_up = _empty_matrices(widths["gate_up_proj"], 2 * rank_rows, up_groups, up_group_size)
+        down = _empty_matrices(widths["down_proj"], hidden_size, down_groups, down_group_size)
         self._experts = ServedExperts(_ACTIVATIONS[layer.activation.value], gate_up, down)
         self._name = ops.name_module(layer.layer_name, self._experts)
         for name, matrices in (("w13", gate_up), ("w2", down)):
-            for part in PARTS:
-                layer.register_parameter(f"{name}_{part}", nn.Parameter(getattr(matrices, part), requires_grad=False))
-        shapes = {"gate_up_proj": (2 * inner, hidden_size), "down_proj": (hidden_size, inner)}
-        for proj, shape in shapes.items():
-            if reader.shapes[f"{self._path}.{proj}"] != shape:
-                raise UserError(
-                    f"{self._path}.{proj} is {list(reader.shapes[f'{self._path}.{proj}'])} in the checkpoint and "
-                    f"{list(shape)} in vLLM: this model's experts are not supported"
-                )
+            for buffer in PARTS:
+                parameter = nn.Parameter(getattr(matrices, buffer), requires_grad=False)
+                layer.register_parameter(f"{name}_{buffer}", parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Reads the rank's part of every expert from the files."""
-        reader, everything = self._checkpoint.reader, slice(None)
-        for name, proj in (("w13", "gate_up_proj"), ("w2", "down_proj")):
-            matrices: PackedMatrices = getattr(self._experts, proj)
-            for part in PARTS:  # vLLM may have moved its parameters since
-                setattr(matrices, part, getattr(layer, f"{name}_{part}").data)
-            inner = reader.shapes[f"{self._path}.gate_up_proj"][0] // 2
-            for e in range(matrices.num_experts):
-                tensor = f"{self._path}.{e}.{proj}"
-                if proj == "down_proj":
-                    matrix = reader.matrix_slice(tensor, everything, self._groups)
-                else:
-                    every_group = slice(0, matrices.groups)
-                    starts = (self._rows, slice(inner + self._rows.start, inner + self._rows.stop))
-                    gate, up = (reader.matrix_slice(tensor, rows, every_group) for rows in starts)
-                    matrix = PackedMatrix(*(torch.cat(pair) for pair in zip(gate, up, strict=True)))
-                matrices.set_matrix(e, matrix)
+        """Read this rank's share of every expert from the files."""
+        for name, projection in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+            matrices: PackedMatrices = getattr(self._experts, projection)
+            for buffer in PARTS:  # vLLM may have moved its parameters
+                setattr(matrices, buffer, getattr(layer, f"{name}_{buffer}").data)
+            for expert in range(matrices.num_experts):
+                path = f"{self._path}.{expert}.{projection}"
+                is_down = projection == "down_proj"
+                matrix = self._read_down(path) if is_down else self._read_gate_up(path, matrices.groups)
+                matrices.set_matrix(expert, matrix)
+
+    def _read_down(self, path: str) -> PackedMatrix:
+        """Read this rank's columns of a down matrix: [H, i]."""
+        return self._checkpoint.reader.matrix_slice(path, slice(None), self._groups)
+
+    def _read_gate_up(self, path: str, groups: int) -> PackedMatrix:
+        """Read this rank's rows of gate and up, which are in one matrix: [2 * i, H]. ``groups``: of a row."""
+        reader, columns = self._checkpoint.reader, slice(0, groups)
+        intermediate_size = reader.shapes[f"{self._path}.gate_up_proj"][0] // 2
+        gate = reader.matrix_slice(path, self._rows, columns)
+        up_rows = slice(intermediate_size + self._rows.start, intermediate_size + self._rows.stop)
+        up = reader.matrix_slice(path, up_rows, columns)
+        return PackedMatrix(*(torch.cat(pair) for pair in zip(gate, up, strict=True)))
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """Return None, since vLLM's own kernels are not used."""
         return None
 
     def apply(
@@ -123,31 +128,53 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: Any,
     ) -> Tensor:
+        """Return the output of this rank's share of the experts: [T, H]."""
         return ops.experts(x, topk_ids, topk_weights, self._name)
 
-    def _refuse_unsupported(self, layer: RoutedExperts) -> None:
-        wrong = None
+    def _check_widths_and_shapes(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        """Raise UserError if the checkpoint has other experts than vLLM's model."""
+        widths, stored_shapes = self._format.experts[self._path], self._checkpoint.reader.shapes
+        if len(widths["down_proj"]) != num_experts:
+            raise UserError(
+                f"config.json lists {len(widths['down_proj'])} widths for the {num_experts} experts of {self._path}: "
+                "copy the checkpoint again"
+            )
+        shapes = {"gate_up_proj": (2 * intermediate_size, hidden_size), "down_proj": (hidden_size, intermediate_size)}
+        for projection, shape in shapes.items():
+            stored_shape = stored_shapes[f"{self._path}.{projection}"]
+            if stored_shape != shape:
+                raise UserError(
+                    f"{self._path}.{projection} is {list(stored_shape)} in the checkpoint and "
+                    f"{list(shape)} in vLLM: this model's experts are not supported"
+                )
+
+    def _check_supported(self, layer: RoutedExperts) -> None:
+        """Raise UserError for experts that the kernels do not support."""
+        reason = None
         activation = layer.activation.value
         if self.moe.moe_parallel_config.use_ep:
-            wrong = "expert parallelism is not supported: leave out --enable-expert-parallel"
+            reason = "expert parallelism is not supported: leave out --enable-expert-parallel"
         elif "gate_up_proj" not in self._format.experts[self._path]:
-            wrong = "experts without a gate are not supported: load the model with Transformers"
+            reason = "experts without a gate are not supported: load the model with Transformers"
         elif self.moe.has_bias:
-            wrong = "experts with biases are not supported: load the model with Transformers"
+            reason = "experts with biases are not supported: load the model with Transformers"
         elif activation not in _ACTIVATIONS or layer.swiglu_limit is not None or layer.swiglu_alpha is not None:
-            wrong = f"the activation {activation} of this model is not supported: load the model with Transformers"
+            reason = f"the activation {activation} of this model is not supported: load the model with Transformers"
         elif layer.apply_router_weight_on_input:
-            wrong = "routing weights on the experts' input are not supported: load the model with Transformers"
-        if wrong:
-            raise UserError(f"gemq in vLLM: {wrong} ({self._path})")
+            reason = "routing weights on the experts' input are not supported: load the model with Transformers"
+        if reason is not None:
+            raise UserError(f"gemq in vLLM: {reason} ({self._path})")
 
 
-def _empty(widths: tuple[Width, ...], rows: int, groups: int, group_size: int) -> PackedMatrices:
-    """Flat buffers of zeros on the device that vLLM builds on."""
+def _empty_matrices(widths: tuple[Width, ...], rows: int, groups: int, group_size: int) -> PackedMatrices:
+    """Return packed matrices of zeros on the device that vLLM builds on."""
 
     def zeros(columns: int) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns)  # no memory of its own
+        return torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns)  # takes no memory
 
     grid = zeros(groups)
-    matrices = [PackedMatrix(zeros(groups * bytes_per_group(w, group_size)), grid, grid) for w in widths]
+    matrices = []
+    for width in widths:
+        codes = zeros(groups * bytes_per_group(width, group_size))
+        matrices.append(PackedMatrix(codes, grid, grid))
     return PackedMatrices(matrices, widths, group_size)

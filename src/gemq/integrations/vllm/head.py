@@ -1,6 +1,6 @@
-"""The output head of a checkpoint that stores it once, as the embedding, in a vLLM model that does not tie the two.
+"""The output head of a checkpoint with tied embeddings, in a vLLM model that does not tie them.
 
-vLLM's OLMoE, for one, ignores ``tie_word_embeddings`` and would run with a head that was never loaded.
+For example, vLLM's OLMoE ignores ``tie_word_embeddings`` and would run with a head that was never loaded.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 
 class TiedHeadMethod(UnquantizedEmbeddingMethod):
-    """vLLM's own method, which then loads the embedding into the head. Where vLLM ties them this changes nothing."""
+    """vLLM's own method, which also loads the embedding into the head. Has no effect if vLLM ties them."""
 
     def __init__(self, prefix: str, checkpoint: Checkpoint) -> None:
         super().__init__()
         self._prefix, self._checkpoint = prefix, checkpoint
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Load the embedding into the head if the checkpoint has no other weights for it."""
         reader = self._checkpoint.reader
         tied = reader.skeleton.all_tied_weights_keys.get(f"{self._prefix}.weight")
         if tied in reader.found and f"{self._prefix}.weight" not in reader.found:

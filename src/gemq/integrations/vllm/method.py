@@ -1,8 +1,8 @@
-"""gemq as a quantization method of vLLM: which layers are packed, and where their tensors lie.
+"""gemq as a quantization method of vLLM: which layers are packed, and where their tensors are.
 
-vLLM builds its own modules under its own names and loads weights through each family's own code. Packed tensors do not
-go that way: they are dropped from vLLM's stream of weights, and each packed layer reads its part straight from the
-files (``checkpoint/reader.py``), under the names that the format gives them.
+vLLM builds its own modules under its own names and loads weights through the code of each family. Packed tensors are
+dropped from vLLM's stream of weights. Instead, each packed layer reads its share from the files
+(``checkpoint/reader.py``), under the names that the format gives them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from gemq.integrations.vllm.linears import PackedLinearMethod
 from gemq.runtime.safetensors_files import weight_files
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.*)")
-"""The first number in a module path, which is the layer's, and what follows it."""
+"""The first number in a module path, which is the index of the layer, and the path after it."""
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
 class Checkpoint:
-    """Where vLLM found the model. Opened when the first layer reads from it."""
+    """The checkpoint that vLLM loads. It is opened when the first layer reads from it."""
 
     def __init__(self, model: str, revision: str | None, download_dir: str | None, trust_remote_code: bool) -> None:
         self._model, self._revision, self._download_dir = model, revision, download_dir
@@ -46,19 +46,23 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> CheckpointReader:
-        # a hub id: into the cache in which vLLM will find it
+        """The opened checkpoint, after verification."""
+        # a model of the hub is downloaded into the cache that vLLM uses
         directory = local_directory(self._model, {"revision": self._revision, "cache_dir": self._download_dir})
         reader = CheckpointReader(directory, trust_remote_code=self._trust_remote_code)
         reader.verify_unpacked()
         check_served_files(directory, reader.stored.files)
-        # ``maybe_update_config`` has read a local checkpoint without remote code; others are read by one rank
+        # ``maybe_update_config`` has verified a local checkpoint without remote code; one rank verifies others
         if (not Path(self._model).is_dir() or self._trust_remote_code) and torch.distributed.get_rank() == 0:
             reader.verify_data()
         return reader
 
 
 class GemqQuantization(QuantizationConfig):
-    """Made by vLLM from config.json's ``quantization_config``."""
+    """The quantization method, which vLLM creates from ``quantization_config`` in config.json.
+
+    See vLLM's ``QuantizationConfig`` for the methods.
+    """
 
     def __init__(self, packed_format: PackedFormat) -> None:
         super().__init__()
@@ -67,64 +71,80 @@ class GemqQuantization(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GemqQuantization:
+        """Parse ``quantization_config``. Raises UserError if it is damaged."""
         return cls(PackedFormat.from_dict(config))
 
     @classmethod
     def get_name(cls) -> Any:
+        """Return the name of the method in config.json."""
         return QUANT_METHOD
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return the dtypes of activations that the kernels take."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
+        """Return the compute capability that the kernels need: Ampere."""
         return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
+        """Return no files: config.json has the whole configuration."""
         return []
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Refuses a damaged local checkpoint in the first process, before vLLM starts others.
+        """Raise UserError for a damaged local checkpoint in the first process, before vLLM starts others.
 
-        One that needs remote code or has yet to be downloaded is checked when its first layer is read.
+        A checkpoint that needs remote code or is not downloaded yet is checked when its first layer is read.
         """
         if Path(model_name).is_dir() and not getattr(hf_config, "auto_map", None):
             check_served_files(Path(model_name), weight_files(Path(model_name)))
             check_checkpoint(Path(model_name))
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Drops packed tensors from vLLM's stream of weights: layers read them on their own."""
+        """Drop packed tensors from vLLM's stream of weights, since layers read them from the files."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper(orig_to_new_regex={re.compile(rf"\.({'|'.join(PARTS)})$"): None})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method of a layer at the path ``prefix``, or None for a layer that is never packed."""
         if isinstance(layer, RoutedExperts):
-            path = _match_layer(prefix, self.format.experts)
-            if path is None:
-                raise UserError(
-                    f"vLLM has experts at {prefix}, but config.json lists none in that layer: "
-                    "quantize the model again with this gemq"
-                )
-            return PackedExpertsMethod(layer.moe_config, self.format, path, self.checkpoint)
+            return self._experts_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            head, _, last = prefix.rpartition(".")
-            names = self.packed_modules_mapping.get(last, [last])
-            paths = [_match_path(f"{head}.{name}", self.format.linears) for name in names]
-            packed = [path for path in paths if path is not None]
-            if packed and len(packed) < len(names):
-                raise UserError(
-                    f"vLLM joins {', '.join(names)} in {prefix}, but only {', '.join(packed)} is packed: "
-                    "pack all of them or none"
-                )
-            return PackedLinearMethod(self.format, packed, self.checkpoint) if packed else UnquantizedLinearMethod()
+            return self._linear_method(prefix)
         return TiedHeadMethod(prefix, self.checkpoint) if isinstance(layer, ParallelLMHead) else None
+
+    def _experts_method(self, layer: Any, prefix: str) -> PackedExpertsMethod:
+        """Return the method of routed experts. Raises UserError if they are not packed."""
+        path = _match_layer(prefix, self.format.experts)
+        if path is None:
+            raise UserError(
+                f"vLLM has experts at {prefix}, but config.json lists none in that layer: "
+                "quantize the model again with this gemq"
+            )
+        return PackedExpertsMethod(layer.moe_config, self.format, path, self.checkpoint)
+
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+        """Return the method of a linear. Raises UserError if only some of the matrices that it joins are packed."""
+        parent, _, module_name = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(module_name, [module_name])
+        matches = [_match_path(f"{parent}.{name}", self.format.linears) for name in names]
+        packed = [path for path in matches if path is not None]
+        if not packed:
+            return UnquantizedLinearMethod()
+        if len(packed) < len(names):
+            raise UserError(
+                f"vLLM joins {', '.join(names)} in {prefix}, but only {', '.join(packed)} is packed: "
+                "pack all of them or none"
+            )
+        return PackedLinearMethod(self.format, packed, self.checkpoint)
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The files behind the model that is being built."""
+        """The checkpoint of the model that vLLM is building."""
         if self._checkpoint is None:
             config = get_current_vllm_config()
             model, load = config.model_config, config.load_config
@@ -137,24 +157,30 @@ class GemqQuantization(QuantizationConfig):
 
 
 def _match_layer(prefix: str, paths: Mapping[str, Any]) -> str | None:
-    """The experts of the same layer: vLLM may call the block otherwise (Mixtral: ``block_sparse_moe``)."""
+    """Return the experts of the same layer. vLLM may name the block differently (Mixtral: ``block_sparse_moe``)."""
     if prefix in paths:
         return prefix
-    return _only(path for path in paths if _layer(path)[0] == _layer(prefix)[0])
+    index, _ = _split_path(prefix)
+    return _single(path for path in paths if _split_path(path)[0] == index)
 
 
 def _match_path(prefix: str, paths: Mapping[str, Any]) -> str | None:
-    """The same module of the same layer: what stands before the layer's number may differ."""
+    """Return the same module of the same layer. What precedes the index of the layer may differ."""
     if prefix in paths:
         return prefix
-    return _only(path for path in paths if _layer(path)[0] is not None and _layer(path) == _layer(prefix))
+    index, module = _split_path(prefix)
+    if index is None:
+        return None
+    return _single(path for path in paths if _split_path(path) == (index, module))
 
 
-def _layer(path: str) -> tuple[str | None, str]:
-    found = _LAYER.search(path)
-    return (found[1], found[2]) if found else (None, path)
+def _split_path(path: str) -> tuple[str | None, str]:
+    """Return the index of the layer in a module path and the path after it. Without index: None and the path."""
+    match = _LAYER.search(path)
+    return (match[1], match[2]) if match else (None, path)
 
 
-def _only(paths: Iterable[str]) -> str | None:
-    found = list(paths)
-    return found[0] if len(found) == 1 else None
+def _single(paths: Iterable[str]) -> str | None:
+    """Return the only path, or None if there are none or several."""
+    matches = list(paths)
+    return matches[0] if len(matches) == 1 else None

@@ -1,7 +1,7 @@
-"""The two operations that vLLM's compiled graphs call. Each is opaque to the compiler: no tracing into kernels.
+"""The two operators that vLLM's compiled graphs call. They are opaque, so that the compiler does not trace the kernels.
 
-A graph can hold tensors and strings but no modules, so packed modules are looked up by name. Names are the same in
-every process and at every start, as vLLM's cache of compiled graphs needs.
+A graph can contain tensors and strings but no modules, so packed modules are looked up by name. Names are the same in
+every process and at every start, as vLLM's cache of compiled graphs requires.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ _modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
 def name_module(prefix: str, module: nn.Module) -> str:
-    """The name under which the operations find ``module``, as long as somebody keeps it: ``prefix``, or the next
-    that is free where two models of one process (speculative decoding) have the same layers."""
+    """Register ``module`` for the operators, as long as it exists, and return its name.
+
+    The name is ``prefix``, with a number if two models of one process (speculative decoding) have the same layers.
+    """
     name, number = prefix, 1
     while name in _modules:
         number += 1
@@ -29,21 +31,23 @@ def name_module(prefix: str, module: nn.Module) -> str:
 
 @torch.library.custom_op("gemq::experts", mutates_args=())
 def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: str) -> Tensor:
-    """Routed experts: [T, H] hidden states, [T, K] indices and weights -> [T, H]."""
+    """Apply routed experts: [T, H] hidden states, [T, K] indices and weights -> [T, H]."""
     return dispatch.experts_forward(_modules[module], hidden, top_k_index, top_k_weights)  # type: ignore[arg-type]
 
 
 @experts.register_fake
 def _(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: str) -> Tensor:
+    """Return a tensor of the same shape as the result of ``experts``."""
     return torch.empty_like(hidden)
 
 
 @torch.library.custom_op("gemq::linear", mutates_args=())
 def linear(x: Tensor, rows: int, module: str) -> Tensor:
-    """[..., columns] -> [..., rows], without bias."""
+    """Apply a packed linear without bias: [..., columns] -> [..., rows]."""
     return dispatch.linear_forward(_modules[module], x)  # type: ignore[arg-type]
 
 
 @linear.register_fake
 def _(x: Tensor, rows: int, module: str) -> Tensor:
+    """Return a tensor of the same shape as the result of ``linear``."""
     return x.new_empty((*x.shape[:-1], rows))

@@ -1,10 +1,10 @@
-"""vLLM's entry point. It runs in every process that vLLM starts, for every model: it stays light and cannot fail."""
+"""vLLM's entry point. vLLM calls it in all of its processes, for every model, so it must be light and cannot fail."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Makes vLLM know gemq checkpoints. Calling it again does nothing new."""
+    """Register gemq's quantization method with vLLM. Further calls have no effect."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from gemq.checkpoint.format import QUANT_METHOD

@@ -1,7 +1,7 @@
-"""What a tensor-parallel rank holds of a packed matrix. Pure arithmetic: no torch, no vLLM.
+"""The share of a packed matrix that a tensor-parallel rank holds. Must not import torch or vLLM.
 
-Rows may be cut anywhere. Columns may be cut between groups only: a group shares one scale and one offset, and its codes
-interleave inside its bytes.
+Rows may be divided anywhere. Columns may only be divided between groups, since a group shares one scale and one offset,
+and its codes are interleaved in its bytes.
 """
 
 from __future__ import annotations
@@ -14,47 +14,63 @@ from gemq.checkpoint.format import PackedFormat, Shapes
 from gemq.errors import UserError
 from gemq.quant.widths import group_size_for
 
-_ROW_PARALLEL = (".o_proj", ".down_proj", ".out_proj", ".dense")
-"""Linears whose input columns vLLM divides between ranks, by the names that families give them."""
+_ROW_PARALLEL_SUFFIXES = (".o_proj", ".down_proj", ".out_proj", ".dense")
+"""Linears whose input columns vLLM divides among ranks, by the names that families give them."""
 
 
-class Piece(NamedTuple):
-    """Rows ``start`` to ``stop`` of the packed matrix ``name``, all of which has ``of`` rows."""
+class RowRange(NamedTuple):
+    """Rows ``start`` to ``stop`` of the packed matrix ``name``, which has ``total_rows`` rows."""
 
     name: str
     start: int
     stop: int
-    of: int
+    total_rows: int
 
     @property
     def rows(self) -> int:
+        """Number of rows in the range."""
         return self.stop - self.start
 
 
-def groups_of_rank(name: str, columns: int, group_size: int, rank: int, size: int, others: Iterable[int]) -> slice:
-    """The groups of ``columns`` columns that rank ``rank`` of ``size`` holds.
+def groups_of_rank(
+    name: str, columns: int, group_size: int, rank: int, size: int, divided_group_counts: Iterable[int]
+) -> slice:
+    """Return the groups of a matrix's columns that a rank holds.
 
-    others: groups per row of all matrices that are cut like this one, for the sizes that the message names
-    Raises UserError when ``size`` ranks would cut a group in two.
+    Args:
+        name: of the matrix, for the message
+        columns: of the matrix
+        group_size: columns of a group
+        rank: tensor-parallel rank
+        size: number of ranks
+        divided_group_counts: groups per row of all matrices that are divided in this way, to suggest other sizes
+
+    Raises:
+        UserError: ``size`` ranks would divide a group.
     """
     groups = columns // group_size
     if groups % size:
-        common = math.gcd(groups, *others)
-        works = [str(n) for n in range(1, common + 1) if common % n == 0]
+        common = math.gcd(groups, *divided_group_counts)
+        possible_sizes = [str(count) for count in range(1, common + 1) if common % count == 0]
         raise UserError(
             f"tensor parallel size {size} would cut the groups of {group_size} columns of {name} ({columns} columns): "
-            f"use --tensor-parallel-size {_or(works)}"
+            f"use --tensor-parallel-size {_join_with_or(possible_sizes)}"
         )
-    each = groups // size
-    return slice(rank * each, (rank + 1) * each)
+    groups_per_rank = groups // size
+    return slice(rank * groups_per_rank, (rank + 1) * groups_per_rank)
 
 
 def divided_groups(packed_format: PackedFormat, shapes: Shapes) -> set[int]:
-    """Groups per row of every matrix whose columns vLLM divides between ranks."""
+    """Return the groups per row of every matrix whose columns vLLM divides among ranks."""
     paths = [f"{path}.down_proj" for path in packed_format.experts]
-    paths += [path for path in packed_format.linears if path.endswith(_ROW_PARALLEL)]
-    return {shapes[p][1] // group_size_for(shapes[p][1], packed_format.group_size) for p in paths}
+    paths += [path for path in packed_format.linears if path.endswith(_ROW_PARALLEL_SUFFIXES)]
+    counts = set()
+    for path in paths:
+        _, columns = shapes[path]
+        counts.add(columns // group_size_for(columns, packed_format.group_size))
+    return counts
 
 
-def _or(words: list[str]) -> str:
+def _join_with_or(words: list[str]) -> str:
+    """Join words as ``1, 2 or 4``."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
