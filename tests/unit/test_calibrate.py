@@ -154,7 +154,7 @@ def test_micro_batches_that_go_through_a_layer_at_once(family, monkeypatch):
         monkeypatch.setattr(Ranks, "max_batches_per_forward", property(lambda _, at_once=at_once: at_once))
         monkeypatch.setattr("gemq.runtime.ranks.MIN_FORWARDS", 1)
         replay, activations = start(family, 10)
-        assert len(activations.runs()) == (7 if at_once == 1 or replay.passes_more else 3)
+        assert len(activations.forward_groups()) == (7 if at_once == 1 or replay.passes_more else 3)
         index, layer = replay.structure.moe_layers[0]
         states = [activations.hidden.copy() for _ in range(2)]
         for i in range(index):

@@ -133,8 +133,8 @@ def test_rows_by_line_and_in_one_array(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ('[{"text": "a"}, {"text": ]', "row 2 is not JSON"),
-        ('[{"text": "a"} {"text": "b"}]', "not JSON behind row 1"),
-        ('[{"text": "a"}]\n[{"text": "b"}]', "goes on behind its array"),
+        ('[{"text": "a"} {"text": "b"}]', "not JSON after row 1"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "has text after its array"),
         ('[{"text": "a"},', "row 2 is not JSON"),
         ("[" * 100_000, "is not JSON .it is nested too deeply"),
         ('{"text": ' + "[" * 100_000, "line 1 is not JSON .it is nested too deeply"),
