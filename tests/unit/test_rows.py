@@ -12,7 +12,7 @@ import gemq
 from conformance import save_tokenizer
 from families import tiny
 from gemq.assets import builtin_model
-from gemq.calibration.rows import RowReader, Rows, texts_of
+from gemq.calibration.rows import RowReader, Rows, row_texts
 from gemq.calibration.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
 from gemq.calibration.windows import eval_windows
 from gemq.cli.report import print_result
@@ -34,7 +34,7 @@ def tokenizer():
 def read(tokenizer, *values, column=None):
     rows = Rows()
     reader = RowReader(tokenizer, column)
-    return list(texts_of(iter([(f"row {i}", v) for i, v in enumerate(values)]), reader, rows, "the source")), rows
+    return list(row_texts(iter([(f"row {i}", v) for i, v in enumerate(values)]), reader, rows, "the source")), rows
 
 
 QUESTION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -136,10 +136,10 @@ def test_rows_with_nothing_in_them_are_left_out_and_counted(tokenizer):
 
 
 def test_a_data_set_without_text_and_end_is_given_up(tokenizer, monkeypatch):
-    monkeypatch.setattr("gemq.calibration.rows.MOST_EMPTY", 50)
+    monkeypatch.setattr("gemq.calibration.rows.MAX_EMPTY_ROWS", 50)
     endless = iter(lambda: ("row", {"text": ""}), None)
     with pytest.raises(UserError, match="has no text"):
-        list(texts_of(endless, RowReader(tokenizer), Rows(), "the source"))
+        list(row_texts(endless, RowReader(tokenizer), Rows(), "the source"))
 
 
 # Sources

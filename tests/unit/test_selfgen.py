@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.calibration.self_generation import Openings, Plan, evenly, generate_windows, sample, side_by_side
+from gemq.calibration.self_generation import Openings, Plan, even_batch_size, generate_windows, sample, side_by_side
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
@@ -260,8 +260,8 @@ def test_few_windows_stay_in_one_batch():
 
 
 def test_batches_are_even():
-    assert [evenly(144, most) for most in (29, 64, 72, 1000)] == [29, 48, 72, 144]
-    assert [evenly(count, 4) for count in (0, 1, 5, 9)] == [1, 1, 3, 3]
+    assert [even_batch_size(144, most) for most in (29, 64, 72, 1000)] == [29, 48, 72, 144]
+    assert [even_batch_size(count, 4) for count in (0, 1, 5, 9)] == [1, 1, 3, 3]
 
 
 def test_progress_counts_tokens(tokenizer):
