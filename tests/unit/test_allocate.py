@@ -155,7 +155,7 @@ def test_layerwise_gives_each_layer_the_same_budget():
 def test_matrices_get_widths_of_their_own():
     """Only from the global program, and for at most what whole experts cost; the other ways keep experts whole."""
     problem = of_matrices([8, 0, 8])
-    whole = problem.of_experts()
+    whole = problem.per_expert()
     assert len(whole.weights) == 16
     np.testing.assert_allclose(whole.costs[3], problem.costs[6] + problem.costs[7])
     for budget in (Budget("bits", 1.5), Budget("stored_bits", 2.5), Budget("bytes", 130_000)):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from families import tiny, tokens
 from gemq.allocation.scores import rescaled
-from gemq.allocation.sensitivity import TOKENS, measured_tokens, measured_windows
+from gemq.allocation.sensitivity import MAX_TOKENS, measured_tokens, measured_windows
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.layers.training import expert_overrides
@@ -54,7 +54,7 @@ def test_windows_are_the_same_share_of_every_source():
     assert measured_windows(WINDOWS, 60).counts() == {"a": 2, "b": 2, "c": 1}
     assert measured_windows(WINDOWS, 1).counts() == {"a": 1, "b": 1, "c": 1}
     assert measured_tokens(1000) == 250
-    assert measured_tokens(100 * TOKENS) == TOKENS
+    assert measured_tokens(100 * MAX_TOKENS) == MAX_TOKENS
 
 
 def test_rescaled_costs_sum_to_what_was_measured():

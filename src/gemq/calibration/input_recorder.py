@@ -218,9 +218,9 @@ class KeptCalls(Sequence[ExpertsCall]):
         hidden = _split_tokens(call.hidden, batch_tokens)
         index = _split_tokens(call.top_k_index, batch_tokens)
         weights = _split_tokens(call.top_k_weights, batch_tokens)
-        for batch in range(len(batch_tokens)):
-            self._hidden.append(hidden[batch])
-            self._routing.append((index[batch], weights[batch]))
+        for batch_hidden, batch_index, batch_weights in zip(hidden, index, weights, strict=True):
+            self._hidden.append(batch_hidden)
+            self._routing.append((batch_index, batch_weights))
 
     def __len__(self) -> int:
         return len(self._routing)
@@ -232,10 +232,11 @@ class KeptCalls(Sequence[ExpertsCall]):
         return ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
 
 
-def _split_tokens(rows: Tensor, batch_tokens: Sequence[int]) -> list[Tensor]:
+def _split_tokens(rows: Tensor, batch_tokens: Sequence[int]) -> Iterator[Tensor]:
     """Splits rows [N * T, ...], T the sum of ``batch_tokens``, into [N * t, ...] for each micro-batch of t tokens."""
     by_token = rows.unflatten(0, (-1, sum(batch_tokens)))
-    return [part.flatten(0, 1) for part in by_token.split(list(batch_tokens), 1)]
+    for part in by_token.split(list(batch_tokens), 1):
+        yield part.flatten(0, 1)
 
 
 def cat_rows(tensors: Sequence[Tensor]) -> Tensor:
