@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gemq.assets import builtin_model, builtin_texts
 from gemq.calibration import tokens
 from gemq.calibration.sources import Streams, calibration_windows, check_sources, source_digest
-from gemq.calibration.texts import json_rows, text_parts
+from gemq.calibration.texts import json_rows, text_chunks
 from gemq.calibration.tokens import tokenize_pieces, tokenize_text
 from gemq.calibration.windows import eval_windows
 from gemq.errors import UserError
@@ -106,10 +106,10 @@ def test_parts_are_the_text_with_unix_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("gemq.calibration.texts.READ_BYTES", 7)
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffcafé\r\nau lait\r\n\r\n日本\rx\r".encode())
-    assert "".join(text_parts(path)) == "café\nau lait\n\n日本\rx\r"
+    assert "".join(text_chunks(path)) == "café\nau lait\n\n日本\rx\r"
     path.write_bytes("cafés ".encode() * 3 + b"\xe9 ")
     with pytest.raises(UserError, match=r"is not UTF-8 \(byte 21\)"):
-        list(text_parts(path))
+        list(text_chunks(path))
 
 
 def test_windows_line_ends_change_no_window(tmp_path):
@@ -183,4 +183,4 @@ def test_rows_come_through_a_pipe_too(tmp_path):
 
 def test_devices_are_refused():
     with pytest.raises(UserError, match="/dev/zero is neither a file nor a pipe"):
-        list(text_parts(Path("/dev/zero")))
+        list(text_chunks(Path("/dev/zero")))

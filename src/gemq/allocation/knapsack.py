@@ -58,11 +58,11 @@ def cheapest(values: NDArray[Any], rule: list[slice]) -> Ints:
     return choice
 
 
-def _cheapest_pair(first: NDArray[Any], second: NDArray[Any]) -> tuple[int, int]:
-    """Different indices i and j with the smallest ``first[i] + second[j]``."""
+def _cheapest_pair(a: NDArray[Any], b: NDArray[Any]) -> tuple[int, int]:
+    """Different indices i and j with the smallest ``a[i] + b[j]``."""
     # the two smallest of each suffice, since at most one of them can clash
-    pairs = itertools.product(first.argsort(kind="stable")[:2], second.argsort(kind="stable")[:2])
-    return min((pair for pair in pairs if pair[0] != pair[1]), key=lambda pair: first[pair[0]] + second[pair[1]])
+    pairs = itertools.product(a.argsort(kind="stable")[:2], b.argsort(kind="stable")[:2])
+    return min((pair for pair in pairs if pair[0] != pair[1]), key=lambda pair: a[pair[0]] + b[pair[1]])
 
 
 class Relaxed(NamedTuple):

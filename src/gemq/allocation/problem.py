@@ -150,8 +150,8 @@ class Allocation:
         layers, start = [], 0
         for size in self.layer_sizes:
             widths = self.widths[start : start + size]
-            first, down = widths[:: self.units], widths[self.units - 1 :: self.units]
-            layers.append(list(zip(first, down, strict=True)))
+            first_widths, down_widths = widths[:: self.units], widths[self.units - 1 :: self.units]
+            layers.append(list(zip(first_widths, down_widths, strict=True)))
             start += size
         return layers
 

@@ -210,35 +210,35 @@ def pair_costs(
     x = call.hidden.index_select(0, routed.token)
     grad_pair = (gradient[routed.token] * routed.weight.unsqueeze(1)).to(x.dtype)
 
-    def first(weight: Tensor) -> Tensor:
+    def run_first(weight: Tensor) -> Tensor:
         return apply_first(module, experts.matrices[0].name, weight.to(x.dtype), x, routed)
 
-    def down(weight: Tensor, h: Tensor) -> Tensor:
+    def run_down(weight: Tensor, h: Tensor) -> Tensor:
         return apply_down(module, weight.to(x.dtype), h, routed)
 
-    h = first(exact_first)
+    h = run_first(exact_first)
     grad_h = None
     if units == 2 and form == "token":
         # g . (change of h, passed through the exact down matrix) equals (g, passed backward through it) . (change of
         # h), which takes one product for all widths. It is a first-order approximation if a norm follows.
         with torch.enable_grad():
             leaf = h.detach().requires_grad_()
-            out = down(exact_down, leaf)
+            out = run_down(exact_down, leaf)
             (grad_h,) = torch.autograd.grad(out, leaf, grad_pair)
         out = out.detach()
     else:
-        out = down(exact_down, h)
+        out = run_down(exact_down, h)
     costs_by_width = []
     for first_weight, down_weight in candidates:
-        quantized_h = first(first_weight)
+        quantized_h = run_first(first_weight)
         if units == 1:
-            unit_costs = [_change_cost(grad_pair, down(down_weight, quantized_h), out, form)]
+            unit_costs = [_change_cost(grad_pair, run_down(down_weight, quantized_h), out, form)]
         else:
             if grad_h is None:
-                first_cost = _change_cost(grad_pair, down(exact_down, quantized_h), out, form)
+                first_cost = _change_cost(grad_pair, run_down(exact_down, quantized_h), out, form)
             else:
                 first_cost = _change_cost(grad_h, quantized_h, h, form)
-            unit_costs = [first_cost, _change_cost(grad_pair, down(down_weight, h), out, form)]
+            unit_costs = [first_cost, _change_cost(grad_pair, run_down(down_weight, h), out, form)]
         costs_by_width.append(torch.stack(unit_costs, 1))
     return routed, torch.stack(costs_by_width, 2).double()
 

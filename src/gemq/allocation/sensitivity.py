@@ -18,4 +18,5 @@ def measured_tokens(calibration_tokens: int) -> int:
 def measured_windows(windows: Windows, tokens: int) -> Windows:
     """The first windows of each source, equally many and at least one, with about ``tokens`` tokens in all."""
     count = max(1, tokens // windows.window // len(windows.names))
-    return from_parts([part[:count] for part in windows.by_source()], windows.names, windows.tokens_available)
+    tokens_by_source = [source_tokens[:count] for source_tokens in windows.by_source()]
+    return from_parts(tokens_by_source, windows.names, windows.tokens_available)

@@ -197,16 +197,25 @@ class LayerMoments:
     linears: dict[str, Moments]
     experts: tuple[Moments, Moments] | None
 
+    @classmethod
+    def empty(cls, experts: Experts | None, expert_slice: slice | None, device: torch.device) -> LayerMoments:
+        """Accumulators without inputs, for the experts of ``expert_slice``, if any."""
+        if experts is None or expert_slice is None:
+            return cls({}, None)
+        count = expert_slice.stop - expert_slice.start
+        gate_up, down = experts.matrices
+        return cls({}, (Moments(count, gate_up.columns, device), Moments(count, down.columns, device)))
+
     def add_linears(self, linears: Sequence[Linear], recorded: RecordedInputs) -> None:
         """Adds the recorded inputs of ``linears``."""
-        for linear, first, rows in zip(linears, recorded.first_linear, recorded.rows, strict=True):
+        for linear, first_index, rows in zip(linears, recorded.first_linear, recorded.rows, strict=True):
             if rows is not None:
                 if linear.path not in self.linears:
                     self.linears[linear.path] = Moments(1, linear.columns, rows.device)
                 ends = torch.full((1,), len(rows), device=rows.device)
                 self.linears[linear.path].add(rows, ends)
-            elif first >= 0:
-                self.linears[linear.path] = self.linears[linears[first].path]
+            elif first_index >= 0:
+                self.linears[linear.path] = self.linears[linears[first_index].path]
 
     def add_experts(self, module: Any, experts: Experts, expert_slice: slice, call: ExpertsCall) -> None:
         """Adds the inputs of both matrices of some experts.
@@ -268,14 +277,7 @@ def layer_moments(
     """
     experts = replay.structure.layers[index].experts if expert_slice is not None else None
     module = replay.model.get_submodule(experts.path) if experts else None
-    moments, outputs = LayerMoments({}, None), Batches(replay.memory)
-    experts_ranks = SINGLE
-    if experts and expert_slice is not None:
-        count = expert_slice.stop - expert_slice.start
-        first_columns, down_columns = (matrix.columns for matrix in experts.matrices)
-        first_moments = Moments(count, first_columns, replay.device)
-        moments.experts = first_moments, Moments(count, down_columns, replay.device)
-        experts_ranks = replay.ranks if count < experts.count else SINGLE
+    moments, outputs = LayerMoments.empty(experts, expert_slice, replay.device), Batches(replay.memory)
     if not linears and module is None and not with_outputs:
         return moments, outputs
 
@@ -302,7 +304,8 @@ def layer_moments(
                 moments.add_experts(module, experts, expert_slice, call)
                 if expert_calls is not None:
                     expert_calls.extend(call, batch_tokens)
-    moments.finish(experts_ranks)
+    has_all_experts = experts is None or expert_slice == slice(0, experts.count)
+    moments.finish(SINGLE if has_all_experts else replay.ranks)
     return moments, outputs
 
 

@@ -158,9 +158,9 @@ class InputRecorder:
         if not inputs:
             return -1
         identities = [id(x) for x in inputs]
-        for first in range(index):
-            if [id(x) for x in self._inputs[first]] == identities:
-                return first
+        for earlier in range(index):
+            if [id(x) for x in self._inputs[earlier]] == identities:
+                return earlier
         return index
 
     def _joined_call(self) -> ExpertsCall | None:
@@ -235,8 +235,8 @@ class KeptCalls(Sequence[ExpertsCall]):
 def _split_tokens(rows: Tensor, batch_tokens: Sequence[int]) -> Iterator[Tensor]:
     """Splits rows [N * T, ...], T the sum of ``batch_tokens``, into [N * t, ...] for each micro-batch of t tokens."""
     by_token = rows.unflatten(0, (-1, sum(batch_tokens)))
-    for part in by_token.split(list(batch_tokens), 1):
-        yield part.flatten(0, 1)
+    for batch_rows in by_token.split(list(batch_tokens), 1):
+        yield batch_rows.flatten(0, 1)
 
 
 def cat_rows(tensors: Sequence[Tensor]) -> Tensor:

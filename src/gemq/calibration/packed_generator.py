@@ -55,22 +55,22 @@ def copy_bytes(structure: Structure, width: Width, outside: int) -> int:
     return total
 
 
-def widest_copy(structure: Structure, outside: int, beside: int, memory: Memory) -> Width:
+def widest_copy(structure: Structure, outside: int, reserved_bytes: int, memory: Memory) -> Width:
     """The widest width at which a generator copy fits into the device's memory limit.
 
     Args:
         structure: of the model.
         outside: bytes of embeddings, norms and head.
-        beside: bytes that must stay free for key-value caches.
+        reserved_bytes: must stay free for key-value caches.
         memory: its limit on the device counts, whatever else is allocated now.
 
     Raises:
         UserError: no copy fits.
     """
     for width in sorted(LEVELS, reverse=True):
-        if copy_bytes(structure, width, outside) + beside <= memory.on_device.limit:
+        if copy_bytes(structure, width, outside) + reserved_bytes <= memory.on_device.limit:
             return width
-    required = copy_bytes(structure, min(LEVELS), outside) + beside
+    required = copy_bytes(structure, min(LEVELS), outside) + reserved_bytes
     raise UserError(
         f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold even a copy of the model at 1 bit, which is to "
         f"write windows: give at least {memory.flag} {gigabytes(required)}"

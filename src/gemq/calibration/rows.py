@@ -244,7 +244,7 @@ def _parse_messages(value: Any) -> list[Message] | None:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if isinstance(content, list):
-            content = _join_content_parts(content)
+            content = _join_content_items(content)
         if not isinstance(role, str) or not isinstance(content, str | None):
             return None
         if content and content.strip():
@@ -253,9 +253,9 @@ def _parse_messages(value: Any) -> list[Message] | None:
     return messages
 
 
-def _join_content_parts(parts: Sequence[Any]) -> str:
-    """The text of a message's content that is a list of parts, some of which may be images."""
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+def _join_content_items(items: Sequence[Any]) -> str:
+    """The text of a message's content that is a list of items, some of which may be images."""
+    texts = [item.get("text") if isinstance(item, dict) else item for item in items]
     return "".join(text for text in texts if isinstance(text, str))
 
 

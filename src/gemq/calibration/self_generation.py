@@ -149,20 +149,20 @@ def generate_windows(
     model.eval()
     written: list[Tensor | None] = [None] * len(batches)
     steps = Steps(model, seq_len, static)
-    documents = launched = tokens_before = 0
+    documents = launched = 0
     try:
         for index, planned in enumerate(batches):
+            if index % ranks.count != ranks.rank:
+                continue
             rows = len(planned.prescribed)
-            if index % ranks.count == ranks.rank:
-                report = None
-                if progress:
-                    report = _batch_progress(progress, tokens_before, rows, total * seq_len)
-                device_batch = planned.to(model.device)
-                written[index] = device_batch.write(steps.begin(rows), report)
-                documents += device_batch.documents
-                if steps.why:
-                    launched += rows
-            tokens_before += rows * seq_len
+            report = None
+            if progress:
+                report = _batch_progress(progress, index * size * seq_len, rows, total * seq_len)
+            device_batch = planned.to(model.device)
+            written[index] = device_batch.write(steps.begin(rows), report)
+            documents += device_batch.documents
+            if steps.why:
+                launched += rows
     finally:
         model.train(was_training)
     gathered = [torch.empty(0, seq_len, dtype=torch.int64)]

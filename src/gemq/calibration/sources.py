@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gemq.calibration.rows import RowReader, Rows, row_texts
-from gemq.calibration.texts import holds_rows, is_pipe, json_rows, text_bytes, text_digest, text_parts
+from gemq.calibration.texts import holds_rows, is_pipe, json_rows, text_bytes, text_chunks, text_digest
 from gemq.calibration.tokens import check_tokens, foreign_token, tokenize_text
 from gemq.calibration.windows import Windows, check_length, cut_windows, file_documents, from_parts, pack_documents
 from gemq.errors import UserError
@@ -153,19 +153,19 @@ def calibration_windows(streams: Streams, *, seed: int, generate: Callable[[int]
     Raises:
         UserError: a source cannot be used.
     """
-    parts, available = [], []
+    tokens_by_source, available = [], []
     for index, pool in enumerate(_make_pools(streams)):
         if pool.windows is not None:
-            parts.append(pool.draw(seed, index, 0, pool.share))
+            tokens_by_source.append(pool.draw(seed, index, 0, pool.share))
             available.append(pool.num_tokens)
             continue
         if generate is None:
             raise UserError("no model is at hand to write the windows of self: give a text file")
         generated = generate(pool.share).to("cpu", torch.int64)
         assert generated.shape == (pool.share, streams.seq_len)
-        parts.append(generated)
+        tokens_by_source.append(generated)
         available.append(generated.numel())
-    return from_parts(parts, streams.names, available)
+    return from_parts(tokens_by_source, streams.names, available)
 
 
 def held_out_windows(streams: Streams, *, seed: int, held_out: int) -> Windows:
@@ -174,14 +174,14 @@ def held_out_windows(streams: Streams, *, seed: int, held_out: int) -> Windows:
     They follow calibration's windows in the same random order. The source ``self`` gets none here, and a source with
     too little text gets fewer.
     """
-    parts, available = [], []
+    tokens_by_source, available = [], []
     for index, pool in enumerate(_make_pools(streams)):
         if pool.windows is None:
-            parts.append(torch.empty(0, streams.seq_len, dtype=torch.int64))
+            tokens_by_source.append(torch.empty(0, streams.seq_len, dtype=torch.int64))
         else:
-            parts.append(pool.draw(seed, index, pool.share, pool.share + held_out))
+            tokens_by_source.append(pool.draw(seed, index, pool.share, pool.share + held_out))
         available.append(pool.num_tokens)
-    return from_parts(parts, streams.names, available)
+    return from_parts(tokens_by_source, streams.names, available)
 
 
 def check_sources(
@@ -227,7 +227,7 @@ def _check_file(source: str, tokenizer: Any, seq_len: int, column: str | None, e
         foreign_tokens = {str(token): number for number, token in added_tokens.items() if number >= embeddings}
     num_tokens, path = 0, Path(source)
     reader = RowReader(tokenizer, column)
-    texts = row_texts(json_rows(path), reader, Rows(), source) if holds_rows(path) else text_parts(path)
+    texts = row_texts(json_rows(path), reader, Rows(), source) if holds_rows(path) else text_chunks(path)
     for text in texts:
         for token, number in foreign_tokens.items():
             if token in text:

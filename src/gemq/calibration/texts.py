@@ -96,8 +96,8 @@ def holds_rows(path: Path) -> bool:
         return False
 
 
-def text_parts(path: Path) -> Iterator[str]:
-    """Yields the text of a file in parts of about ``READ_BYTES``. Windows line ends become \\n.
+def text_chunks(path: Path) -> Iterator[str]:
+    """Yields the text of a file in chunks of about ``READ_BYTES``. Windows line ends become \\n.
 
     Raises:
         UserError: the file cannot be read, is binary, is not UTF-8, or is empty. Some of this shows only at the end.
@@ -118,7 +118,7 @@ def text_parts(path: Path) -> Iterator[str]:
                 position = size - len(data) - undecoded + error.start
                 raise UserError(f"{path} is not UTF-8 (byte {position}): convert it to UTF-8") from error
             carry = ""
-            if data and text.endswith("\r"):  # the \n of this line end may be in the next part
+            if data and text.endswith("\r"):  # the \n of this line end may be in the next chunk
                 text, carry = text[:-1], "\r"
             text = text.replace("\r\n", "\n")
             is_empty = is_empty and not text.strip()
@@ -137,23 +137,23 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     A file holds one JSON value a line, or one array of all rows.
 
     Raises:
-        UserError: as ``text_parts``, or the file is not JSON.
+        UserError: as ``text_chunks``, or the file is not JSON.
     """
-    parts = text_parts(path)
-    beginning = next((part for part in parts if part.strip()), "")
+    chunks = text_chunks(path)
+    beginning = next((chunk for chunk in chunks if chunk.strip()), "")
     if beginning.lstrip().startswith("[") and _is_array(beginning):
-        yield from _array_rows(path, beginning + "".join(parts))
+        yield from _array_rows(path, beginning + "".join(chunks))
         return
-    for number, line in enumerate(_lines(chain([beginning], parts)), start=1):
+    for number, line in enumerate(_lines(chain([beginning], chunks)), start=1):
         if line.strip():
             yield f"{path} line {number}", _parse_line(path, number, line)
 
 
-def _lines(parts: Iterable[str]) -> Iterator[str]:
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
     """Yields lines without their ends. ``splitlines`` would also split at characters such as U+2028 in strings."""
     pending: list[str] = []
-    for part in parts:
-        lines = part.split("\n")
+    for chunk in chunks:
+        lines = chunk.split("\n")
         pending.append(lines[0])
         if len(lines) > 1:
             yield "".join(pending)

@@ -28,18 +28,18 @@ def tokenize_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def tokenize_pieces(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
+def tokenize_pieces(tokenizer: Any, chunks: Iterable[str]) -> Iterator[list[int]]:
     """Yields the token ids of a long text in several lists.
 
     Together they equal ``tokenize_text`` of the whole text.
 
     Args:
         tokenizer: of the model.
-        parts: consecutive parts of the text.
+        chunks: consecutive chunks of the text.
     """
     context, text, max_length = "", "", PIECE
-    for part in parts:
-        text += part
+    for chunk in chunks:
+        text += chunk
         while len(text) > max_length + CONTEXT:
             piece = _cut_piece(tokenizer, context, text, max_length)
             if piece is None:

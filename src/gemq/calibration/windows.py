@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gemq.calibration.rows import RowReader, Rows, row_texts
-from gemq.calibration.texts import holds_rows, json_rows, text_parts
+from gemq.calibration.texts import holds_rows, json_rows, text_chunks
 from gemq.calibration.tokens import check_tokens, tokenize_pieces, tokenize_text
 from gemq.errors import UserError
 
@@ -88,15 +88,15 @@ class Windows:
             name: of the source.
             tokens: int64 [n, seq_len]
         """
-        names, parts, available = list(self.names), self.by_source(), list(self.tokens_available)
+        names, tokens_by_source, available = list(self.names), self.by_source(), list(self.tokens_available)
         if name not in names:
             names.append(name)
-            parts.append(self.tokens[:0])
+            tokens_by_source.append(self.tokens[:0])
             available.append(0)
         index = names.index(name)
-        parts[index] = torch.cat([parts[index], tokens])
+        tokens_by_source[index] = torch.cat([tokens_by_source[index], tokens])
         available[index] += tokens.numel()
-        return from_parts(parts, names, available)
+        return from_parts(tokens_by_source, names, available)
 
     def batches(self, batch_tokens: int) -> Iterator[slice]:
         """Yields micro-batches as slices of the windows, in stored order, each of at least one window.
@@ -152,7 +152,7 @@ def pack_documents(documents: Iterable[Iterable[int]], *, separator: int | None)
 
 
 def file_documents(path: Path, tokenizer: Any, reader: RowReader, stats: Rows) -> Iterator[Iterable[int]]:
-    """Yields the token ids of a file's documents: one for each row, or one for a whole text, which is read in parts.
+    """Yields the token ids of a file's documents: one for each row, or one for a whole text, read in chunks.
 
     Args:
         path: of the file.
@@ -167,7 +167,7 @@ def file_documents(path: Path, tokenizer: Any, reader: RowReader, stats: Rows) -
         for text in row_texts(json_rows(path), reader, stats, str(path)):
             yield tokenize_text(tokenizer, text)
     else:
-        yield chain.from_iterable(tokenize_pieces(tokenizer, text_parts(path)))
+        yield chain.from_iterable(tokenize_pieces(tokenizer, text_chunks(path)))
 
 
 def cut_windows(stream: Tensor, seq_len: int) -> Tensor:
@@ -233,14 +233,14 @@ def eval_windows(
     return from_parts(windows, tuple(paths), available)
 
 
-def from_parts(parts: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
+def from_parts(tokens_by_source: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
     """Concatenates the windows of several sources.
 
     Args:
-        parts: int64 [n, seq_len] of each source.
+        tokens_by_source: int64 [n, seq_len] of each source.
         names: of the sources.
         available: tokens of each source, as in ``Windows.tokens_available``.
     """
-    lengths = torch.tensor([len(part) for part in parts])
-    source = torch.repeat_interleave(torch.arange(len(parts)), lengths)
-    return Windows(torch.cat(list(parts)), source, tuple(names), tuple(available))
+    lengths = torch.tensor([len(tokens) for tokens in tokens_by_source])
+    source = torch.repeat_interleave(torch.arange(len(tokens_by_source)), lengths)
+    return Windows(torch.cat(list(tokens_by_source)), source, tuple(names), tuple(available))
