@@ -284,7 +284,7 @@ def layer_moments(
     recorder = InputRecorder(replay.model, linears, module)
     expected_counts: list[int] | None = None
     groups = activations.forward_groups()
-    all_batch_tokens = iter([ids.numel() for ids in activations.all_ids or activations.ids])
+    all_token_counts = iter([ids.numel() for ids in activations.all_ids or activations.ids])
     for exchange in _exchange_ranges(replay, activations, len(linears) + 1):
         recordings = []
         for group_index in exchange:
@@ -298,12 +298,12 @@ def layer_moments(
             recordings.append(recorder.recorded())
         for recorded in all_gather_recordings(replay.ranks, recordings):
             moments.add_linears(linears, recorded)
-            batch_tokens = list(itertools.islice(all_batch_tokens, activations.batches_per_forward))
+            token_counts = list(itertools.islice(all_token_counts, activations.batches_per_forward))
             call = recorded.experts_call
             if call is not None and experts and expert_slice is not None:
                 moments.add_experts(module, experts, expert_slice, call)
                 if expert_calls is not None:
-                    expert_calls.extend(call, batch_tokens)
+                    expert_calls.extend(call, token_counts)
     has_all_experts = experts is None or expert_slice == slice(0, experts.count)
     moments.finish(SINGLE if has_all_experts else replay.ranks)
     return moments, outputs

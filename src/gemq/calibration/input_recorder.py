@@ -205,19 +205,19 @@ class KeptCalls(Sequence[ExpertsCall]):
         self._hidden = Batches(memory)
         self._routing: list[tuple[Tensor, Tensor]] = []
 
-    def extend(self, call: ExpertsCall, batch_tokens: Sequence[int]) -> None:
+    def extend(self, call: ExpertsCall, token_counts: Sequence[int]) -> None:
         """Appends the call of one forward pass over several micro-batches, split into one call for each of them.
 
         Args:
             call: rows of all micro-batches. Experts modules that receive a row for each token and expert have those of
-                the first expert first, ``sum(batch_tokens)`` rows, then those of the next.
-            batch_tokens: tokens of each micro-batch, in order.
+                the first expert first, ``sum(token_counts)`` rows, then those of the next.
+            token_counts: tokens of each micro-batch, in order.
         """
-        if len(batch_tokens) == 1:  # nothing to split, also if a layer calls its experts several times
-            batch_tokens = [len(call.hidden)]
-        hidden = _split_tokens(call.hidden, batch_tokens)
-        index = _split_tokens(call.top_k_index, batch_tokens)
-        weights = _split_tokens(call.top_k_weights, batch_tokens)
+        if len(token_counts) == 1:  # nothing to split, also if a layer calls its experts several times
+            token_counts = [len(call.hidden)]
+        hidden = _split_tokens(call.hidden, token_counts)
+        index = _split_tokens(call.top_k_index, token_counts)
+        weights = _split_tokens(call.top_k_weights, token_counts)
         for batch_hidden, batch_index, batch_weights in zip(hidden, index, weights, strict=True):
             self._hidden.append(batch_hidden)
             self._routing.append((batch_index, batch_weights))
@@ -232,10 +232,10 @@ class KeptCalls(Sequence[ExpertsCall]):
         return ExpertsCall(hidden, top_k_index, top_k_weights, hidden.new_empty(0))
 
 
-def _split_tokens(rows: Tensor, batch_tokens: Sequence[int]) -> Iterator[Tensor]:
-    """Splits rows [N * T, ...], T the sum of ``batch_tokens``, into [N * t, ...] for each micro-batch of t tokens."""
-    by_token = rows.unflatten(0, (-1, sum(batch_tokens)))
-    for batch_rows in by_token.split(list(batch_tokens), 1):
+def _split_tokens(rows: Tensor, token_counts: Sequence[int]) -> Iterator[Tensor]:
+    """Splits rows [N * T, ...], T the sum of ``token_counts``, into [N * t, ...] for each micro-batch of t tokens."""
+    by_token = rows.unflatten(0, (-1, sum(token_counts)))
+    for batch_rows in by_token.split(list(token_counts), 1):
         yield batch_rows.flatten(0, 1)
 
 

@@ -93,7 +93,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Generated:
+class GeneratedWindows:
     """The windows that a model wrote."""
 
     tokens: list[Tensor]
@@ -117,7 +117,7 @@ def generate_windows(
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = SINGLE,
     static: bool | None = None,
-) -> Generated:
+) -> GeneratedWindows:
     """Samples windows from ``model``.
 
     A window opens as its plan says, by default with BOS, or with a random token if the model has none. After an end
@@ -169,7 +169,7 @@ def generate_windows(
     for index, tokens in enumerate(written):
         gathered.append(ranks.broadcast(tokens, index % ranks.count).cpu())
     chat_windows = sum(plan.count // 2 for plan in plans) if opening is not None else 0
-    return Generated(
+    return GeneratedWindows(
         tokens=list(torch.cat(gathered).split([plan.count for plan in plans])),
         documents=ranks.all_reduce_int(documents),
         chat_windows=chat_windows if chat else 0,
