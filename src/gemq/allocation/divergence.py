@@ -20,7 +20,8 @@ ROWS = 1024
 
 def chunks(positions: int) -> Iterator[slice]:
     """Yields slices of ``ROWS`` positions, out of ``positions``."""
-    return (slice(start, min(start + ROWS, positions)) for start in range(0, positions, ROWS))
+    for start in range(0, positions, ROWS):
+        yield slice(start, min(start + ROWS, positions))
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

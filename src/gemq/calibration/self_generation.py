@@ -361,8 +361,8 @@ def batch_size(config: Any, seq_len: int) -> int:
     """Windows of a batch, from the configuration alone.
 
     As many as 4 GB hold if every head had its own keys and values in float32. A large model gets more, since a step of
-    a few windows takes as long as a step of many. A GPU may use more (``side_by_side``), which changes the windows only
-    through the rounding of logits.
+    a few windows takes as long as a step of many. A GPU may use more (``side_by_side``), which changes the windows
+    only through the rounding of logits.
     """
     bytes_per_window = len(layer_configs(config)) * config.hidden_size * seq_len * 2 * 4
     rows = SMALL_CACHE_BYTES // bytes_per_window
