@@ -33,7 +33,7 @@ def _wrapped(tokenizer):
 
 
 def like_llama():
-    """No pre-tokenizer: merges go over words, and every text begins with a space of its own."""
+    """Without a pre-tokenizer, merges cross words. Every text gets a leading space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "</s>"])
@@ -51,7 +51,7 @@ def like_sentencepiece():
 
 
 def stripping():
-    """Takes spaces away at both ends of what it is given."""
+    """Strips white space at both ends of its input."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -86,7 +86,7 @@ def test_a_short_text_is_never_cut(monkeypatch):
 
 
 def test_memory_grows_by_the_tokens_alone(tmp_path, monkeypatch):
-    """Python's share of it; the tokenizer's own is bounded by the length of a piece."""
+    """Measures Python's memory. That of the tokenizer is bounded by the length of a piece."""
     monkeypatch.setattr(tokens, "PIECE", 1 << 15)
     path, tokenizer = tmp_path / "long.txt", builtin()
     peaks = []
@@ -166,8 +166,8 @@ def test_a_pipe_is_read_once_and_gives_what_a_file_gives(tmp_path):
     pipe = piped(tmp_path, "63", TEXT.encode())
     check_sources([pipe], tokenizer, WINDOW)
     windows = calibration_windows(Streams([pipe], tokenizer, WINDOW, 8), seed=0)
-    of_file = calibration_windows(Streams([str(tmp_path / "a.txt")], tokenizer, WINDOW, 8), seed=0)
-    assert windows.tokens.tolist() == of_file.tokens.tolist()
+    file_windows = calibration_windows(Streams([str(tmp_path / "a.txt")], tokenizer, WINDOW, 8), seed=0)
+    assert windows.tokens.tolist() == file_windows.tokens.tolist()
     assert windows.names == ("pipe",)
     assert source_digest(pipe).split()[1] == source_digest(str(tmp_path / "a.txt")).split()[1]
     assert source_digest(pipe).split()[0] == "pipe"
