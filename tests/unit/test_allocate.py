@@ -15,7 +15,7 @@ LADDER = (1, 1.6, 2, 3)
 
 
 def make(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noise=0.3) -> Problem:
-    """A problem with ``sizes`` experts a layer and log-normal costs. ``shapes``: (rows, columns) to draw."""
+    """A problem with ``sizes`` experts per layer and log-normal costs. ``shapes``: (rows, columns) to draw from."""
     draw = np.random.default_rng(seed)
     layer = np.repeat(np.arange(len(sizes)), sizes)
     n = len(layer)
@@ -40,10 +40,10 @@ def of_matrices(sizes, seed=0) -> Problem:
     return dataclasses.replace(rows, weights=weights, bytes=sizes_of, units=2)
 
 
-def amount(problem: Problem, budget: Budget, found: Allocation) -> tuple[int, int]:
-    """What an allocation takes, and the limit, in the constraint's integers."""
+def amount(problem: Problem, budget: Budget, allocation: Allocation) -> tuple[int, int]:
+    """The amount that an allocation uses and the limit, in the integers of the constraint."""
     amounts, limit = linear_constraint(problem, budget)
-    return sum(int(amounts[i, problem.widths.index(w)]) for i, w in enumerate(found.widths)), limit
+    return sum(int(amounts[i, problem.widths.index(w)]) for i, w in enumerate(allocation.widths)), limit
 
 
 def keeps_rule(problem: Problem, choice) -> bool:
@@ -73,11 +73,11 @@ def test_global_is_the_optimum(kind, rule, shapes):
         high = {"bits": 3, "stored_bits": 3.25, "bytes": int(problem.bytes[:, -1].sum())}[kind]
         value = low + share * (high - low)
         budget = Budget(kind, int(value) if kind == "bytes" else value)
-        found = allocate(problem, budget, layer_rule=rule, gap=0)
-        assert found.predicted_cost == pytest.approx(brute_force(problem, budget, rule), rel=1e-9)
-        used, limit = amount(problem, budget, found)
+        allocation = allocate(problem, budget, layer_rule=rule, gap=0)
+        assert allocation.predicted_cost == pytest.approx(brute_force(problem, budget, rule), rel=1e-9)
+        used, limit = amount(problem, budget, allocation)
         assert used <= limit
-        assert found.gap is not None and found.gap < 1e-9  # noqa: PT018
+        assert allocation.gap is not None and allocation.gap < 1e-9  # noqa: PT018
 
 
 def test_the_gap_is_proven():
@@ -107,7 +107,7 @@ def test_whole_range_of_each_budget():
 
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
 def test_units_of_cost_do_not_matter(factor):
-    """HiGHS compares with absolute tolerances near 1e-7; these costs span 1e-12 to 1e6 besides."""
+    """HiGHS compares with absolute tolerances near 1e-7; these costs span 1e-12 to 1e6."""
     problem = make([16] * 4, LADDER, spread=6)
     assert problem.costs.max() / problem.costs.min() > 1e12
     scaled = dataclasses.replace(problem, costs=problem.costs * factor)
@@ -116,7 +116,7 @@ def test_units_of_cost_do_not_matter(factor):
         assert allocate(scaled, Budget("bits", 2.1), layer_rule=rule, gap=gap).widths == expected.widths
 
 
-def test_cheap_experts_are_told_apart_beside_huge_ones():
+def test_differences_of_tiny_costs_count_next_to_huge_costs():
     """Among experts that cost 1e-12, the width still goes to the one that gains most from it."""
     costs = np.array([[1e6, 1.0], [1e6, 1.0], [3e-12, 1e-13], [9e-12, 1e-13], [5e-12, 1e-13]])
     ones = np.ones(5, np.int64)
@@ -128,8 +128,8 @@ def test_unused_experts_and_equal_experts():
     """Zero costs everywhere, or the same costs everywhere: the budget is still spent."""
     problem = make([8, 8])
     for costs in (np.zeros((16, 3)), np.tile([4.0, 2.0, 1.0], (16, 1))):
-        found = allocate(dataclasses.replace(problem, costs=costs), Budget("bits", 2))
-        assert found.nominal_bits == 2
+        allocation = allocate(dataclasses.replace(problem, costs=costs), Budget("bits", 2))
+        assert allocation.nominal_bits == 2
 
 
 def test_layer_rule():
@@ -147,39 +147,42 @@ def test_layer_rule():
 def test_layerwise_gives_each_layer_the_same_budget():
     problem = make([16, 0, 16, 16], spread=1)
     problem.costs[:16] *= 1e6
-    found = allocate(problem, Budget("bits", 1.5), "layerwise")
-    assert found.layer_bits == (1.5, 0, 1.5, 1.5)
-    assert found.predicted_cost > allocate(problem, Budget("bits", 1.5)).predicted_cost
+    allocation = allocate(problem, Budget("bits", 1.5), "layerwise")
+    assert allocation.layer_bits == (1.5, 0, 1.5, 1.5)
+    assert allocation.predicted_cost > allocate(problem, Budget("bits", 1.5)).predicted_cost
 
 
 def test_matrices_get_widths_of_their_own():
-    """Only from the global program, and for at most what whole experts cost; the other ways keep experts whole."""
+    """Only by the global program, at no higher cost than by expert. All other methods keep experts whole."""
     problem = of_matrices([8, 0, 8])
-    whole = problem.of_experts()
-    assert len(whole.weights) == 16
-    np.testing.assert_allclose(whole.costs[3], problem.costs[6] + problem.costs[7])
+    by_expert = problem.per_expert()
+    assert len(by_expert.weights) == 16
+    np.testing.assert_allclose(by_expert.costs[3], problem.costs[6] + problem.costs[7])
     for budget in (Budget("bits", 1.5), Budget("stored_bits", 2.5), Budget("bytes", 130_000)):
-        found = allocate(problem, budget)
-        used, limit = amount(problem, budget, found)
+        allocation = allocate(problem, budget)
+        used, limit = amount(problem, budget, allocation)
         assert used <= limit
-        assert any(first != down for row in found.by_layer for first, down in row)
-        assert found.predicted_cost < allocate(whole, budget).predicted_cost
+        assert any(gate_up != down for row in allocation.by_layer for gate_up, down in row)
+        assert allocation.predicted_cost < allocate(by_expert, budget).predicted_cost
         for method in ("uniform", "random", "layerwise", "frequency"):
-            apart, together = (allocate(p, budget, method) for p in (problem, whole))
-            assert apart.by_layer == together.by_layer
-            assert apart.stored_bytes == together.stored_bytes
-            assert (apart.nominal_bits, apart.layer_bits) == (together.nominal_bits, together.layer_bits)
+            matrix_allocation, expert_allocation = (allocate(p, budget, method) for p in (problem, by_expert))
+            assert matrix_allocation.by_layer == expert_allocation.by_layer
+            assert matrix_allocation.stored_bytes == expert_allocation.stored_bytes
+            assert (matrix_allocation.nominal_bits, matrix_allocation.layer_bits) == (
+                expert_allocation.nominal_bits,
+                expert_allocation.layer_bits,
+            )
 
 
 def test_frequency_prefers_frequent_experts():
     problem = make([8, 8])
-    found = allocate(problem, Budget("bits", 1.5), "frequency")
+    allocation = allocate(problem, Budget("bits", 1.5), "frequency")
     for rows in problem.by_layer:
-        widths = found.widths[rows]
+        widths = allocation.widths[rows]
         ranked = [widths[i] for i in np.argsort(problem.counts[rows])]
         assert ranked == sorted(ranked)
     problem.counts[:8] *= 1000  # shares within a layer count, not tokens
-    assert allocate(problem, Budget("bits", 1.5), "frequency").widths == found.widths
+    assert allocate(problem, Budget("bits", 1.5), "frequency").widths == allocation.widths
 
 
 def test_uniform():
@@ -199,9 +202,9 @@ def test_random():
     problem = make([9, 0, 9, 12], LADDER)
     shares = {1.5: {1: 15, 2: 15}, 2.0: {1: 10, 2: 10, 3: 10}, 2.5: {2: 15, 3: 15}, 1.625: {1.6: 30}}
     for bits, expected in shares.items():
-        found = allocate(problem, Budget("bits", bits), "random")
-        assert {w: found.widths.count(w) for w in sorted(set(found.widths))} == expected
-        assert found.nominal_bits == bits
+        allocation = allocate(problem, Budget("bits", bits), "random")
+        assert {w: allocation.widths.count(w) for w in sorted(set(allocation.widths))} == expected
+        assert allocation.nominal_bits == bits
     third = allocate(problem, Budget("stored_bits", 2.125), "random")
     assert third.widths == allocate(problem, Budget("bits", 2), "random").widths
     assert third.widths != allocate(problem, Budget("bits", 2), "random", seed=1).widths
@@ -222,17 +225,17 @@ def test_no_method_exceeds_a_budget(method):
 
 def test_figures():
     problem = make([2, 2], LADDER)
-    found = allocate(problem, Budget("bits", 1.625), "uniform")
-    assert found.nominal_bits == 1.625
-    assert found.stored_bytes == 4 * matrix_bytes(64, 256, 1.6, 128)
-    assert found.stored_bits == found.stored_bytes * 8 / (4 * 64 * 256)
-    assert found.predicted_cost == pytest.approx(problem.costs[:, 1].sum())
+    allocation = allocate(problem, Budget("bits", 1.625), "uniform")
+    assert allocation.nominal_bits == 1.625
+    assert allocation.stored_bytes == 4 * matrix_bytes(64, 256, 1.6, 128)
+    assert allocation.stored_bits == allocation.stored_bytes * 8 / (4 * 64 * 256)
+    assert allocation.predicted_cost == pytest.approx(problem.costs[:, 1].sum())
 
 
 @pytest.mark.parametrize("rule", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["bits", "stored_bits", "bytes"])
-def test_infeasible_budgets_name_one_that_works(kind, method, rule):
+def test_errors_of_infeasible_budgets_name_a_feasible_one(kind, method, rule):
     problem = make([5, 0, 3], shapes=[(64, 256), (40, 128)], seed=3)
     smallest = smallest_budget(problem, kind, method, layer_rule=rule and method not in ("uniform", "random"))
     allocate(problem, smallest, method, layer_rule=rule)
@@ -255,18 +258,18 @@ def test_other_mistakes():
 def test_json_round_trip():
     problem = make([3, 0, 2, 0], LADDER)
     for budget in (Budget("bits", 2.0), Budget("bytes", 20_000)):
-        found = allocate(problem, budget)
-        text = found.to_json()
-        assert Allocation.from_json(text, problem) == found
-        assert json.loads(text)["widths"] == plain_widths(found.by_layer)
+        allocation = allocate(problem, budget)
+        text = allocation.to_json()
+        assert Allocation.from_json(text, problem) == allocation
+        assert json.loads(text)["widths"] == plain_widths(allocation.by_layer)
     assert allocate(problem, Budget("bits", 1.625), "uniform").to_json() == (
         '{\n  "budget": {"bits": 1.625},\n  "method": "uniform",\n'
         '  "widths": [\n    [1.6, 1.6, 1.6],\n    [],\n    [1.6, 1.6],\n    []\n  ]\n}\n'
     )
     apart = of_matrices([3, 0, 2])
-    found = allocate(apart, Budget("bits", 2.0))
-    assert len(set(found.by_layer[0])) > 1
-    assert Allocation.from_json(found.to_json(), apart) == found
+    allocation = allocate(apart, Budget("bits", 2.0))
+    assert len(set(allocation.by_layer[0])) > 1
+    assert Allocation.from_json(allocation.to_json(), apart) == allocation
     read = Allocation.from_json('{"widths": [[1, [2, 3], 2], [], [[1, 1], 3]]}', apart)
     assert read.by_layer == [[(1, 1), (2, 3), (2, 2)], [], [(1, 1), (3, 3)]]
     assert plain_widths(read.by_layer) == [[1, [2, 3], 2], [], [1, 3]]

@@ -1,4 +1,4 @@
-"""What is gathered in one pass over a layer, against hooks on the whole model and sums in float64."""
+"""What one pass over a layer records, compared with hooks on the whole model and sums in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start(family: str, batch_tokens: int = 30, seed: int = 0) -> tuple[Replay, A
 
 @pytest.mark.sample
 def test_windows_keep_their_sources():
-    """Batches mix sources in an order that the seed fixes; every window is there once, with its own source."""
+    """Batches mix sources in an order set by the seed. Every window occurs once, with its own source."""
     replay, activations = start("olmoe")
     assert [len(x) for x in activations.ids] == [3, 3, 1]
     pairs = [
@@ -40,16 +40,16 @@ def test_windows_keep_their_sources():
     assert sorted(pairs) == sorted((tuple(r.tolist()), int(s)) for r, s in zip(IDS, WINDOWS.source, strict=True))
     again = Activations.start(replay, WINDOWS, 30, 0)
     assert all(torch.equal(a, b) for a, b in zip(activations.ids, again.ids, strict=True))
-    other = Activations.start(replay, WINDOWS, 30, 1)
-    assert not all(torch.equal(a, b) for a, b in zip(activations.ids, other.ids, strict=True))
+    other_seed = Activations.start(replay, WINDOWS, 30, 1)
+    assert not all(torch.equal(a, b) for a, b in zip(activations.ids, other_seed.ids, strict=True))
     assert all(torch.equal(h, replay.inputs(i)[0]) for h, i in zip(activations.hidden, activations.ids, strict=True))
 
 
 def test_the_order_of_windows_leaves_the_global_generator_alone():
     replay, _ = start("olmoe")
-    before = torch.get_rng_state()
+    state_before = torch.get_rng_state()
     Activations.start(replay, WINDOWS, 30, 3)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(state_before, torch.get_rng_state())
 
 
 @pytest.mark.sample
@@ -78,36 +78,36 @@ def test_moments_are_those_of_the_whole_model(family):
         assert set(moments.linears) == {x.path for x in layer.linears}
         for linear in layer.linears:
             x = seen[linear.path].reshape(-1, linear.columns).double()
-            found = moments.linears[linear.path]
-            assert found.counts.tolist() == [70]
-            close(found.sums[0], x.T @ x)
+            moment = moments.linears[linear.path]
+            assert moment.counts.tolist() == [70]
+            close(moment.sums[0], x.T @ x)
         if layer.experts:
             assert moments.experts is not None
             hidden, index, weights = calls[layer.experts.path]
             if index.is_floating_point():
                 index = weights
-            first, down = moments.experts
+            gate_up_moments, down_moments = moments.experts
             assert (
-                first.counts.tolist()
-                == down.counts.tolist()
+                gate_up_moments.counts.tolist()
+                == down_moments.counts.tolist()
                 == torch.bincount(index.flatten(), minlength=layer.experts.count).tolist()
             )
             module = model.get_submodule(layer.experts.path)
             for e in range(layer.experts.count):
                 x = hidden[(index == e).any(-1)]
-                close(first.sums[e], x.double().T @ x.double())
+                close(gate_up_moments.sums[e], x.double().T @ x.double())
                 h = inner(module, e, x).double()
-                close(down.sums[e], h.T @ h)
+                close(down_moments.sums[e], h.T @ h)
         else:
             assert moments.experts is None
-        before = [x.clone() for x in activations.hidden]
+        inputs = [x.clone() for x in activations.hidden]
         activations.advance(replay, i)
         assert all(torch.equal(a, b) for a, b in zip(activations.hidden, outputs, strict=True))
-        assert not any(torch.equal(a, b) for a, b in zip(activations.hidden, before, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(activations.hidden, inputs, strict=True))
 
 
 def inner(module: Any, e: int, x: Tensor) -> Tensor:
-    """What ``down_proj`` of expert e receives, written out."""
+    """The input of ``down_proj`` of expert e, computed directly."""
     weight = module.gate_up_proj[e] if module.has_gate else module.up_proj[e]
     y = x @ (weight if module.is_transposed else weight.T)
     if module.has_bias:
@@ -115,10 +115,10 @@ def inner(module: Any, e: int, x: Tensor) -> Tensor:
     return module._apply_gate(y) if module.has_gate else module.act_fn(y)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor) -> None:
     """Sums of 70 float32 products, over inputs that float32 layers made in another batch: 1e-4 of the largest."""
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-9)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-9)
 
 
 def every(layer: Layer) -> slice | None:
@@ -127,19 +127,19 @@ def every(layer: Layer) -> slice | None:
 
 
 @pytest.mark.parametrize("family", FIVE)
-def test_what_is_watched_is_the_same_if_a_layer_runs_no_further(family):
-    """And outputs are left out. The first micro-batch shows how often things are called."""
+def test_recorded_inputs_are_the_same_if_a_layer_stops_after_them(family):
+    """No outputs are returned. The first micro-batch runs to the end and shows how often each module is called."""
     replay, activations = start(family, 10)
     index, layer = replay.structure.moe_layers[0]
     for i in range(index):
         activations.advance(replay, i)
     attention = [x for x in layer.linears if x.kind == "attention"]
-    for linears, own in ((attention, None), (layer.linears, every(layer)), ([], slice(1, 3))):
-        whole, _ = layer_moments(replay, index, activations, linears, own)
-        found, outputs = layer_moments(replay, index, activations, linears, own, with_outputs=False)
+    for linears, expert_slice in ((attention, None), (layer.linears, every(layer)), ([], slice(1, 3))):
+        full_moments, _ = layer_moments(replay, index, activations, linears, expert_slice)
+        moments, outputs = layer_moments(replay, index, activations, linears, expert_slice, with_outputs=False)
         assert not len(outputs)
-        pairs = [(whole.linears[x.path], found.linears[x.path]) for x in linears]
-        pairs += zip(whole.experts or (), found.experts or (), strict=True)
+        pairs = [(full_moments.linears[x.path], moments.linears[x.path]) for x in linears]
+        pairs += zip(full_moments.experts or (), moments.experts or (), strict=True)
         for a, b in pairs:
             assert torch.equal(a.sums, b.sums)
             assert torch.equal(a.counts, b.counts)
@@ -147,38 +147,42 @@ def test_what_is_watched_is_the_same_if_a_layer_runs_no_further(family):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("family", [*MORE, OWN])
-def test_micro_batches_that_go_through_a_layer_at_once(family, monkeypatch):
-    """As on a GPU: the same moments, outputs and kept calls as one after the other, but for rounding."""
-    found = []
-    for at_once in (1, 3):
-        monkeypatch.setattr(Ranks, "max_batches_per_forward", property(lambda _, at_once=at_once: at_once))
+def test_micro_batches_in_one_forward(family, monkeypatch):
+    """As on a GPU: the moments, outputs and recorded calls are those of single micro-batches, but for rounding."""
+    results = []
+    for batches_per_forward in (1, 3):
+        monkeypatch.setattr(
+            Ranks,
+            "max_batches_per_forward",
+            property(lambda _, batches_per_forward=batches_per_forward: batches_per_forward),
+        )
         monkeypatch.setattr("gemq.runtime.ranks.MIN_FORWARDS", 1)
         replay, activations = start(family, 10)
-        assert len(activations.runs()) == (7 if at_once == 1 or replay.passes_more else 3)
+        assert len(activations.forward_groups()) == (7 if batches_per_forward == 1 or replay.passes_more else 3)
         index, layer = replay.structure.moe_layers[0]
         states = [activations.hidden.copy() for _ in range(2)]
         for i in range(index):
             activations.advance(replay, i)
             activations.advance_all(replay, i, states)
-        kept = KeptCalls(replay.memory)
-        moments, outputs = layer_moments(replay, index, activations, layer.linears, every(layer), kept)
+        recorded_calls = KeptCalls(replay.memory)
+        moments, outputs = layer_moments(replay, index, activations, layer.linears, every(layer), recorded_calls)
         activations.advance_all(replay, index, states)
         assert moments.experts is not None
         sums = [m.sums for m in (*moments.linears.values(), *moments.experts)]
-        calls = [t for call in kept for t in (call.hidden, call.top_k_weights)]
-        found.append([*sums, *outputs, *states[0], *states[1], *calls])
-        assert len(outputs) == len(kept) == 7
-    for one, joined in zip(*found, strict=True):
-        close(joined.detach(), one.detach().double())
+        calls = [t for call in recorded_calls for t in (call.hidden, call.top_k_weights)]
+        results.append([*sums, *outputs, *states[0], *states[1], *calls])
+        assert len(outputs) == len(recorded_calls) == 7
+    for single, grouped in zip(*results, strict=True):
+        close(grouped.detach(), single.detach().double())
 
 
-def test_moments_of_some_experts_are_theirs_among_all():
+def test_moments_of_some_experts_equal_theirs_among_all():
     replay, activations = start("olmoe", 10)
-    whole, _ = layer_moments(replay, 0, activations, [], slice(0, 4))
-    part, _ = layer_moments(replay, 0, activations, [], slice(1, 3))
-    assert whole.experts is not None
-    assert part.experts is not None
-    for a, b in zip(whole.experts, part.experts, strict=True):
+    all_experts, _ = layer_moments(replay, 0, activations, [], slice(0, 4))
+    two_experts, _ = layer_moments(replay, 0, activations, [], slice(1, 3))
+    assert all_experts.experts is not None
+    assert two_experts.experts is not None
+    for a, b in zip(all_experts.experts, two_experts.experts, strict=True):
         assert torch.equal(a.sums[1:3], b.sums)
         assert torch.equal(a.counts[1:3], b.counts)
 
@@ -195,7 +199,7 @@ def test_query_key_and_value_share_one_moment():
 
 
 def test_two_branches_of_one_linear_are_both_counted():
-    """A linear that is called twice in a layer, with the same tensor in between going to another."""
+    """A layer that calls each of its linears twice."""
     replay, activations = start("olmoe")
 
     class Twice(nn.Module):
@@ -215,7 +219,7 @@ def test_two_branches_of_one_linear_are_both_counted():
 
 
 def test_a_layer_that_overwrites_what_a_linear_received_is_refused():
-    """Inputs are added up when the layer has run: they must still be what they were."""
+    """Inputs are used after the layer has run, so they must not have changed."""
     replay, activations = start("olmoe")
     linears = replay.structure.layers[0].linears
 
@@ -228,21 +232,21 @@ def test_a_layer_that_overwrites_what_a_linear_received_is_refused():
     handle.remove()
 
 
-def test_only_what_is_asked_for():
+def test_only_requested_inputs_are_recorded():
     replay, activations = start("qwen2_moe")
     shared = [x for x in replay.structure.layers[0].linears if x.kind == "shared"]
     moments, _ = layer_moments(replay, 0, activations, shared, None)
     assert set(moments.linears) == {x.path for x in shared}
-    kept = KeptCalls(replay.memory)
-    moments, _ = layer_moments(replay, 0, activations, [], every(replay.structure.layers[0]), kept)
+    recorded_calls = KeptCalls(replay.memory)
+    moments, _ = layer_moments(replay, 0, activations, [], every(replay.structure.layers[0]), recorded_calls)
     assert moments.linears == {}
-    assert len(kept) == len(activations.ids)
+    assert len(recorded_calls) == len(activations.ids)
 
 
 @pytest.mark.parametrize("family", FIVE)
 def test_micro_batches_change_sums_only_in_rounding(family):
-    """The routing and the counts do not change at all."""
-    found = []
+    """Routing and counts are equal."""
+    results = []
     for batch_tokens in (10, 70):
         replay, activations = start(family, batch_tokens)
         index = replay.structure.moe_layers[0][0]
@@ -250,10 +254,10 @@ def test_micro_batches_change_sums_only_in_rounding(family):
             activations.advance(replay, i)
         moments, _ = layer_moments(replay, index, activations, [], every(replay.structure.layers[index]))
         assert moments.experts is not None
-        found.append(moments.experts)
-    for one, whole in zip(*found, strict=True):
-        assert torch.equal(one.counts, whole.counts)
-        close(one.sums, whole.sums.double())
+        results.append(moments.experts)
+    for small_batches, single_batch in zip(*results, strict=True):
+        assert torch.equal(small_batches.counts, single_batch.counts)
+        close(small_batches.sums, single_batch.sums.double())
 
 
 def test_hooks_are_gone_afterwards():

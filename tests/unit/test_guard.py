@@ -1,4 +1,4 @@
-"""The guard: its statistics, what it does with an allocation that fails, and what it leaves of the model."""
+"""The guard: its statistics, softening of an allocation that fails, and the KL of candidates."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_p_where_a_t_test_has_none(differences, p):
 
 
 def kl_of(docs: float, prose: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
-    """KL of 16 windows with these means by source, and noise of its own that does not move them."""
-    own = np.random.default_rng(seed).normal(size=(2, 8))
-    own -= own.mean(axis=1, keepdims=True)
-    return (np.array([docs, prose])[:, None] + noise * own).reshape(-1)
+    """KL of 16 windows with these means by source, and noise that does not change the means."""
+    deviations = np.random.default_rng(seed).normal(size=(2, 8))
+    deviations -= deviations.mean(axis=1, keepdims=True)
+    return (np.array([docs, prose])[:, None] + noise * deviations).reshape(-1)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_soften():
     np.testing.assert_array_equal(soften(p, 0.0).costs, p.costs)
     np.testing.assert_allclose(all_.costs[:4], np.tile(p.costs[:4].mean(0), (4, 1)))
     np.testing.assert_allclose(half.costs, (p.costs + all_.costs) / 2)
-    assert not np.allclose(all_.costs[0], all_.costs[4])  # layers keep what tells them apart
+    assert not np.allclose(all_.costs[0], all_.costs[4])  # layers stay different
 
 
 class Truth:
@@ -128,38 +128,38 @@ def run(p: Problem, bits: float, harm: np.ndarray, uniform: list[Allocation] | N
 
 def test_a_good_allocation_is_kept():
     p = problem()
-    kept, verdict = run(p, 2.0, p.costs[:, 0])
-    assert kept == allocate(p, Budget("bits", 2.0))
+    chosen, verdict = run(p, 2.0, p.costs[:, 0])
+    assert chosen == allocate(p, Budget("bits", 2.0))
     assert (verdict["m"], verdict["passed"], len(verdict["tried"])) == (0.0, True, 1)
     assert describe(verdict).endswith("on 16 held-out windows: kept")
 
 
 def test_a_bad_allocation_is_refused_and_softened():
-    """Within the first layer scores are the wrong way round; between the layers they are right."""
+    """Scores are reversed within the first layer, and right between layers."""
     p = problem()
     costs = np.array([1.0, 2, 8, 9, 20, 20, 20, 20])[:, None] * 4.0 ** -np.array(WIDTHS)
     p = dataclasses.replace(p, costs=costs)
     harm = np.array([40.0, 30, 1, 1, 80, 80, 80, 80])
-    first = allocate(p, Budget("bits", 2.0))
-    kept, verdict = run(p, 2.0, harm)
+    unsoftened = allocate(p, Budget("bits", 2.0))
+    chosen, verdict = run(p, 2.0, harm)
     assert not verdict["tried"][0]["passed"]
     assert verdict["passed"]
     assert verdict["m"] in SOFTENING
-    assert kept.widths != first.widths
-    assert kept.nominal_bits <= 2.0
-    choice = [WIDTHS.index(w) for w in kept.widths]
-    assert kept.predicted_cost == pytest.approx(p.costs[range(8), choice].sum())  # by the scores as they were
+    assert chosen.widths != unsoftened.widths
+    assert chosen.nominal_bits <= 2.0
+    choice = [WIDTHS.index(w) for w in chosen.widths]
+    assert chosen.predicted_cost == pytest.approx(p.costs[range(8), choice].sum())  # by the scores as they were
     assert "(as scored: mean +" in describe(verdict)
     assert f"drawn {verdict['m']:.0%} towards their layer's mean" in describe(verdict)
 
 
-def test_uniform_is_what_remains():
-    """Scores are wrong about layers too: no softening helps."""
+def test_uniform_is_the_last_resort():
+    """Scores are wrong about layers too, so that no softening helps."""
     p = problem()
     p = dataclasses.replace(p, costs=np.repeat([1.0, 20], 4)[:, None] * 4.0 ** -np.array(WIDTHS))
-    kept, verdict = run(p, 2.0, np.repeat([20.0, 1], 4))
-    assert set(kept.widths) == {2}
-    assert kept.method == "uniform"
+    chosen, verdict = run(p, 2.0, np.repeat([20.0, 1], 4))
+    assert set(chosen.widths) == {2}
+    assert chosen.method == "uniform"
     assert verdict["m"] is None
     assert not verdict["passed"]
     assert [t["m"] for t in verdict["tried"]] == [0.0, *SOFTENING]
@@ -169,30 +169,30 @@ def test_uniform_is_what_remains():
 
 
 def test_an_allocation_that_fails_on_a_source_it_has_not_seen_is_softened():
-    """Good on both sources as it is; without docs, its scores would give docs' experts too little."""
+    """Good on both sources, but scores without docs would give the experts of docs too few bits."""
     p = problem()
     blind = dataclasses.replace(p, costs=p.costs[::-1].copy())
     truth = Truth(p.costs[:, 0])
     budget = Budget("bits", 2.0)
     solve = lambda q: allocate(q, budget)
     uniform = [allocate(p, budget, "uniform")]
-    kept, verdict = decide(p, solve(p), uniform, solve, truth, SOURCE, NAMES, {0: blind})
-    first = verdict["tried"][0]
-    assert not first["passed"]
-    assert not any(s["worse"] for s in first["sources"].values())
-    assert first["left_out"]["sources"]["docs"]["worse"]
-    assert kept.widths != solve(p).widths
+    chosen, verdict = decide(p, solve(p), uniform, solve, truth, SOURCE, NAMES, {0: blind})
+    first_trial = verdict["tried"][0]
+    assert not first_trial["passed"]
+    assert not any(s["worse"] for s in first_trial["sources"].values())
+    assert first_trial["left_out"]["sources"]["docs"]["worse"]
+    assert chosen.widths != solve(p).widths
     assert "as scored: with each source left out in turn, " in describe(verdict)
     same, _ = decide(p, solve(p), uniform, solve, truth, SOURCE, NAMES, {0: p, 1: p})
     assert same == solve(p)
 
 
 def test_softened_to_uniform():
-    """Layers are alike, so experts alike in each leave uniform: it ties with itself, and the summary says so."""
+    """With equal layers, equal experts in each give uniform widths, which tie with uniform. The summary says so."""
     p = problem()
     p = dataclasses.replace(p, costs=np.tile(p.costs[:4], (2, 1)))
-    kept, verdict = run(p, 2.0, 1 / p.costs[:, 0] ** 2)
-    assert set(kept.widths) == {2}
+    chosen, verdict = run(p, 2.0, 1 / p.costs[:, 0] ** 2)
+    assert set(chosen.widths) == {2}
     assert verdict["kl"] == verdict["uniform_kl"]
     assert "which is uniform" in describe(verdict)
 
@@ -206,7 +206,7 @@ def test_uniform_at_a_fractional_budget_is_the_mean_of_its_draws():
     assert verdict["uniform_kl"] == pytest.approx(np.mean([kl.mean() for kl in Truth(harm)(draws)]))
 
 
-def test_what_was_not_judged_says_why():
+def test_a_skipped_verdict_gives_its_reason():
     assert describe({"skipped": "a reason"}) == "not run (a reason)"
 
 
@@ -217,14 +217,14 @@ def test_held_out_windows_are_those_that_calibration_left():
     tokenizer = Source(builtin_model()).tokenizer
     sources = [*map(str, builtin_texts()[:2]), "self"]
     streams = Streams(sources, tokenizer, 64, 12)
-    taken = calibration_windows(streams, seed=3, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64))
-    held = held_out_windows(streams, seed=3, held_out=5)
-    assert list(held.counts().values()) == [5, 5, 0]
-    assert held.names == taken.names
-    seen = {tuple(row) for row in taken.tokens.tolist()}
-    assert not any(tuple(row) in seen for row in held.tokens.tolist())
-    most = held_out_windows(Streams(sources[:1], tokenizer, 64, 12), seed=3, held_out=10**6)
-    assert len(most) + 12 == most.tokens_available[0] // 64  # a text has no more
+    calibration = calibration_windows(streams, seed=3, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64))
+    held_out = held_out_windows(streams, seed=3, held_out=5)
+    assert list(held_out.counts().values()) == [5, 5, 0]
+    assert held_out.names == calibration.names
+    seen = {tuple(row) for row in calibration.tokens.tolist()}
+    assert not any(tuple(row) in seen for row in held_out.tokens.tolist())
+    all_held_out = held_out_windows(Streams(sources[:1], tokenizer, 64, 12), seed=3, held_out=10**6)
+    assert len(all_held_out) + 12 == all_held_out.tokens_available[0] // 64  # a text has no more
 
 
 # The model
@@ -235,7 +235,7 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
     model = tiny(family)
     replay, group = Replay(model, find_structure(model)), 32
     windows = Windows(tokens(6, 12, 1), torch.tensor([0, 0, 0, 1, 1, 1]), NAMES, (36, 36))
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weights_before = {n: t.clone() for n, t in model.state_dict().items()}
     activations = Activations.start(replay, windows, 24, 0)
     ladders: list[LayerLadder] = []
     for i in range(len(replay.structure.layers)):
@@ -245,10 +245,10 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
     mixed = [[(WIDTHS[(e + i) % 3], WIDTHS[e % 3]) for e in range(n)] for i, n in enumerate(counts)]
     three = [[(3, 3)] * n for n in counts]
     start = Activations.start(replay, windows, 24, 0)
-    found = candidates_kl(replay, start, ladders.__getitem__, [mixed, three], 4, group, lambda *_: None)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    (alone,) = candidates_kl(replay, start, ladders.__getitem__, [three], 4, group, lambda *_: None)
-    assert torch.equal(alone, found[1])  # beside others or alone: a resumed job finds the same
+    kls = candidates_kl(replay, start, ladders.__getitem__, [mixed, three], 4, group, lambda *_: None)
+    assert all(torch.equal(t, weights_before[n]) for n, t in model.state_dict().items())
+    (single_kl,) = candidates_kl(replay, start, ladders.__getitem__, [three], 4, group, lambda *_: None)
+    assert torch.equal(single_kl, kls[1])  # independent of other candidates, so that a resumed job finds the same
     ids = windows.tokens
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
@@ -256,8 +256,8 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
             install_layer(model, layer, assemble_layer(ladders[i], layer, mixed[i]), mixed[i], 4, group)
         got = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].mean(1)
-    torch.testing.assert_close(found[0].float(), kl, rtol=1e-4, atol=1e-6)
-    assert (found[0] > 0).all()
+    torch.testing.assert_close(kls[0].float(), kl, rtol=1e-4, atol=1e-6)
+    assert (kls[0] > 0).all()
 
 
 # A job
@@ -272,37 +272,37 @@ def model(tmp_path: Path) -> str:
 
 
 def test_a_job_with_its_guard(model, tmp_path):
-    """At low effort, with 16 windows of its own; kept in the work directory, run again by export --finish alone."""
+    """Stored in the work directory, and run again by ``export --finish`` only."""
     text = str(builtin_texts()[0])
     recipe = Recipe(effort="low", calib=(text,), windows=4, window=32, bits=2.25, refine=False)
-    made = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work")
-    sources = made.guard["tried"][0]["sources"]
+    result = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work")
+    sources = result.guard["tried"][0]["sources"]
     assert {n: s["windows"] for n, s in sources.items()} == {"c": 8, "self": 16}
-    assert made.guard["uniform_draws"] == 3
-    assert made.guard == json.loads(json.dumps(made.to_dict()))["guard"]
+    assert result.guard["uniform_draws"] == 3
+    assert result.guard == json.loads(json.dumps(result.to_dict()))["guard"]
     assert list((tmp_path / "work" / "guard").glob("verdict-*.json"))
     console = Console(file=io.StringIO(), width=500)
-    print_result(console, made)
-    assert f"Guard: {describe(made.guard)}\n" in console.file.getvalue()
+    print_result(console, result)
+    assert f"Guard: {describe(result.guard)}\n" in console.file.getvalue()
     written = Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes()
 
     again = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work", resume=True)
     assert again.complete_before
-    assert (again.guard, again.allocation) == (made.guard, made.allocation)
+    assert (again.guard, again.allocation) == (result.guard, result.allocation)
     assert not {"guard", "guard windows"} & set(again.stages)  # nothing is measured twice
 
     plain = export(tmp_path / "work", out=tmp_path / "plain", changes={"bits": 2.25})
     assert "--finish" in plain.guard["skipped"]
-    given = export(tmp_path / "work", out=tmp_path / "given", allocation=tmp_path / "work" / "allocation.json")
-    assert "skipped" in given.guard
+    from_file = export(tmp_path / "work", out=tmp_path / "given", allocation=tmp_path / "work" / "allocation.json")
+    assert "skipped" in from_file.guard
     finished = export(tmp_path / "work", out=tmp_path / "finished", changes={"bits": 2.25}, finish=True)
-    assert (finished.guard, finished.allocation) == (made.guard, made.allocation)
+    assert (finished.guard, finished.allocation) == (result.guard, result.allocation)
     assert Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes() == written
 
 
 def test_a_recipe_without_guard(model, tmp_path):
     text = str(builtin_texts()[0])
     recipe = Recipe(effort="low", calib=(text,), windows=2, window=16, refine=False, guard=False)
-    made = quantize(model, recipe, out=tmp_path / "out")
-    assert made.guard == {"skipped": "switched off in the recipe"}
+    result = quantize(model, recipe, out=tmp_path / "out")
+    assert result.guard == {"skipped": "switched off in the recipe"}
     assert not (tmp_path / "out.work" / "guard-windows").exists()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gemq.assets import builtin_model, builtin_texts
 from gemq.calibration import tokens
 from gemq.calibration.sources import Streams, calibration_windows, check_sources, source_digest
-from gemq.calibration.texts import json_rows, text_parts
+from gemq.calibration.texts import json_rows, text_chunks
 from gemq.calibration.tokens import tokenize_pieces, tokenize_text
 from gemq.calibration.windows import eval_windows
 from gemq.errors import UserError
@@ -33,7 +33,7 @@ def _wrapped(tokenizer):
 
 
 def like_llama():
-    """No pre-tokenizer: merges go over words, and every text begins with a space of its own."""
+    """Without a pre-tokenizer, merges cross words. Every text gets a leading space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "</s>"])
@@ -51,7 +51,7 @@ def like_sentencepiece():
 
 
 def stripping():
-    """Takes spaces away at both ends of what it is given."""
+    """Strips white space at both ends of its input."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -86,7 +86,7 @@ def test_a_short_text_is_never_cut(monkeypatch):
 
 
 def test_memory_grows_by_the_tokens_alone(tmp_path, monkeypatch):
-    """Python's share of it; the tokenizer's own is bounded by the length of a piece."""
+    """Measures Python's memory. That of the tokenizer is bounded by the length of a piece."""
     monkeypatch.setattr(tokens, "PIECE", 1 << 15)
     path, tokenizer = tmp_path / "long.txt", builtin()
     peaks = []
@@ -106,10 +106,10 @@ def test_parts_are_the_text_with_unix_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("gemq.calibration.texts.READ_BYTES", 7)
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffcafé\r\nau lait\r\n\r\n日本\rx\r".encode())
-    assert "".join(text_parts(path)) == "café\nau lait\n\n日本\rx\r"
+    assert "".join(text_chunks(path)) == "café\nau lait\n\n日本\rx\r"
     path.write_bytes("cafés ".encode() * 3 + b"\xe9 ")
     with pytest.raises(UserError, match=r"is not UTF-8 \(byte 21\)"):
-        list(text_parts(path))
+        list(text_chunks(path))
 
 
 def test_windows_line_ends_change_no_window(tmp_path):
@@ -133,8 +133,8 @@ def test_rows_by_line_and_in_one_array(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ('[{"text": "a"}, {"text": ]', "row 2 is not JSON"),
-        ('[{"text": "a"} {"text": "b"}]', "not JSON behind row 1"),
-        ('[{"text": "a"}]\n[{"text": "b"}]', "goes on behind its array"),
+        ('[{"text": "a"} {"text": "b"}]', "not JSON after row 1"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "has text after its array"),
         ('[{"text": "a"},', "row 2 is not JSON"),
         ("[" * 100_000, "is not JSON .it is nested too deeply"),
         ('{"text": ' + "[" * 100_000, "line 1 is not JSON .it is nested too deeply"),
@@ -166,8 +166,8 @@ def test_a_pipe_is_read_once_and_gives_what_a_file_gives(tmp_path):
     pipe = piped(tmp_path, "63", TEXT.encode())
     check_sources([pipe], tokenizer, WINDOW)
     windows = calibration_windows(Streams([pipe], tokenizer, WINDOW, 8), seed=0)
-    of_file = calibration_windows(Streams([str(tmp_path / "a.txt")], tokenizer, WINDOW, 8), seed=0)
-    assert windows.tokens.tolist() == of_file.tokens.tolist()
+    file_windows = calibration_windows(Streams([str(tmp_path / "a.txt")], tokenizer, WINDOW, 8), seed=0)
+    assert windows.tokens.tolist() == file_windows.tokens.tolist()
     assert windows.names == ("pipe",)
     assert source_digest(pipe).split()[1] == source_digest(str(tmp_path / "a.txt")).split()[1]
     assert source_digest(pipe).split()[0] == "pipe"
@@ -183,4 +183,4 @@ def test_rows_come_through_a_pipe_too(tmp_path):
 
 def test_devices_are_refused():
     with pytest.raises(UserError, match="/dev/zero is neither a file nor a pipe"):
-        list(text_parts(Path("/dev/zero")))
+        list(text_chunks(Path("/dev/zero")))

@@ -12,7 +12,7 @@ import gemq
 from conformance import save_tokenizer
 from families import tiny
 from gemq.assets import builtin_model
-from gemq.calibration.rows import RowReader, Rows, texts_of
+from gemq.calibration.rows import RowReader, Rows, row_texts
 from gemq.calibration.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
 from gemq.calibration.windows import eval_windows
 from gemq.cli.report import print_result
@@ -34,7 +34,7 @@ def tokenizer():
 def read(tokenizer, *values, column=None):
     rows = Rows()
     reader = RowReader(tokenizer, column)
-    return list(texts_of(iter([(f"row {i}", v) for i, v in enumerate(values)]), reader, rows, "the source")), rows
+    return list(row_texts(iter([(f"row {i}", v) for i, v in enumerate(values)]), reader, rows, "the source")), rows
 
 
 QUESTION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -91,7 +91,7 @@ def test_conversations_go_through_the_chat_template(tokenizer):
         assert texts == [said]
         assert not rows.untemplated
     texts, rows = read(tokenizer, {"text": "Words."}, {"system": "Be brief.", "prompt": "Why?", "response": "So."})
-    assert texts == ["Words.", "Be brief.\n\nWhy?\n\nSo."]  # which the template refuses: counted
+    assert texts == ["Words.", "Be brief.\n\nWhy?\n\nSo."]  # the template refuses the second one, which is counted
     assert rows.untemplated == 1
 
 
@@ -136,10 +136,10 @@ def test_rows_with_nothing_in_them_are_left_out_and_counted(tokenizer):
 
 
 def test_a_data_set_without_text_and_end_is_given_up(tokenizer, monkeypatch):
-    monkeypatch.setattr("gemq.calibration.rows.MOST_EMPTY", 50)
+    monkeypatch.setattr("gemq.calibration.rows.MAX_EMPTY_ROWS", 50)
     endless = iter(lambda: ("row", {"text": ""}), None)
     with pytest.raises(UserError, match="has no text"):
-        list(texts_of(endless, RowReader(tokenizer), Rows(), "the source"))
+        list(row_texts(endless, RowReader(tokenizer), Rows(), "the source"))
 
 
 # Sources
@@ -157,24 +157,26 @@ def some_rows(count=60):
 def test_calibration_reports_columns_and_eval_reads_the_same(tokenizer, tmp_path):
     texts = some_rows()
     good = write(tmp_path / "good.jsonl", [{"text": text} for text in texts])
-    other = write(tmp_path / "other.NDJSON", [{"id": f"c-{i}", "body_text": t, "n": ""} for i, t in enumerate(texts)])
+    other_file = write(
+        tmp_path / "other.NDJSON", [{"id": f"c-{i}", "body_text": t, "n": ""} for i, t in enumerate(texts)]
+    )
     streams = Streams([good], tokenizer, WINDOW, 8)
     windows = calibration_windows(streams, seed=0)
     assert streams.rows()["good"].columns == {"text": 60}
-    named = Streams([other], tokenizer, WINDOW, 8, column="body_text")
+    named = Streams([other_file], tokenizer, WINDOW, 8, column="body_text")
     assert calibration_windows(named, seed=0).tokens.tolist() == windows.tokens.tolist()
     for refused in (
-        lambda: check_sources([other], tokenizer, WINDOW),
-        lambda: calibration_windows(Streams([other], tokenizer, WINDOW, 8), seed=0),
+        lambda: check_sources([other_file], tokenizer, WINDOW),
+        lambda: calibration_windows(Streams([other_file], tokenizer, WINDOW, 8), seed=0),
     ):
         with pytest.raises(UserError, match="--calib-column"):
             refused()
-    found: dict[str, Rows] = {}
-    first = eval_windows(tokenizer, [good], WINDOW, read=found)
-    assert found["good"].columns == {"text": 60}
-    assert set(map(tuple, windows.tokens.tolist())) <= set(map(tuple, first.tokens.tolist()))
+    stats_by_name: dict[str, Rows] = {}
+    all_windows = eval_windows(tokenizer, [good], WINDOW, read=stats_by_name)
+    assert stats_by_name["good"].columns == {"text": 60}
+    assert set(map(tuple, windows.tokens.tolist())) <= set(map(tuple, all_windows.tokens.tolist()))
     with pytest.raises(UserError, match="--text-column"):
-        eval_windows(tokenizer, [other], WINDOW)
+        eval_windows(tokenizer, [other_file], WINDOW)
 
 
 def test_one_row_scores_as_its_text(tokenizer, tmp_path):
@@ -236,14 +238,14 @@ def test_a_job_says_which_columns_it_used_and_what_it_left_out(tmp_path, capsys)
     calib = write(tmp_path / "chat.jsonl", [*rows, {"id": "c-x", "messages": []}])
     recipe = Recipe(effort="low", calib=(calib,), windows=4, window=WINDOW, guard=False)
     result = gemq.quantize(str(source), recipe, out=out, device="cpu")
-    told = {"columns": {"messages": 9}, "empty_rows": 1, "rows_without_template": 0}
-    assert result.calibration_rows == {"chat": told} == result.to_dict()["calibration_rows"]
+    printed = {"columns": {"messages": 9}, "empty_rows": 1, "rows_without_template": 0}
+    assert result.calibration_rows == {"chat": printed} == result.to_dict()["calibration_rows"]
     assert result.fallbacks["calibration_rows_empty"] == 1
     print_result(Console(width=200), result)
     said = capsys.readouterr().out
     assert "4 chat (column messages)" in said
     assert "1 rows of calibration sources have no text" in said
     again = gemq.quantize(str(source), recipe, out=out, device="cpu", resume=True)
-    assert again.calibration_rows == {"chat": told}
+    assert again.calibration_rows == {"chat": printed}
     with pytest.raises(UserError, match="calib_column"):
         gemq.quantize(str(source), recipe.replace(calib_column="id"), out=out, device="cpu", resume=True)

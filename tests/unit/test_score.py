@@ -82,8 +82,8 @@ def whole_model_gradients(model: Any, structure: Any, loss_of) -> dict[int, tupl
     embedded.remove()
     for w in watches.values():
         w.__exit__(None, None, None)
-    found = torch.autograd.grad(loss_of(logits), [c[0].output for c in calls.values()])
-    return {i: (calls[i][0], g.reshape(60, -1)) for i, g in zip(calls, found, strict=True)}
+    gradients = torch.autograd.grad(loss_of(logits), [c[0].output for c in calls.values()])
+    return {i: (calls[i][0], g.reshape(60, -1)) for i, g in zip(calls, gradients, strict=True)}
 
 
 def next_token_loss(logits: Tensor) -> Tensor:
@@ -112,12 +112,14 @@ def test_reverse_pass_equals_whole_model_autograd(family):
             if call is None or gradient is None:
                 continue
             seen.add(i)
-            theirs, wanted = expected[i]
-            assert torch.equal(call.top_k_index, theirs.top_k_index)
+            expected_call, expected_gradient = expected[i]
+            assert torch.equal(call.top_k_index, expected_call.top_k_index)
             assert not call.hidden.requires_grad
             assert not call.top_k_weights.requires_grad
             # the same kernels; only the order in which a sum's gradients are added may differ
-            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+            torch.testing.assert_close(
+                gradient, expected_gradient, rtol=1e-5, atol=1e-6 * expected_gradient.abs().max().item()
+            )
     assert seen == set(expected)
 
 
@@ -128,7 +130,7 @@ def test_costs_equal_the_definition(family, form, units):
     model = tiny(family)
     structure = find_structure(model)
     expected = whole_model_gradients(model, structure, next_token_loss)
-    found = scores_of(family, form, units=units)
+    scores = scores_of(family, form, units=units)
     for i, layer in structure.moe_layers:
         experts = layer.experts
         module = model.get_submodule(experts.path)
@@ -141,24 +143,24 @@ def test_costs_equal_the_definition(family, form, units):
             source = int(WINDOWS.source[t // 10])
             for slot, e in enumerate(call.top_k_index[t].tolist()):
                 counts[source, e] += 1
-                before = expert_output(module, exact, e, call.hidden[t])
+                exact_output = expert_output(module, exact, e, call.hidden[t])
                 for b, rung in enumerate(rungs):
                     changed = [rung] if units == 1 else [(rung[0], exact[1]), (exact[0], rung[1])]
                     for unit, pair in enumerate(changed):
-                        change = expert_output(module, pair, e, call.hidden[t]) - before
+                        change = expert_output(module, pair, e, call.hidden[t]) - exact_output
                         change = change * call.top_k_weights[t, slot].double()
                         product = gradient[t].double() * change
                         costs[source, e, unit, b] += product.sum() ** 2 if form == "token" else (product**2).sum()
-        assert torch.equal(found[i].tokens, counts)
+        assert torch.equal(scores[i].tokens, counts)
         # differences of float32 outputs, 2e-7 of outputs up to 50 times the differences, squared
-        torch.testing.assert_close(found[i].costs, costs.detach(), rtol=1e-3, atol=1e-5 * costs.max().item())
-        assert (found[i].costs[..., 0].sum() > found[i].costs[..., 1].sum()).all()
+        torch.testing.assert_close(scores[i].costs, costs.detach(), rtol=1e-3, atol=1e-5 * costs.max().item())
+        assert (scores[i].costs[..., 0].sum() > scores[i].costs[..., 1].sum()).all()
 
 
 def expert_output(module: Any, weights: Any, e: int, x: Tensor) -> Tensor:
     """One expert on one token in float64: [H]."""
-    first, down = (w[e].double() for w in weights)
-    y = first @ x.detach().double()
+    gate_up, down = (w[e].double() for w in weights)
+    y = gate_up @ x.detach().double()
     if module.has_bias:
         y = y + module.gate_up_proj_bias[e].double()
     h = module._apply_gate(y.unsqueeze(0))[0] if module.has_gate else module.act_fn(y)
@@ -168,10 +170,12 @@ def expert_output(module: Any, weights: Any, e: int, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FIVE)
 def test_scores_do_not_depend_on_micro_batches(family):
-    whole, small = scores_of(family, "token", 60), scores_of(family, "token", 10)
-    for i, scores in whole.items():
-        assert torch.equal(scores.tokens, small[i].tokens)
-        torch.testing.assert_close(scores.costs, small[i].costs, rtol=1e-3, atol=1e-5 * scores.costs.max().item())
+    single_batch, small_batches = scores_of(family, "token", 60), scores_of(family, "token", 10)
+    for i, scores in single_batch.items():
+        assert torch.equal(scores.tokens, small_batches[i].tokens)
+        torch.testing.assert_close(
+            scores.costs, small_batches[i].costs, rtol=1e-3, atol=1e-5 * scores.costs.max().item()
+        )
 
 
 def test_exact_weights_cost_nothing():
@@ -196,28 +200,28 @@ def test_sources_add_up():
     source = torch.tensor([0, 2, 2, 0])
     scores.add(routed, costs, source)
     scores.add(routed, costs, source)
-    found = Totals(*scores.total(SINGLE, 2))
+    totals = Totals(*scores.total(SINGLE, 2))
     for e in range(4):
         for s in range(3):
-            mine = (routed.expert == e) & (source[routed.token] == s)
-            assert found.tokens[s, e] == 2 * mine.sum()
-            torch.testing.assert_close(found.costs[s, e], 2 * costs[mine].sum(0))
-    torch.testing.assert_close(found.costs.sum((0, 1)), 2 * costs.sum(0))
-    assert not found.tokens[1].any()
+            is_pair = (routed.expert == e) & (source[routed.token] == s)
+            assert totals.tokens[s, e] == 2 * is_pair.sum()
+            torch.testing.assert_close(totals.costs[s, e], 2 * costs[is_pair].sum(0))
+    torch.testing.assert_close(totals.costs.sum((0, 1)), 2 * costs.sum(0))
+    assert not totals.tokens[1].any()
 
 
-def test_pairs_that_should_have_been_dropped_count_for_nobody():
-    """Where nothing waits for the device they are with the last expert, at a weight and so a cost of zero."""
+def test_dropped_pairs_count_for_no_expert():
+    """Routing without waiting for the device gives them to the last expert, with a weight and so a cost of zero."""
     index = torch.tensor([[0, 4], [1, 3], [5, 0], [3, 1]])
     source = torch.zeros(4, dtype=torch.int64)
-    found = []
+    totals = []
     for routing in (route, route_all):
         routed = routing(index, torch.ones(4, 2), 4)
         scores = LayerScores(1, 4, torch.device("cpu"))
         scores.add(routed, routed.weight.double().view(-1, 1, 1), source)
-        found.append(scores.total(SINGLE, 1))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert found[0][1].tolist() == [[2, 2, 0, 2]]
+        totals.append(scores.total(SINGLE, 1))
+    assert all(torch.equal(a, b) for a, b in zip(*totals, strict=True))
+    assert totals[0][1].tolist() == [[2, 2, 0, 2]]
 
 
 # Labels
@@ -226,13 +230,13 @@ def test_pairs_that_should_have_been_dropped_count_for_nobody():
 def test_sampled_labels_are_seeded_and_alone():
     replay, activations, _ = start("mixtral")
     torch.manual_seed(1)
-    one = loss_gradients(replay, activations, "sampled", 5)
+    gradients = loss_gradients(replay, activations, "sampled", 5)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again = loss_gradients(replay, activations, "sampled", 5)
+    same_seed = loss_gradients(replay, activations, "sampled", 5)
     assert torch.equal(state, torch.get_rng_state())
-    other = loss_gradients(replay, activations, "sampled", 6)
-    for a, b, c in zip(one, again, other, strict=True):
+    other_seed = loss_gradients(replay, activations, "sampled", 6)
+    for a, b, c in zip(gradients, same_seed, other_seed, strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
 
@@ -240,15 +244,15 @@ def test_sampled_labels_are_seeded_and_alone():
 @pytest.mark.parametrize("labels", ["data", "sampled"])
 def test_a_large_vocabularys_loss_goes_by_windows(labels, monkeypatch):
     replay, activations, _ = start("mixtral", 60)
-    whole = loss_gradients(replay, activations, labels, 5)
+    expected = loss_gradients(replay, activations, labels, 5)
     monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
     assert len(replay.windows_together(activations.ids[0])) == len(activations.ids[0]) > 1
-    for a, b in zip(whole, loss_gradients(replay, activations, labels, 5), strict=True):
+    for a, b in zip(expected, loss_gradients(replay, activations, labels, 5), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_data_labels_leave_the_last_token_alone():
-    """It has no next token: nothing behind it, so no gradient at it in a causal model."""
+    """It has no next token, so that a causal model has no gradient at it."""
     replay, activations, _ = start("olmoe")
     for gradient in loss_gradients(replay, activations, "data", 0):
         assert not gradient[:, -1].any()
@@ -291,8 +295,8 @@ def test_smoothing_keeps_what_it_should():
     assert torch.equal(smooth_usage(costs, torch.zeros(4, dtype=torch.int64), 2.0), costs)
 
 
-def test_what_has_no_fixed_order_is_computed_without():
-    """The mode is as before in any case; what else goes wrong is not hidden."""
+def test_operations_without_a_fixed_order_run_without_it():
+    """The mode is always restored, and other errors are raised."""
     order, modes = FixedOrder(torch.device("cuda")), []
 
     def compute(message: str = "") -> int:

@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.calibration.self_generation import Openings, Plan, evenly, generate_windows, sample, side_by_side
+from gemq.calibration.self_generation import Openings, Plan, even_batch_size, generate_windows, sample, side_by_side
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
@@ -83,54 +83,54 @@ def olmoe():
     return OlmoeForCausalLM(config).eval()
 
 
-def write(model, tokenizer, count=6, seed=0, window=WINDOW, **more):
+def write(model, tokenizer, count=6, seed=0, window=WINDOW, **options):
     """One plan, and its tokens."""
-    made = generate_windows(model, tokenizer, Plan(count, seed), window=window, **more)
-    return dataclasses.replace(made, tokens=made.tokens[0])
+    generated = generate_windows(model, tokenizer, Plan(count, seed), window=window, **options)
+    return dataclasses.replace(generated, tokens=generated.tokens[0])
 
 
 @pytest.mark.parametrize("bos", [BOS, None])
-def test_plans_written_together_are_those_written_alone(tokenizer, bos):
-    """In batches that windows of two plans share, whatever their size."""
+def test_plans_written_in_one_call_equal_those_written_separately(tokenizer, bos):
+    """Batches may contain windows of two plans."""
     model = fixed({4: 3, 5: 2, 6: 2, EOS: 1}, bos_token_id=bos, eos_token_id=EOS)
     plans = [Plan(5, 3), Plan(3, 8, Openings(torch.tensor([4, 5, 6, 7]), random=0.5)), Plan(0, 1)]
-    together = generate_windows(model, tokenizer, *plans, window=WINDOW, batch=4)
-    alone = [generate_windows(model, tokenizer, plan, window=WINDOW) for plan in plans]
-    assert [len(tokens) for tokens in together.tokens] == [5, 3, 0]
-    for tokens, one in zip(together.tokens, alone, strict=True):
-        assert torch.equal(tokens, one.tokens[0])
-    assert together.documents == sum(one.documents for one in alone)
+    one_call = generate_windows(model, tokenizer, *plans, window=WINDOW, batch=4)
+    separate_calls = [generate_windows(model, tokenizer, plan, window=WINDOW) for plan in plans]
+    assert [len(tokens) for tokens in one_call.tokens] == [5, 3, 0]
+    for tokens, separate in zip(one_call.tokens, separate_calls, strict=True):
+        assert torch.equal(tokens, separate.tokens[0])
+    assert one_call.documents == sum(separate.documents for separate in separate_calls)
 
 
 def test_shape_bos_and_masked_tokens(olmoe, tokenizer):
-    made = write(olmoe, tokenizer, count=40)
-    assert made.tokens.shape == (40, WINDOW)
-    assert made.tokens.dtype == torch.int64
-    assert (made.tokens[:, 0] == BOS).all()
-    assert made.tokens.max() < WORDS
-    assert PAD not in made.tokens
-    assert (made.chat_windows, made.chat_fallbacks) == (0, 0)
+    generated = write(olmoe, tokenizer, count=40)
+    assert generated.tokens.shape == (40, WINDOW)
+    assert generated.tokens.dtype == torch.int64
+    assert (generated.tokens[:, 0] == BOS).all()
+    assert generated.tokens.max() < WORDS
+    assert PAD not in generated.tokens
+    assert (generated.chat_windows, generated.chat_fallbacks) == (0, 0)
 
 
 def test_padding_rows_are_never_sampled_however_likely(tokenizer):
-    made = write(fixed({4: 1, 5: 1, PAD: 1e6, WORDS: 1e6, ROWS - 1: 1e6}, pad_token_id=PAD), tokenizer)
-    assert set(made.tokens[:, 1:].unique().tolist()) == {4, 5}
+    generated = write(fixed({4: 1, 5: 1, PAD: 1e6, WORDS: 1e6, ROWS - 1: 1e6}, pad_token_id=PAD), tokenizer)
+    assert set(generated.tokens[:, 1:].unique().tolist()) == {4, 5}
 
 
 def test_pad_that_ends_documents_is_sampled(tokenizer):
-    made = write(fixed({4: 1, PAD: 1}, bos_token_id=BOS, eos_token_id=PAD, pad_token_id=PAD), tokenizer)
-    assert PAD in made.tokens
+    generated = write(fixed({4: 1, PAD: 1}, bos_token_id=BOS, eos_token_id=PAD, pad_token_id=PAD), tokenizer)
+    assert PAD in generated.tokens
 
 
 def test_seed_decides_and_global_state_does_not(olmoe, tokenizer):
     torch.manual_seed(1)
-    first = write(olmoe, tokenizer, count=6, batch=4)
+    generated = write(olmoe, tokenizer, count=6, batch=4)
     torch.manual_seed(2)
-    again = write(olmoe, tokenizer, count=9, batch=3)
-    assert torch.equal(first.tokens[:3], again.tokens[:3])  # window i is fixed by (seed, i)
-    assert torch.equal(first.tokens, write(olmoe, tokenizer, count=6, batch=4).tokens)
-    assert not torch.equal(first.tokens[:2], first.tokens[4:])
-    assert not torch.equal(first.tokens, write(olmoe, tokenizer, count=6, batch=4, seed=1).tokens)
+    longer = write(olmoe, tokenizer, count=9, batch=3)
+    assert torch.equal(generated.tokens[:3], longer.tokens[:3])  # window i is fixed by (seed, i)
+    assert torch.equal(generated.tokens, write(olmoe, tokenizer, count=6, batch=4).tokens)
+    assert not torch.equal(generated.tokens[:2], generated.tokens[4:])
+    assert not torch.equal(generated.tokens, write(olmoe, tokenizer, count=6, batch=4, seed=1).tokens)
 
 
 def test_model_is_left_as_it_was(olmoe, tokenizer):
@@ -139,10 +139,10 @@ def test_model_is_left_as_it_was(olmoe, tokenizer):
     olmoe.generation_config.suppress_tokens = [4, 5, 6, 7]
     olmoe.train()
     try:
-        made = write(olmoe, tokenizer, count=20)
+        generated = write(olmoe, tokenizer, count=20)
         assert olmoe.training
         assert olmoe.config._experts_implementation == "eager"
-        assert {4, 5, 6, 7} <= set(made.tokens.unique().tolist())  # the generation config bends nothing
+        assert {4, 5, 6, 7} <= set(generated.tokens.unique().tolist())  # the generation config has no influence
     finally:
         olmoe.eval()
         olmoe.generation_config.forced_eos_token_id = olmoe.generation_config.suppress_tokens = None
@@ -153,11 +153,11 @@ def test_cached_steps_see_what_a_full_forward_sees(olmoe, tokenizer):
     steps = []
     hook = olmoe.lm_head.register_forward_hook(lambda module, args, out: steps.append(out[:, -1].clone()))
     try:
-        made = write(olmoe, tokenizer, count=3)
+        generated = write(olmoe, tokenizer, count=3)
     finally:
         hook.remove()
     with torch.no_grad():
-        full = olmoe(made.tokens).logits[:, :-1]
+        full = olmoe(generated.tokens).logits[:, :-1]
     torch.testing.assert_close(torch.stack(steps, dim=1), full, rtol=1e-4, atol=1e-4)
 
 
@@ -170,49 +170,49 @@ def test_static_steps_write_the_same_tokens(olmoe, tokenizer):
     assert steps.launched == 0
 
 
-def test_models_without_static_steps_write_all_the_same(tokenizer):
+def test_models_without_static_steps_write_the_same_windows(tokenizer):
     model = tiny("nemotron_h")  # its state is more than keys and values
-    made = write(model, tokenizer, count=3, batch=2, static=True)
-    assert torch.equal(made.tokens, write(model, tokenizer, count=3, batch=2).tokens)
-    assert made.launched == 3
+    generated = write(model, tokenizer, count=3, batch=2, static=True)
+    assert torch.equal(generated.tokens, write(model, tokenizer, count=3, batch=2).tokens)
+    assert generated.launched == 3
 
 
 def test_bos_follows_an_end_token(tokenizer):
-    # Both ends of the list count, and the tokenizer's own.
+    # end tokens of the list and of the tokenizer count
     ends = [EOS, 9]
-    made = write(fixed({4: 5, EOS: 1, 9: 1}, bos_token_id=BOS, eos_token_id=[9]), tokenizer)
-    before, after = made.tokens[:, :-1], made.tokens[:, 1:]
-    ended = torch.isin(before, torch.tensor(ends))
+    generated = write(fixed({4: 5, EOS: 1, 9: 1}, bos_token_id=BOS, eos_token_id=[9]), tokenizer)
+    previous, next_tokens = generated.tokens[:, :-1], generated.tokens[:, 1:]
+    ended = torch.isin(previous, torch.tensor(ends))
     assert ended.any()
-    assert torch.equal(after == BOS, ended)
-    assert made.documents == 6 + int(ended.sum())
+    assert torch.equal(next_tokens == BOS, ended)
+    assert generated.documents == 6 + int(ended.sum())
 
 
 def test_end_token_that_is_bos_is_the_next_beginning():
     tokenizer = make_tokenizer(bos_token="<eos>", eos_token="<eos>", pad_token="<pad>")
-    made = write(fixed({EOS: 1}, eos_token_id=EOS), tokenizer)
-    assert (made.tokens == EOS).all()  # nothing is put in after it
-    assert made.documents == 6 * (WINDOW - 1)  # one that ends a window begins nothing
+    generated = write(fixed({EOS: 1}, eos_token_id=EOS), tokenizer)
+    assert (generated.tokens == EOS).all()  # nothing is inserted after it
+    assert generated.documents == 6 * (WINDOW - 1)  # an end token at the end of a window begins no document
 
 
 def test_without_bos_documents_begin_with_a_random_plain_token():
     tokenizer = make_tokenizer(eos_token="<eos>", pad_token="<pad>")
-    made = write(fixed({EOS: 1}, eos_token_id=EOS), tokenizer, count=50)
-    assert (made.tokens[:, 1::2] == EOS).all()
-    starts = made.tokens[:, 0::2]
+    generated = write(fixed({EOS: 1}, eos_token_id=EOS), tokenizer, count=50)
+    assert (generated.tokens[:, 1::2] == EOS).all()
+    starts = generated.tokens[:, 0::2]
     assert set(starts.unique().tolist()) == set(range(WORDS)) - {EOS, PAD, TURN}
-    assert made.documents == 50 * WINDOW // 2
+    assert generated.documents == 50 * WINDOW // 2
     assert not torch.equal(starts, write(fixed({EOS: 1}), tokenizer, count=50, seed=1).tokens[:, 0::2])
 
 
 def test_every_second_window_opens_with_the_chat_template(tokenizer):
     tokenizer.chat_template = TEMPLATE
     model = fixed({10: 4, TURN: 1}, bos_token_id=BOS, eos_token_id=[EOS, TURN])
-    made = write(model, tokenizer, count=7, batch=3)
+    generated = write(model, tokenizer, count=7, batch=3)
     user, answer = (tokenizer.convert_tokens_to_ids(word) for word in ("user", "model"))
-    assert made.tokens[:, 0].tolist() == [BOS, user, BOS, user, BOS, user, BOS]
-    assert (made.chat_windows, made.chat_fallbacks) == (3, 0)
-    for row, tokens in enumerate(made.tokens.tolist()):
+    assert generated.tokens[:, 0].tolist() == [BOS, user, BOS, user, BOS, user, BOS]
+    assert (generated.chat_windows, generated.chat_fallbacks) == (3, 0)
+    for row, tokens in enumerate(generated.tokens.tolist()):
         turns = [i for i, token in enumerate(tokens[:-4]) if token == TURN]
         assert turns
         for number, i in enumerate(turns):
@@ -233,9 +233,9 @@ def test_every_second_window_opens_with_the_chat_template(tokenizer):
 )
 def test_unusable_chat_templates_are_counted(tokenizer, template):
     tokenizer.chat_template = template
-    made = write(fixed({4: 1}, bos_token_id=BOS), tokenizer, count=5)
-    assert (made.tokens[:, 0] == BOS).all()
-    assert (made.chat_windows, made.chat_fallbacks) == (0, 2)
+    generated = write(fixed({4: 1}, bos_token_id=BOS), tokenizer, count=5)
+    assert (generated.tokens[:, 0] == BOS).all()
+    assert (generated.chat_windows, generated.chat_fallbacks) == (0, 2)
 
 
 def test_model_without_cache_is_refused(tokenizer):
@@ -246,12 +246,12 @@ def test_model_without_cache_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("room", "expected"),
+    ("max_size", "expected"),
     [(-3, 29), (0, 29), (29, 29), (31, 31), (42, 42), (72, 72), (1000, 72)],
 )
-def test_a_gpu_with_room_writes_more_windows_side_by_side(room, expected):
-    """144 of them: 29 at a time, or as many as there is room for, but two batches at least."""
-    assert side_by_side(144, 29, room) == expected
+def test_batches_grow_with_the_memory_of_a_gpu(max_size, expected):
+    """144 windows: batches of at least 29, as large as memory allows, but at least two batches."""
+    assert side_by_side(144, 29, max_size) == expected
 
 
 def test_few_windows_stay_in_one_batch():
@@ -260,21 +260,21 @@ def test_few_windows_stay_in_one_batch():
 
 
 def test_batches_are_even():
-    assert [evenly(144, most) for most in (29, 64, 72, 1000)] == [29, 48, 72, 144]
-    assert [evenly(count, 4) for count in (0, 1, 5, 9)] == [1, 1, 3, 3]
+    assert [even_batch_size(144, max_size) for max_size in (29, 64, 72, 1000)] == [29, 48, 72, 144]
+    assert [even_batch_size(count, 4) for count in (0, 1, 5, 9)] == [1, 1, 3, 3]
 
 
 def test_progress_counts_tokens(tokenizer):
     seen = []
-    write(fixed({4: 1}), tokenizer, count=3, batch=2, progress=lambda *at: seen.append(at))
+    write(fixed({4: 1}), tokenizer, count=3, batch=2, progress=lambda *progress: seen.append(progress))
     assert seen[-1] == (3 * WINDOW, 3 * WINDOW)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_sampling_follows_the_distribution(tokenizer):
     weights = {4: 0.5, 5: 0.3, 6: 0.15, 7: 0.04, 8: 0.01}
-    made = write(fixed(weights), tokenizer, count=200, window=201)
-    drawn = made.tokens[:, 1:]
+    generated = write(fixed(weights), tokenizer, count=200, window=201)
+    drawn = generated.tokens[:, 1:]
     total = drawn.numel()
     chi_square = sum(
         (int((drawn == token).sum()) - total * weight) ** 2 / (total * weight) for token, weight in weights.items()

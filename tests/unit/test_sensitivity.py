@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from families import tiny, tokens
 from gemq.allocation.scores import rescaled
-from gemq.allocation.sensitivity import TOKENS, measured_tokens, measured_windows
+from gemq.allocation.sensitivity import MAX_TOKENS, measured_tokens, measured_windows
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.layers.training import expert_overrides
@@ -32,29 +32,29 @@ def test_layer_kl_is_that_of_the_whole_model_with_one_layer_changed(family):
         exact = [expert_weight(module, m.name) for m in layer.experts.matrices]
         rungs[i] = [tuple(w * factor for w in exact) for factor in (0.5, 1.0)]
     start = Activations.start(replay, WINDOWS, 20, 0)
-    found = layer_kl(replay, start, rungs.__getitem__, lambda: None)
-    assert list(found) == [i for i, _ in structure.moe_layers]  # dense layers have no experts to change
+    kl_by_layer = layer_kl(replay, start, rungs.__getitem__, lambda: None)
+    assert list(kl_by_layer) == [i for i, _ in structure.moe_layers]  # dense layers have no experts to change
 
     with torch.no_grad():
         expected = model(WINDOWS.tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
         for i, layer in structure.moe_layers:
             changed = expert_overrides(model, layer.experts, rungs[i][0])
-            before = {name: model.get_parameter(name).clone() for name in changed}
+            exact_weights = {name: model.get_parameter(name).clone() for name in changed}
             for name, weight in changed.items():
                 model.get_parameter(name).copy_(weight)
             logits = model(WINDOWS.tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
-            for name, weight in before.items():
+            for name, weight in exact_weights.items():
                 model.get_parameter(name).copy_(weight)
             kl = F.kl_div(logits, expected, log_target=True, reduction="none").sum(-1).mean(-1)
-            torch.testing.assert_close(found[i][0].float(), kl, rtol=1e-3, atol=1e-7)
-            assert found[i][1].abs().max() < 1e-6  # the exact weights cost nothing
+            torch.testing.assert_close(kl_by_layer[i][0].float(), kl, rtol=1e-3, atol=1e-7)
+            assert kl_by_layer[i][1].abs().max() < 1e-6  # the exact weights cost nothing
 
 
 def test_windows_are_the_same_share_of_every_source():
     assert measured_windows(WINDOWS, 60).counts() == {"a": 2, "b": 2, "c": 1}
     assert measured_windows(WINDOWS, 1).counts() == {"a": 1, "b": 1, "c": 1}
     assert measured_tokens(1000) == 250
-    assert measured_tokens(100 * TOKENS) == TOKENS
+    assert measured_tokens(100 * MAX_TOKENS) == MAX_TOKENS
 
 
 def test_rescaled_costs_sum_to_what_was_measured():

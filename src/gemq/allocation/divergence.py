@@ -1,4 +1,4 @@
-"""How far one prediction is from another. Knows no files.
+"""KL divergence between the predictions of two models. Must not import files.
 
 Shapes: V vocabulary, N windows, B windows in a micro-batch, S tokens, H hidden size.
 """
@@ -15,12 +15,13 @@ from gemq.models.replay import Replay
 from gemq.runtime.activation_store import Batches
 
 ROWS = 1024
-"""Positions whose logits are compared at once: bounds the memory that a large vocabulary takes."""
+"""Positions whose logits are compared in one step: bounds the memory for a large vocabulary."""
 
 
 def chunks(positions: int) -> Iterator[slice]:
-    """The slices in which ``positions`` positions are compared."""
-    return (slice(start, min(start + ROWS, positions)) for start in range(0, positions, ROWS))
+    """Yields slices of ``ROWS`` positions, out of ``positions``."""
+    for start in range(0, positions, ROWS):
+        yield slice(start, min(start + ROWS, positions))
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -30,29 +31,38 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @torch.no_grad()
 def windows_kl(replay: Replay, start: Activations, exact: Batches, states: Sequence[Batches]) -> list[Tensor]:
-    """Each state's KL(full precision || state) per token of each window, in nats: float64 [N], in their stored order.
+    """The mean KL(full precision || model) per token of each window, in nats, for several models.
 
-    start:  the windows in front of the first layer
-    exact:  what the last layer gives in full precision; [B, S, H] a micro-batch
-    states: what it gives in other models. The tail is the model's own for all of them
-    As in ``evaluate``, what would predict the token behind the window does not count.
+    All models have the tail of the full-precision model. As in ``evaluate``, the prediction at the last position of a
+    window does not count.
+
+    Args:
+        replay: the full-precision model.
+        start: the windows before the first layer.
+        exact: outputs of the last layer in full precision, [B, S, H] per micro-batch.
+        states: the same for each model to compare.
+
+    Returns:
+        float64 [N] for each model, in the stored order of the windows.
     """
-    found: list[Tensor] = []
+    local_kl: list[Tensor] = []
     for batch, ids in enumerate(start.ids):
         kl = torch.zeros(len(states), len(ids), dtype=torch.float64, device=replay.device)
-        for part in replay.windows_together(ids):
-            expected = replay.logits(ids[part], exact[batch][part])[:, :-1].float().log_softmax(-1)
-            for i, state in enumerate(states):  # one of them on the device at a time
-                kl[i, part] = _of_windows(expected, replay.logits(ids[part], state[batch][part]))
-        found.append(kl / (ids.shape[1] - 1))
-    every = torch.cat(list(replay.ranks.gather_micro_batches(found, start.total)), 1).cpu()
-    return list(torch.empty(len(states), len(start.order), dtype=torch.float64).index_copy_(1, start.order, every))
+        for windows in replay.windows_together(ids):
+            log_p = replay.logits(ids[windows], exact[batch][windows])[:, :-1].float().log_softmax(-1)
+            for index, state in enumerate(states):  # one model's logits on the device at a time
+                kl[index, windows] = _kl_by_window(log_p, replay.logits(ids[windows], state[batch][windows]))
+        local_kl.append(kl / (ids.shape[1] - 1))
+    in_batch_order = torch.cat(list(replay.ranks.gather_micro_batches(local_kl, start.total)), 1).cpu()
+    result = torch.empty(len(states), len(start.order), dtype=torch.float64)
+    return list(result.index_copy_(1, start.order, in_batch_order))
 
 
-def _of_windows(log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL of each window, summed over positions: float64 [B], from [B, S - 1, V] and [B, S, V]."""
-    found = torch.zeros(len(log_p), dtype=torch.float64, device=log_p.device)
-    for row, (p, q) in enumerate(zip(log_p, logits, strict=True)):
-        for some in chunks(len(p)):
-            found[row] += divergence(p[some], q[some].float().log_softmax(-1))
-    return found
+def _kl_by_window(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL of each window, summed over positions: float64 [B], from log_p [B, S - 1, V] and logits [B, S, V]."""
+    kl = torch.zeros(len(log_p), dtype=torch.float64, device=log_p.device)
+    for window in range(len(log_p)):
+        for positions in chunks(log_p.shape[1]):
+            log_q = logits[window, positions].float().log_softmax(-1)
+            kl[window] += divergence(log_p[window, positions], log_q)
+    return kl

@@ -1,26 +1,27 @@
-"""The guard: is the allocation better than uniform widths of the same budget, on windows that chose nothing?
+"""The guard: is an allocation better than uniform widths of the same budget, on windows that it was not chosen on?
 
-Scores promise more than they keep, above all on text unlike the calibration's. So the allocation and uniform, both
-assembled from the ladder, are compared by their KL to the full-precision model: on windows that calibration left of
-each source, and on fresh ones that the model writes. And since users' texts are none of the sources, each source is
-left out in turn: scores without it allocate again, and its windows judge that. An allocation that fails either way
-moves towards its layers' means (``soften``) until it passes; uniform itself is what remains. Knows nothing of refining
-or of checkpoints.
+Scores promise more than they keep, above all on text unlike the calibration's. So the allocation and uniform widths,
+both assembled from the candidates, are compared by their KL to the full-precision model. The windows are held-out ones
+of each source and new ones that the model writes. Since users' texts are none of the sources, each source is also left
+out in turn: scores without it allocate again, and its windows judge the result. An allocation that fails either test
+moves towards its layers' mean costs (``soften``) until it passes. If none passes, uniform widths are used.
 
-Shapes: N windows, B windows in a micro-batch, S tokens, H hidden size, E experts, W widths.
+Must not deal with reconstruction or checkpoints.
+
+Shapes: N windows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import stdtr
 
-from gemq.allocation.knapsack import Floats, Ints, take
+from gemq.allocation.knapsack import Floats, Ints, select
 from gemq.allocation.problem import Allocation, Problem
 
 PER_SOURCE = 8
@@ -28,134 +29,170 @@ PER_SOURCE = 8
 OWN = 16
 """Windows that the model writes for the guard alone."""
 SEED = 1 << 20
-"""Added to the recipe's seed: the guard's windows are none of calibration's, which take the seed and the next."""
+"""Added to the recipe's seed: calibration's windows use that seed and the next one."""
 SOFTENING = (0.25, 0.5, 0.75, 1.0)
+"""Values of ``m`` in ``soften`` that are tried in order."""
 UNIFORM_SEEDS = 3
-"""Uniform between two widths depends on which experts get the wider one: the mean of so many draws is judged."""
-WORSE = 1.03
-"""A source may be worse than uniform by this factor before it counts, and then only if it is significant."""
-SIGNIFICANT = 0.05
+"""Draws of uniform widths between two widths, whose mean is judged: it depends on which experts get the wider one."""
+MAX_KL_RATIO = 1.03
+"""A source counts as worse than uniform above this ratio of their KLs, and only if the difference is significant."""
+SIGNIFICANCE_LEVEL = 0.05
 
 
 def judge(allocated: Floats, uniform: Floats, source: Ints, names: Sequence[str]) -> dict[str, Any]:
-    """Compares the KL [N] of an allocation with uniform's on the same windows. ``source`` [N] indexes ``names``.
+    """Compares the KL of an allocation with that of uniform widths on the same windows.
 
-    Fails when the mean over sources, each counted once, is above uniform's, or when a source is worse by more than
-    3 % with p < 0.05. ``p`` is that of a paired one-sided t test over windows: the chance of a difference at least
-    as large if the allocation were no worse there. A tie passes: equal widths are equal models.
+    The allocation fails if its mean over sources, each counted once, is above uniform's, or if a source is worse by
+    more than 3 % with p < 0.05. ``p`` is that of a paired one-sided t test over windows: the probability of a
+    difference at least as large if the allocation were no worse there. A tie passes, since equal widths are equal
+    models.
+
+    Args:
+        allocated: KL [N] of the allocation.
+        uniform: KL [N] of uniform widths.
+        source: [N], indices into ``names``.
+        names: of the sources. Those without windows do not count.
     """
-    sources = {}
-    for i, name in enumerate(names):
-        own, other = allocated[source == i], uniform[source == i]
-        if len(own):
-            kl, uniform_kl = float(own.mean()), float(other.mean())
-            p = paired_p(own - other)
-            worse = kl > WORSE * uniform_kl and p < SIGNIFICANT
-            sources[name] = {"windows": len(own), "kl": kl, "uniform_kl": uniform_kl, "p": p, "worse": worse}
-            sources[name]["difference"] = kl - uniform_kl
-    mean, uniform_mean = (sum(s[key] for s in sources.values()) / len(sources) for key in ("kl", "uniform_kl"))
-    passed = mean <= uniform_mean and not any(s["worse"] for s in sources.values())
+    sources: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(names):
+        window_kl, uniform_window_kl = allocated[source == index], uniform[source == index]
+        if not len(window_kl):
+            continue
+        kl, uniform_kl = float(window_kl.mean()), float(uniform_window_kl.mean())
+        p = paired_p(window_kl - uniform_window_kl)
+        sources[name] = {
+            "windows": len(window_kl),
+            "kl": kl,
+            "uniform_kl": uniform_kl,
+            "p": p,
+            "worse": kl > MAX_KL_RATIO * uniform_kl and p < SIGNIFICANCE_LEVEL,
+            "difference": kl - uniform_kl,
+        }
+    mean = sum(figures["kl"] for figures in sources.values()) / len(sources)
+    uniform_mean = sum(figures["uniform_kl"] for figures in sources.values()) / len(sources)
+    passed = mean <= uniform_mean and not any(figures["worse"] for figures in sources.values())
     return {"passed": passed, "kl": mean, "uniform_kl": uniform_mean, "sources": sources}
 
 
 def paired_p(differences: Floats) -> float:
-    """One-sided p of Student's t that the mean of ``differences`` [n] is above zero; 1 where nothing can be said."""
+    """One-sided p of Student's t test that the mean of ``differences`` [n] is above zero. 1 if n is below 2."""
     n = len(differences)
     if n < 2:
         return 1.0
-    error = differences.std(ddof=1) / math.sqrt(n)
-    if error == 0:
+    standard_error = differences.std(ddof=1) / math.sqrt(n)
+    if standard_error == 0:
         return 0.0 if differences[0] > 0 else 1.0
-    return float(stdtr(n - 1, -differences.mean() / error))
+    return float(stdtr(n - 1, -differences.mean() / standard_error))
 
 
 def soften(problem: Problem, m: float) -> Problem:
-    """Costs moved towards their layer's mean at each width: ``c' = (1 - m) c + m mean``. At 1, experts are alike.
+    """Moves costs towards their layer's mean at each width: ``c' = (1 - m) c + m mean``. At 1, all experts are equal.
 
-    Each of an expert's matrices has a mean of its own.
+    Each matrix of an expert has its own mean.
     """
     costs = problem.costs.copy()
+    num_widths = costs.shape[1]
     for rows in problem.by_layer:
         if rows.stop > rows.start:
-            of_layer = costs[rows].reshape(-1, problem.units, costs.shape[1])
-            costs[rows] = ((1 - m) * of_layer + m * of_layer.mean(axis=0)).reshape(-1, costs.shape[1])
+            layer_costs = costs[rows].reshape(-1, problem.units, num_widths)
+            softened = (1 - m) * layer_costs + m * layer_costs.mean(axis=0)
+            costs[rows] = softened.reshape(-1, num_widths)
     return dataclasses.replace(problem, costs=costs)
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """The verdict in one sentence, for the summary."""
+    """The verdict of ``decide`` in one sentence, for the summary."""
     if "skipped" in verdict:
         return f"not run ({verdict['skipped']})"
-    windows = sum(s["windows"] for s in verdict["sources"].values())
-    figures = f"KL {verdict['kl']:.3g} against uniform's {verdict['uniform_kl']:.3g} on {windows} held-out windows"
-    failed = "; ".join(
-        f"{'as scored' if t['m'] == 0 else format(t['m'], '.0%')}: {_why(t)}"
-        for t in verdict["tried"]
-        if not t["passed"]
-    )
+    windows = sum(figures["windows"] for figures in verdict["sources"].values())
+    failures = "; ".join(_describe_failure(trial) for trial in verdict["tried"] if not trial["passed"])
     if verdict["m"] is None:
-        return f"uniform widths written, since no allocation was better on {windows} held-out windows ({failed})"
-    if failed:
-        same = ", which is uniform" if verdict["is_uniform"] else ""
-        return (
-            f"{figures}: kept, with scores drawn {verdict['m']:.0%} towards their layer's mean{same}, since with less "
-            f"it was worse than uniform ({failed})"
-        )
-    return f"{figures}: kept"
+        return f"uniform widths written, since no allocation was better on {windows} held-out windows ({failures})"
+    figures = f"KL {verdict['kl']:.3g} against uniform's {verdict['uniform_kl']:.3g} on {windows} held-out windows"
+    if not failures:
+        return f"{figures}: kept"
+    uniform = ", which is uniform" if verdict["is_uniform"] else ""
+    return (
+        f"{figures}: kept, with scores drawn {verdict['m']:.0%} towards their layer's mean{uniform}, since with less "
+        f"it was worse than uniform ({failures})"
+    )
 
 
-def _why(judged: dict[str, Any]) -> str:
-    """``mean +2.1 %, prose +5.0 %``: what made it fail."""
-    if "left_out" in judged:
-        return f"with each source left out in turn, {_why(judged['left_out'])}"
-    reasons = [("mean", judged)] if judged["kl"] > judged["uniform_kl"] else []
-    reasons += [(name, s) for name, s in judged["sources"].items() if s["worse"]]
-    return ", ".join(f"{name} {x['kl'] / x['uniform_kl'] - 1:+.1%}".replace("%", " %") for name, x in reasons)
+def _describe_failure(trial: dict[str, Any]) -> str:
+    """How far a failed trial was softened, and why it failed."""
+    softening = "as scored" if trial["m"] == 0 else format(trial["m"], ".0%")
+    return f"{softening}: {_reason(trial)}"
+
+
+def _reason(judgement: dict[str, Any]) -> str:
+    """Why a judgement failed, such as ``mean +2.1 %, prose +5.0 %``."""
+    if "left_out" in judgement:
+        return f"with each source left out in turn, {_reason(judgement['left_out'])}"
+    reasons = []
+    if judgement["kl"] > judgement["uniform_kl"]:
+        reasons.append(("mean", judgement))
+    for name, figures in judgement["sources"].items():
+        if figures["worse"]:
+            reasons.append((name, figures))
+    texts = [f"{name} {figures['kl'] / figures['uniform_kl'] - 1:+.1%}" for name, figures in reasons]
+    return ", ".join(texts).replace("%", " %")
 
 
 def decide(
     problem: Problem,
-    chosen: Allocation,
+    allocation: Allocation,
     uniform: Sequence[Allocation],
     solve: Callable[[Problem], Allocation],
     measure: Callable[[Sequence[Allocation], int | None], list[Floats]],
     source: Ints,
     names: Sequence[str],
-    without: dict[int, Problem] | None = None,
+    problems_without: Mapping[int, Problem] | None = None,
 ) -> tuple[Allocation, dict[str, Any]]:
-    """The first allocation that passes, from ``chosen`` on through softer ones, else ``uniform[0]``; and the verdict.
+    """Judges ``allocation``, and softer ones until one passes.
 
-    solve:   another allocation at the same budget from softened costs
-    measure: the KL [N] of several allocations, on all windows or on those of one source, by its index
-    source:  [N] int64, indexes ``names``
-    without: the problem with scores of all sources but one, by that one; none: leaving out is skipped
+    Args:
+        problem: the costs that the allocation was chosen by.
+        allocation: the allocation to judge.
+        uniform: draws of uniform widths at the same budget.
+        solve: allocates at that budget by other costs.
+        measure: the KL [N] of several allocations, on all windows or on those of one source, by its index.
+        source: [N] int64, indices into ``names``.
+        names: of the sources.
+        problems_without: by index of a source, the problem with the scores of all other sources. None: no source is
+            left out in turn.
+
+    Returns:
+        The first allocation that passes, or else ``uniform[0]``, and the verdict.
     """
-    without = without or {}
+    problems_without = problems_without or {}
 
-    def unseen(own: Floats, m: float) -> Floats:
-        """The KL [N] with every left-out source's windows under the allocation that did not know it."""
-        kl = own.copy()
-        for s, p in without.items():
-            (kl[source == s],) = measure([solve(soften(p, m))], s)
+    def left_out_kl(kl: Floats, m: float) -> Floats:
+        """The KL [N], in which the windows of each left-out source are judged by the allocation without it."""
+        kl = kl.copy()
+        for index, problem_without in problems_without.items():
+            (kl[source == index],) = measure([solve(soften(problem_without, m))], index)
         return kl
 
-    own, *others = measure([chosen, *uniform], None)
-    baseline = np.mean(others, axis=0)
+    kl, *uniform_kls = measure([allocation, *uniform], None)
+    baseline = np.mean(uniform_kls, axis=0)
     verdict: dict[str, Any] = {"uniform_draws": len(uniform), "tried": []}
     for m in (0.0, *SOFTENING):
         if m:
-            chosen = solve(soften(problem, m))
-            choice = np.array([problem.widths.index(w) for w in chosen.widths])
-            # what the unsoftened scores predict, so that predictions compare
-            chosen = dataclasses.replace(chosen, predicted_cost=float(take(problem.costs, choice).sum()))
-            (own,) = measure([chosen], None)
-        judged = {"m": m, **judge(own, baseline, source, names)}
-        if without and judged["passed"]:
-            judged["left_out"] = judge(unseen(own, m), baseline, source, names)
-            judged["passed"] = judged["left_out"]["passed"]
-        verdict["tried"].append(judged)
-        if judged["passed"]:
-            verdict["is_uniform"] = any(chosen.widths == u.widths for u in uniform)
-            return chosen, {**judged, **verdict}
-    written = judge(others[0], baseline, source, names)
-    return uniform[0], {**written, "m": None, "passed": False, "is_uniform": True, **verdict}
+            allocation = _with_unsoftened_cost(solve(soften(problem, m)), problem)
+            (kl,) = measure([allocation], None)
+        trial = {"m": m, **judge(kl, baseline, source, names)}
+        if problems_without and trial["passed"]:
+            trial["left_out"] = judge(left_out_kl(kl, m), baseline, source, names)
+            trial["passed"] = trial["left_out"]["passed"]
+        verdict["tried"].append(trial)
+        if trial["passed"]:
+            verdict["is_uniform"] = any(allocation.widths == draw.widths for draw in uniform)
+            return allocation, {**trial, **verdict}
+    fallback = judge(uniform_kls[0], baseline, source, names)
+    return uniform[0], {**fallback, "m": None, "passed": False, "is_uniform": True, **verdict}
+
+
+def _with_unsoftened_cost(allocation: Allocation, problem: Problem) -> Allocation:
+    """The allocation with the cost that ``problem`` predicts for it, so that predictions can be compared."""
+    choice = np.array([problem.widths.index(width) for width in allocation.widths])
+    return dataclasses.replace(allocation, predicted_cost=float(select(problem.costs, choice).sum()))

@@ -1,11 +1,14 @@
-"""The multiple-choice knapsack behind the allocation: one choice per row within a limit, at the least cost.
+"""The multiple-choice knapsack problem of the allocation: one choice per row within a limit, at the least cost.
 
-A price on the limit nearly solves it and proves a bound, which rules out most choices; HiGHS gets the rest, and only
-when the bound is not within the gap yet. It sees numbers in units of the decision that is left, so that costs from
-1e-12 to 1e6 in one problem do not meet its absolute tolerances. HiGHS alone took 37 s for 60 layers x 384 experts and
-five widths; this takes 0.2 s.
+A Lagrangian price on the limit nearly solves it. It also proves a bound, which rules out most choices. HiGHS solves
+what is left, and only if the bound is not within the requested gap. It gets numbers relative to what is left to decide,
+since its absolute tolerances do not suit costs from 1e-12 to 1e6 in one problem. HiGHS alone took 37 s for 60 layers of
+384 experts and five widths, this takes 0.2 s.
 
-Arrays only: knows nothing of experts or bits. Shapes: N rows, W choices a row; a *choice* is int64 [N].
+Works on arrays. Must not deal with experts or bits.
+
+Shapes: N rows, W choices per row. A *choice* is int64 [N]. The *layer rule* is a list of slices of rows, in each of
+which one row must take the last choice and another row the last but one.
 """
 
 from __future__ import annotations
@@ -15,150 +18,232 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-BISECTIONS = 60  # of a price over 40 decades: to one part in 1e16
-NODES = 50  # of HiGHS's tree: the root is enough unless experts are identical, whose symmetry takes minutes
-ROUNDING = 1e-12  # a relative gap below this is float64 noise
+
+BISECTIONS = 60
+"""Steps of the search for a price over 40 decades, to one part in 1e16."""
+MAX_NODES = 50
+"""Limit for HiGHS's tree. The root suffices unless experts are identical, whose symmetry takes minutes."""
+MIN_GAP = 1e-12
+"""A smaller relative gap is float64 noise."""
 
 
-def take(table: NDArray[Any], choice: Ints) -> NDArray[Any]:
-    """[N]: the entry of each row of ``table`` [N, W] that ``choice`` names."""
+def select(table: NDArray[Any], choice: Ints) -> NDArray[Any]:
+    """[N]: the chosen entry of each row of ``table`` [N, W]."""
     return np.take_along_axis(table, choice[:, None], axis=1)[:, 0]
 
 
 def cheapest(values: NDArray[Any], rule: list[slice]) -> Ints:
-    """The choice with the smallest sum of ``values`` [N, W], the widest among equals, under the layer rule.
+    """The choice with the smallest sum of ``values`` [N, W] under the layer rule. Among equals the last one.
 
-    Exact: some pair of a layer's experts must be at the two highest widths, so the best pair decides.
+    Exact: in each layer the cheapest pair of rows takes the last two choices, all other rows decide on their own.
     """
-    high = values.shape[1] - 1
-    choice = high - np.argmin(values[:, ::-1], axis=1)
+    highest = values.shape[1] - 1
+    choice = highest - np.argmin(values[:, ::-1], axis=1)
     regret = values - values.min(axis=1, keepdims=True)
     for rows in rule:
-        at_high, at_next = regret[rows, high], regret[rows, high - 1]
-        candidates = itertools.product(at_high.argsort(kind="stable")[:2], at_next.argsort(kind="stable")[:2])
-        i, j = min((p for p in candidates if p[0] != p[1]), key=lambda p: at_high[p[0]] + at_next[p[1]])
-        choice[rows.start + i], choice[rows.start + j] = high, high - 1
+        i, j = _cheapest_pair(regret[rows, highest], regret[rows, highest - 1])
+        choice[rows.start + i] = highest
+        choice[rows.start + j] = highest - 1
     return choice
 
 
+def _cheapest_pair(a: NDArray[Any], b: NDArray[Any]) -> tuple[int, int]:
+    """Different indices i and j with the smallest ``a[i] + b[j]``."""
+    # the two smallest of each suffice, since at most one of them can clash
+    pairs = itertools.product(a.argsort(kind="stable")[:2], b.argsort(kind="stable")[:2])
+    return min((pair for pair in pairs if pair[0] != pair[1]), key=lambda pair: a[pair[0]] + b[pair[1]])
+
+
 class Relaxed(NamedTuple):
-    choice: Ints  # within the limit and the rule
-    excess: float  # the most that it can cost above the optimum
-    regret: Floats  # [N, W] what taking this width adds, at least, to the lower bound of all costs
+    """Result of the Lagrangian relaxation.
+
+    choice: within the limit and the layer rule
+    excess: upper bound for its cost above the optimum
+    regret: [N, W] what each choice of a row adds at least to the lower bound of the total cost
+    """
+
+    choice: Ints
+    excess: float
+    regret: Floats
 
 
 def relax(costs: Floats, amounts: Ints, limit: int, rule: list[slice]) -> Relaxed:
-    """Lagrangian relaxation: at a price on amounts, each expert (with the rule, each layer) decides alone."""
+    """Lagrangian relaxation: at a price on amounts, each row, or each layer with the layer rule, decides on its own.
+
+    Args:
+        costs: [N, W]
+        amounts: [N, W], whose chosen sum must not exceed the limit.
+        limit: upper bound for that sum.
+        rule: the layer rule.
+    """
     price = 0.0
     base = cheapest(costs, rule)
-    if take(amounts, base).sum() > limit:
-        price = 8 * (float(np.ptp(costs)) or 1.0)  # amounts are integers: at this price the smallest win
-        low = price * 1e-40
-        for _ in range(BISECTIONS):
-            middle = math.sqrt(low * price)
-            fits = take(amounts, cheapest(costs + middle * amounts, rule)).sum() <= limit
-            low, price = (low, middle) if fits else (middle, price)
+    if select(amounts, base).sum() > limit:
+        price = _find_price(costs, amounts, limit, rule)
         base = cheapest(costs + price * amounts, rule)
     values = costs + price * amounts
     choice = _fill(base, costs, amounts, limit, values, rule)
-    # A sum of differences, not a difference of sums: right even beside experts that cost 1e18 times as much.
-    above = float((take(values, choice) - take(values, base)).sum())
-    excess = above + price * (limit - int(take(amounts, choice).sum()))
+    # a sum of differences, which stays exact next to costs that are 1e18 times as large; a difference of sums does not
+    above_base = float((select(values, choice) - select(values, base)).sum())
+    excess = above_base + price * (limit - int(select(amounts, choice).sum()))
     regret = values - values.min(axis=1, keepdims=True)
-    for rows in rule:  # what the layer's pair costs is in the bound already
-        regret[rows] -= take(regret[rows], base[rows]).sum()
+    for rows in rule:  # the bound already contains the cost of the layer's pair
+        regret[rows] -= select(regret[rows], base[rows]).sum()
     return Relaxed(choice, max(excess, 0.0), regret)
 
 
+def _find_price(costs: Floats, amounts: Ints, limit: int, rule: list[slice]) -> float:
+    """The lowest price on amounts at which the cheapest choice is within the limit."""
+    price = 8 * (float(np.ptp(costs)) or 1.0)  # amounts are integers: at this price the smallest amounts win
+    low = price * 1e-40
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(low * price)
+        if select(amounts, cheapest(costs + middle * amounts, rule)).sum() <= limit:
+            price = middle
+        else:
+            low = middle
+    return price
+
+
 def _fill(base: Ints, costs: Floats, amounts: Ints, limit: int, values: Floats, rule: list[slice]) -> Ints:
-    """Spends what ``base`` leaves of the limit, best moves first. Also settles ties at the price."""
-    choice, high = base.copy(), costs.shape[1] - 1
-    rest = limit - int(take(amounts, base).sum())
-    steps = amounts - take(amounts, base)[:, None]
-    useful = (steps > 0) & (steps <= rest) & (costs <= take(costs, base)[:, None])
-    for rows, width in itertools.product(rule, (high, high - 1)):  # one expert at each of these stays
-        useful[rows.start + int(np.argmax(base[rows] == width))] = False
-    experts, widths = np.nonzero(useful)
-    order = np.argsort((values - take(values, base)[:, None])[useful], kind="stable")
-    smallest = steps[useful].min(initial=limit)
-    for i, w in zip(experts[order], widths[order], strict=True):
-        if rest < smallest:
+    """Spends what ``base`` leaves of the limit on the best moves. Also settles ties at the price.
+
+    Args:
+        base: a choice within the limit.
+        costs: [N, W]
+        amounts: [N, W]
+        limit: as in ``relax``.
+        values: [N, W] costs with the price of amounts.
+        rule: the layer rule.
+    """
+    choice, highest = base.copy(), costs.shape[1] - 1
+    unspent = limit - int(select(amounts, base).sum())
+    steps = amounts - select(amounts, base)[:, None]
+    is_useful = (steps > 0) & (steps <= unspent) & (costs <= select(costs, base)[:, None])
+    for rows, width in itertools.product(rule, (highest, highest - 1)):  # one row at each of these must stay
+        is_useful[rows.start + int(np.argmax(base[rows] == width))] = False
+    move_rows, move_widths = np.nonzero(is_useful)
+    order = np.argsort((values - select(values, base)[:, None])[is_useful], kind="stable")
+    smallest_step = steps[is_useful].min(initial=limit)
+    for i, w in zip(move_rows[order], move_widths[order], strict=True):
+        if unspent < smallest_step:
             break
-        if steps[i, w] <= rest and choice[i] == base[i]:
+        if steps[i, w] <= unspent and choice[i] == base[i]:
             choice[i] = w
-            rest -= int(steps[i, w])
+            unspent -= int(steps[i, w])
     return choice
 
 
 def solve(costs: Floats, amounts: Ints, limit: int, rule: list[slice], gap: float) -> tuple[Ints, float]:
-    """Choice and its proven relative gap. HiGHS is asked when relaxing alone does not get within ``gap``.
+    """Solves the problem within a relative gap. Runs HiGHS if the relaxation alone does not get there.
 
-    Only where HiGHS stops at NODES is the gap above the one asked for: 8e-4 with 1,024 identical experts.
+    Args:
+        costs: [N, W]
+        amounts: [N, W]
+        limit: as in ``relax``.
+        rule: the layer rule.
+        gap: requested relative gap. Exceeded only if HiGHS stops at MAX_NODES: 8e-4 with 1,024 identical experts.
+
+    Returns:
+        The choice and its proven relative gap.
     """
-    ours, excess, regret = relax(costs, amounts, limit, rule)
-    cost = float(take(costs, ours).sum())
-    if cost == 0 or excess <= max(gap, ROUNDING) * cost:
-        return ours, excess / cost if cost else 0.0
-    keep = regret <= excess * (1 + 1e-9)  # nothing better than ours takes any other choice
-    keep[np.arange(len(costs)), ours] = True
-    experts, widths = np.nonzero(keep)
-    n = len(experts)  # variables; one more, always 1, holds the cost itself, which HiGHS's gap is relative to
-    # Costs above ours in units of the excess, amounts above ours in units of their common divisor.
-    saved = (costs - take(costs, ours)[:, None])[keep] / excess
-    steps = (amounts - take(amounts, ours)[:, None])[keep]
-    unit = int(np.gcd.reduce(steps)) or 1
-    rest = (limit - int(take(amounts, ours).sum())) // unit
-    one_hot = csr_array((np.ones(n), (experts, np.arange(n))), shape=(len(costs), n + 1))
+    relaxed, excess, regret = relax(costs, amounts, limit, rule)
+    cost = float(select(costs, relaxed).sum())
+    if cost == 0 or excess <= max(gap, MIN_GAP) * cost:
+        return relaxed, excess / cost if cost else 0.0
+    is_candidate = regret <= excess * (1 + 1e-9)  # no better solution contains any other choice
+    is_candidate[np.arange(len(costs)), relaxed] = True
+    rows, widths = np.nonzero(is_candidate)
+    solution = _run_highs(costs, amounts, limit, rule, gap, relaxed, excess, is_candidate)
+    if solution.x is None:
+        return relaxed, excess / cost
+    chosen = solution.x[: len(rows)] > 0.5
+    choice = relaxed.copy()
+    choice[rows[chosen]] = widths[chosen]
+    gain = float((select(costs, relaxed) - select(costs, choice)).sum())
+    if select(amounts, choice).sum() > limit:  # HiGHS rounds 0.999999 of an expert to one, a budget does not
+        return relaxed, excess / cost
+    if gain <= 0:  # no better, and the relaxation has spent what is left of the limit
+        return relaxed, min(excess / cost, float(solution.mip_gap))
+    proven_gap = max(excess - gain, 0.0) / (cost - gain) if cost > gain else 0.0
+    return choice, min(proven_gap, float(solution.mip_gap))
+
+
+def _run_highs(
+    costs: Floats,
+    amounts: Ints,
+    limit: int,
+    rule: Sequence[slice],
+    gap: float,
+    start: Ints,
+    excess: float,
+    is_candidate: NDArray[np.bool_],
+) -> OptimizeResult:
+    """Solves the problem restricted to some candidates, a binary variable for each.
+
+    One more variable, always 1, holds the cost itself, since HiGHS's gap is relative to the objective. Costs and
+    amounts are relative to those of ``start``, costs in units of ``excess``, amounts in units of their common divisor.
+
+    Args:
+        costs: [N, W]
+        amounts: [N, W]
+        limit: as in ``relax``.
+        rule: the layer rule.
+        gap: requested relative gap.
+        start: a choice within the limit.
+        excess: upper bound for its cost above the optimum.
+        is_candidate: [N, W] the choices that a solution may contain.
+    """
+    rows, widths = np.nonzero(is_candidate)
+    n = len(rows)
+    relative_costs = (costs - select(costs, start)[:, None])[is_candidate] / excess
+    relative_amounts = (amounts - select(amounts, start)[:, None])[is_candidate]
+    unit = int(np.gcd.reduce(relative_amounts)) or 1
+    unspent = (limit - int(select(amounts, start).sum())) // unit
+    one_hot = csr_array((np.ones(n), (rows, np.arange(n))), shape=(len(costs), n + 1))
     constraints = [
         LinearConstraint(one_hot, 1, 1),
-        LinearConstraint(csr_array([np.append(steps / unit, 0)]), -np.inf, rest),
+        LinearConstraint(csr_array([np.append(relative_amounts / unit, 0)]), -np.inf, unspent),
     ]
-    for rows, width in itertools.product(rule, range(costs.shape[1])[-2:]):
-        due = (experts >= rows.start) & (experts < rows.stop) & (widths == width)
-        constraints.append(LinearConstraint(csr_array([np.append(due, 0.0)]), 1, np.inf))
+    num_widths = costs.shape[1]
+    for layer, width in itertools.product(rule, range(num_widths)[-2:]):
+        is_required = (rows >= layer.start) & (rows < layer.stop) & (widths == width)
+        constraints.append(LinearConstraint(csr_array([np.append(is_required, 0.0)]), 1, np.inf))
+    cost = float(select(costs, start).sum())
     with _silent_stdout():
-        solution = milp(
-            np.append(saved, cost / excess),
+        return milp(
+            np.append(relative_costs, cost / excess),
             integrality=1,
             bounds=Bounds(np.append(np.zeros(n), 1), 1),
             constraints=constraints,
-            options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": False},  # presolve gains nothing here
+            options={"mip_rel_gap": gap, "node_limit": MAX_NODES, "presolve": False},  # presolve gains nothing here
         )
-    if solution.x is None:
-        return ours, excess / cost
-    chosen = solution.x[:n] > 0.5
-    choice = ours.copy()
-    choice[experts[chosen]] = widths[chosen]
-    gain = float((take(costs, ours) - take(costs, choice)).sum())
-    if take(amounts, choice).sum() > limit:  # to HiGHS 0.999999 of an expert is one, to a budget it is not
-        return ours, excess / cost
-    if gain <= 0:  # as good, and ours has spent what is left
-        return ours, min(excess / cost, float(solution.mip_gap))
-    proven = max(excess - gain, 0.0) / (cost - gain) if cost > gain else 0.0
-    return choice, min(proven, float(solution.mip_gap))
 
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Drops what C code prints. SciPy 1.17's HiGHS prints stray lines whatever its options say (HiGHS.jl issue 312),
-    and they would end up in the JSON that a script reads from our standard output."""
+    """Drops what C code prints to standard output.
+
+    HiGHS of SciPy 1.17 prints stray lines whatever its options say (HiGHS.jl issue 312). They would end up in the JSON
+    that a script reads from our standard output.
+    """
     try:
-        kept = os.dup(1)
-    except OSError:  # closed: nothing to keep clean
+        saved = os.dup(1)
+    except OSError:  # standard output is closed
         yield
         return
-    flush = ctypes.CDLL(None).fflush  # C's own buffer, which Python does not see
+    flush = ctypes.CDLL(None).fflush  # of C's own buffer, which Python cannot see
     sys.stdout.flush()
     flush(None)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -168,5 +253,5 @@ def _silent_stdout() -> Iterator[None]:
         yield
     finally:
         flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved, 1)
+        os.close(saved)

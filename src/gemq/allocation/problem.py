@@ -1,15 +1,13 @@
-"""Which width does each expert get? One program over all experts of all layers (GEMQ, arXiv:2605.23078).
+"""The allocation program: which width does each matrix of each expert get? (GEMQ, arXiv:2605.23078)
 
-Minimise ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if
-asked for, to the paper's rule that every layer keeps an expert at each of the two highest widths. That is a
-multiple-choice knapsack: one price on the budget nearly solves it and proves a bound, which rules out most
-choices; HiGHS gets the rest, and only when the bound is not within the gap yet. It sees numbers in units of
-the decision that is left, so that costs from 1e-12 to 1e6 in one problem do not meet its absolute tolerances.
+Minimise ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if requested, to
+the paper's layer rule: every layer has an expert at each of the two highest widths. ``allocation.knapsack`` solves it.
 
-Shapes: N rows, what gets a width: the matrices of all experts, or the experts, ordered by layer and expert; W candidate
-widths, ascending. A *choice* is int64 [N], indices into the widths. Amounts are exact integers: no budget is exceeded,
-not even by rounding.
-Knows nothing of tensors, models or files. Deterministic.
+Amounts are exact integers, so that no budget is exceeded by rounding. Deterministic. Must not deal with tensors, models
+or files.
+
+Shapes: N rows, each of which gets a width: the matrices of all experts, or the experts, ordered by layer and expert.
+W candidate widths, ascending. A *choice* is int64 [N], indices into the widths.
 """
 
 from __future__ import annotations
@@ -22,61 +20,84 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gemq.allocation.knapsack import Floats, Ints, cheapest, solve, take
+from gemq.allocation.baselines import random_choice, uniform_choice
+from gemq.allocation.knapsack import Floats, Ints, cheapest, select, solve
 from gemq.errors import UserError, shown
 from gemq.quant.widths import ExpertWidths, Width, nominal_bits, parse_width, plain_widths, width_name
 
 Kind = Literal["bits", "stored_bits", "bytes"]
-OF_BOTH = ", or give two in brackets: that of gate and up, that of down"
+TWO_WIDTHS_HINT = ", or give two in brackets: that of gate and up, that of down"
 METHODS = ("global", "layerwise", "frequency", "uniform", "random")
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What each matrix of each expert, or each expert, costs at each width, in error and in memory."""
+    """What each matrix of each expert, or each expert, costs at each width, in error and in memory.
 
-    widths: tuple[Width, ...]  # the candidates, ascending
-    layer: Ints  # [N] layer of each row, ascending; dense layers have none
-    costs: Floats  # [N, W] predicted increase of the loss, finite and >= 0, any unit
-    weights: Ints  # [N] weight parameters
-    bytes: Ints  # [N, W] stored bytes, scales and offsets included
-    counts: Ints  # [N] calibration tokens routed to the expert
-    layers: int = 0  # of the model, dense ones included; 0: up to the last that has experts
-    units: int = 1  # rows of an expert: 2, its matrices one after the other, or 1
+    Attributes:
+        widths: the candidate widths, ascending.
+        layer: [N] layer of each row, ascending. Dense layers have no rows.
+        costs: [N, W] predicted increase of the loss, finite and >= 0, in any unit.
+        weights: [N] weight parameters.
+        bytes: [N, W] stored bytes, including scales and offsets.
+        counts: [N] calibration tokens routed to the expert.
+        layers: number of the model's layers, including dense ones. 0: up to the last one with experts.
+        units: rows of an expert: 2 for its matrices, which are consecutive, or 1.
+    """
+
+    widths: tuple[Width, ...]
+    layer: Ints
+    costs: Floats
+    weights: Ints
+    bytes: Ints
+    counts: Ints
+    layers: int = 0
+    units: int = 1
 
     def __post_init__(self) -> None:
-        experts = len(self.layer)
-        assert experts and list(self.widths) == sorted(set(self.widths))  # noqa: PT018
-        assert self.costs.shape == self.bytes.shape == (experts, len(self.widths))
-        assert len(self.weights) == len(self.counts) == experts
+        rows = len(self.layer)
+        assert rows and list(self.widths) == sorted(set(self.widths))  # noqa: PT018
+        assert self.costs.shape == self.bytes.shape == (rows, len(self.widths))
+        assert len(self.weights) == len(self.counts) == rows
         assert np.isfinite(self.costs).all(), "costs must be finite"
         assert self.costs.min() >= 0, "costs must not be negative"
-        assert (np.diff(self.layer) >= 0).all(), "experts must be ordered by layer"
+        assert (np.diff(self.layer) >= 0).all(), "rows must be ordered by layer"
         object.__setattr__(self, "layers", self.layers or int(self.layer[-1]) + 1)
         assert self.layers > self.layer[-1]
 
-    def of_experts(self) -> Problem:
-        """The same with a row for each expert."""
-        add = lambda table: table.reshape(-1, self.units, *table.shape[1:]).sum(1)
-        tables = {name: add(getattr(self, name)) for name in ("costs", "weights", "bytes")}
-        own = {name: getattr(self, name)[:: self.units] for name in ("layer", "counts")}
-        return replace(self, **tables, **own, units=1)
+    def per_expert(self) -> Problem:
+        """The same problem with one row for each expert."""
+        return replace(
+            self,
+            layer=self.layer[:: self.units],
+            costs=self._sum_units(self.costs),
+            weights=self._sum_units(self.weights),
+            bytes=self._sum_units(self.bytes),
+            counts=self.counts[:: self.units],
+            units=1,
+        )
+
+    def _sum_units(self, table: NDArray[Any]) -> NDArray[Any]:
+        """Sums a table [N, ...] over the rows of each expert."""
+        return table.reshape(-1, self.units, *table.shape[1:]).sum(1)
 
     @property
     def by_layer(self) -> list[slice]:
-        """The rows of each layer; empty for dense layers."""
+        """The rows of each layer, an empty slice for a dense one."""
         edges = np.searchsorted(self.layer, np.arange(self.layers + 1)).tolist()
-        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     @property
     def width_names(self) -> str:
-        return ", ".join(map(width_name, self.widths))
+        """The candidate widths for a message."""
+        return ", ".join(width_name(width) for width in self.widths)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``bits``, ``stored_bits``: mean per expert weight, without or with scales; ``bytes``: all experts."""
+    """A limit: ``bits`` or ``stored_bits``, the mean per expert weight without or with scales, or ``bytes`` in all."""
 
     kind: Kind
     value: float
@@ -95,31 +116,50 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A width for every row, and what that predicts and takes. Means are per expert weight."""
+    """A width for every row, and the predicted cost and size. Means are per expert weight.
 
-    widths: tuple[Width, ...]  # [N], in the problem's order
-    units: int  # as in the problem
-    layer_sizes: tuple[int, ...]  # rows of each layer, 0 for dense layers
-    layer_bits: tuple[float, ...]  # mean nominal bits of each layer, 0 for dense layers
+    Attributes:
+        widths: [N], in the order of the problem's rows.
+        units: as in ``Problem``.
+        layer_sizes: rows of each layer, 0 for a dense one.
+        layer_bits: mean nominal bits of each layer, 0 for a dense one.
+        method: one of METHODS, or ``file``.
+        budget: the budget, if known.
+        predicted_cost: sum of the chosen costs, in their unit.
+        nominal_bits: mean bits without scales.
+        stored_bits: mean bits with scales and offsets.
+        stored_bytes: of all experts.
+        gap: proven bound for (cost - optimum) / cost. Of method ``global`` only.
+    """
+
+    widths: tuple[Width, ...]
+    units: int
+    layer_sizes: tuple[int, ...]
+    layer_bits: tuple[float, ...]
     method: str
     budget: Budget | None
-    predicted_cost: float  # sum of the chosen costs, in their unit
+    predicted_cost: float
     nominal_bits: float
     stored_bits: float
     stored_bytes: int
     gap: float | None = field(default=None, compare=False)
-    """Proven bound on (cost - optimum) / cost. Only of method ``global``."""
 
     @property
     def by_layer(self) -> list[list[ExpertWidths]]:
-        """Widths of the experts of each layer; empty for dense layers."""
-        edges = [0, *itertools.accumulate(self.layer_sizes)]
-        rows = [self.widths[a:b] for a, b in itertools.pairwise(edges)]
-        return [list(zip(row[:: self.units], row[self.units - 1 :: self.units], strict=True)) for row in rows]
+        """Widths of the experts of each layer, an empty list for a dense one."""
+        layers, start = [], 0
+        for size in self.layer_sizes:
+            widths = self.widths[start : start + size]
+            first_widths, down_widths = widths[:: self.units], widths[self.units - 1 :: self.units]
+            layers.append(list(zip(first_widths, down_widths, strict=True)))
+            start += size
+        return layers
 
     def to_json(self) -> str:
-        """A file to read, edit and pass back: a line for each layer, and for each of its experts the bits, or a list of
-        those of its gate and up, and of its down matrix."""
+        """A file that users can read, edit and pass back, with one line for each layer.
+
+        A line holds for each expert its width, or a list of the widths of its gate and up matrix and its down matrix.
+        """
         budget = json.dumps({self.budget.kind: self.budget.value} if self.budget else None)
         rows = ",\n".join(f"    {json.dumps(row)}" for row in plain_widths(self.by_layer))
         method = json.dumps(self.method)
@@ -127,9 +167,15 @@ class Allocation:
 
     @classmethod
     def from_json(cls, text: str, problem: Problem, origin: str = "allocation") -> Allocation:
-        """Reads what ``to_json`` wrote; only ``widths`` is needed. Raises UserError when it does not fit.
+        """Reads a file of ``to_json``.
 
-        The figures are computed anew from ``problem``. A budget in the file is a remark: it is not enforced.
+        Args:
+            text: the file's contents. Only ``widths`` is required. A budget is not enforced.
+            problem: to compute cost and size from.
+            origin: name of the file, for messages.
+
+        Raises:
+            UserError: the widths do not fit the problem.
         """
         try:
             data = json.loads(text)
@@ -137,17 +183,12 @@ class Allocation:
             raise UserError(f"{origin} is not valid JSON ({error}): correct it or export it again") from error
         if not isinstance(data, dict) or not isinstance(data.get("widths"), list):
             raise UserError(f'{origin} has no list "widths": write {{"widths": [[2, 3, ...], ...]}}')
-        if unknown := sorted(data.keys() - {"budget", "method", "widths"}):
+        unknown = sorted(data.keys() - {"budget", "method", "widths"})
+        if unknown:
             raise UserError(f"{origin}: unknown key {shown(unknown[0])}: the keys are budget, method and widths")
-        budget = data.get("budget")
-        if budget is not None:
-            try:
-                ((kind, value),) = budget.items()
-                budget = Budget(kind, float(value))
-            except (AttributeError, OverflowError, TypeError, ValueError) as error:
-                raise UserError(f'{origin}: budget cannot be {shown(budget)}: write {{"bits": 2.0}}') from error
+        budget = _read_budget(data.get("budget"), origin)
         choice = _read_widths(data["widths"], problem, origin)
-        return _allocation(problem, budget, str(data.get("method", "file")), choice)
+        return _make_allocation(problem, budget, str(data.get("method", "file")), choice)
 
 
 def allocate(
@@ -161,71 +202,89 @@ def allocate(
 ) -> Allocation:
     """Chooses a width for every row within ``budget``, which no method ever exceeds.
 
-    ``global``     the paper's program over all rows at once, to a relative ``gap`` of the optimum. The others give
-                   an expert's matrices one width.
-    ``layerwise``  a program of its own for every layer, each with the same mean budget (PMQ style).
-    ``frequency``  the global program with cost = share of the layer's tokens * 4^-bits.
-    ``uniform``    one width; between two widths, the same shares of them in every layer, drawn by ``seed``.
-    ``random``     drawn by ``seed`` over all experts. The budget of a width b gets equal shares of b - 1, b
-                   and b + 1 where these exist (else uniform), any other budget the two widths around it.
+    Methods:
+        global: the paper's program over all rows, to a relative ``gap`` of the optimum. All other methods give both
+            matrices of an expert one width.
+        layerwise: a separate program for every layer, each with the same mean budget (PMQ style).
+        frequency: the global program with cost = fraction of the layer's tokens * 4^-bits.
+        uniform: one width. Between two widths, the same fractions of them in every layer, drawn by ``seed``.
+        random: drawn by ``seed`` over all experts. The budget of a width b gives equal fractions of b - 1, b and b + 1
+            if these are candidates (otherwise uniform), any other budget the two widths around it.
 
-    uniform and random mix integer widths, unless the budget is that of ternary or integers cannot bracket it;
-    ``layer_rule`` does not apply to them. Raises UserError for a budget out of reach, with one that works.
+    uniform and random mix integer widths, unless the budget is that of ternary or integer widths cannot bracket it.
+
+    Args:
+        problem: costs and sizes.
+        budget: the limit.
+        method: one of METHODS.
+        layer_rule: requires an expert at each of the two highest widths in every layer. Ignored by uniform and random.
+        seed: of the methods that draw.
+        gap: requested relative gap of the programs.
+
+    Raises:
+        UserError: the budget is out of reach; names one that works.
     """
     if method not in METHODS:
         raise UserError(f"there is no allocation method {method!r}: choose from {', '.join(METHODS)}")
     layer_rule = layer_rule and method not in ("uniform", "random")
     if method != "global" and problem.units > 1:
-        whole = allocate(problem.of_experts(), budget, method, layer_rule=layer_rule, seed=seed, gap=gap)
-        choice = np.array([problem.widths.index(w) for w in whole.widths]).repeat(problem.units)
-        return _allocation(problem, budget, method, choice)
+        by_expert = allocate(problem.per_expert(), budget, method, layer_rule=layer_rule, seed=seed, gap=gap)
+        expert_choice = np.array([problem.widths.index(width) for width in by_expert.widths])
+        return _make_allocation(problem, budget, method, expert_choice.repeat(problem.units))
     _check_reachable(problem, budget, method, layer_rule)
     amounts, limit = linear_constraint(problem, budget)
-    achieved = None
+    rule = _rule_layers(problem, layer_rule)
     if method == "uniform":
-        choice = _uniform(problem, amounts, limit, seed)
+        choice = uniform_choice(problem, amounts, limit, seed)
     elif method == "random":
-        choice = _random(problem, amounts, limit, seed)
+        choice = random_choice(problem, amounts, limit, seed)
     elif method == "layerwise":
-        choice = np.zeros(len(problem.layer), np.int64)
-        total = int(problem.weights.sum())
-        for rows, weights in _layer_weights(problem):
-            rule = [slice(0, rows.stop - rows.start)] if _rule_layers(problem, layer_rule) else []
-            choice[rows], _ = solve(problem.costs[rows], amounts[rows], limit * weights // total, rule, gap)
+        choice = _layerwise(problem, amounts, limit, bool(rule), gap)
+    elif method == "frequency":
+        choice, _ = solve(_frequency_costs(problem), amounts, limit, rule, gap)
     else:
-        costs = problem.costs if method == "global" else _frequency_costs(problem)
-        choice, achieved = solve(costs, amounts, limit, _rule_layers(problem, layer_rule), gap)
-    return _allocation(problem, budget, method, choice, achieved if method == "global" else None)
+        choice, proven_gap = solve(problem.costs, amounts, limit, rule, gap)
+        return _make_allocation(problem, budget, method, choice, proven_gap)
+    return _make_allocation(problem, budget, method, choice)
 
 
 def linear_constraint(problem: Problem, budget: Budget) -> tuple[Ints, int]:
-    """Any budget as ``sum of amounts[i, choice[i]] <= limit``: int64 [N, W] and its limit.
+    """A budget as amounts int64 [N, W] and a limit, such that ``sum of amounts[i, choice[i]] <= limit``.
 
-    The unit is an eighth of a bit for ``bits`` (ternary counts 1.625), else a byte.
+    The unit is an eighth of a bit for ``bits`` (ternary counts 1.625 bits), otherwise a byte.
     """
     value = Fraction(str(budget.value))  # the decimal that the user typed: 2.1 is not 2.0999999999999996
     total = int(problem.weights.sum())
     if budget.kind == "bits":
-        eighths = np.array([8 * nominal_bits(w) for w in problem.widths]).astype(np.int64)
+        eighths = np.array([8 * nominal_bits(width) for width in problem.widths]).astype(np.int64)
         return problem.weights[:, None] * eighths, math.floor(value * total * 8)
     return problem.bytes, math.floor(value if budget.kind == "bytes" else value * total / 8)
 
 
 def smallest_budget(problem: Problem, kind: Kind, method: str = "global", *, layer_rule: bool = False) -> Budget:
-    """The smallest budget of a kind that ``allocate`` accepts (bits are rounded up to 4 decimals)."""
+    """The smallest budget of a kind that ``allocate`` accepts. Bits are rounded up to 4 decimals.
+
+    Args:
+        problem: costs and sizes.
+        kind: of the budget.
+        method: one of METHODS.
+        layer_rule: as in ``allocate``.
+    """
     amounts, _ = linear_constraint(problem, Budget(kind, 1))
-    needed = take(amounts, cheapest(amounts, _rule_layers(problem, layer_rule)))
-    least, total = int(needed.sum()), int(problem.weights.sum())
-    if method == "layerwise":  # each layer has to get by with its share
-        shares = _layer_weights(problem)
-        least = max(-(-int(needed[rows].sum()) * total // weights) for rows, weights in shares)
+    needed = select(amounts, cheapest(amounts, _rule_layers(problem, layer_rule)))
+    smallest, total = int(needed.sum()), int(problem.weights.sum())
+    if method == "layerwise":  # each layer needs a share that suffices for it
+        smallest = 0
+        for rows, weights in _layer_weights(problem):
+            smallest = max(smallest, -(-int(needed[rows].sum()) * total // weights))
     if kind == "bytes":
-        return Budget(kind, least)
-    per_weight = Fraction(least, 8 * total) if kind == "bits" else Fraction(8 * least, total)
+        return Budget(kind, smallest)
+    per_weight = Fraction(smallest, 8 * total) if kind == "bits" else Fraction(8 * smallest, total)
     return Budget(kind, math.ceil(per_weight * 10_000) / 10_000)
 
 
 def _check_reachable(problem: Problem, budget: Budget, method: str, layer_rule: bool) -> None:
+    """Raises UserError if no allocation fits into the budget, or if all fit into a smaller one."""
     names = problem.width_names + (" under layer_rule" if layer_rule else "")
     smallest = smallest_budget(problem, budget.kind, method, layer_rule=layer_rule)
     highest = nominal_bits(problem.widths[-1])
@@ -236,7 +295,7 @@ def _check_reachable(problem: Problem, budget: Budget, method: str, layer_rule: 
 
 
 def _rule_layers(problem: Problem, layer_rule: bool) -> list[slice]:
-    """The layers in which an expert at each of the two highest widths is due."""
+    """The rows of the layers that the layer rule applies to."""
     if not layer_rule or len(problem.widths) == 1:
         return []
     for index, rows in enumerate(problem.by_layer):
@@ -246,109 +305,87 @@ def _rule_layers(problem: Problem, layer_rule: bool) -> list[slice]:
 
 
 def _layer_weights(problem: Problem) -> list[tuple[slice, int]]:
+    """The rows of each layer with experts, and the number of their weights."""
     return [(rows, int(problem.weights[rows].sum())) for rows in problem.by_layer if rows.stop > rows.start]
 
 
-def _frequency_costs(problem: Problem) -> Floats:
-    """[N, W]: an expert's share of its layer's tokens, so that layers weigh equally, times 4^-bits."""
-    tokens = np.bincount(problem.layer, weights=problem.counts)[problem.layer]
-    errors = 4.0 ** -np.array([nominal_bits(w) for w in problem.widths])
-    return (problem.counts / np.maximum(tokens, 1))[:, None] * errors
-
-
-def _allocation(
+def _make_allocation(
     problem: Problem, budget: Budget | None, method: str, choice: Ints, gap: float | None = None
 ) -> Allocation:
+    """The allocation of a choice, with its cost and size."""
     total = int(problem.weights.sum())
-    bits = np.array([nominal_bits(w) for w in problem.widths])[choice] * problem.weights
-    weights = np.bincount(problem.layer, problem.weights, problem.layers)
-    stored = int(take(problem.bytes, choice).sum())
+    row_bits = np.array([nominal_bits(width) for width in problem.widths])[choice] * problem.weights
+    layer_weights = np.bincount(problem.layer, problem.weights, problem.layers)
+    layer_bits = np.bincount(problem.layer, row_bits, problem.layers) / np.maximum(layer_weights, 1)
+    stored = int(select(problem.bytes, choice).sum())
     return Allocation(
-        widths=tuple(problem.widths[w] for w in choice),
+        widths=tuple(problem.widths[index] for index in choice),
         units=problem.units,
         layer_sizes=tuple(rows.stop - rows.start for rows in problem.by_layer),
-        layer_bits=tuple((np.bincount(problem.layer, bits, problem.layers) / np.maximum(weights, 1)).tolist()),
+        layer_bits=tuple(layer_bits.tolist()),
         method=method,
         budget=budget,
-        predicted_cost=float(take(problem.costs, choice).sum()),
-        nominal_bits=float(bits.sum()) / total,
+        predicted_cost=float(select(problem.costs, choice).sum()),
+        nominal_bits=float(row_bits.sum()) / total,
         stored_bits=stored * 8 / total,
         stored_bytes=stored,
         gap=gap,
     )
 
 
+def _layerwise(problem: Problem, amounts: Ints, limit: int, layer_rule: bool, gap: float) -> Ints:
+    """Solves each layer on its own. Layers share the limit in proportion to their weights."""
+    choice = np.zeros(len(problem.layer), np.int64)
+    total = int(problem.weights.sum())
+    for rows, weights in _layer_weights(problem):
+        rule = [slice(0, rows.stop - rows.start)] if layer_rule else []
+        choice[rows], _ = solve(problem.costs[rows], amounts[rows], limit * weights // total, rule, gap)
+    return choice
+
+
+def _frequency_costs(problem: Problem) -> Floats:
+    """[N, W]: an expert's fraction of its layer's tokens, so that layers weigh equally, times 4^-bits."""
+    tokens = np.bincount(problem.layer, weights=problem.counts)[problem.layer]
+    errors = 4.0 ** -np.array([nominal_bits(width) for width in problem.widths])
+    return (problem.counts / np.maximum(tokens, 1))[:, None] * errors
+
+
+def _read_budget(value: Any, origin: str) -> Budget | None:
+    """The budget of a user's file."""
+    if value is None:
+        return None
+    try:
+        ((kind, amount),) = value.items()
+        return Budget(kind, float(amount))
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f'{origin}: budget cannot be {shown(value)}: write {{"bits": 2.0}}') from error
+
+
 def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
-    """Choice from the rows of a user's file. Raises UserError that names the layer."""
+    """The choice of a user's file. Raises UserError, which names the layer."""
     if len(layers) != problem.layers:
         count = f"{len(layers)} layers, the model {problem.layers}"
         raise UserError(f"{origin} has {count}: give each a list, [] for a dense one")
-    choice = []
-    for index, (row, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
+    choice: list[int] = []
+    for index, (values, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
         experts = (rows.stop - rows.start) // problem.units
-        if not isinstance(row, list) or len(row) != experts:
-            found = f"{len(row)} widths" if isinstance(row, list) else shown(row)
-            raise UserError(f"{origin}: layer {index} has {experts} experts, not {found}: give one for each")
-        for expert, value in enumerate(row):
-            both = value if isinstance(value, list) else [value] * problem.units
+        if not isinstance(values, list) or len(values) != experts:
+            actual = f"{len(values)} widths" if isinstance(values, list) else shown(values)
+            raise UserError(f"{origin}: layer {index} has {experts} experts, not {actual}: give one for each")
+        for expert, value in enumerate(values):
             try:
-                if len(both) != problem.units:
-                    raise ValueError
-                choice += [problem.widths.index(parse_width(v)) for v in both]
-            except ValueError as error:  # no width at all (UserError), or not among these
+                choice += _read_expert(value, problem)
+            except ValueError as error:  # not a width (UserError), or not one of the candidates
                 raise UserError(
                     f"{origin}: layer {index}, expert {expert} cannot have width {shown(value)}: "
-                    f"choose from {problem.width_names}{OF_BOTH if problem.units > 1 else ''}"
+                    f"choose from {problem.width_names}{TWO_WIDTHS_HINT if problem.units > 1 else ''}"
                 ) from error
     return np.array(choice, np.int64)
 
 
-# The baselines
-
-
-def _neighbours(problem: Problem, amounts: Ints, limit: int) -> tuple[int, int]:
-    """The widest width that all experts can have, and the next; twice the same if nothing is left."""
-    totals = amounts.sum(axis=0)
-    ladder = list(range(len(totals)))
-    integers = [w for w in ladder if problem.widths[w] == int(problem.widths[w])]
-    if limit not in totals and integers and totals[integers[0]] <= limit:
-        ladder = integers if limit < totals[integers[-1]] else ladder
-    low = max(w for w in ladder if totals[w] <= limit)
-    return low, low if totals[low] == limit else min((w for w in ladder if w > low), default=low)
-
-
-def _uniform(problem: Problem, amounts: Ints, limit: int, seed: int) -> Ints:
-    low, high = _neighbours(problem, amounts, limit)
-    choice = np.full(len(amounts), low, np.int64)
-    steps = amounts[:, high] - amounts[:, low]
-    rest, total = limit - int(amounts[:, low].sum()), max(int(steps.sum()), 1)
-    generator = np.random.default_rng(seed)
-    for rows in problem.by_layer:
-        drawn = rows.start + generator.permutation(rows.stop - rows.start)
-        share = rest * int(steps[rows].sum()) // total  # the same fraction of every layer's steps
-        choice[drawn[np.cumsum(steps[drawn]) <= share]] = high
-    return choice
-
-
-def _random(problem: Problem, amounts: Ints, limit: int, seed: int) -> Ints:
-    low, high = _neighbours(problem, amounts, limit)
-    order = np.random.default_rng(seed).permutation(len(amounts))
-    choice = np.full(len(amounts), low, np.int64)
-    ladder = [low, high]
-    if low == high:
-        around = [problem.widths[low] + d for d in (-1, 0, 1)]
-        if not set(around) <= set(problem.widths):
-            return choice
-        ladder = [problem.widths.index(w) for w in around]
-        third = len(order) // 3
-        choice[order[:third]], choice[order[third : 2 * third]] = ladder[0], ladder[2]
-    # In the drawn order: steps down until the budget holds, then those steps up that still fit.
-    rest = limit - int(take(amounts, choice).sum())
-    for i, down in itertools.chain(((i, True) for i in order), ((i, False) for i in order)):
-        place = ladder.index(int(choice[i])) + (-1 if down else 1)
-        if (down and rest >= 0) or not 0 <= place < len(ladder):
-            continue
-        step = int(amounts[i, ladder[place]] - amounts[i, choice[i]])
-        if down or step <= rest:
-            choice[i], rest = ladder[place], rest - step
-    return choice
+def _read_expert(value: Any, problem: Problem) -> list[int]:
+    """The choice of one expert's rows from a width or a list of widths. Raises ValueError."""
+    widths = value if isinstance(value, list) else [value] * problem.units
+    if len(widths) != problem.units:
+        raise ValueError
+    return [problem.widths.index(parse_width(width)) for width in widths]

@@ -1,14 +1,16 @@
-"""Scores: what giving an expert a width costs, estimated from one reverse pass over the calibration windows.
+"""Scores: the estimated cost of giving an expert a width, from one reverse pass over the calibration windows.
 
-GEMQ (arXiv:2605.23078), importance by quantization-error analysis. With g[t] the gradient of the loss at the output of
-a layer's experts and D[t] = w[t, e] (f_{e,b}(x[t]) - f_e(x[t])) the change that width b makes, the cost is a sum over
-the tokens routed to e: of (g[t, d] D[t, d])^2 over dimensions d in the paper (``elementwise``), or of (g[t] . D[t])^2
-(``token``), which counts the change of the loss that dimensions make together. Where the two matrices of an expert get
-widths of their own, each has its own D, with the other one exact.
+GEMQ (arXiv:2605.23078), importance by quantization-error analysis. Let g[t] be the gradient of the loss at the output
+of a layer's experts, and D[t] = w[t, e] (f_{e,b}(x[t]) - f_e(x[t])) the change of that output with expert e at width b.
+The cost is a sum over the tokens routed to e: of (g[t, d] D[t, d])^2 over dimensions d in the paper (``elementwise``),
+or of (g[t] . D[t])^2 (``token``), which measures the change of the loss that all dimensions make together. If the two
+matrices of an expert get separate widths, each has its own D, with the other matrix in full precision.
 
-The reverse pass walks the layers from the last to the first and keeps no gradient but the one at hand.
-Knows one layer at a time, no files. Shapes: B windows, S tokens, T = B * S, P routed pairs, E experts, W widths,
-U units of an expert that get a width of their own (its two matrices, or 1: the whole), N calibration sources.
+The reverse pass runs the layers from the last to the first, and stores the gradient of one layer at a time. Must not
+import files.
+
+Shapes: B windows, S tokens, T = B * S, P routed pairs, E experts, W widths, N calibration sources, U units of an expert
+that get separate widths: 2 for its matrices, or 1 for the whole expert.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemq.calibration.activations import Activations
+from gemq.calibration.input_recorder import cat_rows
 from gemq.models.experts import (
     ExpertsCall,
     Routed,
@@ -43,10 +46,16 @@ ExpertWeights = tuple[Tensor, Tensor]
 
 
 class LayerScores:
-    """Scores of one layer, kept apart by calibration source.
+    """Scores of one layer, separately for each calibration source.
 
-    costs:  [N, E, U, W] float64 of each of this rank's micro-batches
-    tokens: [N, E] int64, its routed pairs
+    Args:
+        sources: number of calibration sources.
+        experts: number of experts.
+        device: where to sum.
+
+    Attributes:
+        costs: float64 [N, E, U, W] for each of this rank's micro-batches.
+        tokens: int64 [N, E], this rank's routed pairs.
     """
 
     def __init__(self, sources: int, experts: int, device: torch.device):
@@ -54,51 +63,65 @@ class LayerScores:
         self.tokens = torch.zeros(sources, experts, dtype=torch.int64, device=device)
 
     def add(self, routed: Routed, costs: Tensor, source: Tensor) -> None:
-        """The costs of a micro-batch's pairs [P, U, W]; ``source`` [T] is each token's calibration source.
+        """Adds a micro-batch.
 
-        Experts that are given a row of every token for each of them route rows, not tokens: row r is that of token
-        r % T.
+        Args:
+            routed: its routed pairs. In experts modules that receive a row for each token and expert, row r belongs to
+                token r % T.
+            costs: [P, U, W]
+            source: [T], the calibration source of each token.
         """
         sources, experts = self.tokens.shape
         slot = source[routed.token % len(source)] * experts + routed.expert
-        kept = torch.ones_like(slot)
+        pair_counts = torch.ones_like(slot)
         if routed.kept is not None:
-            kept = (torch.arange(len(slot), device=slot.device) < routed.kept).to(slot.dtype)
-        own = costs.new_zeros(sources * experts, *costs.shape[1:]).index_add_(0, slot, costs)
-        self.costs.append(own.unflatten(0, (sources, experts)))
-        self.tokens.view(-1).index_add_(0, slot, kept)
+            pair_counts = (torch.arange(len(slot), device=slot.device) < routed.kept).to(slot.dtype)
+        sums = costs.new_zeros(sources * experts, *costs.shape[1:]).index_add_(0, slot, costs)
+        self.costs.append(sums.unflatten(0, (sources, experts)))
+        self.tokens.view(-1).index_add_(0, slot, pair_counts)
 
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
-        """Costs and tokens of all ranks' ``batches`` micro-batches, added up in their order: as one rank would."""
-        own = torch.stack(self.costs) if self.costs else None
-        parts: list[Iterator[Tensor]] = [
-            iter([] if t is None else list(t)) for (t,), _ in ranks.all_gather_tensors([own])
-        ]
-        ordered = torch.stack([next(parts[ranks.owner(number, batches)]) for number in range(batches)])
+        """Sums costs and tokens over the micro-batches of all ranks, in their order, as a job with one rank does.
+
+        Args:
+            ranks: the processes. Runs collectives.
+            batches: number of micro-batches of all ranks.
+        """
+        local = torch.stack(self.costs) if self.costs else None
+        costs_by_rank: list[Iterator[Tensor]] = []
+        for (rank_costs,), _ in ranks.all_gather_tensors([local]):
+            costs_by_rank.append(iter([] if rank_costs is None else list(rank_costs)))
+        ordered = [next(costs_by_rank[ranks.owner(batch, batches)]) for batch in range(batches)]
         ranks.all_reduce(self.tokens)
-        return ordered.sum(0), self.tokens
+        return torch.stack(ordered).sum(0), self.tokens
 
 
 def loss_gradients(
     replay: Replay, activations: Activations, labels: str, seed: int, overrides: dict[str, Tensor] | None = None
 ) -> Batches:
-    """Gradients [B, S, H] of the summed next-token loss at the last layer's outputs (``activations.hidden``).
+    """Gradients [B, S, H] of the summed next-token loss with respect to the last layer's outputs.
 
-    ``labels`` is ``data`` (the windows' own next tokens) or ``sampled`` (drawn from the model's own prediction, which
-    makes the expected squared gradient the Fisher information). ``overrides`` are of the model's tail.
+    Args:
+        replay: the model.
+        activations: the last layer's outputs in ``hidden``.
+        labels: ``data``, the next tokens of the windows, or ``sampled``, drawn from the model's own prediction, which
+            makes the expected squared gradient the Fisher information.
+        seed: of sampled labels.
+        overrides: of the model's tail, as in ``Replay.logits``.
     """
     gradients = Batches(replay.memory)
-    own = replay.ranks.local_batches(activations.total)
-    for number, ids, hidden in zip(own, activations.ids, activations.hidden, strict=True):
-        # a micro-batch's labels do not depend on which rank draws them, nor on those drawn before
-        mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        generator = torch.Generator(replay.device).manual_seed(mixed)
-        parts = []
-        for some in replay.windows_together(ids):
-            leaf = hidden[some].detach().requires_grad_()
-            loss = _loss(replay.logits(ids[some], leaf, overrides).float(), ids[some], labels, generator)
-            parts.append(torch.autograd.grad(loss, leaf)[0])
-        gradients.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    local_batches = replay.ranks.local_batches(activations.total)
+    for batch, ids, hidden in zip(local_batches, activations.ids, activations.hidden, strict=True):
+        # labels of a micro-batch depend neither on the rank that draws them nor on those drawn before
+        batch_seed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
+        generator = torch.Generator(replay.device).manual_seed(batch_seed)
+        window_gradients = []
+        for windows in replay.windows_together(ids):
+            leaf = hidden[windows].detach().requires_grad_()
+            # no name for the logits, so that they are freed before the backward pass
+            loss = _loss(replay.logits(ids[windows], leaf, overrides).float(), ids[windows], labels, generator)
+            window_gradients.append(torch.autograd.grad(loss, leaf)[0])
+        gradients.append(cat_rows(window_gradients))
     return gradients
 
 
@@ -118,35 +141,44 @@ def reverse_layer(
     gradients: Batches,
     overrides: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, ExpertsCall | None, Tensor | None]]:
-    """Passes gradients [B, S, H] through layer ``index``, whose inputs are ``activations.hidden``, in place.
+    """Propagates gradients through layer ``index``, micro-batch by micro-batch.
 
-    Yields, per micro-batch, its number, the call of the experts module and the gradient [T, H] at its output (both
-    None in a dense layer). ``overrides`` as in ``Replay.run``.
+    Args:
+        replay: the model.
+        index: of the layer.
+        activations: the layer's inputs in ``hidden``.
+        gradients: [B, S, H] at the layer's outputs, overwritten by those at its inputs.
+        overrides: as in ``Replay.run``.
+
+    Yields:
+        The index of the micro-batch, the call of the experts module, and the gradient [T, H] at its output. The last
+        two are None in a dense layer.
     """
     experts = replay.structure.layers[index].experts
     module = replay.model.get_submodule(experts.path) if experts else None
 
-    def backward(leaf: Tensor, arguments: Call, gradient: Tensor) -> tuple[ExpertsCall | None, tuple[Tensor, ...]]:
-        """The call of the experts, and the gradients at the layer's input and at their output."""
+    def backward(leaf: Tensor, layer_call: Call, gradient: Tensor) -> tuple[ExpertsCall | None, tuple[Tensor, ...]]:
+        """The call of the experts module, and the gradients at the layer's input and at the experts' output."""
         if module is None:
-            output = replay.run(index, leaf, arguments, overrides)
+            output = replay.run(index, leaf, layer_call, overrides)
             return None, torch.autograd.grad(output, leaf, gradient)
-        with watch_experts(module) as watched:
-            output = replay.run(index, leaf, arguments, overrides)
-        (call,) = watched
+        with watch_experts(module) as calls:
+            output = replay.run(index, leaf, layer_call, overrides)
+        (call,) = calls
         return call, torch.autograd.grad(output, (leaf, call.output), gradient)
 
     order = FixedOrder(replay.device)
-    for i, hidden in enumerate(activations.hidden):
-        run = partial(backward, replay.leaf(hidden), activations.calls[i][index], gradients[i])
-        call, (gradients[i], *at_experts) = order.run(run)
+    for batch, hidden in enumerate(activations.hidden):
+        run = partial(backward, replay.leaf(hidden), activations.calls[batch][index], gradients[batch])
+        call, grads = order.run(run)
+        gradients[batch] = grads[0]
         if call is None:
-            yield i, None, None
+            yield batch, None, None
             continue
         detached = ExpertsCall(
             call.hidden.detach(), call.top_k_index, call.top_k_weights.detach(), call.output.detach()
         )
-        yield i, detached, at_experts[0].reshape(detached.hidden.shape)
+        yield batch, detached, grads[1].reshape(detached.hidden.shape)
 
 
 @torch.no_grad()
@@ -155,74 +187,86 @@ def pair_costs(
     experts: Experts,
     call: ExpertsCall,
     gradient: Tensor,
-    rungs: Sequence[ExpertWeights],
+    candidates: Sequence[ExpertWeights],
     form: str,
     units: int,
 ) -> tuple[Routed, Tensor]:
-    """Each routed pair's cost at each width: (routing, [P, U, W] float64).
+    """The cost of each routed pair at each width.
 
-    gradient: [T, H] at the experts' output; ``rungs`` gives all experts' weights at one width after another
-    units:    2 for the cost of each matrix, 1 for that of both together
+    Args:
+        module: the experts module.
+        experts: its description.
+        call: a call of the module.
+        gradient: [T, H] at the output of that call.
+        candidates: weights of all experts at each of the W widths.
+        form: ``elementwise`` or ``token``, see the module's docstring.
+        units: 2 for the cost of each matrix, 1 for that of both together.
+
+    Returns:
+        The routed pairs, and their costs float64 [P, U, W].
     """
-    exact_first, exact_down = (expert_weight(module, m.name) for m in experts.matrices)
+    exact_first, exact_down = (expert_weight(module, matrix.name) for matrix in experts.matrices)
     routed = route_in_groups(call, (exact_first, exact_down), experts.count)
     x = call.hidden.index_select(0, routed.token)
-    g = (gradient[routed.token] * routed.weight.unsqueeze(1)).to(x.dtype)
+    grad_pair = (gradient[routed.token] * routed.weight.unsqueeze(1)).to(x.dtype)
 
-    def first(weight: Tensor) -> Tensor:
+    def run_first(weight: Tensor) -> Tensor:
         return apply_first(module, experts.matrices[0].name, weight.to(x.dtype), x, routed)
 
-    def down(weight: Tensor, h: Tensor) -> Tensor:
+    def run_down(weight: Tensor, h: Tensor) -> Tensor:
         return apply_down(module, weight.to(x.dtype), h, routed)
 
-    h = first(exact_first)
-    slope = None
+    h = run_first(exact_first)
+    grad_h = None
     if units == 2 and form == "token":
-        # g . (change of h, through the exact down matrix) is (g through it backwards) . (change of h): one product for
-        # all widths. To first order where a norm follows.
+        # g . (change of h, passed through the exact down matrix) equals (g, passed backward through it) . (change of
+        # h), which takes one product for all widths. It is a first-order approximation if a norm follows.
         with torch.enable_grad():
             leaf = h.detach().requires_grad_()
-            out = down(exact_down, leaf)
-            (slope,) = torch.autograd.grad(out, leaf, g)
+            out = run_down(exact_down, leaf)
+            (grad_h,) = torch.autograd.grad(out, leaf, grad_pair)
         out = out.detach()
     else:
-        out = down(exact_down, h)
-    columns = []
-    for weights in rungs:
-        other = first(weights[0])
+        out = run_down(exact_down, h)
+    costs_by_width = []
+    for first_weight, down_weight in candidates:
+        quantized_h = run_first(first_weight)
         if units == 1:
-            of_units = [_along(g, down(weights[1], other), out, form)]
+            unit_costs = [_change_cost(grad_pair, run_down(down_weight, quantized_h), out, form)]
         else:
-            of_first = (g, down(exact_down, other), out) if slope is None else (slope, other, h)
-            of_units = [_along(*of_first, form), _along(g, down(weights[1], h), out, form)]
-        columns.append(torch.stack(of_units, 1))
-    return routed, torch.stack(columns, 2).double()
+            if grad_h is None:
+                first_cost = _change_cost(grad_pair, run_down(exact_down, quantized_h), out, form)
+            else:
+                first_cost = _change_cost(grad_h, quantized_h, h, form)
+            unit_costs = [first_cost, _change_cost(grad_pair, run_down(down_weight, h), out, form)]
+        costs_by_width.append(torch.stack(unit_costs, 1))
+    return routed, torch.stack(costs_by_width, 2).double()
 
 
-def _along(direction: Tensor, changed: Tensor, exact: Tensor, form: str) -> Tensor:
-    """What a change of the rows ``exact`` [P, N] costs in a direction: float32 [P], by a form of the module's text."""
-    squares = form == "elementwise"
-    if direction.is_cuda:
+def _change_cost(gradient: Tensor, changed: Tensor, exact: Tensor, form: str) -> Tensor:
+    """The cost of a change of the rows ``exact`` [P, N] with ``gradient`` [P, N]: float32 [P]."""
+    is_elementwise = form == "elementwise"
+    if gradient.is_cuda:
         from gemq.kernels.training.expert_ops import projection  # triton comes with torch for CUDA, not for CPUs
 
-        found = projection(direction, changed, exact, squares)
+        sums = projection(gradient, changed, exact, is_elementwise)
     else:
-        products = direction.float() * (changed.float() - exact.float())
-        found = (products.square() if squares else products).sum(1)
-    return found if squares else found.square()
+        products = gradient.float() * (changed.float() - exact.float())
+        sums = (products.square() if is_elementwise else products).sum(1)
+    return sums if is_elementwise else sums.square()
 
 
 def rescaled(costs: Tensor, kl: Tensor) -> Tensor:
-    """Costs [E, U, W] of a layer, scaled at each width so that they sum to the KL [W] measured there, in nats a token.
+    """Scales the costs [E, U, W] of a layer at each width, so that they sum to the KL [W] measured there.
 
-    Costs that are all zero stay zero.
+    The KL is in nats per token. Costs that are all zero stay zero.
     """
     total = costs.sum((0, 1))
     return costs * torch.where(total > 0, kl / total, 0.0)
 
 
 def smooth_usage(costs: Tensor, tokens: Tensor, k: float) -> Tensor:
-    """Usage smoothing: costs [E, U, W] as they would be if token counts [E] were drawn towards their mean.
+    """Usage smoothing: costs [E, U, W] as if token counts [E] were moved towards their mean.
 
     A cost is multiplied by (n + k mean n) / ((1 + k) n). Experts that saw no token get the layer's mean cost per token.
     """

@@ -1,20 +1,22 @@
-"""Choice of the windows for measuring sensitivity. The measurement is in ``pipeline.sensitivity_stage``."""
+"""Choice of the windows for measuring sensitivity. ``pipeline.sensitivity_stage`` measures it."""
 
 from __future__ import annotations
 
 from gemq.calibration.windows import Windows, from_parts
 
-TOKENS, SHARE = 16_384, 4
-"""Upper bounds for the tokens to measure on: a number, and one token in ``SHARE`` of the calibration tokens."""
+MAX_TOKENS = 16_384
+"""Upper bound for the tokens to measure on."""
+TOKENS_DIVISOR = 4
+"""At most one calibration token in this many is measured on."""
 
 
-def measured_tokens(calibrated: int) -> int:
-    """Tokens to measure on, from the number of calibration tokens."""
-    return min(TOKENS, calibrated // SHARE)
+def measured_tokens(calibration_tokens: int) -> int:
+    """Number of tokens to measure on."""
+    return min(MAX_TOKENS, calibration_tokens // TOKENS_DIVISOR)
 
 
 def measured_windows(windows: Windows, tokens: int) -> Windows:
-    """The first windows of each source, equally many and at least one, about ``tokens`` tokens in all."""
+    """The first windows of each source, equally many and at least one, with about ``tokens`` tokens in all."""
     count = max(1, tokens // windows.window // len(windows.names))
-    parts = [windows.tokens[windows.source == i][:count] for i in range(len(windows.names))]
-    return from_parts(parts, windows.names, windows.tokens_available)
+    tokens_by_source = [source_tokens[:count] for source_tokens in windows.by_source()]
+    return from_parts(tokens_by_source, windows.names, windows.tokens_available)

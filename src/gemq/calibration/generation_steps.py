@@ -1,8 +1,9 @@
-"""Next-token logits of windows that are written side by side, one token a step.
+"""Next-token logits of windows that are written in parallel, one token a step.
 
-On a GPU a step is captured in a CUDA graph over a static cache: a step of few tokens is launches, and a graph has none.
-Where the model or memory does not allow that, and on a CPU, the model is called as it is over a cache that holds a
-whole window from the start; one that grows by concatenation copies itself at every step. Knows nothing of sampling.
+On a GPU a step is captured in a CUDA graph over a static cache, since launching the kernels of a step of few tokens
+takes longer than running them. Where the model or memory does not allow a graph, and on a CPU, the model is called as
+it is, with a cache that holds a whole window from the start: one that grows by concatenation copies itself at every
+step. Must not deal with sampling.
 """
 
 from __future__ import annotations
@@ -25,67 +26,74 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Steps:
-    """The steps of one model, batch after batch of windows.
+    """Makes the steps of one model, for one batch of windows after another.
 
-    static: over a static cache; by default on a GPU
-    why:    the reason why steps asked to be static are not, else empty
+    Attributes:
+        model: writes the windows.
+        seq_len: tokens of a window.
+        static: whether steps use a static cache. By default on a GPU.
+        why: the reason if static steps were requested and are not possible, otherwise empty.
     """
 
-    def __init__(self, model: Any, window: int, static: bool | None = None) -> None:
-        self.model, self.window = model, window
+    def __init__(self, model: Any, seq_len: int, static: bool | None = None) -> None:
+        self.model, self.seq_len = model, seq_len
         self.static = model.device.type == "cuda" if static is None else static
         self.why = ""
-        self._static: _StaticStep | None = None
+        self._static_step: _StaticStep | None = None
 
     def begin(self, rows: int) -> Step:
         """The step of ``rows`` new windows."""
         if self.static:
             try:
-                return self._static_step(rows)
+                return self._restart_static_step(rows)
             except (Unsupported, torch.OutOfMemoryError) as error:
                 self.why = " ".join(f"{error}".split())[:300]
                 self.static = False
-            self._static = None
-        return _GrowingStep(self.model, self.window)
+            self._static_step = None
+        return _DynamicStep(self.model, self.seq_len)
 
-    def _static_step(self, rows: int) -> Step:
-        if self._static is None or self._static.batch != rows:
-            self._static = None  # before the next one takes memory
-            self._static = _StaticStep(self.model, rows, self.window)
-            self._static.capture()
-        self._static.restart()
-        return self._static
+    def _restart_static_step(self, rows: int) -> Step:
+        """The captured step for ``rows`` windows, captured again if the number of windows changes."""
+        if self._static_step is None or self._static_step.batch != rows:
+            self._static_step = None  # frees its memory before the next one is made
+            self._static_step = _StaticStep(self.model, rows, self.seq_len)
+            self._static_step.capture()
+        self._static_step.restart()
+        return self._static_step
 
 
 class _StaticStep(Decoder):
-    """A decoder that leaves the choice of tokens to others: its step ends with the logits."""
+    """A decoder whose step ends with the logits: the caller chooses the tokens."""
 
-    def __init__(self, model: Any, rows: int, window: int) -> None:
-        super().__init__(model, rows, window)
+    def __init__(self, model: Any, rows: int, seq_len: int) -> None:
+        super().__init__(model, rows, seq_len)
         self._logits: Tensor | None = None
-        self._begun = False
+        self._has_prefilled = False
 
     def capture(self) -> None:
-        """Raises Unsupported where a GPU does not take it."""
+        """Captures the step. Raises Unsupported if a GPU cannot."""
         self.prefill(self._token.clone())
         self.prepare(compile_layers=False)
         if self.device.type == "cuda" and self.execution == "eager":
             raise Unsupported("; ".join(self.reasons.values()))
 
     def restart(self) -> None:
-        self._begun = False
+        """Begins new windows."""
+        self._has_prefilled = False
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        if self._begun:
+        """One step, see ``Step``."""
+        if self._has_prefilled:
             self._token.copy_(tokens)
             self.step()
         else:
-            self._begun = True
+            self._has_prefilled = True
             self.prefill(tokens)
         assert self._logits is not None
         return self._logits
 
     def _choose(self, logits: Tensor) -> Tensor:
+        """Stores the logits in a buffer that a CUDA graph writes to. Returns the token buffer as it is."""
         if self._logits is None:
             self._logits = logits.float().clone()
         else:
@@ -93,65 +101,68 @@ class _StaticStep(Decoder):
         return self._token
 
 
-class _GrowingStep:
-    """The model as it is, over the cache that it makes itself.
+class _DynamicStep:
+    """Calls the model as it is, over the cache that it makes itself.
 
-    Where rotary factors change at a length inside the window, the cache is computed again there, as Transformers'
-    ``generate`` does: keys that were turned by the factors of short texts are not those of a long one.
+    If the rotary factors change at a length inside the window, the cache is computed again at that length, as
+    Transformers' ``generate`` does: keys of a short text were rotated by other factors than those of a long one.
     """
 
-    def __init__(self, model: Any, window: int) -> None:
-        self.model, self.window = model, window
+    def __init__(self, model: Any, seq_len: int) -> None:
+        self.model, self.seq_len = model, seq_len
         limit = rotary_limit(model.config.get_text_config())
-        self._limit = limit if limit is not None and limit < window else None
+        self._rotary_limit = limit if limit is not None and limit < seq_len else None
         self._cache: Any = None
-        self._written: list[Tensor] = []  # the tokens so far, as long as the limit is ahead
+        self._tokens: list[Tensor] = []
+        """All tokens so far, until the rotary limit is reached."""
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        if self._limit is not None:
-            self._written.append(tokens.clone())
-            if len(self._written) > self._limit:
-                tokens, self._cache, self._limit = torch.cat(self._written, dim=1), None, None
+        """One step, see ``Step``."""
+        if self._rotary_limit is not None:
+            self._tokens.append(tokens.clone())
+            if len(self._tokens) > self._rotary_limit:
+                tokens = torch.cat(self._tokens, dim=1)
+                self._cache = self._rotary_limit = None
         out = self.model(input_ids=tokens, use_cache=True, **cache_argument(self.model, self._cache))
         if self._cache is None:
-            self._cache = _preallocate(output_cache(out), self.window, self.model)
+            self._cache = _preallocate(output_cache(out), self.seq_len, self.model)
         logits: Tensor = out.logits[:, -1]
         return logits.float()
 
 
 class _Preallocated(DynamicLayer):
-    """A layer of the cache that holds a whole window from the start, so that a step copies its own keys and
-    values only."""
+    """A layer's keys and values in buffers for a whole window, so that a step copies only those of its own token."""
 
-    def __init__(self, layer: DynamicLayer, window: int) -> None:
+    def __init__(self, layer: DynamicLayer, seq_len: int) -> None:
         super().__init__()
         keys, values = layer.keys, layer.values
         assert keys is not None
         assert values is not None
         self.lazy_initialization(keys, values)
-        self._all_keys = keys.new_empty(*keys.shape[:-2], window, keys.shape[-1])
-        self._all_values = values.new_empty(*values.shape[:-2], window, values.shape[-1])
-        self._used = 0
+        self._key_buffer = keys.new_empty(*keys.shape[:-2], seq_len, keys.shape[-1])
+        self._value_buffer = values.new_empty(*values.shape[:-2], seq_len, values.shape[-1])
+        self._length = 0
         self.update(keys, values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, self._used = self._used, self._used + key_states.shape[-2]
-        self._all_keys[:, :, start : self._used] = key_states
-        self._all_values[:, :, start : self._used] = value_states
-        self.keys = self._all_keys[:, :, : self._used]
-        self.values = self._all_values[:, :, : self._used]
+        """Appends keys and values. Returns all of them."""
+        start, stop = self._length, self._length + key_states.shape[-2]
+        self._key_buffer[:, :, start:stop] = key_states
+        self._value_buffer[:, :, start:stop] = value_states
+        self._length = stop
+        self.keys = self._key_buffer[:, :, :stop]
+        self.values = self._value_buffer[:, :, :stop]
         return self.keys, self.values
 
 
-def _preallocate(cache: Any, window: int, model: Any) -> Any:
-    """The cache that the model made in its first step, its plain growing layers replaced; others stay as they
-    are."""
+def _preallocate(cache: Any, seq_len: int, model: Any) -> Any:
+    """Replaces the plain growing layers of the cache that the model made in its first step. Others stay."""
     if cache is None:
         raise UserError(f"{type(model).__name__} has no key-value cache to write windows with: give --calib FILE")
     layers = getattr(cache, "layers", [])
     with optional("cache_grows"):
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
-                layers[index] = _Preallocated(layer, window)
+                layers[index] = _Preallocated(layer, seq_len)
     return cache

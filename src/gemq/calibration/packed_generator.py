@@ -1,8 +1,8 @@
-"""A packed copy of a model, to write windows in its place where memory does not hold the model itself.
+"""The generator copy: a packed copy of a model that writes windows if memory does not hold the model itself.
 
-Experts are rounded to nearest at one width, the widest that fits; other linears at 8 bits. Nothing is calibrated: this
-is what the windows for calibrating are written with. The copy is a checkpoint beside the work directory's results, made
-a layer at a time and removed when the windows are there.
+Experts are rounded to nearest at one width, the widest that fits, and other linears at 8 bits. Nothing is calibrated,
+since the windows for calibration do not exist yet. The copy is a checkpoint in the work directory. It is made one layer
+at a time and removed once the windows are written.
 """
 
 from __future__ import annotations
@@ -33,46 +33,63 @@ from gemq.runtime.memory import Memory, gigabytes
 
 LINEAR_BITS = 8
 GROUP_SIZE = 128
-ROUNDED_TOGETHER = 1 << 26
-"""Weights that are rounded at once: rounding holds several float32 copies of them."""
+ROUNDING_CHUNK = 1 << 26
+"""Upper bound for the weights that are rounded in one call, which holds several float32 copies of them."""
 
 
 def copy_bytes(structure: Structure, width: Width, outside: int) -> int:
-    """Bytes of a copy with experts at ``width``; ``outside`` those of embeddings, norms and head."""
-    linears = sum(
-        matrix_bytes(x.rows, x.columns, LINEAR_BITS, group_size_for(x.columns, GROUP_SIZE))
-        for layer in structure.layers
-        for x in layer.linears
-    )
-    experts = sum(
-        layer.experts.count * expert_bytes(layer.experts, width, GROUP_SIZE)
-        for _, layer in structure.moe_layers
-        if layer.experts
-    )
-    return outside + linears + experts
+    """Bytes of a generator copy.
+
+    Args:
+        structure: of the model.
+        width: of the experts.
+        outside: bytes of embeddings, norms and head.
+    """
+    total = outside
+    for layer in structure.layers:
+        for linear in layer.linears:
+            group_size = group_size_for(linear.columns, GROUP_SIZE)
+            total += matrix_bytes(linear.rows, linear.columns, LINEAR_BITS, group_size)
+        if layer.experts:
+            total += layer.experts.count * expert_bytes(layer.experts, width, GROUP_SIZE)
+    return total
 
 
-def widest_copy(structure: Structure, outside: int, beside: int, memory: Memory) -> Width:
-    """The widest width at which a copy fits into all of the device's bound with ``beside`` bytes for its caches.
+def widest_copy(structure: Structure, outside: int, reserved_bytes: int, memory: Memory) -> Width:
+    """The widest width at which a generator copy fits into the device's memory limit.
 
-    Raises UserError when none does.
+    Args:
+        structure: of the model.
+        outside: bytes of embeddings, norms and head.
+        reserved_bytes: must stay free for key-value caches.
+        memory: its limit on the device counts, whatever else is allocated now.
+
+    Raises:
+        UserError: no copy fits.
     """
     for width in sorted(LEVELS, reverse=True):
-        if copy_bytes(structure, width, outside) + beside <= memory.on_device.limit:
+        if copy_bytes(structure, width, outside) + reserved_bytes <= memory.on_device.limit:
             return width
-    least = copy_bytes(structure, min(LEVELS), outside) + beside
+    required = copy_bytes(structure, min(LEVELS), outside) + reserved_bytes
     raise UserError(
         f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold even a copy of the model at 1 bit, which is to "
-        f"write windows: give at least {memory.flag} {gigabytes(least)}"
+        f"write windows: give at least {memory.flag} {gigabytes(required)}"
     )
 
 
 @contextmanager
 def packed_copy(replay: Replay, source: Source, width: Width, directory: Path) -> Iterator[Any]:
-    """The copy, loaded on the device, while the layers of ``replay`` are put away. ``directory`` must not exist."""
-    shutil.rmtree(directory, ignore_errors=True)  # of a job that was killed
+    """Makes the generator copy and loads it on the device. The layers of ``replay`` are offloaded meanwhile.
+
+    Args:
+        replay: the full-precision model.
+        source: its files.
+        width: of the copy's experts.
+        directory: of the copy, removed at the end. A directory of a killed job is overwritten.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
     try:
-        _write(replay, source, width, directory)
+        _write_copy(replay, source, width, directory)
         assert replay.residency is not None
         with replay.residency.away():
             model = load(directory, str(replay.device), replay.model.dtype, trust_remote_code=source.trust_remote_code)
@@ -82,21 +99,24 @@ def packed_copy(replay: Replay, source: Source, width: Width, directory: Path) -
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _write(replay: Replay, source: Source, width: Width, directory: Path) -> None:
+def _write_copy(replay: Replay, source: Source, width: Width, directory: Path) -> None:
+    """Writes the checkpoint of the generator copy."""
     structure = replay.structure
-    experts = {
-        layer.experts.path: {m.name: (width,) * layer.experts.count for m in layer.experts.matrices}
-        for _, layer in structure.moe_layers
-        if layer.experts
-    }
-    linears = {x.path: float(LINEAR_BITS) for layer in structure.layers for x in layer.linears}
+    experts: dict[str, dict[str, tuple[Width, ...]]] = {}
+    linears: dict[str, float] = {}
+    for layer in structure.layers:
+        linears.update((linear.path, float(LINEAR_BITS)) for linear in layer.linears)
+        if layer.experts:
+            widths = (width,) * layer.experts.count
+            experts[layer.experts.path] = {matrix.name: widths for matrix in layer.experts.matrices}
     packed_format = PackedFormat(experts, linears, GROUP_SIZE)
 
     def shards() -> Iterator[dict[str, Tensor]]:
         for index in replay.walk(range(len(structure.layers))):
-            yield _rounded_layer(replay, index, width)
-        rest = replay.unpacked(packed_format.replaced_names())
-        yield dense_state(replay.model, packed_format, {name: tensor.cpu() for name, tensor in rest.items()})
+            yield _pack_layer(replay, index, width)
+        unpacked = replay.unpacked(packed_format.replaced_names())
+        cpu_tensors = {name: tensor.cpu() for name, tensor in unpacked.items()}
+        yield dense_state(replay.model, packed_format, cpu_tensors)
 
     write_checkpoint(
         directory,
@@ -109,28 +129,29 @@ def _write(replay: Replay, source: Source, width: Width, directory: Path) -> Non
 
 
 @torch.no_grad()
-def _rounded_layer(replay: Replay, index: int, width: Width) -> dict[str, Tensor]:
-    """A layer's packed tensors by their checkpoint names."""
+def _pack_layer(replay: Replay, index: int, width: Width) -> dict[str, Tensor]:
+    """A layer's packed tensors by their names in the checkpoint."""
     layer = replay.structure.layers[index]
     tensors: dict[str, Tensor] = {}
     for linear in layer.linears:
         weight = replay.model.get_submodule(linear.path).weight.unsqueeze(0)
-        (packed,) = _rounded(weight, float(LINEAR_BITS))
+        (packed,) = _round_and_pack(weight, float(LINEAR_BITS))
         tensors.update(packed.named(linear.path))
     if layer.experts is not None:
         module = replay.model.get_submodule(layer.experts.path)
         for matrix in layer.experts.matrices:
-            for e, packed in enumerate(_rounded(expert_weight(module, matrix.name), width)):
-                tensors.update(packed.named(f"{layer.experts.path}.{e}.{matrix.name}"))
+            for expert, packed in enumerate(_round_and_pack(expert_weight(module, matrix.name), width)):
+                tensors.update(packed.named(f"{layer.experts.path}.{expert}.{matrix.name}"))
     return tensors
 
 
-def _rounded(weight: Tensor, width: Width) -> Iterator[PackedMatrix]:
-    """Each of the matrices [E, R, C] rounded to nearest and packed, on the CPU."""
-    group = group_size_for(weight.shape[-1], GROUP_SIZE)
-    for part in weight.split(max(1, ROUNDED_TOGETHER // weight[0].numel())):
-        q = round_to_nearest(part, (width,), group)
-        packed = PackedMatrix.pack(Quantized(*(t[0] for t in q)), width, group)
-        parts = [t.cpu() for t in packed]
-        for e in range(len(part)):
-            yield PackedMatrix(*(t[e].clone() for t in parts))
+def _round_and_pack(weight: Tensor, width: Width) -> Iterator[PackedMatrix]:
+    """Yields each of the matrices [E, R, C] rounded to nearest and packed, on the CPU."""
+    group_size = group_size_for(weight.shape[-1], GROUP_SIZE)
+    matrices_per_chunk = max(1, ROUNDING_CHUNK // weight[0].numel())
+    for chunk in weight.split(matrices_per_chunk):
+        all_widths = round_to_nearest(chunk, (width,), group_size)
+        quantized = Quantized(*(tensor[0] for tensor in all_widths))
+        packed = [tensor.cpu() for tensor in PackedMatrix.pack(quantized, width, group_size)]
+        for expert in range(len(chunk)):
+            yield PackedMatrix(*(tensor[expert].clone() for tensor in packed))

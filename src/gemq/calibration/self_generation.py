@@ -1,19 +1,17 @@
 """Windows that the full-precision model writes itself, sampled from its whole distribution at temperature 1.
 
-Why an own loop and not ``generate``: a window holds several documents, so sampling goes on after an end
-token, nothing of the model's generation config (forced, suppressed or minimum tokens) may bend the
-distribution, and every window is equally long, so that no step needs padding or an attention mask.
+``generate`` of Transformers is not used: a window holds several documents, so sampling continues after an end token;
+the model's generation config (forced, suppressed or minimum tokens) must not change the distribution; and all windows
+have equal lengths, so that no step needs padding or an attention mask.
 
-Measured on two CPU cores: ``grouped_mm`` and ``eager`` experts are equally fast, ``batched_mm`` (which
-gathers weights per token) eleven times slower; the model's own setting, ``grouped_mm`` by default, is left
-alone. A cache that grows by concatenation copies itself at every step; that of ``calibration.generation_steps`` does
-not.
+Measured on two CPU cores: ``grouped_mm`` and ``eager`` experts are equally fast, and ``batched_mm``, which gathers
+weights per token, is eleven times slower. The model's own setting, by default ``grouped_mm``, is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,28 +21,32 @@ from torch import Tensor
 
 from gemq.calibration.generation_steps import Step, Steps
 from gemq.calibration.sources import SELF
+from gemq.calibration.vocabulary import Vocabulary
 from gemq.calibration.windows import Windows
 from gemq.models.chat_template import ChatOpening, chat_opening, has_template
 from gemq.models.config_values import layer_configs
 from gemq.runtime.ranks import SINGLE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
-"""For keys and values of the windows that are written side by side, in float32: see ``batch_size``."""
+"""Limits for the float32 keys and values of a batch of windows: see ``batch_size``."""
 
-FEWEST_WINDOWS = 32
-"""Written side by side if ``CACHE_BYTES`` hold so many."""
+MIN_BATCH_SIZE = 32
+"""Windows of a batch if ``CACHE_BYTES`` hold as many."""
+
+MAX_BATCH_SIZE = 512
 
 FREE = -1
-"""Marks a position whose token is sampled rather than given."""
+"""Marks a position whose token is sampled rather than prescribed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Openings:
-    """How windows begin where a chat template does not say: with BOS, unless something else is asked for here.
+    """How windows begin if the chat template does not say: with BOS, unless this sets other tokens.
 
-    tokens: int64 [n], of which one, drawn at random, opens each window. Windows that begin in the middle of a document
-            are of more kinds than those that begin with BOS, most of which are of the kinds with the shortest documents
-    random: share of the windows that open with a random token of the vocabulary instead
+    Attributes:
+        tokens: int64 [n], one of which, drawn at random, opens each window. Windows that begin inside a document are
+            more diverse than those that begin with BOS, most of which are of the kinds with the shortest documents.
+        random: fraction of the windows that open with a random token of the vocabulary instead.
     """
 
     tokens: Tensor | None = None
@@ -52,49 +54,58 @@ class Openings:
 
 
 OF_THE_SOURCE = Openings(random=1.0)
-"""Windows of the source ``self``: measured better than BOS (docs/lab-log.md)."""
+"""Openings of the source ``self``: measured better than BOS (docs/lab-log.md)."""
 
 
 def added_to(windows: Windows) -> Openings:
-    """How windows open that the model writes beside these.
+    """Openings of the windows that the model writes in addition to ``windows``.
 
-    A text shows what its documents hold; the model's own windows miss kinds, which random tokens find.
+    They begin with tokens of the texts among ``windows``. Without a text, half of them begin with random tokens, since
+    the model's own windows lack some kinds of documents.
     """
-    texts = [i for i, name in enumerate(windows.names) if name != SELF]
-    known = windows.tokens[torch.isin(windows.source, torch.tensor(texts))] if texts else windows.tokens
-    return Openings(known.flatten(), 0.0 if texts else 0.5)
+    text_sources = [index for index, name in enumerate(windows.names) if name != SELF]
+    if not text_sources:
+        return Openings(windows.tokens.flatten(), 0.5)
+    is_text = torch.isin(windows.source, torch.tensor(text_sources))
+    return Openings(windows.tokens[is_text].flatten(), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``count`` windows to be written from ``seed``, which open as ``openings`` says."""
+    """Windows to write.
+
+    Attributes:
+        count: number of windows.
+        seed: of the random numbers.
+        openings: how the windows begin.
+    """
 
     count: int
     seed: int
     openings: Openings = Openings()
 
-    def draws(self, window: int) -> Tensor:
-        """Random numbers float64 [count, window] in [0, 1), one for each token."""
-        # mixed first: a generator looks at 32 bits of its seed only, and other seeds begin near this one
-        mixed = np.random.SeedSequence(self.seed).generate_state(1)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        return torch.rand(self.count, window, generator=generator, dtype=torch.float64)
+    def draws(self, seq_len: int) -> Tensor:
+        """Random numbers float64 [count, seq_len] in [0, 1), one for each token."""
+        # a generator uses 32 bits of its seed only, and other seeds are close to this one: mix the bits
+        mixed_seed = np.random.SeedSequence(self.seed).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed_seed[0]))
+        return torch.rand(self.count, seq_len, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class Generated:
-    """What the model wrote, and how."""
+class GeneratedWindows:
+    """The windows that a model wrote."""
 
     tokens: list[Tensor]
-    """Of each plan int64 [count, window], on the CPU"""
+    """For each plan int64 [count, seq_len], on the CPU."""
     documents: int
-    """Documents begun, those that open a window included."""
+    """Documents begun, including those that open a window."""
     chat_windows: int
     """Windows that open with the chat template's user turn."""
     chat_fallbacks: int
-    """Windows that should have, but the template could not be used for it."""
+    """Windows that should open with it, but the template could not be used."""
     launched: int
-    """Windows whose steps were launched kernel by kernel on a GPU, where a static step was not to be had."""
+    """Windows whose steps a GPU launched kernel by kernel, because a static step was not possible."""
 
 
 def generate_windows(
@@ -106,243 +117,274 @@ def generate_windows(
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = SINGLE,
     static: bool | None = None,
-) -> Generated:
-    """Windows of ``window`` tokens that ``model`` samples from itself, by one plan after the other.
+) -> GeneratedWindows:
+    """Samples windows from ``model``.
 
-    A window opens as its plan says, by default with BOS, or with a random token where the model has none; after an end
-    token the next document opens with BOS or such a token. With a chat template every second window opens with the
+    A window opens as its plan says, by default with BOS, or with a random token if the model has none. After an end
+    token the next document opens with BOS or a random token. With a chat template every second window opens with the
     beginning of a user turn, and the end of that turn is followed by the template's opening of the answer. Padding rows
     of the embedding and the pad token are never sampled.
 
-    batch:    windows written side by side at most, whichever plans they are of; by default as ``batch_size`` has it.
-              Window i of a plan depends on (seed, i) and how logits are rounded, not on PyTorch's global random state
-    progress: called with (done, total) tokens
-    ranks:    take turns with the batches
-    static:   steps over a static cache, as ``calibration.generation_steps`` has it; by default on a GPU
+    Window i of a plan depends on its seed, on i and on how logits are rounded, but not on PyTorch's global random
+    state.
+
+    Args:
+        model: the model or a packed copy of it.
+        tokenizer: of the model.
+        plans: the windows to write, in order.
+        window: tokens of a window.
+        batch: upper bound for the windows of a batch, which may belong to several plans. By default ``batch_size``.
+        progress: called with the number of written tokens and the total.
+        ranks: the processes that divide the batches among themselves.
+        static: whether to use a static cache, see ``calibration.generation_steps``. By default on a GPU.
     """
-    vocabulary = _Vocabulary.of(model, tokenizer)
+    seq_len = window
     opening = chat_opening(tokenizer) if has_template(tokenizer) else None
-    chat = opening if opening is not None and 0 < len(opening.user) < window else None
-    wanted = sum(plan.count // 2 for plan in plans) if opening is not None else 0
+    chat = opening if opening is not None and 0 < len(opening.user) < seq_len else None
     total = sum(plan.count for plan in plans)
-    rows = evenly(total, batch or batch_size(model.config.get_text_config(), window))
-    batches = _Batch.of(plans, window, vocabulary, chat).split(rows)
+    size = even_batch_size(total, batch or batch_size(model.config.get_text_config(), seq_len))
+    batches = _Batch.from_plans(plans, seq_len, Vocabulary.from_model(model, tokenizer), chat).split(size)
 
     was_training = model.training
     model.eval()
-    parts: list[Tensor | None] = [None] * len(batches)
-    steps = Steps(model, window, static)
-    documents = launched = before = 0
+    written: list[Tensor | None] = [None] * len(batches)
+    steps = Steps(model, seq_len, static)
+    documents = launched = 0
     try:
-        for turn, drafted in enumerate(batches):
-            rows = len(drafted.given)
-            if turn % ranks.count == ranks.rank:
-                report = None
-                if progress:
-                    report = lambda done, before=before, rows=rows: progress(before + done * rows, total * window)
-                own = drafted.to(model.device)
-                parts[turn] = own.write(steps.begin(rows), report)
-                launched += rows * bool(steps.why)
-                documents += own.documents
-            before += rows * window
+        for index, planned in enumerate(batches):
+            if index % ranks.count != ranks.rank:
+                continue
+            rows = len(planned.prescribed)
+            report = None
+            if progress:
+                report = _batch_progress(progress, index * size * seq_len, rows, total * seq_len)
+            device_batch = planned.to(model.device)
+            written[index] = device_batch.write(steps.begin(rows), report)
+            documents += device_batch.documents
+            if steps.why:
+                launched += rows
     finally:
         model.train(was_training)
-    written = [ranks.broadcast(part, number % ranks.count).cpu() for number, part in enumerate(parts)]
-    documents, launched = ranks.all_reduce_int(documents), ranks.all_reduce_int(launched)
-    whole = torch.cat([torch.empty(0, window, dtype=torch.int64), *written])
-    tokens = list(whole.split([plan.count for plan in plans]))
-    return Generated(tokens, documents, wanted if chat else 0, 0 if chat else wanted, launched)
+    gathered = [torch.empty(0, seq_len, dtype=torch.int64)]
+    for index, tokens in enumerate(written):
+        gathered.append(ranks.broadcast(tokens, index % ranks.count).cpu())
+    chat_windows = sum(plan.count // 2 for plan in plans) if opening is not None else 0
+    return GeneratedWindows(
+        tokens=list(torch.cat(gathered).split([plan.count for plan in plans])),
+        documents=ranks.all_reduce_int(documents),
+        chat_windows=chat_windows if chat else 0,
+        chat_fallbacks=0 if chat else chat_windows,
+        launched=ranks.all_reduce_int(launched),
+    )
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """Which tokens begin and end documents, and which may be sampled."""
+def _batch_progress(
+    progress: Callable[[int, int], None], tokens_before: int, rows: int, total: int
+) -> Callable[[int], None]:
+    """A callback for the tokens written per window of a batch, which reports the progress of all batches.
 
-    bos: int | None
-    ends: frozenset[int]
-    known: frozenset[int]
-    """Tokens of the tokenizer, pad excepted. The embedding may have more rows, which no text contains."""
-    starts: Tensor
-    """int64 [S]: tokens that may open a document when there is no BOS"""
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> _Vocabulary:
-        config = model.config.get_text_config()
-        holders = [getattr(model, "generation_config", None), config, tokenizer]
-        bos = next(iter(_token_ids(holders, "bos_token_id")), None)
-        ends = frozenset(_token_ids(holders, "eos_token_id"))
-        # A pad token that also ends documents has to stay, or no document would end.
-        never = frozenset(_token_ids(holders, "pad_token_id")) - ends - {bos}
-        known = frozenset(i for i in tokenizer.get_vocab().values() if i < config.vocab_size) - never
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        starts = sorted(known - special - ends - set(tokenizer.all_special_ids))
-        return cls(bos, ends, known, torch.tensor(starts, dtype=torch.int64))
+    Args:
+        progress: called with the number of written tokens and the total.
+        tokens_before: of the batches before.
+        rows: windows of the batch.
+        total: tokens of all batches.
+    """
+    return lambda tokens_per_window: progress(tokens_before + tokens_per_window * rows, total)
 
 
 @dataclass
 class _Batch:
-    """Windows written side by side, one token of each per step."""
+    """Windows that are written in parallel, one token of each per step."""
 
-    vocabulary: _Vocabulary
-    given: Tensor
-    """int64 [rows, window]: tokens that are not sampled, FREE elsewhere"""
+    vocabulary: Vocabulary
+    prescribed: Tensor
+    """int64 [rows, seq_len]: tokens that are not sampled, FREE elsewhere."""
     draws: Tensor
-    """float64 [rows, window]: the random number in [0, 1) that decides about each token, sampled or not"""
+    """float64 [rows, seq_len]: the random number in [0, 1) that decides about each token, sampled or not."""
     answers: dict[int, list[int]]
-    """By row of a chat whose user is still writing: what opens the answer."""
+    """What opens the answer, by row of a chat whose user turn has not ended."""
     documents: int
-    """Begun so far."""
+    """Documents begun so far."""
 
     @classmethod
-    def of(cls, plans: Sequence[Plan], window: int, vocabulary: _Vocabulary, chat: ChatOpening | None) -> _Batch:
-        """All windows of ``plans``, one after the other, on the CPU. Every second one of a plan opens as ``chat``."""
-        draws = torch.cat([torch.empty(0, window, dtype=torch.float64), *(plan.draws(window) for plan in plans)])
+    def from_plans(
+        cls, plans: Sequence[Plan], seq_len: int, vocabulary: Vocabulary, chat: ChatOpening | None
+    ) -> _Batch:
+        """All windows of ``plans``, in order, on the CPU. Every second one of a plan opens as ``chat`` says."""
+        draws = torch.cat([torch.empty(0, seq_len, dtype=torch.float64), *(plan.draws(seq_len) for plan in plans)])
         batch = cls(vocabulary, torch.full(draws.shape, FREE), draws, {}, len(draws))
-        first = 0
+        start = 0
         for plan in plans:
-            batch._open(range(first, first + plan.count), plan.openings)
+            stop = start + plan.count
+            batch._open(range(start, stop), plan.openings)
             if chat is not None:
-                for row in range(first + 1, first + plan.count, 2):
-                    batch.given[row, : len(chat.user)] = torch.tensor(chat.user)
+                for row in range(start + 1, stop, 2):
+                    batch.prescribed[row, : len(chat.user)] = torch.tensor(chat.user)
                     batch.answers[row] = chat.answer
-            first += plan.count
+            start = stop
         return batch
 
-    def split(self, rows: int) -> list[_Batch]:
-        """Batches of ``rows`` windows."""
-        parts = []
-        for first in range(0, len(self.given), rows):
-            own = slice(first, first + rows)
-            answers = {row - first: answer for row, answer in self.answers.items() if first <= row < first + rows}
-            given = self.given[own]
-            parts.append(_Batch(self.vocabulary, given, self.draws[own], answers, len(given)))
-        return parts
+    def split(self, size: int) -> list[_Batch]:
+        """Batches of ``size`` windows, the last one may be smaller."""
+        batches = []
+        for start in range(0, len(self.prescribed), size):
+            stop = start + size
+            answers = {row - start: answer for row, answer in self.answers.items() if start <= row < stop}
+            prescribed = self.prescribed[start:stop]
+            batches.append(_Batch(self.vocabulary, prescribed, self.draws[start:stop], answers, len(prescribed)))
+        return batches
 
     @property
-    def window(self) -> int:
-        return self.given.shape[1]
+    def seq_len(self) -> int:
+        """Tokens of a window."""
+        return self.prescribed.shape[1]
 
     def to(self, device: torch.device) -> _Batch:
-        return dataclasses.replace(self, given=self.given.to(device), draws=self.draws.to(device))
+        """The same windows on ``device``."""
+        return dataclasses.replace(self, prescribed=self.prescribed.to(device), draws=self.draws.to(device))
 
     def _open(self, rows: range, openings: Openings) -> None:
-        """Gives the first token of ``rows``, all of them with the same openings."""
-        every = torch.arange(rows.start, rows.stop)
-        self._open_documents(every, 0)
-        chance = self.draws[every, 0]
+        """Prescribes the first token of ``rows``."""
+        indices = torch.arange(rows.start, rows.stop)
+        self._open_documents(indices, 0)
+        draws = self.draws[indices, 0]
         if openings.tokens is not None:
-            share = (chance - openings.random) / (1 - openings.random)
-            self.given[every, 0] = _picked(openings.tokens, share.clamp_min(0))
-        random = chance < openings.random
-        self.given[every[random], 0] = _picked(self.vocabulary.starts, chance[random] / openings.random)
+            share = (draws - openings.random) / (1 - openings.random)
+            self.prescribed[indices, 0] = _pick(openings.tokens, share.clamp_min(0))
+        is_random = draws < openings.random
+        random_tokens = _pick(self.vocabulary.starts, draws[is_random] / openings.random)
+        self.prescribed[indices[is_random], 0] = random_tokens
 
     @torch.no_grad()
     def write(self, next_logits: Step, report: Callable[[int], None] | None) -> Tensor:
-        """Tokens int64 [rows, window] on the CPU. ``report`` takes the tokens per window written so far."""
-        device = self.given.device
+        """Samples all tokens: int64 [rows, seq_len] on the CPU.
+
+        Args:
+            next_logits: one step of the model.
+            report: called with the tokens per window written so far.
+        """
+        device = self.prescribed.device
         ends = torch.tensor(sorted(self.vocabulary.ends), dtype=torch.int64, device=device)
-        tokens = torch.empty_like(self.given)
-        tokens[:, 0] = self.given[:, 0]
-        unsampled = None
-        for step in range(1, self.window):
+        tokens = torch.empty_like(self.prescribed)
+        tokens[:, 0] = self.prescribed[:, 0]
+        forbidden = None
+        for step in range(1, self.seq_len):
             logits = next_logits(tokens[:, step - 1 : step])  # [rows, V]
-            if unsampled is None:
-                unsampled = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
-                known = [i for i in sorted(self.vocabulary.known) if i < len(unsampled)]  # a head may have fewer rows
-                unsampled[torch.tensor(known, device=device)] = False
-            sampled = sample(logits.masked_fill(unsampled, -torch.inf), self.draws[:, step])
-            given = self.given[:, step]
-            free = given == FREE
-            tokens[:, step] = torch.where(free, sampled, given)
-            ended = (free & torch.isin(sampled, ends)).nonzero()[:, 0]
+            if forbidden is None:
+                forbidden = self._forbidden_tokens(logits.shape[-1])
+            sampled = sample(logits.masked_fill(forbidden, -torch.inf), self.draws[:, step])
+            prescribed = self.prescribed[:, step]
+            is_free = prescribed == FREE
+            tokens[:, step] = torch.where(is_free, sampled, prescribed)
+            ended = (is_free & torch.isin(sampled, ends)).nonzero()[:, 0]
             if len(ended):
-                self._go_on(ended, sampled[ended].tolist(), step + 1)
+                self._continue_rows(ended, sampled[ended].tolist(), step + 1)
             if report:
                 report(step + 1)
         return tokens.cpu()
 
-    def _go_on(self, ended: Tensor, tokens: list[int], step: int) -> None:
-        """Gives what follows the end tokens that the rows ``ended`` int64 [n] have just written before
-        ``step``."""
-        fresh = []
-        for row, token in zip(ended.tolist(), tokens, strict=True):
+    def _forbidden_tokens(self, vocabulary_size: int) -> Tensor:
+        """bool [V]: tokens that are never sampled."""
+        device = self.prescribed.device
+        forbidden = torch.ones(vocabulary_size, dtype=torch.bool, device=device)
+        # a head may have fewer rows than the tokenizer has tokens
+        allowed = [token for token in sorted(self.vocabulary.allowed) if token < vocabulary_size]
+        forbidden[torch.tensor(allowed, device=device)] = False
+        return forbidden
+
+    def _continue_rows(self, rows: Tensor, end_tokens: list[int], step: int) -> None:
+        """Prescribes the tokens from ``step`` on, after end tokens.
+
+        Args:
+            rows: int64 [n], the windows in which an end token was just sampled.
+            end_tokens: those tokens.
+            step: position of the next token.
+        """
+        opened_rows = []
+        for row, token in zip(rows.tolist(), end_tokens, strict=True):
             answer = self.answers.pop(row, None)
-            if answer and answer[0] == token:  # it ended the user's turn, not the conversation
-                follow = torch.tensor(answer[1:], device=self.given.device)[: self.window - step]
-                self.given[row, step : step + len(follow)] = follow
-            elif step < self.window:
+            if answer and answer[0] == token:  # the user's turn has ended, not the conversation
+                continuation = torch.tensor(answer[1:], device=self.prescribed.device)[: self.seq_len - step]
+                self.prescribed[row, step : step + len(continuation)] = continuation
+            elif step < self.seq_len:
                 self.documents += 1
-                if token != self.vocabulary.bos:  # else the end token is the next one's beginning
-                    fresh.append(row)
-        if fresh:
-            self._open_documents(torch.tensor(fresh, device=self.given.device), step)
+                if token != self.vocabulary.bos:  # otherwise the end token also begins the next document
+                    opened_rows.append(row)
+        if opened_rows:
+            self._open_documents(torch.tensor(opened_rows, device=self.prescribed.device), step)
 
     def _open_documents(self, rows: Tensor, step: int) -> None:
+        """Prescribes the first token of a document at position ``step`` of ``rows`` int64 [n]."""
         if self.vocabulary.bos is not None:
-            self.given[rows, step] = self.vocabulary.bos
+            self.prescribed[rows, step] = self.vocabulary.bos
         else:
-            self.given[rows, step] = _picked(self.vocabulary.starts.to(rows.device), self.draws[rows, step])
+            self.prescribed[rows, step] = _pick(self.vocabulary.starts.to(rows.device), self.draws[rows, step])
 
 
-def _picked(tokens: Tensor, share: Tensor) -> Tensor:
-    """Those of ``tokens`` that numbers in [0, 1) stand for."""
-    return tokens[(share * len(tokens)).long().clamp_max(len(tokens) - 1)]
+def _pick(tokens: Tensor, draws: Tensor) -> Tensor:
+    """One of ``tokens`` for each random number in [0, 1), all with the same probability."""
+    return tokens[(draws * len(tokens)).long().clamp_max(len(tokens) - 1)]
 
 
-def sample(logits: Tensor, chance: Tensor) -> Tensor:
-    """One token int64 [rows] of the softmax of each row of ``logits`` float32 [rows, V], by ``chance`` float64 [rows].
+def sample(logits: Tensor, draws: Tensor) -> Tensor:
+    """Samples one token int64 [rows] from the softmax of each row of logits, by inverting the distribution function.
 
-    By the inverse of the distribution function: one random number in [0, 1) a row, where ``torch.multinomial`` draws
-    one for every token of the vocabulary (measured, 3.5 times slower on a CPU). Sums in float64, because in
-    float32 the tail of a large vocabulary would be lost.
+    This takes one random number a row. ``torch.multinomial`` draws one for every token of the vocabulary, which was
+    measured to be 3.5 times slower on a CPU. Sums are in float64: float32 would lose the tail of a large vocabulary.
+
+    Args:
+        logits: float32 [rows, V]
+        draws: random numbers in [0, 1), float64 [rows]
     """
-    below = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    # right: a token of probability 0 has the same sum as its neighbour below, which is then found first.
-    return torch.searchsorted(below, chance[:, None] * below[:, -1:], right=True)[:, 0]
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    # right=True: a token of probability 0 has the sum of the token before it, which then comes first
+    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-def _token_ids(holders: Iterable[Any], name: str) -> list[int]:
-    """All token ids that the holders give for ``name``, in order; a value may be missing, one id or a
-    list."""
-    values = (getattr(holder, name, None) for holder in holders)
-    return [i for v in values if v is not None for i in (v if isinstance(v, list | tuple) else [v])]
-
-
-def cache_bytes(config: Any, window: int, itemsize: int) -> int:
-    """Bytes of one window's keys and values in all layers, in a type of ``itemsize`` bytes."""
-    return sum(map(_cache_width, layer_configs(config))) * window * 2 * itemsize
+def cache_bytes(config: Any, seq_len: int, itemsize: int) -> int:
+    """Bytes of one window's keys and values in all layers, in a dtype of ``itemsize`` bytes."""
+    return sum(_cache_width(layer) for layer in layer_configs(config)) * seq_len * 2 * itemsize
 
 
 def _cache_width(config: Any) -> int:
-    """Numbers that a layer keeps as a token's key, and as many as its value."""
+    """Numbers that a layer stores for the key of a token; its value takes as many."""
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    each = getattr(config, "head_dim", None)
-    if each is None and heads:
-        each = config.hidden_size // config.num_attention_heads
-    latent = isinstance(getattr(config, "kv_lora_rank", None), int)  # heads that are made from less, or more
-    return heads * each if heads and each and not latent else config.hidden_size
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and heads:
+        head_dim = config.hidden_size // config.num_attention_heads
+    # with a latent cache, the sizes of heads say nothing about what is stored
+    has_latent_cache = isinstance(getattr(config, "kv_lora_rank", None), int)
+    return heads * head_dim if heads and head_dim and not has_latent_cache else config.hidden_size
 
 
-def batch_size(config: Any, window: int) -> int:
-    """Windows written side by side, from the configuration alone. A GPU with room takes more (``side_by_side``): what
-    is written differs by how logits are rounded then.
+def batch_size(config: Any, seq_len: int) -> int:
+    """Windows of a batch, from the configuration alone.
 
-    What 4 GB hold if every head had keys and values of its own in float32; a large model gets more, since a step of a
-    few windows takes as long as one of many.
+    As many as 4 GB hold if every head had its own keys and values in float32. A large model gets more, since a step of
+    a few windows takes as long as a step of many. A GPU may use more (``side_by_side``), which changes the windows
+    only through the rounding of logits.
     """
-    rows = SMALL_CACHE_BYTES // (len(layer_configs(config)) * config.hidden_size * window * 2 * 4)
-    more = min(FEWEST_WINDOWS, CACHE_BYTES // cache_bytes(config, window, 4))
-    return max(1, min(512, max(rows, more)))
+    bytes_per_window = len(layer_configs(config)) * config.hidden_size * seq_len * 2 * 4
+    rows = SMALL_CACHE_BYTES // bytes_per_window
+    large_model_rows = min(MIN_BATCH_SIZE, CACHE_BYTES // cache_bytes(config, seq_len, 4))
+    return max(1, min(MAX_BATCH_SIZE, max(rows, large_model_rows)))
 
 
-def evenly(count: int, most: int) -> int:
-    """Windows of a batch if ``count`` are written in as few batches as there can be with ``most`` in each."""
-    return max(1, -(-count // max(1, -(-count // max(1, most)))))
+def even_batch_size(count: int, max_size: int) -> int:
+    """The size of equal batches of ``count`` windows, as few batches as ``max_size`` allows."""
+    num_batches = max(1, -(-count // max(1, max_size)))
+    return max(1, -(-count // num_batches))
 
 
-def side_by_side(count: int, least: int, room: int) -> int:
-    """How many of ``count`` windows a GPU writes in a batch at most: all it has ``room`` for, but ``least`` anyhow.
+def side_by_side(count: int, min_size: int, max_size: int) -> int:
+    """Upper bound for the windows of a batch on a GPU.
 
-    A step of twice as many takes a fifth longer. Two batches at least, as two GPUs may share them.
+    A step of twice as many windows takes a fifth longer, so that a batch takes what memory allows. There are at least
+    two batches, for two GPUs to share.
+
+    Args:
+        count: number of windows.
+        min_size: lower bound of the result.
+        max_size: windows that fit into memory.
     """
-    return max(least, min(room, -(-count // 2)))
+    return max(min_size, min(max_size, -(-count // 2)))

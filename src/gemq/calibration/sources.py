@@ -1,7 +1,7 @@
-"""Calibration windows from what ``--calib`` names: text and JSONL files, data set ids, and the model itself.
+"""Calibration windows from the sources that ``--calib`` names: files of text or rows, data sets, and the model itself.
 
-Every source is packed into non-overlapping windows and drawn from by seed. Of a file the draw is over all of
-its windows; a data set is streamed and may have no end, so there it is over the first ones read (``POOL``).
+Every source is packed into non-overlapping windows, which are drawn from by seed. The draw from a file is over all of
+its windows. A data set is streamed and may have no end, so that the draw is over its first windows (``POOL``).
 """
 
 from __future__ import annotations
@@ -11,192 +11,237 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gemq.calibration.rows import RowReader, Rows, texts_of
-from gemq.calibration.texts import holds_rows, is_pipe, json_rows, text_bytes, text_digest, text_parts
+from gemq.calibration.rows import RowReader, Rows, row_texts
+from gemq.calibration.texts import holds_rows, is_pipe, json_rows, text_bytes, text_chunks, text_digest
 from gemq.calibration.tokens import check_tokens, foreign_token, tokenize_text
 from gemq.calibration.windows import Windows, check_length, cut_windows, file_documents, from_parts, pack_documents
 from gemq.errors import UserError
 from gemq.models.chat_template import chat_opening
 
 SELF = "self"
+"""Name of the source whose windows the model writes itself."""
+
 POOL = 8
-"""A data set is read until it has filled this many times the windows asked for in total."""
+"""A data set is read until it fills this many times the windows requested in total."""
 
 DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]*){0,2}")
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 
 
 class Streams:
-    """The tokens of calibration sources, each read once.
+    """The tokens of calibration sources. Each source is read once.
 
-    window, count: tokens of a window, and how many windows are asked for in total
-    column: whose text to take from rows; None: by the known names
-    embeddings: tokens that the model has embeddings for, others are refused; None: not known
-    Raises UserError, where a source is asked for, if it cannot be used.
+    Args:
+        sources: as the user named them.
+        tokenizer: of the model.
+        seq_len: tokens of a window.
+        count: number of windows requested from all sources.
+        column: the column of rows to read; None: recognised by the known names.
+        embeddings: number of tokens that the model has embeddings for, others are refused; None: unknown.
+
+    Raises:
+        UserError: a source is named twice. Others are raised by ``tokens_of``.
     """
 
     def __init__(
         self,
         sources: Sequence[str],
         tokenizer: Any,
-        window: int,
+        seq_len: int,
         count: int,
         *,
         column: str | None = None,
         embeddings: int | None = None,
     ):
         _refuse_repeats(sources)
-        self.sources, self.window, self.count = sources, window, count
+        self.sources, self.seq_len, self.count = sources, seq_len, count
         self.names = _unique_names(sources)
         self._tokenizer, self._column, self._embeddings = tokenizer, column, embeddings
         self._tokens: dict[str, Future[Tensor]] = {}
-        self._read = {source: Rows() for source in sources}
+        self._stats = {source: Rows() for source in sources}
 
     def begin(self) -> None:
-        """Begins to read files in a thread: tokenizing leaves Python free. One, as tokenizers are not for several.
+        """Starts to read the files in a daemon thread: tokenizing releases the GIL.
 
-        Nobody waits for it when the process ends.
+        One thread, since tokenizers are not thread-safe.
         """
         files = [source for source in self.sources if source != SELF and _is_file(source)]
         self._tokens.update({source: Future() for source in files})
-        threading.Thread(target=lambda: list(map(self._start, files)), name="gemq-texts", daemon=True).start()
 
-    def of(self, source: str) -> Tensor:
-        """All tokens of a file, or the first of a data set, documents joined: int32 [T], at least one window."""
+        def read_files() -> None:
+            for source in files:
+                self._read(source)
+
+        threading.Thread(target=read_files, name="gemq-texts", daemon=True).start()
+
+    def tokens_of(self, source: str) -> Tensor:
+        """All tokens of a file, or the first tokens of a data set, documents joined: int32 [T], at least one window.
+
+        Raises:
+            UserError: the source cannot be used.
+        """
         if source not in self._tokens:
             self._tokens[source] = Future()
-            self._start(source)
+            self._read(source)
         return self._tokens[source].result()
 
     def rows(self) -> dict[str, Rows]:
-        """By name, what was read of those sources that have rows, as far as they were read."""
-        read = {name: self._read[source] for name, source in zip(self.names, self.sources, strict=True)}
-        return {name: rows for name, rows in read.items() if rows.columns}
+        """By name, the statistics of sources that have rows and were read."""
+        by_name = {name: self._stats[source] for name, source in zip(self.names, self.sources, strict=True)}
+        return {name: stats for name, stats in by_name.items() if stats.columns}
 
-    def _start(self, source: str) -> None:
+    def _read(self, source: str) -> None:
+        """Reads a source and sets its future."""
         try:
-            tokens = _stream(source, self._tokenizer, self.window, self.count, self._column, self._read[source])
+            tokens = _read_stream(source, self._tokenizer, self.seq_len, self.count, self._column, self._stats[source])
             check_tokens(tokens, self._embeddings, self._tokenizer, source)
             self._tokens[source].set_result(tokens)
-        except Exception as error:  # noqa: BLE001 - whoever asks for the source is told
+        except Exception as error:  # noqa: BLE001 - ``tokens_of`` raises it
             self._tokens[source].set_exception(error)
 
 
-def calibration_windows(
-    streams: Streams,
-    *,
-    seed: int,
-    generate: Callable[[int], Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Windows:
-    """As many windows from all sources together as ``streams`` are for.
+class _Pool(NamedTuple):
+    """The windows [n, seq_len] int32 of a source (None for ``self``), and how many of them calibration takes."""
 
-    A source is ``self`` (``generate(n)`` writes int64 [n, window]), a file (``.jsonl``, ``.ndjson`` and ``.json`` hold
-    rows, anything else is one document of UTF-8 text), a pipe, or a data set id ``id[:config[:split]]``. Windows are
-    shared out evenly, the remainder to the first sources; what one source lacks the others give. Drawn by ``seed``
-    without replacement, then kept in the order of their positions. Fewer come back when the sources hold no more: see
-    ``Windows.counts``.
-    ``progress(done, total)`` counts windows.
+    num_tokens: int
+    windows: Tensor | None
+    share: int
 
-    Raises UserError for a source that cannot be used.
-    """
-    names, tokens, pools, shares = _shared_out(streams)
-    parts, available = [], []
-    for index, (stream, pool, share) in enumerate(zip(tokens, pools, shares, strict=True)):
-        if stream is None or pool is None:
-            if generate is None:
-                raise UserError("no model is at hand to write the windows of self: give a text file")
-            part = generate(share).to("cpu", torch.int64)
-            assert part.shape == (share, streams.window)
-            available.append(part.numel())
+    def draw(self, seed: int, index: int, start: int, stop: int) -> Tensor:
+        """Windows ``start`` to ``stop`` of the random order of source ``index``, sorted by position in the text."""
+        assert self.windows is not None
+        drawn = np.random.default_rng([seed, index]).permutation(len(self.windows))[start:stop]
+        return self.windows[torch.from_numpy(np.sort(drawn))].long()
+
+
+def _make_pools(streams: Streams) -> list[_Pool]:
+    """The windows of each source, and how the requested windows are divided among them."""
+    num_tokens: list[int] = []
+    pools: list[Tensor | None] = []
+    for source in streams.sources:
+        if source == SELF:
+            num_tokens.append(0)
+            pools.append(None)
         else:
-            part = _drawn(pool, seed, index, 0, share)
-            available.append(len(stream))
-        parts.append(part)
-        if progress:
-            progress(sum(map(len, parts)), sum(shares))
-    return from_parts(parts, names, available)
+            tokens = streams.tokens_of(source)
+            num_tokens.append(len(tokens))
+            pools.append(cut_windows(tokens, streams.seq_len))
+    shares = share_out(streams.count, [None if windows is None else len(windows) for windows in pools])
+    return [_Pool(*pool) for pool in zip(num_tokens, pools, shares, strict=True)]
+
+
+def calibration_windows(streams: Streams, *, seed: int, generate: Callable[[int], Tensor] | None = None) -> Windows:
+    """Draws ``streams.count`` windows from all sources.
+
+    A source is ``self``, a file (``.jsonl``, ``.ndjson`` and ``.json`` hold rows, anything else is one document of
+    UTF-8 text), a pipe, or a data set id ``id[:config[:split]]``. Windows are divided evenly among sources, the
+    remainder to the first ones. What one source lacks the others provide. If all of them lack windows, fewer are
+    returned: see ``Windows.counts``. The draw is without replacement, and windows keep the order of their positions.
+
+    Args:
+        streams: the sources.
+        seed: of the draw.
+        generate: writes n windows of the source ``self``: n -> int64 [n, seq_len].
+
+    Raises:
+        UserError: a source cannot be used.
+    """
+    tokens_by_source, available = [], []
+    for index, pool in enumerate(_make_pools(streams)):
+        if pool.windows is not None:
+            tokens_by_source.append(pool.draw(seed, index, 0, pool.share))
+            available.append(pool.num_tokens)
+            continue
+        if generate is None:
+            raise UserError("no model is at hand to write the windows of self: give a text file")
+        generated = generate(pool.share).to("cpu", torch.int64)
+        assert generated.shape == (pool.share, streams.seq_len)
+        tokens_by_source.append(generated)
+        available.append(generated.numel())
+    return from_parts(tokens_by_source, streams.names, available)
 
 
 def held_out_windows(streams: Streams, *, seed: int, held_out: int) -> Windows:
-    """Up to ``held_out`` windows of each source that ``calibration_windows`` does not take.
+    """Draws up to ``held_out`` windows of each source that ``calibration_windows`` does not take.
 
-    The draw simply goes on behind the calibration's. ``self`` gets none here, a source without further text fewer.
+    They follow calibration's windows in the same random order. The source ``self`` gets none here, and a source with
+    too little text gets fewer.
     """
-    names, tokens, pools, shares = _shared_out(streams)
-    parts, available = [], []
-    for index, (stream, pool, share) in enumerate(zip(tokens, pools, shares, strict=True)):
-        if stream is None or pool is None:
-            parts.append(torch.empty(0, streams.window, dtype=torch.int64))
-            available.append(0)
+    tokens_by_source, available = [], []
+    for index, pool in enumerate(_make_pools(streams)):
+        if pool.windows is None:
+            tokens_by_source.append(torch.empty(0, streams.seq_len, dtype=torch.int64))
         else:
-            parts.append(_drawn(pool, seed, index, share, share + held_out))
-            available.append(len(stream))
-    return from_parts(parts, names, available)
+            tokens_by_source.append(pool.draw(seed, index, pool.share, pool.share + held_out))
+        available.append(pool.num_tokens)
+    return from_parts(tokens_by_source, streams.names, available)
 
 
 def check_sources(
     sources: Sequence[str],
     tokenizer: Any,
-    window: int,
+    seq_len: int,
     *,
     column: str | None = None,
     embeddings: int | None = None,
     written: bool = True,
 ) -> None:
-    """Refuses sources that cannot be used, as far as that shows without the network.
+    """Refuses sources that cannot be used, as far as this is known without the network.
 
     Args:
-        window: tokens of a window
-        column: whose text to take from rows; None: by the known names
-        embeddings: tokens that the model has embeddings for; None: not known
-        written: whether the model writes windows as well, which begin as its chat template says
+        sources: as the user named them.
+        tokenizer: of the model.
+        seq_len: tokens of a window.
+        column: the column of rows to read; None: recognised by the known names.
+        embeddings: number of tokens that the model has embeddings for; None: unknown.
+        written: whether the model also writes windows, which begin as its chat template says.
 
     Raises:
-        UserError: names the source
+        UserError: names the source.
     """
     _refuse_repeats(sources)
     if written or SELF in sources:
-        for part in chat_opening(tokenizer):
-            check_tokens(torch.tensor(part), embeddings, tokenizer, "the model's chat template")
+        for tokens in chat_opening(tokenizer):
+            check_tokens(torch.tensor(tokens), embeddings, tokenizer, "the model's chat template")
     for source in sources:
         if source == SELF:
             continue
-        if not _is_file(source):
+        if _is_file(source):
+            _check_file(source, tokenizer, seq_len, column, embeddings)
+        else:
             _require_datasets(source)
-            continue
-        _check_file(source, tokenizer, window, column, embeddings)
 
 
-def _check_file(source: str, tokenizer: Any, window: int, column: str | None, embeddings: int | None) -> None:
-    """Reads all of a file, for what is wrong in it, and tokenizes its beginning."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-    foreign = {str(token): number for number, token in added if embeddings is not None and number >= embeddings}
-    count, path = 0, Path(source)
+def _check_file(source: str, tokenizer: Any, seq_len: int, column: str | None, embeddings: int | None) -> None:
+    """Reads a whole file to find errors, and tokenizes its beginning."""
+    foreign_tokens: dict[str, int] = {}
+    if embeddings is not None:
+        added_tokens = getattr(tokenizer, "added_tokens_decoder", {})
+        foreign_tokens = {str(token): number for number, token in added_tokens.items() if number >= embeddings}
+    num_tokens, path = 0, Path(source)
     reader = RowReader(tokenizer, column)
-    texts = texts_of(json_rows(path), reader, Rows(), source) if holds_rows(path) else text_parts(path)
+    texts = row_texts(json_rows(path), reader, Rows(), source) if holds_rows(path) else text_chunks(path)
     for text in texts:
-        for token, number in foreign.items():
+        for token, number in foreign_tokens.items():
             if token in text:
                 raise UserError(foreign_token(token, number, embeddings or 0, source))
-        if count < window:  # a beginning is enough, but for odd texts
-            tokens = tokenize_text(tokenizer, text[: 16 * window])
+        if num_tokens < seq_len:  # the beginning of a text has more tokens than this but for odd texts
+            tokens = tokenize_text(tokenizer, text[: 16 * seq_len])
             check_tokens(torch.tensor(tokens), embeddings, tokenizer, source)
-            count += len(tokens)
-    if count < window:
-        _stream(source, tokenizer, window, 1, column, Rows())
+            num_tokens += len(tokens)
+    if num_tokens < seq_len:
+        _read_stream(source, tokenizer, seq_len, 1, column, Rows())
 
 
 def source_digest(source: str) -> str:
-    """A calibration source as a fingerprint sees it: a file by its bytes, a data set by its id."""
+    """A calibration source in a fingerprint: a file by its bytes, a data set by its id."""
     path = Path(source)
     if source == SELF or not (path.is_file() or is_pipe(path)):
         return source
@@ -204,45 +249,37 @@ def source_digest(source: str) -> str:
 
 
 def host_bytes(sources: Sequence[str]) -> int:
-    """Bytes of host memory that the tokens of the sources' files take, about: as many as their texts.
+    """Approximate bytes of host memory for the tokens of the sources' files: the size of their texts.
 
-    Counts the files that exist. An export may run without the texts of its job.
+    Counts the files that exist, since an export may run without the texts of its job.
     """
     return sum(text_bytes(Path(source)) for source in sources if source != SELF and _exists(source))
 
 
 def share_out(count: int, available: Sequence[int | None]) -> list[int]:
-    """Windows to take from each source: as even as its ``available`` windows (None: no limit) allow, first
-    ones first."""
+    """Divides ``count`` windows among sources as evenly as possible, the remainder to the first ones.
+
+    Args:
+        count: number of windows.
+        available: windows of each source; None: no limit.
+    """
     shares = [0] * len(available)
-    while rest := count - sum(shares):
-        open_ = [i for i, limit in enumerate(available) if limit is None or shares[i] < limit]
-        if not open_:
+    while sum(shares) < count:
+        missing = count - sum(shares)
+        open_sources = [i for i, limit in enumerate(available) if limit is None or shares[i] < limit]
+        if not open_sources:
             break
-        for place, i in enumerate(open_):
-            wanted = shares[i] + rest // len(open_) + (place < rest % len(open_))
+        share, remainder = divmod(missing, len(open_sources))
+        for position, i in enumerate(open_sources):
+            shares[i] += share + (position < remainder)
             limit = available[i]
-            shares[i] = wanted if limit is None else min(wanted, limit)
+            if limit is not None:
+                shares[i] = min(shares[i], limit)
     return shares
 
 
-def _shared_out(
-    streams: Streams,
-) -> tuple[list[str], list[Tensor | None], list[Tensor | None], list[int]]:
-    """Of each source its name, its tokens, its windows (None for ``self``) and how many calibration takes."""
-    tokens = [None if source == SELF else streams.of(source) for source in streams.sources]
-    pools = [None if stream is None else cut_windows(stream, streams.window) for stream in tokens]
-    shares = share_out(streams.count, [None if pool is None else len(pool) for pool in pools])
-    return streams.names, tokens, pools, shares
-
-
-def _drawn(pool: Tensor, seed: int, index: int, start: int, stop: int) -> Tensor:
-    """Windows ``start`` to ``stop`` of the source's random order, in the order of their positions in the text."""
-    drawn = np.random.default_rng([seed, index]).permutation(len(pool))[start:stop]
-    return pool[torch.from_numpy(np.sort(drawn))].long()
-
-
 def _refuse_repeats(sources: Sequence[str]) -> None:
+    """Raises UserError if there is no source, or if one is named twice."""
     if not sources:
         raise UserError("no calibration source is given: name a text file, a data set id or self")
     seen: set[str] = set()
@@ -254,67 +291,93 @@ def _refuse_repeats(sources: Sequence[str]) -> None:
 
 
 def _unique_names(sources: Sequence[str]) -> list[str]:
-    """The stem of a file, the id of a data set, ``pipe``, and ``self`` for what the model writes; a repeated name, also
-    a file called self, gets a number."""
+    """Names of the sources: the stem of a file, the id of a data set, ``pipe``, and ``self`` for the model's windows.
+
+    A repeated name gets a number, as does a file called self.
+    """
     names: list[str] = []
     for source in sources:
         if source == SELF:
             names.append(SELF)
             continue
-        path = Path(source)
-        base = "pipe" if is_pipe(path) else path.stem if _exists(source) else source
-        candidates = chain([base], (f"{base}-{number}" for number in range(2, len(sources) + 3)))
-        names.append(next(name for name in candidates if name not in names and name != SELF))
+        base = _base_name(source)
+        name, number = base, 2
+        while name in names or name == SELF:
+            name = f"{base}-{number}"
+            number += 1
+        names.append(name)
     return names
 
 
-def _stream(source: str, tokenizer: Any, window: int, count: int, column: str | None, rows: Rows) -> Tensor:
-    """All tokens of a file, or the first of a data set, documents joined: int32 [T], at least one window.
+def _base_name(source: str) -> str:
+    """The name of a source before it is made unique."""
+    path = Path(source)
+    if is_pipe(path):
+        return "pipe"
+    return path.stem if _exists(source) else source
 
-    column: whose text to take from rows; what was read of them is counted in ``rows``
+
+def _read_stream(source: str, tokenizer: Any, seq_len: int, count: int, column: str | None, stats: Rows) -> Tensor:
+    """All tokens of a file, or the first tokens of a data set, documents joined: int32 [T], at least one window.
+
+    Args:
+        source: a file or a data set id.
+        tokenizer: of the model.
+        seq_len: tokens of a window.
+        count: number of windows requested from all sources.
+        column: the column of rows to read; None: recognised by the known names.
+        stats: counts the rows.
     """
     reader = RowReader(tokenizer, column)
     if _is_file(source):
-        documents = file_documents(Path(source), tokenizer, reader, rows)
+        documents = file_documents(Path(source), tokenizer, reader, stats)
     else:
-        texts = texts_of(_dataset(source), reader, rows, source)
-        documents = _first(POOL * count * window, (tokenize_text(tokenizer, text) for text in texts))
+        texts = row_texts(_dataset_rows(source), reader, stats, source)
+        documents = _take_tokens(POOL * count * seq_len, (tokenize_text(tokenizer, text) for text in texts))
     stream = pack_documents(documents, separator=tokenizer.eos_token_id)
-    check_length(source, len(stream), window)
+    check_length(source, len(stream), seq_len)
     return stream
 
 
-def _first(limit: int, documents: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-    """Documents until they have ``limit`` tokens together."""
+def _take_tokens(max_tokens: int, documents: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+    """Yields documents until they have ``max_tokens`` tokens in all."""
     total = 0
     for document in documents:
         yield document
         total += len(document)
-        if total >= limit:
+        if total >= max_tokens:
             return
 
 
 def _is_file(source: str) -> bool:
-    """Whether a source is a file, there or not: a data set id is ``name`` or ``owner/name`` without a file's suffix,
-    or anything of that form with a configuration or a split behind a colon."""
-    is_id = bool(DATASET_ID.fullmatch(source)) and source[0] != "."
-    return _exists(source) or not is_id or (":" not in source and bool(FILE_SUFFIX.search(source)))
+    """Whether a source names a file, which may be missing, rather than a data set.
+
+    A data set id is ``name`` or ``owner/name`` without the suffix of a file, or anything of that form followed by a
+    configuration or a split after a colon.
+    """
+    if _exists(source):
+        return True
+    if not DATASET_ID.fullmatch(source) or source[0] == ".":
+        return True
+    return ":" not in source and bool(FILE_SUFFIX.search(source))
 
 
 def _exists(source: str) -> bool:
+    """Whether a source is the path of an existing file."""
     try:
         return Path(source).exists()
-    except (OSError, ValueError):  # nothing that could be the name of a file
+    except (OSError, ValueError):  # no valid name of a file
         return False
 
 
 def _require_datasets(source: str) -> None:
+    """Raises UserError if the package ``datasets`` is not installed."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError(f"there is no file {source[:200]}; if it is a data set id, pip install datasets")
 
 
-def _dataset(source: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a Hugging Face data set, streamed, with where they are for messages."""
+def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Streams the rows of a Hugging Face data set, each with its location for messages."""
     _require_datasets(source)
     import datasets  # optional, and slow to import
 

@@ -1,6 +1,6 @@
-"""Files of text, read in pieces: plain text, rows of JSON, and either of them from a pipe.
+"""Reads files of text in chunks: plain text, rows of JSON, and either of them through a pipe.
 
-Knows bytes and characters, no columns and no tokens.
+Works on bytes and characters. Must not deal with columns or tokens.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from gemq.errors import UserError
 from gemq.runtime.files import disk_errors
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json")
-"""Of files that hold rows, in any case."""
+"""Suffixes, in lower case, of files that hold rows."""
 
 READ_BYTES = 1 << 20
+"""Bytes that are read and decoded in one piece."""
 
 _spooled: dict[str, IO[bytes]] = {}
-"""What came through a pipe, by its path: it is read once, and asked for several times."""
+"""Copies of what came through pipes, by path: a pipe can be read once, and a text is read several times."""
 
 
 def is_pipe(path: Path) -> bool:
+    """Whether ``path`` is a named pipe or a process substitution."""
     try:
         return stat.S_ISFIFO(path.stat().st_mode)
     except OSError:
         return False
 
 
-def readable(path: Path) -> Path:
-    """The path to read a text from: the file itself, or a copy of what comes through a pipe.
+def readable_path(path: Path) -> Path:
+    """The path to read a text from: ``path`` itself, or a copy of what comes through a pipe.
 
     Raises:
-        UserError: it is missing, a directory, a device, or its permissions forbid it
+        UserError: ``path`` is missing, a directory or a device, or its permissions forbid to read it.
     """
     key = str(path)
     if key not in _spooled:
@@ -55,33 +57,38 @@ def readable(path: Path) -> Path:
             return path
         if not stat.S_ISFIFO(mode):
             raise UserError(f"{path} is neither a file nor a pipe: give a text file")
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process, and has no name to leave behind
-        try:
-            with path.open("rb") as pipe, disk_errors(Path(tempfile.gettempdir())):
-                shutil.copyfileobj(pipe, copy, READ_BYTES)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({_reason(error)}): write it to a file and give that") from error
-        copy.flush()
-        _spooled[key] = copy
+        _spooled[key] = _spool(path)
     return Path(f"/proc/self/fd/{_spooled[key].fileno()}")
+
+
+def _spool(pipe_path: Path) -> IO[bytes]:
+    """Copies a pipe to an unnamed temporary file, which lives as long as the process."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - stays open, see above
+    try:
+        with pipe_path.open("rb") as pipe, disk_errors(Path(tempfile.gettempdir())):
+            shutil.copyfileobj(pipe, copy, READ_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {pipe_path} ({_reason(error)}): write it to a file and give that") from error
+    copy.flush()
+    return copy
 
 
 def text_bytes(path: Path) -> int:
     """Size of a text in bytes."""
-    return readable(path).stat().st_size
+    return readable_path(path).stat().st_size
 
 
 def text_digest(path: Path) -> str:
-    """The first 16 digits of the SHA-256 of a text's bytes."""
-    with readable(path).open("rb") as file:
+    """The first 16 hexadecimal digits of the SHA-256 of a text's bytes."""
+    with readable_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether a file holds rows of JSON: by its name, or, of a pipe, whose name says nothing, by its first line."""
+    """Whether a file holds rows of JSON: by its suffix, or by its first line for a pipe, which has no suffix."""
     if not is_pipe(path):
         return path.suffix.lower() in ROW_SUFFIXES
-    with readable(path).open("rb") as file:
+    with readable_path(path).open("rb") as file:
         line = file.readline(READ_BYTES).removeprefix(codecs.BOM_UTF8)
     try:
         return isinstance(json.loads(line), dict)
@@ -89,129 +96,139 @@ def holds_rows(path: Path) -> bool:
         return False
 
 
-def text_parts(path: Path) -> Iterator[str]:
-    """The text of a file, in parts of about ``READ_BYTES``, Windows line ends as \\n.
+def text_chunks(path: Path) -> Iterator[str]:
+    """Yields the text of a file in chunks of about ``READ_BYTES``. Windows line ends become \\n.
 
     Raises:
-        UserError: it cannot be read, is binary, is not UTF-8, or is empty; some only when all is read
+        UserError: the file cannot be read, is binary, is not UTF-8, or is empty. Some of this shows only at the end.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    size = zeros = 0
-    empty, held_back = True, ""
-    with _opened(path) as file:
+    size = zero_bytes = 0
+    is_empty, carry = True, ""
+    with _open(path) as file:
         while True:
             data = file.read(READ_BYTES)
-            size, zeros = size + len(data), zeros + data.count(0)
-            before = len(decoder.getstate()[0])
+            size += len(data)
+            zero_bytes += data.count(0)
+            undecoded = len(decoder.getstate()[0])
             try:
-                text = held_back + decoder.decode(data, final=not data)
+                text = carry + decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                _refuse_binary(path, size, zeros)
-                at = size - len(data) - before + error.start
-                raise UserError(f"{path} is not UTF-8 (byte {at}): convert it to UTF-8") from error
-            # the other half of a line end may be in the next part
-            text, held_back = (text[:-1], "\r") if data and text.endswith("\r") else (text, "")
+                _refuse_binary(path, size, zero_bytes)
+                position = size - len(data) - undecoded + error.start
+                raise UserError(f"{path} is not UTF-8 (byte {position}): convert it to UTF-8") from error
+            carry = ""
+            if data and text.endswith("\r"):  # the \n of this line end may be in the next chunk
+                text, carry = text[:-1], "\r"
             text = text.replace("\r\n", "\n")
-            empty = empty and not text.strip()
+            is_empty = is_empty and not text.strip()
             if text:
                 yield text
             if not data:
                 break
-    _refuse_binary(path, size, zeros)
-    if empty:
+    _refuse_binary(path, size, zero_bytes)
+    if is_empty:
         raise UserError(f"{path} is empty: give a file with text in it")
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file with where each is, for messages: one JSON value a line, or one array of all rows.
+    """Yields the rows of a file and the location of each, for messages.
+
+    A file holds one JSON value a line, or one array of all rows.
 
     Raises:
-        UserError: as ``text_parts``, and for what is not JSON
+        UserError: as ``text_chunks``, or the file is not JSON.
     """
-    parts = text_parts(path)
-    start = next((part for part in parts if part.strip()), "")
-    if start.lstrip().startswith("[") and _is_array(start):
-        yield from _array_rows(path, start + "".join(parts))
+    chunks = text_chunks(path)
+    beginning = next((chunk for chunk in chunks if chunk.strip()), "")
+    if beginning.lstrip().startswith("[") and _is_array(beginning):
+        yield from _array_rows(path, beginning + "".join(chunks))
         return
-    for number, line in enumerate(_lines(chain([start], parts)), start=1):
-        yield from _line_rows(path, number, line)
+    for number, line in enumerate(_lines(chain([beginning], chunks)), start=1):
+        if line.strip():
+            yield f"{path} line {number}", _parse_line(path, number, line)
 
 
-def _lines(parts: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends. Not ``splitlines``: JSON strings may hold characters such as U+2028."""
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Yields lines without their ends. ``splitlines`` would also split at characters such as U+2028 in strings."""
     pending: list[str] = []
-    for part in parts:
-        first, *others = part.split("\n")
-        pending.append(first)
-        if others:
+    for chunk in chunks:
+        lines = chunk.split("\n")
+        pending.append(lines[0])
+        if len(lines) > 1:
             yield "".join(pending)
-            yield from others[:-1]
-            pending = [others[-1]]
+            yield from lines[1:-1]
+            pending = [lines[-1]]
     yield "".join(pending)
 
 
-def _is_array(start: str) -> bool:
-    """Whether a text that begins with a bracket is an array of rows, rather than one array in each line."""
-    line = start.lstrip().partition("\n")[0].strip()
+def _is_array(beginning: str) -> bool:
+    """Whether a text that begins with a bracket is one array of rows, rather than an array in each line."""
+    line = beginning.lstrip().partition("\n")[0].strip()
     try:
-        first = json.loads(line)
+        values = json.loads(line)
     except (ValueError, RecursionError):
-        return True  # goes on in the next line
-    return bool(first) and all(isinstance(value, dict) for value in first)
+        return True  # the array goes on in the next line
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The rows of an array, decoded one at a time: all at once would take many times the text's memory."""
-    decoder, at, number = json.JSONDecoder(), text.index("[") + 1, 0
+    """Yields the rows of an array. Decoding all of them in one call would take many times the memory of the text."""
+    decoder, position, number = json.JSONDecoder(), text.index("[") + 1, 0
     while True:
-        at = _next_sign(text, at)
-        if number and text[at : at + 1] == ",":
-            at = _next_sign(text, at + 1)
-        elif number and text[at : at + 1] != "]":
-            raise UserError(f"{path} is not JSON behind row {number}: copy the file again, or write one row a line")
-        if text[at : at + 1] == "]":
-            if text[at + 1 :].strip():
-                raise UserError(f"{path} goes on behind its array of rows: write one array, or one row a line")
+        position = _skip_spaces(text, position)
+        if number and text[position : position + 1] == ",":
+            position = _skip_spaces(text, position + 1)
+        elif number and text[position : position + 1] != "]":
+            raise UserError(f"{path} is not JSON after row {number}: copy the file again, or write one row a line")
+        if text[position : position + 1] == "]":
+            if text[position + 1 :].strip():
+                raise UserError(f"{path} has text after its array of rows: write one array, or one row a line")
             return
         number += 1
         try:
-            row, at = decoder.raw_decode(text, at)
+            row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} row {number} is not JSON ({_reason(error)}): copy the file again") from error
         yield f"{path} row {number}", row
 
 
-def _next_sign(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+def _skip_spaces(text: str, position: int) -> int:
+    """The first position from ``position`` on that holds no white space."""
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
 
 
-def _line_rows(path: Path, number: int, line: str) -> Iterator[tuple[str, Any]]:
-    if not line.strip():
-        return
+def _parse_line(path: Path, number: int, line: str) -> Any:
+    """The JSON value of a line."""
     try:
-        yield f"{path} line {number}", json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f'{path} line {number} is not JSON ({_reason(error)}): write one object a line, such as {{"text": "..."}}'
         ) from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
+    """Opens a text for reading."""
     try:
-        return readable(path).open("rb")
+        return readable_path(path).open("rb")
     except OSError as error:
         raise UserError(f"cannot read {path} ({_reason(error)}): check its permissions") from error
 
 
-def _refuse_binary(path: Path, size: int, zeros: int) -> None:
-    # real collections of text hold a stray NUL here and there; binary files and UTF-16 are full of them
-    if zeros * 10 > size:
+def _refuse_binary(path: Path, size: int, zero_bytes: int) -> None:
+    """Raises UserError if more than a tenth of a file's bytes are zero.
+
+    Real text collections contain a few NUL bytes. Binary files and UTF-16 are full of them.
+    """
+    if zero_bytes * 10 > size:
         raise UserError(f"{path} is a binary file: give a text file")
 
 
 def _reason(error: Exception) -> str:
+    """A short reason for an error of reading or decoding."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     if isinstance(error, RecursionError):

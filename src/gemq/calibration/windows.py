@@ -1,7 +1,7 @@
-"""Windows of tokens: packing, micro-batches, storage, and the evaluation windows.
+"""Windows of tokens: packing of documents, micro-batches, storage, and the windows of an evaluation.
 
-A window is a run of ``window`` consecutive tokens of one source. Nothing here adds special tokens to a text:
-the only ones are the end tokens that separate documents, and those of chat templates.
+A window is a sequence of ``seq_len`` consecutive tokens of one source. Nothing here adds special tokens to a text,
+except the end tokens that separate documents and those of chat templates.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gemq.calibration.rows import RowReader, Rows, texts_of
-from gemq.calibration.texts import holds_rows, json_rows, text_parts
+from gemq.calibration.rows import RowReader, Rows, row_texts
+from gemq.calibration.texts import holds_rows, json_rows, text_chunks
 from gemq.calibration.tokens import check_tokens, tokenize_pieces, tokenize_text
 from gemq.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of equal length, those of one source next to each other."""
+    """N windows of equal length. Those of one source are consecutive."""
 
     tokens: Tensor
-    """int64 [N, window]"""
+    """int64 [N, seq_len]"""
     source: Tensor
     """int64 [N]: index into ``names``"""
     names: tuple[str, ...]
     """Name of each source, unique."""
     tokens_available: tuple[int, ...]
-    """Tokens that each source had, whether or not a window took them."""
+    """Tokens of each source, including those in none of the windows."""
 
     def __post_init__(self) -> None:
         assert self.tokens.dtype == self.source.dtype == torch.int64
@@ -50,13 +50,17 @@ class Windows:
 
     @property
     def window(self) -> int:
-        """Tokens per window."""
+        """Tokens of a window."""
         return self.tokens.shape[1]
 
     def counts(self) -> dict[str, int]:
-        """Windows of each source."""
-        counted = torch.bincount(self.source, minlength=len(self.names)).tolist()
-        return dict(zip(self.names, counted, strict=True))
+        """Number of windows by source."""
+        counts = torch.bincount(self.source, minlength=len(self.names)).tolist()
+        return dict(zip(self.names, counts, strict=True))
+
+    def by_source(self) -> list[Tensor]:
+        """The tokens [n, seq_len] of each source's windows."""
+        return [self.tokens[self.source == index] for index in range(len(self.names))]
 
     def of(self, source: int) -> Windows:
         """The windows of one source, by its index."""
@@ -64,65 +68,73 @@ class Windows:
         return from_parts([tokens], [self.names[source]], [self.tokens_available[source]])
 
     def share(self, tokens: int) -> Windows:
-        """Windows of every source, the same share of each and evenly spread over it, with about ``tokens`` tokens in
-        all; at least one of each. All windows where they have no more, or for 0."""
-        every = self.tokens.numel()
-        if not 0 < tokens < every:
+        """A subset with about ``tokens`` tokens in all; 0 for all windows.
+
+        Takes the same fraction of every source, at least one window of each, evenly spaced.
+        """
+        total_tokens = self.tokens.numel()
+        if not 0 < tokens < total_tokens:
             return self
-        parts = [self.tokens[self.source == i] for i in range(len(self.names))]
-        counts = [max(1, round(len(part) * tokens / every)) for part in parts]
-        some = [part[torch.arange(n) * len(part) // n] for part, n in zip(parts, counts, strict=True)]
-        return from_parts(some, self.names, self.tokens_available)
+        subsets = []
+        for windows in self.by_source():
+            count = max(1, round(len(windows) * tokens / total_tokens))
+            subsets.append(windows[torch.arange(count) * len(windows) // count])
+        return from_parts(subsets, self.names, self.tokens_available)
 
     def extended(self, name: str, tokens: Tensor) -> Windows:
-        """These windows and more, int64 [n, window], from the source ``name``, which may be among ours already."""
-        names = self.names if name in self.names else (*self.names, name)
-        parts = [self.tokens[self.source == i] for i in range(len(names))]
-        parts[names.index(name)] = torch.cat([parts[names.index(name)], tokens])
-        available = [*self.tokens_available, 0][: len(names)]
-        available[names.index(name)] += tokens.numel()
-        return from_parts(parts, names, available)
+        """These windows and further ones of the source ``name``, which may be new.
+
+        Args:
+            name: of the source.
+            tokens: int64 [n, seq_len]
+        """
+        names, tokens_by_source, available = list(self.names), self.by_source(), list(self.tokens_available)
+        if name not in names:
+            names.append(name)
+            tokens_by_source.append(self.tokens[:0])
+            available.append(0)
+        index = names.index(name)
+        tokens_by_source[index] = torch.cat([tokens_by_source[index], tokens])
+        available[index] += tokens.numel()
+        return from_parts(tokens_by_source, names, available)
 
     def batches(self, batch_tokens: int) -> Iterator[slice]:
-        """Micro-batches as slices of the windows, in stored order.
+        """Yields micro-batches as slices of the windows, in stored order, each of at least one window.
 
-        ``batch_tokens`` (tokens) alone fixes them, never the memory at hand: sums over micro-batches then
-        round the same way wherever a job runs. A batch holds at least one window.
+        They depend on ``batch_tokens`` (tokens of a micro-batch) alone and not on the available memory, so that sums
+        over micro-batches round in the same way on every machine.
         """
-        step = max(1, batch_tokens // self.window)
+        step = max(1, batch_tokens // self.tokens.shape[1])
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """``tokens`` and ``source`` as files hold them: int32, on the CPU."""
+        """``tokens`` and ``source`` as files store them: int32, on the CPU."""
         tensors = {"tokens": self.tokens, "source": self.source}
         return {name: tensor.to("cpu", torch.int32).contiguous() for name, tensor in tensors.items()}
 
     def about(self) -> dict[str, Any]:
-        """Metadata that files hold in addition to the tensors, as plain values."""
+        """What files store besides the tensors, as plain values."""
         return {"names": self.names, "tokens_available": self.tokens_available}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Windows:
-        """The windows that ``to_tensors`` and ``about`` describe."""
+        """The inverse of ``to_tensors`` and ``about``."""
         tokens, source = tensors["tokens"].long(), tensors["source"].long()
         return cls(tokens, source, tuple(about["names"]), tuple(about["tokens_available"]))
 
     def to_bytes(self) -> bytes:
-        """The safetensors file; equal windows give equal bytes."""
-        # One metadata key: safetensors writes several in no fixed order.
+        """A safetensors file. Equal windows have equal bytes."""
+        # a single metadata key, since safetensors writes several in no fixed order
         return safetensors.torch.save(self.to_tensors(), metadata={"windows": json.dumps(self.about())})
 
     def digest(self) -> str:
-        """SHA-256 of the file's bytes: what a fingerprint of the calibration set is made of."""
+        """SHA-256 of ``to_bytes``, for fingerprints of the calibration set."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Windows:
-        """Reads what ``save`` wrote, or a file of windows in a work directory. Either has one metadata key."""
+        """Reads a file of ``to_bytes``, or the windows of a work directory. Both have a single metadata key."""
         with safe_open(path, framework="pt") as file:
             (about,) = file.metadata().values()
             tensors = {name: file.get_tensor(name) for name in ("tokens", "source")}
@@ -130,61 +142,73 @@ class Windows:
 
 
 def pack_documents(documents: Iterable[Iterable[int]], *, separator: int | None) -> Tensor:
-    """Joins documents to one stream int32 [T], the ``separator`` token between two of them unless it is None."""
+    """Concatenates documents to one stream int32 [T], with the token ``separator``, if any, between two of them."""
     stream = array("i")
-    for number, document in enumerate(documents):
-        if number and separator is not None:
+    for index, document in enumerate(documents):
+        if index and separator is not None:
             stream.append(separator)
         stream.extend(document)
     return torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
 
 
-def file_documents(path: Path, tokenizer: Any, reader: RowReader, rows: Rows) -> Iterator[Iterable[int]]:
-    """The token ids of a file's documents: of each row, or of the text as a whole, which is read in parts.
+def file_documents(path: Path, tokenizer: Any, reader: RowReader, stats: Rows) -> Iterator[Iterable[int]]:
+    """Yields the token ids of a file's documents: one for each row, or one for a whole text, read in chunks.
 
-    What was read of rows is counted in ``rows``. Raises UserError for a file that cannot be used.
+    Args:
+        path: of the file.
+        tokenizer: of the model.
+        reader: extracts the text of rows.
+        stats: counts the rows.
+
+    Raises:
+        UserError: the file cannot be used.
     """
     if holds_rows(path):
-        return (tokenize_text(tokenizer, text) for text in texts_of(json_rows(path), reader, rows, str(path)))
-    return iter([chain.from_iterable(tokenize_pieces(tokenizer, text_parts(path)))])
+        for text in row_texts(json_rows(path), reader, stats, str(path)):
+            yield tokenize_text(tokenizer, text)
+    else:
+        yield chain.from_iterable(tokenize_pieces(tokenizer, text_chunks(path)))
 
 
-def cut_windows(stream: Tensor, window: int) -> Tensor:
-    """Non-overlapping windows [T // window, window] of a stream [T]; the remainder is dropped. A view."""
-    count = len(stream) // window
-    return stream[: count * window].view(count, window)
+def cut_windows(stream: Tensor, seq_len: int) -> Tensor:
+    """Non-overlapping windows [T // seq_len, seq_len] of a stream [T], as a view. The remainder is dropped."""
+    count = len(stream) // seq_len
+    return stream[: count * seq_len].view(count, seq_len)
 
 
-def check_length(name: str, tokens: int, window: int) -> None:
-    """Raises UserError when a text's ``tokens`` do not fill one window."""
-    if tokens < window:
+def check_length(name: str, tokens: int, seq_len: int) -> None:
+    """Raises UserError if the number of ``tokens`` of a text is too small for one window."""
+    if tokens < seq_len:
         raise UserError(
-            f"{name} has {tokens} tokens, fewer than a window of {window}: give a longer text or a smaller --window"
+            f"{name} has {tokens} tokens, fewer than a window of {seq_len}: give a longer text or a smaller --window"
         )
 
 
 def eval_windows(
     tokenizer: Any,
     files: Sequence[str | Path],
-    window: int,
+    seq_len: int,
     max_windows: int | None = None,
     *,
     column: str | None = None,
     embeddings: int | None = None,
     read: dict[str, Rows] | None = None,
 ) -> Windows:
-    """The non-overlapping windows of each file, in order, named by the file's stem.
+    """The non-overlapping windows of each file, in order. A source is named by the stem of its file.
 
-    A text is tokenized as a whole, rows are joined as for calibration; tokens beyond the last full window are dropped.
+    Rows are joined as for calibration. Tokens after the last full window are dropped.
 
     Args:
-        max_windows: number of windows to take from the start of each file
-        column: whose text to take from rows; None: by the known names
-        embeddings: tokens that the model has embeddings for; None: not known
-        read: receives by name what was read of those files that have rows
+        tokenizer: of the model.
+        files: of text or rows.
+        seq_len: tokens of a window.
+        max_windows: windows to take from the start of each file; None: all.
+        column: the column of rows to read; None: recognised by the known names.
+        embeddings: number of tokens that the model has embeddings for; None: unknown.
+        read: receives the statistics of files that hold rows, by source.
 
     Raises:
-        UserError: a file cannot be used, or two files have one stem
+        UserError: a file cannot be used, or two files have the same stem.
     """
     paths: dict[str, Path] = {}
     for path in map(Path, files):
@@ -195,22 +219,28 @@ def eval_windows(
         raise UserError("no text to evaluate on: give at least one text file")
 
     reader = RowReader(tokenizer, column, flag="--text-column")
+    separator = getattr(tokenizer, "eos_token_id", None)
     windows, available = [], []
     for name, path in paths.items():
-        rows = Rows()
-        stream = pack_documents(
-            file_documents(path, tokenizer, reader, rows), separator=getattr(tokenizer, "eos_token_id", None)
-        )
-        if rows.columns and read is not None:
-            read[name] = rows
-        check_length(str(path), len(stream), window)
+        stats = Rows()
+        stream = pack_documents(file_documents(path, tokenizer, reader, stats), separator=separator)
+        if stats.columns and read is not None:
+            read[name] = stats
+        check_length(str(path), len(stream), seq_len)
         check_tokens(stream, embeddings, tokenizer, str(path))
-        windows.append(cut_windows(stream, window)[:max_windows].long())
+        windows.append(cut_windows(stream, seq_len)[:max_windows].long())
         available.append(len(stream))
     return from_parts(windows, tuple(paths), available)
 
 
-def from_parts(parts: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
-    """Windows from each source's own int64 [n, window], and the tokens that each had."""
-    source = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]))
-    return Windows(torch.cat(list(parts)), source, tuple(names), tuple(available))
+def from_parts(tokens_by_source: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
+    """Concatenates the windows of several sources.
+
+    Args:
+        tokens_by_source: int64 [n, seq_len] of each source.
+        names: of the sources.
+        available: tokens of each source, as in ``Windows.tokens_available``.
+    """
+    lengths = torch.tensor([len(tokens) for tokens in tokens_by_source])
+    source = torch.repeat_interleave(torch.arange(len(tokens_by_source)), lengths)
+    return Windows(torch.cat(list(tokens_by_source)), source, tuple(names), tuple(available))

@@ -1,0 +1,87 @@
+"""Baselines of the allocation that ignore costs: uniform and random widths within a limit.
+
+Shapes: N rows, W candidate widths. A *choice* is int64 [N], indices into the widths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemq.allocation.knapsack import Ints, select
+
+if TYPE_CHECKING:
+    from gemq.allocation.problem import Problem
+
+
+def _bracketing_widths(problem: Problem, amounts: Ints, limit: int) -> tuple[int, int]:
+    """Indices of the widest width that all rows can have and of the next one. Twice the same if nothing is left."""
+    totals = amounts.sum(axis=0)
+    candidates = list(range(len(totals)))
+    integers = [index for index in candidates if problem.widths[index] == int(problem.widths[index])]
+    if limit not in totals and integers and totals[integers[0]] <= limit < totals[integers[-1]]:
+        candidates = integers
+    low = max(index for index in candidates if totals[index] <= limit)
+    if totals[low] == limit:
+        return low, low
+    return low, min((index for index in candidates if index > low), default=low)
+
+
+def uniform_choice(problem: Problem, amounts: Ints, limit: int, seed: int) -> Ints:
+    """The lower of two widths for all rows, and the higher one for the same fraction of every layer.
+
+    Args:
+        problem: its rows.
+        amounts: int64 [N, W], see ``allocation.problem.linear_constraint``.
+        limit: for the sum of the chosen amounts.
+        seed: of the draw in each layer.
+    """
+    low, high = _bracketing_widths(problem, amounts, limit)
+    choice = np.full(len(amounts), low, np.int64)
+    steps = amounts[:, high] - amounts[:, low]
+    unspent = limit - int(amounts[:, low].sum())
+    total_step = max(int(steps.sum()), 1)
+    generator = np.random.default_rng(seed)
+    for rows in problem.by_layer:
+        drawn = rows.start + generator.permutation(rows.stop - rows.start)
+        layer_share = unspent * int(steps[rows].sum()) // total_step
+        choice[drawn[np.cumsum(steps[drawn]) <= layer_share]] = high
+    return choice
+
+
+def random_choice(problem: Problem, amounts: Ints, limit: int, seed: int) -> Ints:
+    """Two or three widths, drawn by ``seed`` over all rows. Arguments as in ``uniform_choice``."""
+    low, high = _bracketing_widths(problem, amounts, limit)
+    order = np.random.default_rng(seed).permutation(len(amounts))
+    choice = np.full(len(amounts), low, np.int64)
+    candidates = [low, high]
+    if low == high:
+        three_widths = [problem.widths[low] + difference for difference in (-1, 0, 1)]
+        if not set(three_widths) <= set(problem.widths):
+            return choice
+        candidates = [problem.widths.index(width) for width in three_widths]
+        third = len(order) // 3
+        choice[order[:third]] = candidates[0]
+        choice[order[third : 2 * third]] = candidates[2]
+    return _step_within_limit(choice, candidates, amounts, limit, order)
+
+
+def _step_within_limit(choice: Ints, candidates: list[int], amounts: Ints, limit: int, order: Ints) -> Ints:
+    """Moves rows in ``order`` to the next lower candidate until the limit holds, then to the next higher if that fits.
+
+    Overwrites ``choice``.
+    """
+    unspent = limit - int(select(amounts, choice).sum())
+    for direction in (-1, 1):
+        for i in order:
+            if direction < 0 and unspent >= 0:
+                break
+            position = candidates.index(int(choice[i])) + direction
+            if not 0 <= position < len(candidates):
+                continue
+            step = int(amounts[i, candidates[position]] - amounts[i, choice[i]])
+            if direction < 0 or step <= unspent:
+                choice[i] = candidates[position]
+                unspent -= step
+    return choice
