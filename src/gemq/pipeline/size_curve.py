@@ -21,9 +21,9 @@ from gemq.errors import UserError
 from gemq.models.byte_sizes import linear_bytes, other_bytes
 from gemq.models.source import configured_types
 from gemq.models.structure import Structure, find_structure
+from gemq.pipeline.allocation_stage import Costs, layer_costs, shape_problem
 from gemq.pipeline.job_record import check_config, recorded_job
-from gemq.pipeline.layer_stages import Judged, layer_costs, layer_file, shape_problem
-from gemq.pipeline.workdir import Stage, WorkDir
+from gemq.pipeline.workdir import Stage, WorkDir, layer_file
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
 from gemq.runtime.files import replacing, write_text
@@ -187,7 +187,7 @@ def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Prob
     problem = shape_problem(structure, recipe)
     names = [layer_file(i) for i, _ in structure.moe_layers]
     measured = _complete(work, "sensitivity", names) if recipe.rescale else None
-    judged = Judged(_complete(work, "scores-*", names), measured)
+    judged = Costs(_complete(work, "scores-*", names), measured)
     costs = [layer_costs(judged, i, recipe.smoothing) for i, _ in structure.moe_layers]
     return replace(problem, costs=np.concatenate(costs))
 

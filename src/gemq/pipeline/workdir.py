@@ -184,27 +184,31 @@ class Stage:
         write_tensors(self.directory / name, on_host, tensor_metadata(name, on_host, self.identity, about or {}))
 
     @contextmanager
-    def writing_behind(self, each: bool = False) -> Iterator[Callable[[str, dict[str, Tensor] | None], None]]:
-        """Gives a ``save_tensors`` that returns before its file is written, or a GPU has computed what goes there.
+    def background_writer(self, every_rank: bool = False) -> Iterator[Callable[[str, dict[str, Tensor] | None], None]]:
+        """Yields a ``save_tensors`` that returns before its file is written, or its tensors are computed on a GPU.
 
-        All are written when the context ends. ``each``: every rank writes what it gives, or nothing if that is None.
+        All files are written when the context ends. At most one is being written, so that memory holds no more.
+
+        Args:
+            every_rank: every rank writes its own tensors, or nothing where they are None. Otherwise the first rank
+                writes.
         """
-        writing: list[Future[None]] = []  # one at most: memory holds no more
+        pending: list[Future[None]] = []
 
-        def settle() -> None:
-            last = [writing.pop()] if writing else []
-            self.ranks.run_on_all(lambda: [future.result() for future in last])
+        def wait_for_pending() -> None:
+            future = pending.pop() if pending else None
+            self.ranks.run_on_all(lambda: future.result() if future is not None else None)
 
         with ThreadPoolExecutor(1, thread_name_prefix="gemq-files") as pool:
 
             def save(name: str, tensors: dict[str, Tensor] | None) -> None:
-                settle()
-                if tensors is not None and (each or self.ranks.is_first):
-                    on_host = copied_behind(tensors)
-                    writing.append(pool.submit(lambda: self._write(name, on_host())))
+                wait_for_pending()
+                if tensors is not None and (every_rank or self.ranks.is_first):
+                    copy_to_host = host_copier(tensors)
+                    pending.append(pool.submit(lambda: self._write(name, copy_to_host())))
 
             yield save
-            settle()
+            wait_for_pending()
 
     def load_tensors(
         self,
@@ -244,10 +248,10 @@ class Stage:
         return read_json_record(self.directory / name, self.identity)
 
 
-def copied_behind(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """What another thread calls for copies of tensors in host memory: it alone waits for the GPU, if they are there.
+def host_copier(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """A function that copies tensors to host memory in another thread, which alone waits for the GPU.
 
-    Through pinned memory: while other memory is copied to, no kernel can be launched.
+    Copies go through pinned memory: while pageable memory is copied to, no kernel can be launched.
     """
     device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
     if device is None:
@@ -256,16 +260,16 @@ def copied_behind(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]
     computed.record(torch.cuda.current_stream(device))
     stream = torch.cuda.Stream(device)
 
-    def copies() -> dict[str, Tensor]:
+    def copy() -> dict[str, Tensor]:
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
-            found = {k: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for k, t in tensors.items()}
+            copies = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for key, t in tensors.items()}
             for key, tensor in tensors.items():
-                found[key].copy_(tensor, non_blocking=True)
+                copies[key].copy_(tensor, non_blocking=True)
             stream.synchronize()
-        return found
+        return copies
 
-    return copies
+    return copy
 
 
 def verify_stage(directory: Path, identity: str) -> None:
@@ -335,3 +339,8 @@ def _discard(path: Path) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value) if not isinstance(value, str) else value
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def layer_file(layer: int) -> str:
+    """Name of a layer's file in a stage's directory."""
+    return f"layer-{layer:03d}.safetensors"
