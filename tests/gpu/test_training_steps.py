@@ -15,7 +15,7 @@ from torch import Tensor
 from gemq.assets import builtin_model
 from gemq.layers.training import Optimizer
 from gemq.pipeline.quantize import quantize
-from gemq.quant.gptq import highest_codes
+from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, nearest
 from gemq.quant.trainable_gpu import trainable
 from gemq.recipe import Recipe
@@ -36,14 +36,14 @@ def nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, int]:
     """Matrices and a vector beside them after ``STEPS`` steps, and how often no graph was to be had."""
     torch.manual_seed(0)
-    highest = highest_codes((1, 2, 3), torch.device("cuda"))
-    scales, offsets = nearest(0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), highest.view(-1, 1, 1))
-    latents = torch.rand(3, 64, 128).cuda() * highest.view(-1, 1, 1)
-    q = Quantized(latents.round().to(torch.uint8), scales, offsets)
-    matrices = trainable(q, highest, latents, compute)
+    max_code = max_codes((1, 2, 3), torch.device("cuda"))
+    scales, offsets = nearest(0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), max_code.view(-1, 1, 1))
+    soft_codes = torch.rand(3, 64, 128).cuda() * max_code.view(-1, 1, 1)
+    q = Quantized(soft_codes.round().to(torch.uint8), scales, offsets)
+    matrices = trainable(q, max_code, soft_codes, compute)
     vector = torch.ones(128, device="cuda")
     optimizer = Optimizer((([vector], 1e-2),), [1 / (1 + step) for step in range(STEPS)])
-    optimizer.take([matrices], 1e-2, 1e-3)
+    optimizer.add_fused([matrices], 1e-2, 1e-3)
     told: list[int] = []
 
     def step(fixed: tuple[Tensor, ...], x: Tensor, target: Tensor) -> None:

@@ -16,8 +16,11 @@ from gemq.calibration.activations import Activations, LayerMoments
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.layers.candidates import LayerLadder, Quantizer, build_layer, quantize_linears, rung_weight
-from gemq.layers.refinement import RefinedLayer, assemble_layer, install_layer, matrix_widths, refine_layer
+from gemq.layers.candidates import LayerLadder, build_layer
+from gemq.layers.linears import quantize_linears
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.refinement import RefinedLayer, assemble_layer, install_layer, refine_layer
+from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Structure, find_structure
@@ -65,6 +68,11 @@ def refine(
     return layers
 
 
+def candidate_weight(ladder: LayerLadder, name: str, width: float, columns: int) -> Tensor:
+    """All experts' weights of one matrix at one width: [E, rows, columns] float32."""
+    return dequantize(ladder.experts[name][width].unpack(width, group_size_for(columns, GROUP)))
+
+
 def mixed(structure: Structure) -> list[list[ExpertWidths]]:
     """Widths for both matrices of every expert of every layer, all of them taken; empty in dense layers."""
     counts = [x.experts.count if x.experts else 0 for x in structure.layers]
@@ -94,7 +102,7 @@ def test_ladder_holds_every_matrix_at_every_width(family):
             weight = expert_weight(module, matrix.name)
             errors = []
             for width in WIDTHS:
-                rung = rung_weight(ladder, matrix.name, width, matrix.columns, GROUP)
+                rung = candidate_weight(ladder, matrix.name, width, matrix.columns)
                 assert rung.shape == weight.shape
                 errors.append(((rung - weight).norm() / weight.norm()).item())
             assert errors == sorted(errors, reverse=True)
@@ -148,7 +156,7 @@ def test_rounding_needs_no_calibration():
     layer = replay.structure.layers[0]
     weight = expert_weight(replay.model.get_submodule(layer.experts.path), "gate_up_proj")
     expected = Quantized(*(t[2] for t in round_to_nearest(weight, WIDTHS, GROUP)))
-    assert torch.equal(rung_weight(one[0], "gate_up_proj", 2, 64, GROUP), dequantize(expected))
+    assert torch.equal(candidate_weight(one[0], "gate_up_proj", 2, 64), dequantize(expected))
 
 
 @pytest.mark.parametrize("family", FIVE)
@@ -168,12 +176,11 @@ def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
 def test_a_linear_that_no_token_reached_is_rounded():
     replay = replay_of("olmoe")
     linear = replay.structure.layers[0].linears[0]
-    ladder = LayerLadder()
-    quantize_linears(replay, [linear], LayerMoments({}, None), GPTQ, 4, ladder)
+    quantized = quantize_linears(replay, [linear], LayerMoments({}, None), GPTQ, 4)
     weight = replay.model.get_submodule(linear.path).weight.detach().unsqueeze(0)
     expected = round_to_nearest(weight, (4,), GROUP)
     packed = PackedMatrix.pack(Quantized(*(t[0] for t in expected)), 4, GROUP)
-    assert same(ladder.linears[linear.path]._asdict(), packed._asdict())
+    assert same(quantized.packed[linear.path]._asdict(), packed._asdict())
 
 
 # Assembling
@@ -240,7 +247,7 @@ def test_refine_leaves_the_quantized_weights_in_the_model():
     layers = refine(replay, windows(), widths)
     twin = replay_of("qwen2_moe")
     for layer, refined, chosen in zip(twin.structure.layers, layers, widths, strict=True):
-        install_layer(twin.model, layer, refined, chosen, 4, GROUP)
+        install_layer(twin.model, layer, refined, QuantizationScheme(chosen, 4, GROUP))
     assert same(replay.model.state_dict(), twin.model.state_dict())
 
 
@@ -271,7 +278,8 @@ def test_installed_weights_are_what_the_codes_mean(family):
     originals = copy.deepcopy(replay.model.state_dict())
     touched = set()
     for ladder, layer, chosen in zip(ladders, replay.structure.layers, widths, strict=True):
-        install_layer(replay.model, layer, assemble_layer(ladder, layer, chosen), chosen, 4, GROUP)
+        scheme = QuantizationScheme(chosen, 4, GROUP)
+        install_layer(replay.model, layer, assemble_layer(ladder, layer, chosen), scheme)
         for linear in layer.linears:
             group = group_size_for(linear.columns, GROUP)
             expected = dequantize(ladder.linears[linear.path].unpack(4, group))[0]
@@ -280,7 +288,7 @@ def test_installed_weights_are_what_the_codes_mean(family):
         for m, matrix in enumerate(layer.experts.matrices if layer.experts else ()):
             weight = expert_weight(replay.model.get_submodule(layer.experts.path), matrix.name)
             for e, both in enumerate(chosen):
-                rung = rung_weight(ladder, matrix.name, both[m], matrix.columns, GROUP)
+                rung = candidate_weight(ladder, matrix.name, both[m], matrix.columns)
                 assert torch.equal(weight[e], rung[e])
             touched.add(f"{layer.experts.path}.{matrix.name}")
     for name, tensor in replay.model.state_dict().items():

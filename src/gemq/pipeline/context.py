@@ -29,7 +29,8 @@ from gemq.calibration.self_generation import (
 from gemq.calibration.sources import SELF, Streams, calibration_windows, host_bytes
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import FORMAT_VERSION
-from gemq.layers.candidates import Quantizer
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training
 from gemq.models.calls import one_line_errors
 from gemq.models.layer_cache import Residency
@@ -38,7 +39,7 @@ from gemq.models.source import Source, calibration_window, pick_dtype
 from gemq.models.structure import find_structure
 from gemq.pipeline.workdir import Stage, WorkDir
 from gemq.planning.memory_model import Footprint, held_bytes, staging_bytes
-from gemq.quant.widths import Width, width_name
+from gemq.quant.widths import ExpertWidths, Width, width_name
 from gemq.recipe import Recipe
 from gemq.runtime.fallbacks import take as take_fallbacks
 from gemq.runtime.memory import Memory
@@ -295,6 +296,10 @@ class Job:
     def quantizer(self) -> Quantizer:
         r = self.recipe
         return Quantizer(r.quantizer, r.group_size, r.damping, r.hessian_shrink)
+
+    def scheme(self, widths: Sequence[ExpertWidths]) -> QuantizationScheme:
+        """The scheme of a layer whose experts have these widths."""
+        return QuantizationScheme(widths, self.recipe.attention_bits, self.recipe.group_size)
 
     def training(self, epochs: int, rate_codes: float, tuned: bool = True) -> Training | None:
         """How ``epochs`` epochs train, None when there are none. ``tuned`` False leaves routers and norms alone."""

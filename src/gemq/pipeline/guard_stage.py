@@ -23,6 +23,7 @@ from gemq.calibration.sources import SELF, held_out_windows
 from gemq.calibration.windows import Windows
 from gemq.layers.candidates import LayerLadder
 from gemq.layers.refinement import assemble_layer, layer_overrides
+from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.pipeline.context import GUARD_WINDOWS_STAGE, Job, Writer
 from gemq.pipeline.layer_stages import load_ladder
@@ -56,7 +57,8 @@ def candidates_kl(
         ladder = ladders(i)
         for state, by_layer in zip(states, candidates, strict=True):
             picked = assemble_layer(ladder, layers[i], by_layer[i])
-            own = layer_overrides(replay.model, layers[i], picked, by_layer[i], dense_bits, group_size)
+            scheme = QuantizationScheme(by_layer[i], dense_bits, group_size)
+            own = layer_overrides(replay.model, layers[i], picked, scheme)
             start.advance_all(replay, i, [state], own)
         tick()
     return windows_kl(replay, start, exact, states)

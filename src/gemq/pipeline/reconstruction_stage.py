@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemq.allocation.problem import Allocation
 from gemq.distillation.distill import Distilled, distil
-from gemq.distillation.student import Distillation
+from gemq.distillation.settings import Distillation
 from gemq.layers.refinement import RefinedLayer, Targets, layer_overrides, refine_layer
 from gemq.models.replay import Replay
 from gemq.pipeline.context import Job
@@ -54,12 +54,11 @@ class Finish:
 
     def around(self, job: Job, replay: Replay, widths: list[list[ExpertWidths]]) -> Around:
         """The finished model as one to compute scores around. ``replay`` holds the full-precision one."""
-        structure, recipe = replay.structure, job.recipe
+        structure = replay.structure
 
         def overrides(index: int) -> dict[str, Tensor]:
             layer = self.layer(index, str(job.device))
-            bits, group = recipe.attention_bits, recipe.group_size
-            return layer_overrides(replay.model, structure.layers[index], layer, widths[index], bits, group)
+            return layer_overrides(replay.model, structure.layers[index], layer, job.scheme(widths[index]))
 
         inside = structure.layers_path + "."
         tail = {n: t.to(replay.model.get_parameter(n)) for n, t in self.tuned.items() if not n.startswith(inside)}
@@ -124,8 +123,7 @@ def _refine(
                 replay.restore(i)  # the next stage finds the model in full precision
             elif missing and i < missing[-1]:
                 done = RefinedLayer.from_tensors(stage.load_tensors(layer_file(i), str(job.device)))
-                bits, group = recipe.attention_bits, recipe.group_size
-                own = layer_overrides(replay.model, structure.layers[i], done, widths[i], bits, group)
+                own = layer_overrides(replay.model, structure.layers[i], done, job.scheme(widths[i]))
                 activations.advance(replay, i, own)
             tick()
     return exact
@@ -148,12 +146,12 @@ def _distil(
         return RefinedLayer.from_tensors(refined.load_tensors(layer_file(index), str(job.device)))
 
     with job.monitor.stage("distil", 1) as tick:
-        how = Distillation(training, recipe.distil_loss, recipe.distil_sets)
-        start, bits, group = job.start_activations(replay), recipe.attention_bits, recipe.group_size
+        how = Distillation(training, recipe.distil_loss, recipe.distil_sets, stored)
+        start, schemes = job.start_activations(replay), [job.scheme(layer_widths) for layer_widths in widths]
         model = replay.model
         footprint = Footprint(replay.structure, recipe, model.config, model.dtype, replay.device)
         beside = footprint.stages(job.train_room)["distil"]
-        done = distil(replay, layer, widths, bits, start, teacher, how, stored, group, tick, beside)
+        done = distil(replay, layer, schemes, start, teacher, how, tick, beside)
     notes = torch.tensor([done.before, done.after], dtype=torch.float64)
     tuned = {f"tuned:{name}": tensor for name, tensor in done.tuned.items()}
     stage.save_tensors(DISTILLED, {**done.tensors, **tuned, "notes": notes})

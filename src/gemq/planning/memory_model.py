@@ -14,7 +14,7 @@ from gemq.allocation.divergence import ROWS
 from gemq.errors import UserError
 from gemq.kernels.training.differentiable_dequantize import UNPACKED_TOGETHER
 from gemq.layers.candidate_training import expert_chunks, train_rooms
-from gemq.layers.candidates import CHUNK_BYTES
+from gemq.layers.quantizer import CHUNK_BYTES
 from gemq.models.config_values import layer_configs
 from gemq.models.replay import LOGITS_TOGETHER
 from gemq.models.source import calibration_window
