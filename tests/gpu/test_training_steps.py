@@ -44,7 +44,7 @@ def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, 
     vector = torch.ones(128, device="cuda")
     optimizer = Optimizer((([vector], 1e-2),), [1 / (1 + step) for step in range(STEPS)])
     optimizer.add_fused([matrices], 1e-2, 1e-3)
-    told: list[int] = []
+    capture_failures: list[int] = []
 
     def step(fixed: tuple[Tensor, ...], x: Tensor, target: Tensor) -> None:
         out = (x * fixed[0] * vector) @ matrices.weight().float().mT
@@ -52,21 +52,23 @@ def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, 
         matrices.keep_in_range()
 
     fixed = (torch.rand(128, device="cuda"),)
-    with closing(Replayed(step, torch.device("cuda"), lambda: told.append(1), usable=from_graph)) as replayed:
+    with closing(
+        Replayed(step, torch.device("cuda"), lambda: capture_failures.append(1), usable=from_graph)
+    ) as replayed:
         for number in range(STEPS):
             rows = 3 if number == 8 else 5  # one that the graph does not take
             replayed(fixed, torch.randn(3, rows, 128).cuda(), torch.randn(3, rows, 64).cuda())
-    return matrices.result(), vector.detach(), len(told)
+    return matrices.result(), vector.detach(), len(capture_failures)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_a_graph_takes_the_same_steps(compute: torch.dtype) -> None:
-    q, vector, told = trained(True, compute)
-    expected, other, _ = trained(False, compute)
-    assert told == 0
+    q, vector, capture_failures = trained(True, compute)
+    expected, other_vector, _ = trained(False, compute)
+    assert capture_failures == 0
     assert torch.equal(q.codes, expected.codes)
     torch.testing.assert_close(q.scales, expected.scales)
-    torch.testing.assert_close(vector, other)
+    torch.testing.assert_close(vector, other_vector)
 
 
 def waits_for_the_device(fixed: None, x: Tensor) -> Tensor:
@@ -74,12 +76,12 @@ def waits_for_the_device(fixed: None, x: Tensor) -> Tensor:
 
 
 def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
-    told: list[int] = []
+    capture_failures: list[int] = []
     for times in (1, 2):  # the second is not captured any more
-        replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: told.append(1))
-        found = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
-        assert found == [[2.0 * n * n] * 2 for n in range(6)]
-        assert told == [1] * times
+        replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: capture_failures.append(1))
+        results = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
+        assert results == [[2.0 * n * n] * 2 for n in range(6)]
+        assert capture_failures == [1] * times
 
 
 def test_memory_is_given_back_after_a_failed_capture() -> None:

@@ -79,20 +79,20 @@ def test_a_matrix_is_rounded_alike_whichever_others_are_trained_with_it():
     q, soft_codes, max_code = start()
     soft_codes = encoded(soft_codes, max_code.view(-1, 1, 1))
 
-    def trained(some: slice, numbers: Tensor | None) -> Tensor:
-        own = Quantized(*(t[some].to(DEVICE) for t in q))
-        given = max_code[some].to(DEVICE), soft_codes[some].to(DEVICE, copy=True), torch.bfloat16
-        matrices = FusedMatrices(own, *given, matrix_ids=None if numbers is None else numbers.to(DEVICE))
+    def trained(selection: slice, numbers: Tensor | None) -> Tensor:
+        selected = Quantized(*(t[selection].to(DEVICE) for t in q))
+        arguments = max_code[selection].to(DEVICE), soft_codes[selection].to(DEVICE, copy=True), torch.bfloat16
+        matrices = FusedMatrices(selected, *arguments, matrix_ids=None if numbers is None else numbers.to(DEVICE))
         steps = constant(2e-2, 3e-3)
         for _ in range(4):
-            (matrices.weight().float() - target()[some].to(DEVICE)).square().sum().backward()
+            (matrices.weight().float() - target()[selection].to(DEVICE)).square().sum().backward()
             matrices.step(steps)
             steps.step_index.add_(1)
         return matrices.state.soft_codes
 
-    together = trained(slice(None), None)
-    assert torch.equal(trained(slice(1, 3), torch.tensor([1, 2])), together[1:])
-    assert not torch.equal(trained(slice(1, 3), None), together[1:])
+    all_trained = trained(slice(None), None)
+    assert torch.equal(trained(slice(1, 3), torch.tensor([1, 2])), all_trained[1:])
+    assert not torch.equal(trained(slice(1, 3), None), all_trained[1:])
 
 
 @pytest.mark.parametrize("by_range", [False, True])
@@ -104,10 +104,10 @@ def test_steps_are_adamws(by_range):
     torch.testing.assert_close(fused.state.soft_codes.cpu(), expected, rtol=0, atol=2e-4)
     for ours, theirs in zip(fused.state.changes, plain.grids(), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.detach(), rtol=0, atol=1e-5)
-    found, wanted = (Quantized(*(t.cpu() for t in m.result())) for m in (fused, plain))
-    assert (found.codes == wanted.codes).float().mean() > 0.995
-    torch.testing.assert_close(found.scales, wanted.scales, rtol=2e-3, atol=0)
-    torch.testing.assert_close(fused.weight().detach().cpu(), dequantize(found))
+    fused_result, plain_result = (Quantized(*(t.cpu() for t in m.result())) for m in (fused, plain))
+    assert (fused_result.codes == plain_result.codes).float().mean() > 0.995
+    torch.testing.assert_close(fused_result.scales, plain_result.scales, rtol=2e-3, atol=0)
+    torch.testing.assert_close(fused.weight().detach().cpu(), dequantize(fused_result))
 
 
 def test_sixteen_bits_are_close_to_float32():
@@ -127,15 +127,15 @@ def test_steps_smaller_than_a_part_count_on_average():
     grid = torch.ones(1, 64, 1, device=DEVICE)
     max_code = torch.full((1,), 3.0, device=DEVICE)
     matrices = FusedMatrices(Quantized(codes, grid, grid), max_code, encoded(codes.float(), max_code), torch.float32)
-    part = 3.8 / 65535
-    before = decode_soft_codes(matrices.state.soft_codes, max_code).mean().item()
-    steps = constant(part / 10, 0.0, 20)
+    int16_step = 3.8 / 65535
+    initial = decode_soft_codes(matrices.state.soft_codes, max_code).mean().item()
+    steps = constant(int16_step / 10, 0.0, 20)
     for _ in range(20):
         matrices.weight().sum().backward()
         matrices.step(steps, seed=3)
         steps.step_index.add_(1)
-    moved = before - decode_soft_codes(matrices.state.soft_codes, max_code).mean().item()
-    assert moved == pytest.approx(2 * part, rel=0.1)  # Adam's steps of equal gradients are the rate
+    moved = initial - decode_soft_codes(matrices.state.soft_codes, max_code).mean().item()
+    assert moved == pytest.approx(2 * int16_step, rel=0.1)  # Adam's steps of equal gradients are the rate
 
 
 def test_soft_codes_stay_in_range_in_bfloat16():
@@ -146,7 +146,7 @@ def test_soft_codes_stay_in_range_in_bfloat16():
     (matrices.weight().float() * torch.sign(target()).to(DEVICE)).sum().backward()
     matrices.step(constant(100.0, 0.0, 1))
     result = matrices.result()
-    wanted = torch.where(target() > 0, torch.zeros(1), max_code.view(-1, 1, 1)).to(torch.uint8)
-    assert torch.equal(result.codes.cpu(), wanted)
+    expected = torch.where(target() > 0, torch.zeros(1), max_code.view(-1, 1, 1)).to(torch.uint8)
+    assert torch.equal(result.codes.cpu(), expected)
     # Triton's interpreter cuts bfloat16 off where a GPU rounds
     torch.testing.assert_close(matrices.weight().detach().float(), dequantize(result), rtol=2**-7, atol=2**-12)

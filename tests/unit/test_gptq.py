@@ -110,24 +110,24 @@ def test_against_float64_reference(columns, group_size):
 def test_batched_experts_equal_one_by_one():
     weight, hessian = problem(experts=3)
     upper = factorize(hessian.float(), DAMPENING).upper
-    together = gptq(weight, upper, ALL, 32)
+    batched = gptq(weight, upper, ALL, 32)
     for e in range(3):
-        alone = gptq(weight[e : e + 1], upper[e : e + 1], ALL, 32)
-        for a, b in zip(alone, together, strict=True):
+        single = gptq(weight[e : e + 1], upper[e : e + 1], ALL, 32)
+        for a, b in zip(single, batched, strict=True):
             torch.testing.assert_close(a[:, 0], b[:, e], rtol=0, atol=0)
 
 
 def test_widths_together_equal_widths_apart():
     weight, hessian = problem()
     upper = factorize(hessian.float(), DAMPENING).upper
-    together = gptq(weight, upper, ALL, 32)
+    batched = gptq(weight, upper, ALL, 32)
     rounded = round_to_nearest(weight, ALL, 32)
     for i, width in enumerate(ALL):
-        for whole, alone in (
-            (together, gptq(weight, upper, (width,), 32)),
+        for all_widths, single in (
+            (batched, gptq(weight, upper, (width,), 32)),
             (rounded, round_to_nearest(weight, (width,), 32)),
         ):
-            for a, b in zip(alone, whole, strict=True):
+            for a, b in zip(single, all_widths, strict=True):
                 torch.testing.assert_close(a[0], b[i], rtol=0, atol=0)
 
 
@@ -147,9 +147,9 @@ def test_error_feedback_pays(width):
 def test_shapes_types_and_inputs_untouched(dtype):
     weight, hessian = problem()
     weight = weight.to(dtype)
-    before = weight.clone()
+    original = weight.clone()
     q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (1, 3), 16)
-    assert torch.equal(weight, before)
+    assert torch.equal(weight, original)
     assert (q.codes.shape, q.codes.dtype) == ((2, 2, 12, 64), torch.uint8)
     assert q.scales.shape == q.offsets.shape == (2, 2, 12, 4)
     assert q.scales.dtype == q.offsets.dtype == torch.float32
@@ -333,9 +333,9 @@ def test_fit_is_never_worse_than_min_max(kind, width):
 def test_a_width_for_each_expert():
     weight, hessian = problem(experts=len(ALL))
     upper = factorize(hessian.float(), DAMPENING).upper
-    mixed, every = gptq_mixed(weight, upper, ALL, 32), gptq(weight, upper, ALL, 32)
+    mixed, all_widths = gptq_mixed(weight, upper, ALL, 32), gptq(weight, upper, ALL, 32)
     for e in range(len(ALL)):
-        for a, b in zip(mixed, every, strict=True):
+        for a, b in zip(mixed, all_widths, strict=True):
             torch.testing.assert_close(a[e], b[e, e], rtol=0, atol=0)
 
 

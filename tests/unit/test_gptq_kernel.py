@@ -30,9 +30,9 @@ def test_kernel_against_plain_loop(rows, columns, group_size, widths):
         torch.empty(2 * len(widths), *weight.shape, device=DEVICE)[::2],
     )
     expected = _column_loop(weight, upper, max_code.unsqueeze(2), group_size, expected_soft_codes)
-    found = quantize(weight.to(DEVICE), upper.to(DEVICE), max_code.to(DEVICE), group_size, soft_codes)
+    result = quantize(weight.to(DEVICE), upper.to(DEVICE), max_code.to(DEVICE), group_size, soft_codes)
     for i in range(len(widths)):
-        ours, theirs = (pick(type(q)(*(t.cpu() for t in q)), i) for q in (found, expected))
+        ours, theirs = (pick(type(q)(*(t.cpu() for t in q)), i) for q in (result, expected))
         assert (ours.codes == theirs.codes).float().mean() >= 0.99
         assert objective(weight, dequantize(ours), h).sum().item() == pytest.approx(
             objective(weight, dequantize(theirs), h).sum().item(), rel=1e-3
@@ -48,18 +48,18 @@ def test_a_width_for_each_expert():
     upper = factorize(h.float(), DAMPENING).upper
     max_code = max_codes((1, 3, 8), weight.device).unsqueeze(0)
     expected = _column_loop(weight, upper, max_code.unsqueeze(2), 32, None)
-    found = quantize(weight.to(DEVICE), upper.to(DEVICE), max_code.to(DEVICE), 32, None)
-    assert (found.codes.cpu() == expected.codes).float().mean() >= 0.99
-    assert found.codes.amax((0, 2, 3)).tolist() == [1, 7, 255]
+    result = quantize(weight.to(DEVICE), upper.to(DEVICE), max_code.to(DEVICE), 32, None)
+    assert (result.codes.cpu() == expected.codes).float().mean() >= 0.99
+    assert result.codes.amax((0, 2, 3)).tolist() == [1, 7, 255]
 
 
 @pytest.mark.parametrize("value", [0.0, -0.37, -7e4, 1e30])
 def test_weights_all_alike(value):
     weight = torch.full((1, 4, 32), value)
-    found = quantize(weight.to(DEVICE), torch.eye(32, device=DEVICE)[None], torch.ones(1, 1, device=DEVICE), 32, None)
-    assert all(torch.isfinite(t.float()).all() for t in found)
+    result = quantize(weight.to(DEVICE), torch.eye(32, device=DEVICE)[None], torch.ones(1, 1, device=DEVICE), 32, None)
+    assert all(torch.isfinite(t.float()).all() for t in result)
     expected = _column_loop(weight, torch.eye(32)[None], torch.ones(1, 1, 1), 32, None)
-    assert torch.equal(dequantize(found).cpu(), dequantize(expected))
+    assert torch.equal(dequantize(result).cpu(), dequantize(expected))
 
 
 @pytest.mark.parametrize("columns", [96, 128, 160])
@@ -68,10 +68,10 @@ def test_factorization_in_blocks(columns):
     h = (h + 0.01 * torch.eye(columns)).float()
     h[1, 3, 3] = -1.0
     expected, wrong = hessian._factor(h)
-    found, failed = hessian._factor_in_blocks(h.clone(), 32)
+    result, failed = hessian._factor_in_blocks(h.clone(), 32)
     assert failed.tolist() == wrong.tolist() == [False, True, False]
     exact = torch.linalg.inv(h[[0, 2]].double())
-    for upper in (expected, found):  # U^T U is the inverse
+    for upper in (expected, result):  # U^T U is the inverse
         upper = upper[[0, 2]].double()
         assert not upper.tril(-1).any()
         assert ((upper.mT @ upper - exact).norm() / exact.norm()).item() < 1e-4

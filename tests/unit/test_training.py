@@ -73,9 +73,9 @@ def test_a_step_is_the_same_share_of_the_range_at_every_width():
     q = Quantized(codes, torch.ones(2, 4, 2), torch.zeros(2, 4, 2))
     matrices = TrainableMatrices(q, max_codes([1, 3], codes.device), codes.float(), scale_by_max_code=True)
     optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer(1, [matrices.soft_codes], matrices.grids())
-    before = matrices.soft_codes.detach().clone()
+    initial = matrices.soft_codes.detach().clone()
     optimizer.step(matrices.weight().sum())
-    moved = ((matrices.soft_codes.detach() - before) / matrices.unit).abs().mean((1, 2))
+    moved = ((matrices.soft_codes.detach() - initial) / matrices.unit).abs().mean((1, 2))
     assert moved[0] == pytest.approx(7 * moved[1].item(), rel=1e-3)
 
 
@@ -121,17 +121,17 @@ def ladder_of(training: Training | None, family: str = "olmoe") -> LayerLadder:
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_trained_ladder_differs_and_is_repeatable(family):
     plain, trained, again = ladder_of(None, family), ladder_of(TRAINING, family), ladder_of(TRAINING, family)
-    before, after = (dequantize(x.experts["gate_up_proj"][1].unpack(1, 32)) for x in (plain, trained))
-    assert not torch.equal(before, after)
-    assert plain.untrained == 0
-    assert trained.untrained < 2 * len(trained.counts)
+    plain_weight, trained_weight = (dequantize(x.experts["gate_up_proj"][1].unpack(1, 32)) for x in (plain, trained))
+    assert not torch.equal(plain_weight, trained_weight)
+    assert plain.not_improved == 0
+    assert trained.not_improved < 2 * len(trained.counts)
     pairs = zip(trained.to_tensors().values(), again.to_tensors().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_experts_that_training_does_not_help_keep_gptqs_codes():
     plain, still = ladder_of(None), ladder_of(STILL)
-    assert still.untrained == 2 * len(plain.counts)
+    assert still.not_improved == 2 * len(plain.counts)
     for name, rungs in plain.experts.items():
         for width, packed in rungs.items():
             assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
@@ -208,7 +208,7 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
     replay, _, layers, teacher = refined(None)
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
-    first = Activations.start(replay, windows, 128, 0)
+    activations = Activations.start(replay, windows, 128, 0)
     schemes = [QuantizationScheme(mixed(x.experts.count), 4, 32) for x in replay.structure.layers if x.experts]
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     steps: list[int] = []
@@ -217,7 +217,7 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
         steps.append(done or 0)
 
     distillation = Distillation(training, loss, sets, stored)
-    result = distil(replay, layers.__getitem__, schemes, first, teacher, distillation, tick)
+    result = distil(replay, layers.__getitem__, schemes, activations, teacher, distillation, tick)
     assert steps
     return result, layers, replay
 
@@ -236,11 +236,11 @@ def test_distillation_lowers_the_held_out_loss():
 @pytest.mark.parametrize("loss", ["kl", "next_token"])
 def test_distillation_by_windows_is_the_same_descent(loss, monkeypatch):
     short = replace(TRAINING, lr_codes=0.0, epochs=1)
-    whole, _, _ = run_distil(short, loss)
+    unsplit, _, _ = run_distil(short, loss)
     monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
-    parts, _, _ = run_distil(short, loss)
-    assert parts.before == pytest.approx(whole.before, rel=1e-5)
-    assert parts.after == pytest.approx(whole.after, rel=1e-3)
+    split, _, _ = run_distil(short, loss)
+    assert split.before == pytest.approx(unsplit.before, rel=1e-5)
+    assert split.after == pytest.approx(unsplit.after, rel=1e-3)
 
 
 def test_distillation_that_does_not_help_is_dropped():
@@ -262,11 +262,11 @@ def test_packed_experts_mean_what_their_codes_say():
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
-    before = copy.deepcopy(layers[0].tensors)
+    original = copy.deepcopy(layers[0].tensors)
     packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
     module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result().items())
+    assert all(torch.equal(original[name], tensor) for name, tensor in packed.result().items())
 
 
 def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
@@ -276,12 +276,12 @@ def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
-    whole = torch.zeros(packed.weight().shape, dtype=torch.uint8)
-    for some, codes in packed.codes.unpacked(whole.shape[-1]):
-        whole[some] = codes
+    all_codes = torch.zeros(packed.weight().shape, dtype=torch.uint8)
+    for experts_index, codes in packed.codes.unpacked(all_codes.shape[-1]):
+        all_codes[experts_index] = codes
     base = packed.grids
-    plain = TrainableMatrices(Quantized(whole, base.base_scale, base.base_offset), base.max_code, None)
-    slope = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
+    plain = TrainableMatrices(Quantized(all_codes, base.base_scale, base.base_offset), base.max_code, None)
+    slope = torch.randn(all_codes.shape, generator=torch.Generator().manual_seed(0))
     for matrices in (packed, plain):
         (matrices.weight() * slope).sum().backward()
     for ours, theirs in zip(base.grids(), plain.grids(), strict=True):

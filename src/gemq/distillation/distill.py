@@ -48,7 +48,7 @@ class Distilled:
 
 def distil(
     replay: Replay,
-    refined: Callable[[int], RefinedLayer],
+    load_layer: Callable[[int], RefinedLayer],
     schemes: Sequence[QuantizationScheme],
     activations: Activations,
     teacher: Batches,
@@ -60,7 +60,7 @@ def distil(
 
     Args:
         replay: The model. Only what is not quantized is used of its layers.
-        refined: Loads a layer as it is stored.
+        load_layer: Loads a layer as it is stored.
         schemes: Widths and group size of each layer.
         activations: Inputs of the first layer.
         teacher: Last hidden states [B, S, H] of the full-precision model, one for each micro-batch.
@@ -68,7 +68,7 @@ def distil(
         tick: Called with the steps taken and the number of steps.
         graph_bytes: Memory that the step of a layer computes with, which its CUDA graph keeps.
     """
-    return _Distiller(replay, refined, schemes, activations, teacher, distillation, graph_bytes).run(tick)
+    return _Distiller(replay, load_layer, schemes, activations, teacher, distillation, graph_bytes).run(tick)
 
 
 class _Distiller:
@@ -77,7 +77,7 @@ class _Distiller:
     def __init__(
         self,
         replay: Replay,
-        refined: Callable[[int], RefinedLayer],
+        load_layer: Callable[[int], RefinedLayer],
         schemes: Sequence[QuantizationScheme],
         activations: Activations,
         teacher: Batches,
@@ -93,7 +93,7 @@ class _Distiller:
         self.train_batches, self.val_batches = self.training.split(len(self.activations.ids))
         self.steps = self.training.epochs * len(self.train_batches)
         graph_bytes += GRAPH_HIDDEN_TENSORS * self.activations.hidden[0].nbytes * len(schemes)
-        self.student = Student(replay, refined, schemes, distillation, self.steps, self.windows_sharded, graph_bytes)
+        self.student = Student(replay, load_layer, schemes, distillation, self.steps, self.windows_sharded, graph_bytes)
 
     def run(self, tick: Tick) -> Distilled:
         """Train until validation micro-batches no longer improve, and return the best result."""

@@ -40,11 +40,11 @@ class PackedExperts:
     """One matrix of a layer's experts, packed, with trainable scales and offsets."""
 
     def __init__(
-        self, refined: RefinedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width], group_size: int
+        self, quantized: RefinedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width], group_size: int
     ):
         """
         Args:
-            refined: The layer as it is stored.
+            quantized: The layer as it is stored.
             experts: Structure of its experts.
             matrix: Which of their matrices.
             widths: Width of each expert.
@@ -52,7 +52,7 @@ class PackedExperts:
         """
         self.matrix, self.widths = matrix, widths
         self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
-        packed = [PackedMatrix.from_tensors(refined.tensors, name) for name in self.names]
+        packed = [PackedMatrix.from_tensors(quantized.tensors, name) for name in self.names]
         self.codes = codes_of(packed, self.widths, group_size_for(matrix.columns, group_size))
         grids = [one_matrix.grids(width) for one_matrix, width in zip(packed, self.widths, strict=True)]
         scales = torch.stack([expert_scales for expert_scales, _ in grids])
@@ -121,7 +121,7 @@ class PackedLayer:
         self,
         replay: Replay,
         index: int,
-        refined: RefinedLayer,
+        quantized: RefinedLayer,
         scheme: QuantizationScheme,
         distillation: Distillation,
         steps: int,
@@ -131,7 +131,7 @@ class PackedLayer:
         Args:
             replay: The model.
             index: Index of the layer.
-            refined: The layer as it is stored.
+            quantized: The layer as it is stored.
             scheme: Its widths and group size.
             distillation: Settings.
             steps: Number of training steps.
@@ -139,9 +139,9 @@ class PackedLayer:
         """
         self.replay, self.index, self.ranks = replay, index, ranks
         self.layer = layer = replay.structure.layers[index]
-        self.experts = self._pack_experts(layer, refined, scheme)
-        self.linears = self._pack_linears(layer, refined, scheme)
-        self.unquantized = self._unquantized(layer, refined)
+        self.experts = self._pack_experts(layer, quantized, scheme)
+        self.linears = self._pack_linears(layer, quantized, scheme)
+        self.unquantized = self._unquantized(layer, quantized)
         tuned = {}
         for name in _tuned_names(replay, layer, distillation.parameters):
             tuned[name] = self.unquantized[name].float().clone()
@@ -159,37 +159,37 @@ class PackedLayer:
         self.waiting = Waiting(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
 
     @staticmethod
-    def _pack_experts(layer: Layer, refined: RefinedLayer, scheme: QuantizationScheme) -> list[PackedExperts]:
+    def _pack_experts(layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> list[PackedExperts]:
         """Return the matrices of the experts; none for a dense layer."""
         if layer.experts is None:
             return []
         matrices = []
         for matrix in layer.experts.matrices:
             widths = scheme.matrix_widths(layer)[matrix.name]
-            matrices.append(PackedExperts(refined, layer.experts, matrix, widths, scheme.group_size))
+            matrices.append(PackedExperts(quantized, layer.experts, matrix, widths, scheme.group_size))
         return matrices
 
     @staticmethod
     def _pack_linears(
-        layer: Layer, refined: RefinedLayer, scheme: QuantizationScheme
+        layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme
     ) -> dict[str, tuple[Any, Tensor, Tensor]]:
         """Return codes, scales and offsets of the dense linears as batches of one matrix."""
         linears = {}
         for linear in scheme.linears(layer):
-            packed = PackedMatrix.from_tensors(refined.tensors, linear.path)
+            packed = PackedMatrix.from_tensors(quantized.tensors, linear.path)
             codes = codes_of([packed], [scheme.dense_bits], scheme.group(linear.columns))
             scales, offsets = packed.grids(scheme.dense_bits)
             linears[f"{linear.path}.weight"] = codes, scales[None], offsets[None]
         return linears
 
-    def _unquantized(self, layer: Layer, refined: RefinedLayer) -> dict[str, Tensor]:
+    def _unquantized(self, layer: Layer, quantized: RefinedLayer) -> dict[str, Tensor]:
         """Return the layer's tensors that are not quantized, with the trained values of routers and norms."""
         quantized_names = set(self.linears)
         if layer.experts is not None:
             for matrix in layer.experts.matrices:
                 quantized_names.add(f"{layer.experts.path}.{matrix.name}")
         unquantized = self.replay.rest(self.index, quantized_names)
-        for name, tensor in refined.tuned.items():
+        for name, tensor in quantized.tuned.items():
             unquantized[name] = tensor.to(unquantized[name].dtype)
         return unquantized
 

@@ -35,7 +35,7 @@ class Student:
     def __init__(
         self,
         replay: Replay,
-        refined: Callable[[int], RefinedLayer],
+        load_layer: Callable[[int], RefinedLayer],
         schemes: Sequence[QuantizationScheme],
         distillation: Distillation,
         steps: int,
@@ -45,7 +45,7 @@ class Student:
         """
         Args:
             replay: The model.
-            refined: Loads a layer as it is stored.
+            load_layer: Loads a layer as it is stored.
             schemes: Widths and group size of each layer.
             distillation: Settings.
             steps: Number of training steps.
@@ -55,7 +55,7 @@ class Student:
         self.replay, self.ranks = replay, replay.ranks if windows_sharded else SINGLE
         self.layers: list[PackedLayer] = []
         for index, scheme in enumerate(schemes):
-            self.layers.append(PackedLayer(replay, index, refined(index), scheme, distillation, steps, self.ranks))
+            self.layers.append(PackedLayer(replay, index, load_layer(index), scheme, distillation, steps, self.ranks))
         self._capture(graph_bytes, distillation.training.on_capture_failure)
         tail = {}
         if "norms" in distillation.parameters:

@@ -43,10 +43,10 @@ def train_rooms(device: torch.device) -> tuple[int, ...]:
     return CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES
 
 
-def expert_chunks(experts: Experts, widths: int, room: int) -> Iterator[slice]:
-    """Yield even slices of a layer's experts whose training state at ``widths`` widths fits into ``room`` bytes."""
-    bytes_per_expert = experts.weights_per_expert * widths * BYTES_PER_WEIGHT
-    max_size = max(1, min(experts.count, room // bytes_per_expert))
+def expert_chunks(experts: Experts, num_widths: int, state_bytes: int) -> Iterator[slice]:
+    """Yield even slices of a layer's experts whose training state at all widths fits into ``state_bytes``."""
+    bytes_per_expert = experts.weights_per_expert * num_widths * BYTES_PER_WEIGHT
+    max_size = max(1, min(experts.count, state_bytes // bytes_per_expert))
     num_chunks = -(-experts.count // max_size)
     size = -(-experts.count // num_chunks)
     for start in range(0, experts.count, size):

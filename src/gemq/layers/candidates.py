@@ -45,7 +45,7 @@ class LayerLadder:
         experts: Packed batches [E, ...] by matrix name and width.
         counts: [E] int64, calibration tokens routed to each expert; empty for a dense layer.
         retries: Number of Hessians that needed more dampening.
-        untrained: Number of experts at a width, and of dense linears, that keep GPTQ's codes since training did not
+        not_improved: Number of experts at a width, and of dense linears, that keep GPTQ's codes since training did not
             lower the validation error.
         small: Number of matrices whose weights are below the smallest scale.
     """
@@ -54,12 +54,12 @@ class LayerLadder:
     experts: dict[str, dict[Width, PackedMatrix]] = field(default_factory=dict)
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     retries: int = 0
-    untrained: int = 0
+    not_improved: int = 0
     small: int = 0
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors by their names in a file."""
-        tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.untrained, self.small])}
+        tensors = {"counts": self.counts, "notes": torch.tensor([self.retries, self.not_improved, self.small])}
         for path, packed in self.linears.items():
             tensors.update(packed.named(f"linear:{path}"))
         for name, packed_by_width in self.experts.items():
@@ -81,8 +81,8 @@ class LayerLadder:
             for width in widths:
                 prefix = f"expert:{matrix.name}:{width_name(width)}"
                 experts[matrix.name][width] = PackedMatrix.from_tensors(tensors, prefix)
-        retries, untrained, small = tensors["notes"].tolist()
-        return cls(linears, experts, tensors["counts"], retries, untrained, small)
+        retries, not_improved, small = tensors["notes"].tolist()
+        return cls(linears, experts, tensors["counts"], retries, not_improved, small)
 
 
 def build_layer(
@@ -148,7 +148,7 @@ def _pack_trained_linears(result: LayerResult, candidates: LayerLadder, quantize
         path = parameter.name.removesuffix(".weight")
         candidates.linears[path] = PackedMatrix.pack(parameter.q, parameter.widths[0], group)
     if result.error_after >= result.error_before:
-        candidates.untrained += len(result.parameters)
+        candidates.not_improved += len(result.parameters)
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ class _ExpertCandidates:
             del grids, q  # frees as much memory as the next chunk needs
         for name, chunks in chunks_by_name.items():
             packed_by_width = {}
-            for width, parts in zip(self.widths, zip(*chunks, strict=True), strict=True):
-                packed_by_width[width] = PackedMatrix.cat(parts)
+            for i, width in enumerate(self.widths):
+                packed_by_width[width] = PackedMatrix.cat([chunk[i] for chunk in chunks])
             candidates.experts[name] = packed_by_width
             matrix_names = [f"{self.experts.path}.{expert}.{name}" for expert in range(self.experts.count)]
             refuse_clipped(matrix_names, packed_by_width.values())
@@ -218,6 +218,6 @@ class _ExpertCandidates:
             candidates.retries += retries
         if self.training is not None and self.inputs is not None:
             trainer = CandidateTrainer(self.inputs, chunk, self.widths, self.training, self.layer_index)
-            grids, num_untrained = trainer.run(grids, soft_codes)
-            candidates.untrained += num_untrained
+            grids, num_not_improved = trainer.run(grids, soft_codes)
+            candidates.not_improved += num_not_improved
         return grids

@@ -39,12 +39,12 @@ class QuantizedLinears:
     retries: int = 0
     small: int = 0
 
-    def update(self, other: QuantizedLinears) -> None:
-        """Add the linears of ``other``."""
-        self.packed.update(other.packed)
-        self.soft_codes.update(other.soft_codes)
-        self.retries += other.retries
-        self.small += other.small
+    def update(self, linears: QuantizedLinears) -> None:
+        """Add further linears."""
+        self.packed.update(linears.packed)
+        self.soft_codes.update(linears.soft_codes)
+        self.retries += linears.retries
+        self.small += linears.small
 
 
 def quantize_linears(

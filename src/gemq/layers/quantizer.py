@@ -74,7 +74,7 @@ class Quantizer:
             del factor  # frees as much memory as the next chunk needs
         return Quantized.cat(grids, dim=1), num_retries
 
-    def own_width(
+    def quantize_mixed(
         self, weight: Tensor, hessians: Moments, widths: Sequence[Width], soft_codes: Tensor | None = None
     ) -> tuple[Quantized, int]:
         """Quantize every matrix at one width of its own.

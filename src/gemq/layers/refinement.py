@@ -246,7 +246,7 @@ class _LayerReconstruction:
             if self.targets is not None:
                 soft_codes = weight.new_empty(weight.shape, dtype=soft_code_dtype(weight.device, weight.dtype))
             widths = widths_by_name[matrix.name][local_experts]
-            q, matrix_retries = self.quantizer.own_width(weight, matrix_hessians, widths, soft_codes)
+            q, matrix_retries = self.quantizer.quantize_mixed(weight, matrix_hessians, widths, soft_codes)
             self.parameters.append(QuantizedParameter(f"{experts.path}.{matrix.name}", widths, q, soft_codes))
             retries += matrix_retries
         holds_all_experts = local_experts.stop - local_experts.start == experts.count
@@ -269,13 +269,13 @@ class _LayerReconstruction:
                 self.result.tensors.update(packed.select(row).named(_expert_name(experts, expert, matrix.name)))
 
 
-def layer_overrides(model: Any, layer: Layer, refined: RefinedLayer, scheme: QuantizationScheme) -> dict[str, Tensor]:
+def layer_overrides(model: Any, layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> dict[str, Tensor]:
     """Dequantize a layer's tensors into values of the model's parameters.
 
     Args:
         model: The model.
         layer: Structure of the layer.
-        refined: The layer as it is stored.
+        quantized: The layer as it is stored.
         scheme: Its widths and group size.
 
     Returns:
@@ -283,39 +283,39 @@ def layer_overrides(model: Any, layer: Layer, refined: RefinedLayer, scheme: Qua
     """
     overrides = {}
     for linear in scheme.linears(layer):
-        packed = PackedMatrix.from_tensors(refined.tensors, linear.path)
+        packed = PackedMatrix.from_tensors(quantized.tensors, linear.path)
         q = packed.unpack(scheme.dense_bits, scheme.group(linear.columns))
         name = f"{linear.path}.weight"
         overrides[name] = as_parameter(model, name, dequantize(q).unsqueeze(0))
     if layer.experts is not None:
         for matrix in layer.experts.matrices:
             name = f"{layer.experts.path}.{matrix.name}"
-            weight = _dequantize_experts(refined, layer, matrix, scheme, model.get_parameter(name).dtype)
+            weight = _dequantize_experts(quantized, layer, matrix, scheme, model.get_parameter(name).dtype)
             overrides[name] = as_parameter(model, name, weight)
-    for name, tensor in refined.tuned.items():
+    for name, tensor in quantized.tuned.items():
         overrides[name] = tensor.to(model.get_parameter(name).dtype)
     return overrides
 
 
 def _dequantize_experts(
-    refined: RefinedLayer, layer: Layer, matrix: Matrix, scheme: QuantizationScheme, dtype: torch.dtype
+    quantized: RefinedLayer, layer: Layer, matrix: Matrix, scheme: QuantizationScheme, dtype: torch.dtype
 ) -> Tensor:
     """Return the weights [E, R, C] of one matrix of all experts of a layer."""
     experts = layer.experts
     assert experts is not None
-    device = refined.tensors[_expert_name(experts, 0, matrix.name) + ".codes"].device
+    device = quantized.tensors[_expert_name(experts, 0, matrix.name) + ".codes"].device
     weight = torch.empty(experts.count, matrix.rows, matrix.columns, dtype=dtype, device=device)
     for width, chunk in _width_chunks(matrix, scheme.matrix_widths(layer)[matrix.name]):
         names = [_expert_name(experts, expert, matrix.name) for expert in chunk]
-        packed = PackedMatrix.stack([PackedMatrix.from_tensors(refined.tensors, name) for name in names])
+        packed = PackedMatrix.stack([PackedMatrix.from_tensors(quantized.tensors, name) for name in names])
         weight[chunk] = dequantize_each(packed.unpack(width, scheme.group(matrix.columns)), dtype)
     return weight
 
 
 @torch.no_grad()
-def install_layer(model: Any, layer: Layer, refined: RefinedLayer, scheme: QuantizationScheme) -> None:
+def install_layer(model: Any, layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> None:
     """Overwrite all quantized and tuned parameters of a layer of the model with what its stored tensors mean."""
-    for name, tensor in layer_overrides(model, layer, refined, scheme).items():
+    for name, tensor in layer_overrides(model, layer, quantized, scheme).items():
         model.get_parameter(name).copy_(tensor)
 
 

@@ -67,11 +67,11 @@ class Quantized(NamedTuple):
         return Quantized(self.codes[index], self.scales[index], self.offsets[index])
 
     @staticmethod
-    def cat(parts: Sequence[Quantized], dim: int) -> Quantized:
-        """Concatenate along ``dim``. A single part is returned without a copy."""
-        if len(parts) == 1:
-            return parts[0]
-        codes, scales, offsets = zip(*parts, strict=True)
+    def cat(batches: Sequence[Quantized], dim: int) -> Quantized:
+        """Concatenate along ``dim``. A single batch is returned without a copy."""
+        if len(batches) == 1:
+            return batches[0]
+        codes, scales, offsets = zip(*batches, strict=True)
         return Quantized(torch.cat(codes, dim), torch.cat(scales, dim), torch.cat(offsets, dim))
 
 

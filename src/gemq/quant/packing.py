@@ -44,9 +44,9 @@ class PackedMatrix(NamedTuple):
         return cls(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scales"], tensors[f"{prefix}.offsets"])
 
     @classmethod
-    def cat(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
+    def cat(cls, batches: Sequence[PackedMatrix]) -> PackedMatrix:
         """Concatenate batches of matrices of one width along their first dimension."""
-        codes, scales, offsets = zip(*parts, strict=True)
+        codes, scales, offsets = zip(*batches, strict=True)
         return cls(torch.cat(codes), torch.cat(scales), torch.cat(offsets))
 
     @classmethod

@@ -28,7 +28,7 @@ def plain_widths(by_layer: list[list[ExpertWidths]]) -> list[list[Width | list[W
     """Return widths by layer and expert as files contain them: one number if both matrices have the same, else both."""
     plain: list[list[Width | list[Width]]] = []
     for layer in by_layer:
-        plain.append([first if first == down else [first, down] for first, down in layer])
+        plain.append([gate_up if gate_up == down else [gate_up, down] for gate_up, down in layer])
     return plain
 
 
