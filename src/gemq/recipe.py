@@ -141,7 +141,7 @@ class Recipe:
     score_labels: str = "sampled"
     """Labels of the loss: ``sampled`` from the model's own prediction, or the next tokens of the ``data``."""
     score_weights: str = "ladder"
-    """Weights whose errors are scored: those of the ``ladder`` of candidates, or ``rtn`` as in the paper."""
+    """Weights whose errors are scored: ``ladder``, or ``rtn`` (rounded to nearest) as in the paper."""
     score_tokens: int = 262_144
     """Calibration tokens that are scored, the same share of each source; 0: all."""
     smoothing: float = 2.0

@@ -87,8 +87,8 @@ class CandidateFiles:
                 group_size = group_size_for(matrix.columns, self._recipe.group_size)
                 quantized = packed[matrix.name].unpack(width, group_size)
             weights.append(dequantize_each(quantized, exact.dtype))
-        first, down = weights
-        return first, down
+        up, down = weights
+        return up, down
 
     def _packed_matrices(self, index: int, width: Width) -> dict[str, PackedMatrix]:
         """The packed candidates of a layer at one width, by the name of the matrix. Other widths are not read."""
@@ -103,8 +103,8 @@ class CandidateFiles:
         packed = {}
         for matrix in experts.matrices:
             prefix = f"expert:{matrix.name}:{width_name(width)}"
-            parts = [tensors[f"{prefix}.{field}"] for field in PackedMatrix._fields]
-            packed[matrix.name] = PackedMatrix(*parts)
+            fields = [tensors[f"{prefix}.{field}"] for field in PackedMatrix._fields]
+            packed[matrix.name] = PackedMatrix(*fields)
         return packed
 
     def _round_to_nearest(self, weight: Tensor, matrix: Matrix, width: Width) -> Quantized:
@@ -184,8 +184,8 @@ def _rounds(missing: list[int], rank: int, count: int) -> list[_Round]:
     """The rounds in which ``count`` ranks build the ``missing`` layers."""
     rounds = []
     start = 0
-    for first in range(0, len(missing), count):
-        layers = missing[first : first + count]
+    for offset in range(0, len(missing), count):
+        layers = missing[offset : offset + count]
         local = layers[rank] if rank < len(layers) else None
         rounds.append(_Round(range(start, layers[-1] + 1), layers, local))
         start = layers[-1] + 1
@@ -307,7 +307,7 @@ def _training_bytes(memory: LayerMemory, training_bytes: int) -> int:
     """Bytes while a layer's experts are quantized and trained, some at the same time."""
     recipe, experts = memory.recipe, memory.experts
     widths = len(recipe.ladder_widths)
-    chunk = max(part.stop - part.start for part in expert_chunks(experts, widths, training_bytes))
+    chunk = max(rows.stop - rows.start for rows in expert_chunks(experts, widths, training_bytes))
     chunk_weights = chunk * experts.weights_per_expert * widths
     pair_share = widths * min(1.0, 2 * chunk / experts.count)  # of a micro-batch's pairs, at every width
     pairs = memory.routed_pairs(backward=True)

@@ -21,6 +21,7 @@ from gemq.calibration.sources import SELF, held_out_windows
 from gemq.calibration.windows import Windows
 from gemq.layers.candidates import LayerLadder
 from gemq.layers.refinement import assemble_layer, layer_overrides
+from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.pipeline.allocation_stage import solve
 from gemq.pipeline.candidates_stage import CandidateFiles
@@ -73,7 +74,8 @@ def candidates_kl(
         layer_candidates = candidates(i)
         for state, widths in zip(states, allocations, strict=True):
             quantized = assemble_layer(layer_candidates, layers[i], widths[i])
-            overrides = layer_overrides(replay.model, layers[i], quantized, widths[i], dense_bits, group_size)
+            scheme = QuantizationScheme(widths[i], dense_bits, group_size)
+            overrides = layer_overrides(replay.model, layers[i], quantized, scheme)
             start.advance_all(replay, i, [state], overrides)
         tick()
     return windows_kl(replay, start, exact, states)

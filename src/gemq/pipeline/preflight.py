@@ -84,9 +84,9 @@ def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, text
             embeddings=embedding_rows(model),
             written=recipe.total_tokens > recipe.windows * window,
         )
-    unquantized_bytes = fixed_bytes(model, structure, recipe, configured_types(model))
-    checked_allocation = check_allocation(structure, recipe, unquantized_bytes, allocation)
-    return Checked(model, structure, window, unquantized_bytes, checked_allocation)
+    fixed = fixed_bytes(model, structure, recipe, configured_types(model))
+    checked_allocation = check_allocation(structure, recipe, fixed, allocation)
+    return Checked(model, structure, window, fixed, checked_allocation)
 
 
 def check_job(

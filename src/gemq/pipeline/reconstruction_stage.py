@@ -16,7 +16,7 @@ from torch import Tensor
 from gemq.allocation.problem import Allocation
 from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distil
-from gemq.distillation.student import Distillation
+from gemq.distillation.settings import Distillation
 from gemq.kernels.training.differentiable_dequantize import UNPACKED_TOGETHER
 from gemq.layers.refinement import RefinedLayer, Targets, assemble_layer, layer_overrides, refine_layer
 from gemq.models.replay import Replay
@@ -26,6 +26,7 @@ from gemq.pipeline.records import digest
 from gemq.pipeline.scores_stage import ScoredModel
 from gemq.pipeline.stage_settings import (
     distillation_inputs,
+    layer_scheme,
     quantizer_settings,
     reconstruction_inputs,
     training_settings,
@@ -88,12 +89,12 @@ class ReconstructedModel:
 
     def scored(self, job: Job, replay: Replay, widths: list[list[ExpertWidths]]) -> ScoredModel:
         """This model as one to compute scores around. ``replay`` holds the full-precision one."""
-        structure, recipe = replay.structure, job.recipe
+        structure = replay.structure
 
         def overrides(index: int) -> dict[str, Tensor]:
             layer = self.layer(index, str(job.device))
-            dense_bits, group_size = recipe.attention_bits, recipe.group_size
-            return layer_overrides(replay.model, structure.layers[index], layer, widths[index], dense_bits, group_size)
+            scheme = layer_scheme(job.recipe, widths[index])
+            return layer_overrides(replay.model, structure.layers[index], layer, scheme)
 
         tail = {}
         for name, tensor in self.tuned.items():
@@ -129,8 +130,8 @@ def run_reconstruction(
     missing = [i for i in range(layer_count) if not stage.has(layer_file(i))]
     distills = bool(job.recipe.distil_epochs) and not distillation_stage.has(DISTILLED_FILE)
     if missing or distills:
-        stop = layer_count if distills else missing[-1] + 1
-        teacher = _reconstruct_layers(job, replay, stored, windows, stage, widths, missing, stop)
+        end = layer_count if distills else missing[-1] + 1
+        teacher = _reconstruct_layers(job, replay, stored, windows, stage, widths, missing, end)
         if distills:
             _distill(job, replay, stored, windows, stage, distillation_stage, widths, teacher)
     distilled = _load_distilled(distillation_stage) if job.recipe.distil_epochs else Distilled()
@@ -147,26 +148,26 @@ def _reconstruct_layers(
     stage: Stage,
     widths: list[list[ExpertWidths]],
     missing: list[int],
-    stop: int,
+    end: int,
 ) -> Batches:
     """Reconstructs the missing layers. Returns the full-precision hidden states after the last layer that was run.
 
     Args:
         missing: indices of the layers that are not in ``stage``.
-        stop: the first layer that is not run. Distillation needs the full-precision model's last hidden states.
+        end: number of layers to run. Distillation needs the full-precision model's last hidden states.
     """
     recipe, structure = job.recipe, replay.structure
     training = training_settings(job, recipe.layer_epochs, recipe.rate_codes)
     quantizer = quantizer_settings(recipe)
     with_teacher = training is not None or bool(recipe.distil_epochs)
     with (
-        job.monitor.stage(reconstruction_name(recipe.layer_epochs), stop) as tick,
+        job.monitor.stage(reconstruction_name(recipe.layer_epochs), end) as tick,
         stage.background_writer() as save,
     ):
         activations = job.start_activations(replay, windows)
         exact = activations.hidden.copy() if with_teacher else Batches(replay.memory)
         # Training a layer uses the memory that the next one would take (see ``peak_bytes``).
-        for i in replay.walk(range(stop), ahead=training is None):
+        for i in replay.walk(range(end), ahead=training is None):
             if with_teacher:
                 activations.advance_all(replay, i, [exact])
             if i in missing:
@@ -177,9 +178,8 @@ def _reconstruct_layers(
                 replay.restore(i)  # later stages use the full-precision model
             elif missing and i < missing[-1]:
                 layer = _load_layer(stage, i, str(job.device))
-                overrides = layer_overrides(
-                    replay.model, structure.layers[i], layer, widths[i], recipe.attention_bits, recipe.group_size
-                )
+                scheme = layer_scheme(recipe, widths[i])
+                overrides = layer_overrides(replay.model, structure.layers[i], layer, scheme)
                 activations.advance(replay, i, overrides)
             tick()
     return exact
@@ -209,13 +209,10 @@ def _distill(
         distilled = distil(
             replay,
             lambda index: _load_layer(layers, index, str(job.device)),
-            widths,
-            recipe.attention_bits,
+            [layer_scheme(recipe, layer_widths) for layer_widths in widths],
             job.start_activations(replay, windows),
             teacher,
-            Distillation(training, recipe.distil_loss, recipe.distil_sets),
-            stored,
-            recipe.group_size,
+            Distillation(training, recipe.distil_loss, recipe.distil_sets, stored),
             tick,
             distillation_peak_bytes(memory),
         )

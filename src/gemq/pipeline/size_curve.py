@@ -106,7 +106,7 @@ def size_curve(
     if method not in ("global", "layerwise"):
         raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
     stored = configured_types(skeleton)
-    unquantized_bytes = fixed_bytes(skeleton, structure, recipe, stored)
+    fixed = fixed_bytes(skeleton, structure, recipe, stored)
     smallest = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
     points = []
     for bits in budgets(nominal_bits(problem.widths[0]), nominal_bits(problem.widths[-1]), step):
@@ -118,7 +118,7 @@ def size_curve(
             nominal_bits=allocation.nominal_bits,
             stored_bits=allocation.stored_bits,
             expert_bytes=allocation.stored_bytes,
-            stored_bytes=unquantized_bytes + allocation.stored_bytes,
+            stored_bytes=fixed + allocation.stored_bytes,
             predicted_cost=allocation.predicted_cost,
             uniform_cost=uniform_cost(problem, bits),
         )

@@ -6,14 +6,17 @@ compares it with the recorded one, so that results are reused exactly as long as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import FORMAT_VERSION
-from gemq.layers.candidates import Quantizer
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training
 from gemq.models.source import pick_dtype
 from gemq.pipeline.context import Job
+from gemq.quant.widths import ExpertWidths
 from gemq.recipe import Recipe
 
 QUANTIZER_KEYS = ("group_size", "attention_bits", "quantizer", "damping", "hessian_shrink", "batch_tokens", "seed")
@@ -27,6 +30,11 @@ SCORE_KEYS = ("score_form", "score_labels", "score_weights", "score_tokens", "al
 def quantizer_settings(recipe: Recipe) -> Quantizer:
     """How matrices are quantized."""
     return Quantizer(recipe.quantizer, recipe.group_size, recipe.damping, recipe.hessian_shrink)
+
+
+def layer_scheme(recipe: Recipe, widths: Sequence[ExpertWidths]) -> QuantizationScheme:
+    """The scheme of a layer whose experts have these widths."""
+    return QuantizationScheme(widths, recipe.attention_bits, recipe.group_size)
 
 
 def training_settings(job: Job, epochs: int, code_lr: float, train_parameters: bool = True) -> Training | None:

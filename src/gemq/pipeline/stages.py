@@ -132,7 +132,7 @@ def _generated_windows(workload: Workload, stages: JobStages) -> tuple[int, int]
         calibration += recipe.windows // len(recipe.calib)
     guard = 0
     if stages.guard:
-        guard = OWN + (PER_SOURCE if SELF in recipe.calib else 0)
+        guard = OWN + PER_SOURCE * (SELF in recipe.calib)
     if workload.added_windows and recipe.calib != (SELF,):
         return calibration + guard, 0
     return calibration, guard

@@ -127,11 +127,12 @@ class WindowWriter:
 
     def _open_generator(self, caches: int) -> AbstractContextManager[Any]:
         """The model that writes. ``caches``: bytes of keys and values of one batch."""
-        self._width = self._replay.ranks.run_on_first(lambda: self._choose_width(caches))
+        replay = self._replay
+        self._width = replay.ranks.run_on_first(lambda: self._choose_width(caches))
         if self._width is None:
-            return self._replay.whole()
-        directory = self._job.work.path / f"{GENERATOR_DIRECTORY}-{self._replay.ranks.rank}"
-        return packed_copy(self._replay, self._job.source, self._width, directory)
+            return replay.whole()
+        directory = self._job.work.path / f"{GENERATOR_DIRECTORY}-{replay.ranks.rank}"
+        return packed_copy(replay, self._job.source, self._width, directory)
 
     def _choose_width(self, caches: int) -> Width | None:
         """The width of the generator copy; None when the model itself writes."""

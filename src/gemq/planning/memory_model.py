@@ -14,7 +14,7 @@ import torch
 
 from gemq.allocation.divergence import ROWS
 from gemq.errors import UserError
-from gemq.layers.candidates import CHUNK_BYTES
+from gemq.layers.quantizer import CHUNK_BYTES
 from gemq.models.config_values import layer_configs
 from gemq.models.replay import LOGITS_TOGETHER
 from gemq.models.source import calibration_window
@@ -143,10 +143,10 @@ class LayerMemory:
         Args:
             backward: a backward pass follows, or outputs are compared in float32.
         """
-        first, down = self.experts.matrices
-        pair_bytes = (3 * first.columns + first.rows + 2 * down.columns) * self.dtype.itemsize
+        up, down = self.experts.matrices
+        pair_bytes = (3 * up.columns + up.rows + 2 * down.columns) * self.dtype.itemsize
         if backward:
-            pair_bytes = max(2 * pair_bytes, pair_bytes + 5 * 4 * first.columns)
+            pair_bytes = max(2 * pair_bytes, pair_bytes + 5 * 4 * up.columns)
         return self.recipe.batch_tokens * self.experts_per_token * pair_bytes
 
     def expert_chunk(self, widths: int) -> int:
@@ -279,10 +279,10 @@ def forward_bytes(
         for linear in layer.linears:
             largest_matrix = max(largest_matrix, linear.rows * linear.columns)
         if layer.experts is not None:
-            first, down = layer.experts.matrices
-            largest_matrix = max(largest_matrix, first.rows * first.columns, down.rows * down.columns)
+            up, down = layer.experts.matrices
+            largest_matrix = max(largest_matrix, up.rows * up.columns, down.rows * down.columns)
             pairs = tokens * experts_per_token(text)
-            numbers = max(numbers, pairs * (3 * first.columns + first.rows + 2 * down.columns))
+            numbers = max(numbers, pairs * (3 * up.columns + up.rows + 2 * down.columns))
     if getattr(text, "_attn_implementation", None) == "eager":  # it keeps scores and their softmax
         heads = max(int(config.num_attention_heads) for config in configs)
         numbers = max(numbers, 2 * tokens * window * heads)
