@@ -1,4 +1,7 @@
-"""The one exception that the command line shows as a single line, and values in its message."""
+"""The exception that the command line shows as a single line, and how values appear in its message."""
+
+MAX_SHOWN_CHARACTERS = 60
+"""Of a value in a message."""
 
 
 class UserError(ValueError):
@@ -10,13 +13,13 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError, ArithmeticError):
-    """What a model computes overflows: NaN or infinity where there should be numbers."""
+    """A model computes NaN or infinity."""
 
 
 def shown(value: object) -> str:
-    """``repr`` of a value from a file or a user for a message: short, whatever the value is."""
+    """``repr`` of a value from a file or a user, shortened for a message."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # Python writes out no integer of more than 4,300 digits
+    except (ValueError, RecursionError):  # Python converts no integer of more than 4,300 digits
         return "a value that is too long to show"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."

@@ -1,7 +1,8 @@
 """The recipe: everything that decides the bytes of a result, in one validated dataclass.
 
-YAML files, command-line flags and Python all end here and are checked alike. What only decides where and how fast a job
-runs (device, memory bounds, work directory) is not part of it. Must not import models, stages or files of a job.
+YAML files, command-line flags and Python arguments become a recipe and are validated in the same way. Device, memory
+bounds and work directory are not part of it: they only decide where and how fast a job runs. Must not import models or
+stages.
 """
 
 from __future__ import annotations
@@ -16,48 +17,44 @@ from typing import Any
 
 from gemq.errors import UserError, shown
 from gemq.quant.widths import LEVELS, SMALLEST_GROUP, Width, nominal_bits, parse_width, width_name
-from gemq.recipe_values import MAX_SEED, convert, read_yaml
+from gemq.recipe_values import (
+    CHOICES,
+    DENSE_BITS,
+    INTEGER_RANGES,
+    MAX_GROUP_SIZE,
+    MAX_SIZE_BYTES,
+    NON_NEGATIVE_KEYS,
+    check_integer,
+    check_number,
+    convert,
+    read_keys,
+)
 from gemq.recipe_values import parse_size as parse_size
 
 DEFAULT_BITS = 2.0
+"""The budget of a recipe without one."""
+
 DEFAULT_WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)
-CHOICES = {
-    "effort": ("low", "medium", "high"),
-    "quantizer": ("gptq", "rtn"),
-    "score_form": ("token", "elementwise"),
-    "score_labels": ("sampled", "data"),
-    "score_weights": ("ladder", "rtn"),
-    "allocate": ("global", "uniform", "random", "layerwise", "frequency"),
-    "allocate_by": ("matrix", "expert"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "distil_loss": ("kl", "next_token"),
-}
+"""The candidate widths of a recipe without any."""
+
+WIDE_BUDGET = 2.5
+"""Budgets above this many bits, and all budgets in bytes, have 4 bits among the default widths."""
+
 FROM_EFFORT = -1
+"""Marks an integer that the effort sets."""
+
 BUDGETS = ("bits", "stored_bits", "size")
+"""Keys of the budget. A recipe has at most one of them."""
+
 TUNABLE = ("routers", "norms", "grids")
+"""Kinds of parameters that distillation can train."""
+
 EFFORTS: dict[str, dict[str, int]] = {
     "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
     "medium": {"total_tokens": 1_048_576, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1},
     "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
 }
-"""What an effort means where a recipe does not say: see ``docs/accuracy.md`` for the measurements behind it."""
-
-
-INTEGERS = {
-    "windows": (1, 1_000_000),
-    "batch_tokens": (1, 1 << 31),
-    "seed": (0, MAX_SEED),
-    "total_tokens": (0, 1 << 40),
-    "score_tokens": (0, 1 << 40),
-    "ladder_epochs": (0, 1000),
-    "layer_epochs": (0, 1000),
-    "distil_epochs": (0, 1000),
-}
-"""Least and most of whole numbers. The most is far beyond use, and far below what ends a job after hours."""
-
-NUMBERS = ("damping", "hessian_shrink", "smoothing", "rate_ladder", "rate_codes", "rate_grids", "rate_tuned")
-MOST, MOST_BYTES, LARGEST_GROUP = 1e6, 10**18, 1 << 20
-"""Upper bounds of the numbers above, of a size in bytes, and of a group size."""
+"""Values of keys that a recipe leaves to the effort. ``docs/accuracy.md`` has the measurements behind them."""
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "default": {},
@@ -80,58 +77,63 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "rate_tuned": 1e-4,
     },
 }
-"""GEMQ as published (arXiv:2605.23078)."""
+"""Recipes by name. ``paper`` is GEMQ as published (arXiv:2605.23078)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One quantization job. At most one of ``bits``, ``stored_bits`` and ``size`` sets the budget (default 2.0 bits).
+    """The settings of a quantization job.
 
-    Raises UserError when a value cannot be used, with what would do.
+    At most one of ``bits``, ``stored_bits`` and ``size`` sets the budget (default 2.0 bits).
+
+    Raises:
+        UserError: a value cannot be used. The message says which values can.
     """
 
     # Budget
     bits: float | None = None
     """Average nominal bits per expert weight."""
     stored_bits: float | None = None
-    """Average stored bits per expert weight: scales and offsets included."""
+    """Average stored bits per expert weight, scales and offsets included."""
     size: int | None = None
     """Bytes of all the checkpoint's tensors."""
     progressive: tuple[float, ...] = ()
-    """Budgets in bits on the way to ``bits``, the last of them, in falling order. After each but the last the model is
-    quantized and tuned, and scores are computed again around it."""
+    """Budgets in bits in falling order, the last of which is ``bits``. After each but the last the model is
+    reconstructed, and scores are computed again around it."""
 
     effort: str = "medium"
-    """How much is computed. Sets ``total_tokens`` and epochs where they are not given; ``low`` trains nothing."""
+    """How much is computed. Sets ``total_tokens`` and epochs that are not given; ``low`` trains nothing."""
 
     # Calibration
     calib: tuple[str, ...] = ("self",)
-    """Sources: text or JSONL files, data set ids, or ``self`` for windows that the model itself writes."""
+    """Sources: text or JSONL files, data set ids, or ``self`` for windows that the model itself generates."""
     calib_column: str | None = None
-    """Column of rows whose text is taken. None: text, a conversation, or a prompt with its response."""
+    """Column of rows that has the text. None: text, a conversation, or a prompt with its response."""
     windows: int = 128
-    """Windows taken from all sources together."""
+    """Number of windows from all sources."""
     window: int | None = None
-    """Tokens per window; None is 2048, or the longest that the model takes."""
+    """Tokens per window; None: 2048, or the longest sequence that the model supports."""
     total_tokens: int = FROM_EFFORT
-    """Self-generated windows are added until calibration has this many tokens."""
+    """Generated windows are added until calibration has this many tokens."""
     self_width: float | None = None
-    """Let a packed copy with experts rounded to this width write the model's own windows. None: the model itself, or
-    where memory does not hold it, the widest copy that it holds."""
+    """Generate windows with a packed copy of the model whose experts are rounded to this width. None: with the model
+    itself, or where memory does not hold it, with the widest copy that fits."""
     seed: int = 0
+    """Seed of every random choice."""
 
     # Grids
     widths: tuple[Width, ...] | None = None
-    """Candidate widths of the experts; None is 1, 1.6, 2, 3, and 4 for budgets above 2.5 bits."""
+    """Candidate widths of the experts; None: 1, 1.6, 2, 3, and 4 for budgets above 2.5 bits."""
     group_size: int = 128
+    """Weights that share a scale and an offset."""
     attention_bits: int = 4
-    """Width of attention and every other linear outside the routed experts; 16 leaves them unquantized."""
+    """Width of the dense linears: all quantized linears outside the routed experts; 16 leaves them unquantized."""
     quantizer: str = "gptq"
     """``gptq``, or ``rtn`` for round to nearest."""
     damping: float = 0.01
-    """Added to the diagonal of a Hessian, as a fraction of its mean."""
+    """Dampening: added to the diagonal of a Hessian, as a fraction of its mean."""
     hessian_shrink: float = 0.1
-    """Weight of the layer's mean Hessian in every expert's, as a fraction of an expert's mean token count."""
+    """Weight of the layer's mean Hessian in each expert's Hessian, as a fraction of an expert's mean token count."""
 
     # Scores and allocation
     score_form: str = "token"
@@ -139,87 +141,69 @@ class Recipe:
     score_labels: str = "sampled"
     """Labels of the loss: ``sampled`` from the model's own prediction, or the next tokens of the ``data``."""
     score_weights: str = "ladder"
-    """Weights whose errors are scored: those of the ``ladder``, or ``rtn`` as in the paper."""
+    """Weights whose errors are scored: ``ladder``, or ``rtn`` (rounded to nearest) as in the paper."""
     score_tokens: int = 262_144
-    """Calibration tokens that are scored, the same share of every source. 0 scores all."""
+    """Calibration tokens that are scored, the same share of each source; 0: all."""
     smoothing: float = 2.0
     """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
     rescale: bool = True
     """Scale a layer's scores at each width to the KL measured with all of the layer's experts at that width."""
     allocate: str = "global"
+    """How widths are allocated: ``global`` or ``layerwise`` by scores, or ``uniform``, ``random``, ``frequency``."""
     allocate_by: str = "matrix"
-    """What the global program gives a width: every ``matrix`` of every expert (gate and up are one), or the ``expert``
-    as a whole, as in the paper. The other ways to allocate go by expert."""
+    """What gets a width: each ``matrix`` of an expert (gate and up count as one), or the whole ``expert``, as in the
+    paper. Methods other than ``global`` allocate by expert."""
     layer_rule: bool = False
-    """The paper's rule: every layer has an expert at the highest and one at the second-highest width."""
+    """The paper's rule: each layer has an expert at the highest and one at the second-highest width."""
 
     guard: bool = True
-    """Judge the allocation against uniform of the same budget on held-out windows, and soften it if it fails."""
+    """Compare the allocation with uniform widths of the same budget on held-out windows. Soften it if it is worse."""
 
-    # Finish
+    # Reconstruction
     refine: bool = True
-    """Quantize again at the chosen widths, layer by layer, on the activations of the quantized layers before."""
+    """Quantize again at the chosen widths, layer by layer, on the activations of the preceding quantized layers."""
 
     # Training
     ladder_epochs: int = FROM_EFFORT
-    """Epochs in which each expert is trained on its own at every width; 0 keeps GPTQ's ladder."""
+    """Epochs of training each candidate on its own; 0 keeps the codes of GPTQ."""
     layer_epochs: int = FROM_EFFORT
-    """Epochs in which each layer is trained at the chosen widths; needs ``refine``."""
+    """Epochs of training each layer at the chosen widths; needs ``refine``."""
     distil_epochs: int = FROM_EFFORT
     """Epochs of distillation of the whole quantized model."""
     distil_loss: str = "kl"
     """``kl`` from the full-precision model, or ``next_token`` as in the paper."""
     distil_sets: tuple[str, ...] = TUNABLE
-    """What distillation trains: any of routers, norms and grids (the experts' scales and offsets)."""
+    """What distillation trains: any of routers, norms and grids (scales and offsets of experts)."""
     rate_ladder: float = 1e-2
-    """Learning rate of the ladder's codes, as a share of the range between lowest and highest code."""
+    """Learning rate of the candidates' codes, as a share of the range between lowest and highest code."""
     rate_codes: float = 5e-3
-    """Learning rate of a layer's codes, in codes."""
+    """Learning rate of codes in reconstruction, in codes."""
     rate_grids: float = 2e-3
-    """Learning rate of scales and offsets, relative."""
+    """Learning rate of scales and offsets, relative to their values."""
     rate_tuned: float = 1e-3
     """Learning rate of routers and norms."""
     held_out: float = 0.05
-    """Share of the micro-batches that training does not see and is judged on."""
+    """Share of the micro-batches that are not trained on, and decide whether training helped."""
 
     # Numerics
     batch_tokens: int = 4096
-    """Tokens in a micro-batch. Fixes the order of sums, so that results do not depend on memory."""
+    """Tokens in a micro-batch. It determines the order of sums, so that results do not depend on memory."""
     dtype: str = "auto"
     """Compute type of the full-precision model: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU)."""
 
     def __post_init__(self) -> None:
+        """Converts, completes and checks all values."""
         for field in dataclasses.fields(self):
-            value = convert(field.name, getattr(self, field.name), str(field.type), "recipe")
-            object.__setattr__(self, field.name, value)
+            self._set(field.name, convert(field.name, getattr(self, field.name), str(field.type), "recipe"))
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise UserError(f"{' and '.join(budgets)} each set the budget: give only one of them")
         self._check_progressive()
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} cannot be {shown(getattr(self, name))}: choose from {', '.join(choices)}")
+        self._check_choices()
         for name, value in EFFORTS[self.effort].items():
             if getattr(self, name) == FROM_EFFORT:
-                object.__setattr__(self, name, value)
-        for name in self.distil_sets:
-            if name not in TUNABLE:
-                raise UserError(f"distil_sets cannot have {shown(name)}: choose from {', '.join(TUNABLE)}")
-        if self.self_width is not None:
-            object.__setattr__(self, "self_width", parse_width(self.self_width))
-        if self.widths is not None:
-            widths = tuple(sorted(set(self.widths)))
-            if not widths:
-                raise UserError("widths is empty: name at least one, such as 2")
-            object.__setattr__(self, "widths", widths)
-        if not SMALLEST_GROUP <= self.group_size <= LARGEST_GROUP or self.group_size & (self.group_size - 1):
-            raise UserError(
-                f"group_size {shown(self.group_size)} is not a power of two from {SMALLEST_GROUP} up: try 128"
-            )
-        if self.attention_bits not in (2, 3, 4, 8, 16):
-            raise UserError(
-                f"attention_bits cannot be {shown(self.attention_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
-            )
+                self._set(name, value)
+        self._check_widths()
         if not self.calib:
             raise UserError("calib names no source: give a text file, a data set id or self")
         self._check_numbers()
@@ -227,78 +211,114 @@ class Recipe:
             raise UserError("quantizer rtn gives no start for training: set ladder_epochs and layer_epochs to 0")
         self._check_budget()
 
+    def _set(self, name: str, value: Any) -> None:
+        """Sets a value while the recipe is constructed."""
+        object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        """Raises UserError for a value that is not among the choices of its key."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} cannot be {shown(getattr(self, name))}: choose from {', '.join(choices)}")
+        for name in self.distil_sets:
+            if name not in TUNABLE:
+                raise UserError(f"distil_sets cannot have {shown(name)}: choose from {', '.join(TUNABLE)}")
+
+    def _check_widths(self) -> None:
+        """Sorts the candidate widths, and raises UserError for widths and group sizes that do not exist."""
+        if self.self_width is not None:
+            self._set("self_width", parse_width(self.self_width))
+        if self.widths is not None:
+            if not self.widths:
+                raise UserError("widths is empty: name at least one, such as 2")
+            self._set("widths", tuple(sorted(set(self.widths))))
+        is_power_of_two = self.group_size & (self.group_size - 1) == 0
+        if not SMALLEST_GROUP <= self.group_size <= MAX_GROUP_SIZE or not is_power_of_two:
+            raise UserError(
+                f"group_size {shown(self.group_size)} is not a power of two from {SMALLEST_GROUP} up: try 128"
+            )
+        if self.attention_bits not in DENSE_BITS:
+            raise UserError(
+                f"attention_bits cannot be {shown(self.attention_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
+            )
+
     def _check_numbers(self) -> None:
-        for name, (least, most) in INTEGERS.items():
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"{name} cannot be {shown(value)}: the least is {least}")
-            if value > most:
-                raise UserError(f"{name} cannot be {shown(value)}: the most is {most}")
+        """Raises UserError for numbers out of range."""
+        for name in INTEGER_RANGES:
+            check_integer(name, getattr(self, name))
+        for name in NON_NEGATIVE_KEYS:
+            check_number(name, getattr(self, name))
         if self.window is not None and self.window < 2:
             raise UserError(f"window cannot be {shown(self.window)}: a window has at least 2 tokens")
-        for name in NUMBERS:
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:  # NaN is neither
-                raise UserError(f"{name} must be a number from 0 up (it is {value})")
-            if value > MOST:
-                raise UserError(f"{name} cannot be {value:g}: the most is {MOST:g}")
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out must be a share from 0 up and below 1 (it is {self.held_out})")
 
     def _check_progressive(self) -> None:
+        """Checks a progressive schedule, whose last budget becomes ``bits``."""
         steps = self.progressive
         if not steps:
             return
-        text = ",".join(f"{b:g}" for b in steps)
-        if any(a <= b for a, b in pairwise(steps)):
+        text = ",".join(f"{budget:g}" for budget in steps)
+        if any(budget <= next_budget for budget, next_budget in pairwise(steps)):
             raise UserError(f"progressive {text} does not fall: give budgets such as 3.0,2.5,2.0")
         if self.stored_bits is not None or self.size is not None:
-            raise UserError("progressive goes by --bits: leave out stored_bits and size")
+            raise UserError("progressive needs a budget in bits: leave out stored_bits and size")
         if self.bits is None:
-            object.__setattr__(self, "bits", steps[-1])
+            self._set("bits", steps[-1])
         if steps[-1] != self.bits:
             raise UserError(f"progressive {text} does not end at bits {self.bits:g}: make that its last budget")
         if not self.refine or self.allocate not in ("global", "layerwise"):
-            raise UserError("progressive needs refine, and allocate global or layerwise: it scores refined models")
+            raise UserError(
+                "progressive needs refine, and allocate global or layerwise: it scores reconstructed models"
+            )
 
     def _check_budget(self) -> None:
-        """Nominal budgets must lie within the widths. Stored and total bytes are checked when shapes are known."""
+        """Checks that nominal budgets lie within the candidate widths. Other budgets are checked with the model."""
         low, high = nominal_bits(min(self.ladder_widths)), nominal_bits(max(self.ladder_widths))
-        budgets = self.progressive or ((self.bits,) if self.bits is not None else ())
-        bits = next((b for b in budgets if not low <= b <= high), None)
-        if bits is not None:
-            advice = f"give --bits from {low:g} to {high:g}"
-            if bits > high and (wider := [w for w in LEVELS if nominal_bits(w) >= bits]):
-                names = ",".join(width_name(w) for w in (*self.ladder_widths, wider[0]))
-                by_quantize = " with" if self.widths is None else ": quantize with"  # export has the ladder's widths
-                advice += f", or allow a wider width{by_quantize} --widths {names}"
-            raise UserError(f"no allocation of widths {self.width_names} has {bits:g} bits: {advice}")
+        budgets = self.progressive
+        if not budgets and self.bits is not None:
+            budgets = (self.bits,)
+        for bits in budgets:
+            if not low <= bits <= high:
+                advice = f"give --bits from {low:g} to {high:g}{self._wider_advice(bits)}"
+                raise UserError(f"no allocation of widths {self.width_names} has {bits:g} bits: {advice}")
         for name in ("stored_bits", "size"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number (it is {shown(value)})")
-        if self.size is not None and self.size > MOST_BYTES:
-            raise UserError(f"size cannot be {shown(self.size)}: the most is {MOST_BYTES} bytes")
+        if self.size is not None and self.size > MAX_SIZE_BYTES:
+            raise UserError(f"size cannot be {shown(self.size)}: the most is {MAX_SIZE_BYTES} bytes")
+
+    def _wider_advice(self, bits: float) -> str:
+        """For messages: how to reach ``bits`` with one more width; empty where no width helps."""
+        wider = [width for width in LEVELS if nominal_bits(width) >= bits]
+        if bits < nominal_bits(max(self.ladder_widths)) or not wider:
+            return ""
+        names = ",".join(width_name(width) for width in (*self.ladder_widths, wider[0]))
+        command = " with" if self.widths is None else ": quantize with"  # an export cannot add widths
+        return f", or allow a wider width{command} --widths {names}"
 
     @property
     def ladder_widths(self) -> tuple[Width, ...]:
-        """The candidate widths, defaults filled in, in ascending order."""
+        """The candidate widths in ascending order, by default those that suit the budget."""
         if self.widths is not None:
             return self.widths
-        return (*DEFAULT_WIDTHS, 4) if self.size or (self.bits or self.stored_bits or 0) > 2.5 else DEFAULT_WIDTHS
+        bits = self.bits or self.stored_bits or 0
+        return (*DEFAULT_WIDTHS, 4) if self.size or bits > WIDE_BUDGET else DEFAULT_WIDTHS
 
     @property
     def units(self) -> int:
-        """How many widths an expert gets: one for each of its two matrices, or one for all of it."""
+        """Number of widths of an expert: one for each of its two matrices, or one for the expert."""
         return 2 if self.allocate_by == "matrix" else 1
 
     @property
     def width_names(self) -> str:
+        """The candidate widths for messages."""
         return ", ".join(width_name(w) for w in self.ladder_widths)
 
     @property
     def budget_text(self) -> str:
-        """``2 bits``, ``2.25 stored bits`` or ``12 GB``: how the summary names the budget."""
+        """The budget for the summary: ``2 bits``, ``2.25 stored bits`` or ``12 GB``."""
         if self.size is not None:
             return f"{self.size / 1e9:g} GB"
         if self.stored_bits is not None:
@@ -306,34 +326,46 @@ class Recipe:
         return f"{self.bits if self.bits is not None else DEFAULT_BITS:g} bits"
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some keys changed. A new budget replaces the old one, whatever its kind, and a new effort the
-        keys that the old one had set. Raises UserError for unknown keys."""
+        """A copy with some keys changed.
+
+        A new budget replaces the old one, whatever its kind. A new effort replaces the values that the old one had set.
+
+        Raises:
+            UserError: a key is unknown, or a value cannot be used.
+        """
         changes = _clean(changes, origin="changes")
         if "effort" in changes:
-            old = {name: FROM_EFFORT for name, value in EFFORTS[self.effort].items() if getattr(self, name) == value}
-            changes = {**old, **changes}
+            for name, value in EFFORTS[self.effort].items():
+                if getattr(self, name) == value:
+                    changes.setdefault(name, FROM_EFFORT)
         if any(changes.get(name) is not None for name in BUDGETS):
             steps = steps_to(changes.get("bits"), self.progressive)
             changes = {**dict.fromkeys(BUDGETS), "progressive": steps, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON and YAML."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values, for JSON and YAML."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """A recipe from plain values. Raises UserError for unknown keys and for values of the wrong kind."""
+        """A recipe from plain values. Raises UserError for unknown keys and values that cannot be used."""
         return cls(**_clean(values, origin))
 
     @classmethod
     def from_yaml(cls, path: str | Path, flags: dict[str, Any] | None = None) -> Recipe:
-        """A recipe from a YAML file of ``key: value`` lines, or a built-in one (``default``, ``paper``).
+        """A recipe from a YAML file of ``key: value`` lines, or a built-in one.
 
-        flags: keys that go before the file's; a budget among them replaces the file's, whatever its kind
-        Raises UserError when the file cannot be read.
+        Args:
+            path: of the file, or the name of a built-in recipe (``default``, ``paper``).
+            flags: values that override the file's. A budget among them replaces the file's, whatever its kind.
+
+        Raises:
+            UserError: the file cannot be read, a key is unknown, or a value cannot be used.
         """
-        values = _clean(BUILT_IN[str(path)] if str(path) in BUILT_IN else _read_file(path), origin=str(path))
+        built_in = BUILT_IN.get(str(path))
+        values = _clean(read_keys(path, known=BUILT_IN) if built_in is None else built_in, origin=str(path))
         flags = flags or {}
         if any(name in flags for name in BUDGETS):
             values = {name: value for name, value in values.items() if name not in BUDGETS}
@@ -343,22 +375,21 @@ class Recipe:
 
 
 def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:
-    """A progressive schedule with another end: its budgets above ``bits``, then ``bits``. Empty where there is none."""
-    above = tuple(b for b in steps if bits is not None and b > bits)
-    return (*above, bits) if above and bits is not None else ()
+    """A progressive schedule with another last budget: the ``steps`` above ``bits``, then ``bits``.
 
-
-def _read_file(path: str | Path) -> dict[str, Any]:
-    values = read_yaml(Path(path), hint=f"a YAML file of lines such as 'bits: 2.0', or {', '.join(BUILT_IN)}")
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys: write lines such as 'bits: 2.0'")
-    return values
+    Empty without a budget in bits, or without steps above it.
+    """
+    if bits is None:
+        return ()
+    above = tuple(step for step in steps if step > bits)
+    return (*above, bits) if above else ()
 
 
 def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Values of the types that the recipe's fields have. Raises UserError for unknown keys and wrong kinds."""
+    """Converts values to the types of the recipe's fields. Raises UserError for unknown keys and wrong types.
+
+    ``origin`` says where the values were written: a file, or ``flag``.
+    """
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     clean: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,4 +1,7 @@
-"""Values of a recipe as people write them, in YAML, on the command line or in Python. Imports no torch."""
+"""The values of a recipe: which are allowed, and how they are converted from YAML, the command line or Python.
+
+Must not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 import numbers
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +20,55 @@ from gemq.quant.widths import parse_width
 from gemq.runtime.files import read_input
 
 MAX_YAML_BYTES = 1 << 17
-"""Upper bound for a recipe file: PyYAML needs a second for some 100 kB."""
+"""Upper bound for a recipe file: PyYAML takes a second for 100 kB."""
 
 MAX_YAML_DEPTH = 8
-"""Upper bound for lists within lists. A recipe has two levels."""
+"""Upper bound for nested lists and mappings. A recipe has two levels."""
 
 MAX_SEED = 2**62
-"""Upper bound for a seed: what is added to it must stay within 64 bits."""
+"""Upper bound for a seed: sums with it must fit into 64 bits."""
+
+SIZE_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+"""Bytes of the units of a size."""
+
+
+CHOICES = {
+    "effort": ("low", "medium", "high"),
+    "quantizer": ("gptq", "rtn"),
+    "score_form": ("token", "elementwise"),
+    "score_labels": ("sampled", "data"),
+    "score_weights": ("ladder", "rtn"),
+    "allocate": ("global", "uniform", "random", "layerwise", "frequency"),
+    "allocate_by": ("matrix", "expert"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "distil_loss": ("kl", "next_token"),
+}
+"""Keys with a fixed set of values."""
+
+DENSE_BITS = (2, 3, 4, 8, 16)
+"""Widths of the dense linears."""
+
+INTEGER_RANGES = {
+    "windows": (1, 1_000_000),
+    "batch_tokens": (1, 1 << 31),
+    "seed": (0, MAX_SEED),
+    "total_tokens": (0, 1 << 40),
+    "score_tokens": (0, 1 << 40),
+    "ladder_epochs": (0, 1000),
+    "layer_epochs": (0, 1000),
+    "distil_epochs": (0, 1000),
+}
+"""Bounds of integers. Upper bounds are far above useful values, and low enough to refuse a job that must fail."""
+
+NON_NEGATIVE_KEYS = ("damping", "hessian_shrink", "smoothing", "rate_ladder", "rate_codes", "rate_grids", "rate_tuned")
+"""Keys of numbers from 0 up."""
+
+MAX_NUMBER, MAX_SIZE_BYTES, MAX_GROUP_SIZE = 1e6, 10**18, 1 << 20
+"""Upper bounds of those numbers, of a size in bytes, and of a group size."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``12GB``, ``800 MB`` or ``1.5e9``. GB is 1e9 bytes. Raises UserError when it is none of these."""
+    """Bytes from ``12GB``, ``800 MB`` or ``1.5e9``. GB is 1e9 bytes. Raises UserError for other texts."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)B?\s*", text, re.IGNORECASE)
     try:
         number = float(match.group(1)) if match else 0.0
@@ -34,15 +76,33 @@ def parse_size(text: str) -> int:
         number = 0.0
     if match is None or not 0 < number < math.inf:
         raise UserError(f"{shown(text)} is not a size: write it like 12GB or 800MB")
-    return int(number * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match.group(2).upper()])
+    return int(number * SIZE_UNITS[match.group(2).upper()])
+
+
+def read_keys(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+    """The keys and values of a recipe file.
+
+    Args:
+        path: of the file.
+        known: names of built-in recipes, for messages.
+
+    Raises:
+        UserError: the file cannot be read, or holds no keys.
+    """
+    values = read_yaml(Path(path), hint=f"a YAML file of lines such as 'bits: 2.0', or {', '.join(known)}")
+    if values is None:  # an empty file
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no keys: write lines such as 'bits: 2.0'")
+    return values
 
 
 def read_yaml(path: Path, hint: str) -> Any:
-    """The contents of a small YAML file, without aliases, repeated keys or deep nesting.
+    """Reads a small YAML file without aliases, repeated keys or deep nesting.
 
     Args:
-        path: the file
-        hint: what to give instead, for the message
+        path: of the file.
+        hint: what to give instead, for the message.
 
     Raises:
         UserError: the file cannot be read, is too large, or is not such YAML.
@@ -60,13 +120,15 @@ def read_yaml(path: Path, hint: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses what a recipe does not need, and what makes a short file large."""
+    """A safe loader that refuses what a recipe does not need, and what makes a short file expensive to read."""
 
     def __init__(self, stream: str):
+        """``stream``: the text of the file."""
         super().__init__(stream)
         self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses aliases and deep nesting."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias, such as *name: write the value itself")
         self._depth += 1
@@ -77,56 +139,71 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuses repeated keys."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"it has the key {shown(repeated)} twice")
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"it has the key {shown(name)} twice")
         return super().construct_mapping(node, deep)
 
 
-def convert(key: str, value: Any, kind: str, origin: str) -> Any:
-    """A value as the type that a field's annotation names. Raises UserError for a value of another kind.
+def convert(key: str, value: Any, annotation: str, origin: str) -> Any:
+    """Converts a value to the type of a field.
 
     Args:
-        key: name of the field
-        value: as it was written
-        kind: the annotation, such as ``tuple[Width, ...] | None``
-        origin: where the value was written, for the message
+        key: name of the field.
+        value: as it was written.
+        annotation: of the field, such as ``tuple[Width, ...] | None``.
+        origin: where the value was written, for the message.
+
+    Raises:
+        UserError: the value has another type.
     """
-    if value is None and "None" in kind:
+    kind, _, alternative = annotation.partition(" | ")
+    if value is None and alternative == "None":
         return None
     try:
-        if kind.startswith("tuple[str"):
-            return tuple(_text(v) for v in _items(value, split=False))
-        if kind.startswith("tuple[Width"):
-            return tuple(parse_width(v) for v in _items(value))
-        if kind.startswith("tuple[float"):
-            return tuple(_number(v) for v in _items(value))
-        if kind.startswith("bool"):
-            if not isinstance(value, bool):
-                raise TypeError
-            return value
-        if kind.startswith("int"):
-            return parse_size(value) if key == "size" and isinstance(value, str) else _integer(value)
-        if kind.startswith("float"):
-            return _number(value)
-        return _text(value)
+        if key == "size" and isinstance(value, str):
+            return parse_size(value)
+        return _CONVERTERS[kind](value)
     except UserError:
         raise
     except (OverflowError, TypeError, ValueError) as error:
-        plain = f"a value of type {kind.split('|')[0].strip()}"
-        if kind.startswith("tuple"):
-            plain = "budgets such as 3.0,2.5,2.0" if key == "progressive" else "a value, or a list of values"
-        raise UserError(f"{origin}: {key} cannot be {shown(value)}: it takes {plain}") from error
+        if key == "progressive":
+            expected = "budgets such as 3.0,2.5,2.0"
+        elif kind.startswith("tuple"):
+            expected = "a value, or a list of values"
+        else:
+            expected = f"a value of type {kind}"
+        raise UserError(f"{origin}: {key} cannot be {shown(value)}: it takes {expected}") from error
 
 
-def _items(value: Any, split: bool = True) -> list[Any]:
-    """The items of a list; a single value is a list of one. ``split``: texts hold items between commas."""
-    if isinstance(value, str) and split:
-        return list(value.split(","))
-    return list(value) if isinstance(value, list | tuple) else [value]
+def check_integer(name: str, value: int) -> None:
+    """Raises UserError for an integer outside its range."""
+    low, high = INTEGER_RANGES[name]
+    if value < low:
+        raise UserError(f"{name} cannot be {shown(value)}: the least is {low}")
+    if value > high:
+        raise UserError(f"{name} cannot be {shown(value)}: the most is {high}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises UserError unless a number lies between 0 and the upper bound."""
+    if not 0 <= value < math.inf:  # refuses NaN as well
+        raise UserError(f"{name} must be a number from 0 up (it is {value})")
+    if value > MAX_NUMBER:
+        raise UserError(f"{name} cannot be {value:g}: the most is {MAX_NUMBER:g}")
+
+
+def _boolean(value: Any) -> bool:
+    """True or False, never a number or a text that stands for one."""
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def _text(value: Any) -> str:
+    """A text, a path, or an integer as text."""
     if isinstance(value, bool) or not isinstance(value, str | os.PathLike | int):
         raise TypeError
     text = str(value)
@@ -136,13 +213,14 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
+    """A number, or a text that holds one."""
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         raise TypeError
     return float(value)
 
 
 def _integer(value: Any) -> int:
-    """A whole number, exactly, however it was written: 64, 64.0 or "64"."""
+    """An exact integer, written as 64, 64.0 or "64"."""
     if isinstance(value, bool):
         raise TypeError
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
@@ -150,3 +228,25 @@ def _integer(value: Any) -> int:
     if not isinstance(value, numbers.Integral) and not _number(value).is_integer():
         raise TypeError
     return int(value) if not isinstance(value, str) else int(float(value))
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list. A single value is a list of one."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _split_items(value: Any) -> list[Any]:
+    """The items of a list, or of a text with commas."""
+    return list(value.split(",")) if isinstance(value, str) else _items(value)
+
+
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "bool": _boolean,
+    "int": _integer,
+    "float": _number,
+    "str": _text,
+    "tuple[str, ...]": lambda value: tuple(_text(item) for item in _items(value)),
+    "tuple[float, ...]": lambda value: tuple(_number(item) for item in _split_items(value)),
+    "tuple[Width, ...]": lambda value: tuple(parse_width(item) for item in _split_items(value)),
+}
+"""By type of a field."""

@@ -8,10 +8,10 @@ from interpreted import DEVICE
 from torch import Tensor
 
 from gemq.layers.training import Optimizer
-from gemq.quant.gptq import highest_codes
+from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
-from gemq.quant.trainable import TrainableMatrices
-from gemq.quant.trainable_gpu import FusedMatrices, Steps, decoded, encoded
+from gemq.quant.trainable import MARGIN, TrainableMatrices
+from gemq.quant.trainable_gpu import INT16_STEPS, FusedMatrices, StepSchedule, decode_soft_codes
 
 torch.set_num_threads(1)
 WIDTHS = (1, 2, 3)
@@ -20,30 +20,36 @@ ROWS, COLUMNS, GROUP = 6, 96, 32
 
 
 def start(seed: int = 0) -> tuple[Quantized, Tensor, Tensor]:
-    """Grids, latents that round to their codes, and highest codes of three matrices of different widths."""
+    """Grids, soft_codes that round to their codes, and max_code codes of three matrices of different widths."""
     generator = torch.Generator().manual_seed(seed)
-    highest = highest_codes(WIDTHS, torch.device("cpu"))
-    codes = (torch.rand(3, ROWS, COLUMNS, generator=generator) * (highest.view(-1, 1, 1) + 1)).floor()
+    max_code = max_codes(WIDTHS, torch.device("cpu"))
+    codes = (torch.rand(3, ROWS, COLUMNS, generator=generator) * (max_code.view(-1, 1, 1) + 1)).floor()
     jitter = (torch.rand(codes.shape, generator=generator) - 0.5) * 0.9
     grid = [torch.rand(3, ROWS, COLUMNS // GROUP, generator=generator).add(0.5) for _ in range(2)]
-    grid = nearest(grid[0], -grid[1], highest.view(-1, 1, 1))
-    return Quantized(codes.to(torch.uint8), *grid), codes + jitter, highest
+    grid = nearest(grid[0], -grid[1], max_code.view(-1, 1, 1))
+    return Quantized(codes.to(torch.uint8), *grid), codes + jitter, max_code
 
 
 def target(seed: int = 1) -> Tensor:
     return torch.randn(3, ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
-def constant(codes: float, grids: float, steps: int = STEPS) -> Steps:
+def encoded(soft_codes: Tensor, max_code: Tensor) -> Tensor:
+    """Soft codes [..., R, C] float32 as int16. ``max_code`` broadcasts."""
+    position = (soft_codes + MARGIN) * (INT16_STEPS / (max_code + 2 * MARGIN))
+    return (position.round().clamp(0, INT16_STEPS) - 32768).to(torch.int16)
+
+
+def constant(codes: float, grids: float, steps: int = STEPS) -> StepSchedule:
     """Steps at one learning rate of codes and one of grids."""
-    return Steps.of(codes, grids, [1.0] * steps, torch.zeros((), dtype=torch.int64, device=DEVICE))
+    return StepSchedule.create(codes, grids, [1.0] * steps, torch.zeros((), dtype=torch.int64, device=DEVICE))
 
 
 def trained_plainly(by_range: bool) -> TrainableMatrices:
-    q, latents, highest = start()
-    matrices = TrainableMatrices(q, highest, latents, by_range)
-    assert matrices.latents is not None
-    optimizer = Optimizer((([matrices.latents], 2e-2), (matrices.grids(), 3e-3)), [1.0] * STEPS)
+    q, soft_codes, max_code = start()
+    matrices = TrainableMatrices(q, max_code, soft_codes, by_range)
+    assert matrices.soft_codes is not None
+    optimizer = Optimizer((([matrices.soft_codes], 2e-2), (matrices.grids(), 3e-3)), [1.0] * STEPS)
     for number in range(STEPS):
         loss = (matrices.weight() - target()).square().sum()
         optimizer.step(loss * (1 + number % 3))
@@ -52,17 +58,17 @@ def trained_plainly(by_range: bool) -> TrainableMatrices:
 
 
 def trained_fused(by_range: bool, fixed: bool, compute: torch.dtype = torch.float32) -> FusedMatrices:
-    q, latents, highest = start()
+    q, soft_codes, max_code = start()
     if fixed:
-        latents = encoded(latents, highest.view(-1, 1, 1))
+        soft_codes = encoded(soft_codes, max_code.view(-1, 1, 1))
     q = Quantized(*(t.to(DEVICE) for t in q))
-    matrices = FusedMatrices(q, highest.to(DEVICE), latents.to(DEVICE), compute, by_range)
+    matrices = FusedMatrices(q, max_code.to(DEVICE), soft_codes.to(DEVICE), compute, by_range)
     assert torch.equal(matrices.weight().detach(), dequantize(q, compute))
     steps = constant(2e-2, 3e-3)
     for number in range(STEPS):
         ((matrices.weight().float() - target().to(DEVICE)).square().sum() * (1 + number % 3)).backward()
         matrices.step(steps)
-        steps.number.add_(1)
+        steps.step_index.add_(1)
         matrices.keep_in_range()
         assert matrices.leaf.grad is None
     return matrices
@@ -70,48 +76,48 @@ def trained_fused(by_range: bool, fixed: bool, compute: torch.dtype = torch.floa
 
 def test_a_matrix_is_rounded_alike_whichever_others_are_trained_with_it():
     """Experts are trained some at a time, or by several ranks."""
-    q, latents, highest = start()
-    latents = encoded(latents, highest.view(-1, 1, 1))
+    q, soft_codes, max_code = start()
+    soft_codes = encoded(soft_codes, max_code.view(-1, 1, 1))
 
-    def trained(some: slice, numbers: Tensor | None) -> Tensor:
-        own = Quantized(*(t[some].to(DEVICE) for t in q))
-        given = highest[some].to(DEVICE), latents[some].to(DEVICE, copy=True), torch.bfloat16
-        matrices = FusedMatrices(own, *given, numbers=None if numbers is None else numbers.to(DEVICE))
+    def trained(selection: slice, numbers: Tensor | None) -> Tensor:
+        selected = Quantized(*(t[selection].to(DEVICE) for t in q))
+        arguments = max_code[selection].to(DEVICE), soft_codes[selection].to(DEVICE, copy=True), torch.bfloat16
+        matrices = FusedMatrices(selected, *arguments, matrix_ids=None if numbers is None else numbers.to(DEVICE))
         steps = constant(2e-2, 3e-3)
         for _ in range(4):
-            (matrices.weight().float() - target()[some].to(DEVICE)).square().sum().backward()
+            (matrices.weight().float() - target()[selection].to(DEVICE)).square().sum().backward()
             matrices.step(steps)
-            steps.number.add_(1)
-        return matrices.state.latents
+            steps.step_index.add_(1)
+        return matrices.state.soft_codes
 
-    together = trained(slice(None), None)
-    assert torch.equal(trained(slice(1, 3), torch.tensor([1, 2])), together[1:])
-    assert not torch.equal(trained(slice(1, 3), None), together[1:])
+    all_trained = trained(slice(None), None)
+    assert torch.equal(trained(slice(1, 3), torch.tensor([1, 2])), all_trained[1:])
+    assert not torch.equal(trained(slice(1, 3), None), all_trained[1:])
 
 
 @pytest.mark.parametrize("by_range", [False, True])
 def test_steps_are_adamws(by_range):
     plain, fused = trained_plainly(by_range), trained_fused(by_range, fixed=False)
-    assert plain.latents is not None
-    expected = (plain.latents / plain.unit).detach()
+    assert plain.soft_codes is not None
+    expected = (plain.soft_codes / plain.unit).detach()
     assert (expected - start()[1]).abs().max() > 0.05
-    torch.testing.assert_close(fused.state.latents.cpu(), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(fused.state.soft_codes.cpu(), expected, rtol=0, atol=2e-4)
     for ours, theirs in zip(fused.state.changes, plain.grids(), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.detach(), rtol=0, atol=1e-5)
-    found, wanted = (Quantized(*(t.cpu() for t in m.result())) for m in (fused, plain))
-    assert (found.codes == wanted.codes).float().mean() > 0.995
-    torch.testing.assert_close(found.scales, wanted.scales, rtol=2e-3, atol=0)
-    torch.testing.assert_close(fused.weight().detach().cpu(), dequantize(found))
+    fused_result, plain_result = (Quantized(*(t.cpu() for t in m.result())) for m in (fused, plain))
+    assert (fused_result.codes == plain_result.codes).float().mean() > 0.995
+    torch.testing.assert_close(fused_result.scales, plain_result.scales, rtol=2e-3, atol=0)
+    torch.testing.assert_close(fused.weight().detach().cpu(), dequantize(fused_result))
 
 
 def test_sixteen_bits_are_close_to_float32():
     """Latents to parts of 1e-4 of their range, moments to 2^-9: far less than what a step moves."""
     exact, fused = trained_fused(True, fixed=False), trained_fused(True, fixed=True)
-    assert fused.state.latents.dtype == torch.int16
+    assert fused.state.soft_codes.dtype == torch.int16
     assert {t.dtype for t in fused.state.moments} == {torch.bfloat16}
-    highest = fused.highest.view(-1, 1, 1)
-    difference = (decoded(fused.state.latents, highest) - exact.state.latents).abs()
-    moved = (exact.state.latents.cpu() - start()[1]).abs().mean()
+    max_code = fused.max_code.view(-1, 1, 1)
+    difference = (decode_soft_codes(fused.state.soft_codes, max_code) - exact.state.soft_codes).abs()
+    moved = (exact.state.soft_codes.cpu() - start()[1]).abs().mean()
     assert difference.mean().cpu() < 0.02 * moved
     assert (fused.result().codes == exact.result().codes).float().mean() > 0.99
 
@@ -119,28 +125,28 @@ def test_sixteen_bits_are_close_to_float32():
 def test_steps_smaller_than_a_part_count_on_average():
     codes = torch.ones(1, 64, 32, dtype=torch.uint8, device=DEVICE)
     grid = torch.ones(1, 64, 1, device=DEVICE)
-    highest = torch.full((1,), 3.0, device=DEVICE)
-    matrices = FusedMatrices(Quantized(codes, grid, grid), highest, encoded(codes.float(), highest), torch.float32)
-    part = 3.8 / 65535
-    before = decoded(matrices.state.latents, highest).mean().item()
-    steps = constant(part / 10, 0.0, 20)
+    max_code = torch.full((1,), 3.0, device=DEVICE)
+    matrices = FusedMatrices(Quantized(codes, grid, grid), max_code, encoded(codes.float(), max_code), torch.float32)
+    int16_step = 3.8 / 65535
+    initial = decode_soft_codes(matrices.state.soft_codes, max_code).mean().item()
+    steps = constant(int16_step / 10, 0.0, 20)
     for _ in range(20):
         matrices.weight().sum().backward()
         matrices.step(steps, seed=3)
-        steps.number.add_(1)
-    moved = before - decoded(matrices.state.latents, highest).mean().item()
-    assert moved == pytest.approx(2 * part, rel=0.1)  # Adam's steps of equal gradients are the rate
+        steps.step_index.add_(1)
+    moved = initial - decode_soft_codes(matrices.state.soft_codes, max_code).mean().item()
+    assert moved == pytest.approx(2 * int16_step, rel=0.1)  # Adam's steps of equal gradients are the rate
 
 
-def test_latents_stay_in_range_in_bfloat16():
-    q, latents, highest = start()
+def test_soft_codes_stay_in_range_in_bfloat16():
+    q, soft_codes, max_code = start()
     q = Quantized(*(t.to(DEVICE) for t in q))
-    fixed = encoded(latents, highest.view(-1, 1, 1)).to(DEVICE)
-    matrices = FusedMatrices(q, highest.to(DEVICE), fixed, torch.bfloat16)
+    fixed = encoded(soft_codes, max_code.view(-1, 1, 1)).to(DEVICE)
+    matrices = FusedMatrices(q, max_code.to(DEVICE), fixed, torch.bfloat16)
     (matrices.weight().float() * torch.sign(target()).to(DEVICE)).sum().backward()
     matrices.step(constant(100.0, 0.0, 1))
     result = matrices.result()
-    wanted = torch.where(target() > 0, torch.zeros(1), highest.view(-1, 1, 1)).to(torch.uint8)
-    assert torch.equal(result.codes.cpu(), wanted)
+    expected = torch.where(target() > 0, torch.zeros(1), max_code.view(-1, 1, 1)).to(torch.uint8)
+    assert torch.equal(result.codes.cpu(), expected)
     # Triton's interpreter cuts bfloat16 off where a GPU rounds
     torch.testing.assert_close(matrices.weight().detach().float(), dequantize(result), rtol=2**-7, atol=2**-12)

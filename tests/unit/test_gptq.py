@@ -13,7 +13,7 @@ from gemq.quant.widths import LEVELS
 
 torch.set_num_threads(1)
 ALL = tuple(LEVELS)
-DAMPING = 0.01
+DAMPENING = 0.01
 
 
 def inputs(experts: int, tokens: int, columns: int, seed: int = 0) -> Tensor:
@@ -71,7 +71,7 @@ def reference_gptq(weight: Tensor, hessian: Tensor, levels: int, group_size: int
     """(codes, dequantized) [R, C] by the textbook update (Frantar et al., algorithm 1, with no blocks)."""
     w = weight.double().clone()
     columns = w.shape[1]
-    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    damped = hessian.double() + DAMPENING * hessian.double().diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     inverses = [torch.linalg.inv(damped)]
     for j in range(columns - 1):  # eliminate column j: Gaussian elimination on the inverse
         h = inverses[-1]
@@ -93,7 +93,7 @@ def reference_gptq(weight: Tensor, hessian: Tensor, levels: int, group_size: int
 def test_against_float64_reference(columns, group_size):
     """Measured: every code equal, objective to 4e-4 (where float32 puts one fp16 scale on the other side)."""
     weight, hessian = problem(columns=columns, seed=columns + group_size)
-    q = gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, group_size)
+    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, ALL, group_size)
     for i, width in enumerate(ALL):
         equal = total = 0
         ours = theirs = 0.0
@@ -109,25 +109,25 @@ def test_against_float64_reference(columns, group_size):
 
 def test_batched_experts_equal_one_by_one():
     weight, hessian = problem(experts=3)
-    upper = factorize(hessian.float(), DAMPING).upper
-    together = gptq(weight, upper, ALL, 32)
+    upper = factorize(hessian.float(), DAMPENING).upper
+    batched = gptq(weight, upper, ALL, 32)
     for e in range(3):
-        alone = gptq(weight[e : e + 1], upper[e : e + 1], ALL, 32)
-        for a, b in zip(alone, together, strict=True):
+        single = gptq(weight[e : e + 1], upper[e : e + 1], ALL, 32)
+        for a, b in zip(single, batched, strict=True):
             torch.testing.assert_close(a[:, 0], b[:, e], rtol=0, atol=0)
 
 
 def test_widths_together_equal_widths_apart():
     weight, hessian = problem()
-    upper = factorize(hessian.float(), DAMPING).upper
-    together = gptq(weight, upper, ALL, 32)
+    upper = factorize(hessian.float(), DAMPENING).upper
+    batched = gptq(weight, upper, ALL, 32)
     rounded = round_to_nearest(weight, ALL, 32)
     for i, width in enumerate(ALL):
-        for whole, alone in (
-            (together, gptq(weight, upper, (width,), 32)),
+        for all_widths, single in (
+            (batched, gptq(weight, upper, (width,), 32)),
             (rounded, round_to_nearest(weight, (width,), 32)),
         ):
-            for a, b in zip(alone, whole, strict=True):
+            for a, b in zip(single, all_widths, strict=True):
                 torch.testing.assert_close(a[0], b[i], rtol=0, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_widths_together_equal_widths_apart():
 def test_error_feedback_pays(width):
     """The point of GPTQ, at every width; the prototype without feedback inside a block at 1 bit missed it."""
     weight, hessian = problem(experts=4, rows=32, seed=3)
-    with_feedback = gptq(weight, factorize(hessian.float(), DAMPING).upper, (width,), 32)
+    with_feedback = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (width,), 32)
     without = round_to_nearest(weight, (width,), 32)
     gain = objective(weight, dequantize(pick(with_feedback, 0)), hessian) / objective(
         weight, dequantize(pick(without, 0)), hessian
@@ -147,9 +147,9 @@ def test_error_feedback_pays(width):
 def test_shapes_types_and_inputs_untouched(dtype):
     weight, hessian = problem()
     weight = weight.to(dtype)
-    before = weight.clone()
-    q = gptq(weight, factorize(hessian.float(), DAMPING).upper, (1, 3), 16)
-    assert torch.equal(weight, before)
+    original = weight.clone()
+    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (1, 3), 16)
+    assert torch.equal(weight, original)
     assert (q.codes.shape, q.codes.dtype) == ((2, 2, 12, 64), torch.uint8)
     assert q.scales.shape == q.offsets.shape == (2, 2, 12, 4)
     assert q.scales.dtype == q.offsets.dtype == torch.float32
@@ -187,7 +187,7 @@ def test_hessians_that_are_not_regular(case):
         hessian = torch.ones_like(hessian)
     elif case == "zero hessian":
         hessian = torch.zeros_like(hessian)
-    q = gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, 16)
+    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, ALL, 16)
     assert_sane(q)
     if case in ("no token", "zero hessian"):  # nothing to feed back: plain rounding
         for a, b in zip(q, round_to_nearest(weight, ALL, 16), strict=True):
@@ -202,8 +202,8 @@ def test_hessians_that_are_not_regular(case):
 def test_size_of_inputs_does_not_matter(size):
     """Activations near float32's limits: only ratios inside a Hessian count."""
     weight, hessian = problem()
-    reference = gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, 16)
-    q = gptq(weight, factorize((hessian * size).float(), DAMPING).upper, ALL, 16)
+    reference = gptq(weight, factorize(hessian.float(), DAMPENING).upper, ALL, 16)
+    q = gptq(weight, factorize((hessian * size).float(), DAMPENING).upper, ALL, 16)
     assert_sane(q)
     if size >= 1e-30:  # below, float32 itself keeps only a few bits
         assert (q.codes == reference.codes).float().mean() > 0.99
@@ -214,7 +214,7 @@ def test_size_of_inputs_does_not_matter(size):
 def test_weights_all_alike(value, round_only):
     weight, hessian = problem()
     weight = torch.full_like(weight, value)
-    upper = factorize(hessian.float(), DAMPING).upper
+    upper = factorize(hessian.float(), DAMPENING).upper
     q = round_to_nearest(weight, ALL, 16) if round_only else gptq(weight, upper, ALL, 16)
     assert_sane(q)
     if abs(value) <= 100 and round_only:
@@ -226,12 +226,12 @@ def test_weights_all_alike(value, round_only):
 def test_one_group_of_zeros(round_only):
     weight, hessian = problem()
     weight[:, 3, 16:32] = 0
-    upper = factorize(torch.eye(64).expand(2, -1, -1).clone(), DAMPING).upper  # no feedback into the zeros
+    upper = factorize(torch.eye(64).expand(2, -1, -1).clone(), DAMPENING).upper  # no feedback into the zeros
     q = round_to_nearest(weight, ALL, 16) if round_only else gptq(weight, upper, ALL, 16)
     assert_sane(q)
     for i in range(len(ALL)):
         assert (dequantize(pick(q, i))[:, 3, 16:32] == 0).all()
-    assert_sane(gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, 16))
+    assert_sane(gptq(weight, factorize(hessian.float(), DAMPENING).upper, ALL, 16))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 3e-7, 1e-4, 1e3, 6e4, 1e6, 1e20, 1e35])
@@ -239,7 +239,7 @@ def test_tiny_and_huge_weights(size):
     """Outside what scales can say, weights saturate (or vanish); they never become NaN or infinite."""
     weight, hessian = problem()
     weight = weight * (size / 0.05)
-    for q in (gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, 16), round_to_nearest(weight, ALL, 16)):
+    for q in (gptq(weight, factorize(hessian.float(), DAMPENING).upper, ALL, 16), round_to_nearest(weight, ALL, 16)):
         assert_sane(q)
         if 1e-4 <= size <= 1e3:
             assert (dequantize(pick(q, 5)) - weight).norm() < 0.02 * weight.norm()
@@ -248,7 +248,7 @@ def test_tiny_and_huge_weights(size):
 def test_one_outlier_keeps_the_rest_finite():
     weight, hessian = problem()
     weight[0, 0, 7] = 1e6
-    assert_sane(gptq(weight, factorize(hessian.float(), DAMPING).upper, ALL, 16))
+    assert_sane(gptq(weight, factorize(hessian.float(), DAMPENING).upper, ALL, 16))
 
 
 def test_one_bit_has_two_free_levels():
@@ -287,14 +287,14 @@ def test_fit_uses_importance(width):
     generator = torch.Generator().manual_seed(2)
     w = torch.randn(1, 3, 40, 32, generator=generator)
     importance = torch.rand(3, 1, 32, generator=generator).pow(4) + 1e-3
-    highest = torch.tensor([LEVELS[width] - 1.0])
+    max_code = torch.tensor([LEVELS[width] - 1.0])
 
     def weighted_error(scale: Tensor, offset: Tensor) -> Tensor:
-        code = ((w - offset[..., None]) / scale[..., None]).round().clamp(0, highest.item())
+        code = ((w - offset[..., None]) / scale[..., None]).round().clamp(0, max_code.item())
         error = w - offset[..., None] - scale[..., None] * code
         return (importance * error.square()).sum()
 
-    assert weighted_error(*fit_grid(w, highest, importance)) < 0.95 * weighted_error(*fit_grid(w, highest, None))
+    assert weighted_error(*fit_grid(w, max_code, importance)) < 0.95 * weighted_error(*fit_grid(w, max_code, None))
 
 
 @pytest.mark.parametrize("width", ALL)
@@ -315,36 +315,36 @@ def test_fit_is_never_worse_than_min_max(kind, width):
         "shifted": w * 0.1 + 1,
     }[kind]
     importance = torch.rand(1, 1, 32, generator=generator) + 0.01
-    highest = torch.tensor([LEVELS[width] - 1.0])
+    max_code = torch.tensor([LEVELS[width] - 1.0])
 
     def weighted_error(scale: Tensor, offset: Tensor) -> Tensor:
         scale, offset = scale[..., None], offset[..., None]
         step = torch.where(scale > 0, scale, torch.ones_like(scale))
-        code = ((w - offset) / step).round().clamp(0, highest.item())
+        code = ((w - offset) / step).round().clamp(0, max_code.item())
         return (importance * (w - offset - scale * code).square()).sum(-1) / importance.sum()
 
     low, high = w.amin(-1), w.amax(-1)
-    plain = weighted_error(*nearest((high - low) / highest.item(), low, highest.item()))
-    fitted = weighted_error(*fit_grid(w, highest, importance))
+    plain = weighted_error(*nearest((high - low) / max_code.item(), low, max_code.item()))
+    fitted = weighted_error(*fit_grid(w, max_code, importance))
     bound = 1.1 if kind in ("two values", "shifted") else 1.0
     assert fitted.mean() <= plain.mean() * bound + 1e-9
 
 
 def test_a_width_for_each_expert():
     weight, hessian = problem(experts=len(ALL))
-    upper = factorize(hessian.float(), DAMPING).upper
-    mixed, every = gptq_mixed(weight, upper, ALL, 32), gptq(weight, upper, ALL, 32)
+    upper = factorize(hessian.float(), DAMPENING).upper
+    mixed, all_widths = gptq_mixed(weight, upper, ALL, 32), gptq(weight, upper, ALL, 32)
     for e in range(len(ALL)):
-        for a, b in zip(mixed, every, strict=True):
+        for a, b in zip(mixed, all_widths, strict=True):
             torch.testing.assert_close(a[e], b[e, e], rtol=0, atol=0)
 
 
-def test_latents_are_codes_before_rounding():
+def test_soft_codes_are_codes_before_rounding():
     weight, hessian = problem()
-    upper = factorize(hessian.float(), DAMPING).upper
-    latents = torch.full((len(ALL), *weight.shape), float("nan"))
-    q = gptq(weight, upper, ALL, 32, latents)
+    upper = factorize(hessian.float(), DAMPENING).upper
+    soft_codes = torch.full((len(ALL), *weight.shape), float("nan"))
+    q = gptq(weight, upper, ALL, 32, soft_codes)
     for a, b in zip(q, gptq(weight, upper, ALL, 32), strict=True):
         assert torch.equal(a, b)
     for i, width in enumerate(ALL):
-        assert torch.equal(latents[i].round().clamp(0, LEVELS[width] - 1), q.codes[i].float())
+        assert torch.equal(soft_codes[i].round().clamp(0, LEVELS[width] - 1), q.codes[i].float())

@@ -16,8 +16,11 @@ from gemq.calibration.activations import Activations, LayerMoments
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.layers.candidates import LayerLadder, Quantizer, build_layer, quantize_linears, rung_weight
-from gemq.layers.refinement import RefinedLayer, assemble_layer, install_layer, matrix_widths, refine_layer
+from gemq.layers.candidates import LayerLadder, build_layer
+from gemq.layers.linears import quantize_linears
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.refinement import RefinedLayer, assemble_layer, install_layer, refine_layer
+from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Structure, find_structure
@@ -65,11 +68,16 @@ def refine(
     return layers
 
 
+def candidate_weight(ladder: LayerLadder, name: str, width: float, columns: int) -> Tensor:
+    """All experts' weights of one matrix at one width: [E, rows, columns] float32."""
+    return dequantize(ladder.experts[name][width].unpack(width, group_size_for(columns, GROUP)))
+
+
 def mixed(structure: Structure) -> list[list[ExpertWidths]]:
     """Widths for both matrices of every expert of every layer, all of them taken; empty in dense layers."""
     counts = [x.experts.count if x.experts else 0 for x in structure.layers]
-    at = lambda place: WIDTHS[place % len(WIDTHS)]
-    return [[(at(e + i), at(2 * e + i)) for e in range(n)] for i, n in enumerate(counts)]
+    width = lambda position: WIDTHS[position % len(WIDTHS)]
+    return [[(width(e + i), width(2 * e + i)) for e in range(n)] for i, n in enumerate(counts)]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -94,7 +102,7 @@ def test_ladder_holds_every_matrix_at_every_width(family):
             weight = expert_weight(module, matrix.name)
             errors = []
             for width in WIDTHS:
-                rung = rung_weight(ladder, matrix.name, width, matrix.columns, GROUP)
+                rung = candidate_weight(ladder, matrix.name, width, matrix.columns)
                 assert rung.shape == weight.shape
                 errors.append(((rung - weight).norm() / weight.norm()).item())
             assert errors == sorted(errors, reverse=True)
@@ -106,27 +114,27 @@ def test_ladder_holds_every_matrix_at_every_width(family):
 def test_round_trip_through_a_file(family):
     replay = replay_of(family)
     for ladder, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
-        ladder.retries, ladder.untrained = 3, 2
+        ladder.retries, ladder.not_improved = 3, 2
         back = LayerLadder.from_tensors(load(save(ladder.to_tensors())), layer, WIDTHS)
         assert same(back.to_tensors(), ladder.to_tensors())
-        assert (back.retries, back.untrained) == (3, 2)
+        assert (back.retries, back.not_improved) == (3, 2)
         assert back.linears.keys() == ladder.linears.keys()
         assert {n: list(r) for n, r in back.experts.items()} == {n: list(r) for n, r in ladder.experts.items()}
 
 
 def test_ladder_leaves_the_model_alone():
     replay = replay_of("qwen2_moe")
-    before = copy.deepcopy(replay.model.state_dict())
+    original = copy.deepcopy(replay.model.state_dict())
     build(replay, windows())
-    assert same(before, replay.model.state_dict())
+    assert same(original, replay.model.state_dict())
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_widths_do_not_influence_each_other(family):
     """A ladder of fewer widths is a part of the larger one: the same codes to the bit."""
     replay = replay_of(family)
-    whole, part = build(replay, windows()), build(replay, windows(), widths=(1.6, 3))
-    for a, b in zip(whole, part, strict=True):
+    all_widths, two_widths = build(replay, windows()), build(replay, windows(), widths=(1.6, 3))
+    for a, b in zip(all_widths, two_widths, strict=True):
         tensors = a.to_tensors()
         assert all(torch.equal(tensors[name], t) for name, t in b.to_tensors().items())
 
@@ -140,15 +148,15 @@ def test_unquantized_linears():
 
 def test_rounding_needs_no_calibration():
     replay = replay_of("olmoe")
-    one, other = build(replay, windows(), RTN), build(replay, windows(2, 5, seed=9), RTN)
-    for a, b in zip(one, other, strict=True):
-        first, second = a.to_tensors(), b.to_tensors()
-        del first["counts"], second["counts"]
-        assert same(first, second)
+    ladders, other_ladders = build(replay, windows(), RTN), build(replay, windows(2, 5, seed=9), RTN)
+    for a, b in zip(ladders, other_ladders, strict=True):
+        tensors, other_tensors = a.to_tensors(), b.to_tensors()
+        del tensors["counts"], other_tensors["counts"]
+        assert same(tensors, other_tensors)
     layer = replay.structure.layers[0]
     weight = expert_weight(replay.model.get_submodule(layer.experts.path), "gate_up_proj")
     expected = Quantized(*(t[2] for t in round_to_nearest(weight, WIDTHS, GROUP)))
-    assert torch.equal(rung_weight(one[0], "gate_up_proj", 2, 64, GROUP), dequantize(expected))
+    assert torch.equal(candidate_weight(ladders[0], "gate_up_proj", 2, 64), dequantize(expected))
 
 
 @pytest.mark.parametrize("family", FIVE)
@@ -168,12 +176,11 @@ def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
 def test_a_linear_that_no_token_reached_is_rounded():
     replay = replay_of("olmoe")
     linear = replay.structure.layers[0].linears[0]
-    ladder = LayerLadder()
-    quantize_linears(replay, [linear], LayerMoments({}, None), GPTQ, 4, ladder)
+    quantized = quantize_linears(replay, [linear], LayerMoments({}, None), GPTQ, 4)
     weight = replay.model.get_submodule(linear.path).weight.detach().unsqueeze(0)
     expected = round_to_nearest(weight, (4,), GROUP)
     packed = PackedMatrix.pack(Quantized(*(t[0] for t in expected)), 4, GROUP)
-    assert same(ladder.linears[linear.path]._asdict(), packed._asdict())
+    assert same(quantized.packed[linear.path]._asdict(), packed._asdict())
 
 
 # Assembling
@@ -188,11 +195,11 @@ def test_assembling_picks_rows():
         assert len(tensors) == 3 * (len(layer.linears) + count)
         for path, packed in ladder.linears.items():
             assert torch.equal(tensors[f"{path}.codes"], packed.codes[0])
-        for e, both in enumerate(chosen):
-            for name, width in zip(("gate_up_proj", "down_proj"), both, strict=True):
-                for part in PackedMatrix._fields:
-                    expected = getattr(ladder.experts[name][width], part)[e]
-                    assert torch.equal(tensors[f"{layer.experts.path}.{e}.{name}.{part}"], expected)
+        for e, expert_widths in enumerate(chosen):
+            for name, width in zip(("gate_up_proj", "down_proj"), expert_widths, strict=True):
+                for field in PackedMatrix._fields:
+                    expected = getattr(ladder.experts[name][width], field)[e]
+                    assert torch.equal(tensors[f"{layer.experts.path}.{e}.{name}.{field}"], expected)
 
 
 # Refining
@@ -215,23 +222,23 @@ def test_refine_equals_the_ladder_in_the_first_attention(family):
     ladder, widths = build(replay, windows())[0], mixed(replay.structure)
     layer = replay.structure.layers[0]
     expected = assemble_layer(ladder, layer, widths[0]).tensors
-    found = refine(replay, windows(), widths)[0].tensors
-    assert found.keys() == expected.keys()
-    attention = [n for n in found if any(n.startswith(x.path + ".") for x in layer.linears if x.kind == "attention")]
+    tensors = refine(replay, windows(), widths)[0].tensors
+    assert tensors.keys() == expected.keys()
+    attention = [n for n in tensors if any(n.startswith(x.path + ".") for x in layer.linears if x.kind == "attention")]
     assert attention
-    assert all(torch.equal(found[n], expected[n]) for n in attention)
-    assert any(not torch.equal(found[n], expected[n]) for n in found if n not in attention)
+    assert all(torch.equal(tensors[n], expected[n]) for n in attention)
+    assert any(not torch.equal(tensors[n], expected[n]) for n in tensors if n not in attention)
 
 
 def test_refine_of_one_expert_does_not_depend_on_the_others_widths():
-    replay, other = replay_of("olmoe"), replay_of("olmoe")
+    replay, other_replay = replay_of("olmoe"), replay_of("olmoe")
     widths = [[(2, 2)] * 6 for _ in range(3)]
     changed = [[(4, 3), *widths[0][1:]], *widths[1:]]
-    one = refine(replay, windows(), widths, dense_bits=16)[0].tensors
-    two = refine(other, windows(), changed, dense_bits=16)[0].tensors
+    tensors = refine(replay, windows(), widths, dense_bits=16)[0].tensors
+    changed_tensors = refine(other_replay, windows(), changed, dense_bits=16)[0].tensors
     path = replay.structure.layers[0].experts.path
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]) == (not name.startswith(f"{path}.0."))
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, changed_tensors[name]) == (not name.startswith(f"{path}.0."))
 
 
 def test_refine_leaves_the_quantized_weights_in_the_model():
@@ -240,14 +247,14 @@ def test_refine_leaves_the_quantized_weights_in_the_model():
     layers = refine(replay, windows(), widths)
     twin = replay_of("qwen2_moe")
     for layer, refined, chosen in zip(twin.structure.layers, layers, widths, strict=True):
-        install_layer(twin.model, layer, refined, chosen, 4, GROUP)
+        install_layer(twin.model, layer, refined, QuantizationScheme(chosen, 4, GROUP))
     assert same(replay.model.state_dict(), twin.model.state_dict())
 
 
 def test_refine_again_gives_the_same_bytes():
     widths = mixed(replay_of("mixtral").structure)
-    one, two = (refine(replay_of("mixtral"), windows(), widths) for _ in range(2))
-    assert all(same(a.to_tensors(), b.to_tensors()) for a, b in zip(one, two, strict=True))
+    layers, repeated = (refine(replay_of("mixtral"), windows(), widths) for _ in range(2))
+    assert all(same(a.to_tensors(), b.to_tensors()) for a, b in zip(layers, repeated, strict=True))
 
 
 def test_refined_layer_round_trip():
@@ -271,7 +278,8 @@ def test_installed_weights_are_what_the_codes_mean(family):
     originals = copy.deepcopy(replay.model.state_dict())
     touched = set()
     for ladder, layer, chosen in zip(ladders, replay.structure.layers, widths, strict=True):
-        install_layer(replay.model, layer, assemble_layer(ladder, layer, chosen), chosen, 4, GROUP)
+        scheme = QuantizationScheme(chosen, 4, GROUP)
+        install_layer(replay.model, layer, assemble_layer(ladder, layer, chosen), scheme)
         for linear in layer.linears:
             group = group_size_for(linear.columns, GROUP)
             expected = dequantize(ladder.linears[linear.path].unpack(4, group))[0]
@@ -279,8 +287,8 @@ def test_installed_weights_are_what_the_codes_mean(family):
             touched.add(f"{linear.path}.weight")
         for m, matrix in enumerate(layer.experts.matrices if layer.experts else ()):
             weight = expert_weight(replay.model.get_submodule(layer.experts.path), matrix.name)
-            for e, both in enumerate(chosen):
-                rung = rung_weight(ladder, matrix.name, both[m], matrix.columns, GROUP)
+            for e, expert_widths in enumerate(chosen):
+                rung = candidate_weight(ladder, matrix.name, expert_widths[m], matrix.columns)
                 assert torch.equal(weight[e], rung[e])
             touched.add(f"{layer.experts.path}.{matrix.name}")
     for name, tensor in replay.model.state_dict().items():
@@ -318,11 +326,11 @@ def logits(model: Any, ids: Tensor) -> Tensor:
         return model(ids, use_cache=False).logits
 
 
-def assert_alike(found: Tensor, expected: Tensor, family: str) -> None:
-    assert found.dtype == expected.dtype
+def assert_alike(output: Tensor, expected: Tensor, family: str) -> None:
+    assert output.dtype == expected.dtype
     if family == "gpt_oss":
         # its eager experts multiply x @ W with W stored transposed: same numbers, another order of sums
-        step = torch.finfo(found.dtype).eps
-        torch.testing.assert_close(found, expected, rtol=8 * step, atol=8 * step * expected.abs().max().item())
+        step = torch.finfo(output.dtype).eps
+        torch.testing.assert_close(output, expected, rtol=8 * step, atol=8 * step * expected.abs().max().item())
     else:
-        assert torch.equal(found, expected)
+        assert torch.equal(output, expected)

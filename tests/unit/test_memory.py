@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gemq.pipeline.layer_stages import reverse_order, segment_length
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -18,7 +19,6 @@ from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
 from gemq.pipeline import layer_stages
-from gemq.pipeline.layer_stages import reverse_order, segment_length
 from gemq.planning.memory_model import Footprint
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import Batches, HiddenStates

@@ -67,6 +67,6 @@ def test_packed_matrix(width):
     grids = nearest(scales, -offsets, LEVELS[width] - 1)
     q = Quantized(random_codes(width, rows, columns), *grids)
     packed = PackedMatrix.pack(q, width, group_size)
-    assert sum(part.nbytes for part in packed) == matrix_bytes(rows, columns, width, group_size)
+    assert sum(tensor.nbytes for tensor in packed) == matrix_bytes(rows, columns, width, group_size)
     assert all(torch.equal(a, b) for a, b in zip(packed.unpack(width, group_size), q, strict=True))
     assert list(packed.named("x")) == ["x.codes", "x.scales", "x.offsets"]

@@ -20,7 +20,8 @@ from gemq.quant.widths import (
     parse_width,
     width_name,
 )
-from gemq.recipe import CHOICES, EFFORTS, Recipe, parse_size
+from gemq.recipe import EFFORTS, Recipe
+from gemq.recipe_values import CHOICES, parse_size
 
 
 def refused(match: str, **values: object) -> None:

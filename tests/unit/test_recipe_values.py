@@ -12,10 +12,10 @@ from test_allocate import make
 
 from gemq import UserError
 from gemq.allocation.problem import Allocation
-from gemq.recipe import INTEGERS, MOST, NUMBERS, Recipe, parse_size
-from gemq.recipe_values import MAX_SEED, convert
+from gemq.recipe import Recipe
+from gemq.recipe_values import INTEGER_RANGES, MAX_NUMBER, MAX_SEED, NON_NEGATIVE_KEYS, convert, parse_size
 
-NEVER = [float("nan"), float("inf"), -1.0, 1e300, 1e308, 2 * MOST]
+NEVER = [float("nan"), float("inf"), -1.0, 1e300, 1e308, 2 * MAX_NUMBER]
 
 
 def refused(match: str, **values: object) -> None:
@@ -26,19 +26,19 @@ def refused(match: str, **values: object) -> None:
         assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("name", [*NUMBERS, "held_out"])
+@pytest.mark.parametrize("name", [*NON_NEGATIVE_KEYS, "held_out"])
 @pytest.mark.parametrize("value", NEVER)
 def test_numbers_beyond_use(name, value):
     refused(name, **{name: value})
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("name", INTEGER_RANGES)
 def test_whole_numbers_beyond_use(name):
-    least, most = INTEGERS[name]
-    for value in (least, most):
+    low, high = INTEGER_RANGES[name]
+    for value in (low, high):
         assert getattr(Recipe(**{name: value}), name) == value
-    for value in (most + 1, 10**30, 10**5000):
-        refused(f"{name} cannot be .*the most is {most}", **{name: value})
+    for value in (high + 1, 10**30, 10**5000):
+        refused(f"{name} cannot be .*the most is {high}", **{name: value})
     refused(name, **{name: float("nan")})
     refused(name, **{name: 1.5})
 

@@ -131,7 +131,7 @@ def test_a_link_among_the_results_is_refused(stage, tmp_path):
 @pytest.mark.parametrize("text", ['{"format_version": 99}', '{"format_version": 1}', "{}"])
 def test_another_format_of_work_directories_is_refused(stage, text):
     (stage.parent / MARKER).write_text(text)
-    with pytest.raises(UserError, match=r"format version .*start anew"):
+    with pytest.raises(UserError, match=r"format version .*start again"):
         resume(stage)
 
 

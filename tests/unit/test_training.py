@@ -12,13 +12,16 @@ from families import tiny, tokens
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.distillation.distill import distil
-from gemq.distillation.student import Distillation, PackedExperts
-from gemq.layers.candidates import LayerLadder, Quantizer, build_layer, rung_weight
+from gemq.distillation.packed_layer import PackedExperts
+from gemq.distillation.settings import Distillation
+from gemq.layers.candidates import LayerLadder, build_layer
+from gemq.layers.quantizer import Quantizer
 from gemq.layers.refinement import RefinedLayer, Targets, refine_layer
+from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training, tunable_names
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
-from gemq.quant.gptq import highest_codes
+from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths
@@ -26,8 +29,8 @@ from gemq.quant.widths import ExpertWidths
 torch.set_num_threads(1)
 WINDOWS = 120
 QUANTIZER = Quantizer("gptq", 32, 0.01, 0.1)
-TRAINING = Training(epochs=6, codes=1e-2, grids=2e-3, tuned=3e-3, held_out=0.2, seed=0)
-STILL = replace(TRAINING, codes=1e-30, grids=1e-30, tuned=1e-30)
+TRAINING = Training(epochs=6, lr_codes=1e-2, lr_grids=2e-3, lr_tuned=3e-3, val_fraction=0.2, seed=0)
+STILL = replace(TRAINING, lr_codes=1e-30, lr_grids=1e-30, lr_tuned=1e-30)
 """Rates at which nothing moves: what such training gives is no better than before."""
 
 
@@ -44,7 +47,7 @@ def trainable(latents: bool = True) -> TrainableMatrices:
     grid = torch.rand(2, 6, 2) + 0.5
     q = Quantized(codes, *nearest(grid, -grid, 3))
     jitter = (torch.rand(codes.shape) - 0.5) * 0.9
-    return TrainableMatrices(q, highest_codes([2, 2], codes.device), codes + jitter if latents else None)
+    return TrainableMatrices(q, max_codes([2, 2], codes.device), codes + jitter if latents else None)
 
 
 def test_training_starts_at_the_codes_it_is_given():
@@ -59,8 +62,8 @@ def test_gradients_pass_the_rounding():
     target = torch.randn(2, 6, 32)
     (matrices.weight() * target).sum().backward()
     scale = matrices.base_scale.repeat_interleave(16, dim=-1)
-    assert matrices.latents is not None
-    torch.testing.assert_close(matrices.latents.grad, target * scale)
+    assert matrices.soft_codes is not None
+    torch.testing.assert_close(matrices.soft_codes.grad, target * scale)
     assert all(g.grad is not None and g.grad.abs().sum() > 0 for g in matrices.grids())
 
 
@@ -68,21 +71,21 @@ def test_a_step_is_the_same_share_of_the_range_at_every_width():
     """By range, a step of Adam moves one-bit codes seven times as far, in codes, as three-bit codes."""
     codes = torch.randint(0, 2, (2, 4, 32), dtype=torch.uint8)
     q = Quantized(codes, torch.ones(2, 4, 2), torch.zeros(2, 4, 2))
-    matrices = TrainableMatrices(q, highest_codes([1, 3], codes.device), codes.float(), by_range=True)
-    optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer(1, [matrices.latents], matrices.grids())
-    before = matrices.latents.detach().clone()
+    matrices = TrainableMatrices(q, max_codes([1, 3], codes.device), codes.float(), scale_by_max_code=True)
+    optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer(1, [matrices.soft_codes], matrices.grids())
+    initial = matrices.soft_codes.detach().clone()
     optimizer.step(matrices.weight().sum())
-    moved = ((matrices.latents.detach() - before) / matrices.unit).abs().mean((1, 2))
+    moved = ((matrices.soft_codes.detach() - initial) / matrices.unit).abs().mean((1, 2))
     assert moved[0] == pytest.approx(7 * moved[1].item(), rel=1e-3)
 
 
 def test_latents_come_back_into_range():
     matrices = trainable()
-    assert matrices.latents is not None
+    assert matrices.soft_codes is not None
     with torch.no_grad():
-        matrices.latents.add_(100)
+        matrices.soft_codes.add_(100)
     matrices.keep_in_range()
-    assert matrices.latents.max().item() == pytest.approx(3 + MARGIN)
+    assert matrices.soft_codes.max().item() == pytest.approx(3 + MARGIN)
     assert matrices.result().codes.max() == 3
 
 
@@ -118,17 +121,17 @@ def ladder_of(training: Training | None, family: str = "olmoe") -> LayerLadder:
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_trained_ladder_differs_and_is_repeatable(family):
     plain, trained, again = ladder_of(None, family), ladder_of(TRAINING, family), ladder_of(TRAINING, family)
-    before, after = (rung_weight(x, "gate_up_proj", 1, 64, 32) for x in (plain, trained))
-    assert not torch.equal(before, after)
-    assert plain.untrained == 0
-    assert trained.untrained < 2 * len(trained.counts)
+    plain_weight, trained_weight = (dequantize(x.experts["gate_up_proj"][1].unpack(1, 32)) for x in (plain, trained))
+    assert not torch.equal(plain_weight, trained_weight)
+    assert plain.not_improved == 0
+    assert trained.not_improved < 2 * len(trained.counts)
     pairs = zip(trained.to_tensors().values(), again.to_tensors().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_experts_that_training_does_not_help_keep_gptqs_codes():
     plain, still = ladder_of(None), ladder_of(STILL)
-    assert still.untrained == 2 * len(plain.counts)
+    assert still.not_improved == 2 * len(plain.counts)
     for name, rungs in plain.experts.items():
         for width, packed in rungs.items():
             assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
@@ -137,7 +140,7 @@ def test_experts_that_training_does_not_help_keep_gptqs_codes():
 def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
     replay, activations = start("deepseek_v2")
     plain, outputs = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4)
-    training = replace(TRAINING, codes=5e-3, tuned=0.0)
+    training = replace(TRAINING, lr_codes=5e-3, lr_tuned=0.0)
     trained, _ = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
 
     def error(ladder: LayerLadder) -> float:
@@ -205,22 +208,22 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
     replay, _, layers, teacher = refined(None)
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
-    first = Activations.start(replay, windows, 128, 0)
-    widths = [mixed(x.experts.count) for x in replay.structure.layers if x.experts]
+    activations = Activations.start(replay, windows, 128, 0)
+    schemes = [QuantizationScheme(mixed(x.experts.count), 4, 32) for x in replay.structure.layers if x.experts]
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     steps: list[int] = []
 
     def tick(done: int | None = None, total: int | None = None) -> None:
         steps.append(done or 0)
 
-    how = Distillation(training, loss, sets)
-    result = distil(replay, layers.__getitem__, widths, 4, first, teacher, how, stored, 32, tick)
+    distillation = Distillation(training, loss, sets, stored)
+    result = distil(replay, layers.__getitem__, schemes, activations, teacher, distillation, tick)
     assert steps
     return result, layers, replay
 
 
 def test_distillation_lowers_the_held_out_loss():
-    result, layers, replay = run_distil(replace(TRAINING, codes=0.0))
+    result, layers, replay = run_distil(replace(TRAINING, lr_codes=0.0))
     assert result.after < result.before
     names = {n for layer in layers for n in layer.tensors if n.endswith((".scales", ".offsets")) and ".experts." in n}
     assert set(result.tensors) == names
@@ -232,23 +235,23 @@ def test_distillation_lowers_the_held_out_loss():
 
 @pytest.mark.parametrize("loss", ["kl", "next_token"])
 def test_distillation_by_windows_is_the_same_descent(loss, monkeypatch):
-    short = replace(TRAINING, codes=0.0, epochs=1)
-    whole, _, _ = run_distil(short, loss)
+    short = replace(TRAINING, lr_codes=0.0, epochs=1)
+    unsplit, _, _ = run_distil(short, loss)
     monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
-    parts, _, _ = run_distil(short, loss)
-    assert parts.before == pytest.approx(whole.before, rel=1e-5)
-    assert parts.after == pytest.approx(whole.after, rel=1e-3)
+    split, _, _ = run_distil(short, loss)
+    assert split.before == pytest.approx(unsplit.before, rel=1e-5)
+    assert split.after == pytest.approx(unsplit.after, rel=1e-3)
 
 
 def test_distillation_that_does_not_help_is_dropped():
-    result, _, _ = run_distil(replace(STILL, codes=0.0))
+    result, _, _ = run_distil(replace(STILL, lr_codes=0.0))
     assert result.after == result.before
     assert not result.tensors
     assert not result.tuned
 
 
 def test_the_papers_tuning_moves_routers_only():
-    result, _, replay = run_distil(replace(TRAINING, codes=0.0), "next_token", ("routers",))
+    result, _, replay = run_distil(replace(TRAINING, lr_codes=0.0), "next_token", ("routers",))
     assert not result.tensors
     routers = tuple(layer.router for layer in replay.structure.layers if layer.router)
     assert all(name.startswith(routers) for name in result.tuned)
@@ -259,11 +262,11 @@ def test_packed_experts_mean_what_their_codes_say():
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
-    before = copy.deepcopy(layers[0].tensors)
+    original = copy.deepcopy(layers[0].tensors)
     packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
     module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in packed.result().items())
+    assert all(torch.equal(original[name], tensor) for name, tensor in packed.result().items())
 
 
 def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
@@ -273,12 +276,12 @@ def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
-    whole = torch.zeros(packed.weight().shape, dtype=torch.uint8)
-    for some, codes in packed.codes.unpacked(whole.shape[-1]):
-        whole[some] = codes
+    all_codes = torch.zeros(packed.weight().shape, dtype=torch.uint8)
+    for experts_index, codes in packed.codes.unpacked(all_codes.shape[-1]):
+        all_codes[experts_index] = codes
     base = packed.grids
-    plain = TrainableMatrices(Quantized(whole, base.base_scale, base.base_offset), base.highest, None)
-    slope = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
+    plain = TrainableMatrices(Quantized(all_codes, base.base_scale, base.base_offset), base.max_code, None)
+    slope = torch.randn(all_codes.shape, generator=torch.Generator().manual_seed(0))
     for matrices in (packed, plain):
         (matrices.weight() * slope).sum().backward()
     for ours, theirs in zip(base.grids(), plain.grids(), strict=True):

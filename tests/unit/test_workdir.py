@@ -23,9 +23,9 @@ def test_what_a_killed_job_left_half_written_is_gone(tmp_path):
         assert work.stage("ladder", {"a": 1}).has("layer-000.safetensors")
 
 
-def test_what_is_written_behind_is_there_in_the_end_and_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_background_writes_are_complete_in_the_end_and_a_full_disk_is_reported(tmp_path, monkeypatch):
     stage = Stage(tmp_path)
-    with stage.writing_behind() as save:
+    with stage.background_writer() as save:
         for number in range(3):
             save(f"{number}.safetensors", {"x": torch.full((2,), number)})
     assert [int(stage.load_tensor(f"{n}.safetensors", "x")[0]) for n in range(3)] == [0, 1, 2]
@@ -34,7 +34,7 @@ def test_what_is_written_behind_is_there_in_the_end_and_a_full_disk_is_told(tmp_
         raise UserError("the disk is full")
 
     monkeypatch.setattr("gemq.pipeline.workdir.write_tensors", full)
-    with pytest.raises(UserError, match="full"), stage.writing_behind() as save:
+    with pytest.raises(UserError, match="full"), stage.background_writer() as save:
         save("3.safetensors", {"x": torch.zeros(1)})
 
 
@@ -46,5 +46,5 @@ def test_rows_of_a_set_are_those_of_its_tensors(tmp_path):
         found = stage.load_tensors("x.safetensors", rows=slice(1, 3))
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensor[1:3]) for name, tensor in tensors.items())
-        (one,) = stage.load_tensors("x.safetensors", wanted=lambda key: key == "b", rows=slice(0, 0)).values()
+        (one,) = stage.load_tensors("x.safetensors", is_wanted=lambda key: key == "b", rows=slice(0, 0)).values()
         assert not len(one)

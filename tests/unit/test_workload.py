@@ -1,4 +1,4 @@
-"""What ``plan`` counts: products against PyTorch's own counter, stages against those of a real job."""
+"""Estimates of time: products against PyTorch's own counter, and what the table of ``plan`` shows a user."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gemq.assets import builtin_model
 from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
+from gemq.pipeline.stages import JobStages, stage_rounds, stage_work
 from gemq.planning.cost_model import Work, Workload
 from gemq.recipe import Recipe
 from gemq.runtime.device import Rates, measure
@@ -26,54 +27,78 @@ def replay() -> Replay:
 
 
 def workload(replay: Replay, **keys) -> Workload:
-    config = replay.model.config
     recipe = Recipe(**{"effort": "low", "windows": 8, "window": WINDOW, **keys})
-    return Workload(
-        replay.structure, recipe, config.hidden_size, config.vocab_size, config.num_experts_per_tok, WINDOW, 4, 8
-    )
+    return Workload(replay.structure, recipe, replay.model.config, WINDOW, torch.float32, torch.device("cpu"))
+
+
+def seconds(replay: Replay, **keys) -> dict[str, float]:
+    """Expected seconds of each stage on a machine of fixed rates."""
+    rates = Rates(1e11, 1e10, 1e11, 1e5, 1e7)
+    job = workload(replay, **keys)
+    work = stage_work(job, JobStages.of(job.recipe, None, reconstruct=job.recipe.refine))
+    return {name: stage.seconds(rates) for name, stage in work.items()}
 
 
 def test_products_are_those_that_pytorch_counts(replay: Replay):
     ids = torch.arange(8 * WINDOW).view(8, WINDOW)
     hidden, calls = replay.inputs(ids)
-    planned = workload(replay)
-    layer = planned.structure.layers[0]
+    job = workload(replay)
+    layer = job.structure.layers[0]
     leaf = Replay.leaf(hidden)
     with FlopCounterMode(display=False) as forward:
-        out = replay.run(0, leaf, calls[0])
+        output = replay.run(0, leaf, calls[0])
     with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    # the counter sees the router's product, which we leave out, and no attention on a CPU
-    counted = planned.forward(layer, 8 * WINDOW, context=0).products
+        output.sum().backward()
+    # On a CPU the counter sees no attention. It sees the router's product, which the estimate leaves out.
+    attention = 4 * job.text_config.hidden_size * WINDOW * ids.numel()
+    counted = job.forward(layer, ids.numel()).products - attention
     assert forward.get_total_flops() == pytest.approx(counted, rel=0.02)
     assert backward.get_total_flops() == pytest.approx(counted, rel=0.02)  # weights are frozen: of inputs alone
 
 
-def test_more_work_takes_longer(replay: Replay):
-    rates = Rates(1e11, 1e10, 1e11, 1e5, 1e7)
+def test_a_plan_lists_the_stages_that_the_job_will_run(replay: Replay):
+    stages = ["calibration windows", "ladder", "sensitivity", "scores", "guard windows", "guard", "refine"]
+    assert list(seconds(replay)) == stages
+    trained = seconds(replay, ladder_epochs=1, layer_epochs=1, distil_epochs=1)
+    assert list(trained) == [*stages[:-1], "reconstruct", "distil"]
+    assert list(seconds(replay, allocate="uniform")) == ["calibration windows", "ladder", "refine"]
+    assert list(seconds(replay, calib=("text.txt",))) == stages[1:]
+    assert list(seconds(replay, refine=False, guard=False)) == stages[:4]
 
-    def seconds(**keys) -> dict[str, float]:
-        return {name: work.seconds(rates) for name, work in workload(replay, **keys).stages().items()}
 
-    low = seconds()
-    assert list(low) == ["calibration windows", "ladder", "sensitivity", "scores", "guard windows", "guard", "refine"]
-    twice = seconds(windows=16)
+def test_more_work_is_expected_to_take_longer(replay: Replay):
+    low = seconds(replay)
+    once, twice = seconds(replay, windows=64), seconds(replay, windows=128)
     for stage in ("calibration windows", "scores", "refine"):
-        assert 1.1 < twice[stage] / low[stage] <= 2.01
-    trained = seconds(ladder_epochs=1, layer_epochs=1, distil_epochs=1)
-    assert trained.keys() == (low.keys() - {"refine"}) | {"reconstruct", "distil"}
+        assert 1.1 < twice[stage] / once[stage] <= 2.01
+    trained = seconds(replay, ladder_epochs=1, layer_epochs=1, distil_epochs=1)
     assert trained["ladder"] > 2 * low["ladder"]
     assert trained["reconstruct"] > 1.5 * low["refine"]
-    assert seconds(progressive=(3.0, 2.0), widths=(1, 2, 3))["scores"] == pytest.approx(
-        2 * seconds(widths=(1, 2, 3))["scores"]
-    )
-    assert seconds(allocate="uniform").keys() == {"calibration windows", "ladder", "refine"}
+    wide = seconds(replay, widths=(1, 2, 3))
+    progressive = seconds(replay, widths=(1, 2, 3), progressive=(3.0, 2.0))
+    assert progressive["scores"] == pytest.approx(2 * wide["scores"])
+
+
+def test_a_gpu_is_expected_to_spend_less_on_the_same_work(replay: Replay):
+    """At equal rates: its kernels read and write less, and launch less."""
+    rates = Rates(1e14, 1e12, 1e12, 1e5, 1e10)
+    cpu = workload(replay, ladder_epochs=1, layer_epochs=1, distil_epochs=1)
+    gpu = dataclasses.replace(cpu, device=torch.device("cuda"))
+    stages = JobStages.of(cpu.recipe, None, reconstruct=True)
+    on_cpu, on_gpu = stage_work(cpu, stages), stage_work(gpu, stages)
+    for stage in ("ladder", "reconstruct", "distil"):
+        assert on_gpu[stage].seconds(rates) < on_cpu[stage].seconds(rates)
+
+
+def test_a_progressive_recipe_runs_stages_several_times():
+    steps = {"scores": 3, "reconstruct": 3, "distil": 3}
+    assert stage_rounds(Recipe(progressive=(3.0, 2.5, 2.0))) == steps
+    assert stage_rounds(Recipe()) == {}
 
 
 def test_work_adds_up():
-    a, b = Work(1, 2, 3, 4, 5), Work(products=10)
-    assert (a + b) * 2 == Work(22, 4, 6, 8, 10)
-    assert (a + b).seconds(Rates(1, 2, 3, 4, 5)) == pytest.approx(11 + 4)
+    assert (Work(1, 2, 3) + Work(products=10)) * 2 == Work(22, 4, 6)
+    assert Work(11, 2, 3).seconds(Rates(products=1, bytes=2, near=1, calls=3, draws=1)) == pytest.approx(13)
 
 
 def test_this_machine_has_rates():

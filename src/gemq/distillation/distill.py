@@ -1,11 +1,12 @@
-"""Training what is left after the codes: routers, norms, scales and offsets of the whole packed model.
+"""Distillation of the packed model: routers, norms, scales and offsets, with codes fixed.
 
-The loss is the KL divergence from the full-precision model, whose logits are computed again from its last hidden
-states, so that T x vocabulary numbers are never stored; or the next-token loss, with which the paper tunes routers.
-The model that is trained stands in ``distillation.student``.
+The loss is the KL divergence from the full-precision model. Its logits are computed again from its last hidden states,
+so that the T x V numbers of T tokens are never stored. The alternative is the next-token loss, with which the paper
+tunes routers. ``distillation.student`` holds the model that is trained.
 
-Held-out micro-batches decide: a result that is not better on them, or not finite, is dropped.
-Shapes: B windows, S tokens, H hidden, V vocabulary.
+Validation micro-batches decide: a result that is not better on them, or not finite, is dropped.
+
+Shapes: B windows, S tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemq.calibration.activations import Activations
-from gemq.distillation.student import GIVEN, Distillation, Student
+from gemq.distillation.settings import Distillation
+from gemq.distillation.student import GRAPH_HIDDEN_TENSORS, Student
 from gemq.layers.refinement import RefinedLayer
+from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.quant.trainable import epochs
-from gemq.quant.widths import ExpertWidths
 from gemq.runtime.activation_store import Batches
 from gemq.runtime.progress import Tick
 
 
 @dataclass
 class Distilled:
-    """What distillation gave. Empty when it was dropped.
+    """Result of distillation. Without tensors if it was dropped.
 
-    tensors: experts' scales and offsets by their checkpoint names, uint8
-    tuned:   routers and norms by their name inside the model, float32
-    before, after: the loss per token on held-out windows, in nats
+    Attributes:
+        tensors: Scales and offsets of the experts by their names in a checkpoint, uint8.
+        tuned: Routers and norms by name inside the model, float32.
+        before: Loss per token on validation windows before distillation, in nats.
+        after: The same after distillation.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,73 +48,104 @@ class Distilled:
 
 def distil(
     replay: Replay,
-    refined: Callable[[int], RefinedLayer],
-    widths: Sequence[Sequence[ExpertWidths]],
-    dense_bits: int,
+    load_layer: Callable[[int], RefinedLayer],
+    schemes: Sequence[QuantizationScheme],
     activations: Activations,
     teacher: Batches,
     distillation: Distillation,
-    stored: dict[str, torch.dtype],
-    group_size: int,
     tick: Tick,
-    beside: int = 0,
+    graph_bytes: int = 0,
 ) -> Distilled:
-    """Distils a quantized model.
+    """Distill a quantized model.
 
-    replay:      the model; of its layers only what is not quantized is taken
-    refined:     gives a layer as it was finished
-    activations: the inputs of the first layer
-    teacher:     the full-precision model's last hidden states [B, S, H], one per micro-batch
-    stored:      the type in which each parameter is kept: routers and norms are trained as they will be
-    tick:        called with (steps done, all steps)
-    beside:      bytes that a layer's step computes with, which CUDA graphs keep for themselves
+    Args:
+        replay: The model. Only what is not quantized is used of its layers.
+        load_layer: Loads a layer as it is stored.
+        schemes: Widths and group size of each layer.
+        activations: Inputs of the first layer.
+        teacher: Last hidden states [B, S, H] of the full-precision model, one for each micro-batch.
+        distillation: Settings.
+        tick: Called with the steps taken and the number of steps.
+        graph_bytes: Memory that the step of a layer computes with, which its CUDA graph keeps.
     """
-    training, ranks = distillation.training, replay.ranks
-    sharded = activations.can_shard_windows(ranks)
-    activations, teacher = activations.to_train(replay, sharded), activations.share(replay, teacher, sharded)
-    parts = ranks.count if sharded else 1  # of a micro-batch
-    train, held_out = training.split(len(activations.ids))
-    per_epoch = len(train)
-    steps = training.epochs * per_epoch
-    beside += GIVEN * activations.hidden[0].nbytes * len(widths)
-    student = Student(replay, refined, widths, dense_bits, distillation, steps, stored, group_size, sharded, beside)
+    return _Distiller(replay, load_layer, schemes, activations, teacher, distillation, graph_bytes).run(tick)
 
-    def losses(batch: int, hidden: Tensor) -> Iterator[Tensor]:
-        """Parts of the mean over tokens, in nats, from the student's last hidden states [B, S, H]."""
-        ids, wanted = activations.ids[batch], teacher[batch]
-        for some in replay.windows_together(ids):
-            logits = student.logits(ids[some], hidden[some])
-            if distillation.loss == "next_token":
-                share = len(ids[some]) / (len(ids) * parts)
-                yield F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[some, 1:].flatten()) * share
+
+class _Distiller:
+    """Trains a student and keeps the best result."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        load_layer: Callable[[int], RefinedLayer],
+        schemes: Sequence[QuantizationScheme],
+        activations: Activations,
+        teacher: Batches,
+        distillation: Distillation,
+        graph_bytes: int,
+    ):
+        """Arguments as of ``distil``."""
+        self.replay, self.distillation, self.training = replay, distillation, distillation.training
+        self.windows_sharded = activations.can_shard_windows(replay.ranks)
+        self.num_shards = replay.ranks.count if self.windows_sharded else 1
+        self.activations = activations.to_train(replay, self.windows_sharded)
+        self.teacher = activations.share(replay, teacher, self.windows_sharded)
+        self.train_batches, self.val_batches = self.training.split(len(self.activations.ids))
+        self.steps = self.training.epochs * len(self.train_batches)
+        graph_bytes += GRAPH_HIDDEN_TENSORS * self.activations.hidden[0].nbytes * len(schemes)
+        self.student = Student(replay, load_layer, schemes, distillation, self.steps, self.windows_sharded, graph_bytes)
+
+    def run(self, tick: Tick) -> Distilled:
+        """Train until validation micro-batches no longer improve, and return the best result."""
+        student, training, steps_per_epoch = self.student, self.training, len(self.train_batches)
+        best = Distilled(before=self.validation_loss())
+        best.after = best.before
+        for step, position in enumerate(epochs(steps_per_epoch, training.epochs, training.seed), 1):
+            self.train_step(self.train_batches[position])
+            tick(step, self.steps)
+            if step % steps_per_epoch:
                 continue
-            with torch.no_grad():
-                expected = replay.logits(ids[some], wanted[some]).float().log_softmax(-1)
-            of_part = F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum")
-            yield of_part / (ids.numel() * parts)
+            loss = self.validation_loss()
+            improved = loss < best.after and self.replay.ranks.run_on_first(student.is_finite)  # NaN is not less
+            if not improved:
+                break  # later epochs would do no better
+            best = Distilled(student.tensors(), student.tuned(), best.before, loss)
+        student.close()
+        return best
+
+    def train_step(self, batch: int) -> None:
+        """Train on one micro-batch."""
+        inputs = self.student.forward(self.activations, batch)
+        last_hidden = self.replay.leaf(inputs.pop())
+        self.student.step(self.losses(batch, last_hidden), last_hidden, inputs, self.activations, batch)
 
     @torch.no_grad()
-    def held_out_loss() -> float:
+    def validation_loss(self) -> float:
+        """Return the mean loss of the validation micro-batches, in nats per token."""
         total = torch.zeros((), dtype=torch.float64)
-        for batch in held_out:
-            hidden = student.inputs(activations, batch)[-1]
-            total += sum(part.item() for part in losses(batch, hidden))
-        if sharded:
-            ranks.all_reduce(total)
-        return ranks.run_on_first(lambda: total.item() / len(held_out))
+        for batch in self.val_batches:
+            hidden = self.student.forward(self.activations, batch)[-1]
+            total += sum(loss.item() for loss in self.losses(batch, hidden))
+        if self.windows_sharded:
+            self.replay.ranks.all_reduce(total)
+        return self.replay.ranks.run_on_first(lambda: total.item() / len(self.val_batches))
 
-    best = Distilled(before=held_out_loss())
-    best.after = best.before
-    for step, number in enumerate(epochs(per_epoch, training.epochs, training.seed)):
-        batch = train[number]
-        inputs = student.inputs(activations, batch)
-        last = replay.leaf(inputs.pop())
-        student.descend(losses(batch, last), last, inputs, activations, batch)
-        tick(step + 1, steps)
-        if (step + 1) % per_epoch == 0:
-            now = held_out_loss()
-            if not (now < best.after and ranks.run_on_first(student.is_finite)):  # NaN is not less
-                break  # the last epochs did no good, and the next ones would do worse
-            best = Distilled(student.tensors(), student.tuned(), best.before, now)
-    student.close()
-    return best
+    def losses(self, batch: int, hidden: Tensor) -> Iterator[Tensor]:
+        """Yield terms whose sum is the mean loss over tokens, in nats.
+
+        Args:
+            batch: Index of the micro-batch.
+            hidden: Last hidden states [B, S, H] of the student.
+        """
+        ids, teacher_hidden = self.activations.ids[batch], self.teacher[batch]
+        for windows in self.replay.windows_together(ids):
+            logits = self.student.logits(ids[windows], hidden[windows])
+            if self.distillation.loss == "next_token":
+                share = len(ids[windows]) / (len(ids) * self.num_shards)
+                yield F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[windows, 1:].flatten()) * share
+                continue
+            with torch.no_grad():
+                teacher_log_probs = self.replay.logits(ids[windows], teacher_hidden[windows]).float().log_softmax(-1)
+            log_probs = logits.float().log_softmax(-1)
+            kl_sum = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
+            yield kl_sum / (ids.numel() * self.num_shards)

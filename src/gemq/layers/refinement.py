@@ -1,6 +1,6 @@
-"""The chosen widths applied: assembled from the ladder, or quantized again on the quantized model's activations.
+"""A layer at its chosen widths: assembled from candidates, or reconstructed on the quantized model's activations.
 
-Either way a layer ends as the tensors of the checkpoint. Knows one layer at a time, no files.
+Either way the result is the layer's tensors of a checkpoint. Handles one layer at a time and must not access files.
 """
 
 from __future__ import annotations
@@ -13,27 +13,38 @@ import torch
 from torch import Tensor
 
 from gemq.calibration.activations import Activations, layer_moments
-from gemq.layers.candidates import LayerLadder, Quantizer, linear_parameters, quantize_linears
-from gemq.layers.training import QuantizedParameter, Training, as_parameter, train_layer
+from gemq.layers.candidates import LayerLadder
+from gemq.layers.layer_training import LayerTrainer, QuantizedParameter
+from gemq.layers.linears import QuantizedLinears, install_linears, linear_parameters, quantize_linears
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.scheme import QuantizationScheme, matrix_widths
+from gemq.layers.training import Training, as_parameter
 from gemq.models.expert_parallel import can_shard_windows, join_experts, own_experts
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
-from gemq.models.structure import Layer, Linear, Matrix
+from gemq.models.structure import Experts, Layer, Linear, Matrix
 from gemq.quant.grid import Quantized, dequantize, dequantize_each
+from gemq.quant.hessian import Moments
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.trainable_gpu import latent_type
-from gemq.quant.widths import ExpertWidths, Width, group_size_for
+from gemq.quant.trainable_gpu import soft_code_dtype
+from gemq.quant.widths import ExpertWidths, Width
 from gemq.runtime.activation_store import Batches
 
 TUNED = "tuned:"
+"""Prefix of the names of router and norm parameters in a layer's file."""
+
+MAX_CHUNK_CODES = 1 << 28
+"""Upper bound for the codes of experts of one width that are packed or unpacked in one batch."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What reconstruction trains a layer towards, and how.
+    """What a layer is trained towards, and how.
 
-    hidden: the full-precision layer's outputs [B, S, H], one per micro-batch of this rank
-    stored: the type in which each parameter of the model is kept
+    Attributes:
+        hidden: Outputs [B, S, H] of the full-precision layer, one for each micro-batch of this rank.
+        stored: Dtype in which each parameter of the model is stored.
+        training: Settings.
     """
 
     hidden: Batches
@@ -43,12 +54,14 @@ class Targets:
 
 @dataclass
 class RefinedLayer:
-    """A finished layer.
+    """A layer as it is stored in a checkpoint.
 
-    tensors: as they stand in the checkpoint
-    tuned:   trained routers and norms by their name inside the model, float32
-    retries: Hessians that needed more damping
-    before, after: relative error of the layer's output on held-out windows, without and with training (0 if untrained)
+    Attributes:
+        tensors: Packed tensors by their names in the checkpoint.
+        tuned: Trained router and norm parameters by name inside the model, float32.
+        retries: Number of Hessians that needed more dampening.
+        before: Relative error of the layer's output on validation micro-batches without training; 0 if untrained.
+        after: The same with training.
     """
 
     tensors: dict[str, Tensor]
@@ -58,31 +71,40 @@ class RefinedLayer:
     after: float = 0.0
 
     def to_tensors(self) -> dict[str, Tensor]:
-        notes = torch.tensor([self.retries, self.before, self.after], dtype=torch.float64)
-        return {**self.tensors, **{TUNED + name: t for name, t in self.tuned.items()}, "notes": notes}
+        """Return everything as tensors by their names in a file."""
+        tensors = dict(self.tensors)
+        for name, tensor in self.tuned.items():
+            tensors[TUNED + name] = tensor
+        tensors["notes"] = torch.tensor([self.retries, self.before, self.after], dtype=torch.float64)
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> RefinedLayer:
-        retries, before, after = tensors.pop("notes").tolist()
-        tuned = {name.removeprefix(TUNED): tensors.pop(name) for name in list(tensors) if name.startswith(TUNED)}
-        return cls(tensors, tuned, int(retries), before, after)
+        """Read what ``to_tensors`` has returned. Takes over ``tensors``."""
+        retries, error_before, error_after = tensors.pop("notes").tolist()
+        tuned = {}
+        for name in list(tensors):
+            if name.startswith(TUNED):
+                tuned[name.removeprefix(TUNED)] = tensors.pop(name)
+        return cls(tensors, tuned, int(retries), error_before, error_after)
 
 
-def matrix_widths(layer: Layer, widths: Sequence[ExpertWidths]) -> dict[str, tuple[Width, ...]]:
-    """The width of every expert by the name of the matrix; empty for a dense layer."""
-    matrices = layer.experts.matrices if layer.experts is not None else ()
-    return {matrix.name: tuple(both[i] for both in widths) for i, matrix in enumerate(matrices)}
+def assemble_layer(candidates: LayerLadder, layer: Layer, widths: Sequence[ExpertWidths]) -> RefinedLayer:
+    """Select the codes of each expert from the candidates.
 
-
-def assemble_layer(ladder: LayerLadder, layer: Layer, widths: Sequence[ExpertWidths]) -> RefinedLayer:
-    """A layer with each expert's codes picked from the ladder."""
+    Args:
+        candidates: The layer at every width.
+        layer: Its structure.
+        widths: Widths of the two matrices of each expert.
+    """
     tensors: dict[str, Tensor] = {}
-    for path, packed in ladder.linears.items():
-        tensors.update(_row(packed, 0).named(path))
-    for name, own in matrix_widths(layer, widths).items():
+    for path, packed in candidates.linears.items():
+        tensors.update(packed.select(0).named(path))
+    for name, expert_widths in matrix_widths(layer, widths).items():
         assert layer.experts is not None
-        for e, width in enumerate(own):
-            tensors.update(_row(ladder.experts[name][width], e).named(f"{layer.experts.path}.{e}.{name}"))
+        for expert, width in enumerate(expert_widths):
+            packed = candidates.experts[name][width].select(expert)
+            tensors.update(packed.named(_expert_name(layer.experts, expert, name)))
     return RefinedLayer(tensors)
 
 
@@ -95,137 +117,217 @@ def refine_layer(
     dense_bits: int,
     targets: Targets | None = None,
 ) -> RefinedLayer:
-    """Quantizes layer ``index`` at its chosen widths on ``activations``, which the quantized layers before it made.
+    """Quantize a layer at its chosen widths on the activations of the quantized layers before it.
 
-    Attention first; everything behind it then sees the quantized attention's output. With ``targets`` the layer is
-    then trained (see ``reconstruct``). Leaves the finished weights in the model.
+    Attention is quantized first, so that the Hessians of what follows see the output of the quantized attention. The
+    final weights are left in the model.
+
+    Args:
+        replay: The model, and the ranks that share the work.
+        index: Index of the layer.
+        activations: Outputs of the quantized layers before.
+        quantizer: Settings.
+        widths: Widths of the two matrices of each expert.
+        dense_bits: Width of the dense linears; 16 leaves them unquantized.
+        targets: If present, the quantized layer is trained.
     """
-    layer, model, ranks = replay.structure.layers[index], replay.model, replay.ranks
-    result = LayerLadder()
-    linears = layer.linears if dense_bits < 16 else ()
-    latents: dict[str, Tensor] | None = {} if targets is not None else None
-    attention = [x for x in linears if x.kind == "attention"]
-    if attention:
-        moments, _ = layer_moments(replay, index, activations, attention, None, with_outputs=False)
-        quantize_linears(replay, attention, moments, quantizer, dense_bits, result, latents)
-        install_linears(model, attention, result.linears, dense_bits, quantizer.group_size)
-    others = [x for x in linears if x.kind != "attention"]
-    own = own_experts(model, layer.experts, ranks) if layer.experts is not None else None
-    moments, _ = layer_moments(replay, index, activations, others, own, with_outputs=False)
-    quantize_linears(replay, others, moments, quantizer, dense_bits, result, latents)
-    install_linears(model, others, result.linears, dense_bits, quantizer.group_size)
-    found: list[QuantizedParameter] = []
-    of_matrices = matrix_widths(layer, widths)
-    if layer.experts is not None and own is not None and moments.experts is not None:
-        module = model.get_submodule(layer.experts.path)
-        retried = 0
-        for matrix, moment in zip(layer.experts.matrices, moments.experts, strict=True):
-            weight = expert_weight(module, matrix.name)[own]
-            dtype = latent_type(weight.device, weight.dtype)
-            before = None if targets is None else weight.new_empty(weight.shape, dtype=dtype)
-            at = of_matrices[matrix.name][own]
-            q, retries = quantizer.own_width(weight, moment, at, before)
-            found.append(QuantizedParameter(f"{layer.experts.path}.{matrix.name}", at, q, before))
-            retried += retries
-        everything = own.stop - own.start == layer.experts.count
-        result.retries += retried if everything else ranks.all_reduce_int(retried)
-        del moments, moment  # as large as what training takes
-    refined = RefinedLayer({}, retries=result.retries)
-    if targets is not None and latents is not None:
-        found += linear_parameters(linears, result, quantizer, dense_bits, latents)
-        sharded = activations.can_shard_windows(ranks) and (
-            layer.experts is None or can_shard_windows(model, layer.experts, ranks)
+    scheme = QuantizationScheme(widths, dense_bits, quantizer.group_size)
+    reconstruction = _LayerReconstruction(replay, index, activations, quantizer, scheme, targets)
+    reconstruction.quantize_attention()
+    reconstruction.quantize_other_matrices()
+    reconstruction.train()
+    reconstruction.pack()
+    install_layer(replay.model, reconstruction.layer, reconstruction.result, scheme)
+    return reconstruction.result
+
+
+class _LayerReconstruction:
+    """The steps from a full-precision layer to its packed tensors.
+
+    Attributes:
+        linears: The dense linears that are quantized, as far as they are.
+        parameters: The experts' matrices of this rank; with training, also the dense linears.
+        result: The layer as it will be stored.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        index: int,
+        activations: Activations,
+        quantizer: Quantizer,
+        scheme: QuantizationScheme,
+        targets: Targets | None,
+    ):
+        self.replay, self.index, self.activations = replay, index, activations
+        self.quantizer, self.scheme, self.targets = quantizer, scheme, targets
+        self.layer = replay.structure.layers[index]
+        self.linears = QuantizedLinears()
+        self.parameters: list[QuantizedParameter] = []
+        self.result = RefinedLayer({})
+
+    def quantize_attention(self) -> None:
+        """Quantize the linears of attention and install them in the model."""
+        attention = [linear for linear in self.scheme.linears(self.layer) if linear.kind == "attention"]
+        if attention:
+            self._quantize(attention, None)
+
+    def quantize_other_matrices(self) -> None:
+        """Quantize all other linears and install them, and quantize this rank's experts."""
+        others = [linear for linear in self.scheme.linears(self.layer) if linear.kind != "attention"]
+        experts = self.layer.experts
+        local_experts = None if experts is None else own_experts(self.replay.model, experts, self.replay.ranks)
+        expert_hessians = self._quantize(others, local_experts)
+        self.result.retries = self.linears.retries
+        if experts is not None and local_experts is not None and expert_hessians is not None:
+            self._quantize_experts(experts, local_experts, expert_hessians)
+
+    def train(self) -> None:
+        """Train all quantized matrices, router and norms towards the targets, if there are any."""
+        if self.targets is None:
+            return
+        replay, activations, experts = self.replay, self.activations, self.layer.experts
+        linears = self.scheme.linears(self.layer)
+        self.parameters += linear_parameters(linears, self.linears, self.quantizer, self.scheme.dense_bits)
+        sharded = activations.can_shard_windows(replay.ranks)
+        if experts is not None and not can_shard_windows(replay.model, experts, replay.ranks):
+            sharded = False
+        trainer = LayerTrainer(
+            replay,
+            self.index,
+            activations.to_train(replay, sharded),
+            activations.share(replay, self.targets.hidden, sharded),
+            self.parameters,
+            self.targets.training,
+            self.targets.stored,
+            windows_sharded=sharded,
         )
-        every, goals = activations.to_train(replay, sharded), activations.share(replay, targets.hidden, sharded)
-        found, refined.tuned, refined.before, refined.after = train_layer(
-            replay, index, every, goals, found, targets.training, targets.stored, sharded=sharded
-        )
-    grids = {x.name: _of_all_ranks(replay, layer, x) for x in found}
-    for linear in linears:
-        packed = result.linears[linear.path]
-        if f"{linear.path}.weight" in grids:
-            packed = PackedMatrix.pack(grids[f"{linear.path}.weight"], dense_bits, quantizer.group(linear.columns))
-        refined.tensors.update(_row(packed, 0).named(linear.path))
-    if layer.experts is not None:
-        for matrix in layer.experts.matrices:
-            q, group = grids[f"{layer.experts.path}.{matrix.name}"], quantizer.group(matrix.columns)
-            for width, some in _together(matrix, of_matrices[matrix.name]):
-                packed = PackedMatrix.pack(Quantized(*(t[some] for t in q)), width, group)
-                for row, e in enumerate(some):
-                    refined.tensors.update(_row(packed, row).named(f"{layer.experts.path}.{e}.{matrix.name}"))
-    install_layer(model, layer, refined, widths, dense_bits, quantizer.group_size)
-    return refined
+        trained = trainer.run()
+        self.parameters = trained.parameters
+        self.result.tuned = trained.tuned
+        self.result.before = trained.error_before
+        self.result.after = trained.error_after
+
+    def pack(self) -> None:
+        """Pack all matrices into the tensors of the result."""
+        grids = {parameter.name: self._all_ranks(parameter) for parameter in self.parameters}
+        for linear in self.scheme.linears(self.layer):
+            packed = self.linears.packed[linear.path]
+            name = f"{linear.path}.weight"
+            if name in grids:
+                packed = PackedMatrix.pack(grids[name], self.scheme.dense_bits, self.scheme.group(linear.columns))
+            self.result.tensors.update(packed.select(0).named(linear.path))
+        if self.layer.experts is not None:
+            for matrix in self.layer.experts.matrices:
+                self._pack_experts(self.layer.experts, matrix, grids[f"{self.layer.experts.path}.{matrix.name}"])
+
+    def _quantize(self, linears: Sequence[Linear], experts: slice | None) -> tuple[Moments, Moments] | None:
+        """Quantize and install dense linears.
+
+        Returns:
+            The Hessians of some experts' two matrices, computed in the same forward pass; None without ``experts``.
+        """
+        moments, _ = layer_moments(self.replay, self.index, self.activations, linears, experts, with_outputs=False)
+        bits = self.scheme.dense_bits
+        with_soft_codes = self.targets is not None
+        quantized = quantize_linears(self.replay, linears, moments, self.quantizer, bits, with_soft_codes)
+        install_linears(self.replay.model, linears, quantized.packed, self.scheme)
+        self.linears.update(quantized)
+        return moments.experts
+
+    def _quantize_experts(self, experts: Experts, local_experts: slice, hessians: tuple[Moments, Moments]) -> None:
+        """Quantize both matrices of this rank's experts."""
+        module = self.replay.model.get_submodule(experts.path)
+        widths_by_name = self.scheme.matrix_widths(self.layer)
+        retries = 0
+        for matrix, matrix_hessians in zip(experts.matrices, hessians, strict=True):
+            weight = expert_weight(module, matrix.name)[local_experts]
+            soft_codes = None
+            if self.targets is not None:
+                soft_codes = weight.new_empty(weight.shape, dtype=soft_code_dtype(weight.device, weight.dtype))
+            widths = widths_by_name[matrix.name][local_experts]
+            q, matrix_retries = self.quantizer.quantize_mixed(weight, matrix_hessians, widths, soft_codes)
+            self.parameters.append(QuantizedParameter(f"{experts.path}.{matrix.name}", widths, q, soft_codes))
+            retries += matrix_retries
+        holds_all_experts = local_experts.stop - local_experts.start == experts.count
+        self.result.retries += retries if holds_all_experts else self.replay.ranks.all_reduce_int(retries)
+
+    def _all_ranks(self, parameter: QuantizedParameter) -> Quantized:
+        """Return the grids of a parameter, concatenated over the experts of all ranks."""
+        ranks, experts = self.replay.ranks, self.layer.experts
+        if experts is not None and parameter.name.startswith(f"{experts.path}."):
+            codes, scales, offsets = join_experts(self.replay.model, experts, ranks, parameter.q)
+            return Quantized(codes, scales, offsets)
+        return parameter.q.map(lambda tensor: ranks.broadcast(tensor, 0))
+
+    def _pack_experts(self, experts: Experts, matrix: Matrix, q: Quantized) -> None:
+        """Pack one matrix of all experts, those of one width in batches."""
+        group = self.scheme.group(matrix.columns)
+        for width, chunk in _width_chunks(matrix, self.scheme.matrix_widths(self.layer)[matrix.name]):
+            packed = PackedMatrix.pack(q.select(chunk), width, group)
+            for row, expert in enumerate(chunk):
+                self.result.tensors.update(packed.select(row).named(_expert_name(experts, expert, matrix.name)))
 
 
-TOGETHER = 1 << 28
-"""Codes of experts of one width that are packed or unpacked together."""
+def layer_overrides(model: Any, layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Dequantize a layer's tensors into values of the model's parameters.
 
+    Args:
+        model: The model.
+        layer: Structure of the layer.
+        quantized: The layer as it is stored.
+        scheme: Its widths and group size.
 
-def _together(matrix: Matrix, widths: Sequence[Width]) -> Iterator[tuple[Width, list[int]]]:
-    """Experts of one width, as many as are packed or unpacked together."""
-    most = max(1, TOGETHER // (matrix.rows * matrix.columns))
-    for width in sorted(set(widths)):
-        which = [e for e, own in enumerate(widths) if own == width]
-        yield from ((width, which[start : start + most]) for start in range(0, len(which), most))
-
-
-def _of_all_ranks(replay: Replay, layer: Layer, parameter: QuantizedParameter) -> Quantized:
-    """A parameter's grids, those of experts put together from all ranks."""
-    ranks, q = replay.ranks, parameter.q
-    if layer.experts is not None and parameter.name.startswith(f"{layer.experts.path}."):
-        return Quantized(*join_experts(replay.model, layer.experts, ranks, q))
-    return Quantized(*(ranks.broadcast(t, 0) for t in q))
-
-
-def install_linears(
-    model: Any, linears: Sequence[Linear], packed: dict[str, PackedMatrix], bits: int, group_size: int
-) -> None:
-    """Overwrites dense linears' weights with what their codes mean."""
-    for linear in linears:
-        q = packed[linear.path].unpack(bits, group_size_for(linear.columns, group_size))
-        weight = model.get_submodule(linear.path).weight
-        weight.data.copy_(dequantize(q).reshape(weight.shape))
-
-
-def layer_overrides(
-    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[ExpertWidths], dense_bits: int, group_size: int
-) -> dict[str, Tensor]:
-    """What a finished layer's tensors make of the model's parameters, by their names inside the model."""
+    Returns:
+        Tensors by the parameters' names inside the model, in their layout and dtype.
+    """
     overrides = {}
-    for linear in layer.linears if dense_bits < 16 else ():
-        q = _named(refined.tensors, linear.path).unpack(dense_bits, group_size_for(linear.columns, group_size))
+    for linear in scheme.linears(layer):
+        packed = PackedMatrix.from_tensors(quantized.tensors, linear.path)
+        q = packed.unpack(scheme.dense_bits, scheme.group(linear.columns))
         name = f"{linear.path}.weight"
         overrides[name] = as_parameter(model, name, dequantize(q).unsqueeze(0))
-    of_matrices = matrix_widths(layer, widths)
-    for matrix in layer.experts.matrices if layer.experts is not None else ():
-        assert layer.experts is not None
-        group = group_size_for(matrix.columns, group_size)
-        name = f"{layer.experts.path}.{matrix.name}"
-        device = refined.tensors[f"{layer.experts.path}.0.{matrix.name}.codes"].device
-        dtype = model.get_parameter(name).dtype
-        weight = torch.empty(len(widths), matrix.rows, matrix.columns, dtype=dtype, device=device)
-        for width, some in _together(matrix, of_matrices[matrix.name]):
-            each = [_named(refined.tensors, f"{layer.experts.path}.{e}.{matrix.name}") for e in some]
-            q = PackedMatrix(*(torch.stack(parts) for parts in zip(*each, strict=True))).unpack(width, group)
-            weight[some] = dequantize_each(q, dtype)
-        overrides[name] = as_parameter(model, name, weight)
-    for name, tensor in refined.tuned.items():
+    if layer.experts is not None:
+        for matrix in layer.experts.matrices:
+            name = f"{layer.experts.path}.{matrix.name}"
+            weight = _dequantize_experts(quantized, layer, matrix, scheme, model.get_parameter(name).dtype)
+            overrides[name] = as_parameter(model, name, weight)
+    for name, tensor in quantized.tuned.items():
         overrides[name] = tensor.to(model.get_parameter(name).dtype)
     return overrides
 
 
+def _dequantize_experts(
+    quantized: RefinedLayer, layer: Layer, matrix: Matrix, scheme: QuantizationScheme, dtype: torch.dtype
+) -> Tensor:
+    """Return the weights [E, R, C] of one matrix of all experts of a layer."""
+    experts = layer.experts
+    assert experts is not None
+    device = quantized.tensors[_expert_name(experts, 0, matrix.name) + ".codes"].device
+    weight = torch.empty(experts.count, matrix.rows, matrix.columns, dtype=dtype, device=device)
+    for width, chunk in _width_chunks(matrix, scheme.matrix_widths(layer)[matrix.name]):
+        names = [_expert_name(experts, expert, matrix.name) for expert in chunk]
+        packed = PackedMatrix.stack([PackedMatrix.from_tensors(quantized.tensors, name) for name in names])
+        weight[chunk] = dequantize_each(packed.unpack(width, scheme.group(matrix.columns)), dtype)
+    return weight
+
+
 @torch.no_grad()
-def install_layer(
-    model: Any, layer: Layer, refined: RefinedLayer, widths: Sequence[ExpertWidths], dense_bits: int, group_size: int
-) -> None:
-    """Overwrites a whole layer's quantized and tuned weights with what its checkpoint tensors mean."""
-    for name, tensor in layer_overrides(model, layer, refined, widths, dense_bits, group_size).items():
+def install_layer(model: Any, layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> None:
+    """Overwrite all quantized and tuned parameters of a layer of the model with what its stored tensors mean."""
+    for name, tensor in layer_overrides(model, layer, quantized, scheme).items():
         model.get_parameter(name).copy_(tensor)
 
 
-def _named(tensors: dict[str, Tensor], name: str) -> PackedMatrix:
-    return PackedMatrix(*(tensors[f"{name}.{part}"] for part in PackedMatrix._fields))
+def _width_chunks(matrix: Matrix, widths: Sequence[Width]) -> Iterator[tuple[Width, list[int]]]:
+    """Yield experts of one width in chunks that are packed or unpacked in one batch."""
+    chunk_size = max(1, MAX_CHUNK_CODES // (matrix.rows * matrix.columns))
+    for width in sorted(set(widths)):
+        experts = [expert for expert, expert_width in enumerate(widths) if expert_width == width]
+        for start in range(0, len(experts), chunk_size):
+            yield width, experts[start : start + chunk_size]
 
 
-def _row(packed: PackedMatrix, index: int) -> PackedMatrix:
-    return PackedMatrix(*(t[index] for t in packed))
+def _expert_name(experts: Experts, expert: int, matrix_name: str) -> str:
+    """Return the name of an expert's matrix in a checkpoint."""
+    return f"{experts.path}.{expert}.{matrix_name}"

@@ -1,8 +1,6 @@
-"""The guard's stage: windows that nothing was chosen on, the KL of each candidate on them, and the verdict.
+"""The guard's stage: windows that the allocation has not seen, the KL of each allocation on them, and the verdict.
 
-See ``allocation.guard`` for how a verdict is reached.
-
-Shapes: N windows.
+``allocation.guard`` describes how a verdict is reached. Shapes: N windows.
 """
 
 from __future__ import annotations
@@ -23,115 +21,210 @@ from gemq.calibration.sources import SELF, held_out_windows
 from gemq.calibration.windows import Windows
 from gemq.layers.candidates import LayerLadder
 from gemq.layers.refinement import assemble_layer, layer_overrides
+from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
-from gemq.pipeline.context import GUARD_WINDOWS_STAGE, Job, Writer
-from gemq.pipeline.layer_stages import load_ladder
+from gemq.pipeline.allocation_stage import solve
+from gemq.pipeline.candidates_stage import CandidateFiles
+from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
+from gemq.pipeline.stage_settings import guard_inputs, guard_window_inputs
+from gemq.pipeline.windows_stage import GUARD_WINDOWS_STAGE, Calibration, WindowWriter, draw_once
 from gemq.pipeline.workdir import Stage
+from gemq.planning.cost_model import Work, Workload
 from gemq.quant.widths import ExpertWidths, Width
 from gemq.recipe import Recipe
 from gemq.runtime.progress import Tick
+
+GUARD, GUARD_WINDOWS = "guard", "guard windows"
+"""Names of the two stages in progress bars and in the summary."""
+
+EXPECTED_TRIES = 3
+"""Allocations that the guard is expected to judge: the one that scores give, and softer ones."""
 
 
 @torch.no_grad()
 def candidates_kl(
     replay: Replay,
     start: Activations,
-    ladders: Callable[[int], LayerLadder],
-    candidates: Sequence[list[list[ExpertWidths]]],
+    candidates: Callable[[int], LayerLadder],
+    allocations: Sequence[list[list[ExpertWidths]]],
     dense_bits: int,
     group_size: int,
     tick: Tick,
 ) -> list[Tensor]:
-    """Each candidate's KL per window, float64 [N] in the windows' stored order: all candidates, a layer at a time.
+    """Measures the KL of several allocations, assembled from the candidates, all of them layer by layer.
 
-    start:      the windows in front of the first layer
-    ladders:    gives a layer's ladder
-    candidates: widths by layer and expert
+    Args:
+        replay: the full-precision model.
+        start: the windows in front of the first layer.
+        candidates: from the index of a layer, its candidates.
+        allocations: widths by layer and expert.
+        dense_bits: width of the dense linears.
+        group_size: of the recipe.
+        tick: called after each layer.
+
+    Returns:
+        For each allocation the KL per window: float64 [N] in the windows' stored order.
     """
     layers = replay.structure.layers
-    exact, states = start.hidden.copy(), [start.hidden.copy() for _ in candidates]
+    exact = start.hidden.copy()
+    states = [start.hidden.copy() for _ in allocations]
     for i in replay.walk(range(len(layers))):
         start.advance_all(replay, i, [exact])
-        ladder = ladders(i)
-        for state, by_layer in zip(states, candidates, strict=True):
-            picked = assemble_layer(ladder, layers[i], by_layer[i])
-            own = layer_overrides(replay.model, layers[i], picked, by_layer[i], dense_bits, group_size)
-            start.advance_all(replay, i, [state], own)
+        layer_candidates = candidates(i)
+        for state, widths in zip(states, allocations, strict=True):
+            quantized = assemble_layer(layer_candidates, layers[i], widths[i])
+            scheme = QuantizationScheme(widths[i], dense_bits, group_size)
+            overrides = layer_overrides(replay.model, layers[i], quantized, scheme)
+            start.advance_all(replay, i, [state], overrides)
         tick()
     return windows_kl(replay, start, exact, states)
 
 
-# In a job
+class _Measurements:
+    """The KL of allocations on the guard's windows. Kept in the work directory, so that none is measured twice."""
+
+    def __init__(self, job: Job, replay: Replay, candidates: CandidateFiles, windows: Windows, stage: Stage):
+        """``windows``: the guard's. ``stage``: where measurements are stored."""
+        self._job, self._replay, self._candidates = job, replay, candidates
+        self._windows, self._stage = windows, stage
+
+    def measure(self, allocations: Sequence[Allocation], source: int | None) -> list[Floats]:
+        """The KL [N] of each allocation on all windows, or on those of the source with this index."""
+        suffix = "" if source is None else f"-source{source}"
+        files = [f"kl-{digest(allocation.by_layer)}{suffix}.safetensors" for allocation in allocations]
+        missing = {}
+        for file, allocation in zip(files, allocations, strict=True):
+            if not self._stage.has(file):
+                missing[file] = allocation.by_layer
+        if missing:
+            self._measure_missing(missing, source)
+        return [self._stage.load_tensors(file)["kl"].numpy() for file in files]
+
+    def _measure_missing(self, widths_by_file: dict[str, list[list[ExpertWidths]]], source: int | None) -> None:
+        """Measures allocations and stores the KL of each in its file."""
+        job, replay = self._job, self._replay
+        windows = self._windows if source is None else self._windows.of(source)
+        with job.monitor.stage(GUARD, len(replay.structure.layers)) as tick:
+            measured = candidates_kl(
+                replay,
+                job.start_activations(replay, windows),
+                self._candidates.layer,
+                list(widths_by_file.values()),
+                job.recipe.attention_bits,
+                job.recipe.group_size,
+                tick,
+            )
+            for file, kl in zip(widths_by_file, measured, strict=True):
+                self._stage.save_tensors(file, {"kl": kl})
 
 
 def run_guard(
     job: Job,
     replay: Replay,
-    ladder: Stage,
+    calibration: Calibration,
+    candidates: CandidateFiles,
     problem: Problem,
     budget: Budget,
     chosen: Allocation,
     leave_out: Callable[[str], Problem],
 ) -> tuple[Allocation, dict[str, Any]]:
-    """Judges ``chosen``. Returns the allocation to write and the verdict, which is also in the work directory.
+    """Judges the allocation ``chosen``.
 
-    Each candidate's KL is kept, so that a job that goes on measures none twice. ``replay`` must hold the
-    full-precision weights; they are left as they are. ``leave_out`` gives the problem without a source's scores.
+    Args:
+        job: the job.
+        replay: the full-precision model. Its weights stay as they are.
+        calibration: the calibration windows, and the guard's windows that were written along with them.
+        candidates: from which allocations are assembled.
+        problem: the allocation problem.
+        budget: of the allocation.
+        chosen: the allocation to judge.
+        leave_out: from the name of a calibration source, the problem without that source's scores.
+
+    Returns:
+        The allocation to write, and the verdict, which is also in the work directory.
     """
     recipe = job.recipe
-    windows = draw_guard_windows(job, replay)
-    stage = job.work.stage("guard", {**job.ladder_inputs(), "windows": windows.digest()[:16]})
+    windows = run_guard_windows(job, replay, calibration)
+    stage = job.work.stage(GUARD, guard_inputs(job, calibration.windows, windows))
+    measurements = _Measurements(job, replay, candidates, windows, stage)
+    problems_without = {windows.names.index(name): leave_out(name) for name in _sources_to_leave_out(windows)}
+    allocation, verdict = decide(
+        problem,
+        chosen,
+        _uniform_allocations(problem, budget, recipe),
+        lambda softened: solve(softened, budget, recipe),
+        measurements.measure,
+        windows.source.numpy(),
+        windows.names,
+        problems_without,
+    )
+    stage.save_json(f"verdict-{digest(chosen.by_layer)}.json", verdict)
+    return allocation, verdict
+
+
+def _uniform_allocations(problem: Problem, budget: Budget, recipe: Recipe) -> list[Allocation]:
+    """Uniform allocations of some seeds, without duplicates: at the bits of a candidate width all draws are equal."""
     uniform: dict[tuple[Width, ...], Allocation] = {}
     for seed in range(recipe.seed, recipe.seed + UNIFORM_SEEDS):
-        drawn = allocate(problem, budget, "uniform", seed=seed)
-        uniform.setdefault(drawn.widths, drawn)  # at an integer width all draws are one
-
-    def solve(softened: Problem) -> Allocation:
-        return allocate(softened, budget, recipe.allocate, layer_rule=recipe.layer_rule, seed=recipe.seed)
-
-    def measure(candidates: Sequence[Allocation], only: int | None) -> list[Floats]:
-        part = "" if only is None else f"-source{only}"
-        files = [f"kl-{digest(c.by_layer)}{part}.safetensors" for c in candidates]
-        missing = {f: c.by_layer for f, c in zip(files, candidates, strict=True) if not stage.has(f)}
-        if missing:
-            with job.monitor.stage("guard", len(replay.structure.layers)) as tick:
-                chosen_windows = windows if only is None else windows.of(only)
-                start = Activations.start(replay, chosen_windows, recipe.batch_tokens, recipe.seed)
-                load = lambda i: load_ladder(job, replay.structure, ladder, i)
-                found = candidates_kl(
-                    replay, start, load, list(missing.values()), recipe.attention_bits, recipe.group_size, tick
-                )
-                for file, kl in zip(missing, found, strict=True):
-                    stage.save_tensors(file, {"kl": kl})
-        return [stage.load_tensors(f)["kl"].numpy() for f in files]
-
-    draws = list(uniform.values())
-    # the model's own windows are no text that a user could bring: they stay in
-    counts = windows.counts()  # none of a source that calibration has taken whole
-    given = [n for n in windows.names if n != SELF and counts[n]] if len(windows.names) > 1 else []
-    without = {windows.names.index(name): leave_out(name) for name in given}
-    kept, verdict = decide(problem, chosen, draws, solve, measure, windows.source.numpy(), windows.names, without)
-    stage.save_json(f"verdict-{digest(chosen.by_layer)}.json", verdict)
-    return kept, verdict
+        allocation = allocate(problem, budget, "uniform", seed=seed)
+        uniform.setdefault(allocation.widths, allocation)
+    return list(uniform.values())
 
 
-def own_plans(recipe: Recipe, windows: Windows) -> list[Plan]:
-    """The windows that the model writes for the guard: as its calibration ``windows``, and as those added to them."""
-    plans = [Plan(PER_SOURCE, recipe.seed + SEED, OF_THE_SOURCE)] if SELF in recipe.calib else []
-    return [*plans, Plan(OWN, recipe.seed + SEED + 1, added_to(windows))]
+def _sources_to_leave_out(windows: Windows) -> list[str]:
+    """The texts that the guard leaves out in turn.
+
+    Windows that the model wrote stay in: they are not a text that a user could bring. Neither does a text without
+    guard windows count, all of whose windows calibration has taken.
+    """
+    if len(windows.names) == 1:
+        return []
+    counts = windows.counts()
+    return [name for name in windows.names if name != SELF and counts[name]]
 
 
-def draw_guard_windows(job: Job, replay: Replay) -> Windows:
-    """The guard's windows, drawn and written once: they are none of calibration's."""
+def guard_plans(recipe: Recipe, windows: Windows) -> list[Plan]:
+    """The windows that the model writes for the guard.
+
+    They open like the windows of the source ``self``, if it is one of the sources, and like those that the effort adds
+    to the calibration ``windows``.
+    """
+    plans = []
+    if SELF in recipe.calib:
+        plans.append(Plan(PER_SOURCE, recipe.seed + SEED, OF_THE_SOURCE))
+    plans.append(Plan(OWN, recipe.seed + SEED + 1, added_to(windows)))
+    return plans
+
+
+def run_guard_windows(job: Job, replay: Replay, calibration: Calibration) -> Windows:
+    """Draws and generates the guard's windows. Calibration has none of them."""
     recipe = job.recipe
 
-    def draw(writer: Writer) -> tuple[Windows, dict[str, int]]:
+    def draw(writer: WindowWriter) -> tuple[Windows, dict[str, int]]:
         windows = held_out_windows(job.streams, seed=recipe.seed, held_out=PER_SOURCE)
-        missing = sum(PER_SOURCE - n for name, n in windows.counts().items() if name != SELF)
-        for own in job.written_beside or writer.write(*own_plans(recipe, job.windows)):
-            windows = windows.extended(SELF, own)
+        counts = windows.counts()
+        missing = sum(PER_SOURCE - count for name, count in counts.items() if name != SELF)
+        written = calibration.guard_tokens or writer.write(*guard_plans(recipe, calibration.windows))
+        for tokens in written:
+            windows = windows.extended(SELF, tokens)
         return windows, {"guard_windows_missing": missing}
 
-    stage = job.work.stage(GUARD_WINDOWS_STAGE, job.guard_inputs())
-    return job.windows_stage(stage, "guard windows", OWN, replay, draw)
+    stage = job.work.stage(GUARD_WINDOWS_STAGE, guard_window_inputs(job, calibration.windows))
+    return draw_once(job, replay, stage, GUARD_WINDOWS, OWN, draw)
+
+
+def guard_work(workload: Workload) -> Work:
+    """Work of the stage: windows run exactly, with uniform allocations, and twice with every softer allocation.
+
+    The second time, each source's windows run with the allocation that leaves that source out.
+    """
+    recipe = workload.recipe
+    texts = [name for name in recipe.calib if name != SELF]
+    windows = PER_SOURCE * len(recipe.calib) + OWN
+    runs = windows * (2 + UNIFORM_SEEDS + EXPECTED_TRIES - 1) + EXPECTED_TRIES * PER_SOURCE * len(texts)
+    tokens = runs * workload.window
+    work = workload.head(tokens)
+    for layer in workload.structure.layers:
+        work += workload.forward(layer, tokens)
+    return work

@@ -1,6 +1,6 @@
-"""What a work directory is for (``job.json``), and which outputs its jobs made (``results.json``).
+"""The records of a work directory: its job (``job.json``), and the outputs that were made from it (``results.json``).
 
-Both are data, whoever wrote them: they grant no trust, and what they say of the model is checked against its files.
+Both are untrusted data. What they say about the model is compared with the model's files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gemq.runtime.files import write_json
 
 RESULTS_FILE = "results.json"
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "fingerprint": str,
     "files": dict,
@@ -43,13 +43,14 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 class JobRecord:
     """The contents of ``job.json``.
 
-    model:         directory of the full-precision model; where it lies now may be given anew
-    fingerprint:   of the model's contents
-    files:         size, time of the last change and digest of each of the model's files, see ``Source.fingerprint``
-    recipe:        its keys and values
-    ladder_widths: of the ladder, whichever budget the recipe has
-    calibration:   fingerprint of each calibration source
-    sources:       where each calibration source is: an absolute path, the id of a data set, or ``self``
+    Attributes:
+        model: directory of the full-precision model. A later command may name another one.
+        fingerprint: digest of the model's contents.
+        files: size, modification time and digest of each of the model's files (``Source.fingerprint``).
+        recipe: keys and values.
+        ladder_widths: the candidate widths, which stay the same when an export changes the budget.
+        calibration: digest of each calibration source.
+        sources: where each calibration source is: an absolute path, the id of a data set, or ``self``.
     """
 
     model: str
@@ -62,6 +63,7 @@ class JobRecord:
 
     @classmethod
     def of(cls, source: Source, recipe: Recipe, fingerprint: str, files: dict[str, list[Any]]) -> JobRecord:
+        """The record of a job. ``fingerprint`` and ``files`` are those of ``Source.fingerprint``."""
         return cls(
             model=str(source.path.resolve()),
             fingerprint=fingerprint,
@@ -69,93 +71,111 @@ class JobRecord:
             recipe=recipe.to_dict(),
             ladder_widths=list(recipe.ladder_widths),
             calibration=[source_digest(s) for s in recipe.calib],
-            sources=[s if s == SELF or not os.path.exists(s) else str(Path(s).resolve()) for s in recipe.calib],
+            sources=[_absolute(s) for s in recipe.calib],
         )
 
     def write(self, work: Path) -> None:
+        """Writes ``job.json``."""
         values = asdict(self)
         write_json(work / JOB_FILE, {**values, "checksum": _checksum(values)})
 
 
 def read_job(work: Path) -> JobRecord | None:
-    """The record of a work directory, None if it has none. Raises UserError when it is damaged."""
+    """The record of a work directory; None if it has none. Raises UserError when it is damaged."""
     path = work / JOB_FILE
     if not path.exists() and not path.is_symlink():
         return None
     values = read_object(path)
     checksum = values.pop("checksum", None)
-    wrong = [key for key, kind in _KINDS.items() if not isinstance(values.get(key), kind)]
-    if wrong or values.keys() != _KINDS.keys():
-        raise damaged(path, f"its {wrong[0]} is missing or of the wrong kind" if wrong else "it has other keys")
+    for key, expected_type in _TYPES.items():
+        if not isinstance(values.get(key), expected_type):
+            raise damaged(path, f"its {key} is missing or of the wrong type")
+    if values.keys() != _TYPES.keys():
+        raise damaged(path, "it has other keys")
     if checksum != _checksum(values):
         raise damaged(path, "its contents do not match its checksum")
     return JobRecord(**values)
 
 
+def _absolute(source: str) -> str:
+    """A calibration source that does not depend on the current directory."""
+    is_file = source != SELF and os.path.exists(source)
+    return str(Path(source).resolve()) if is_file else source
+
+
 def known_files(work: Path) -> dict[str, list[Any]]:
-    """The model's files as an earlier job in this directory has read them; empty if there was none."""
+    """The model's files as an earlier job in this directory read them; empty if there was none."""
     record = read_job(work)
     return {} if record is None else record.files
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Of all but the model's place, which may be edited, and which its fingerprint makes up for."""
+    """A checksum of everything but the model's directory, which may be edited: the fingerprint identifies the model."""
     return digest({key: value for key, value in values.items() if key != "model"})
 
 
 def record_job(work: Path, record: JobRecord) -> None:
-    """Writes what the work directory is for, or refuses to go on with another job in it.
+    """Records the job of a work directory. Raises UserError if the directory holds another job.
 
-    A model or a text that was moved is the same one: the record then tells its new place.
+    A model or a text that was moved is the same one. The record then gets its new place.
     """
-    before = read_job(work)
-    if before is not None:
-        _check_recipe(work, before, record.recipe, record.calibration)
-        if before.fingerprint != record.fingerprint:
+    existing = read_job(work)
+    if existing is not None:
+        _check_recipe(work, existing, record.recipe, record.calibration)
+        if existing.fingerprint != record.fingerprint:
             raise _changed(work, "model")
-    if before != record:
+    if existing != record:
         record.write(work)
 
 
 def check_same_recipe(work: Path, recipe: Recipe) -> None:
-    """Raises UserError when the work directory, if there is one, was made by another recipe."""
-    if (before := read_job(work)) is not None:
-        _check_recipe(work, before, recipe.to_dict(), [source_digest(s) for s in recipe.calib])
+    """Raises UserError when the work directory, if there is one, was made with another recipe."""
+    record = read_job(work)
+    if record is not None:
+        _check_recipe(work, record, recipe.to_dict(), [source_digest(s) for s in recipe.calib])
 
 
-def _check_recipe(work: Path, before: JobRecord, recipe: dict[str, Any], calibration: list[str]) -> None:
-    """Raises UserError that names the first difference between two recipes or their texts."""
-    same_texts = before.calibration == calibration
+def _check_recipe(work: Path, record: JobRecord, recipe: dict[str, Any], calibration: list[str]) -> None:
+    """Raises UserError that names the first difference between two recipes or their texts.
+
+    Args:
+        work: the work directory.
+        record: of the job that made it.
+        recipe: keys and values that are requested now.
+        calibration: digest of each calibration source now.
+    """
+    same_texts = record.calibration == calibration
     for key, value in recipe.items():
-        if before.recipe.get(key) != value and not (key == "calib" and same_texts):
+        if record.recipe.get(key) != value and not (key == "calib" and same_texts):
             raise UserError(
-                f"{work} was made with {key} {_show(before.recipe.get(key))} and is now asked for "
-                f"{_show(value)}: resume with the same, or start anew with another --work"
+                f"{work} was made with {key} {_value_text(record.recipe.get(key))} and is now asked for "
+                f"{_value_text(value)}: resume with the same, or start again with another --work"
             )
     if not same_texts:
         raise _changed(work, "calibration text")
 
 
-def _changed(work: Path, what: str) -> UserError:
+def _changed(work: Path, name: str) -> UserError:
+    """The error for a model or a text that has changed."""
     return UserError(
-        f"{work} was made from another {what}, which has changed since: "
-        "start anew with another --work, or delete this one"
+        f"{work} was made from another {name}, which has changed since: "
+        "start again with another --work, or delete this one"
     )
 
 
 def recorded_job(
     work: Path, changes: dict[str, Any] | None = None, model: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Source, Recipe, JobRecord]:
-    """The model of a work directory, its recipe with ``changes`` and the ladder's widths, and its record.
+    """The model of a work directory, its recipe with ``changes`` and the recorded candidate widths, and its record.
 
     Args:
-        work: a work directory of ``quantize``
-        changes: recipe keys that replace those of the record
-        model: where the model lies now, a directory or a hub id; None: where it was
-        trust_remote_code: whether code that the model brings may run; no file decides that
+        work: a work directory of ``quantize``.
+        changes: recipe keys that replace those of the record.
+        model: where the model is now, a directory or a hub id; None: where it was.
+        trust_remote_code: whether code that the model brings may run. The record does not decide that.
 
     Raises:
-        UserError: there is no record or it is damaged, or the model is not there.
+        UserError: there is no record, or it is damaged, or the model is gone.
     """
     record = read_job(work)
     if record is None:
@@ -170,8 +190,8 @@ def recorded_job(
     source = Source(Path(record.model), trust_remote_code)
     if not source.path.exists():
         raise UserError(
-            f"{source.path}, the model of {work}, is gone: put it back, or name its new place with --model; "
-            "its unquantized parts are needed"
+            f"{source.path}, the model of {work}, is gone: put it back, or name its new place with --model "
+            "(its unquantized parts are needed)"
         )
     return source, recipe, record
 
@@ -179,15 +199,15 @@ def recorded_job(
 def check_config(source: Source, record: JobRecord) -> None:
     """Raises UserError for a model with another config.json than the recorded one. Reads no weights."""
     try:
-        found = hashlib.sha256((source.path / "config.json").read_bytes()).hexdigest()
+        config_digest = hashlib.sha256((source.path / "config.json").read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read config.json of {source.path} ({error.strerror}): check --model") from error
-    if record.files.get("config.json", [None])[-1] != found:
+    if record.files.get("config.json", [None])[-1] != config_digest:
         raise UserError(f"{source.path} is not the model that the work directory was made from: check --model")
 
 
 def check_texts(work: Path, sources: Sequence[str], record: JobRecord) -> None:
-    """Raises UserError for a calibration text that is no longer the one that the work directory was made from."""
+    """Raises UserError for a calibration text that has changed since the work directory was made."""
     for source, expected in zip(sources, record.calibration, strict=True):
         if source != SELF and source_digest(source) != expected:
             raise UserError(
@@ -196,9 +216,10 @@ def check_texts(work: Path, sources: Sequence[str], record: JobRecord) -> None:
             )
 
 
-def _show(value: Any) -> str:
+def _value_text(value: Any) -> str:
+    """A recipe's value for a message."""
     if isinstance(value, list):
-        return ",".join(width_name(v) if isinstance(v, float) else str(v) for v in value)
+        return ",".join(width_name(item) if isinstance(item, float) else str(item) for item in value)
     return "unset" if value is None else f"{value}"
 
 
@@ -206,21 +227,23 @@ def _show(value: Any) -> str:
 
 
 def result_key(recipe: Recipe, allocation: Path | None) -> str:
-    """Names what ``quantize`` makes in a work directory by this recipe and allocation file."""
-    recipe_keys = {key: value for key, value in recipe.to_dict().items() if key != "calib"}
-    file = None if allocation is None else hashlib.sha256(read_allocation_file(allocation).encode()).hexdigest()
-    return digest({"recipe": recipe_keys, "allocation": file})
+    """The key of the output that ``quantize`` makes in a work directory with this recipe and allocation file."""
+    recipe_values = {key: value for key, value in recipe.to_dict().items() if key != "calib"}
+    file_digest = None
+    if allocation is not None:
+        file_digest = hashlib.sha256(read_allocation_file(allocation).encode()).hexdigest()
+    return digest({"recipe": recipe_values, "allocation": file_digest})
 
 
 def record_result(work: Path, key: str, fingerprint: str) -> None:
-    """Keeps the fingerprint of an output that is about to be written."""
+    """Records the fingerprint of an output that is about to be written."""
     write_json(work / RESULTS_FILE, {**_results(work), key: fingerprint})
 
 
 def check_own_output(out: Path, work: Path, key: str) -> None:
-    """Raises UserError unless the checkpoint ``out`` carries the fingerprint of what a job in ``work`` wrote.
+    """Raises UserError unless the checkpoint ``out`` has the fingerprint of an output of the job in ``work``.
 
-    So a job that goes on does not compute for hours only to find that its output holds something else.
+    Otherwise a resumed job would compute for hours only to find that its output holds something else.
     """
     fingerprint = read_quantization_config(out).get("fingerprint")
     if not (work / JOB_FILE).is_file() or _results(work).get(key) != fingerprint:
@@ -230,10 +253,7 @@ def check_own_output(out: Path, work: Path, key: str) -> None:
 
 
 def check_whole(out: Path, source: Source) -> None:
-    """Raises UserError for a finished checkpoint of which something was deleted or replaced since.
-
-    Reads headers and small files. Whatever else tells that a checkpoint is whole belongs here.
-    """
+    """Raises UserError for a finished checkpoint if a part of it was deleted or replaced. Reads no weights."""
     try:
         check_checkpoint(out, trust_remote_code=source.trust_remote_code)
         for name, original in small_files(source.path).items():
@@ -244,5 +264,6 @@ def check_whole(out: Path, source: Source) -> None:
 
 
 def _results(work: Path) -> dict[str, Any]:
+    """The contents of ``results.json``: fingerprints by key; empty if there is no such file."""
     path = work / RESULTS_FILE
     return read_object(path) if path.exists() else {}

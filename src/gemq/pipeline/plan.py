@@ -1,9 +1,8 @@
 """The dry run: what a job would do to a model, from its configuration alone.
 
-What ``quantize`` refuses before it computes is refused here as well, as far as it shows without weights. Checkpoint
-sizes are exact but for rounding the budget. Memory and disk are estimates, and times rest on counted work
-(``planning.cost_model``) and a second's measurement of this machine (``runtime.device``); reading and writing files is
-not in them.
+It refuses what ``quantize`` would refuse before computing, as far as no weights are needed for that. Checkpoint sizes
+are exact but for rounding of the budget. Memory and disk are estimates. Times are rough estimates, which count neither
+files nor compilation (``planning.cost_model``).
 """
 
 from __future__ import annotations
@@ -18,30 +17,37 @@ import torch
 from gemq.models.byte_sizes import expert_bytes, ladder_bytes, quantized_share
 from gemq.models.source import Source, configured_types, pick_dtype
 from gemq.models.structure import Structure
-from gemq.pipeline.preflight import Checked, check_model
+from gemq.pipeline.candidates_stage import CANDIDATES
+from gemq.pipeline.preflight import Checked, check_model, original_bytes
+from gemq.pipeline.reconstruction_stage import DISTILL, RECONSTRUCTION
+from gemq.pipeline.scores_stage import SCORES
+from gemq.pipeline.stages import Footprint, JobStages, check_bounds, stage_seconds
 from gemq.planning.cost_model import Workload
-from gemq.planning.memory_model import Footprint, check_bounds, held_bytes, staging_bytes
+from gemq.planning.memory_model import held_bytes, staging_bytes
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.memory import Memory
 
-LIBRARIES, CUDA_LIBRARIES = 430_000_000, 900_000_000
-"""Bytes of host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded; CUDA's."""
+LIBRARY_BYTES, CUDA_LIBRARY_BYTES = 430_000_000, 900_000_000
+"""Host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded, and CUDA's."""
 
-BUDGETS = (1.5, 2.0, 2.5, 3.0)
+TABLE_BUDGETS = (1.5, 2.0, 2.5, 3.0)
+"""Budgets in bits whose checkpoint sizes are shown."""
 
 
 @dataclass
 class Plan:
-    """What ``quantize`` would need and give.
+    """What ``quantize`` would need and produce.
 
-    sizes:   bytes of the checkpoint's tensors by nominal bits per expert weight
-    bits:    nominal bits per expert weight that the budget buys
-    least_bytes, quickest_bytes: of memory on ``device`` with which the job runs at all, and with which nothing waits
-    host_bytes: of host memory beside that (on a GPU: on which layers are read)
-    available_bytes: of memory on ``device`` that a job started now would take at most
-    tokens:  of calibration, those that the effort adds included
-    seconds: expected time of each stage on ``device``
+    Attributes:
+        sizes: bytes of the checkpoint's tensors, by nominal bits per expert weight.
+        bits: nominal bits per expert weight that the budget buys.
+        tokens: calibration tokens, those that the effort adds included.
+        least_bytes: of memory on ``device`` with which the job runs at all.
+        quickest_bytes: of memory on ``device`` with which nothing is offloaded or read again.
+        host_bytes: of host memory in addition. On a GPU layers are read through it.
+        available_bytes: of memory on ``device`` that a job started now would take at most.
+        seconds: expected time of each stage on ``device``.
     """
 
     model: str
@@ -67,6 +73,7 @@ class Plan:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the command line writes them to JSON."""
         return asdict(self)
 
 
@@ -80,37 +87,42 @@ def plan(
     host_memory: int | None = None,
     with_weights: bool = False,
 ) -> Plan:
-    """The plan for a model and a recipe. Needs no weights.
+    """Plans a job. Needs no weights.
 
     Args:
-        source: the model
-        recipe: as for ``quantize``
-        device: where the job would run
-        allocation: file with the widths of all experts, as for ``quantize``
-        gpu_memory, host_memory: bounds in bytes, as for ``quantize``
-        with_weights: the model's weights are there, so their headers are checked as well
+        source: the model.
+        recipe: as for ``quantize``.
+        device: where the job would run.
+        allocation: file with the widths of all experts, as for ``quantize``.
+        gpu_memory: bound in bytes, as for ``quantize``.
+        host_memory: bound in bytes, as for ``quantize``.
+        with_weights: the model's weights are there, so that their headers are checked as well.
 
     Raises:
-        UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Bounds that nobody gave
-            are no reason: a plan may be for another machine.
+        UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Without bounds a model may
+            be too large for this machine: a plan may be for another one.
     """
     memory = Memory.bounded(device, gpu_memory, host_memory, None)
     if with_weights:
         source.check_weights()
     checked = check_model(source, recipe, allocation)
-    model, structure, fixed = checked.model, checked.structure, checked.fixed_bytes
-    compute = pick_dtype(recipe.dtype, device)
+    model, structure = checked.model, checked.structure
+    dtype = pick_dtype(recipe.dtype, device)
+    footprint = Footprint(structure, recipe, model.config, dtype, device)
     if gpu_memory is not None or host_memory is not None:
-        check_bounds(memory, model, structure, recipe, compute)
-    stored = configured_types(model)
+        check_bounds(memory, footprint, model)
+    limit = memory.on_device.limit
+    resident_bytes = held_bytes(model, structure, dtype)
+    working_bytes = footprint.stages(footprint.train_room(limit - resident_bytes))
+    free_bytes = limit - max(working_bytes.values())
+    workload = Workload(structure, recipe, model.config, checked.window, dtype, device, free_bytes)
+    stages = JobStages.of(recipe, allocation, reconstruct=recipe.refine)
+    seconds = stage_seconds(workload, stages)
     bits = bits_of(checked, recipe, allocation)
-    low, high = (nominal_bits(f(recipe.ladder_widths)) for f in (min, max))
-    sizes = {f"{b:.4g}": fixed + experts_at(structure, recipe, b) for b in sorted({*BUDGETS, bits}) if low <= b <= high}
-    held, limit = held_bytes(model, structure, compute), memory.on_device.limit
-    footprint = Footprint(structure, recipe, model.config, compute, device)
-    working = footprint.stages(footprint.train_room(limit - held))
-    free = limit - max(working.values())
-    workload = Workload.of(structure, recipe, model.config, checked.window, compute, device, free)
+    sizes = _checkpoint_sizes(checked, recipe, bits)
+    host_bytes = LIBRARY_BYTES
+    if device.type == "cuda":
+        host_bytes += CUDA_LIBRARY_BYTES + staging_bytes(model, structure)
     return Plan(
         model=str(source.path),
         parameters=structure.parameters,
@@ -118,8 +130,8 @@ def plan(
         linears_not_quantized=structure.kept_linears,
         moe_layers=len(structure.moe_layers),
         layers=len(structure.layers),
-        experts=sum(x.experts.count for _, x in structure.moe_layers if x.experts),
-        original_bytes=sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters()),
+        experts=sum(layer.experts.count for _, layer in structure.moe_layers if layer.experts),
+        original_bytes=original_bytes(model, configured_types(model)),
         sizes=sizes,
         budget=recipe.budget_text if allocation is None else f"of {allocation}",
         bits=bits,
@@ -127,31 +139,45 @@ def plan(
         windows=recipe.windows,
         tokens=workload.tokens,
         work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
-        least_bytes=held + footprint.least,
-        quickest_bytes=_quickest_bytes(workload, working),
-        host_bytes=LIBRARIES + (CUDA_LIBRARIES + staging_bytes(model, structure) if device.type == "cuda" else 0),
+        least_bytes=resident_bytes + footprint.least,
+        quickest_bytes=_quickest_bytes(workload, working_bytes),
+        host_bytes=host_bytes,
         available_bytes=limit,
         device=str(device),
-        seconds={name: round(seconds, 1) for name, seconds in workload.seconds(device, compute).items()},
+        seconds={name: round(value, 1) for name, value in seconds.items()},
     )
 
 
-def _quickest_bytes(workload: Workload, working: dict[str, int]) -> int:
-    """What a job would hold on its device if it could: every layer, and what a stage keeps of activations.
+def _checkpoint_sizes(checked: Checked, recipe: Recipe, bits: float) -> dict[str, int]:
+    """Bytes of the checkpoint at ``bits`` and at other budgets, by nominal bits."""
+    low, high = nominal_bits(min(recipe.ladder_widths)), nominal_bits(max(recipe.ladder_widths))
+    sizes = {}
+    for budget in sorted({*TABLE_BUDGETS, bits}):
+        if low <= budget <= high:
+            sizes[f"{budget:.4g}"] = checked.fixed_bytes + experts_at(checked.structure, recipe, budget)
+    return sizes
 
-    With less, layers are read again, and activations wait elsewhere or are computed again.
-    working: bytes to compute with, by stage
+
+def _quickest_bytes(workload: Workload, working_bytes: dict[str, int]) -> int:
+    """Bytes on the device with which every layer stays there, and all activations that a stage keeps.
+
+    With less, layers are read again, and activations are offloaded or computed again.
+
+    Args:
+        workload: the job.
+        working_bytes: to compute with, by stage.
     """
-    recipe, layers = workload.recipe, len(workload.structure.layers)
-    states = {  # inputs and outputs; what experts receive or a teacher gives; every layer's inputs and a gradient
-        "ladder": 2 + bool(recipe.ladder_epochs),
-        "scores": layers + 2,
-        "refine": 1 + bool(recipe.layer_epochs or recipe.distil_epochs),
-        "distil": 2,
+    recipe, structure = workload.recipe, workload.structure
+    states = {
+        CANDIDATES: 3 if recipe.ladder_epochs else 2,  # inputs, outputs, and what experts receive
+        SCORES: len(structure.layers) + 2,  # every layer's inputs, the current state, a gradient
+        RECONSTRUCTION: 2 if recipe.layer_epochs or recipe.distil_epochs else 1,  # inputs, and the teacher's
+        DISTILL: 2,
     }
-    of_state = workload.tokens * workload.hidden * workload.itemsize
-    most = max(count + states[stage] * of_state for stage, count in working.items())
-    return workload.structure.total_parameters * workload.itemsize + most
+    itemsize = workload.dtype.itemsize
+    state_bytes = workload.tokens * workload.text_config.hidden_size * itemsize
+    peaks = [working + states[stage] * state_bytes for stage, working in working_bytes.items()]
+    return structure.total_parameters * itemsize + max(peaks)
 
 
 def bits_of(checked: Checked, recipe: Recipe, allocation: Path | None) -> float:
@@ -166,7 +192,7 @@ def bits_of(checked: Checked, recipe: Recipe, allocation: Path | None) -> float:
 
 
 def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:
-    """Bytes of all experts at ``bits`` nominal bits: between the sizes of the two widths around it."""
+    """Bytes of all experts at ``bits`` nominal bits, interpolated between the two nearest widths."""
     return round(float(np.interp(bits, *_size_curve(structure, recipe))))
 
 
@@ -177,13 +203,13 @@ def bits_at(structure: Structure, recipe: Recipe, size: float) -> float:
 
 
 def _size_curve(structure: Structure, recipe: Recipe) -> tuple[list[float], list[int]]:
-    """Nominal bits of each width, and bytes of all experts at it; both rise."""
-    sizes = [
-        sum(
-            x.experts.count * expert_bytes(x.experts, width, recipe.group_size)
-            for _, x in structure.moe_layers
-            if x.experts
-        )
-        for width in recipe.ladder_widths
-    ]
+    """Nominal bits of each width, and bytes of all experts at it, both ascending."""
+    sizes = []
+    for width in recipe.ladder_widths:
+        layer_sizes = [
+            layer.experts.count * expert_bytes(layer.experts, width, recipe.group_size)
+            for _, layer in structure.moe_layers
+            if layer.experts
+        ]
+        sizes.append(sum(layer_sizes))
     return [nominal_bits(width) for width in recipe.ladder_widths], sizes

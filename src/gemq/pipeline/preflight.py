@@ -1,10 +1,11 @@
-"""What can be refused before a job costs anything: found from shapes, headers and small files, nothing is computed.
+"""Checks before a job costs anything, from shapes, headers and small files. Nothing is computed.
 
-Everything here would also be noticed later, but then hours may have gone and a work directory would be left behind.
+All of this would be noticed later as well, but then hours may be lost and a work directory left over.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from gemq.models.byte_sizes import ladder_bytes, linear_bytes, other_bytes
 from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
-from gemq.pipeline.layer_stages import shape_problem
-from gemq.planning.memory_model import check_bounds
+from gemq.pipeline.allocation_stage import shape_problem
+from gemq.pipeline.stages import Footprint, check_bounds
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
 from gemq.runtime.memory import Memory, gigabytes
@@ -30,16 +31,21 @@ MAX_ALLOCATION_BYTES = 64 << 20
 """Upper bound for an allocation file."""
 
 TOKEN_BYTES = 16
-"""Host memory for a calibration token: its number, and the random number that it is drawn by."""
+"""Host memory for a calibration token: its index, and the random number that it is sampled with."""
+
+SIZE_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a recipe would do to a model, which passed all checks that need neither weights nor a work directory.
+    """A model and a recipe that passed all checks that need neither weights nor a work directory.
 
-    model:       on the meta device
-    fixed_bytes: of the checkpoint's tensors outside the experts
-    allocation:  one that meets the budget, or the one of the file
+    Attributes:
+        model: on the meta device.
+        structure: of the model.
+        window: tokens per calibration window.
+        fixed_bytes: of the checkpoint's tensors outside the experts.
+        allocation: one that meets the budget, or the one of the file.
     """
 
     model: Any
@@ -50,18 +56,21 @@ class Checked:
 
     @property
     def stored_bytes(self) -> int:
-        """Of all the checkpoint's tensors."""
+        """Bytes of all the checkpoint's tensors."""
         return self.fixed_bytes + self.allocation.stored_bytes
 
 
 def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, texts: bool = True) -> Checked:
-    """Raises UserError for a model and a recipe with which no job could end well.
+    """Checks that a job with this model and recipe could succeed.
 
     Args:
-        source: needs no weights
-        recipe: what the user asks for
-        allocation: file with the widths of all experts, if any
-        texts: whether calibration texts are still to be read
+        source: the model. It needs no weights.
+        recipe: what the user requests.
+        allocation: file with the widths of all experts, if any.
+        texts: whether calibration texts are still to be read.
+
+    Raises:
+        UserError: it could not.
     """
     model = source.skeleton()
     structure = find_structure(model)
@@ -75,8 +84,9 @@ def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, text
             embeddings=embedding_rows(model),
             written=recipe.total_tokens > recipe.windows * window,
         )
-    fixed = other_bytes(model, structure, recipe, configured_types(model)) + linear_bytes(structure, recipe)
-    return Checked(model, structure, window, fixed, check_allocation(structure, recipe, fixed, allocation))
+    fixed = fixed_bytes(model, structure, recipe, configured_types(model))
+    checked_allocation = check_allocation(structure, recipe, fixed, allocation)
+    return Checked(model, structure, window, fixed, checked_allocation)
 
 
 def check_job(
@@ -90,17 +100,28 @@ def check_job(
     new: bool,
     texts: bool = True,
 ) -> None:
-    """Raises UserError for a model, a recipe, directories or bounds with which a job could not end well.
+    """Checks that a job could succeed.
 
-    new: nothing is in the work directory yet, so its disk must hold all of the ladder
-    texts: whether calibration texts are still to be read
+    Args:
+        source: the model, with weights.
+        recipe: what the user requests.
+        out: directory of the checkpoint.
+        work: the work directory.
+        allocation: file with the widths of all experts, if any.
+        memory: the job's bounds.
+        new: the work directory is empty, so its disk must hold all candidates.
+        texts: whether calibration texts are still to be read.
+
+    Raises:
+        UserError: it could not.
     """
     source.check_weights()
     small_files(source.path)
     checked = check_model(source, recipe, allocation, texts=texts)
     dtype = pick_dtype(recipe.dtype, memory.device)
     text_bytes = host_bytes(recipe.calib) if texts else 0
-    check_bounds(memory, checked.model, checked.structure, recipe, dtype, text_bytes)
+    footprint = Footprint(checked.structure, recipe, checked.model.config, dtype, memory.device)
+    check_bounds(memory, footprint, checked.model, text_bytes)
     if not is_packed(out):
         check_writable(out)
         check_free_space(out, checked.stored_bytes)
@@ -111,45 +132,71 @@ def check_job(
 
 
 def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: Memory, dtype: torch.dtype) -> None:
-    """Raises UserError for more calibration than memory and disk hold, as far as the recipe alone tells.
+    """Checks that memory and disk hold the calibration activations, as far as the recipe alone determines them.
 
-    Texts may have fewer windows than are asked for; what the model writes itself comes whole.
+    Texts may have fewer windows than requested. Windows that the model writes are never fewer.
+
+    Raises:
+        UserError: they do not.
     """
-    tokens = max(recipe.total_tokens, recipe.windows * checked.window if SELF in recipe.calib else 0)
+    generated_tokens = recipe.windows * checked.window if SELF in recipe.calib else 0
+    tokens = max(recipe.total_tokens, generated_tokens)
     hidden = checked.model.config.get_text_config().hidden_size
-    room = memory.on_device.limit + free_space(work) + (memory.host.limit if memory.device.type == "cuda" else 0)
-    needed = tokens * hidden * dtype.itemsize  # between two layers
-    if needed > room or tokens * TOKEN_BYTES > memory.host.limit:
+    required = tokens * hidden * dtype.itemsize  # between two layers
+    available = memory.on_device.limit + free_space(work)
+    if memory.device.type == "cuda":
+        available += memory.host.limit
+    if required > available or tokens * TOKEN_BYTES > memory.host.limit:
         raise UserError(
-            f"{tokens:,} tokens of calibration do not fit: between two layers they take {gigabytes(needed)}, and "
-            f"memory and the disk of {work} have {gigabytes(room)}; set windows or total_tokens lower"
+            f"{tokens:,} tokens of calibration do not fit: between two layers they take {gigabytes(required)}, and "
+            f"memory and the disk of {work} have {gigabytes(available)}; set windows or total_tokens lower"
         )
 
 
-def check_allocation(structure: Structure, recipe: Recipe, fixed_bytes: int, allocation: Path | None) -> Allocation:
-    """Any allocation that meets the budget, or the one in a file. Raises UserError when there is none."""
+def check_allocation(structure: Structure, recipe: Recipe, fixed: int, allocation: Path | None) -> Allocation:
+    """An allocation that meets the budget, or the one in a file.
+
+    Args:
+        structure: of the model.
+        recipe: the budget and how it is allocated.
+        fixed: bytes of the checkpoint outside the experts.
+        allocation: file with the widths of all experts, if any.
+
+    Raises:
+        UserError: there is none.
+    """
     problem = shape_problem(structure, recipe)
     if allocation is not None:
         return read_allocation(allocation, problem)
-    return allocate(problem, expert_budget(recipe, fixed_bytes, problem), recipe.allocate, layer_rule=recipe.layer_rule)
+    budget = expert_budget(recipe, fixed, problem)
+    return allocate(problem, budget, recipe.allocate, layer_rule=recipe.layer_rule)
 
 
-def expert_budget(recipe: Recipe, fixed_bytes: int, problem: Problem) -> Budget:
-    """What the recipe leaves to the experts when ``fixed_bytes`` lie outside them."""
+def expert_budget(recipe: Recipe, fixed: int, problem: Problem) -> Budget:
+    """The budget of the experts.
+
+    Args:
+        recipe: the budget that the user requests.
+        fixed: bytes of the checkpoint outside the experts.
+        problem: candidate widths and their bytes.
+
+    Raises:
+        UserError: the widths do not reach the budget.
+    """
     if recipe.size is not None:
-        least = smallest_budget(problem, "bytes", recipe.allocate, layer_rule=recipe.layer_rule).value
-        if recipe.size < fixed_bytes + least:
+        smallest = smallest_budget(problem, "bytes", recipe.allocate, layer_rule=recipe.layer_rule).value
+        if recipe.size < fixed + smallest:
             raise UserError(
                 f"--size {_size(recipe.size)} is too small: at widths {problem.width_names} this model takes at least "
-                f"{_size(fixed_bytes + least, up=True)}, of which {_size(fixed_bytes)} lie outside the experts"
+                f"{_size(fixed + smallest, round_up=True)}, of which {_size(fixed)} lie outside the experts"
             )
-        return Budget("bytes", recipe.size - fixed_bytes)
+        return Budget("bytes", recipe.size - fixed)
     if recipe.stored_bits is not None:
-        most = int(problem.bytes[:, -1].sum()) * 8 / int(problem.weights.sum())
-        if recipe.stored_bits > most:
+        max_bits = int(problem.bytes[:, -1].sum()) * 8 / int(problem.weights.sum())
+        if recipe.stored_bits > max_bits:
             raise UserError(
                 f"no allocation of widths {problem.width_names} has {recipe.stored_bits:g} stored bits: "
-                f"give at most {most:.4g}, or quantize with a wider width among --widths"
+                f"give at most {max_bits:.4g}, or quantize with a wider width among --widths"
             )
         return Budget("stored_bits", recipe.stored_bits)
     return Budget("bits", DEFAULT_BITS if recipe.bits is None else recipe.bits)
@@ -161,6 +208,7 @@ def read_allocation(path: Path, problem: Problem) -> Allocation:
 
 
 def read_allocation_file(path: Path) -> str:
+    """The text of an allocation file. Raises UserError when it cannot be read."""
     try:
         return read_input(path, MAX_ALLOCATION_BYTES).decode()
     except (OSError, ValueError) as error:
@@ -168,8 +216,19 @@ def read_allocation_file(path: Path) -> str:
         raise UserError(f"cannot read {path} ({reason}): give the allocation.json of a work directory") from error
 
 
-def _size(count: float, up: bool = False) -> str:
-    """Bytes as --size takes them; ``up``: never less than they are."""
-    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= s or s == 1)
+def fixed_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[str, torch.dtype]) -> int:
+    """Bytes of the checkpoint's tensors outside the experts. ``stored``: the type of each parameter in its file."""
+    return other_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
+
+
+def original_bytes(model: Any, stored: dict[str, torch.dtype]) -> int:
+    """Bytes of the full-precision model's parameters. ``stored``: the type of each parameter in its file."""
+    return sum(parameter.numel() * stored[name].itemsize for name, parameter in model.named_parameters())
+
+
+def _size(count: float, round_up: bool = False) -> str:
+    """Bytes as --size takes them. ``round_up``: never less than they are."""
+    unit, scale = next((unit, scale) for unit, scale in SIZE_UNITS if count >= scale or unit == "B")
     hundredths = count / scale * 100
-    return f"{(-(-hundredths // 1) if up else round(hundredths)) / 100:g}{unit}"
+    rounded = math.ceil(hundredths) if round_up else round(hundredths)
+    return f"{rounded / 100:g}{unit}"

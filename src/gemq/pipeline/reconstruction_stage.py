@@ -1,7 +1,7 @@
-"""The finish at chosen widths: every layer refined and trained, then the whole model distilled.
+"""The model at its chosen widths: every layer quantized again and trained, then the whole model distilled.
 
-Resumable by layer; distillation, the short last step, starts anew. What is computed stands in ``layers.refinement``,
-``layers.training`` and ``distillation.distill``.
+Resumable by layer. Distillation, the short last step, starts again. ``layers.refinement``, ``layers.training`` and
+``distillation.distill`` do the computing.
 """
 
 from __future__ import annotations
@@ -14,174 +14,312 @@ import torch
 from torch import Tensor
 
 from gemq.allocation.problem import Allocation
+from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distil
-from gemq.distillation.student import Distillation
-from gemq.layers.refinement import RefinedLayer, Targets, layer_overrides, refine_layer
+from gemq.distillation.settings import Distillation
+from gemq.kernels.training.differentiable_dequantize import UNPACKED_TOGETHER
+from gemq.layers.refinement import RefinedLayer, Targets, assemble_layer, layer_overrides, refine_layer
 from gemq.models.replay import Replay
+from gemq.pipeline.candidates_stage import CandidateFiles
 from gemq.pipeline.context import Job
-from gemq.pipeline.layer_stages import Around, layer_file
 from gemq.pipeline.records import digest
-from gemq.pipeline.workdir import Stage
-from gemq.planning.memory_model import Footprint
+from gemq.pipeline.scores_stage import ScoredModel
+from gemq.pipeline.stage_settings import (
+    distillation_inputs,
+    layer_scheme,
+    quantizer_settings,
+    reconstruction_inputs,
+    training_settings,
+)
+from gemq.pipeline.workdir import Stage, layer_file
+from gemq.planning.cost_model import Work, Workload
+from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.quant.widths import ExpertWidths
 from gemq.runtime.activation_store import Batches
 
+RECONSTRUCTION, TRAINED_RECONSTRUCTION, DISTILL = "refine", "reconstruct", "distil"
+"""Names in progress bars and in the summary: of reconstruction without and with training, and of distillation."""
+
+DISTILLED_FILE = "distilled.safetensors"
+"""What distillation changed, in its stage's directory."""
+
+PARAMETER_PREFIX = "tuned:"
+"""Of the names of routers and norms in that file."""
+
+
+def reconstruction_name(epochs: int) -> str:
+    """Name of the reconstruction stage in progress bars and in the summary, by its epochs of training."""
+    return TRAINED_RECONSTRUCTION if epochs else RECONSTRUCTION
+
 
 @dataclass
-class Finish:
-    """A finished model, layer by layer from the work directory.
+class ReconstructedModel:
+    """A quantized model, layer by layer from the work directory.
 
-    tuned: every trained router and norm by its name inside the model, float32
-    gains: what training gained on held-out windows, for the summary
+    Attributes:
+        stage: the reconstructed layers.
+        layer_count: of the model.
+        distilled: what distillation changed; empty without distillation.
+        inputs: what the model was made from.
+        tuned: every trained router and norm by its name inside the model, float32.
+        gains: what training gained on held-out windows, for the summary.
     """
 
-    refined: Stage
-    count: int
+    stage: Stage
+    layer_count: int
     distilled: Distilled
-    made_from: dict[str, Any]
+    inputs: dict[str, Any]
     tuned: dict[str, Tensor] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
 
     def layers(self) -> Iterator[RefinedLayer]:
-        """The layers with what distillation changed in them."""
-        return (self.layer(i) for i in range(self.count))
+        """The layers in order, on the CPU."""
+        return (self.layer(i) for i in range(self.layer_count))
 
     def layer(self, index: int, device: str = "cpu") -> RefinedLayer:
-        layer = RefinedLayer.from_tensors(self.refined.load_tensors(layer_file(index), device))
-        layer.tensors.update({n: t.to(device) for n, t in self.distilled.tensors.items() if n in layer.tensors})
-        layer.tuned.update({n: t.to(device) for n, t in self.distilled.tuned.items() if n in layer.tuned})
+        """A reconstructed layer, with what distillation changed in it."""
+        layer = _load_layer(self.stage, index, device)
+        for name, tensor in self.distilled.tensors.items():
+            if name in layer.tensors:
+                layer.tensors[name] = tensor.to(device)
+        for name, tensor in self.distilled.tuned.items():
+            if name in layer.tuned:
+                layer.tuned[name] = tensor.to(device)
         return layer
 
-    def around(self, job: Job, replay: Replay, widths: list[list[ExpertWidths]]) -> Around:
-        """The finished model as one to compute scores around. ``replay`` holds the full-precision one."""
-        structure, recipe = replay.structure, job.recipe
+    def scored(self, job: Job, replay: Replay, widths: list[list[ExpertWidths]]) -> ScoredModel:
+        """This model as one to compute scores around. ``replay`` holds the full-precision one."""
+        structure = replay.structure
 
         def overrides(index: int) -> dict[str, Tensor]:
             layer = self.layer(index, str(job.device))
-            bits, group = recipe.attention_bits, recipe.group_size
-            return layer_overrides(replay.model, structure.layers[index], layer, widths[index], bits, group)
+            scheme = layer_scheme(job.recipe, widths[index])
+            return layer_overrides(replay.model, structure.layers[index], layer, scheme)
 
-        inside = structure.layers_path + "."
-        tail = {n: t.to(replay.model.get_parameter(n)) for n, t in self.tuned.items() if not n.startswith(inside)}
-        return Around(self.made_from, overrides, tail)
-
-
-def run_finish(job: Job, replay: Replay, stored: dict[str, torch.dtype], chosen: Allocation) -> Finish:
-    """Refines, trains and distils at the chosen widths. ``replay`` keeps its full-precision weights."""
-    widths = chosen.by_layer
-    inputs = {**job.refine_inputs(), "allocation": digest(widths)}
-    refined = job.work.stage(f"refined-{digest(inputs)[:8]}", inputs)
-    inputs = {**job.distil_inputs(), "allocation": digest(widths)}
-    last = job.work.stage(f"distilled-{digest(inputs)[:8]}", inputs)
-    layers = range(len(replay.structure.layers))
-    distils = bool(job.recipe.distil_epochs) and not last.has(DISTILLED)
-    missing = [i for i in layers if not refined.has(layer_file(i))]
-    if missing or distils:
-        teacher = _refine(job, replay, stored, refined, widths, missing, distils)
-        if distils:
-            _distil(job, replay, stored, refined, last, widths, teacher)
-    distilled = _load_distilled(last) if job.recipe.distil_epochs else Distilled()
-    finish = Finish(refined, len(layers), distilled, inputs)
-    _describe(job, finish)
-    return finish
+        tail = {}
+        for name, tensor in self.tuned.items():
+            if not name.startswith(f"{structure.layers_path}."):
+                tail[name] = tensor.to(replay.model.get_parameter(name))
+        return ScoredModel(self.inputs, overrides, tail)
 
 
-DISTILLED = "distilled.safetensors"
+def assembled_layers(replay: Replay, candidates: CandidateFiles, allocation: Allocation) -> Iterator[RefinedLayer]:
+    """The layers of an allocation with the codes of the candidates, without reconstruction."""
+    for i, widths in enumerate(allocation.by_layer):
+        yield assemble_layer(candidates.layer(i, "cpu"), replay.structure.layers[i], widths)
 
 
-def _refine(
+def run_reconstruction(
+    job: Job, replay: Replay, stored: dict[str, torch.dtype], windows: Windows, allocation: Allocation
+) -> ReconstructedModel:
+    """Reconstructs every layer at the chosen widths, then distills the model.
+
+    Args:
+        job: the job.
+        replay: the full-precision model. It has its weights again afterwards.
+        stored: the type in which each parameter is stored.
+        windows: the calibration windows.
+        allocation: the chosen widths.
+    """
+    widths = allocation.by_layer
+    inputs = {**reconstruction_inputs(job, windows), "allocation": digest(widths)}
+    stage = job.work.stage(f"refined-{digest(inputs)[:8]}", inputs)
+    inputs = {**distillation_inputs(job, windows), "allocation": digest(widths)}
+    distillation_stage = job.work.stage(f"distilled-{digest(inputs)[:8]}", inputs)
+    layer_count = len(replay.structure.layers)
+    missing = [i for i in range(layer_count) if not stage.has(layer_file(i))]
+    distills = bool(job.recipe.distil_epochs) and not distillation_stage.has(DISTILLED_FILE)
+    if missing or distills:
+        end = layer_count if distills else missing[-1] + 1
+        teacher = _reconstruct_layers(job, replay, stored, windows, stage, widths, missing, end)
+        if distills:
+            _distill(job, replay, stored, windows, stage, distillation_stage, widths, teacher)
+    distilled = _load_distilled(distillation_stage) if job.recipe.distil_epochs else Distilled()
+    model = ReconstructedModel(stage, layer_count, distilled, inputs)
+    _summarize(job, model)
+    return model
+
+
+def _reconstruct_layers(
     job: Job,
     replay: Replay,
     stored: dict[str, torch.dtype],
+    windows: Windows,
     stage: Stage,
     widths: list[list[ExpertWidths]],
     missing: list[int],
-    to_the_end: bool,
+    end: int,
 ) -> Batches:
-    """Refines the missing layers. Returns the full-precision model's hidden states behind the last layer run.
+    """Reconstructs the missing layers. Returns the full-precision hidden states after the last layer that was run.
 
-    to_the_end: run the full-precision model to its end, as distillation needs that
+    Args:
+        missing: indices of the layers that are not in ``stage``.
+        end: number of layers to run. Distillation needs the full-precision model's last hidden states.
     """
     recipe, structure = job.recipe, replay.structure
-    training = job.training(recipe.layer_epochs, recipe.rate_codes)
+    training = training_settings(job, recipe.layer_epochs, recipe.rate_codes)
+    quantizer = quantizer_settings(recipe)
     with_teacher = training is not None or bool(recipe.distil_epochs)
-    end = len(structure.layers) if to_the_end else missing[-1] + 1
     with (
-        job.monitor.stage("reconstruct" if training else "refine", end) as tick,
-        stage.writing_behind() as save,
+        job.monitor.stage(reconstruction_name(recipe.layer_epochs), end) as tick,
+        stage.background_writer() as save,
     ):
-        activations = job.start_activations(replay)
+        activations = job.start_activations(replay, windows)
         exact = activations.hidden.copy() if with_teacher else Batches(replay.memory)
-        # what trains a layer takes the next one's room: see ``footprint``
+        # Training a layer uses the memory that the next one would take (see ``peak_bytes``).
         for i in replay.walk(range(end), ahead=training is None):
             if with_teacher:
                 activations.advance_all(replay, i, [exact])
             if i in missing:
                 targets = Targets(exact, stored, training) if training is not None else None
-                done = refine_layer(replay, i, activations, job.quantizer, widths[i], recipe.attention_bits, targets)
-                save(layer_file(i), done.to_tensors())
+                layer = refine_layer(replay, i, activations, quantizer, widths[i], recipe.attention_bits, targets)
+                save(layer_file(i), layer.to_tensors())
                 activations.advance(replay, i)
-                replay.restore(i)  # the next stage finds the model in full precision
+                replay.restore(i)  # later stages use the full-precision model
             elif missing and i < missing[-1]:
-                done = RefinedLayer.from_tensors(stage.load_tensors(layer_file(i), str(job.device)))
-                bits, group = recipe.attention_bits, recipe.group_size
-                own = layer_overrides(replay.model, structure.layers[i], done, widths[i], bits, group)
-                activations.advance(replay, i, own)
+                layer = _load_layer(stage, i, str(job.device))
+                scheme = layer_scheme(recipe, widths[i])
+                overrides = layer_overrides(replay.model, structure.layers[i], layer, scheme)
+                activations.advance(replay, i, overrides)
             tick()
     return exact
 
 
-def _distil(
+def _distill(
     job: Job,
     replay: Replay,
     stored: dict[str, torch.dtype],
-    refined: Stage,
+    windows: Windows,
+    layers: Stage,
     stage: Stage,
     widths: list[list[ExpertWidths]],
     teacher: Batches,
 ) -> None:
-    recipe = job.recipe
-    training = job.training(recipe.distil_epochs, 0.0)
+    """Distills the reconstructed model into ``stage``.
+
+    Args:
+        layers: the stage with the reconstructed layers.
+        teacher: the full-precision model's last hidden states, per micro-batch.
+    """
+    recipe, model = job.recipe, replay.model
+    training = training_settings(job, recipe.distil_epochs, 0.0)
     assert training is not None
+    memory = ModelMemory(replay.structure, recipe, model.config, model.dtype, replay.device)
+    with job.monitor.stage(DISTILL, 1) as tick:
+        distilled = distil(
+            replay,
+            lambda index: _load_layer(layers, index, str(job.device)),
+            [layer_scheme(recipe, layer_widths) for layer_widths in widths],
+            job.start_activations(replay, windows),
+            teacher,
+            Distillation(training, recipe.distil_loss, recipe.distil_sets, stored),
+            tick,
+            distillation_peak_bytes(memory),
+        )
+    tensors = dict(distilled.tensors)
+    for name, tensor in distilled.tuned.items():
+        tensors[PARAMETER_PREFIX + name] = tensor
+    tensors["notes"] = torch.tensor([distilled.before, distilled.after], dtype=torch.float64)
+    stage.save_tensors(DISTILLED_FILE, tensors)
 
-    def layer(index: int) -> RefinedLayer:
-        return RefinedLayer.from_tensors(refined.load_tensors(layer_file(index), str(job.device)))
 
-    with job.monitor.stage("distil", 1) as tick:
-        how = Distillation(training, recipe.distil_loss, recipe.distil_sets)
-        start, bits, group = job.start_activations(replay), recipe.attention_bits, recipe.group_size
-        model = replay.model
-        footprint = Footprint(replay.structure, recipe, model.config, model.dtype, replay.device)
-        beside = footprint.stages(job.train_room)["distil"]
-        done = distil(replay, layer, widths, bits, start, teacher, how, stored, group, tick, beside)
-    notes = torch.tensor([done.before, done.after], dtype=torch.float64)
-    tuned = {f"tuned:{name}": tensor for name, tensor in done.tuned.items()}
-    stage.save_tensors(DISTILLED, {**done.tensors, **tuned, "notes": notes})
+def _load_layer(stage: Stage, index: int, device: str = "cpu") -> RefinedLayer:
+    """A reconstructed layer, before distillation."""
+    return RefinedLayer.from_tensors(stage.load_tensors(layer_file(index), device))
 
 
 def _load_distilled(stage: Stage) -> Distilled:
-    tensors = stage.load_tensors(DISTILLED)
-    before, after = tensors.pop("notes").tolist()
-    tuned = {n.removeprefix("tuned:"): tensors.pop(n) for n in list(tensors) if n.startswith("tuned:")}
-    return Distilled(tensors, tuned, before, after)
+    """What distillation changed."""
+    tensors = stage.load_tensors(DISTILLED_FILE)
+    loss_before, loss_after = tensors.pop("notes").tolist()
+    tuned = {}
+    for name in [name for name in tensors if name.startswith(PARAMETER_PREFIX)]:
+        tuned[name.removeprefix(PARAMETER_PREFIX)] = tensors.pop(name)
+    return Distilled(tensors, tuned, loss_before, loss_after)
 
 
-def _describe(job: Job, finish: Finish) -> None:
-    """Counts, gains and trained parameters of all layers."""
-    retries = kept = 0
-    before = after = 0.0
-    for i in range(finish.count):
-        layer = RefinedLayer.from_tensors(finish.refined.load_tensors(layer_file(i)))
-        finish.tuned.update(layer.tuned)
+def _summarize(job: Job, model: ReconstructedModel) -> None:
+    """Collects the trained parameters and gains of all layers in ``model``, and counts fallbacks."""
+    recipe = job.recipe
+    retries = not_improved = 0
+    error_before = error_after = 0.0
+    for i in range(model.layer_count):
+        layer = _load_layer(model.stage, i)
+        model.tuned.update(layer.tuned)
         retries += layer.retries
-        kept += int(bool(job.recipe.layer_epochs) and not layer.after < layer.before)  # NaN counts
-        before += layer.before / finish.count
-        after += layer.after / finish.count
-    finish.tuned.update(finish.distilled.tuned)
-    job.fallbacks["hessians_damped_more"] = job.fallbacks.get("hessians_damped_more", 0) + retries
-    job.fallbacks["layers_not_improved_by_training"] = kept
-    if job.recipe.layer_epochs:
-        finish.gains.update(reconstruction_before=before, reconstruction_after=after)
-    if job.recipe.distil_epochs:
-        finish.gains.update(distillation_before=finish.distilled.before, distillation_after=finish.distilled.after)
-        job.fallbacks["distillation_dropped"] = int(not finish.distilled.after < finish.distilled.before)
+        improved = layer.after < layer.before  # False for NaN
+        not_improved += int(bool(recipe.layer_epochs) and not improved)
+        error_before += layer.before / model.layer_count
+        error_after += layer.after / model.layer_count
+    distilled = model.distilled
+    model.tuned.update(distilled.tuned)
+    job.count_fallback("hessians_damped_more", retries)
+    job.fallbacks["layers_not_improved_by_training"] = not_improved
+    if recipe.layer_epochs:
+        model.gains.update(reconstruction_before=error_before, reconstruction_after=error_after)
+    if recipe.distil_epochs:
+        model.gains.update(distillation_before=distilled.before, distillation_after=distilled.after)
+        job.fallbacks["distillation_dropped"] = int(not distilled.after < distilled.before)
+
+
+# Costs
+
+
+def reconstruction_work(workload: Workload) -> Work:
+    """Work of the stage: forward passes and GPTQ at the chosen widths, then training towards exact outputs."""
+    recipe = workload.recipe
+    forward_passes = 4 if recipe.layer_epochs or recipe.distil_epochs else 3
+    steps = workload.training_steps(recipe.layer_epochs)
+    work = Work()
+    for layer in workload.structure.layers:
+        work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1)
+        work += workload.forward(layer, steps * workload.batch_tokens, steps) * 3
+        work += workload.train(workload.quantized_weights(layer), steps)
+    return work
+
+
+def distillation_work(workload: Workload) -> Work:
+    """Work of the stage: each step runs a layer forward, forward again for its gradient, and backward."""
+    steps = workload.training_steps(workload.recipe.distil_epochs)
+    tokens = steps * workload.batch_tokens
+    work = workload.head(tokens) * 3
+    for layer in workload.structure.layers:
+        work += workload.forward(layer, tokens, steps) * 4
+    return work
+
+
+def reconstruction_peak_bytes(model: ModelMemory) -> int:
+    """Most device memory that reconstruction computes with."""
+    return model.largest_layer(_reconstruction_bytes)
+
+
+def distillation_peak_bytes(model: ModelMemory) -> int:
+    """Most device memory that distillation computes with."""
+    return max(model.loss(float32_bytes=20, copies=2), model.largest_layer(_distillation_bytes))
+
+
+def _reconstruction_bytes(memory: LayerMemory) -> int:
+    """Bytes for one layer: collecting Hessians, GPTQ, installing the dequantized weights, and training."""
+    if memory.layer.experts is None:
+        return memory.dense_hessians + memory.dense_quantization
+    hessians = memory.dense_hessians + memory.expert_hessians + memory.mean_hessians
+    quantizing = hessians + memory.expert_quantization(1)
+    weight_bytes = memory.expert_weights * memory.dtype.itemsize
+    installing = memory.expert_weights + 2 * weight_bytes + 4 * memory.largest_matrices // 8
+    peak = max(memory.collecting_hessians, quantizing, installing)
+    if memory.recipe.layer_epochs:
+        weights = memory.expert_weights + memory.linear_weights
+        training = weights * memory.layer_trained_bytes + memory.routed_pairs(backward=True)
+        if memory.on_gpu:  # the next layer is not read while this one is trained
+            training -= weight_bytes
+        peak = max(peak, training)
+    return peak
+
+
+def _distillation_bytes(memory: LayerMemory) -> int:
+    """Bytes for one layer: its dequantized weights and their gradients, and a micro-batch's pairs."""
+    if memory.layer.experts is None:
+        return 0
+    weights = 2 * memory.expert_weights * memory.dtype.itemsize
+    dequantizing = 20 * min(UNPACKED_TOGETHER, memory.largest_matrices)
+    return weights + memory.routed_pairs(backward=True) + dequantizing

@@ -1,9 +1,9 @@
 """Sensitivity: what a layer's experts at one width cost the whole model, measured rather than estimated.
 
-Scores compare the experts of one layer well, and layers with each other less well: they are of first order, and a
-change deep in the model is worth less than one at its start that predicts as much. So for every layer and width the KL
-to the full-precision model is measured with that layer's experts at that width and all else as it was, on a few
-calibration windows, and scores are scaled to sum to it (``allocation.scores.rescaled``).
+Scores compare the experts of one layer well, but layers with each other less well: they are first-order estimates, and
+a change deep in the model matters less than an early one with the same estimate. So the KL to the full-precision model
+is measured for every layer and width, with that layer's experts at that width and everything else exact, on a few
+calibration windows. Scores are scaled to sum to it (``allocation.scores.rescaled``).
 
 Shapes: N windows, W widths, S tokens, H hidden size.
 """
@@ -19,60 +19,92 @@ from gemq.allocation.divergence import windows_kl
 from gemq.allocation.scores import ExpertWeights
 from gemq.allocation.sensitivity import measured_tokens, measured_windows
 from gemq.calibration.activations import Activations
+from gemq.calibration.windows import Windows
 from gemq.layers.training import expert_overrides
 from gemq.models.replay import Replay
+from gemq.pipeline.candidates_stage import CandidateFiles
 from gemq.pipeline.context import Job
-from gemq.pipeline.layer_stages import layer_file, rung_weights
-from gemq.pipeline.workdir import Stage
+from gemq.pipeline.stage_settings import sensitivity_inputs
+from gemq.pipeline.workdir import Stage, layer_file
+from gemq.planning.cost_model import Work, Workload
 from gemq.runtime.activation_store import Batches
 from gemq.runtime.progress import Tick
+
+SENSITIVITY = "sensitivity"
+"""Name of the stage: of its directory, and in progress bars and the summary."""
 
 
 @torch.no_grad()
 def layer_kl(
     replay: Replay,
     start: Activations,
-    rungs: Callable[[int], Iterable[ExpertWeights]],
+    expert_weights: Callable[[int], Iterable[ExpertWeights]],
     tick: Tick,
 ) -> dict[int, Tensor]:
-    """KL per token, float64 [W, N], by layer with experts: all experts of that layer at one width, all else exact.
+    """Measures the KL of the model with all experts of one layer at one width, everything else exact.
 
-    start: the windows in front of the first layer; N is in their stored order
-    rungs: a layer's experts at every width
-    All measured models advance together, so that each layer is needed once.
+    All measured models advance side by side, so that each layer is loaded once.
+
+    Args:
+        replay: the full-precision model.
+        start: the windows in front of the first layer.
+        expert_weights: from the index of a layer, its experts' weights at every width.
+        tick: called after each layer.
+
+    Returns:
+        By layer with experts, the KL per token: float64 [W, N], N in the windows' stored order.
     """
     layers = replay.structure.layers
     exact = start.hidden.copy()
-    states: dict[int, list[Batches]] = {}
+    states_by_layer: dict[int, list[Batches]] = {}
     for i in replay.walk(range(len(layers))):
-        experts, running = layers[i].experts, [exact, *(state for changed in states.values() for state in changed)]
+        states = _all_states(states_by_layer)
+        experts = layers[i].experts
         if experts is not None:
-            states[i] = []
-            for weights in rungs(i):
-                states[i].append(exact.copy())
-                start.advance_all(replay, i, states[i][-1:], expert_overrides(replay.model, experts, weights))
-        start.advance_all(replay, i, running)
+            states_by_layer[i] = []
+            for weights in expert_weights(i):
+                state = exact.copy()
+                start.advance_all(replay, i, [state], expert_overrides(replay.model, experts, weights))
+                states_by_layer[i].append(state)
+        start.advance_all(replay, i, [exact, *states])
         tick()
-    found = iter(windows_kl(replay, start, exact, [state for changed in states.values() for state in changed]))
-    return {i: torch.stack([next(found) for _ in changed]) for i, changed in states.items()}
+    measured = iter(windows_kl(replay, start, exact, _all_states(states_by_layer)))
+    kl_by_layer = {}
+    for i, states in states_by_layer.items():
+        kl_by_layer[i] = torch.stack([next(measured) for _ in states])
+    return kl_by_layer
 
 
-def run_sensitivity(job: Job, replay: Replay, ladder: Stage) -> Stage:
-    """Every layer's KL at every width, by window: a file per layer with experts, and the windows' sources."""
-    stage = job.work.stage("sensitivity", job.sensitivity_inputs())
-    moe = [i for i, _ in replay.structure.moe_layers]
-    if all(stage.has(layer_file(i)) for i in moe):
+def _all_states(states_by_layer: dict[int, list[Batches]]) -> list[Batches]:
+    """The hidden states of all measured models, in the order of their layers."""
+    return [state for states in states_by_layer.values() for state in states]
+
+
+def run_sensitivity(job: Job, replay: Replay, windows: Windows, candidates: CandidateFiles) -> Stage:
+    """Measures every layer at every width: a file per layer with experts, and the windows' sources."""
+    stage = job.work.stage(SENSITIVITY, sensitivity_inputs(job, windows))
+    moe_layers = [i for i, _ in replay.structure.moe_layers]
+    if all(stage.has(layer_file(i)) for i in moe_layers):
         return stage
-    windows = measured_windows(job.windows, measured_tokens(job.windows.tokens.numel()))
-    with job.monitor.stage("sensitivity", len(replay.structure.layers)) as tick:
-        start = Activations.start(replay, windows, job.recipe.batch_tokens, job.recipe.seed)
+    measured = measured_windows(windows, measured_tokens(windows.tokens.numel()))
 
-        def rungs(index: int) -> Iterator[ExpertWeights]:
-            experts = replay.structure.layers[index].experts
-            assert experts is not None
-            return (rung_weights(job, replay, ladder, index, experts, w) for w in job.recipe.ladder_widths)
+    def expert_weights(index: int) -> Iterator[ExpertWeights]:
+        return (candidates.expert_weights(index, width) for width in job.recipe.ladder_widths)
 
-        for i, kl in layer_kl(replay, start, rungs, tick).items():
+    with job.monitor.stage(SENSITIVITY, len(replay.structure.layers)) as tick:
+        start = job.start_activations(replay, measured)
+        for i, kl in layer_kl(replay, start, expert_weights, tick).items():
             if not stage.has(layer_file(i)):
-                stage.save_tensors(layer_file(i), {"kl": kl, "source": windows.source})
+                stage.save_tensors(layer_file(i), {"kl": kl, "source": measured.source})
     return stage
+
+
+def sensitivity_work(workload: Workload) -> Work:
+    """Work of the stage: each layer at each width makes a model, which runs from that layer to the end."""
+    tokens = measured_tokens(workload.tokens)
+    work, models = Work(), 1
+    for layer in workload.structure.layers:
+        if layer.experts is not None:
+            models += workload.widths
+        work += workload.forward(layer, tokens) * models
+    return work + workload.head(tokens) * models

@@ -1,7 +1,7 @@
-"""The size curve: what each budget over the ladder's range takes and predicts, from a work directory's scores.
+"""The size curve: bytes and predicted cost of every budget within the candidate widths, from a work directory's scores.
 
-Only the allocation is solved, once for every point: neither weights nor the ladder are read. The scores are those
-around the full-precision model, as in an ``export`` without ``finish``.
+Each point solves one allocation. Neither weights nor candidates are read. The scores are those around the
+full-precision model, as in an ``export`` without ``finish``.
 """
 
 from __future__ import annotations
@@ -18,29 +18,34 @@ import numpy as np
 
 from gemq.allocation.problem import Budget, Problem, allocate, smallest_budget
 from gemq.errors import UserError
-from gemq.models.byte_sizes import linear_bytes, other_bytes
 from gemq.models.source import configured_types
 from gemq.models.structure import Structure, find_structure
+from gemq.pipeline.allocation_stage import Costs, layer_costs, shape_problem
 from gemq.pipeline.job_record import check_config, recorded_job
-from gemq.pipeline.layer_stages import Judged, layer_costs, layer_file, shape_problem
-from gemq.pipeline.workdir import Stage, WorkDir
+from gemq.pipeline.preflight import fixed_bytes, original_bytes
+from gemq.pipeline.scores_stage import SCORES
+from gemq.pipeline.sensitivity_stage import SENSITIVITY
+from gemq.pipeline.workdir import Stage, WorkDir, layer_file
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
 from gemq.runtime.files import replacing, write_text
 
-STEP = 0.125
-"""Bits between two budgets of a curve."""
+STEP_BITS = 0.125
+"""Distance between two budgets of a curve."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One budget of ``bits`` nominal bits per expert weight, and what its allocation takes and predicts.
+    """A budget, and the size and predicted cost of its allocation.
 
-    nominal_bits, stored_bits: that it uses per expert weight, without and with scales and offsets
-    expert_bytes:   of all experts
-    stored_bytes:   of the whole checkpoint's tensors
-    predicted_cost: sum of the chosen scores
-    uniform_cost:   the same for the best mixture of two candidate widths in equal shares of every layer, on average
+    Attributes:
+        bits: the budget, in nominal bits per expert weight.
+        nominal_bits: of the allocation per expert weight, without scales and offsets.
+        stored_bits: the same with scales and offsets.
+        expert_bytes: of all experts.
+        stored_bytes: of all the checkpoint's tensors.
+        predicted_cost: sum of the scores of the allocation.
+        uniform_cost: the same for the best mixture of two candidate widths in equal shares of every layer, on average.
     """
 
     bits: float
@@ -54,7 +59,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """``points`` in order of budget. ``original_bytes``: of the full-precision model."""
+    """The points of a curve, in order of budget, and the bytes of the full-precision model."""
 
     model: str
     method: str
@@ -63,29 +68,30 @@ class Curve:
 
     @property
     def unit(self) -> float:
-        """The cost of uniform widths at the smallest budget: costs are shown as shares of it."""
+        """The cost of uniform widths at the smallest budget. Costs are shown relative to it."""
         return self.points[0].uniform_cost or 1.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the command line writes them to JSON."""
         return asdict(self)
 
 
 def size_curve(
     work: str | Path,
     method: str | None = None,
-    step: float = STEP,
+    step: float = STEP_BITS,
     *,
     model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Curve:
-    """The curve of a work directory of ``quantize``, in seconds.
+    """The size curve of a work directory of ``quantize``. Takes seconds.
 
     Args:
-        work: the work directory
-        method: ``global`` or ``layerwise``; None is the recipe's own if it goes by scores, else global
-        step: bits between two budgets
-        model: where the full-precision model lies now, if it was moved
-        trust_remote_code: lets code of the model run
+        work: the work directory.
+        method: ``global`` or ``layerwise``. By default the recipe's method if it uses scores, otherwise ``global``.
+        step: bits between two budgets.
+        model: where the full-precision model is now, if it was moved.
+        trust_remote_code: allow code of the model to run.
 
     Raises:
         UserError: the directory holds no complete scores, or is damaged.
@@ -100,66 +106,64 @@ def size_curve(
     if method not in ("global", "layerwise"):
         raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
     stored = configured_types(skeleton)
-    fixed = other_bytes(skeleton, structure, recipe, stored) + linear_bytes(structure, recipe)
-    least = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
+    fixed = fixed_bytes(skeleton, structure, recipe, stored)
+    smallest = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
     points = []
     for bits in budgets(nominal_bits(problem.widths[0]), nominal_bits(problem.widths[-1]), step):
-        if bits < least:
+        if bits < smallest:
             continue
-        budget = Budget("bits", bits)
-        found = allocate(problem, budget, method, layer_rule=recipe.layer_rule, seed=recipe.seed)
-        points.append(
-            CurvePoint(
-                bits,
-                found.nominal_bits,
-                found.stored_bits,
-                found.stored_bytes,
-                fixed + found.stored_bytes,
-                found.predicted_cost,
-                uniform_cost(problem, bits),
-            )
+        allocation = allocate(problem, Budget("bits", bits), method, layer_rule=recipe.layer_rule, seed=recipe.seed)
+        point = CurvePoint(
+            bits=bits,
+            nominal_bits=allocation.nominal_bits,
+            stored_bits=allocation.stored_bits,
+            expert_bytes=allocation.stored_bytes,
+            stored_bytes=fixed + allocation.stored_bytes,
+            predicted_cost=allocation.predicted_cost,
+            uniform_cost=uniform_cost(problem, bits),
         )
-    original = sum(p.numel() * stored[name].itemsize for name, p in skeleton.named_parameters())
-    return Curve(str(source.path), method, original, tuple(points))
+        points.append(point)
+    return Curve(str(source.path), method, original_bytes(skeleton, stored), tuple(points))
 
 
 def uniform_cost(problem: Problem, bits: float) -> float:
     """The lowest cost of uniform widths, or of two widths mixed at random, with at most ``bits`` nominal bits.
 
-    It is the mean over all draws of a mixture, and so falls steadily as budgets grow.
+    The cost of a mixture is the mean over all draws. So the cost never rises as budgets grow.
     """
-    widths = [nominal_bits(width) for width in problem.widths]
-    costs = problem.costs.sum(axis=0).tolist()
-    reachable = [(b, cost) for b, cost in zip(widths, costs, strict=True) if b <= bits]
-    found = [cost for _, cost in reachable]
-    for (a, cost_a), (b, cost_b) in itertools.product(reachable, zip(widths, costs, strict=True)):
-        if b > bits:
-            found.append(cost_a + (cost_b - cost_a) * (bits - a) / (b - a))
-    return min(found)
+    total_costs = problem.costs.sum(axis=0).tolist()
+    by_width = [(nominal_bits(width), cost) for width, cost in zip(problem.widths, total_costs, strict=True)]
+    narrower = [(width, cost) for width, cost in by_width if width <= bits]
+    wider = [(width, cost) for width, cost in by_width if width > bits]
+    costs = [cost for _, cost in narrower]
+    for (low, low_cost), (high, high_cost) in itertools.product(narrower, wider):
+        costs.append(low_cost + (high_cost - low_cost) * (bits - low) / (high - low))
+    return min(costs)
 
 
 def budgets(low: float, high: float, step: float) -> list[float]:
-    """Multiples of ``step`` between ``low`` and ``high``, and these two."""
-    inside = np.arange(np.floor(low / step) + 1, np.ceil(high / step)) * step
-    return [low, *(float(b) for b in inside), high] if high > low else [low]
+    """``low``, the multiples of ``step`` between ``low`` and ``high``, and ``high``."""
+    if high <= low:
+        return [low]
+    multiples = np.arange(np.floor(low / step) + 1, np.ceil(high / step)) * step
+    return [low, *multiples.tolist(), high]
 
 
 def write_curve(curve: Curve, directory: Path) -> list[Path]:
-    """Writes ``curve.csv`` and, where matplotlib is installed, ``curve.svg``. Returns what was written.
+    """Writes ``curve.csv`` and, if matplotlib is installed, ``curve.svg``. Returns the paths of the files.
 
-    The figure shows costs as the summary does: as shares of ``Curve.unit``.
+    Like the summary, the figure shows costs relative to ``Curve.unit``.
     """
+    table_path, figure_path = directory / "curve.csv", directory / "curve.svg"
     text = io.StringIO()
-    rows = [asdict(point) for point in curve.points]
     writer = csv.DictWriter(text, list(CurvePoint.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    write_text(directory / "curve.csv", text.getvalue())
-    written = [directory / "curve.csv"]
+    writer.writerows(asdict(point) for point in curve.points)
+    write_text(table_path, text.getvalue())
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return written
+        return [table_path]
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot()
     sizes = [p.stored_bytes / 1e9 for p in curve.points]
@@ -177,27 +181,36 @@ def write_curve(curve: Curve, directory: Path) -> list[Path]:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(directory / "curve.svg") as temporary:
+    with replacing(figure_path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
-    return [*written, directory / "curve.svg"]
+    return [table_path, figure_path]
 
 
 def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Problem:
-    """The allocation problem with the costs of all calibration sources. Token counts, which it does not need, are 0."""
+    """The allocation problem with the costs of all calibration sources. Token counts are not needed: they are 0."""
     problem = shape_problem(structure, recipe)
     names = [layer_file(i) for i, _ in structure.moe_layers]
-    measured = _complete(work, "sensitivity", names) if recipe.rescale else None
-    judged = Judged(_complete(work, "scores-*", names), measured)
-    costs = [layer_costs(judged, i, recipe.smoothing) for i, _ in structure.moe_layers]
-    return replace(problem, costs=np.concatenate(costs))
+    sensitivity = _finished_stage(work, SENSITIVITY, names) if recipe.rescale else None
+    costs = Costs(_finished_stage(work, f"{SCORES}-*", names), sensitivity)
+    cost_tables = [layer_costs(costs, i, recipe.smoothing) for i, _ in structure.moe_layers]
+    return replace(problem, costs=np.concatenate(cost_tables))
 
 
-def _complete(work: WorkDir, pattern: str, names: list[str]) -> Stage:
-    """The stage around full precision that matches ``pattern`` and has all of ``names``."""
+def _finished_stage(work: WorkDir, pattern: str, names: list[str]) -> Stage:
+    """The finished stage around the full-precision model.
+
+    Args:
+        work: the work directory.
+        pattern: of the stage's directory.
+        names: files that it must have.
+
+    Raises:
+        UserError: there is none.
+    """
     for stage, inputs in work.finished(pattern, names):
         if not inputs.get("around"):
             return stage
     raise UserError(
-        f"{work.path} holds no complete scores: go on with the same gemq quantize command and --resume, or make them "
+        f"{work.path} holds no complete scores: repeat the gemq quantize command with --resume, or make them "
         f"with gemq export {shlex.quote(str(work.path))} -o OUT --allocate global"
     )

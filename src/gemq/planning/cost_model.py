@@ -1,320 +1,124 @@
-"""What each stage of a job computes, counted from shapes and the recipe: the estimates of ``plan`` rest on it.
+"""Counts what the stages of a job compute, from shapes and the recipe, to estimate how long they take.
 
-Counts follow what the stages do (see each function). Knows structures and recipes; ``machine`` measures how fast a
-machine is. Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts a token, W widths.
+Each stage states its work next to its code, in terms of the costs of layers below. Divided by the rates of a device
+(``runtime.device.measure``) it gives seconds. The estimate ignores overlap, files and compilation. Expect it to be
+right within a factor of two or three; the shares of the stages are more accurate than their lengths.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from gemq.allocation.guard import OWN, PER_SOURCE, UNIFORM_SEEDS
-from gemq.allocation.sensitivity import measured_tokens
-from gemq.calibration.self_generation import batch_size, cache_bytes, side_by_side
-from gemq.calibration.sources import SELF
-from gemq.layers.candidates import LINEAR_TOKENS
-from gemq.models.structure import Experts, Layer, Structure
+from gemq.models.structure import Layer, Structure
 from gemq.planning.memory_model import experts_per_token
-from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
-from gemq.runtime.device import Rates, measure
+from gemq.runtime.device import Rates
 from gemq.runtime.ranks import GPU_BATCHES_PER_FORWARD, batches_per_forward
 
-GUARD_TRIES = 3
-"""Allocations that the guard is expected to look at: the one that scores make, and softer ones."""
+DENSE_PASSES, EXPERT_PASSES = 45, 9
+"""Elementwise reads and writes: of a token's hidden state in a layer, and of a pair's hidden and intermediate state."""
 
-DENSE_PASSES = 45.0
-"""Numbers of a token's hidden size that a layer reads and writes beside its products: norms, residuals, rotations."""
-EXPERT_PASSES = 9.0
-"""The same for each routed pair, of the hidden and of the intermediate size."""
-DENSE_CALLS, EXPERT_CALLS = 150.0, 10.0
-"""PyTorch operations of one call of a layer, and those that each expert adds."""
-GPU_DENSE_CALLS, GPU_EXPERT_CALLS = 60.0, 20.0
-"""The same on a GPU, where most run behind the device's back and all experts are one product."""
-GPU_GPTQ = 45.0
-"""Operations of bfloat16 products in the time of one of GPTQ's float32 ones: factors, and errors into later columns."""
-GPU_TRAINED_BYTES = 22.0
-"""As ``TRAINED_BYTES``, in one pass over latents and moments of 16 bits."""
-LOGIT_BYTES = 24.0
-"""Read and written for each logit by a softmax and what is made of it, in float32."""
-FIT_BYTES = 760.0
-"""Read and written for each weight by fitting a grid: six rounds of rounding and least squares."""
-COLUMN_BYTES, UPDATE_BYTES = 80.0, 16.0
-"""The same for rounding a column, and for each of the columns that its error then changes."""
-DEQUANTIZED_BYTES = 30.0
-"""Read and written for each weight while torch unpacks codes and multiplies them out."""
-UNPACKED_BYTES = 2.5
-"""The same by a GPU's kernel in distillation, which reads codes and writes weights, or reads their gradients."""
-TRAINED_BYTES = 150.0
-"""Read and written for each weight in a step of training: rounding, its gradient, AdamW."""
+LOGIT_BYTES = 24
+"""Read and written for each logit by a softmax and a loss."""
 
-REPLAYED = 0.2
-"""What an operation costs that a CUDA graph replays, of what it costs to launch: written windows, lab log, entry 24."""
+
+class DeviceCosts(NamedTuple):
+    """Costs that differ between devices, fitted to measured jobs."""
+
+    layer_calls: int
+    """Operations that a call of a layer launches."""
+    expert_calls: int
+    """Operations that it launches for each expert."""
+    gptq_products: int
+    """Floating-point operations of GPTQ for each weight and column."""
+    gptq_bytes: int
+    """Read and written for each weight by fitting a grid and rounding."""
+    train_bytes: int
+    """Read and written for each weight by a training step: rounding, its gradient, AdamW."""
+
+
+CPU = DeviceCosts(layer_calls=150, expert_calls=10, gptq_products=1, gptq_bytes=250, train_bytes=150)
+GPU = DeviceCosts(layer_calls=80, expert_calls=0, gptq_products=45, gptq_bytes=0, train_bytes=22)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of what takes time; the rates of ``machine`` have the same names."""
+    """Operations of a stage, in the units of ``runtime.device.Rates``.
+
+    Attributes:
+        products: floating-point operations of matrix products.
+        bytes: read and written by elementwise operations.
+        calls: operations launched.
+    """
 
     products: float = 0.0
     bytes: float = 0.0
-    near: float = 0.0
     calls: float = 0.0
-    draws: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+        return Work(self.products + other.products, self.bytes + other.bytes, self.calls + other.calls)
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(a * times for a in self._values()))
+        return Work(self.products * times, self.bytes * times, self.calls * times)
 
     def seconds(self, rates: Rates) -> float:
-        """One after the other: an upper bound where they overlap."""
-        return sum(getattr(self, name) / getattr(rates, name) for name in Work.__dataclass_fields__)
-
-    def _values(self) -> tuple[float, ...]:
-        return self.products, self.bytes, self.near, self.calls, self.draws
-
-
-def total(parts: Iterable[Work]) -> Work:
-    return sum(parts, start=Work())
+        """The time on a device with these rates, one kind of operation after the other."""
+        return self.products / rates.products + self.bytes / rates.bytes + self.calls / rates.calls
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A job's counts.
+    """The size of a job, and what a layer costs in it.
 
-    hidden, vocabulary: of the model; ``per_token``: experts that a token chooses
-    window:   tokens per calibration window
-    itemsize: bytes of the compute type; ``windows_at_once``: that the model writes side by side, at least
-    on_gpu:   count as its kernels work; ``most_at_once``: windows that it has room for there
+    Attributes:
+        structure: the model's layers.
+        recipe: of the job.
+        config: the model's.
+        window: tokens per calibration window.
+        dtype: compute type.
+        device: where the job computes.
+        memory: bytes that weights and caches may take on the device.
     """
 
     structure: Structure
     recipe: Recipe
-    hidden: int
-    vocabulary: int
-    per_token: int
+    config: Any
     window: int
-    itemsize: int
-    windows_at_once: int
-    on_gpu: bool = False
-    most_at_once: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        structure: Structure,
-        recipe: Recipe,
-        config: Any,
-        window: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory: int = 0,
-    ) -> Workload:
-        """config: the model's; it computes in ``dtype`` on ``device``
-
-        memory: bytes that it may hold there beside what it computes with
-        """
-        text = config.get_text_config()
-        free = memory - structure.total_parameters * dtype.itemsize
-        return cls(
-            structure,
-            recipe,
-            hidden=text.hidden_size,
-            vocabulary=text.vocab_size,
-            per_token=experts_per_token(text),
-            window=window,
-            itemsize=dtype.itemsize,
-            windows_at_once=batch_size(text, window),
-            on_gpu=device.type == "cuda",
-            most_at_once=free // cache_bytes(text, window, dtype.itemsize),
-        )
-
-    def seconds(self, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        """What each stage is expected to take on ``device``, which is measured for a second."""
-        experts = self.structure.moe_layers[0][1].experts
-        assert experts is not None
-        rates = measure(device, dtype, experts.matrices[0].rows, experts.matrices[0].columns)
-        return {name: work.seconds(rates) for name, work in self.stages().items()}
-
-    # Stages
-
-    def stages(self) -> dict[str, Work]:
-        """The stages of the job that the recipe asks for, in order, by the names that its bars have."""
-        r, layers = self.recipe, self.structure.layers
-        scored = r.allocate in ("global", "layerwise")
-        guarded = scored and r.guard and r.refine
-        judge = OWN + PER_SOURCE * (SELF in r.calib) if guarded else 0
-        along = judge if self._added_windows and r.calib != (SELF,) else 0  # written in the same batches
-        stages = {
-            "calibration windows": self.generate(self._own_windows + along),
-            "ladder": total(map(self.ladder, layers)),
-        }
-        if scored and r.rescale:
-            stages["sensitivity"] = self.sensitivity()
-        if scored:
-            stages["scores"] = (self.loss() + total(map(self.scores, layers))) * self._budgets
-        if guarded:
-            stages["guard windows"] = self.generate(judge - along)
-            stages["guard"] = self.guard()
-        if r.refine:
-            stages[self._refine_stage] = total(map(self.refine, layers)) * self._budgets
-            if r.distil_epochs:
-                stages["distil"] = self.distil() * self._budgets
-        return {name: work for name, work in stages.items() if work != Work()}
+    dtype: torch.dtype
+    device: torch.device
+    memory: int = 0
 
     @property
-    def rounds(self) -> dict[str, int]:
-        """Stages that a progressive recipe goes through several times, and how often."""
-        names = ("scores", self._refine_stage, "distil") if self._budgets > 1 else ()
-        return {name: self._budgets for name in self.stages() if name in names}
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self.config.get_text_config()
 
     @property
-    def _budgets(self) -> int:
-        return max(1, len(self.recipe.progressive))
+    def costs(self) -> DeviceCosts:
+        """Costs of the device."""
+        return GPU if self.device.type == "cuda" else CPU
 
     @property
-    def _refine_stage(self) -> str:
-        return "reconstruct" if self.recipe.layer_epochs else "refine"
+    def widths(self) -> int:
+        """Number of candidate widths."""
+        return len(self.recipe.ladder_widths)
 
     @property
-    def _own_windows(self) -> int:
-        """Windows that the model writes: its share of the sources', and those that the effort adds."""
-        r = self.recipe
-        of_sources = r.windows // len(r.calib) if SELF in r.calib else 0
-        return of_sources + self._added_windows
-
-    @property
-    def _added_windows(self) -> int:
-        return int((self.tokens - self.given_tokens) // self.window)
-
-    def generate(self, windows: int) -> Work:
-        """``windows`` written token by token: a step reads all weights for one token of each window of a batch."""
-        if not windows:
-            return Work()
-        at_once = self.windows_at_once
-        if self.on_gpu:
-            at_once = side_by_side(windows, at_once, self.most_at_once)
-        batches = -(-windows // at_once)
-        steps, tokens = self.window * batches, windows * self.window
-        work = total(self.forward(x, tokens, self.window // 2, steps) for x in self.structure.layers)
-        weights = self.structure.total_parameters * self.itemsize
-        logits = tokens * self.vocabulary * LOGIT_BYTES
-        work += self.head(tokens) + Work(bytes=logits, near=steps * weights, calls=40 * steps)
-        return dataclasses.replace(work, calls=work.calls * REPLAYED) if self.on_gpu else work
-
-    def ladder(self, layer: Layer) -> Work:
-        work = self.forward(layer, self.tokens) + self.moments(layer) + self.gptq(layer, self.widths)
-        epochs = self.recipe.ladder_epochs
-        if not epochs:
-            return work
-        if layer.linears and self.recipe.attention_bits < 16:
-            some = min(self.tokens, LINEAR_TOKENS) * epochs
-            dense = sum(x.rows * x.columns for x in layer.linears)
-            batches = some / self.batch_tokens
-            work += self.forward(layer, some, batches=batches) * 3 + self.train(dense, batches)
-        if layer.experts is None:
-            return work
-        steps, tokens = self._steps(epochs)
-        once = self.experts(layer, tokens, steps)
-        judged = self.experts(layer, self.tokens * self.recipe.held_out * 2, 2) * (1 + self.widths)
-        weights = layer.experts.count * layer.experts.weights_per_expert * self.widths
-        return work + once * (1 + 3 * self.widths) + judged + self.train(weights, steps)
-
-    def loss(self) -> Work:
-        """Logits, the gradient that goes back through them, and labels drawn from them."""
-        logits = float(self.scored_tokens * self.vocabulary)
-        drawn = logits if self.recipe.score_labels == "sampled" else 0.0
-        return self.head(self.scored_tokens) * 2 + Work(bytes=logits * 2 * LOGIT_BYTES, draws=drawn)
-
-    def scores(self, layer: Layer) -> Work:
-        """Forward, forward again and back; then every routed pair in full precision and at each width."""
-        tokens = self.scored_tokens
-        batches = tokens / self.batch_tokens
-        work = self.forward(layer, tokens) + self.forward(layer, tokens, batches=batches) * 2
-        if layer.experts is None:
-            return work
-        pairs = self.experts(layer, tokens, batches) * (1 + self.widths)
-        each = 40.0 if self.on_gpu else 16.0  # a CPU's caches hold what comes between
-        differences = tokens * self.per_token * self.widths * self.hidden * each
-        return work + pairs + Work(bytes=differences) + self.dequantize(layer) * self.widths
-
-    def sensitivity(self) -> Work:
-        """Every layer at every width, all else exact: each such model runs from that layer to the end."""
-        tokens = float(measured_tokens(self.tokens))
-        work, models = Work(), 0
-        for layer in self.structure.layers:
-            if layer.experts is not None:
-                models += self.widths
-                work += self.dequantize(layer) * self.widths
-            work += self.forward(layer, tokens, batches=tokens / (self.batch_tokens * self.at_once)) * (1 + models)
-        return work + (self.head(tokens) + Work(bytes=tokens * self.vocabulary * LOGIT_BYTES)) * (1 + models)
-
-    def guard(self) -> Work:
-        """Candidates beside full precision: the allocation and uniform, softer ones, and each source left out."""
-        r = self.recipe
-        given = [name for name in r.calib if name != SELF]
-        windows = PER_SOURCE * len(r.calib) + OWN
-        draws = 1 if float(r.bits or 2.0).is_integer() else UNIFORM_SEEDS
-        passes = windows * (2 + draws + 2 * (GUARD_TRIES - 1)) + 2 * (GUARD_TRIES - 1) * PER_SOURCE * len(given)
-        tokens = passes * self.window
-        work = total(
-            self.forward(x, tokens) + self.dequantize(x) * (draws + GUARD_TRIES) for x in self.structure.layers
-        )
-        return work + self.head(tokens) + Work(bytes=tokens * self.vocabulary * LOGIT_BYTES)
-
-    def refine(self, layer: Layer) -> Work:
-        """GPTQ on the quantized model's activations, then training towards the full-precision layer's outputs."""
-        r = self.recipe
-        attends = r.attention_bits < 16 and any(x.kind == "attention" for x in layer.linears)
-        passes = 2 + attends + bool(r.layer_epochs or r.distil_epochs)
-        work = self.forward(layer, self.tokens) * passes + self.moments(layer) + self.gptq(layer, 1)
-        work += self.dequantize(layer)
-        if not r.layer_epochs:
-            return work
-        steps, tokens = self._steps(r.layer_epochs)
-        seen = self.tokens * r.held_out * 2
-        judged = self.forward(layer, seen, batches=seen / self.batch_tokens)
-        return work + self.forward(layer, tokens, batches=steps) * 3 + judged + self.train(self._weights(layer), steps)
-
-    def distil(self) -> Work:
-        """Each step runs a layer forward, again for its gradient, and back; its experts are dequantized twice."""
-        steps, tokens = self._steps(self.recipe.distil_epochs)
-        judged = self.tokens * self.recipe.held_out * (1 + self.recipe.distil_epochs)
-        work = self.head(tokens * 3 + judged * 2) + Work(bytes=(tokens + judged) * self.vocabulary * 2.0 * LOGIT_BYTES)
-        for layer in self.structure.layers:
-            by_kernel = Work(bytes=self._weights(layer) * UNPACKED_BYTES, calls=20)
-            unpacking = by_kernel if self.on_gpu else self.dequantize(layer)
-            work += self.forward(layer, tokens, batches=steps) * 4 + unpacking * (3 * steps)
-            work += self.forward(layer, judged, batches=judged / self.batch_tokens)
-        return work
-
-    # Parts
-
-    @property
-    def given_tokens(self) -> int:
-        """In windows of the sources."""
-        return self.recipe.windows * self.window
+    def added_windows(self) -> int:
+        """Calibration windows that the effort adds to those of the sources."""
+        return -(-max(0, self.recipe.total_tokens - self.recipe.windows * self.window) // self.window)
 
     @property
     def tokens(self) -> int:
-        """Of calibration, those that the effort adds included."""
-        added = -(-max(0, self.recipe.total_tokens - self.given_tokens) // self.window)
-        return self.given_tokens + added * self.window
-
-    @property
-    def scored_tokens(self) -> int:
-        """Of calibration, those that scores take."""
-        return min(self.tokens, self.recipe.score_tokens or self.tokens)
+        """Calibration tokens, those that the effort adds included."""
+        return (self.recipe.windows + self.added_windows) * self.window
 
     @property
     def batch_tokens(self) -> int:
+        """Tokens in a micro-batch: whole windows."""
         return max(1, self.recipe.batch_tokens // self.window) * self.window
 
     @property
@@ -322,102 +126,62 @@ class Workload:
         """Micro-batches of calibration."""
         return -(-self.tokens // self.batch_tokens)
 
-    @property
-    def at_once(self) -> int:
-        """Micro-batches of any kind that go through a layer at once where nothing is trained."""
-        return GPU_BATCHES_PER_FORWARD if self.on_gpu else 1
+    def training_steps(self, epochs: int) -> int:
+        """Steps of training on the calibration tokens that are not held out, one micro-batch each."""
+        return epochs * max(1, round((1 - self.recipe.held_out) * self.batches))
 
-    @property
-    def together(self) -> int:
-        """Neighbours among calibration's that do (see ``Ranks``)."""
-        return batches_per_forward(self.batches, self.at_once)
-
-    @property
-    def widths(self) -> int:
-        return len(self.recipe.ladder_widths)
-
-    def _steps(self, epochs: int) -> tuple[int, int]:
-        """Steps of training, and the tokens that they see."""
-        batches = self.batches - min(max(1, round(self.recipe.held_out * self.batches)), self.batches - 1)
-        return epochs * batches, epochs * batches * self.batch_tokens
-
-    def _weights(self, layer: Layer) -> int:
+    def quantized_weights(self, layer: Layer) -> int:
         """Weights of a layer that are quantized."""
-        experts = layer.experts.count * layer.experts.weights_per_expert if layer.experts else 0
-        return experts + sum(x.rows * x.columns for x in layer.linears if self.recipe.attention_bits < 16)
+        weights = layer.experts.count * layer.experts.weights_per_expert if layer.experts else 0
+        if self.recipe.attention_bits < 16:
+            weights += sum(linear.rows * linear.columns for linear in layer.linears)
+        return weights
 
-    def forward(self, layer: Layer, tokens: float, context: int | None = None, batches: float | None = None) -> Work:
-        """One layer on ``tokens`` tokens, each of which sees ``context`` others (default: a window).
+    def forward(self, layer: Layer, tokens: float, calls: float | None = None) -> Work:
+        """A layer's forward pass on ``tokens`` tokens, in ``calls`` calls of the layer.
 
-        batches: in which they go through it; by default those that go through it together where nothing is trained
+        By default the calls of stages that train nothing: on a GPU several micro-batches share one.
         """
-        batches = tokens / (self.batch_tokens * self.together) if batches is None else batches
-        dense = sum(x.rows * x.columns for x in layer.linears)
-        attends = any(x.kind == "attention" for x in layer.linears)
-        attention = 4.0 * self.hidden * (self.window if context is None else context) * attends
-        moved = DENSE_PASSES * self.hidden * self.itemsize
-        calls = GPU_DENSE_CALLS if self.on_gpu else DENSE_CALLS
-        work = Work(tokens * (2.0 * dense + attention), tokens * moved, calls=calls * batches)
-        return work + self.experts(layer, tokens, batches) if layer.experts else work
+        if calls is None:
+            limit = GPU_BATCHES_PER_FORWARD if self.device.type == "cuda" else 1
+            calls = tokens / (self.batch_tokens * batches_per_forward(self.batches, limit))
+        hidden = self.text_config.hidden_size
+        weights = sum(linear.rows * linear.columns for linear in layer.linears)
+        if any(linear.kind == "attention" for linear in layer.linears):
+            weights += 2 * hidden * self.window  # keys and values of a window take part like weights
+        passes = tokens * DENSE_PASSES * hidden * self.dtype.itemsize
+        work = Work(2 * tokens * weights, passes, calls * self.costs.layer_calls)
+        return work + self.experts(layer, tokens, calls)
 
-    def experts(self, layer: Layer, tokens: float, batches: float) -> Work:
-        """The routed experts alone: gathering, two products, the gate, weighting and summing."""
-        assert layer.experts is not None
-        pairs = tokens * self.per_token
-        inside = layer.experts.matrices[1].columns
-        moved = EXPERT_PASSES * (self.hidden + inside) * self.itemsize
-        calls = batches * self._expert_calls(layer.experts)
-        return Work(2.0 * pairs * layer.experts.weights_per_expert, pairs * moved, calls=calls)
-
-    def _expert_calls(self, experts: Experts) -> float:
-        return GPU_EXPERT_CALLS if self.on_gpu else EXPERT_CALLS * experts.count
+    def experts(self, layer: Layer, tokens: float, calls: float) -> Work:
+        """The forward pass of a layer's routed experts alone; nothing in a dense layer."""
+        if layer.experts is None:
+            return Work()
+        pairs = tokens * experts_per_token(self.text_config)
+        size = self.text_config.hidden_size + layer.experts.matrices[1].columns
+        passes = pairs * EXPERT_PASSES * size * self.dtype.itemsize
+        launched = calls * layer.experts.count * self.costs.expert_calls
+        return Work(2 * pairs * layer.experts.weights_per_expert, passes, launched)
 
     def head(self, tokens: float) -> Work:
-        """Logits."""
-        return Work(2.0 * tokens * self.hidden * self.vocabulary)
+        """Logits, and their softmax or loss."""
+        logits = tokens * self.text_config.vocab_size
+        return Work(2 * logits * self.text_config.hidden_size, logits * LOGIT_BYTES)
 
-    def moments(self, layer: Layer) -> Work:
-        """Second moments of what the matrices receive, the experts' intermediates computed once more."""
-        seen = {(x.path.rpartition(".")[2] in SAME_INPUT and "q_proj") or x.path: x.columns**2 for x in layer.linears}
-        work = Work(2.0 * self.tokens * sum(seen.values()) * (self.recipe.attention_bits < 16))
-        if layer.experts is None:
-            return work
-        first, down = layer.experts.matrices
-        pairs = self.tokens * self.per_token
-        products = 2.0 * (first.rows * first.columns + first.columns**2 + down.columns**2)
-        moved = 3.0 * (first.columns + first.rows + down.columns) * self.itemsize
-        runs = self.batches / self.together
-        calls = runs * self._expert_calls(layer.experts)
-        sums = 4.0 * layer.experts.count * (first.columns**2 + down.columns**2) * runs if self.on_gpu else 0.0
-        return work + Work(pairs * products, pairs * moved + sums, calls=calls)
-
-    def gptq(self, layer: Layer, widths: int) -> Work:
-        """Every expert at ``widths`` widths and every dense linear at one."""
-        matrices = [(x.rows, x.columns, 1, 1) for x in layer.linears if self.recipe.attention_bits < 16]
-        if layer.experts:
-            matrices += [(m.rows, m.columns, layer.experts.count, widths) for m in layer.experts.matrices]
-        work = Work()
-        for rows, columns, count, times in matrices:
-            weights = float(rows * columns * count * times)
-            group = group_size_for(columns, self.recipe.group_size)
-            if self.on_gpu:
-                work += Work(GPU_GPTQ * (count * columns**3 + weights * columns), calls=columns / group * 6)
-                continue
-            work += Work(near=weights * FIT_BYTES)
-            if self.recipe.quantizer == "gptq":  # after each column half of its group, on average, is updated
-                near = weights * (COLUMN_BYTES + group / 2 * UPDATE_BYTES)
-                factor = count * (4.0 / 3 * columns**3)
-                work += Work(factor + weights * columns, near=near, calls=columns * 16 + columns / group * 200)
-        return work
-
-    def dequantize(self, layer: Layer) -> Work:
-        """A layer's codes unpacked and multiplied out."""
-        return Work(bytes=self._weights(layer) * DEQUANTIZED_BYTES, calls=60)
+    def quantize(self, layer: Layer, widths: int) -> Work:
+        """Hessians and GPTQ of every expert at ``widths`` widths, and of the dense linears at one."""
+        hessian_products, gptq_products = 0.0, 0.0
+        for linear in layer.linears if self.recipe.attention_bits < 16 else ():
+            hessian_products += 2 * self.tokens * linear.columns**2
+            gptq_products += linear.columns**2 * (linear.rows + linear.columns)  # rounding, factorization
+        if layer.experts is not None:
+            pairs = self.tokens * experts_per_token(self.text_config)
+            for matrix in layer.experts.matrices:
+                hessian_products += 2 * pairs * matrix.columns**2
+                gptq_products += layer.experts.count * matrix.columns**2 * (widths * matrix.rows + matrix.columns)
+        passes = widths * self.quantized_weights(layer) * self.costs.gptq_bytes
+        return Work(hessian_products + self.costs.gptq_products * gptq_products, passes)
 
     def train(self, weights: float, steps: float) -> Work:
-        """Latents to weights, gradients back to them, and the optimizer: all weights at each step."""
-        each = GPU_TRAINED_BYTES if self.on_gpu else TRAINED_BYTES
-        return Work(bytes=weights * steps * each, calls=100 * steps)
-
-
-SAME_INPUT = ("q_proj", "k_proj", "v_proj")
+        """Steps of the optimizer on ``weights`` quantized weights."""
+        return Work(bytes=weights * steps * self.costs.train_bytes, calls=100 * steps)

@@ -1,10 +1,12 @@
-"""How much memory a stage computes with, from shapes alone: beside layers, and beside activations that wait.
+"""Bytes of memory from shapes alone: of a model's parts, and of a layer's temporary tensors.
 
-Knows structures and recipes, no weights and no machine.
+The stages of a job add these up in their ``peak_bytes`` functions, and evaluation in ``forward_bytes``. No weights are
+needed. Layers and activations that are kept for later are not counted: ``runtime.memory`` places them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,42 +14,172 @@ import torch
 
 from gemq.allocation.divergence import ROWS
 from gemq.errors import UserError
-from gemq.kernels.training.differentiable_dequantize import UNPACKED_TOGETHER
-from gemq.layers.candidate_training import expert_chunks, train_rooms
-from gemq.layers.candidates import CHUNK_BYTES
+from gemq.layers.quantizer import CHUNK_BYTES
 from gemq.models.config_values import layer_configs
 from gemq.models.replay import LOGITS_TOGETHER
 from gemq.models.source import calibration_window
-from gemq.models.structure import Layer, Structure
-from gemq.quant.widths import group_size_for, nominal_bits
+from gemq.models.structure import Experts, Layer, Structure
+from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.memory import Memory, gigabytes
 from gemq.runtime.ranks import Ranks
 
-MOST_CHOSEN = 8
-"""Experts that a token chooses where a configuration does not tell: at most so many in nearly all families."""
+DEFAULT_EXPERTS_PER_TOKEN = 8
+"""Where a configuration does not say how many experts a token chooses. Nearly all families choose at most this many."""
+
+EXPERTS_PER_TOKEN_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+"""What families call the number of experts that a token chooses."""
 
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
-"""Bytes a weight while it is trained on a GPU, by compute type: code, latent, moments, weight in use, gradients."""
+"""Bytes a weight while it is trained on a GPU, by compute type: code, soft code, moments, weight in use, gradients."""
 
 CPU_TRAINED_BYTES = 90
-"""The same on a CPU, where autograd keeps every step from latents to weights; measured on both reference models."""
+"""The same on a CPU, where autograd keeps all tensors between soft codes and weights. Measured on two models."""
 
-LOSS_BYTES = {"scores": (12, 3), "distil": (20, 2)}
-"""Bytes a logit in a loss and its gradient: of float32, and how many in the compute type if that is another."""
-
-LOGIT_BYTES = 24
+KL_LOGIT_BYTES = 24
 """Bytes a logit while two models' predictions are compared: float32 copies, their log-softmax and the products."""
 
-WORKSPACES = 900_000_000
-"""On a GPU: what libraries of products take, routing that is kept, and what the allocator cannot give out again."""
+GPU_WORKSPACE_BYTES = 900_000_000
+"""On a GPU: workspaces of matrix product libraries, routing that is kept, and fragmentation of the allocator."""
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """A job's bytes for arithmetic. ``room`` is for the state of experts that are trained together.
+class LayerMemory:
+    """Bytes of the temporary tensors of one layer.
 
-    config: the model's
+    Attributes:
+        layer: the layer's shapes.
+        recipe: widths, group size and micro-batches.
+        experts_per_token: that the router chooses at most.
+        dtype: compute type.
+        device: where the layer computes.
+    """
+
+    layer: Layer
+    recipe: Recipe
+    experts_per_token: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def experts(self) -> Experts:
+        """The experts of a layer that has them."""
+        assert self.layer.experts is not None
+        return self.layer.experts
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the layer computes on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def expert_weights(self) -> int:
+        """Number of weights of all experts."""
+        return self.experts.count * self.experts.weights_per_expert
+
+    @property
+    def linear_weights(self) -> int:
+        """Number of weights of the dense linears."""
+        return sum(linear.rows * linear.columns for linear in self.layer.linears)
+
+    @property
+    def largest_matrices(self) -> int:
+        """Number of weights of all experts' larger matrix."""
+        return self.experts.count * max(matrix.rows * matrix.columns for matrix in self.experts.matrices)
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes a weight while experts are trained on their own."""
+        return self.layer_trained_bytes if self.on_gpu else CPU_TRAINED_BYTES
+
+    @property
+    def layer_trained_bytes(self) -> int:
+        """Bytes a weight while the whole layer is trained."""
+        return TRAINED_BYTES.get(self.dtype, TRAINED_BYTES[torch.float32])
+
+    @property
+    def dense_hessians(self) -> int:
+        """Hessians of the dense linears; those that receive the same tensor share one."""
+        input_sizes = {linear.columns for linear in self.layer.linears}
+        return 4 * sum(columns**2 for columns in input_sizes)
+
+    @property
+    def dense_quantization(self) -> int:
+        """GPTQ of the largest dense linear: Hessian, factors, weights and errors."""
+        sizes = [16 * linear.columns**2 + 8 * linear.columns * linear.rows for linear in self.layer.linears]
+        return max(sizes, default=0)
+
+    @property
+    def mean_hessians(self) -> int:
+        """A mean Hessian of each of the experts' two matrices."""
+        return 4 * sum(matrix.columns**2 for matrix in self.experts.matrices)
+
+    @property
+    def expert_hessians(self) -> int:
+        """The Hessians of all experts."""
+        return self.experts.count * self.mean_hessians
+
+    @property
+    def forward_pairs(self) -> int:
+        """A forward pass of the experts, of as many micro-batches as are run at the same time."""
+        return self.routed_pairs(backward=False) * Ranks(device=self.device).max_batches_per_forward
+
+    @property
+    def collecting_hessians(self) -> int:
+        """Hessians while they are collected in a forward pass, or finished."""
+        return self.dense_hessians + self.expert_hessians + max(self.forward_pairs, self.mean_hessians)
+
+    def routed_pairs(self, backward: bool) -> int:
+        """A micro-batch's routed pairs on their way through the experts.
+
+        Args:
+            backward: a backward pass follows, or outputs are compared in float32.
+        """
+        up, down = self.experts.matrices
+        pair_bytes = (3 * up.columns + up.rows + 2 * down.columns) * self.dtype.itemsize
+        if backward:
+            pair_bytes = max(2 * pair_bytes, pair_bytes + 5 * 4 * up.columns)
+        return self.recipe.batch_tokens * self.experts_per_token * pair_bytes
+
+    def expert_chunk(self, widths: int) -> int:
+        """Hessians, factors and errors of the experts that are quantized at the same time, at ``widths`` widths."""
+        largest = 0
+        for m in self.experts.matrices:
+            expert_bytes = 4 * m.columns * (3 * m.columns + widths * m.rows)
+            count = max(1, min(self.experts.count, CHUNK_BYTES // expert_bytes))
+            hessian_bytes = 3 * m.columns**2
+            error_bytes = m.columns**2 + widths * m.rows * m.columns
+            largest = max(largest, 4 * count * max(hessian_bytes, error_bytes))
+        return largest
+
+    def expert_quantization(self, widths: int) -> int:
+        """Codes and grids of all experts at ``widths`` widths, while they are computed or joined from chunks."""
+        matrix_codes = []
+        for m in self.experts.matrices:
+            groups = m.columns // group_size_for(m.columns, self.recipe.group_size)
+            row_bytes = m.columns + 8 * groups  # codes, scales and offsets
+            matrix_codes.append(widths * self.experts.count * m.rows * row_bytes)
+        return sum(matrix_codes) + max(self.expert_chunk(widths), *matrix_codes)
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """Bytes of temporary tensors of a model.
+
+    Attributes:
+        structure: the model's shapes.
+        recipe: widths, group size and micro-batches.
+        config: the model's configuration.
+        dtype: compute type.
+        device: where the model computes.
     """
 
     structure: Structure
@@ -56,166 +188,70 @@ class Footprint:
     dtype: torch.dtype
     device: torch.device
 
-    def stages(self, room: int) -> dict[str, int]:
-        """Most bytes on the device for one layer's or one micro-batch's arithmetic, by stage: ladder, scores, refine
-        (or reconstruct), distil. Others take less.
-        """
-        recipe, dtype, text = self.recipe, self.dtype, self.config.get_text_config()
-        window = calibration_window(self.config, recipe.window)
-        windows = max(1, recipe.batch_tokens // window)
-        together = min(windows, max(1, LOGITS_TOGETHER // (window * text.vocab_size))) * window * text.vocab_size
-        found = {"ladder": 0, "refine": 0}
-        for stage in ("scores", "distil") if recipe.distil_epochs else ("scores",):
-            bytes_of, others = LOSS_BYTES[stage]
-            found[stage] = together * (bytes_of + others * dtype.itemsize * (dtype != torch.float32))
-        chosen = experts_per_token(text)
-        for layer in self.structure.layers:
-            for stage, count in _Layer(layer, recipe, chosen, dtype, self.device, room).stages().items():
-                if stage in found:
-                    found[stage] = max(found[stage], count)
-        beside = WORKSPACES if self.device.type == "cuda" else 0
-        return {stage: count + beside for stage, count in found.items()}
+    def largest_layer(self, layer_bytes: Callable[[LayerMemory], int]) -> int:
+        """The maximum of ``layer_bytes`` over all layers, and the device's workspace."""
+        experts = experts_per_token(self.config.get_text_config())
+        sizes = [
+            layer_bytes(LayerMemory(layer, self.recipe, experts, self.dtype, self.device))
+            for layer in self.structure.layers
+        ]
+        return max(sizes) + self.workspace_bytes
 
-    def working(self, room: int) -> int:
-        """The most of ``stages``."""
-        return max(self.stages(room).values())
+    def loss(self, float32_bytes: int, copies: int) -> int:
+        """A loss and its gradient, and the device's workspace.
+
+        Args:
+            float32_bytes: bytes a logit of float32 tensors.
+            copies: tensors of logits in the compute type, if that is another.
+        """
+        vocabulary = self.config.get_text_config().vocab_size
+        window = calibration_window(self.config, self.recipe.window)
+        windows_per_batch = max(1, self.recipe.batch_tokens // window)
+        windows = min(windows_per_batch, max(1, LOGITS_TOGETHER // (window * vocabulary)))
+        logit_bytes = float32_bytes
+        if self.dtype != torch.float32:
+            logit_bytes += copies * self.dtype.itemsize
+        return windows * window * vocabulary * logit_bytes + self.workspace_bytes
 
     @property
-    def least(self) -> int:
-        """``working`` with the least room."""
-        return self.working(train_rooms(self.device)[-1])
-
-    def train_room(self, left: int) -> int:
-        """The largest of ``train_rooms`` with which a job computes in ``left`` bytes, or else the smallest."""
-        rooms = train_rooms(self.device)
-        return next((room for room in rooms if self.working(room) <= left), rooms[-1])
+    def workspace_bytes(self) -> int:
+        """Bytes that a GPU's libraries take."""
+        return GPU_WORKSPACE_BYTES if self.device.type == "cuda" else 0
 
 
 def experts_per_token(text: Any) -> int:
-    """Experts that a token chooses at most, from a text model's configuration: families name it differently."""
-    names = (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "moe_topk",
-        "moe_top_k",
-        "moe_k",
-        "top_k_experts",
-        "experts_per_token",
-    )
-    found = [
-        next((value for n in names if isinstance(value := getattr(layer, n, None), int)), MOST_CHOSEN)
-        for layer in layer_configs(text)
-    ]
-    return max(found, default=MOST_CHOSEN)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer's bytes, step by step. Follows ``build_layer``, ``run_scores``, ``refine_layer`` and ``distil``."""
-
-    layer: Layer
-    recipe: Recipe
-    chosen: int
-    dtype: torch.dtype
-    device: torch.device
-    room: int
-
-    def stages(self) -> dict[str, int]:
-        recipe, experts = self.recipe, self.layer.experts
-        columns = {x.columns for x in self.layer.linears}
-        squares = 4 * sum(c * c for c in columns)
-        dense = max((16 * x.columns**2 + 8 * x.columns * x.rows for x in self.layer.linears), default=0)
-        if experts is None:
-            return dict.fromkeys(("ladder", "refine"), squares + dense)
-        weights = experts.count * experts.weights_per_expert
-        largest = max(m.rows * m.columns for m in experts.matrices) * experts.count
-        widths, size = len(recipe.ladder_widths), self.dtype.itemsize
-        of_experts = 4 * experts.count * sum(m.columns**2 for m in experts.matrices)
-        means = 4 * sum(m.columns**2 for m in experts.matrices)
-        forward = self._pairs(False) * Ranks(device=self.device).max_batches_per_forward
-        collecting = squares + of_experts + max(forward, means)
-        ladder = squares + of_experts + means + self._quantizing(widths)
-        ladder = max(ladder, squares + dense + of_experts)
-        refine = max(squares + of_experts + means + self._quantizing(1), weights * (1 + 2 * size) + 4 * largest // 8)
-        if recipe.ladder_epochs:
-            some = max(x.stop - x.start for x in expert_chunks(experts, widths, self.room))
-            trained = some * experts.weights_per_expert * widths * self._trained
-            share = widths * min(1.0, 2 * some / experts.count)  # of a micro-batch's pairs, at every width
-            packed = round(weights * sum(map(nominal_bits, recipe.ladder_widths)) / 8 * 1.2)
-            at_first = some * experts.weights_per_expert * widths * 3 + self._chunk(widths)  # codes and latents
-            ladder = means + packed + max(at_first, trained + round(max(share, 0.25) * self._pairs(True)), packed)
-            if self.device.type != "cuda":  # where moments wait is the device; of pairs less is kept than is counted
-                ladder += of_experts - round(0.35 * share * self._pairs(True))
-        if recipe.layer_epochs:
-            trained = (weights + sum(x.rows * x.columns for x in self.layer.linears)) * TRAINED_BYTES.get(
-                self.dtype, 28
-            )
-            # the next layer is not read meanwhile
-            refine = max(refine, trained + self._pairs(True) - (weights * size if self.device.type == "cuda" else 0))
-        return {
-            "ladder": max(collecting, ladder),
-            "scores": widths * weights * size + max(self._pairs(True), forward, 3 * largest),
-            "refine": max(collecting, refine),
-            "distil": 2 * weights * size + self._pairs(True) + 20 * min(UNPACKED_TOGETHER, largest),
-        }
-
-    @property
-    def _trained(self) -> int:
-        if self.device.type != "cuda":
-            return CPU_TRAINED_BYTES
-        return TRAINED_BYTES.get(self.dtype, TRAINED_BYTES[torch.float32])
-
-    def _pairs(self, backward: bool) -> int:
-        """A micro-batch's routed pairs on their way through the experts; in float32 where outputs are compared."""
-        assert self.layer.experts is not None
-        first, down = self.layer.experts.matrices
-        each = (3 * first.columns + first.rows + 2 * down.columns) * self.dtype.itemsize
-        if backward:
-            each = max(2 * each, each + 5 * 4 * first.columns)
-        return self.recipe.batch_tokens * self.chosen * each
-
-    def _chunk(self, widths: int) -> int:
-        """Hessians, factors and errors of the experts that are quantized together."""
-        assert self.layer.experts is not None
-        most = 0
-        for m in self.layer.experts.matrices:
-            each = 4 * m.columns * (3 * m.columns + widths * m.rows)
-            count = max(1, min(self.layer.experts.count, CHUNK_BYTES // each))
-            most = max(most, 4 * count * max(3 * m.columns**2, m.columns**2 + widths * m.rows * m.columns))
-        return most
-
-    def _quantizing(self, widths: int) -> int:
-        """``_chunk`` and the grids of all experts, which are put together from those of chunks."""
-        assert self.layer.experts is not None
-        codes = []
-        for m in self.layer.experts.matrices:
-            groups = m.columns // group_size_for(m.columns, self.recipe.group_size)
-            codes.append(widths * self.layer.experts.count * m.rows * (m.columns + 8 * groups))  # scales, offsets
-        return sum(codes) + max(self._chunk(widths), *codes)
+    """Experts that a token chooses at most, from a text model's configuration."""
+    counts = []
+    for config in layer_configs(text):
+        values = [getattr(config, key, None) for key in EXPERTS_PER_TOKEN_KEYS]
+        counts.append(next((value for value in values if isinstance(value, int)), DEFAULT_EXPERTS_PER_TOKEN))
+    return max(counts, default=DEFAULT_EXPERTS_PER_TOKEN)
 
 
 def tensor_bytes(model: Any, structure: Structure | None, dtype: torch.dtype) -> tuple[int, list[int]]:
     """Bytes on the device of everything outside the decoder layers, and of each layer; without structure, of all.
 
-    model: may be on the meta device
-    dtype: of floating-point parameters there; buffers keep their own
+    Args:
+        model: may be on the meta device.
+        structure: where the layers are; None for a model that is held as one.
+        dtype: of floating-point parameters on the device. Buffers keep their own.
     """
     prefixes = [f"{layer.path}." for layer in structure.layers] if structure else []
     layers = [0] * len(prefixes)
     outside = 0
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        cast = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
-        count = tensor.numel() * (dtype if cast else tensor.dtype).itemsize
+        is_cast = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        size = tensor.numel() * (dtype if is_cast else tensor.dtype).itemsize
         index = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
         if index is None:
-            outside += count
+            outside += size
         else:
-            layers[index] += count
+            layers[index] += size
     return outside, layers
 
 
 def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
-    """What a job holds on the device all the time: two layers, and embeddings, norms and head."""
+    """What a job holds on the device throughout: two layers, and embeddings, norms and head."""
     outside, layers = tensor_bytes(model, structure, dtype)
     return outside + sum(sorted(layers)[-2:])
 
@@ -223,74 +259,70 @@ def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
 def forward_bytes(
     config: Any, structure: Structure | None, dtype: torch.dtype, device: torch.device, tokens: int, window: int
 ) -> int:
-    """Bytes to run ``tokens`` tokens through a model without gradients and to compare its logits with another's.
+    """Bytes to run a model without gradients and to compare its logits with another model's.
 
-    structure: None for a model that is held whole; its experts, if any, are taken to be like dense layers
-    window:    tokens that attend to each other
+    Args:
+        config: the model's.
+        structure: None for a model that is held as one. Its experts, if any, are assumed to be like dense layers.
+        dtype: compute type.
+        device: where the model computes.
+        tokens: that are run at the same time.
+        window: tokens that attend to each other.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
-    each = layer_configs(text)
-    widest = max(int(getattr(config, "intermediate_size", 0) or 0) for config in each)
-    largest, rows = 4 * hidden * hidden, tokens * max(8 * hidden, 3 * widest)
+    configs = layer_configs(text)
+    widest = max(int(getattr(config, "intermediate_size", 0) or 0) for config in configs)
+    largest_matrix = 4 * hidden * hidden
+    numbers = tokens * max(8 * hidden, 3 * widest)
     for layer in structure.layers if structure else ():
-        largest = max([largest, *(x.rows * x.columns for x in layer.linears)])
+        for linear in layer.linears:
+            largest_matrix = max(largest_matrix, linear.rows * linear.columns)
         if layer.experts is not None:
-            first, down = layer.experts.matrices
-            largest = max(largest, first.rows * first.columns, down.rows * down.columns)
-            chosen = tokens * experts_per_token(text)
-            rows = max(rows, chosen * (3 * first.columns + first.rows + 2 * down.columns))
+            up, down = layer.experts.matrices
+            largest_matrix = max(largest_matrix, up.rows * up.columns, down.rows * down.columns)
+            pairs = tokens * experts_per_token(text)
+            numbers = max(numbers, pairs * (3 * up.columns + up.rows + 2 * down.columns))
     if getattr(text, "_attn_implementation", None) == "eager":  # it keeps scores and their softmax
-        rows = max(rows, 2 * tokens * window * max(int(config.num_attention_heads) for config in each))
-    layer_bytes = rows * dtype.itemsize + 3 * 4 * largest
-    logits = int(text.vocab_size) * (2 * 4 * tokens + LOGIT_BYTES * min(tokens, ROWS))
-    return max(layer_bytes, logits) + (WORKSPACES if device.type == "cuda" else 0)
+        heads = max(int(config.num_attention_heads) for config in configs)
+        numbers = max(numbers, 2 * tokens * window * heads)
+    layer_bytes = numbers * dtype.itemsize + 3 * 4 * largest_matrix
+    logit_bytes = int(text.vocab_size) * (2 * 4 * tokens + KL_LOGIT_BYTES * min(tokens, ROWS))
+    return max(layer_bytes, logit_bytes) + (GPU_WORKSPACE_BYTES if device.type == "cuda" else 0)
 
 
 def staging_bytes(model: Any, structure: Structure) -> int:
     """Host memory for reading one layer: as it is read, as it is fused, and pinned."""
     state = model.state_dict()
     sizes = [
-        sum(t.numel() * t.element_size() for n, t in state.items() if n.startswith(f"{layer.path}."))
+        sum(t.numel() * t.element_size() for name, t in state.items() if name.startswith(f"{layer.path}."))
         for layer in structure.layers
     ]
     return 3 * max(sizes)
 
 
 def check_staging(memory: Memory, model: Any, structure: Structure, texts: int = 0) -> None:
-    """Raises UserError, saying what would do, when host memory does not hold the layer that is on its way to a GPU.
-
-    texts: bytes of host memory for the tokens of the calibration texts
-    """
-    of_texts = _of_texts(texts)
-    if memory.device.type == "cuda" and (staging := staging_bytes(model, structure)) + texts > memory.host.limit:
-        raise UserError(
-            f"--host-memory {gigabytes(memory.host.limit)} do not hold the layer that is on its way to the GPU"
-            f"{of_texts}: give at least --host-memory {gigabytes(staging + texts)}"
-        )
-
-
-def _of_texts(texts: int) -> str:
-    return f" and the tokens of the calibration texts ({gigabytes(texts)})" if texts else ""
-
-
-def check_bounds(
-    memory: Memory, model: Any, structure: Structure, recipe: Recipe, dtype: torch.dtype, texts: int = 0
-) -> None:
-    """Raises UserError, saying what would do, when the least that a job must have on its device is above its bound.
+    """Checks that host memory holds one layer that is being copied to a GPU.
 
     Args:
-        model: may be on the meta device
-        texts: bytes of host memory for the tokens of the calibration texts
+        memory: the job's bounds.
+        model: may be on the meta device.
+        structure: the model's.
+        texts: bytes of host memory for the tokens of the calibration texts.
+
+    Raises:
+        UserError: it does not. The message says which bound would do.
     """
-    check_staging(memory, model, structure, texts)
-    cuda = memory.device.type == "cuda"
-    held = held_bytes(model, structure, dtype)
-    working = Footprint(structure, recipe, model.config, dtype, memory.device).least
-    least = held + working + (0 if cuda else texts)
-    if least > memory.on_device.limit:
+    if memory.device.type != "cuda":
+        return
+    required = staging_bytes(model, structure) + texts
+    if required > memory.host.limit:
         raise UserError(
-            f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold the model's embeddings and two of its "
-            f"layers ({gigabytes(held)}) and what one layer takes to compute ({gigabytes(working)})"
-            f"{'' if cuda else _of_texts(texts)}: give at least {memory.flag} {gigabytes(least)}"
+            f"--host-memory {gigabytes(memory.host.limit)} is too small for a layer that is being copied to the GPU"
+            f"{text_note(texts)}: give at least --host-memory {gigabytes(required)}"
         )
+
+
+def text_note(texts: int) -> str:
+    """For messages: that the tokens of calibration texts take memory as well; empty if there are none."""
+    return f" and the tokens of the calibration texts ({gigabytes(texts)})" if texts else ""

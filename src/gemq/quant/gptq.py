@@ -1,8 +1,8 @@
-"""GPTQ on batches of matrices, every width at once.
+"""GPTQ on batches of matrices, at several widths in one pass.
 
-For each column in turn (Frantar et al., arXiv:2210.17323): round it to its group's grid, then spread the rounding
-error over the columns still to come, in proportion to the rows of the Cholesky factor of the inverse Hessian. Rows are
-independent given the factor, and so are experts and widths: all of them go through one loop over columns. On a GPU
+Each column in turn is rounded to the grid of its group (Frantar et al., arXiv:2210.17323). Its rounding error is then
+distributed over the columns that follow, in proportion to the rows of the Cholesky factor of the inverse Hessian. Given
+the factor, rows are independent, and so are experts and widths: one loop over columns processes all of them. On a GPU
 that loop is inside a kernel (``gptq_kernel``).
 
 Shapes: W widths, E experts, R rows, C columns, G group size.
@@ -20,54 +20,69 @@ from gemq.quant.grid import Quantized, nearest
 from gemq.quant.widths import LEVELS, Width
 
 LLOYD_ROUNDS = 6
-"""Rounds of rounding to the grid and fitting the grid to the rounding. More changes nothing that can be measured."""
+"""Rounds of rounding to the grid and fitting the grid to the codes. More rounds make no measurable difference."""
 
 WIDER = 1.04
-"""By how much scales of 8 bits are widened before they are rounded: steps too wide cost less there than cut ends."""
+"""Factor by which scales of 8 bits are widened before they are rounded. There a step that is too wide costs less than
+clipped weights.
+"""
 
 
 def gptq(
-    weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int, latents: Tensor | None = None
+    weight: Tensor, upper: Tensor, widths: tuple[Width, ...], group_size: int, soft_codes: Tensor | None = None
 ) -> Quantized:
-    """Quantizes matrices at several widths with error feedback.
+    """Quantize matrices at several widths with error feedback.
 
-    weight:  [E, R, C], any float dtype
-    upper:   [E, C, C] float32, from ``hessian.factorize``
-    latents: [W, E, R, C], filled with each weight in units of codes before it was rounded, where training starts
+    Args:
+        weight: [E, R, C], any float dtype.
+        upper: [E, C, C] float32, from ``hessian.factorize``.
+        widths: W widths.
+        group_size: Divides C.
+        soft_codes: [W, E, R, C], overwritten by each weight in units of codes before rounding. Training starts there.
 
-    Returns codes [W, E, R, C] uint8 with scales and offsets [W, E, R, C / G] float32.
+    Returns:
+        Codes [W, E, R, C] uint8 with scales and offsets [W, E, R, C / G] float32.
     """
-    return _gptq(weight, upper, highest_codes(widths, weight.device).unsqueeze(1), group_size, latents)
+    return _gptq(weight, upper, max_codes(widths, weight.device).unsqueeze(1), group_size, soft_codes)
 
 
 def gptq_mixed(
-    weight: Tensor, upper: Tensor, widths: Sequence[Width], group_size: int, latents: Tensor | None = None
+    weight: Tensor, upper: Tensor, widths: Sequence[Width], group_size: int, soft_codes: Tensor | None = None
 ) -> Quantized:
-    """Quantizes matrices with error feedback, each at its own width: one of ``widths`` [E] for each expert.
+    """Quantize matrices with error feedback, each at its own width.
 
-    As ``gptq``, without the leading dimension of widths.
+    As ``gptq``, with one width for each expert and without the leading dimension of widths.
     """
-    highest = highest_codes(widths, weight.device).unsqueeze(0)
-    q = _gptq(weight, upper, highest, group_size, None if latents is None else latents.unsqueeze(0))
-    return Quantized(*(t[0] for t in q))
+    limits = max_codes(widths, weight.device).unsqueeze(0)
+    q = _gptq(weight, upper, limits, group_size, None if soft_codes is None else soft_codes.unsqueeze(0))
+    return q.select(0)
 
 
-def _gptq(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
-    """``highest`` [W or 1, E or 1]: the highest code of each matrix."""
+def _gptq(weight: Tensor, upper: Tensor, max_code: Tensor, group_size: int, soft_codes: Tensor | None) -> Quantized:
+    """Run the column loop of the device. ``max_code`` [W or 1, E or 1] is that of each matrix."""
     if weight.is_cuda:
         from gemq.quant.gptq_kernel import quantize  # needs triton, which comes with torch for CUDA
 
-        every = highest.expand(len(highest), len(weight))
-        return quantize(weight, upper, every, group_size, latents)
+        return quantize(weight, upper, max_code.expand(len(max_code), len(weight)), group_size, soft_codes)
     with _one_thread(weight.device):
-        return _column_loop(weight, upper, highest.unsqueeze(2), group_size, latents)
+        return _column_loop(weight, upper, max_code.unsqueeze(2), group_size, soft_codes)
 
 
-def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
-    """The plain loop: for CPUs, and what ``gptq_kernel`` is tested against. ``highest`` [W, E or 1, 1]."""
+def _column_loop(
+    weight: Tensor, upper: Tensor, max_code: Tensor, group_size: int, soft_codes: Tensor | None
+) -> Quantized:
+    """Quantize column by column. Used on CPUs, and as the reference of ``gptq_kernel``.
+
+    Args:
+        weight: [E, R, C].
+        upper: [E, C, C].
+        max_code: [W, E or 1, 1].
+        group_size: Divides C.
+        soft_codes: As in ``gptq``.
+    """
     experts, rows, columns = weight.shape
-    lowest = highest.new_zeros(())
-    w = weight.float().expand(len(highest), experts, rows, columns).clone()
+    zero = max_code.new_zeros(())
+    w = weight.float().expand(len(max_code), experts, rows, columns).clone()
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales = torch.empty(*w.shape[:3], columns // group_size, device=w.device)
     offsets = torch.empty_like(scales)
@@ -76,19 +91,19 @@ def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int
         block = w[..., start:stop].clone()
         triangle = upper[:, start:stop, start:stop]
         pivots = triangle.diagonal(dim1=-2, dim2=-1)  # [E, G]
-        # a column's rounding error costs (error / pivot)^2: what the grid should fit. Relative to the largest, since
-        # squares of pivots overflow where activations are tiny
+        # A column's rounding error costs (error / pivot)^2, so the grid should fit these columns best. Relative to the
+        # largest, since squares of pivots overflow where activations are tiny.
         importance = (pivots.amin(-1, keepdim=True) / pivots).square().unsqueeze(1)  # [E, 1, G]
-        scale, offset = fit_grid(block, highest.unsqueeze(3), importance)
+        scale, offset = fit_grid(block, max_code.unsqueeze(3), importance)
         scales[..., start // group_size], offsets[..., start // group_size] = scale, offset
         errors = torch.empty_like(block)
         for j in range(group_size):
             column = block[..., j]
-            latent = (column - offset) / scale
-            code = latent.round().clamp_(lowest, highest)
+            soft_code = (column - offset) / scale
+            code = soft_code.round().clamp_(zero, max_code)
             codes[..., start + j] = code.to(torch.uint8)
-            if latents is not None:
-                latents[..., start + j] = latent
+            if soft_codes is not None:
+                soft_codes[..., start + j] = soft_code
             error = (column - torch.addcmul(offset, code, scale)) / pivots[:, j].unsqueeze(-1)
             errors[..., j] = error
             if j + 1 < group_size:
@@ -99,52 +114,65 @@ def _column_loop(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int
 
 
 def round_to_nearest(weight: Tensor, widths: tuple[Width, ...], group_size: int) -> Quantized:
-    """Rounds matrices [E, R, C] to grids fitted to the weights alone. Returns what ``gptq`` returns."""
-    highest = highest_codes(widths, weight.device).view(-1, 1, 1, 1, 1)
+    """Round matrices [E, R, C] to grids that are fitted to the weights alone. Returns what ``gptq`` returns."""
+    max_code = max_codes(widths, weight.device).view(-1, 1, 1, 1, 1)
     w = weight.float().unflatten(-1, (-1, group_size)).expand(len(widths), -1, -1, -1, -1)
-    scale, offset = fit_grid(w, highest, None)
-    codes = ((w - offset.unsqueeze(-1)) / scale.unsqueeze(-1)).round_().clamp_(highest.new_zeros(()), highest)
+    scale, offset = fit_grid(w, max_code, None)
+    codes = ((w - offset.unsqueeze(-1)) / scale.unsqueeze(-1)).round_().clamp_(max_code.new_zeros(()), max_code)
     return Quantized(codes.to(torch.uint8).reshape(len(widths), *weight.shape), scale, offset)
 
 
-def fit_grid(w: Tensor, highest: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and offset of each group of weights w [..., G], for codes 0 .. ``highest``, which broadcasts.
+def fit_grid(w: Tensor, max_code: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fit a scale and an offset to each group of weights.
 
-    Both [...] float32, with values that bytes stand for. Starts from the smallest and largest weight, then alternates
-    rounding with a least-squares fit of the line through (code, weight) pairs, weighted by ``importance``. With two
-    levels this is k-means with two free centres.
+    Starts from the smallest and the largest weight, then alternates rounding with a weighted least-squares fit of the
+    line through (code, weight) pairs. With two levels this is k-means with two free centres.
+
+    Args:
+        w: [..., G].
+        max_code: Largest code, broadcasts.
+        importance: Weights of the fit, broadcast. None weights all columns equally.
+
+    Returns:
+        Scale and offset, both [...] float32, with values that bytes can represent.
     """
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    scale, offset = (high - low) / highest, low
-    weights = torch.ones_like(w[..., :1]) if importance is None else importance
-    weights = weights / weights.sum(-1, keepdim=True) if importance is not None else weights / w.shape[-1]
+    scale, offset = (high - low) / max_code, low
+    if importance is None:
+        weights = torch.ones_like(w[..., :1]) / w.shape[-1]
+    else:
+        weights = importance / importance.sum(-1, keepdim=True)
     mean_w = (weights * w).sum(-1, keepdim=True)
     for _ in range(LLOYD_ROUNDS):
         step = torch.where(scale > 0, scale, torch.ones_like(scale))
-        code = ((w - offset) / step).round_().clamp_(highest.new_zeros(()), highest)
+        code = ((w - offset) / step).round_().clamp_(max_code.new_zeros(()), max_code)
         mean_code = (weights * code).sum(-1, keepdim=True)
         spread = code - mean_code
         variance = (weights * spread.square()).sum(-1, keepdim=True)
         slope = (weights * spread * w).sum(-1, keepdim=True) / variance.clamp_min(1e-20)
-        # a group whose codes are all alike has no slope: its scale stays
+        # a group whose codes are all equal has no slope: it keeps its scale
         scale = torch.where((variance > 1e-12) & (slope > 0), slope, scale)
         offset = mean_w - scale * mean_code
-    # the stored scale first, then the offset that fits best with it, unless the offset is what made it that wide
-    stored, _ = nearest(torch.where(highest > 15, scale * WIDER, scale), offset, highest)
-    offset = torch.where(stored < 1.2 * scale, mean_w + (offset - mean_w) * (stored / scale), offset)
-    scale, offset = nearest(stored, offset, highest)
+    # round the scale first, then take the offset that fits it best, unless the offset is what made the scale that wide
+    stored_scale, _ = nearest(torch.where(max_code > 15, scale * WIDER, scale), offset, max_code)
+    fitted_offset = mean_w + (offset - mean_w) * (stored_scale / scale)
+    offset = torch.where(stored_scale < 1.2 * scale, fitted_offset, offset)
+    scale, offset = nearest(stored_scale, offset, max_code)
     return scale.squeeze(-1), offset.squeeze(-1)
 
 
-def highest_codes(widths: Sequence[Width], device: torch.device) -> Tensor:
-    """The highest code of each width: [len(widths)] float32."""
-    return torch.tensor([LEVELS[w] - 1.0 for w in widths], device=device)
+def max_codes(widths: Sequence[Width], device: torch.device) -> Tensor:
+    """Return the largest code of each width: [len(widths)] float32."""
+    return torch.tensor([LEVELS[width] - 1.0 for width in widths], device=device)
 
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """On CPU, one thread: the column loop is thousands of small steps, and waiting for a second thread at the end of
-    each costs more than it gains (150 times more where another process keeps that core busy)."""
+    """Use a single thread on a CPU.
+
+    The column loop consists of thousands of small steps. Waiting for a second thread after each costs more than it
+    gains, and 150 times more where another process keeps that core busy.
+    """
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

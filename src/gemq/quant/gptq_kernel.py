@@ -1,8 +1,8 @@
-"""GPTQ's column loop on a GPU: one Triton program takes a few rows of one matrix through one group of columns.
+"""GPTQ's column loop on a GPU: one Triton program processes some rows of one matrix in one group of columns.
 
-A group's columns are in registers while its grid is fitted and its errors are spread inside it. What the errors of
-all groups before do to a group is one batched product in front of the kernel, so that a weight is read once and only
-errors are written. The reference is ``gptq._column_loop``. Knows tensors only.
+The columns of a group are in registers while its grid is fitted and its errors are distributed inside it. The effect of
+the errors of all previous groups is one batched product before the kernel, so that a weight is read once and only
+errors are written. The reference is ``gptq._column_loop``.
 
 Shapes: W widths, E experts, R rows, C columns, G group size.
 """
@@ -20,60 +20,30 @@ from gemq.quant.grid_kernel import nearest, nearest_code
 from gemq.quant.step_kernel import encode
 
 ROWS_TIMES_COLUMNS = 2048
-"""Weights that one program holds: 16 in each of 128 threads."""
+"""Weights of one program: 16 in each of 128 threads."""
 
 _ROUNDS, _WIDER = tl.constexpr(LLOYD_ROUNDS), tl.constexpr(WIDER)
 
 
 @triton.jit
-def _codes(x, offset, step, highest):
-    """Codes of weights x as floats."""
-    return nearest_code((x - offset) / step, highest)
+def _codes(x, offset, step, max_code):
+    """Return the codes of weights x as floats."""
+    return nearest_code((x - offset) / step, max_code)
 
 
-@triton.jit(do_not_specialize=["start"])
-def _group_kernel(
-    x,  # [E, W * R, G] float32, the group with the errors of those before it
-    upper,  # [E, C, C] float32
-    highest,  # [E, W] float32
-    errors,  # [E, W * R, C] float32
-    codes,  # [W, E, R, C] uint8
-    scales,  # [W, E, R, C / G] float32
-    offsets,
-    latents,  # [W, E, R, C] float32, or int16 as in ``step_kernel``; any tensor if not wanted
-    rows,
-    columns,
-    experts,
-    start,
-    latent_stride,  # from one width to the next
-    WIDTHS: tl.constexpr,
-    HAS_LATENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    G: tl.constexpr,
-):
-    blocks = tl.cdiv(rows, ROWS)
-    matrix = tl.program_id(0) // blocks
-    expert, width = matrix // WIDTHS, matrix % WIDTHS
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    column = tl.arange(0, G)
-    high = tl.load(highest + matrix)
-    triangle = upper + (expert.to(tl.int64) * columns + start) * columns + start
-    pivots = tl.load(triangle + column * (columns + 1))
-    of_all = matrix.to(tl.int64) * rows + row  # row among E, W, R
-    values = tl.load(x + of_all[:, None] * G + column[None, :], mask=inside[:, None], other=0.0)
-
-    # the grid: rounding and weighted least squares in turn
+@triton.jit
+def _fit_grid(values, pivots, max_code):
+    """Fit a grid to each row of ``values`` [ROWS, G]: see ``gptq.fit_grid``. Returns scale and offset [ROWS]."""
     relative = tl.min(pivots, 0) / pivots
     importance = relative * relative
     importance = (importance / tl.sum(importance, 0))[None, :]
     low = tl.min(values, 1)
-    scale = (tl.max(values, 1) - low) / high
+    scale = (tl.max(values, 1) - low) / max_code
     offset = low
     mean = tl.sum(importance * values, 1)
     for _ in range(_ROUNDS):
         step = tl.where(scale > 0, scale, 1.0)
-        code = _codes(values, offset[:, None], step[:, None], high)
+        code = _codes(values, offset[:, None], step[:, None], max_code)
         mean_code = tl.sum(importance * code, 1)
         spread = code - mean_code[:, None]
         weighted = importance * spread
@@ -81,50 +51,93 @@ def _group_kernel(
         slope = tl.sum(weighted * values, 1) / tl.maximum(variance, 1e-20)
         scale = tl.where((variance > 1e-12) & (slope > 0), slope, scale)
         offset = mean - scale * mean_code
-    stored, _ = nearest(tl.where(high > 15, scale * _WIDER, scale), offset, high)
-    offset = tl.where(stored < 1.2 * scale, mean + (offset - mean) * (stored / scale), offset)
-    scale, offset = nearest(stored, offset, high)
-    of_result = (width * experts + expert).to(tl.int64) * rows + row
-    group = of_result * (columns // G) + start // G
-    tl.store(scales + group, scale, mask=inside)
-    tl.store(offsets + group, offset, mask=inside)
+    stored_scale, _ = nearest(tl.where(max_code > 15, scale * _WIDER, scale), offset, max_code)
+    fitted_offset = mean + (offset - mean) * (stored_scale / scale)
+    offset = tl.where(stored_scale < 1.2 * scale, fitted_offset, offset)
+    return nearest(stored_scale, offset, max_code)
 
-    # a column is final once those before it are done: codes and errors can be taken from all of them at the end
+
+@triton.jit(do_not_specialize=["start"])
+def _group_kernel(
+    x,  # [E, W * R, G] float32, the group with the errors of previous groups applied
+    upper,  # [E, C, C] float32
+    max_codes,  # [E, W] float32
+    errors,  # [E, W * R, C] float32
+    codes,  # [W, E, R, C] uint8
+    scales,  # [W, E, R, C / G] float32
+    offsets,
+    soft_codes,  # [W, E, R, C] float32, or int16 as in ``step_kernel``; any tensor without HAS_SOFT_CODES
+    rows,
+    columns,
+    experts,
+    start,  # first column of the group
+    soft_code_stride,  # from one width to the next
+    WIDTHS: tl.constexpr,
+    HAS_SOFT_CODES: tl.constexpr,
+    ROWS: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Quantize ``ROWS`` rows of one group of one matrix at one width."""
+    blocks = tl.cdiv(rows, ROWS)
+    matrix = tl.program_id(0) // blocks
+    expert, width = matrix // WIDTHS, matrix % WIDTHS
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    mask = row_mask[:, None]
+    column = tl.arange(0, G)
+    max_code = tl.load(max_codes + matrix)
+    triangle = upper + (expert.to(tl.int64) * columns + start) * columns + start
+    pivots = tl.load(triangle + column * (columns + 1))
+    input_row = matrix.to(tl.int64) * rows + row  # in E, W, R
+    values = tl.load(x + input_row[:, None] * G + column[None, :], mask=mask, other=0.0)
+
+    scale, offset = _fit_grid(values, pivots, max_code)
+    result_row = (width * experts + expert).to(tl.int64) * rows + row  # in W, E, R
+    group = result_row * (columns // G) + start // G
+    tl.store(scales + group, scale, mask=row_mask)
+    tl.store(offsets + group, offset, mask=row_mask)
+
+    # A column is final once those before it are processed: codes and errors of all columns are computed at the end.
     for j in range(G):
-        now = tl.sum(tl.where(column[None, :] == j, values, 0.0), 1)
-        error = now - (offset + _codes(now, offset, scale, high) * scale)
+        current = tl.sum(tl.where(column[None, :] == j, values, 0.0), 1)
+        error = current - (offset + _codes(current, offset, scale, max_code) * scale)
         error = error / tl.load(triangle + j * (columns + 1))
-        later = tl.load(triangle + j * columns + column, mask=column > j, other=0.0)
-        values -= error[:, None] * later[None, :]
+        factors = tl.load(triangle + j * columns + column, mask=column > j, other=0.0)
+        values -= error[:, None] * factors[None, :]
 
     scale, offset = scale[:, None], offset[:, None]
-    code = _codes(values, offset, scale, high)
+    code = _codes(values, offset, scale, max_code)
     error = (values - (offset + code * scale)) / pivots[None, :]
-    place = start + column[None, :]
-    tl.store(errors + of_all[:, None] * columns + place, error, mask=inside[:, None])
-    tl.store(codes + of_result[:, None] * columns + place, code.to(tl.uint8), mask=inside[:, None])
-    if HAS_LATENTS:
-        of_latents = width.to(tl.int64) * latent_stride + (expert.to(tl.int64) * rows + row[:, None]) * columns
-        latent = (values - offset) / scale
-        if latents.dtype.element_ty == tl.int16:
-            latent = encode(latent, high, 0.5)
-        tl.store(latents + of_latents + place, latent, mask=inside[:, None])
+    matrix_column = start + column[None, :]
+    tl.store(errors + input_row[:, None] * columns + matrix_column, error, mask=mask)
+    tl.store(codes + result_row[:, None] * columns + matrix_column, code.to(tl.uint8), mask=mask)
+    if HAS_SOFT_CODES:
+        row_start = width.to(tl.int64) * soft_code_stride + (expert.to(tl.int64) * rows + row[:, None]) * columns
+        soft_code = (values - offset) / scale
+        if soft_codes.dtype.element_ty == tl.int16:
+            soft_code = encode(soft_code, max_code, 0.5)
+        tl.store(soft_codes + row_start + matrix_column, soft_code, mask=mask)
 
 
-def quantize(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, latents: Tensor | None) -> Quantized:
-    """Matrices [E, R, C] on grids [W, E, ...]: as ``gptq._column_loop``, which says what the arguments are.
+def quantize(weight: Tensor, upper: Tensor, max_code: Tensor, group_size: int, soft_codes: Tensor | None) -> Quantized:
+    """Quantize matrices [E, R, C] to grids [W, E, ...].
 
-    highest: [W, E] float32
+    Args:
+        weight: As in ``gptq.gptq``.
+        upper: As in ``gptq.gptq``.
+        max_code: [W, E] float32, the largest code of each matrix.
+        group_size: As in ``gptq.gptq``.
+        soft_codes: As in ``gptq.gptq``. Those of one width are contiguous.
     """
     experts, rows, columns = weight.shape
-    widths = len(highest)
-    high = highest.T.contiguous()
+    widths = len(max_code)
+    max_codes = max_code.T.contiguous()
     upper = upper.contiguous()
     codes = torch.empty(widths, experts, rows, columns, dtype=torch.uint8, device=weight.device)
     scales = codes.new_empty(*codes.shape[:3], columns // group_size, dtype=torch.float32)
     offsets = torch.empty_like(scales)
     errors = weight.new_empty(experts, widths * rows, columns, dtype=torch.float32)
-    assert latents is None or latents[0].is_contiguous()
+    assert soft_codes is None or soft_codes[0].is_contiguous()
     block = max(1, ROWS_TIMES_COLUMNS // group_size)
     for start in range(0, columns, group_size):
         stop = start + group_size
@@ -135,19 +148,19 @@ def quantize(weight: Tensor, upper: Tensor, highest: Tensor, group_size: int, la
         _group_kernel[(experts * widths * triton.cdiv(rows, block),)](
             x,
             upper,
-            high,
+            max_codes,
             errors,
             codes,
             scales,
             offsets,
-            codes if latents is None else latents,
+            codes if soft_codes is None else soft_codes,
             rows,
             columns,
             experts,
             start,
-            0 if latents is None else latents.stride(0),
+            0 if soft_codes is None else soft_codes.stride(0),
             WIDTHS=widths,
-            HAS_LATENTS=latents is not None,
+            HAS_SOFT_CODES=soft_codes is not None,
             ROWS=block,
             G=group_size,
             num_warps=4,

@@ -1,8 +1,8 @@
-"""Sums of x x^T on a GPU: one launch for all matrices' rows, on tensor cores.
+"""Sums of x x^T on a GPU: one launch for the rows of all matrices, on tensor cores.
 
-Products of 16-bit numbers are exact in float32, in which they are added up: nothing is lost against converting the rows
-first. A sum is symmetric, so only its tiles on and above the diagonal are computed; ``mirror`` fills in the rest. The
-reference is the loop in ``hessian.Moments.add``. Knows tensors only.
+Products of 16-bit numbers are exact in float32, in which they are accumulated, so that nothing is lost against
+converting the rows first. A sum is symmetric: only tiles on and above the diagonal are computed, and ``mirror`` fills
+in the others. The reference is the loop in ``hessian.Moments.add``.
 
 Shapes: E matrices, C columns, P rows sorted by matrix.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE, STEP = 128, 64
-"""Columns of a tile of the sums, and rows that are multiplied at once."""
+"""Columns of a tile of the sums, and rows that are multiplied in one step."""
 
 
 @triton.jit
@@ -26,8 +26,9 @@ def _gram_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (t, e): tile number t of matrix e; tiles (i, j <= i) are counted row by row and lie at (j, i)."""
+    """Compute tile t of matrix e in program (t, e). Tiles (i, j <= i) are counted row by row and stored at (j, i)."""
     tile, matrix = tl.program_id(0), tl.program_id(1)
+    # invert t = i * (i + 1) / 2 + j, and correct the rounding of the root
     i = ((tl.sqrt((8 * tile + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
@@ -38,22 +39,25 @@ def _gram_kernel(
         return
     left, right = j * TILE + tl.arange(0, TILE), i * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE, TILE], tl.float32)
-    for first in tl.range(start, end, STEP):
-        row = first + tl.arange(0, STEP)
-        at = x + row[:, None].to(tl.int64) * columns
-        inside = row[:, None] < end
-        a = tl.load(at + left[None, :], mask=inside & (left[None, :] < columns), other=0.0)
-        b = tl.load(at + right[None, :], mask=inside & (right[None, :] < columns), other=0.0)
+    for step_start in tl.range(start, end, STEP):
+        row = step_start + tl.arange(0, STEP)
+        row_pointer = x + row[:, None].to(tl.int64) * columns
+        row_mask = row[:, None] < end
+        a = tl.load(row_pointer + left[None, :], mask=row_mask & (left[None, :] < columns), other=0.0)
+        b = tl.load(row_pointer + right[None, :], mask=row_mask & (right[None, :] < columns), other=0.0)
         total = tl.dot(tl.trans(a), b, total)
     target = sums + (matrix.to(tl.int64) * columns + left[:, None]) * columns + right[None, :]
-    inside = (left[:, None] < columns) & (right[None, :] < columns)
-    tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
+    mask = (left[:, None] < columns) & (right[None, :] < columns)
+    tl.store(target, tl.load(target, mask=mask, other=0.0) + total, mask=mask)
 
 
 def add(sums: Tensor, rows: Tensor, ends: Tensor) -> None:
-    """Adds x x^T of the rows [P, C] to sums [E, C, C] float32, tiles below the diagonal left out.
+    """Add x x^T of rows to the tiles of ``sums`` on and above the diagonal.
 
-    ends: [E] int32 or int64 on the device, where each matrix's rows end
+    Args:
+        sums: [E, C, C] float32.
+        rows: [P, C], sorted by matrix.
+        ends: [E] int32 or int64 on the device, end of each matrix's rows.
     """
     experts, columns, _ = sums.shape
     tiles = triton.cdiv(columns, TILE)
@@ -64,7 +68,7 @@ def add(sums: Tensor, rows: Tensor, ends: Tensor) -> None:
 
 
 def mirror(sums: Tensor) -> None:
-    """Fills in what ``add`` left out: sums [E, C, C] are symmetric afterwards."""
-    for one in sums:
-        one.triu_()
-        one += one.triu(1).T
+    """Fill in the tiles that ``add`` leaves out, so that ``sums`` [E, C, C] are symmetric."""
+    for matrix_sum in sums:
+        matrix_sum.triu_()
+        matrix_sum += matrix_sum.triu(1).T

@@ -1,64 +1,82 @@
-"""Affine grids: matrices as codes, scales and offsets.
+"""Affine grids: a matrix as integer codes with a scale and an offset per group.
 
-One format serves every width: ``w = scale * code + offset`` with one scale and offset per row and group of consecutive
-input columns. One bit is therefore two free levels and every kernel is one formula.
+Every width uses the same format, ``w = scale * code + offset``. A group is a number of consecutive input columns of one
+row. One bit means two free levels, so that every kernel implements one formula.
 
-A scale and an offset take a byte each. Scales have eight steps an octave, from 2^-24 to 240:
-``scale = 2^(byte // 8 - 24) * (1 + byte % 8 / 8)``. Offsets are 128ths of what the codes span:
-``offset = scale * highest code * (64 - byte) / 128``. float32 holds both exactly. Whoever fits or trains grids rounds
-them to these (``nearest``), so that codes are chosen for what is stored; coarse as they are, the bytes they save are
-worth many times the accuracy they cost (docs/lab-log.md, entry 40).
+A scale and an offset take one byte each. Scales have eight steps an octave, from 2^-24 to 240:
+``scale = 2^(byte // 8 - 24) * (1 + byte % 8 / 8)``. Offsets are multiples of 1/128 of the span of the codes:
+``offset = scale * max_code * (64 - byte) / 128``. float32 represents both exactly. Code that fits or trains grids
+rounds them to these values with ``nearest``, so that codes are chosen for the stored grid. The bytes that this coarse
+format saves are worth far more than the accuracy it costs (docs/lab-log.md, entry 40).
 
-Knows nothing of models or files. ``grid_kernel`` has the same for Triton.
+Must not import models or files. ``grid_kernel`` implements the same for Triton.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MANTISSA_SHIFT = 20
-"""Where a scale's byte begins in the bits of its float32."""
+"""Position of a scale's byte in the bits of its float32."""
 
 FIRST_SCALE = (127 - 24) << 3
-"""The byte 0 there: the exponent of 2^-24."""
+"""Value of these bits for the byte 0: the exponent of 2^-24."""
 
 LAST_SCALE, LARGEST_SCALE = 255, 240.0
-"""The largest byte and what it stands for."""
+"""The largest byte and its scale."""
 
 SMALL_WEIGHT = 2.0**-17
-"""With no larger weight in a matrix, scales of 8 bits would have to be smaller than 2^-24."""
+"""A matrix with no larger weight would need scales below 2^-24 at 8 bits."""
 
 PARTS = 128
-"""Offsets are in these parts of the codes' span."""
+"""Offsets are multiples of the span of the codes divided by this."""
 
 ZERO = 64
-"""Byte of the offset 0: offsets reach from -191 to 64 parts, and the usual -64 lies in the middle."""
+"""Byte of the offset 0. Offsets range from -191 to 64 parts, and the usual value of -64 is in the middle."""
 
 LEAST_SPAN = (PARTS / ZERO, PARTS / (255 - ZERO))
-"""The codes' span in units of a positive and of a negative offset, at least: with less, the byte would not reach."""
+"""Smallest span of the codes for which a byte can hold a positive and a negative offset, in units of that offset."""
 
 WIDENED = 1.07
-"""By how much more such a span is widened, so that the rounding of its scale takes nothing of it."""
+"""Factor by which a span that is too small is widened beyond the minimum, as a margin for the rounding of its scale."""
 
 
 class Quantized(NamedTuple):
-    """Matrices of one width on their grids. Leading dimensions (experts) are free.
+    """Matrices of one width on their grids, with any leading dimensions such as experts.
 
-    codes:   [..., rows, columns] uint8, values 0 .. levels - 1
-    scales:  [..., rows, columns // group_size] float32, with values that a byte stands for
-    offsets: [..., rows, columns // group_size] float32, likewise
+    Attributes:
+        codes: [..., rows, columns] uint8, values 0 .. levels - 1
+        scales: [..., rows, columns // group_size] float32, values that a byte can represent
+        offsets: [..., rows, columns // group_size] float32, likewise
     """
 
     codes: Tensor
     scales: Tensor
     offsets: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
+        """Apply ``function`` to codes, scales and offsets."""
+        return Quantized(function(self.codes), function(self.scales), function(self.offsets))
+
+    def select(self, index: Any) -> Quantized:
+        """Index the leading dimensions of codes, scales and offsets."""
+        return Quantized(self.codes[index], self.scales[index], self.offsets[index])
+
+    @staticmethod
+    def cat(batches: Sequence[Quantized], dim: int) -> Quantized:
+        """Concatenate along ``dim``. A single batch is returned without a copy."""
+        if len(batches) == 1:
+            return batches[0]
+        codes, scales, offsets = zip(*batches, strict=True)
+        return Quantized(torch.cat(codes, dim), torch.cat(scales, dim), torch.cat(offsets, dim))
+
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * code + offset`` in float32, then rounded once to ``dtype``: [..., rows, columns]."""
+    """Compute ``scale * code + offset`` in float32, rounded once to ``dtype``: [..., rows, columns]."""
     groups, columns = q.scales.shape[-1], q.codes.shape[-1]
     codes = q.codes.reshape(*q.codes.shape[:-1], groups, columns // groups).float()
     w = torch.addcmul(q.offsets.unsqueeze(-1), codes, q.scales.unsqueeze(-1))
@@ -66,51 +84,61 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dequantize_each(q: Quantized, dtype: torch.dtype) -> Tensor:
-    """``dequantize`` of matrices [E, R, C], one at a time: in float32 all at once may be larger than all else."""
+    """Dequantize matrices [E, R, C] one at a time.
+
+    All of them in float32 could take more memory than anything else in the job.
+    """
     weight = torch.empty(q.codes.shape, dtype=dtype, device=q.codes.device)
-    for one, *parts in zip(weight, *q, strict=True):
-        one.copy_(dequantize(Quantized(*parts)))
+    for index, matrix in enumerate(weight):
+        matrix.copy_(dequantize(q.select(index)))
     return weight
 
 
-def encode(scales: Tensor, offsets: Tensor, highest: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The bytes (uint8) nearest to scales and offsets of any float type; ``highest`` code broadcasts.
+def encode(scales: Tensor, offsets: Tensor, max_code: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the bytes (uint8) nearest to scales and offsets.
 
-    Offsets beyond what their byte reaches widen the scale, so that a group far from zero stays where it is.
+    An offset beyond the range of its byte widens the scale, so that a group far from zero keeps its place.
+
+    Args:
+        scales: Any float dtype.
+        offsets: Same shape.
+        max_code: Largest code of the width; broadcasts.
     """
     scales, offsets = scales.float(), offsets.float()
     positive, negative = LEAST_SPAN
-    least = torch.maximum(offsets * positive, offsets * -negative) / highest
-    scales = torch.where(least > scales * 1.001, least * WIDENED, scales)
+    least_scale = torch.maximum(offsets * positive, offsets * -negative) / max_code
+    scales = torch.where(least_scale > scales * 1.001, least_scale * WIDENED, scales)
     bits = scales.clamp_min(0).contiguous().view(torch.int32)
     half = 1 << (MANTISSA_SHIFT - 1)
     scale_bytes = (((bits + half) >> MANTISSA_SHIFT) - FIRST_SCALE).clamp(0, 255).to(torch.uint8)
-    parts = ZERO - offsets / (_scales(scale_bytes) * (highest / PARTS))
-    return scale_bytes, parts.round().clamp(0, 255).to(torch.uint8)
+    offset_bytes = ZERO - offsets / (_decode_scales(scale_bytes) * (max_code / PARTS))
+    return scale_bytes, offset_bytes.round().clamp(0, 255).to(torch.uint8)
 
 
-def decode(scale_bytes: Tensor, offset_bytes: Tensor, highest: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Scales and offsets (float32) that bytes stand for; ``highest`` code broadcasts."""
-    scales = _scales(scale_bytes)
-    return scales, scales * (highest / PARTS) * (ZERO - offset_bytes.float())
+def decode(scale_bytes: Tensor, offset_bytes: Tensor, max_code: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the scales and offsets (float32) of stored bytes. ``max_code`` broadcasts."""
+    scales = _decode_scales(scale_bytes)
+    return scales, scales * (max_code / PARTS) * (ZERO - offset_bytes.float())
 
 
-def nearest(scales: Tensor, offsets: Tensor, highest: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Scales and offsets (float32) that are stored in place of these."""
-    return decode(*encode(scales, offsets, highest), highest)
+def nearest(scales: Tensor, offsets: Tensor, max_code: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Round scales and offsets to the nearest values (float32) that can be stored. ``max_code`` broadcasts."""
+    scale_bytes, offset_bytes = encode(scales, offsets, max_code)
+    return decode(scale_bytes, offset_bytes, max_code)
 
 
 def largest_weights(weight: Tensor) -> Tensor:
-    """The largest absolute weight of each of the matrices [E, R, C]: [E] float32."""
+    """Return the largest absolute weight of each matrix of ``weight`` [E, R, C]: [E] float32."""
     weight = weight.detach()
     return torch.maximum(weight.amax((1, 2)), -weight.amin((1, 2))).float()
 
 
 def below_scales(weight: Tensor) -> int:
-    """How many of the matrices [E, R, C] hold weights, and only weights so small that scales do not resolve them."""
+    """Count the matrices [E, R, C] that are not zero and whose weights are all too small for the smallest scale."""
     largest = largest_weights(weight)
     return int(((largest > 0) & (largest < SMALL_WEIGHT)).sum())
 
 
-def _scales(scale_bytes: Tensor) -> Tensor:
+def _decode_scales(scale_bytes: Tensor) -> Tensor:
+    """Return the scales (float32) of stored bytes."""
     return ((scale_bytes.int() + FIRST_SCALE) << MANTISSA_SHIFT).view(torch.float32)

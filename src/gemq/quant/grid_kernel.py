@@ -1,4 +1,4 @@
-"""The bytes of scales and offsets, for Triton kernels: what ``grid`` says, and the same results."""
+"""Bytes of scales and offsets in Triton kernels, with the same results as ``grid``."""
 
 from __future__ import annotations
 
@@ -11,83 +11,110 @@ from gemq.quant import grid
 
 _SHIFT, _FIRST = tl.constexpr(grid.MANTISSA_SHIFT), tl.constexpr(grid.FIRST_SCALE)
 _HALF = tl.constexpr(1 << (grid.MANTISSA_SHIFT - 1))
-_ZERO, _DOWN = tl.constexpr(grid.ZERO), tl.constexpr(-float(grid.PARTS))  # offsets count downwards
+_ZERO, _NEGATIVE_PARTS = tl.constexpr(grid.ZERO), tl.constexpr(-float(grid.PARTS))  # larger bytes are smaller offsets
 _POSITIVE, _NEGATIVE = (tl.constexpr(span) for span in grid.LEAST_SPAN)
 _WIDENED = tl.constexpr(grid.WIDENED)
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
+_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits
+
+CHANGED_BLOCK = 1024
+"""Groups of one program of ``changed``."""
 
 
 @triton.jit
-def nearest_code(x, highest):
-    """Float32 ``x`` as the nearest whole number from 0 to ``highest``; ties go to even, as torch rounds."""
-    return (tl.minimum(tl.maximum(x, 0.0), highest) + _ROUNDING) - _ROUNDING
+def nearest_code(x, max_code):
+    """Round float32 ``x`` to the nearest integer from 0 to ``max_code``. Ties go to even, as in torch."""
+    return (tl.minimum(tl.maximum(x, 0.0), max_code) + _ROUNDING) - _ROUNDING
 
 
 @triton.jit
 def decode_scale(byte):
-    """float32; ``byte`` of any integer type."""
+    """Return the float32 scale of ``byte``, of any integer type."""
     return ((byte.to(tl.int32) + _FIRST) << _SHIFT).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def decode_offset(byte, scale, highest):
-    """float32; ``highest`` code float32 or a constant, and broadcasts."""
-    return scale * (highest / _DOWN) * (byte.to(tl.int32) - _ZERO).to(tl.float32)
+def decode_offset(byte, scale, max_code):
+    """Return the float32 offset of ``byte``. ``max_code`` is float32 or a constant, and broadcasts."""
+    return scale * (max_code / _NEGATIVE_PARTS) * (byte.to(tl.int32) - _ZERO).to(tl.float32)
 
 
 @triton.jit
-def encode(scale, offset, highest):
-    """The bytes nearest to float32 ``scale`` and ``offset``, as int32."""
-    least = tl.maximum(offset * _POSITIVE, offset * -_NEGATIVE) / highest
-    scale = tl.where(least > scale * 1.001, least * _WIDENED, scale)
+def encode(scale, offset, max_code):
+    """Return the bytes nearest to float32 ``scale`` and ``offset``, as int32."""
+    least_scale = tl.maximum(offset * _POSITIVE, offset * -_NEGATIVE) / max_code
+    scale = tl.where(least_scale > scale * 1.001, least_scale * _WIDENED, scale)
     bits = tl.maximum(scale, 0.0).to(tl.int32, bitcast=True)
     scale_byte = ((bits + _HALF) >> _SHIFT) - _FIRST
     scale_byte = tl.minimum(tl.maximum(scale_byte, 0), 255)
-    part = offset / (decode_scale(scale_byte) * (highest / _DOWN)) + _ZERO
-    return scale_byte, nearest_code(part, 255.0).to(tl.int32)
+    offset_byte = offset / (decode_scale(scale_byte) * (max_code / _NEGATIVE_PARTS)) + _ZERO
+    return scale_byte, nearest_code(offset_byte, 255.0).to(tl.int32)
 
 
 @triton.jit
-def nearest(scale, offset, highest):
-    """The scale and offset (float32) that are stored in place of these."""
-    scale_byte, offset_byte = encode(scale, offset, highest)
+def nearest(scale, offset, max_code):
+    """Round a scale and an offset to the nearest values (float32) that can be stored."""
+    scale_byte, offset_byte = encode(scale, offset, max_code)
     scale = decode_scale(scale_byte)
-    return scale, decode_offset(offset_byte, scale, highest)
+    return scale, decode_offset(offset_byte, scale, max_code)
 
 
 @triton.jit
-def change_grid(base_scale, base_offset, scale_change, offset_change, highest):
-    """Stored scale and offset (float32) of changes relative to the scale."""
-    return nearest(base_scale * (1 + scale_change), base_offset + base_scale * offset_change, highest)
+def change_grid(base_scale, base_offset, scale_change, offset_change, max_code):
+    """Return the stored scale and offset (float32) after changes relative to the scale."""
+    return nearest(base_scale * (1 + scale_change), base_offset + base_scale * offset_change, max_code)
 
 
 @triton.jit
 def _changed_kernel(
-    scale_changes, offset_changes, base_scales, base_offsets, highest, scales, offsets, count, each, BLOCK: tl.constexpr
+    scale_changes,
+    offset_changes,
+    base_scales,
+    base_offsets,
+    max_codes,
+    scales,
+    offsets,
+    num_groups,
+    groups_per_matrix,
+    BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    base_scale = tl.load(base_scales + at, mask=inside, other=0.0)
-    base_offset = tl.load(base_offsets + at, mask=inside, other=0.0)
-    scale_change = tl.load(scale_changes + at, mask=inside, other=0.0)
-    offset_change = tl.load(offset_changes + at, mask=inside, other=0.0)
-    high = tl.load(highest + at // each, mask=inside, other=1.0)
-    scale, offset = change_grid(base_scale, base_offset, scale_change, offset_change, high)
-    tl.store(scales + at, scale, mask=inside)
-    tl.store(offsets + at, offset, mask=inside)
+    """Compute ``change_grid`` of ``BLOCK`` groups."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = group < num_groups
+    base_scale = tl.load(base_scales + group, mask=mask, other=0.0)
+    base_offset = tl.load(base_offsets + group, mask=mask, other=0.0)
+    scale_change = tl.load(scale_changes + group, mask=mask, other=0.0)
+    offset_change = tl.load(offset_changes + group, mask=mask, other=0.0)
+    max_code = tl.load(max_codes + group // groups_per_matrix, mask=mask, other=1.0)
+    scale, offset = change_grid(base_scale, base_offset, scale_change, offset_change, max_code)
+    tl.store(scales + group, scale, mask=mask)
+    tl.store(offsets + group, offset, mask=mask)
 
 
 def changed(
-    scale_changes: Tensor, offset_changes: Tensor, base_scales: Tensor, base_offsets: Tensor, highest: Tensor
+    scale_changes: Tensor, offset_changes: Tensor, base_scales: Tensor, base_offsets: Tensor, max_code: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Stored scales and offsets of changes relative to the scales, all [E, R, G] float32, in one pass.
+    """Return stored scales and offsets after changes relative to the scales, in one pass.
 
-    highest: [E, 1, 1] float32
+    Args:
+        scale_changes: [E, R, G] float32.
+        offset_changes: Likewise.
+        base_scales: Likewise.
+        base_offsets: Likewise.
+        max_code: [E, 1, 1] float32.
     """
-    parts = [t.contiguous() for t in (scale_changes, offset_changes, base_scales, base_offsets)]
-    scales, offsets = torch.empty_like(parts[2]), torch.empty_like(parts[2])
-    count, block = scales.numel(), 1024
-    _changed_kernel[(triton.cdiv(count, block),)](
-        *parts, highest.contiguous(), scales, offsets, count, scales[0].numel(), BLOCK=block
+    base_scales = base_scales.contiguous()
+    scales, offsets = torch.empty_like(base_scales), torch.empty_like(base_scales)
+    num_groups, groups_per_matrix = scales.numel(), scales[0].numel()
+    _changed_kernel[(triton.cdiv(num_groups, CHANGED_BLOCK),)](
+        scale_changes.contiguous(),
+        offset_changes.contiguous(),
+        base_scales,
+        base_offsets.contiguous(),
+        max_code.contiguous(),
+        scales,
+        offsets,
+        num_groups,
+        groups_per_matrix,
+        BLOCK=CHANGED_BLOCK,
     )
     return scales, offsets

@@ -1,15 +1,15 @@
-"""Codes of 1, 1.6, 2, 3, 4 and 8 bits <-> bytes, without padding waste.
+"""Packing of codes of 1, 1.6, 2, 3, 4 and 8 bits into bytes, without padding.
 
 Inside each group of G consecutive columns the layout is planar: byte j of an n-byte plane holds the codes
-j, j + n, j + 2n, ... A kernel that reads consecutive bytes then gets consecutive columns out of every bit
-position, and never shuffles. Three bits are a 2-bit plane followed by a 1-bit plane; ternary holds five
-codes a byte in base 3. ``docs/checkpoint-format.md`` gives an example. Pure torch: knows nothing of models
-or files.
+j, j + n, j + 2n, ... A kernel that reads consecutive bytes gets consecutive columns from every bit position and needs
+no shuffles. Three bits are a 2-bit plane followed by a 1-bit plane. Ternary stores five codes a byte in base 3.
+``docs/checkpoint-format.md`` gives an example. Plain torch: must not import models or files.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from gemq.quant.widths import LEVELS, Width, bytes_per_group
 
 
 class PackedMatrix(NamedTuple):
-    """Matrices of one width as they are stored. Leading dimensions (experts) are free.
+    """Matrices of one width as they are stored, with any leading dimensions such as experts.
 
-    codes:   [..., rows, groups * bytes_per_group] uint8
-    scales:  [..., rows, groups] uint8, as ``quant.grid`` encodes them
-    offsets: [..., rows, groups] uint8, likewise
+    Attributes:
+        codes: [..., rows, groups * bytes_per_group] uint8
+        scales: [..., rows, groups] uint8, encoded as ``quant.grid`` describes
+        offsets: [..., rows, groups] uint8, likewise
     """
 
     codes: Tensor
@@ -33,22 +34,47 @@ class PackedMatrix(NamedTuple):
 
     @classmethod
     def pack(cls, q: Quantized, width: Width, group_size: int) -> PackedMatrix:
-        return cls(pack_codes(q.codes, width, group_size), *encode(q.scales, q.offsets, LEVELS[width] - 1))
+        """Pack matrices of one width."""
+        scale_bytes, offset_bytes = encode(q.scales, q.offsets, LEVELS[width] - 1)
+        return cls(pack_codes(q.codes, width, group_size), scale_bytes, offset_bytes)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> PackedMatrix:
+        """Look the tensors up by their names in a checkpoint; the inverse of ``named``."""
+        return cls(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scales"], tensors[f"{prefix}.offsets"])
+
+    @classmethod
+    def cat(cls, batches: Sequence[PackedMatrix]) -> PackedMatrix:
+        """Concatenate batches of matrices of one width along their first dimension."""
+        codes, scales, offsets = zip(*batches, strict=True)
+        return cls(torch.cat(codes), torch.cat(scales), torch.cat(offsets))
+
+    @classmethod
+    def stack(cls, matrices: Sequence[PackedMatrix]) -> PackedMatrix:
+        """Stack single matrices of one width into a batch."""
+        codes, scales, offsets = zip(*matrices, strict=True)
+        return cls(torch.stack(codes), torch.stack(scales), torch.stack(offsets))
 
     def unpack(self, width: Width, group_size: int) -> Quantized:
-        return Quantized(unpack_codes(self.codes, width, group_size), *self.grids(width))
+        """Unpack codes and decode scales and offsets."""
+        scales, offsets = self.grids(width)
+        return Quantized(unpack_codes(self.codes, width, group_size), scales, offsets)
 
     def grids(self, width: Width) -> tuple[Tensor, Tensor]:
-        """Scales and offsets, float32."""
+        """Return scales and offsets, float32."""
         return decode(self.scales, self.offsets, LEVELS[width] - 1)
 
+    def select(self, index: Any) -> PackedMatrix:
+        """Index the leading dimensions."""
+        return PackedMatrix(self.codes[index], self.scales[index], self.offsets[index])
+
     def named(self, prefix: str) -> dict[str, Tensor]:
-        """``{prefix}.codes``, ``.scales`` and ``.offsets``: the tensors under their names in a checkpoint."""
-        return {f"{prefix}.{part}": tensor for part, tensor in self._asdict().items()}
+        """Return the tensors by their names in a checkpoint: ``{prefix}.codes``, ``.scales`` and ``.offsets``."""
+        return {f"{prefix}.{field}": tensor for field, tensor in self._asdict().items()}
 
 
 def pack_codes(codes: Tensor, width: Width, group_size: int) -> Tensor:
-    """[..., rows, columns] uint8 codes -> [..., rows, columns / group_size * bytes_per_group] uint8."""
+    """Pack codes [..., rows, columns] uint8 into [..., rows, columns / group_size * bytes_per_group] uint8."""
     groups = codes.reshape(*codes.shape[:-1], -1, group_size)
     if width == 8:
         packed = groups
@@ -62,7 +88,7 @@ def pack_codes(codes: Tensor, width: Width, group_size: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, width: Width, group_size: int) -> Tensor:
-    """[..., rows, groups * bytes_per_group] uint8 -> [..., rows, groups * group_size] uint8 codes."""
+    """Unpack [..., rows, groups * bytes_per_group] uint8 into codes [..., rows, groups * group_size] uint8."""
     groups = packed.reshape(*packed.shape[:-1], -1, bytes_per_group(width, group_size))
     if width == 8:
         codes = groups
@@ -77,7 +103,7 @@ def unpack_codes(packed: Tensor, width: Width, group_size: int) -> Tensor:
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    """[..., G] codes below 2**bits -> [..., G * bits / 8] bytes; bits divides 8."""
+    """Pack codes [..., G] below 2**bits into [..., G * bits / 8] bytes. ``bits`` divides 8."""
     per_byte = 8 // bits
     slots = codes.unflatten(-1, (per_byte, -1))
     packed = slots[..., 0, :].clone()
@@ -87,15 +113,16 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
+    """Unpack [..., G * bits / 8] bytes into codes [..., G]."""
     mask = (1 << bits) - 1
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
 
 
 def _pack_ternary(codes: Tensor) -> Tensor:
-    """[..., G] codes 0 .. 2 -> [..., ceil(G / 5)] bytes 0 .. 242; codes beyond G count as 0."""
+    """Pack codes [..., G] of 0 .. 2 into [..., ceil(G / 5)] bytes of 0 .. 242. Missing codes past G count as 0."""
     group_size = codes.shape[-1]
-    n = bytes_per_group(1.6, group_size)
-    digits = F.pad(codes, (0, 5 * n - group_size)).unflatten(-1, (5, n))
+    num_bytes = bytes_per_group(1.6, group_size)
+    digits = F.pad(codes, (0, 5 * num_bytes - group_size)).unflatten(-1, (5, num_bytes))
     packed = digits[..., 4, :].clone()
     for i in (3, 2, 1, 0):
         packed = packed * 3 + digits[..., i, :]
@@ -103,6 +130,7 @@ def _pack_ternary(codes: Tensor) -> Tensor:
 
 
 def _unpack_ternary(packed: Tensor, group_size: int) -> Tensor:
+    """Unpack [..., ceil(G / 5)] bytes into codes [..., G]."""
     digits = []
     for _ in range(5):
         quotient = torch.div(packed, 3, rounding_mode="floor")

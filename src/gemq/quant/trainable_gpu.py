@@ -1,7 +1,10 @@
-"""``TrainableMatrices`` for a GPU: a step is one kernel, which leaves the weights that the next forward pass uses.
+"""``TrainableMatrices`` for a GPU: one kernel takes a step and writes the weights of the next forward pass.
 
-In float32 jobs everything is float32. Else latents are 16-bit parts of their range and moments bfloat16: 10 bytes a
-weight with gradient and weight in use, and as few bytes to move. Knows no models and no files.
+In float32 jobs everything is float32. Otherwise soft codes are 16-bit fractions of their range and Adam's moments are
+bfloat16. With gradient and weight in use that is 10 bytes per weight to store and to move. Must not import models or
+files.
+
+Shapes: E matrices, R rows, C columns, G group size.
 """
 
 from __future__ import annotations
@@ -15,153 +18,158 @@ from torch import Tensor
 from gemq.quant.grid import Quantized, dequantize_each, nearest
 from gemq.quant.trainable import BETAS, MARGIN, TrainableMatrices
 
-PARTS = 65535
-"""Equal parts of a latent's range that int16 tells apart."""
+INT16_STEPS = 65535
+"""Equal parts of a soft code's range that int16 distinguishes."""
 
 
-class State(NamedTuple):
-    """E matrices in training: everything a step reads and writes, [E, R, C] or, of groups, [E, R, C / G].
+class TrainingState(NamedTuple):
+    """Everything that a step reads and writes: [E, R, C] per weight, or [E, R, C / G] per group.
 
-    weight:  in use, the compute type
-    latents: float32, or int16 (see above)
-    moments: first and second of the latents
-    base:    scales and offsets where training started, float32
-    changes: of scales and offsets, relative to the scales; float32
-    grid_moments: first and second of both changes, float32
+    Attributes:
+        weight: Weights in use, in the compute dtype.
+        soft_codes: float32 or int16.
+        moments: Adam's first and second moment of the soft codes.
+        base: Scales and offsets where training started, float32.
+        changes: Of scales and offsets, relative to the scales; float32.
+        grid_moments: First and second moment of the change of scales, then of offsets; float32.
     """
 
     weight: Tensor
-    latents: Tensor
+    soft_codes: Tensor
     moments: tuple[Tensor, Tensor]
     base: tuple[Tensor, Tensor]
     changes: tuple[Tensor, Tensor]
     grid_moments: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class Steps(NamedTuple):
-    """What differs from step to step, where kernels read it: they are launched alike, also from a CUDA graph.
+class StepSchedule(NamedTuple):
+    """What differs between steps, in device memory, so that all launches are equal and a CUDA graph can repeat them.
 
-    rates:  [N, 3] float32: each step's learning rates of codes and of grids, with Adam's correction of first moments,
-            and what roots of second moments are multiplied by for theirs
-    number: int64 scalar, steps taken
+    Attributes:
+        rates: [steps, 3] float32: learning rates of codes and of grids, both with Adam's bias correction of first
+            moments, and the factor that corrects the root of second moments.
+        step_index: int64 scalar, steps taken.
     """
 
     rates: Tensor
-    number: Tensor
+    step_index: Tensor
 
     @classmethod
-    def of(cls, codes: float, grids: float, factors: Sequence[float], number: Tensor) -> Steps:
-        """Learning rates ``codes`` and ``grids`` times each step's factor."""
-        first, second = BETAS
+    def create(cls, lr_codes: float, lr_grids: float, factors: Sequence[float], step_index: Tensor) -> StepSchedule:
+        """Return the schedule of learning rates that are multiplied by ``factors``, one for each step."""
+        beta1, beta2 = BETAS
         rows = []
         for step, factor in enumerate(factors, 1):
-            rate = factor / (1 - first**step)
-            rows.append((codes * rate, grids * rate, (1 - second**step) ** -0.5))
-        return cls(torch.tensor(rows, device=number.device), number)
+            corrected = factor / (1 - beta1**step)
+            rows.append((lr_codes * corrected, lr_grids * corrected, (1 - beta2**step) ** -0.5))
+        return cls(torch.tensor(rows, device=step_index.device), step_index)
 
 
-def latent_type(device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """The type in which latents wait for training and are trained: see above."""
+def soft_code_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """Return the dtype in which soft codes are kept and trained."""
     return torch.int16 if device.type == "cuda" and compute != torch.float32 else torch.float32
 
 
 def trainable(
     q: Quantized,
-    highest: Tensor,
-    latents: Tensor,
+    max_code: Tensor,
+    soft_codes: Tensor,
     compute: torch.dtype,
-    by_range: bool = False,
-    numbers: Tensor | None = None,
+    scale_by_max_code: bool = False,
+    matrix_ids: Tensor | None = None,
 ) -> TrainableMatrices | FusedMatrices:
-    """Matrices to train where ``latents`` lie (``latent_type``), as the device takes them. Owns the latents."""
-    if latents.device.type == "cuda":
-        return FusedMatrices(q, highest, latents, compute, by_range, numbers)
-    return TrainableMatrices(q, highest, latents, by_range)
+    """Return matrices to train on the device of ``soft_codes``. Arguments as of ``FusedMatrices``."""
+    if soft_codes.device.type == "cuda":
+        return FusedMatrices(q, max_code, soft_codes, compute, scale_by_max_code, matrix_ids)
+    return TrainableMatrices(q, max_code, soft_codes, scale_by_max_code)
 
 
 class FusedMatrices:
-    """E matrices on their grids, trained in place. Arguments as of ``TrainableMatrices``; ``latents`` float32 or int16.
-
-    compute: type of the weights in use
-    numbers: int64 [E], what tells a matrix from all that are trained in other calls of one layer, so that it is rounded
-             alike whichever of them are trained with it; by default its place
-    """
+    """E matrices on their grids, trained in place by a fused step."""
 
     def __init__(
         self,
         q: Quantized,
-        highest: Tensor,
-        latents: Tensor,
+        max_code: Tensor,
+        soft_codes: Tensor,
         compute: torch.dtype,
-        by_range: bool = False,
-        numbers: Tensor | None = None,
+        scale_by_max_code: bool = False,
+        matrix_ids: Tensor | None = None,
     ):
-        self.highest, self.by_range = highest, by_range
-        self.numbers = torch.arange(len(highest), device=highest.device) if numbers is None else numbers
-        fixed = latents.dtype == torch.int16
-        if not fixed:
-            latents = latents.clamp(-MARGIN, torch.inf)
-            latents = torch.minimum(latents, highest.view(-1, 1, 1) + MARGIN)
+        """
+        Args:
+            q: Where training starts.
+            max_code: [E] float32, the largest code of each matrix.
+            soft_codes: [E, R, C] float32 in codes, or int16. Taken over.
+            compute: Dtype of the weights in use.
+            scale_by_max_code: As for ``TrainableMatrices``.
+            matrix_ids: int64 [E], seeds of the stochastic rounding: a matrix with the same id is rounded the same way
+                whichever matrices it is trained with. By default its index.
+        """
+        self.max_code, self.scale_by_max_code = max_code, scale_by_max_code
+        self.matrix_ids = torch.arange(len(max_code), device=max_code.device) if matrix_ids is None else matrix_ids
+        is_int16 = soft_codes.dtype == torch.int16
+        if not is_int16:
+            soft_codes = soft_codes.clamp(-MARGIN, torch.inf)
+            soft_codes = torch.minimum(soft_codes, max_code.view(-1, 1, 1) + MARGIN)
         weight = dequantize_each(q, compute)
         self.leaf = weight.requires_grad_()
-        moments = torch.bfloat16 if fixed else torch.float32
-
-        def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-            return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-
-        groups = [zeros(q.scales, torch.float32) for _ in range(6)]
-        self.state = State(
-            weight.detach(),
-            latents.contiguous(),
-            (zeros(latents, moments), zeros(latents, moments)),
-            (q.scales.contiguous(), q.offsets.contiguous()),
-            (groups[0], groups[1]),
-            (groups[2], groups[3], groups[4], groups[5]),
+        moments_dtype = torch.bfloat16 if is_int16 else torch.float32
+        groups = [_contiguous_zeros(q.scales, torch.float32) for _ in range(6)]
+        self.state = TrainingState(
+            weight=weight.detach(),
+            soft_codes=soft_codes.contiguous(),
+            moments=(_contiguous_zeros(soft_codes, moments_dtype), _contiguous_zeros(soft_codes, moments_dtype)),
+            base=(q.scales.contiguous(), q.offsets.contiguous()),
+            changes=(groups[0], groups[1]),
+            grid_moments=(groups[2], groups[3], groups[4], groups[5]),
         )
 
     def weight(self) -> Tensor:
-        """[E, R, C] in the compute type, as a checkpoint with these codes would mean it. A leaf of autograd."""
+        """Return the weights [E, R, C] that a checkpoint with these codes has, in the compute dtype: a leaf."""
         return self.leaf
 
     def leaves(self) -> list[Tensor]:
-        """What has gradients."""
+        """Return the tensors that have gradients."""
         return [self.leaf]
 
     def trained(self) -> list[Tensor]:
-        """All numbers that training changes."""
-        return [self.state.latents, *self.state.changes]
+        """Return the tensors that training changes."""
+        return [self.state.soft_codes, *self.state.changes]
 
-    def step(self, steps: Steps, seed: int = 0) -> None:
-        """Takes the next of ``steps`` down the gradient that the leaf has, and drops it. Counting is the caller's."""
-        from gemq.quant.step_kernel import step  # triton comes with torch for CUDA, not for CPUs
+    def step(self, schedule: StepSchedule, seed: int = 0) -> None:
+        """Take the next step with the leaf's gradient, which is dropped. The caller advances the schedule."""
+        from gemq.quant.step_kernel import step  # needs triton, which CPU builds of torch lack
 
         gradient, self.leaf.grad = self.leaf.grad, None
         if gradient is not None:
-            step(self.state, gradient, self.highest, self.numbers, steps, self.by_range, seed)
+            step(self.state, gradient, self.max_code, self.matrix_ids, schedule, self.scale_by_max_code, seed)
 
     def keep_in_range(self) -> None:
-        """Nothing to do: a step does it."""
+        """Do nothing: the step has clamped the soft codes."""
 
     @torch.no_grad()
     def result(self) -> Quantized:
-        """What training arrived at."""
+        """Return the matrices as trained so far."""
         codes = torch.empty(self.leaf.shape, dtype=torch.uint8, device=self.leaf.device)
-        for one, latents, highest in zip(codes, self.state.latents, self.highest, strict=True):
-            one.copy_(decoded(latents, highest).round_().clamp_(highest.new_zeros(()), highest))
+        for matrix_codes, soft_codes, max_code in zip(codes, self.state.soft_codes, self.max_code, strict=True):
+            rounded = decode_soft_codes(soft_codes, max_code).round_()
+            matrix_codes.copy_(rounded.clamp_(max_code.new_zeros(()), max_code))
         base_scale, base_offset = self.state.base
-        scale = base_scale * (1 + self.state.changes[0])
-        offset = base_offset + base_scale * self.state.changes[1]
-        return Quantized(codes, *nearest(scale, offset, self.highest.view(-1, 1, 1)))
+        scale_change, offset_change = self.state.changes
+        scale = base_scale * (1 + scale_change)
+        offset = base_offset + base_scale * offset_change
+        scale, offset = nearest(scale, offset, self.max_code.view(-1, 1, 1))
+        return Quantized(codes, scale, offset)
 
 
-def encoded(latents: Tensor, highest: Tensor) -> Tensor:
-    """Latents [..., R, C] float32 as int16; ``highest`` broadcasts."""
-    parts = (latents + MARGIN) * (PARTS / (highest + 2 * MARGIN))
-    return (parts.round().clamp(0, PARTS) - 32768).to(torch.int16)
+def decode_soft_codes(soft_codes: Tensor, max_code: Tensor) -> Tensor:
+    """Return float32 or int16 soft codes as float32. ``max_code`` broadcasts."""
+    if soft_codes.dtype != torch.int16:
+        return soft_codes.clone()
+    return (soft_codes.float() + 32768) * ((max_code + 2 * MARGIN) / INT16_STEPS) - MARGIN
 
 
-def decoded(latents: Tensor, highest: Tensor) -> Tensor:
-    """Latents as float32, of either type."""
-    if latents.dtype != torch.int16:
-        return latents.clone()
-    return (latents.float() + 32768) * ((highest + 2 * MARGIN) / PARTS) - MARGIN
+def _contiguous_zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros of the shape and device of ``like``."""
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""The widths that exist, how many bytes they take and which group size a matrix gets.
+"""The widths that exist, their bytes, and the group size of a matrix.
 
-A *width* is named by its nominal bits: 1, 1.6 (ternary: three levels), 2, 3, 4 or 8. Imports no torch, so that
-recipes and ``--help`` stay fast. Knows nothing of tensors, models or files.
+A *width* is named by its nominal bits: 1, 1.6 (ternary: three levels), 2, 3, 4 or 8. Must not import torch, so that
+recipes and ``--help`` stay fast.
 """
 
 from __future__ import annotations
@@ -10,60 +10,71 @@ from gemq.errors import UserError, shown
 
 Width = float
 ExpertWidths = tuple[Width, Width]
-"""Of an expert's two matrices: gate and up (or up alone), and down."""
+"""Widths of an expert's two matrices: gate and up (or only up), and down."""
 
 LEVELS: dict[Width, int] = {1: 2, 1.6: 3, 2: 4, 3: 8, 4: 16, 8: 256}
-"""Number of code values of each width."""
+"""Number of codes of each width."""
 
 SMALLEST_GROUP = 16
+"""Smallest group size."""
 
 
 def width_name(width: Width) -> str:
-    """``1``, ``1.6``, ``2`` ...: how a width is written everywhere."""
+    """Return a width as it is written everywhere: ``1``, ``1.6``, ``2`` ..."""
     return f"{width:g}"
 
 
 def plain_widths(by_layer: list[list[ExpertWidths]]) -> list[list[Width | list[Width]]]:
-    """Widths by layer and expert as they stand in files: one number where both matrices have the same, else both."""
-    return [[first if first == down else [first, down] for first, down in layer] for layer in by_layer]
+    """Return widths by layer and expert as files contain them: one number if both matrices have the same, else both."""
+    plain: list[list[Width | list[Width]]] = []
+    for layer in by_layer:
+        plain.append([gate_up if gate_up == down else [gate_up, down] for gate_up, down in layer])
+    return plain
 
 
 def parse_width(value: object) -> Width:
-    """A width from user input (``2``, ``"1.6"``). Raises UserError for a width that does not exist."""
+    """Read a width from user input such as ``2`` or ``"1.6"``.
+
+    Raises:
+        UserError: There is no such width.
+    """
     try:
         width = float(value)  # type: ignore[arg-type]
     except (OverflowError, TypeError, ValueError):
         width = -1.0
     if width not in LEVELS:
-        known = ", ".join(width_name(w) for w in LEVELS)
-        raise UserError(f"there is no width {shown(value)}: choose from {known}")
+        known_widths = ", ".join(width_name(w) for w in LEVELS)
+        raise UserError(f"there is no width {shown(value)}: choose from {known_widths}")
     return int(width) if width == int(width) else width
 
 
 def nominal_bits(width: Width) -> float:
-    """Bits per weight as budgets count them: the width itself, ternary as 1.625 (26 bytes hold 128 codes)."""
+    """Return the bits per weight that budgets count: the width, or 1.625 for ternary (26 bytes hold 128 codes)."""
     return 1.625 if width == 1.6 else float(width)
 
 
 def bytes_per_group(width: Width, group_size: int) -> int:
-    """Bytes that the codes of one group take on disk and in memory."""
+    """Return the bytes that the codes of one group take on disk and in memory."""
     if width == 1.6:
         return -(-group_size // 5)
     return group_size * int(width) // 8
 
 
 def matrix_bytes(rows: int, columns: int, width: Width, group_size: int) -> int:
-    """Bytes of one packed matrix: codes, and one byte each for a group's scale and offset."""
+    """Return the bytes of one packed matrix: codes, and one byte each for the scale and the offset of a group."""
     return rows * (columns // group_size) * (bytes_per_group(width, group_size) + 2)
 
 
-def group_size_for(columns: int, wanted: int) -> int:
-    """Group size that a matrix with ``columns`` inputs gets when ``wanted`` is asked for.
+def group_size_for(columns: int, recipe_group_size: int) -> int:
+    """Return the group size of a matrix with ``columns`` inputs.
 
-    The largest power-of-two fraction of ``wanted``, from 16 up, that divides ``columns``: 128 becomes 64, 32 or 16.
-    Raises UserError when even 16 does not divide it.
+    This is the largest of the recipe's group size, its half, its quarter and so on that divides ``columns``, with a
+    minimum of 16: 128 becomes 64, 32 or 16.
+
+    Raises:
+        UserError: Even 16 does not divide ``columns``.
     """
-    group = wanted
+    group = recipe_group_size
     while group >= SMALLEST_GROUP:
         if columns % group == 0:
             return group

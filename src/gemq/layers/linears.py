@@ -1,0 +1,183 @@
+"""Quantization of a layer's dense linears: those outside routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemq.calibration.activations import LayerMoments
+from gemq.errors import UserError
+from gemq.layers.layer_training import QuantizedParameter
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.scheme import QuantizationScheme
+from gemq.models.replay import Replay
+from gemq.models.structure import Linear
+from gemq.quant.grid import LARGEST_SCALE, LAST_SCALE, below_scales, dequantize
+from gemq.quant.hessian import Moments
+from gemq.quant.packing import PackedMatrix
+from gemq.quant.trainable_gpu import soft_code_dtype
+from gemq.runtime.ranks import Ranks
+
+
+@dataclass
+class QuantizedLinears:
+    """Dense linears on their grids, by module path.
+
+    Attributes:
+        packed: Batches of one matrix, [1, ...].
+        soft_codes: Codes before rounding, [1, R, C]; empty if they were not requested.
+        retries: Number of Hessians that needed more dampening.
+        small: Number of matrices whose weights are below the smallest scale.
+    """
+
+    packed: dict[str, PackedMatrix] = field(default_factory=dict)
+    soft_codes: dict[str, Tensor] = field(default_factory=dict)
+    retries: int = 0
+    small: int = 0
+
+    def update(self, linears: QuantizedLinears) -> None:
+        """Add further linears."""
+        self.packed.update(linears.packed)
+        self.soft_codes.update(linears.soft_codes)
+        self.retries += linears.retries
+        self.small += linears.small
+
+
+def quantize_linears(
+    replay: Replay,
+    linears: Sequence[Linear],
+    moments: LayerMoments,
+    quantizer: Quantizer,
+    bits: int,
+    with_soft_codes: bool = False,
+) -> QuantizedLinears:
+    """Quantize dense linears. Linears with the same input are one batch, and ranks take turns with the batches.
+
+    Args:
+        replay: The model, and the ranks that share the work.
+        linears: Linears of one layer.
+        moments: Hessians of their inputs.
+        quantizer: Settings.
+        bits: Width of all of them.
+        with_soft_codes: Also return the codes before rounding, from which training starts.
+    """
+    ranks = replay.ranks
+    result = QuantizedLinears()
+    for linear in linears:
+        result.small += below_scales(_weight(replay, linear).unsqueeze(0))
+    for index, batch in enumerate(_linears_by_input(linears, moments, replay.device)):
+        if index % ranks.count == ranks.rank:
+            quantized = _quantize_batch(replay, batch, moments.linears[batch[0].path], quantizer, bits, with_soft_codes)
+            result.update(quantized)
+    return _all_gather(ranks, linears, result)
+
+
+def _linears_by_input(linears: Sequence[Linear], moments: LayerMoments, device: torch.device) -> list[list[Linear]]:
+    """Group linears that receive the same tensor: those that share a Hessian."""
+    batches: dict[int, list[Linear]] = {}
+    for linear in linears:
+        if linear.path not in moments.linears:  # in a branch that no calibration token reached
+            moments.linears[linear.path] = Moments(1, linear.columns, device)
+        batches.setdefault(id(moments.linears[linear.path]), []).append(linear)
+    return list(batches.values())
+
+
+def _quantize_batch(
+    replay: Replay, batch: list[Linear], hessian: Moments, quantizer: Quantizer, bits: int, with_soft_codes: bool
+) -> QuantizedLinears:
+    """Quantize linears with one input as one matrix, since rows do not depend on each other."""
+    weights = [_weight(replay, linear) for linear in batch]
+    weight = torch.cat(weights).unsqueeze(0)
+    soft_codes = None
+    if with_soft_codes:
+        dtype = soft_code_dtype(weight.device, weight.dtype)
+        soft_codes = weight.new_empty(1, *weight.shape, dtype=dtype)
+    q, retries = quantizer.every_width(weight, hessian, (bits,), soft_codes, shrinkage=0.0)
+    result = QuantizedLinears(retries=retries)
+    start = 0
+    for linear, rows in zip(batch, map(len, weights), strict=True):
+        stop = start + rows
+        matrix = q.select((0, slice(None), slice(start, stop)))
+        packed = PackedMatrix.pack(matrix, bits, quantizer.group(linear.columns))
+        refuse_clipped([linear.path], [packed])
+        result.packed[linear.path] = packed
+        if soft_codes is not None:
+            result.soft_codes[linear.path] = soft_codes[0, :, start:stop].contiguous()
+        start = stop
+    return result
+
+
+def _weight(replay: Replay, linear: Linear) -> Tensor:
+    """Return the weight [R, C] of a linear, outside autograd."""
+    weight: Tensor = replay.model.get_submodule(linear.path).weight
+    return weight.detach()
+
+
+_FIELDS = (*PackedMatrix._fields, "soft_codes")
+"""Names of a quantized linear's tensors when ranks exchange them."""
+
+
+def _all_gather(ranks: Ranks, linears: Sequence[Linear], local: QuantizedLinears) -> QuantizedLinears:
+    """Combine the linears that each rank has quantized, in one exchange of tensors by name."""
+    if ranks.count == 1:
+        return local
+    local_tensors = {f"{path}.soft_codes": codes for path, codes in local.soft_codes.items()}
+    for path, packed in local.packed.items():
+        local_tensors.update(packed.named(path))
+    names = [f"{linear.path}.{field_name}" for linear in linears for field_name in _FIELDS]
+    result = QuantizedLinears(small=local.small)
+    tensors: dict[str, Tensor] = {}
+    for received, (retries,) in ranks.all_gather_tensors([local_tensors.get(name) for name in names], [local.retries]):
+        result.retries += retries
+        for name, tensor in zip(names, received, strict=True):
+            if tensor is not None:
+                tensors[name] = tensor.clone()  # the exchange's buffer is one tensor
+    for linear in linears:
+        result.packed[linear.path] = PackedMatrix.from_tensors(tensors, linear.path)
+        if f"{linear.path}.soft_codes" in tensors:
+            result.soft_codes[linear.path] = tensors[f"{linear.path}.soft_codes"]
+    return result
+
+
+def linear_parameters(
+    linears: Sequence[Linear], quantized: QuantizedLinears, quantizer: Quantizer, bits: int
+) -> list[QuantizedParameter]:
+    """Return quantized dense linears as parameters to train. They need their soft codes."""
+    parameters = []
+    for linear in linears:
+        q = quantized.packed[linear.path].unpack(bits, quantizer.group(linear.columns))
+        parameters.append(QuantizedParameter(f"{linear.path}.weight", (bits,), q, quantized.soft_codes[linear.path]))
+    return parameters
+
+
+def install_linears(
+    model: Any, linears: Sequence[Linear], packed: dict[str, PackedMatrix], scheme: QuantizationScheme
+) -> None:
+    """Overwrite the weights of dense linears with their dequantized codes."""
+    for linear in linears:
+        q = packed[linear.path].unpack(scheme.dense_bits, scheme.group(linear.columns))
+        weight = model.get_submodule(linear.path).weight
+        weight.data.copy_(dequantize(q).reshape(weight.shape))
+
+
+def refuse_clipped(names: Sequence[str], packed: Iterable[PackedMatrix]) -> None:
+    """Refuse matrices with weights beyond the largest scale, which would be clipped.
+
+    Args:
+        names: Names of the matrices.
+        packed: Batches of these matrices, at one or more widths.
+
+    Raises:
+        UserError: Names the first such matrix.
+    """
+    clipped_by_width = [(matrices.scales == LAST_SCALE).flatten(1).any(1) for matrices in packed]
+    clipped = torch.stack(clipped_by_width).any(0)
+    if bool(clipped.any()):
+        raise UserError(
+            f"{names[int(clipped.int().argmax())]} has weights that are too large to be quantized: scales reach "
+            f"{LARGEST_SCALE:g}; weights of a usable model are far smaller, so check where this one comes from"
+        )

@@ -1,0 +1,123 @@
+"""Quantization of batches of matrices with the settings of a recipe.
+
+Shapes: E experts, W widths, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
+from gemq.quant.grid import Quantized
+from gemq.quant.hessian import Moments, factorize
+from gemq.quant.widths import Width, group_size_for
+
+CHUNK_BYTES = 4 << 30
+"""Upper bound for Hessians, factors and errors of the experts that GPTQ processes in one batch."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """The settings of a recipe that decide codes.
+
+    Attributes:
+        method: ``gptq``, or ``rtn`` for rounding to nearest.
+        group_size: Group size of the recipe. ``group`` returns that of a matrix.
+        dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
+        shrinkage: Weight of the layer's mean Hessian in an expert's Hessian (see ``Moments.hessians``).
+    """
+
+    method: str
+    group_size: int
+    dampening: float
+    shrinkage: float
+
+    def every_width(
+        self,
+        weight: Tensor,
+        hessians: Moments,
+        widths: tuple[Width, ...],
+        soft_codes: Tensor | None = None,
+        first_expert: int = 0,
+        shrinkage: float | None = None,
+    ) -> tuple[Quantized, int]:
+        """Quantize every matrix at every width.
+
+        Args:
+            weight: [E, R, C].
+            hessians: Of the matrices' inputs, possibly of more experts than those of ``weight``.
+            widths: Widths to quantize at.
+            soft_codes: [W, E, R, C], overwritten by the codes before rounding.
+            first_expert: Index in ``hessians`` of the first expert of ``weight``.
+            shrinkage: Replaces the recipe's.
+
+        Returns:
+            Grids [W, E, ...], and the number of Hessians that needed more dampening.
+        """
+        group = self.group(weight.shape[-1])
+        if self.method == "rtn":
+            return round_to_nearest(weight, widths, group), 0
+        if shrinkage is None:
+            shrinkage = self.shrinkage
+        grids = []
+        num_retries = 0
+        for chunk in _expert_chunks(weight, len(widths)):
+            experts = slice(chunk.start + first_expert, chunk.stop + first_expert)
+            factor = factorize(hessians.hessians(shrinkage, experts), self.dampening)
+            chunk_codes = None if soft_codes is None else soft_codes[:, chunk]
+            grids.append(gptq(weight[chunk], factor.upper, widths, group, chunk_codes))
+            num_retries += factor.retries
+            del factor  # frees as much memory as the next chunk needs
+        return Quantized.cat(grids, dim=1), num_retries
+
+    def quantize_mixed(
+        self, weight: Tensor, hessians: Moments, widths: Sequence[Width], soft_codes: Tensor | None = None
+    ) -> tuple[Quantized, int]:
+        """Quantize every matrix at one width of its own.
+
+        Args:
+            weight: [E, R, C].
+            hessians: Of the matrices' inputs.
+            widths: One for each expert.
+            soft_codes: [E, R, C], overwritten by the codes before rounding.
+
+        Returns:
+            Grids [E, ...], and the number of Hessians that needed more dampening.
+        """
+        group = self.group(weight.shape[-1])
+        if self.method == "rtn":
+            return self._round_mixed(weight, widths, group), 0
+        grids = []
+        num_retries = 0
+        for chunk in _expert_chunks(weight, 1):
+            factor = factorize(hessians.hessians(self.shrinkage, chunk), self.dampening)
+            chunk_codes = None if soft_codes is None else soft_codes[chunk]
+            grids.append(gptq_mixed(weight[chunk], factor.upper, widths[chunk], group, chunk_codes))
+            num_retries += factor.retries
+            del factor  # frees as much memory as the next chunk needs
+        return Quantized.cat(grids, dim=0), num_retries
+
+    @staticmethod
+    def _round_mixed(weight: Tensor, widths: Sequence[Width], group: int) -> Quantized:
+        """Round every matrix [E, R, C] to nearest at its own width."""
+        distinct = tuple(sorted(set(widths)))
+        q = round_to_nearest(weight, distinct, group)
+        width_index = torch.tensor([distinct.index(width) for width in widths], device=weight.device)
+        return q.select((width_index, torch.arange(len(widths), device=weight.device)))
+
+    def group(self, columns: int) -> int:
+        """Return the group size of a matrix with ``columns`` inputs."""
+        return group_size_for(columns, self.group_size)
+
+
+def _expert_chunks(weight: Tensor, num_widths: int) -> Iterator[slice]:
+    """Yield slices of the experts of ``weight`` [E, R, C] that are quantized in one batch at ``num_widths`` widths."""
+    experts, rows, columns = weight.shape
+    bytes_per_expert = 4 * columns * (3 * columns + num_widths * rows)
+    size = max(1, min(experts, CHUNK_BYTES // bytes_per_expert))
+    for start in range(0, experts, size):
+        yield slice(start, min(start + size, experts))

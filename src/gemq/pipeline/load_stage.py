@@ -1,0 +1,64 @@
+"""Loading: the full-precision model is opened and verified, and memory for the stages' arithmetic is reserved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemq.calibration.sources import host_bytes
+from gemq.models.calls import one_line_errors
+from gemq.models.layer_cache import Residency
+from gemq.models.replay import Replay
+from gemq.models.source import pick_dtype
+from gemq.models.structure import Structure, find_structure
+from gemq.pipeline.context import Job
+from gemq.pipeline.stages import Footprint
+from gemq.planning.memory_model import held_bytes, staging_bytes
+
+LOAD = "load"
+"""Name of the stage in progress bars and in the summary."""
+
+PROBE_TOKENS = 16
+"""Length of the text on which the replay is compared with the model's own forward."""
+
+
+def run_load(job: Job, verify: bool = True) -> tuple[Replay, dict[str, torch.dtype]]:
+    """Opens the full-precision model and reserves memory for the stages' arithmetic.
+
+    Args:
+        job: the job, which learns how much memory its stages may use.
+        verify: compare the replay with the model's own forward. This reads one layer of each kind.
+
+    Returns:
+        The model, ready to be replayed layer by layer, and the type in which each parameter is stored.
+    """
+    with job.monitor.stage(LOAD, 1) as tick:
+        dtype = pick_dtype(job.recipe.dtype, job.device)
+        model, reader = job.source.open(job.device, dtype)
+        job.fallbacks["matrices_left_out"] = len(job.source.left_out)
+        structure = find_structure(model)
+        residency = Residency(model, structure, reader, job.memory, dtype)
+        _reserve_memory(job, model, structure, dtype)
+        with one_line_errors(f"{job.source.path} cannot be run", "correct its config.json, or copy the model again"):
+            replay = Replay(model, structure, residency, job.work.ranks)
+            if verify:
+                vocabulary = model.config.get_text_config().vocab_size
+                replay.verify(torch.arange(PROBE_TOKENS, device=job.device).unsqueeze(0) % vocabulary)
+        tick()
+    return replay, reader.types
+
+
+def _reserve_memory(job: Job, model: Any, structure: Structure, dtype: torch.dtype) -> None:
+    """Reserves what a job holds throughout, apart from layers and activations: staging, texts, and working memory."""
+    on_gpu = job.device.type == "cuda"
+    text_bytes = host_bytes(job.recipe.calib)
+    if on_gpu:
+        job.memory.host.take(staging_bytes(model, structure))
+    job.memory.host.take(text_bytes)
+    resident_bytes = held_bytes(model, structure, dtype) + (0 if on_gpu else text_bytes)
+    footprint = Footprint(structure, job.recipe, model.config, dtype, job.device)
+    job.training_bytes = footprint.train_room(job.memory.on_device.limit - resident_bytes)
+    job.working_bytes = footprint.working(job.training_bytes)
+    reserved = job.memory.room(job.working_bytes)
+    assert reserved, "bounds are checked before a job begins"

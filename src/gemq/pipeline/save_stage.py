@@ -1,0 +1,122 @@
+"""Saving: the packed format of an allocation, and the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemq.allocation.problem import Allocation
+from gemq.calibration.windows import Windows
+from gemq.checkpoint.format import PackedFormat, read_quantization_config
+from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.errors import UserError
+from gemq.layers.refinement import RefinedLayer, matrix_widths
+from gemq.models.byte_sizes import quantized_share
+from gemq.models.replay import Replay
+from gemq.models.structure import Structure
+from gemq.pipeline.context import Job
+from gemq.pipeline.records import digest
+from gemq.pipeline.stage_settings import candidate_inputs, distillation_inputs
+from gemq.recipe import Recipe
+from gemq.runtime.progress import Tick
+
+SAVE = "save"
+"""Name of the stage in progress bars and in the summary."""
+
+
+def make_packed_format(
+    job: Job, structure: Structure, windows: Windows, allocation: Allocation, reconstructed: bool
+) -> PackedFormat:
+    """The format of the checkpoint, with a fingerprint of everything that it is made from."""
+    experts = {}
+    for i, layer in structure.moe_layers:
+        assert layer.experts is not None
+        experts[layer.experts.path] = matrix_widths(layer, allocation.by_layer[i])
+    dense_bits = job.recipe.attention_bits
+    linears: dict[str, float] = {}
+    if dense_bits < 16:
+        linears = {linear.path: dense_bits for layer in structure.layers for linear in layer.linears}
+    inputs = distillation_inputs(job, windows) if reconstructed else candidate_inputs(job, windows)
+    fingerprint = digest({**inputs, "allocation": allocation.by_layer, "refined": reconstructed})
+    return PackedFormat(experts, linears, job.recipe.group_size, fingerprint)
+
+
+def is_complete(out: Path, packed_format: PackedFormat) -> bool:
+    """Whether ``out`` holds this very checkpoint already. A checkpoint appears by one rename, so it is never partial.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        fingerprint = read_quantization_config(out).get("fingerprint")
+    except UserError:
+        fingerprint = None
+    if fingerprint != packed_format.fingerprint:
+        raise UserError(f"{out} exists and holds something else: name another output, or delete it first")
+    return True
+
+
+def run_save(
+    job: Job,
+    replay: Replay,
+    stored: dict[str, torch.dtype],
+    out: Path,
+    packed_format: PackedFormat,
+    layers: Iterable[RefinedLayer],
+    tuned: dict[str, Tensor],
+    card_facts: str,
+) -> None:
+    """Writes the checkpoint on the first rank.
+
+    Args:
+        job: the job.
+        replay: the full-precision model.
+        stored: the type in which each parameter is stored.
+        out: directory of the checkpoint.
+        packed_format: of the checkpoint.
+        layers: the quantized layers.
+        tuned: trained routers and norms by their names inside the model.
+        card_facts: text for the model card.
+    """
+
+    def shards(tick: Tick) -> Iterator[dict[str, Tensor]]:
+        for layer in layers:
+            yield layer.tensors
+            tick()
+        state = {**replay.unpacked(packed_format.replaced_names()), **tuned}
+        stored_state = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
+        yield dense_state(replay.model, packed_format, stored_state)
+
+    def write(tick: Tick) -> None:
+        config = job.source.config()
+        if not config.architectures:
+            config.architectures = [type(replay.model).__name__]  # vLLM chooses its class by it
+        write_checkpoint(
+            out,
+            config=config,
+            packed_format=packed_format,
+            shards=shards(tick),
+            source=job.source.path,
+            generation_config=None,
+            model_card=model_card(facts=card_facts),
+        )
+
+    with job.monitor.stage(SAVE, len(replay.structure.layers)) as tick:
+        replay.ranks.run_on_first(lambda: write(tick))
+
+
+def card_facts(structure: Structure, recipe: Recipe, allocation: Allocation, method: str) -> str:
+    """What the model card says of the quantization."""
+    share = quantized_share(structure, recipe)
+    millions = structure.total_parameters / 1e6
+    return (
+        f"Experts: {allocation.nominal_bits:.3f} bits per weight on average "
+        f"({allocation.stored_bits:.3f} stored, scales and offsets included), allocation: {method}. "
+        f"Attention and other linears: {recipe.attention_bits} bits. "
+        f"{share:.1%} of {millions:.1f} million parameters quantized."
+    )

@@ -1,0 +1,148 @@
+"""How the recipe's keys reach the stages: settings of quantizer and training, and fingerprints of each stage's inputs.
+
+A fingerprint (``*_inputs``) names everything that a stage's results depend on, and nothing else. The work directory
+compares it with the recorded one, so that results are reused exactly as long as they are still valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gemq.calibration.windows import Windows
+from gemq.checkpoint.format import FORMAT_VERSION
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.scheme import QuantizationScheme
+from gemq.layers.training import Training
+from gemq.models.source import pick_dtype
+from gemq.pipeline.context import Job
+from gemq.quant.widths import ExpertWidths
+from gemq.recipe import Recipe
+
+QUANTIZER_KEYS = ("group_size", "attention_bits", "quantizer", "damping", "hessian_shrink", "batch_tokens", "seed")
+TRAINING_KEYS = ("rate_ladder", "rate_codes", "rate_grids", "rate_tuned", "held_out")
+SCORE_KEYS = ("score_form", "score_labels", "score_weights", "score_tokens", "allocate_by", "seed")
+
+
+# Settings
+
+
+def quantizer_settings(recipe: Recipe) -> Quantizer:
+    """How matrices are quantized."""
+    return Quantizer(recipe.quantizer, recipe.group_size, recipe.damping, recipe.hessian_shrink)
+
+
+def layer_scheme(recipe: Recipe, widths: Sequence[ExpertWidths]) -> QuantizationScheme:
+    """The scheme of a layer whose experts have these widths."""
+    return QuantizationScheme(widths, recipe.attention_bits, recipe.group_size)
+
+
+def training_settings(job: Job, epochs: int, code_lr: float, train_parameters: bool = True) -> Training | None:
+    """How a stage trains; None when it does not.
+
+    Args:
+        job: the job, whose recipe has all other settings.
+        epochs: of this stage.
+        code_lr: learning rate of the codes.
+        train_parameters: whether routers and norms are trained as well.
+    """
+    if epochs == 0:
+        return None
+    recipe = job.recipe
+    parameter_lr = recipe.rate_tuned if train_parameters else 0.0
+    return Training(
+        epochs,
+        code_lr,
+        recipe.rate_grids,
+        parameter_lr,
+        recipe.held_out,
+        recipe.seed,
+        lambda: job.count_fallback("training_launched_by_steps"),
+        job.training_bytes,
+    )
+
+
+# Fingerprints
+
+
+def window_inputs(job: Job) -> dict[str, Any]:
+    """What the calibration windows depend on."""
+    recipe = job.recipe
+    inputs = {
+        "model": job.fingerprint,
+        "calibration": list(job.calibration),
+        "windows": recipe.windows,
+        "window": job.window,
+        "total_tokens": recipe.total_tokens,
+        "seed": recipe.seed,
+    }
+    for key in ("self_width", "calib_column"):  # absent in directories that older versions made
+        if getattr(recipe, key) is not None:
+            inputs[key] = getattr(recipe, key)
+    return inputs
+
+
+def guard_window_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What the guard's windows depend on. They are disjoint from the calibration ``windows``."""
+    return {**window_inputs(job), "taken": _short_digest(windows)}
+
+
+def guard_inputs(job: Job, windows: Windows, guard_windows: Windows) -> dict[str, Any]:
+    """What the guard's measurements depend on."""
+    return {**candidate_inputs(job, windows), "windows": _short_digest(guard_windows)}
+
+
+def candidate_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What the candidates depend on."""
+    training = _training_inputs(job.recipe, job.recipe.ladder_epochs)
+    return {**_quantizer_inputs(job, windows), "widths": list(job.recipe.ladder_widths), **training}
+
+
+def sensitivity_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What the layers' sensitivities depend on."""
+    return {**candidate_inputs(job, windows), "score_weights": job.recipe.score_weights}
+
+
+def score_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What scores depend on, apart from the model that they are computed around."""
+    return {**candidate_inputs(job, windows), **_values(job.recipe, SCORE_KEYS)}
+
+
+def reconstruction_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What reconstructed layers depend on, apart from the allocation."""
+    return {**_quantizer_inputs(job, windows), **_training_inputs(job.recipe, job.recipe.layer_epochs)}
+
+
+def distillation_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What the distilled model depends on, apart from the allocation."""
+    recipe = job.recipe
+    inputs = reconstruction_inputs(job, windows)
+    if recipe.distil_epochs:
+        inputs |= {"distil_loss": recipe.distil_loss, "distil_sets": list(recipe.distil_sets)}
+    return {**inputs, "distil_epochs": _training_inputs(recipe, recipe.distil_epochs)}
+
+
+def _quantizer_inputs(job: Job, windows: Windows) -> dict[str, Any]:
+    """What codes depend on, apart from widths and training."""
+    return {
+        "format": FORMAT_VERSION,
+        "model": job.fingerprint,
+        "calibration": _short_digest(windows),
+        "dtype": str(pick_dtype(job.recipe.dtype, job.device)),
+        **_values(job.recipe, QUANTIZER_KEYS),
+    }
+
+
+def _training_inputs(recipe: Recipe, epochs: int) -> dict[str, Any]:
+    """What training for ``epochs`` epochs depends on; learning rates do not matter where nothing is trained."""
+    return {"epochs": epochs, **_values(recipe, TRAINING_KEYS)} if epochs else {"epochs": 0}
+
+
+def _values(recipe: Recipe, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Some keys of a recipe and their values."""
+    return {key: getattr(recipe, key) for key in keys}
+
+
+def _short_digest(windows: Windows) -> str:
+    """A digest of calibration windows, as fingerprints hold it."""
+    return windows.digest()[:16]

@@ -1,0 +1,213 @@
+"""Which stages a job has, and what they cost. ``plan``, the progress bar and the memory bounds read it from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemq.allocation.guard import OWN, PER_SOURCE
+from gemq.calibration.sources import SELF
+from gemq.errors import UserError
+from gemq.layers.candidate_training import train_rooms
+from gemq.pipeline.candidates_stage import CANDIDATES, candidates_peak_bytes, candidates_work
+from gemq.pipeline.guard_stage import GUARD, GUARD_WINDOWS, guard_work
+from gemq.pipeline.reconstruction_stage import (
+    DISTILL,
+    RECONSTRUCTION,
+    distillation_peak_bytes,
+    distillation_work,
+    reconstruction_name,
+    reconstruction_peak_bytes,
+    reconstruction_work,
+)
+from gemq.pipeline.scores_stage import SCORES, scores_peak_bytes, scores_work
+from gemq.pipeline.sensitivity_stage import SENSITIVITY, sensitivity_work
+from gemq.pipeline.windows_stage import CALIBRATION_WINDOWS, windows_work
+from gemq.planning.cost_model import Work, Workload
+from gemq.planning.memory_model import ModelMemory, check_staging, held_bytes, text_note
+from gemq.recipe import Recipe
+from gemq.runtime.device import measure
+from gemq.runtime.memory import Memory, gigabytes
+
+SCORING_METHODS = ("global", "layerwise")
+"""Allocation methods that need scores."""
+
+
+@dataclass(frozen=True)
+class JobStages:
+    """The optional stages of a job, decided before its first stage.
+
+    Attributes:
+        scores: widths are allocated by scores.
+        guard_skipped: why the guard does not run; empty if it does.
+        reconstruct: the model is reconstructed at the chosen widths, instead of assembled from the candidates.
+    """
+
+    scores: bool
+    guard_skipped: str
+    reconstruct: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, allocation: Path | None, reconstruct: bool, plain_export: bool = False) -> JobStages:
+        """The stages of a job.
+
+        Args:
+            recipe: of the job.
+            allocation: file with the widths of all experts, if any.
+            reconstruct: whether the model is reconstructed.
+            plain_export: the job takes the candidates as they are, in seconds, which leaves no time for the guard.
+        """
+        scores = allocation is None and recipe.allocate in SCORING_METHODS
+        guard_skipped = ""
+        if not scores:
+            guard_skipped = "it judges the allocations that scores make"
+        elif not recipe.guard:
+            guard_skipped = "switched off in the recipe"
+        elif plain_export:
+            guard_skipped = "a plain export takes seconds; --finish runs it"
+        return cls(scores, guard_skipped, reconstruct)
+
+    @property
+    def guard(self) -> bool:
+        """Whether the guard runs."""
+        return not self.guard_skipped
+
+
+# Time
+
+
+def stage_work(workload: Workload, stages: JobStages) -> dict[str, Work]:
+    """The work of each stage that computes something, in order, by its name in progress bars."""
+    recipe = workload.recipe
+    steps = max(1, len(recipe.progressive))
+    calibration_windows, guard_windows = _generated_windows(workload, stages)
+    work = {
+        CALIBRATION_WINDOWS: windows_work(workload, calibration_windows),
+        CANDIDATES: candidates_work(workload),
+    }
+    if stages.scores and recipe.rescale:
+        work[SENSITIVITY] = sensitivity_work(workload)
+    if stages.scores:
+        work[SCORES] = scores_work(workload) * steps
+    if stages.guard:
+        work[GUARD_WINDOWS] = windows_work(workload, guard_windows)
+        work[GUARD] = guard_work(workload)
+    if stages.reconstruct:
+        work[reconstruction_name(recipe.layer_epochs)] = reconstruction_work(workload) * steps
+    if stages.reconstruct and recipe.distil_epochs:
+        work[DISTILL] = distillation_work(workload) * steps
+    return {name: stage for name, stage in work.items() if stage != Work()}
+
+
+def stage_seconds(workload: Workload, stages: JobStages) -> dict[str, float]:
+    """The expected time of each stage on the workload's device, which is measured for a second."""
+    experts = workload.structure.moe_layers[0][1].experts
+    assert experts is not None
+    matrix = experts.matrices[0]
+    rates = measure(workload.device, workload.dtype, matrix.rows, matrix.columns)
+    return {name: work.seconds(rates) for name, work in stage_work(workload, stages).items()}
+
+
+def stage_rounds(recipe: Recipe) -> dict[str, int]:
+    """How many times each stage runs that a progressive recipe runs more than once."""
+    steps = len(recipe.progressive)
+    if steps < 2:
+        return {}
+    names = [SCORES, reconstruction_name(recipe.layer_epochs)]
+    if recipe.distil_epochs:
+        names.append(DISTILL)
+    return dict.fromkeys(names, steps)
+
+
+def _generated_windows(workload: Workload, stages: JobStages) -> tuple[int, int]:
+    """Windows that the model writes for calibration, and in the guard's stage.
+
+    Where the effort adds windows to those of texts, the guard's are written along with them.
+    """
+    recipe = workload.recipe
+    calibration = workload.added_windows
+    if SELF in recipe.calib:
+        calibration += recipe.windows // len(recipe.calib)
+    guard = 0
+    if stages.guard:
+        guard = OWN + PER_SOURCE * (SELF in recipe.calib)
+    if workload.added_windows and recipe.calib != (SELF,):
+        return calibration + guard, 0
+    return calibration, guard
+
+
+# Memory
+
+
+class Footprint(ModelMemory):
+    """Device memory that a job computes with, apart from layers and activations that are kept."""
+
+    def stages(self, training_bytes: int) -> dict[str, int]:
+        """The most that each stage takes; stages that are absent take less.
+
+        Args:
+            training_bytes: for the state of experts that are trained at the same time.
+        """
+        peaks = {
+            CANDIDATES: candidates_peak_bytes(self, training_bytes),
+            RECONSTRUCTION: reconstruction_peak_bytes(self),
+            SCORES: scores_peak_bytes(self),
+        }
+        if self.recipe.distil_epochs:
+            peaks[DISTILL] = distillation_peak_bytes(self)
+        return peaks
+
+    def working(self, training_bytes: int) -> int:
+        """The most that any stage takes."""
+        return max(self.stages(training_bytes).values())
+
+    @property
+    def least(self) -> int:
+        """``working`` with as few experts trained at the same time as possible."""
+        return self.working(train_rooms(self.device)[-1])
+
+    def train_room(self, available_bytes: int) -> int:
+        """Bytes for the state of experts that are trained at the same time.
+
+        Args:
+            available_bytes: for all that the job computes with.
+
+        Returns:
+            The largest size with which all stages fit, or the smallest if none does.
+        """
+        sizes = train_rooms(self.device)
+        for size in sizes:
+            if self.working(size) <= available_bytes:
+                return size
+        return sizes[-1]
+
+
+def check_bounds(memory: Memory, footprint: Footprint, model: torch.nn.Module, texts: int = 0) -> None:
+    """Checks that a job fits into its bounds.
+
+    Args:
+        memory: the bounds.
+        footprint: what the job computes with.
+        model: may be on the meta device.
+        texts: bytes of host memory for the tokens of the calibration texts.
+
+    Raises:
+        UserError: it does not. The message says which bound would do.
+    """
+    structure = footprint.structure
+    check_staging(memory, model, structure, texts)
+    resident_bytes = held_bytes(model, structure, footprint.dtype)
+    working_bytes = footprint.least
+    required = resident_bytes + working_bytes
+    note = ""
+    if memory.device.type != "cuda":
+        required += texts
+        note = text_note(texts)
+    if required > memory.on_device.limit:
+        raise UserError(
+            f"{memory.flag} {gigabytes(memory.on_device.limit)} is too small for the model's embeddings and two of its "
+            f"layers ({gigabytes(resident_bytes)}) and for computing one layer ({gigabytes(working_bytes)}){note}: "
+            f"give at least {memory.flag} {gigabytes(required)}"
+        )
