@@ -118,7 +118,7 @@ def test_a_dense_model_is_evaluated_whole_where_it_fits(tmp_path):
 def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packed, tmp_path, monkeypatch):
     other = make_tiny_model(tmp_path / "other", num_hidden_layers=2, vocab_size=BUILTIN_TOKENS)
     small = make_tiny_model(tmp_path / "small", num_hidden_layers=LAYERS, vocab_size=512)
-    monkeypatch.setattr("gemq.evaluation.evaluate.start_all", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("gemq.evaluation.evaluate.predict_all", lambda *_: pytest.fail("something was computed"))
     for arguments, words in (
         ((packed, "--reference", packed), "is a packed checkpoint"),
         ((packed, "--reference", other), "has other experts"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemq.calibration.windows import from_parts
 from gemq.evaluation.evaluate import compare
-from gemq.evaluation.predictions import UNUSED, chosen_experts
+from gemq.evaluation.predictions import UNUSED_SLOT, chosen_experts
 from gemq.models.experts import ExpertsCall
 
 
@@ -20,8 +20,8 @@ class Fixed:
     def __init__(self, logits: Tensor, experts: Tensor, batch: int) -> None:
         self.logits, self.experts = logits.split(batch), experts.split(batch)
 
-    def batch(self, number: int) -> tuple[Tensor, list[Tensor]]:
-        return self.logits[number], [self.experts[number]]
+    def predict(self, index: int) -> tuple[Tensor, list[Tensor]]:
+        return self.logits[index], [self.experts[index]]
 
 
 def test_figures_are_means_over_windows_with_their_standard_errors():
@@ -70,4 +70,4 @@ def test_experts_that_are_given_a_row_of_every_token_choose_by_token():
     index = torch.tensor([[0], [2], [2], [1]])  # expert 0: token 0; expert 1: token 1; the others are not chosen
     call = ExpertsCall(torch.zeros(4, 8), index, torch.ones(4, 1), torch.zeros(0))
     chosen = chosen_experts(call, torch.zeros(1, 2, dtype=torch.long))
-    assert chosen.tolist() == [[[0, UNUSED], [UNUSED, 1]]]
+    assert chosen.tolist() == [[[0, UNUSED_SLOT], [UNUSED_SLOT, 1]]]
