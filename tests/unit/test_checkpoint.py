@@ -31,7 +31,7 @@ from gemq import UserError
 from gemq.checkpoint import save
 from gemq.checkpoint.dense_export import write_dense_twin
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.load import matrix_shapes
+from gemq.checkpoint.model_shapes import matrix_shapes
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.kernels import modules as packed_modules
 from gemq.quant.grid import Quantized, dequantize, nearest
@@ -157,7 +157,7 @@ def written(tmp_path_factory):
             packed_format=packed_format,
             shards=[tensors, dense_state(model, packed_format)],
             source=source,
-            model_card=model_card("org/model"),
+            model_card=model_card(),
             shard_bytes=60_000,
         )
         model.save_pretrained(folder / "twin")
@@ -249,7 +249,6 @@ def test_model_card_warns(written):
     card = (written("olmoe").packed / "README.md").read_text()
     assert "import gemq" in card
     assert "RANDOM" in card
-    assert "base_model: org/model" in card
 
 
 def test_stored_bytes_and_files(written):
