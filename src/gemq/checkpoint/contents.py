@@ -120,7 +120,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
     bits = defaultdict[str, float](float)
     packed_names = set()
     for matrix in packed.matrices():
-        names = [f"{matrix.name}.{part}" for part in PARTS]
+        names = [f"{matrix.name}.{suffix}" for suffix in PARTS]
         matrix_bytes = sum(specs[name].bytes for name in names)
         packed_names.update(names)
         module = matrix.kind.rpartition(".")[0]

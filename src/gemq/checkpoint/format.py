@@ -131,7 +131,7 @@ class PackedFormat:
 
     def tensor_names(self) -> Iterator[str]:
         """Yields the names of all packed tensors."""
-        return (f"{matrix.name}.{part}" for matrix in self.matrices() for part in PARTS)
+        return (f"{matrix.name}.{suffix}" for matrix in self.matrices() for suffix in PARTS)
 
     def replaced_names(self) -> set[str]:
         """Returns the names, in the model, of the full-precision parameters that the packed tensors replace."""

@@ -273,7 +273,7 @@ def _add_placeholders(
     for expert in range(len(projections["down_proj"])):
         module = nn.Module()
         for projection in projections:
-            specs = {part: expected[f"{path}.{expert}.{projection}.{part}"] for part in PARTS}
+            specs = {suffix: expected[f"{path}.{expert}.{projection}.{suffix}"] for suffix in PARTS}
             module.add_module(projection, _Placeholder(specs))
         experts.add_module(str(expert), module)
 
@@ -285,7 +285,7 @@ def _pop_placeholder(experts: nn.Module, expert: int, projection: str) -> Packed
     delattr(module, projection)
     if not module._modules:
         delattr(experts, str(expert))
-    codes, scales, offsets = (placeholder.get_buffer(part) for part in PARTS)
+    codes, scales, offsets = (placeholder.get_buffer(suffix) for suffix in PARTS)
     if codes.is_meta:
         raise UserError("packed experts cannot be offloaded: load without offload_buffers, or on device='cpu'")
     return PackedMatrix(codes, scales, offsets)

@@ -84,7 +84,7 @@ class CheckpointReader:
 
     def matrix(self, name: str) -> PackedMatrix:
         """Reads a packed matrix. ``name`` is that of its tensors without the suffix."""
-        codes, scales, offsets = (self.tensor(f"{name}.{part}") for part in PARTS)
+        codes, scales, offsets = (self.tensor(f"{name}.{suffix}") for suffix in PARTS)
         return PackedMatrix(codes, scales, offsets)
 
     def matrix_slice(self, name: str, rows: slice, groups: slice) -> PackedMatrix:
@@ -97,9 +97,9 @@ class CheckpointReader:
         """
         tensors = []
         num_groups = self.specs[f"{name}.scales"].shape[1]
-        for part in PARTS:
-            file, stored_name = self._locate(f"{name}.{part}")
-            columns_per_group = self.specs[f"{name}.{part}"].shape[1] // num_groups
+        for suffix in PARTS:
+            file, stored_name = self._locate(f"{name}.{suffix}")
+            columns_per_group = self.specs[f"{name}.{suffix}"].shape[1] // num_groups
             columns = slice(columns_per_group * groups.start, columns_per_group * groups.stop)
             tensors.append(file.get_slice(stored_name)[rows, columns])
         codes, scales, offsets = tensors

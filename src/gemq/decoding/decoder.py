@@ -330,6 +330,6 @@ def _visible_ranges(position: Tensor, windows: dict[str, int | None]) -> Any:
     end = position.to(torch.int32) + 1
     ranges = {}
     for layer_type, window in windows.items():
-        first = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
-        ranges[layer_type] = torch.cat([first, end]).view(1, 1, 1, 2)
+        start = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
+        ranges[layer_type] = torch.cat([start, end]).view(1, 1, 1, 2)
     return ranges.get(ALL_LAYERS, ranges)

@@ -349,16 +349,16 @@ def predict_all(
 ) -> tuple[list[Predictions], int]:
     """Loads and runs one or two models on the same batches.
 
-    The layers of the first model are freed before the second model is loaded.
+    The layers of the reference are freed before the other model is loaded.
 
     Args:
-        models: the model to evaluate last
+        models: the reference, if any, and the model to evaluate
         memory: limits of the job
         batches: token ids, int64 [B, S]
         monitor: receives the progress
 
     Returns:
-        The predictions of each model, and the size of the last model's tensors in its files.
+        The predictions of each model, and the size of the evaluated model's tensors in its files.
 
     Raises:
         UserError: the memory limit is too small. The message names a sufficient one.
@@ -366,9 +366,9 @@ def predict_all(
     num_tokens = max(ids.numel() for ids in batches)
     window = batches[0].shape[1]
     working_bytes = max(model.working_bytes(num_tokens, window, memory.device) for model in models)
-    first, last = models[0], models[-1]
-    bytes_with_last = first.bytes_for_logits + last.running_bytes if len(models) > 1 else 0
-    required_bytes = working_bytes + max(first.running_bytes, bytes_with_last)
+    initial, subject = models[0], models[-1]
+    bytes_with_subject = initial.bytes_for_logits + subject.running_bytes if len(models) > 1 else 0
+    required_bytes = working_bytes + max(initial.running_bytes, bytes_with_subject)
     if required_bytes > memory.on_device.limit:
         names = " and ".join(model.name for model in models)
         raise UserError(
@@ -378,9 +378,9 @@ def predict_all(
     for model in models:
         model.check_staging(memory)
 
-    # The last model needs these bytes beyond the layers that the first model frees. Reserved, so that no activations
+    # The evaluated model needs these bytes beyond the layers that the reference frees. Reserved, so that no activations
     # are stored there.
-    reserved_bytes = max(0, bytes_with_last - first.running_bytes)
+    reserved_bytes = max(0, bytes_with_subject - initial.running_bytes)
     is_reserved = memory.room(working_bytes + reserved_bytes)
     assert is_reserved, "the sum was compared with the limit"
     predictions: list[Predictions] = []
@@ -388,7 +388,7 @@ def predict_all(
     for model in models:
         if predictions:
             memory.on_device.give(reserved_bytes)
-        title = "evaluate" if model is last else "reference"
+        title = "evaluate" if model is subject else "reference"
         model_predictions, file_bytes = model.start(memory, batches, monitor, title, reports_experts=len(models) > 1)
         predictions.append(model_predictions)
     return predictions, file_bytes
