@@ -9,7 +9,7 @@ from model_folders import edit_tensors, model_folder, quantize
 import gemq
 from families import tiny, tokens
 from gemq import UserError
-from gemq.models.balance import LEAST, MOST, balance
+from gemq.models.balance import MAX_LARGEST_WEIGHT, MIN_LARGEST_WEIGHT, balance
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.structure import find_structure
 from gemq.quant.grid import below_scales, largest_weights
@@ -54,8 +54,8 @@ def test_balanced_experts_compute_the_same_to_the_bit(family):
         assert changed.tolist() == [False, True, True, *[False] * (len(first) - 3)]
         assert torch.equal(module.down_proj[0], down[0])
         for weights in (module.gate_up_proj, module.down_proj):
-            assert (largest_weights(weights) > LEAST).all()
-            assert (largest_weights(weights[1:2]) < MOST).all()
+            assert (largest_weights(weights) > MIN_LARGEST_WEIGHT).all()
+            assert (largest_weights(weights[1:2]) < MAX_LARGEST_WEIGHT).all()
         assert not balance(module, module.gate_up_proj[:2], module.down_proj[:2])
 
 
