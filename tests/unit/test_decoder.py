@@ -55,8 +55,8 @@ def test_a_sampled_token_has_the_chance_of_its_logit():
     logits = torch.tensor([0.0, 0.5, 1.0, -1.0])
     torch.manual_seed(0)
     drawn = decoder._choose(logits.expand(4000, -1))
-    found = torch.bincount(drawn[:, 0], minlength=4) / 4000
-    torch.testing.assert_close(found, (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
+    shares = torch.bincount(drawn[:, 0], minlength=4) / 4000
+    torch.testing.assert_close(shares, (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("gpt_oss", 1), ("qwen2_moe", 2)])
@@ -139,11 +139,11 @@ def test_generate_writes_what_transformers_writes(builtin, capsys):
 
 def test_generate_stops_at_an_end_token(builtin, monkeypatch):
     model, tokenizer = builtin
-    whole = generate(model, tokenizer, "Once upon a time", max_new_tokens=30)
-    ids = tokenizer(whole, return_tensors="pt")["input_ids"][0].tolist()
+    full_text = generate(model, tokenizer, "Once upon a time", max_new_tokens=30)
+    ids = tokenizer(full_text, return_tensors="pt")["input_ids"][0].tolist()
     monkeypatch.setattr(model.generation_config, "eos_token_id", [0, ids[7]])
     stopped = generate(model, tokenizer, "Once upon a time", max_new_tokens=30)
-    assert whole.startswith(stopped)
+    assert full_text.startswith(stopped)
     assert stopped == tokenizer.decode(ids[: ids.index(ids[7]) + 1])
 
 

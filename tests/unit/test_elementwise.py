@@ -1,4 +1,4 @@
-"""Norms and rotary positions in few kernels: those that compute the same, and no others."""
+"""Fused norms and rotary positions: those that compute the same are fused, and no others."""
 
 import copy
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", [OlmoeRMSNorm, GptOssRMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_usual_norms_are_taken_over_and_give_the_same(kind, dtype):
+def test_usual_norms_are_fused_and_give_the_same(kind, dtype):
     torch.manual_seed(0)
     norm = kind(48).to(dtype)
     nn.init.normal_(norm.weight)
@@ -32,9 +32,10 @@ def test_the_usual_norms_are_taken_over_and_give_the_same(kind, dtype):
 
     expected = run()
     assert use_fused_norms(nn.ModuleList([norm]), CPU) == 1
-    for one, other in zip(run(), expected, strict=True):
-        assert one.dtype == other.dtype
-        assert (one - other).float().norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * other.float().norm()
+    for actual, reference in zip(run(), expected, strict=True):
+        assert actual.dtype == reference.dtype
+        tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+        assert (actual - reference).float().norm() <= tolerance * reference.float().norm()
 
 
 def test_a_weight_is_looked_up_at_each_call():
@@ -75,14 +76,15 @@ def rotated(kind, run, heads=3, windows=2, tokens=5, size=24, one_row=False):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("given", [{}, {"heads": 5, "size": 128, "one_row": True}, {"tokens": 1}], ids=str)
-def test_one_kernel_turns_as_ten_do(kind, given):
-    found = rotated(kind, rotary, **given)
-    expected = rotated(kind, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin)[0], **given)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        # in bfloat16 it rounds once, the family's code thrice
-        assert (one - other).float().norm() <= (1e-6 if kind == torch.float32 else 8e-3) * other.float().norm()
+@pytest.mark.parametrize("options", [{}, {"heads": 5, "size": 128, "one_row": True}, {"tokens": 1}], ids=str)
+def test_one_kernel_rotates_as_ten_do(kind, options):
+    results = rotated(kind, rotary, **options)
+    expected = rotated(kind, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin)[0], **options)
+    for actual, reference in zip(results, expected, strict=True):
+        assert actual.dtype == reference.dtype
+        # in bfloat16 the kernel rounds once and the family's code three times
+        tolerance = 1e-6 if kind == torch.float32 else 8e-3
+        assert (actual - reference).float().norm() <= tolerance * reference.float().norm()
 
 
 class Attention(nn.Module):
@@ -113,10 +115,10 @@ def test_a_module_uses_the_fused_function_only_while_it_runs():
 
 
 def test_other_modules_of_the_family_keep_its_function():
-    attention, other = Attention(), Attention()
+    attention, unchanged = Attention(), Attention()
     use_fused_rotary(attention)
     copied = copy.deepcopy(attention)
-    assert other(*rotary_inputs())[0] is apply_rotary_pos_emb
+    assert unchanged(*rotary_inputs())[0] is apply_rotary_pos_emb
     assert copied(*rotary_inputs())[0] is attention(*rotary_inputs())[0]
     assert copied.forward.__self__ is copied
 

@@ -169,7 +169,7 @@ def test_kernels_that_cannot_take_over_leave_the_family_its_own(kind, monkeypatc
     monkeypatch.setattr(fused_norms, "use_fused_norms", raising(kind))
     monkeypatch.setitem(sys.modules, "gemq.kernels.training.rotary", None)
     fused_norms.use_fused_kernels(model, torch.device("cpu"))
-    assert {name: found.count for name, found in fallbacks.take().items()} == {
+    assert {name: fallback.count for name, fallback in fallbacks.take().items()} == {
         "norms_not_fused": 1,
         "rotary_not_fused": 1,
     }

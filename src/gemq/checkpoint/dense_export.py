@@ -37,7 +37,6 @@ def write_dense_twin(
         packed: directory of the packed checkpoint
         out: directory to write, which must not exist
         dtype: of the weights that were packed; all others keep theirs
-        trust_remote_code: whether code in ``packed`` may run
         shard_bytes: approximate size of a file
 
     Raises:

@@ -26,7 +26,6 @@ class CheckpointReader:
 
     Args:
         directory: of the checkpoint
-        trust_remote_code: whether code in the directory may run
 
     Attributes:
         stored: config.json and the headers of the files

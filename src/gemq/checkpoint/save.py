@@ -131,10 +131,7 @@ def write_directory(
     Args:
         out: directory to write, which must not exist or be empty
         config: contents of config.json
-        shards: see ``write_checkpoint``
-        source: see ``write_checkpoint``
         readme: contents of README.md
-        shard_bytes: see ``write_checkpoint``
         required: names of tensors that must be in the shards
     """
     out = Path(out).resolve()  # follows links, so that the rename stays on one file system
@@ -188,7 +185,6 @@ def _write_shards(directory: Path, shards: Iterable[Mapping[str, Tensor]], shard
 
     Args:
         directory: to write to
-        shards: see ``write_checkpoint``
         shard_bytes: approximate size of a file
         out: the final directory, for error messages
     """

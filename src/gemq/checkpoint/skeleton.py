@@ -58,7 +58,6 @@ def user_errors(directory: Path, action: str) -> Iterator[None]:
     assertions), so that no list of them is complete. Out-of-memory errors are not the fault of the files and pass.
 
     Args:
-        directory: of the checkpoint
         action: verb phrase for the message, such as ``load``
     """
     try:

@@ -74,16 +74,7 @@ def bench_path(
 ) -> dict[str, Any]:
     """Measures the speed of a model on disk.
 
-    Args:
-        path: a packed checkpoint or any Transformers model
-        batches: see ``BenchConfig``; None: its default, as for the next three
-        prefills: see ``BenchConfig``
-        new_tokens: see ``BenchConfig``
-        compiled: see ``BenchConfig``
-        dtype: see ``open_model``
-        device: see ``open_model``
-        trust_remote_code: see ``open_model``
-        monitor: receives the progress
+    See ``BenchConfig`` for what is measured and its defaults, and ``open_model`` for the other arguments.
 
     Returns:
         What ``gemq bench`` prints as JSON: the values of ``bench``, ``model``, ``stored_bytes``, and ``seconds`` of
@@ -127,9 +118,7 @@ def bench(model: Any, config: BenchConfig, monitor: Monitor | None = None) -> di
     """Measures the speed of a loaded model.
 
     Args:
-        model: a causal language model
         config: what to measure
-        monitor: receives the progress
 
     Returns:
         Properties of the machine and two lists of rows. A row of ``decode`` belongs to a batch size. It has tokens per
@@ -190,7 +179,6 @@ def time_decode(model: Any, batch: int, new_tokens: int, compiled: bool) -> tupl
     """Measures decoding at one batch size.
 
     Args:
-        model: a causal language model
         batch: sequences decoded in a step
         new_tokens: tokens decoded in each run
         compiled: whether decoder layers are compiled

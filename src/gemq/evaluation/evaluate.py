@@ -112,13 +112,10 @@ def evaluate(
     """Evaluates a loaded model on ``windows``.
 
     Args:
-        model: a causal language model
-        windows: the tokens to score
         reference: the full-precision model to compare with
         structure: of the reference; the paths of its experts must be valid in both models. Without it the routing is
             not compared
         batch_tokens: upper bound for the tokens of a batch of windows
-        progress: receives the number of scored windows and the number of all windows
 
     Returns:
         The values that ``gemq eval --json`` prints: ``windows``, ``tokens``, ``perplexity``, ``mean_kl``,
@@ -147,7 +144,6 @@ def compare(
         batches: token ids [B, S] of consecutive windows
         model: predictions to score
         reference: predictions to compare with
-        progress: receives the number of scored windows and the number of all windows
     """
     scores: list[_Score] = []
     agreements: list[list[float]] = []
@@ -261,7 +257,6 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
         path: directory or name on the Hugging Face Hub
         dtype: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
         device: ``cpu``, ``cuda``, or ``auto``
-        trust_remote_code: whether code in the model's directory may run
 
     Raises:
         UserError: the model cannot be loaded.
@@ -308,8 +303,6 @@ def evaluate_paths(
         device: ``cpu``, ``cuda``, or ``auto``
         gpu_memory: limit in bytes; None: 90 % of the free memory
         host_memory: limit in bytes; None: 90 % of the free memory
-        trust_remote_code: whether code in the model's directory may run
-        monitor: receives the progress
 
     Returns:
         What ``gemq eval`` prints as JSON: the values of ``evaluate``, properties of the model, and ``rows`` (see

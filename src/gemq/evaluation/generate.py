@@ -48,8 +48,6 @@ def generate(
     """Writes text with a model.
 
     Args:
-        model: a causal language model
-        tokenizer: of the model
         prompt: text to continue, or to answer where the tokenizer has a chat template
         max_new_tokens: upper bound for the number of new tokens
         temperature: 0 chooses the most likely token; otherwise tokens are sampled from the whole distribution

@@ -58,7 +58,6 @@ class WholeModel:
     """Predictions of a model that is entirely in memory. ``predict`` runs it.
 
     Args:
-        model: a causal language model
         batches: token ids, int64 [B, S]
         expert_paths: paths of the experts modules whose choices are reported
     """
@@ -101,12 +100,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def run(self, monitor: Monitor, title: str) -> None:
-        """Runs all layers over all batches, then frees the layers.
-
-        Args:
-            monitor: receives the progress
-            title: name of the stage in the progress display
-        """
+        """Runs all layers over all batches, then frees them. ``title`` names the stage in the progress display."""
         replay = self._replay
         calls: list[list[Call]] = []
         for ids in self._batches:
@@ -187,7 +181,6 @@ class ModelFiles:
         Args:
             name: directory or name on the Hugging Face Hub
             dtype: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
-            trust_remote_code: whether code in the model's directory may run
 
         Raises:
             UserError: the model cannot be loaded.
@@ -269,8 +262,6 @@ class ModelFiles:
         Args:
             memory: with ``running_bytes`` available on the device; ``bytes_for_logits`` stay reserved
             batches: token ids, int64 [B, S]
-            monitor: receives the progress
-            title: name of the stage in the progress display
             reports_experts: whether the predictions report the chosen experts
 
         Returns:
@@ -355,7 +346,6 @@ def predict_all(
         models: the reference, if any, and the model to evaluate
         memory: limits of the job
         batches: token ids, int64 [B, S]
-        monitor: receives the progress
 
     Returns:
         The predictions of each model, and the size of the evaluated model's tensors in its files.
