@@ -22,6 +22,7 @@ from typing import Any
 
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from gemq.checkpoint.format import layer_path
 from gemq.errors import UserError
 from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import StoredTensor
@@ -42,7 +43,6 @@ TASK_BYTES = 64 << 20
 
 MAX_FILES_SHOWN = 4
 
-_LAYER_PATH = re.compile(r".*?\.\d+(?=\.)")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
@@ -51,7 +51,7 @@ class Checksums:
     """The checksums in config.json. None disables a check.
 
     Attributes:
-        tensors: checksum of each group of tensors, by ``group_name``
+        tensors: checksum of the tensors of each layer, by its path, and of all others as ``other``
         config: checksum of config.json without its checksums
     """
 
@@ -113,7 +113,7 @@ class Checksums:
         damaged = sorted(group for group in groups if self.tensors.get(group) != checksums.get(group))
         if not damaged:
             return
-        files = sorted({stored.file.name for name, stored in tensors.items() if group_name(name) in damaged})
+        files = sorted({stored.file.name for name, stored in tensors.items() if _group_name(name) in damaged})
         shown = ", ".join(files[:MAX_FILES_SHOWN]) + (" ..." if len(files) > MAX_FILES_SHOWN else "")
         raise UserError(
             f"{len(damaged)} groups of tensors in {directory} are not what gemq wrote (checksums), first: "
@@ -134,10 +134,9 @@ def config_checksum(config: Mapping[str, Any]) -> str:
     return xxh3_64_hexdigest(text.encode("ascii"))
 
 
-def group_name(tensor_name: str) -> str:
-    """Returns the group of a tensor: its name up to the first number, which is the layer's index."""
-    layer = _LAYER_PATH.match(tensor_name)
-    return layer.group() if layer else OTHER_TENSORS
+def _group_name(tensor_name: str) -> str:
+    """Returns the group of a tensor: the path of its layer, or ``OTHER_TENSORS``."""
+    return layer_path(tensor_name) or OTHER_TENSORS
 
 
 def tensor_checksums(tensors: Mapping[str, StoredTensor], digests: Mapping[str, str]) -> dict[str, str]:
@@ -145,7 +144,7 @@ def tensor_checksums(tensors: Mapping[str, StoredTensor], digests: Mapping[str, 
     lines = defaultdict[str, list[str]](list)
     for name in sorted(tensors):
         spec = tensors[name].spec
-        lines[group_name(name)].append(f"{name} {spec.dtype} {list(spec.shape)} {digests[name]}\n")
+        lines[_group_name(name)].append(f"{name} {spec.dtype} {list(spec.shape)} {digests[name]}\n")
     return {group: xxh3_64_hexdigest("".join(lines[group]).encode()) for group in sorted(lines)}
 
 

@@ -5,7 +5,6 @@ Reads the packed files and dequantizes one layer at a time, independently of ``l
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemq.checkpoint.format import layer_path
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.outputs import check_output, claimed
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_directory
 from gemq.quant.grid import dequantize
 from gemq.quant.widths import Width, group_size_for
-
-_LAYER_PATH = re.compile(r".*?\.\d+(?=\.)")
 
 
 def write_dense_twin(
@@ -56,8 +54,7 @@ def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict
     # A family may fuse or split the tensors of a layer on the hub, so hub_state needs all of them in one call.
     paths_by_layer: dict[str, list[str]] = defaultdict(list)
     for path in [*reader.format.experts, *reader.format.linears]:
-        layer = _LAYER_PATH.match(path)
-        paths_by_layer[layer.group() if layer else path].append(path)
+        paths_by_layer[layer_path(path) or path].append(path)
     for paths in paths_by_layer.values():
         tensors: dict[str, Tensor] = {}
         for path in paths:

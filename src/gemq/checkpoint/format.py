@@ -29,6 +29,7 @@ PROJECTIONS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
 LARGEST_GROUP = 1 << 16
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_LAYER_PATH = re.compile(r".*?\.\d+(?=\.)")
 
 Shapes = Mapping[str, tuple[int, int]]
 """(rows, columns) of each packed matrix kind: ``{experts path}.{projection}`` or ``{linear path}``."""
@@ -266,6 +267,12 @@ def verify_unpacked(
         raise UserError(
             f"{len(errors)} unpacked tensors do not fit the model, first: {errors[0]}: copy the checkpoint again"
         )
+
+
+def layer_path(name: str) -> str | None:
+    """Returns the path of the layer that a tensor or module belongs to: its name up to the first number."""
+    layer = _LAYER_PATH.match(name)
+    return layer.group() if layer else None
 
 
 def _describe(spec: TensorSpec) -> str:

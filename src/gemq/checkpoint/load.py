@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat, verify_packed, verify_unpacked
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
-from gemq.checkpoint.names import saved_names
+from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
 from gemq.checkpoint.stored import BackgroundDataCheck, StoredCheckpoint, check_no_adapter
 from gemq.errors import UserError, shown
@@ -189,7 +189,8 @@ class GemqQuantizer(HfQuantizer):
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         self._shapes = matrix_shapes(model, packed)
         expected = packed.expected(self._shapes)
-        specs = _rename_packed(model, expected, stored.specs)
+        names = stored_names(model, expected, stored.tensors)
+        specs = {name: stored.tensors[stored_name].spec for name, stored_name in names.items()}
         verify_packed(expected, specs)
         if type(model).__name__ in (model.config.architectures or ()):  # other classes may have other heads
             verify_unpacked(unpacked_tensors(model, packed), expected, specs)
@@ -305,16 +306,6 @@ def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat)
     check_no_adapter(directory)
     config = read_json(directory / "config.json") if is_file(directory / "config.json") else {}
     return StoredCheckpoint(directory, config, packed_format, stored_tensors(map(Path, files)))
-
-
-def _rename_packed(
-    model: PreTrainedModel, expected: Mapping[str, TensorSpec], stored: dict[str, TensorSpec]
-) -> dict[str, TensorSpec]:
-    """Renames packed tensors to their names in the model. ``save_pretrained`` gives them the family's hub names."""
-    if expected.keys() <= stored.keys():
-        return stored
-    model_names = {saved: name for name, saved in saved_names(model, expected).items()}
-    return {model_names.get(name, name): spec for name, spec in stored.items()}
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ tensors are stored under model names. All others are stored under hub names, so 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,11 +79,25 @@ def _fused_with_packed(
     return fused
 
 
-def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Returns the names that ``model.save_pretrained`` gives to packed tensors, by their names in the model.
+def stored_names(model: PreTrainedModel, packed: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Maps the names by which gemq reads tensors to their names in the files.
 
-    They differ in families that rename a module on the hub, such as Mixtral.
+    gemq stores packed tensors by name in the model. ``model.save_pretrained`` gives them hub names, which differ in
+    families that rename a module on the hub, such as Mixtral.
+
+    Args:
+        model: provides the conversion; may be on the meta device
+        packed: names in the model of packed tensors
+        stored: names of all tensors in the files
+
+    Returns:
+        The name in the files of each tensor, by name in the model for packed tensors.
     """
-    probes = {name: torch.empty(0, device="meta") for name in names}
+    if set(packed) <= set(stored):
+        return {name: name for name in stored}
+    probes = {name: torch.empty(0, device="meta") for name in packed}
     name_by_probe = {id(probe): name for name, probe in probes.items()}
-    return {name_by_probe[id(tensor)]: name for name, tensor in revert_weight_conversion(model, probes).items()}
+    model_names = {}
+    for hub_name, probe in revert_weight_conversion(model, probes).items():
+        model_names[hub_name] = name_by_probe[id(probe)]
+    return {model_names.get(name, name): name for name in stored}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemq.checkpoint.format import PARTS, verify_packed, verify_unpacked
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
-from gemq.checkpoint.names import saved_names
+from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import build_skeleton, read_config
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.quant.packing import PackedMatrix
@@ -48,14 +48,9 @@ class CheckpointReader:
         self.skeleton = build_skeleton(self.config, self.stored, trust_remote_code=trust_remote_code)
         self.shapes = matrix_shapes(self.skeleton, self.format)
         self.expected = self.format.expected(self.shapes)
-        self.specs = self.stored.specs
-        self._stored_names: dict[str, str] = {}  # names in the files of packed tensors that save_pretrained renamed
+        self._stored_names = stored_names(self.skeleton, self.expected, self.stored.tensors)
+        self.specs = {name: self.stored.tensors[stored].spec for name, stored in self._stored_names.items()}
         self._files: dict[Path, Any] = {}
-        if not self.expected.keys() <= self.specs.keys():
-            for name, stored_name in saved_names(self.skeleton, self.expected).items():
-                if stored_name in self.specs:
-                    self.specs[name] = self.specs.pop(stored_name)
-                    self._stored_names[name] = stored_name
         verify_packed(self.expected, self.specs)
         self.stored.check_config()
 
@@ -106,7 +101,7 @@ class CheckpointReader:
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Returns the open file that holds a tensor, and the tensor's name in it."""
-        stored_name = self._stored_names.get(name, name)
+        stored_name = self._stored_names[name]
         path = self.stored.tensors[stored_name].file
         if path not in self._files:  # files stay open, since parsing a header of 100,000 tensors takes long
             self._files[path] = safe_open(path, framework="pt")
