@@ -282,7 +282,8 @@ def _describe(spec: TensorSpec) -> str:
 
 def _natural_order(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
     """Sort key of (module path, value): numbers in the path are compared as numbers."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
+    path = item[0]
+    return [(name.isdigit(), int(name) if name.isdigit() else 0, name) for name in path.split(".")]
 
 
 def _width(value: object, path: str) -> Width:

@@ -109,6 +109,6 @@ def check_no_adapter(directory: Path) -> None:
     """Raises UserError if there is an adapter next to the model. Transformers would apply it if peft is installed."""
     if (directory / ADAPTER_CONFIG).exists():
         raise UserError(
-            f"{directory} holds an adapter beside the packed model ({ADAPTER_CONFIG}): move the adapter's files into a "
-            "directory of their own and load it from there with peft"
+            f"{directory} holds an adapter next to the packed model ({ADAPTER_CONFIG}): move the adapter's files into "
+            "a directory of their own and load it from there with peft"
         )

@@ -313,9 +313,7 @@ def evaluate_paths(
     """
     target = pick_device(device)
     subject = ModelFiles.open(model, dtype, trust_remote_code)
-    longest = longest_window(subject.config)
-    if window > longest:
-        raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
+    _check_window(subject, window)
     models = [subject]
     if reference is not None:
         reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
@@ -346,16 +344,22 @@ def evaluate_paths(
         raise UserError(f"{model} predicts no numbers: its weights hold NaN or infinity, or overflow in {dtype}")
 
     contents = subject.contents
-    result = {
+    properties = {
         "model": model,
         "stored_bytes": model_bytes,
         "expert_bits_nominal": contents.expert_bits_nominal if contents else None,
         "expert_bits_stored": contents.expert_bits_stored if contents else None,
-        **values,
     }
     if rows:
-        result["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}
-    return result
+        values["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}
+    return properties | values
+
+
+def _check_window(model: ModelFiles, window: int) -> None:
+    """Raises UserError if a window is longer than the model supports."""
+    longest = longest_window(model.config)
+    if window > longest:
+        raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
 
 
 def _check_comparable(subject: ModelFiles, reference: ModelFiles) -> None:
