@@ -37,7 +37,7 @@ def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def least(*arguments: object) -> str:
+def smallest_limit(*arguments: object) -> str:
     """The bound that a refusal asks for."""
     ran = gemq("eval", *arguments, *FLAGS, "--host-memory", "1MB")
     assert ran.code == 2
@@ -50,7 +50,7 @@ def least(*arguments: object) -> str:
 def test_the_least_bound_gives_the_figures_of_whole_models(what, model, packed):
     name, compared = packed if "packed" in what else model, "reference" in what
     arguments = [name, *(["--reference", model] if compared else [])]
-    ran = gemq("eval", *arguments, *FLAGS, "--host-memory", least(*arguments))
+    ran = gemq("eval", *arguments, *FLAGS, "--host-memory", smallest_limit(*arguments))
     assert ran.code == 0, ran.err
 
     opened, reference = (open_model(str(path), "float32", "cpu") for path in (name, model))
@@ -58,21 +58,21 @@ def test_the_least_bound_gives_the_figures_of_whole_models(what, model, packed):
     windows = eval_windows(reference.tokenizer, HOW["texts"], 64, 40)
     others = {"reference": reference.model, "structure": structure} if compared else {}
     expected = evaluate(opened.model, windows, **others)
-    found = {key: ran.json[key] for key in expected}
+    values = {key: ran.json[key] for key in expected}
     for key in ("perplexity", "perplexity_stderr", *(("mean_kl", "top1_agreement", "routing_agreement") * compared)):
-        assert found[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-9)
-    assert found["layers"] == pytest.approx(expected["layers"])
+        assert values[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-9)
+    assert values["layers"] == pytest.approx(expected["layers"])
     assert ran.json["stored_bytes"] == opened.stored_bytes
 
 
 def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
-    held, read = [0], []
-    place, read_layer = Residency._place, Residency._read
+    layers_in_memory, read = [0], []
+    original_place, read_layer = Residency._place, Residency._read
 
     def placed(self: Residency, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        place(self, index, tensors)
-        of_layers = [self.model.get_submodule(prefix[:-1]).parameters() for prefix in self._prefixes]
-        held.append(sum(not any(p.is_meta for p in parameters) for parameters in of_layers))
+        original_place(self, index, tensors)
+        layers = [self.model.get_submodule(prefix[:-1]).parameters() for prefix in self._prefixes]
+        layers_in_memory.append(sum(not any(p.is_meta for p in parameters) for parameters in layers))
 
     def reading(self: Residency, index: int) -> Any:
         read.append(index)
@@ -82,7 +82,7 @@ def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
     monkeypatch.setattr(Residency, "_place", placed)
     monkeypatch.setattr(Residency, "_read", reading)
     evaluate_paths(str(model), **HOW)  # with all of the machine's memory
-    assert max(held) <= 2
+    assert max(layers_in_memory) <= 2
     assert sorted(read) == list(range(LAYERS))
 
 
@@ -95,7 +95,7 @@ def test_activations_wait_on_the_disk_under_the_least_bound(model, monkeypatch):
         seen.add(self._slots[-1].place.name)
 
     monkeypatch.setattr(Batches, "append", appended)
-    assert gemq("eval", model, *FLAGS, "--host-memory", least(model)).code == 0
+    assert gemq("eval", model, *FLAGS, "--host-memory", smallest_limit(model)).code == 0
     assert "DISK" in seen
 
 
@@ -107,7 +107,7 @@ def test_a_dense_model_is_evaluated_whole_where_it_fits(tmp_path):
     config = LlamaConfig(vocab_size=BUILTIN_TOKENS, hidden_size=32, intermediate_size=64, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     add_tokenizer(tmp_path / "dense")
-    enough = least(tmp_path / "dense")
+    enough = smallest_limit(tmp_path / "dense")
     ran = gemq("eval", tmp_path / "dense", *FLAGS, "--host-memory", enough)
     assert ran.code == 0, ran.err
     opened = open_model(str(tmp_path / "dense"), "float32", "cpu")
@@ -116,12 +116,12 @@ def test_a_dense_model_is_evaluated_whole_where_it_fits(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packed, tmp_path, monkeypatch):
-    other = make_tiny_model(tmp_path / "other", num_hidden_layers=2, vocab_size=BUILTIN_TOKENS)
+    other_model = make_tiny_model(tmp_path / "other", num_hidden_layers=2, vocab_size=BUILTIN_TOKENS)
     small = make_tiny_model(tmp_path / "small", num_hidden_layers=LAYERS, vocab_size=512)
-    monkeypatch.setattr("gemq.evaluation.evaluate.start_all", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("gemq.evaluation.evaluate.predict_all", lambda *_: pytest.fail("something was computed"))
     for arguments, words in (
         ((packed, "--reference", packed), "is a packed checkpoint"),
-        ((packed, "--reference", other), "has other experts"),
+        ((packed, "--reference", other_model), "has other experts"),
         ((packed, "--reference", small), "has another vocabulary"),
         ((packed, "--window", 1000), "--window 1000 is longer"),
         ((packed, "--gpu-memory", "1GB"), "--gpu-memory bounds a GPU"),

@@ -29,17 +29,17 @@ def test_a_bound_changes_no_figure(tmp_path: Path):
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="give at least --gpu-memory") as refused:
         evaluate_paths(out, reference=model, gpu_memory=1_000_000, **HOW)
-    least = parse_size(str(refused.value).split()[-1])
-    bound = evaluate_paths(out, reference=model, gpu_memory=least, **HOW)
+    smallest_limit = parse_size(str(refused.value).split()[-1])
+    bound = evaluate_paths(out, reference=model, gpu_memory=smallest_limit, **HOW)
     free = evaluate_paths(out, reference=model, **HOW)
     packed, reference = (open_model(path, "float32", "cuda") for path in (out, model))
     windows = eval_windows(packed.tokenizer, HOW["texts"], 256, 4)
     structure = find_structure(reference.model)
-    whole = evaluate(packed.model, windows, reference=reference.model, structure=structure)
-    for found in (bound, free):
-        assert found["mean_kl"] == pytest.approx(whole["mean_kl"], rel=1e-4)
-        assert found["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
-        assert found["layers"] == pytest.approx(whole["layers"], abs=1e-3)
+    whole_models = evaluate(packed.model, windows, reference=reference.model, structure=structure)
+    for values in (bound, free):
+        assert values["mean_kl"] == pytest.approx(whole_models["mean_kl"], rel=1e-4)
+        assert values["perplexity"] == pytest.approx(whole_models["perplexity"], rel=1e-4)
+        assert values["layers"] == pytest.approx(whole_models["layers"], abs=1e-3)
 
 
 def test_a_callers_tensors_do_not_count_towards_the_bound(tmp_path: Path):

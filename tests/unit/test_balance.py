@@ -9,7 +9,7 @@ from model_folders import edit_tensors, model_folder, quantize
 import gemq
 from families import tiny, tokens
 from gemq import UserError
-from gemq.models.balance import LEAST, MOST, balance
+from gemq.models.balance import MAX_LARGEST_WEIGHT, MIN_LARGEST_WEIGHT, balance
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.structure import find_structure
 from gemq.quant.grid import below_scales, largest_weights
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 def experts_of(family: str):
     model = tiny(family)
     adopt_experts(model)
-    found = next(layer.experts for _, layer in find_structure(model).moe_layers)
-    return model, model.get_submodule(found.path)
+    experts = next(layer.experts for _, layer in find_structure(model).moe_layers)
+    return model, model.get_submodule(experts.path)
 
 
 def change_experts(power: int, *experts: int):
@@ -46,16 +46,16 @@ def test_balanced_experts_compute_the_same_to_the_bit(family):
         module.gate_up_proj[1].narrow(dim if dim == -1 else 0, size, size).mul_(2.0**-20)
         module.down_proj[1].mul_(2.0**20)
         module.gate_up_proj[2].narrow(dim if dim == -1 else 0, size, size).mul_(2.0**15)
-        first, down = module.gate_up_proj.clone(), module.down_proj.clone()
+        gate_up, down = module.gate_up_proj.clone(), module.down_proj.clone()
         expected = model(input_ids=tokens(), use_cache=False).logits
         assert balance(module, module.gate_up_proj, module.down_proj)
         assert torch.equal(model(input_ids=tokens(), use_cache=False).logits, expected)
-        changed = (module.gate_up_proj != first).flatten(1).any(1)
-        assert changed.tolist() == [False, True, True, *[False] * (len(first) - 3)]
+        changed = (module.gate_up_proj != gate_up).flatten(1).any(1)
+        assert changed.tolist() == [False, True, True, *[False] * (len(gate_up) - 3)]
         assert torch.equal(module.down_proj[0], down[0])
         for weights in (module.gate_up_proj, module.down_proj):
-            assert (largest_weights(weights) > LEAST).all()
-            assert (largest_weights(weights[1:2]) < MOST).all()
+            assert (largest_weights(weights) > MIN_LARGEST_WEIGHT).all()
+            assert (largest_weights(weights[1:2]) < MAX_LARGEST_WEIGHT).all()
         assert not balance(module, module.gate_up_proj[:2], module.down_proj[:2])
 
 
@@ -63,12 +63,12 @@ def test_balanced_experts_compute_the_same_to_the_bit(family):
 def test_experts_whose_function_would_change_are_left_alone(family):
     """Biases and clamps of gpt-oss, no gate in Nemotron-H."""
     _, module = experts_of(family)
-    first = (module.gate_up_proj if module.has_gate else module.up_proj).data.mul_(2.0**-20)
+    gate_up = (module.gate_up_proj if module.has_gate else module.up_proj).data.mul_(2.0**-20)
     down = module.down_proj.data.mul_(2.0**20)
-    before = first.clone(), down.clone()
-    assert not balance(module, first, down)
-    assert torch.equal(first, before[0])
-    assert torch.equal(down, before[1])
+    original = gate_up.clone(), down.clone()
+    assert not balance(module, gate_up, down)
+    assert torch.equal(gate_up, original[0])
+    assert torch.equal(down, original[1])
 
 
 def test_experts_without_weights_are_left_alone():

@@ -82,8 +82,8 @@ def test_templates_that_cannot_be_applied_are_refused_in_one_line(builtin, token
 def test_the_answer_depends_on_the_prompt(builtin, tokenizer):
     """Also where the template takes parts, as those of models that see do."""
     tokenizer.chat_template = PARTS.replace("<{{ m.role }}> ", "")
-    one, two = (generate(builtin[0], tokenizer, prompt, max_new_tokens=8) for prompt in ("The file is", "int main("))
-    assert one != two
+    answers = [generate(builtin[0], tokenizer, prompt, max_new_tokens=8) for prompt in ("The file is", "int main(")]
+    assert answers[0] != answers[1]
 
 
 def test_tokens_without_an_embedding_are_refused(builtin):

@@ -31,7 +31,7 @@ from gemq import UserError
 from gemq.checkpoint import save
 from gemq.checkpoint.dense_export import write_dense_twin
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.load import matrix_shapes
+from gemq.checkpoint.model_shapes import matrix_shapes
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.kernels import modules as packed_modules
 from gemq.quant.grid import Quantized, dequantize, nearest
@@ -157,7 +157,7 @@ def written(tmp_path_factory):
             packed_format=packed_format,
             shards=[tensors, dense_state(model, packed_format)],
             source=source,
-            model_card=model_card("org/model"),
+            model_card=model_card(),
             shard_bytes=60_000,
         )
         model.save_pretrained(folder / "twin")
@@ -237,11 +237,11 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize(
-    "first", ["import transformers.quantizers", "from gemq import load", "from gemq.checkpoint.load import load"]
+    "statement", ["import transformers.quantizers", "from gemq import load", "from gemq.checkpoint.load import load"]
 )
-def test_load_in_a_fresh_interpreter(written, first):
+def test_load_in_a_fresh_interpreter(written, statement):
     """Whatever is imported first: importing ``load`` imports Transformers' registry, which looks for gemq then."""
-    code = f"{first}; import gemq, sys; gemq.load(sys.argv[1]); gemq.checkpoint.load.register()"
+    code = f"{statement}; import gemq, sys; gemq.load(sys.argv[1]); gemq.checkpoint.load.register()"
     subprocess.run([sys.executable, "-c", code, written("olmoe").packed], check=True, capture_output=True)
 
 
@@ -249,7 +249,6 @@ def test_model_card_warns(written):
     card = (written("olmoe").packed / "README.md").read_text()
     assert "import gemq" in card
     assert "RANDOM" in card
-    assert "base_model: org/model" in card
 
 
 def test_stored_bytes_and_files(written):
@@ -289,9 +288,9 @@ def test_format_round_trip(written):
 def test_save_pretrained_round_trip(written, tmp_path, family):
     w = written(family)
     model = gemq.load(w.packed)
-    before = logits(model)
+    original = logits(model)
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(gemq.load(tmp_path / "again")), before)
+    assert torch.equal(logits(gemq.load(tmp_path / "again")), original)
     state = model.state_dict()
     for name, spec in w.format.expected(w.shapes).items():
         assert tuple(state[name].shape) == spec.shape
@@ -312,13 +311,13 @@ def test_dense_twin(written, tmp_path, family):
 
 def test_load_state_dict_round_trip(written):
     model = gemq.load(written("olmoe").packed)
-    before, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    original, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
     for name, buffer in model.named_buffers():
         if name.endswith("codes"):
             buffer.zero_()
-    assert not torch.equal(logits(model), before)
+    assert not torch.equal(logits(model), original)
     model.load_state_dict(state)
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), original)
     del state["model.layers.1.mlp.experts.5.down_proj.scales"]
     with pytest.raises(RuntimeError, match=r"Missing key.*experts\.5\.down_proj\.scales"):
         model.load_state_dict(state)
@@ -327,7 +326,7 @@ def test_load_state_dict_round_trip(written):
 def test_casts_leave_scales_alone(written):
     model = gemq.load(written("qwen2_moe").packed)
     experts, linear = model.model.layers[0].mlp.experts, model.model.layers[0].self_attn.q_proj
-    before = (
+    original = (
         experts.down_proj.scales.clone(),
         linear.offsets.clone(),
         experts.down_proj.dequantize(0, torch.float32),
@@ -341,9 +340,9 @@ def test_casts_leave_scales_alone(written):
     )
     for cast in casts:
         cast()
-        assert torch.equal(experts.down_proj.scales, before[0])
-        assert torch.equal(linear.offsets, before[1])
-        assert torch.equal(experts.down_proj.dequantize(0, torch.float32), before[2])
+        assert torch.equal(experts.down_proj.scales, original[0])
+        assert torch.equal(linear.offsets, original[1])
+        assert torch.equal(experts.down_proj.dequantize(0, torch.float32), original[2])
     assert logits(model).dtype == torch.float32
 
 
@@ -472,13 +471,13 @@ def test_one_expert_is_dequantized_at_a_time(written, monkeypatch):
     import weakref
 
     alive: weakref.WeakSet = weakref.WeakSet()
-    most, calls = 0, 0
+    max_alive, calls = 0, 0
 
     def counting(q, dtype=torch.float32):
-        nonlocal most, calls
+        nonlocal max_alive, calls
         weight = dequantize(q, dtype)
         alive.add(weight)
-        most, calls = max(most, len(alive)), calls + 1
+        max_alive, calls = max(max_alive, len(alive)), calls + 1
         return weight
 
     monkeypatch.setattr(packed_modules, "dequantize", counting)
@@ -486,7 +485,7 @@ def test_one_expert_is_dequantized_at_a_time(written, monkeypatch):
     model(TOKENS[:, :1]).logits.sum().backward()
     # 2 layers, each at most 6 experts of 2 matrices and 4 linears, forward and backward.
     assert 0 < calls <= 2 * 2 * (2 * 6 + 4)
-    assert most <= 2  # the one in use and, until the next assignment, the one before
+    assert max_alive <= 2  # the one in use and, until the next assignment, the one before
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
@@ -509,8 +508,8 @@ def test_sentinel_indices_are_skipped(written):
     hidden, weights = torch.randn(5, 64), torch.rand(5, 2)
     index = torch.tensor([[0, 6], [6, 7], [5, 2], [3, 6], [1, 4]])
     out = experts(hidden, index, weights)
-    kept = experts(hidden, index.clamp(max=5), weights * (index < 6))
-    torch.testing.assert_close(out, kept)
+    expected = experts(hidden, index.clamp(max=5), weights * (index < 6))
+    torch.testing.assert_close(out, expected)
     assert torch.equal(out[1], torch.zeros(64))
 
 
@@ -578,9 +577,9 @@ def test_existing_output(tmp_path):
 def test_same_bytes_every_time(tmp_path):
     for name in ("one", "two"):
         write_small(tmp_path / name, [{"a": torch.zeros(4), "b": torch.ones(2)}, {"c": torch.ones(4)}])
-    first, second = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
-    assert first == second
-    assert len([name for name in first if name.endswith(".safetensors")]) == 3
+    files, files_again = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert files == files_again
+    assert len([name for name in files if name.endswith(".safetensors")]) == 3
 
 
 def test_absent_packed_tensor_is_not_written(written, tmp_path):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from families import MORE, OWN, tiny, tokens
 from gemq.assets import builtin_model
 from gemq.decoding.decoder import Decoder, Unsupported
-from gemq.decoding.regional_compile import MOST_KINDS, LayerCompiler
-from gemq.evaluation.generate import generate, say_once
+from gemq.decoding.regional_compile import MAX_LAYER_KINDS, LayerCompiler
+from gemq.evaluation.generate import generate, warn_once
 
 torch.set_num_threads(1)
 NEW = 20
@@ -55,8 +55,8 @@ def test_a_sampled_token_has_the_chance_of_its_logit():
     logits = torch.tensor([0.0, 0.5, 1.0, -1.0])
     torch.manual_seed(0)
     drawn = decoder._choose(logits.expand(4000, -1))
-    found = torch.bincount(drawn[:, 0], minlength=4) / 4000
-    torch.testing.assert_close(found, (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
+    shares = torch.bincount(drawn[:, 0], minlength=4) / 4000
+    torch.testing.assert_close(shares, (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("gpt_oss", 1), ("qwen2_moe", 2)])
@@ -73,7 +73,7 @@ def test_one_compiled_layer_serves_all_of_its_kind(family, kinds):
     assert compiler.kinds == kinds
     assert all("forward" not in vars(layer) for layer in model.model.layers)  # nothing stays behind
     steps = [decoder.prefill(ids).tolist()]
-    with decoder._layers(compiler):
+    with decoder._compiled_parts(compiler):
         steps += decoder.decode(NEW - 1)
     assert [token for (token,) in steps] == expected[0]
 
@@ -92,15 +92,15 @@ def test_buffers_of_other_sizes_need_no_second_compilation():
     """Packed experts take other byte counts in each layer."""
     layers = [_Sized(size, 1) for size in (5, 8, 13, 21)]
     compiler = LayerCompiler("eager")
-    with compiler.through(layers, [None] * 4):
+    with compiler.compiled(layers, [None] * 4):
         outputs = [layer(torch.zeros(2), past_key_values=1)[0].item() for layer in layers]
     assert outputs == [10, 28, 78, 210]
     assert compiler.kinds == 1
 
 
 def test_layers_that_all_differ_are_not_compiled():
-    layers = [_Sized(5, constant) for constant in range(MOST_KINDS + 1)]
-    with LayerCompiler("eager").through(layers, [None] * len(layers)):
+    layers = [_Sized(5, constant) for constant in range(MAX_LAYER_KINDS + 1)]
+    with LayerCompiler("eager").compiled(layers, [None] * len(layers)):
         for layer in layers[:-1]:
             layer(torch.zeros(2), past_key_values=1)
         with pytest.raises(RuntimeError, match="its layers differ"):
@@ -139,11 +139,11 @@ def test_generate_writes_what_transformers_writes(builtin, capsys):
 
 def test_generate_stops_at_an_end_token(builtin, monkeypatch):
     model, tokenizer = builtin
-    whole = generate(model, tokenizer, "Once upon a time", max_new_tokens=30)
-    ids = tokenizer(whole, return_tensors="pt")["input_ids"][0].tolist()
+    full_text = generate(model, tokenizer, "Once upon a time", max_new_tokens=30)
+    ids = tokenizer(full_text, return_tensors="pt")["input_ids"][0].tolist()
     monkeypatch.setattr(model.generation_config, "eos_token_id", [0, ids[7]])
     stopped = generate(model, tokenizer, "Once upon a time", max_new_tokens=30)
-    assert whole.startswith(stopped)
+    assert full_text.startswith(stopped)
     assert stopped == tokenizer.decode(ids[: ids.index(ids[7]) + 1])
 
 
@@ -151,7 +151,7 @@ def test_generate_leaves_penalties_to_transformers_and_says_so_once(builtin, mon
     model, tokenizer = builtin
     plain = generate(model, tokenizer, "Once upon a time", max_new_tokens=40)
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "gemq"):
         texts = {generate(model, tokenizer, "Once upon a time", max_new_tokens=40, stream=True) for _ in range(2)}
     assert len(texts) == 1

@@ -1,7 +1,6 @@
-"""Norms and rotary positions in few kernels: those that compute the same, and no others."""
+"""Fused norms and rotary positions: those that compute the same are fused, and no others."""
 
-import sys
-from types import ModuleType
+import copy
 
 import pytest
 import torch
@@ -9,20 +8,19 @@ from interpreted import DEVICE
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.glm4_moe import modeling_glm4_moe
-from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, apply_rotary_pos_emb
 
+from families import tiny, tokens
 from gemq.kernels.training.rotary import rotary, usable
-from gemq.models.fused_norms import plain_rotary, use_fused_norms, use_fused_rotary
+from gemq.models.fused_norms import _is_plain_rotary, use_fused_norms, use_fused_rotary
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", [OlmoeRMSNorm, GptOssRMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_usual_norms_are_taken_over_and_give_the_same(kind, dtype):
+def test_usual_norms_are_fused_and_give_the_same(kind, dtype):
     torch.manual_seed(0)
     norm = kind(48).to(dtype)
     nn.init.normal_(norm.weight)
@@ -34,9 +32,10 @@ def test_the_usual_norms_are_taken_over_and_give_the_same(kind, dtype):
 
     expected = run()
     assert use_fused_norms(nn.ModuleList([norm]), CPU) == 1
-    for one, other in zip(run(), expected, strict=True):
-        assert one.dtype == other.dtype
-        assert (one - other).float().norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * other.float().norm()
+    for actual, reference in zip(run(), expected, strict=True):
+        assert actual.dtype == reference.dtype
+        tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+        assert (actual - reference).float().norm() <= tolerance * reference.float().norm()
 
 
 def test_a_weight_is_looked_up_at_each_call():
@@ -66,8 +65,8 @@ def test_norms_without_contents_are_known_by_their_kind():
 # Rotary positions
 
 
-def turned(kind, run, heads=3, windows=2, tokens=5, size=24, one_row=False):
-    """What ``run`` makes of queries as a layer has them, [B, N, S, D] of [B, S, N, D], and their gradient."""
+def rotated(kind, run, heads=3, windows=2, tokens=5, size=24, one_row=False):
+    """The result of ``run`` and its gradient, for queries as a layer has them: [B, N, S, D], a view of [B, S, N, D]."""
     random = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random).to(kind)
     x = draw(windows, tokens, heads, size).to(DEVICE).transpose(1, 2).requires_grad_()
@@ -77,43 +76,66 @@ def turned(kind, run, heads=3, windows=2, tokens=5, size=24, one_row=False):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("given", [{}, {"heads": 5, "size": 128, "one_row": True}, {"tokens": 1}], ids=str)
-def test_one_kernel_turns_as_ten_do(kind, given):
-    found = turned(kind, rotary, **given)
-    expected = turned(kind, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin)[0], **given)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        # in bfloat16 it rounds once, the family's code thrice
-        assert (one - other).float().norm() <= (1e-6 if kind == torch.float32 else 8e-3) * other.float().norm()
+@pytest.mark.parametrize("options", [{}, {"heads": 5, "size": 128, "one_row": True}, {"tokens": 1}], ids=str)
+def test_one_kernel_rotates_as_ten_do(kind, options):
+    results = rotated(kind, rotary, **options)
+    expected = rotated(kind, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin)[0], **options)
+    for actual, reference in zip(results, expected, strict=True):
+        assert actual.dtype == reference.dtype
+        # in bfloat16 the kernel rounds once and the family's code three times
+        tolerance = 1e-6 if kind == torch.float32 else 8e-3
+        assert (actual - reference).float().norm() <= tolerance * reference.float().norm()
 
 
-class Turning(nn.Module):
-    """Of a family whose module is ``code``."""
+class Attention(nn.Module):
+    """Calls the rotary function of this file's globals, and returns that function as well."""
+
+    def forward(self, q, k, cos, sin):
+        if q.numel() == 0:
+            raise ValueError("no queries")
+        return apply_rotary_pos_emb, apply_rotary_pos_emb(q, k, cos, sin)
 
 
-def taken(code: ModuleType, monkeypatch) -> int:
-    monkeypatch.setattr(Turning, "__module__", code.__name__)
-    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # puts it back
-    return use_fused_rotary(Turning(), plain_rotary, usable)
+def rotary_inputs(queries=2):
+    return [torch.randn(1, *shape, 4, 8) for shape in ((queries,), (1,), (), ())]
 
 
-def test_a_familys_function_is_taken_over_once(monkeypatch):
-    before = modeling_mixtral.apply_rotary_pos_emb
-    assert taken(modeling_mixtral, monkeypatch) == 1
-    assert taken(modeling_mixtral, monkeypatch) == 0
-    q, k, cos, sin = (torch.randn(1, *n, 4, 8) for n in ((2,), (1,), (), ()))
-    found, expected = (f(q, k, cos, sin) for f in (modeling_mixtral.apply_rotary_pos_emb, before))
-    assert all(map(torch.equal, found, expected))  # on a CPU the family's own
+def test_a_module_uses_the_fused_function_only_while_it_runs():
+    original = apply_rotary_pos_emb
+    attention = Attention()
+    assert use_fused_rotary(attention) == 1
+    assert use_fused_rotary(attention) == 1
+    inputs = rotary_inputs()
+    function, result = attention(*inputs)
+    assert function is not original
+    assert all(map(torch.equal, result, original(*inputs)))  # on a CPU it calls the family's own
+    with pytest.raises(ValueError, match="no queries"):
+        attention(*rotary_inputs(queries=0))
+    assert apply_rotary_pos_emb is original
 
 
-@pytest.mark.parametrize("code", [modeling_gpt_oss, sys], ids=["gpt_oss", "none"])
-def test_functions_that_turn_otherwise_stay(code, monkeypatch):
-    before = getattr(code, "apply_rotary_pos_emb", None)
-    monkeypatch.setattr(Turning, "__module__", code.__name__)
-    assert use_fused_rotary(Turning(), plain_rotary, usable) == 0
-    assert getattr(code, "apply_rotary_pos_emb", None) is before
+def test_other_modules_of_the_family_keep_its_function():
+    attention, unchanged = Attention(), Attention()
+    use_fused_rotary(attention)
+    copied = copy.deepcopy(attention)
+    assert unchanged(*rotary_inputs())[0] is apply_rotary_pos_emb
+    assert copied(*rotary_inputs())[0] is attention(*rotary_inputs())[0]
+    assert copied.forward.__self__ is copied
 
 
-def test_a_part_of_a_head_that_is_turned_goes_the_familys_way(monkeypatch):
-    assert taken(modeling_glm4_moe, monkeypatch) == 1  # it turns whole heads likewise
+def test_attention_of_a_family_is_found():
+    model = tiny("mixtral")
+    ids = tokens(1, 9)
+    expected = model(ids).logits
+    assert use_fused_rotary(model) == len(model.model.layers)
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("module", [tiny("gpt_oss"), nn.Linear(2, 2)], ids=["gpt_oss", "none"])
+def test_functions_that_rotate_otherwise_stay(module):
+    assert use_fused_rotary(module) == 0
+
+
+def test_a_partial_rotation_of_a_head_uses_the_familys_function():
+    assert _is_plain_rotary(modeling_glm4_moe.apply_rotary_pos_emb)  # it rotates whole heads in the same way
     assert not usable(torch.zeros(1, 2, 4, 16), *(torch.zeros(1, 4, 8) for _ in range(2)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemq.calibration.windows import from_parts
 from gemq.evaluation.evaluate import compare
-from gemq.evaluation.predictions import UNUSED, chosen_experts
+from gemq.evaluation.predictions import UNUSED_SLOT, chosen_experts
 from gemq.models.experts import ExpertsCall
 
 
@@ -20,8 +20,8 @@ class Fixed:
     def __init__(self, logits: Tensor, experts: Tensor, batch: int) -> None:
         self.logits, self.experts = logits.split(batch), experts.split(batch)
 
-    def batch(self, number: int) -> tuple[Tensor, list[Tensor]]:
-        return self.logits[number], [self.experts[number]]
+    def predict(self, index: int) -> tuple[Tensor, list[Tensor]]:
+        return self.logits[index], [self.experts[index]]
 
 
 def test_figures_are_means_over_windows_with_their_standard_errors():
@@ -34,23 +34,23 @@ def test_figures_are_means_over_windows_with_their_standard_errors():
     others[0, :3, 1] = 2  # half of what the first window's first half chose
     reference, model = Fixed(p, experts, 2), Fixed(q, others.flip(-1), 2)
 
-    found = compare(windows, list(tokens.split(2)), model, reference)
+    values = compare(windows, list(tokens.split(2)), model, reference)
 
     log_p, log_q = (x.double().log_softmax(-1)[:, :-1] for x in (p, q))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
     nll = -log_q.gather(2, tokens[:, 1:, None]).squeeze(-1).mean(1)
     top1 = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1)
-    assert found["windows"] == 5
-    assert found["tokens"] == 25
-    assert found["mean_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert found["mean_kl_stderr"] == pytest.approx(kl.std().item() / math.sqrt(5), rel=1e-5)
-    assert found["top1_agreement"] == pytest.approx(top1.mean().item())
-    assert found["top1_agreement_stderr"] == pytest.approx(top1.std().item() / math.sqrt(5))
-    assert found["perplexity"] == pytest.approx(math.exp(nll.mean()), rel=1e-5)
+    assert values["windows"] == 5
+    assert values["tokens"] == 25
+    assert values["mean_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert values["mean_kl_stderr"] == pytest.approx(kl.std().item() / math.sqrt(5), rel=1e-5)
+    assert values["top1_agreement"] == pytest.approx(top1.mean().item())
+    assert values["top1_agreement_stderr"] == pytest.approx(top1.std().item() / math.sqrt(5))
+    assert values["perplexity"] == pytest.approx(math.exp(nll.mean()), rel=1e-5)
     error = math.exp(nll.mean()) * nll.std().item() / math.sqrt(5)
-    assert found["perplexity_stderr"] == pytest.approx(error, rel=1e-5)
-    assert found["layers"] == [pytest.approx(1 - 0.25 / 5)]
-    second = found["texts"]["b"]
+    assert values["perplexity_stderr"] == pytest.approx(error, rel=1e-5)
+    assert values["layers"] == [pytest.approx(1 - 0.25 / 5)]
+    second = values["texts"]["b"]
     assert second["mean_kl"] == pytest.approx(kl[3:].mean().item(), rel=1e-5)
     assert second["mean_kl_stderr"] == pytest.approx(kl[3:].std().item() / math.sqrt(2), rel=1e-5)
     assert second["routing_agreement"] == 1
@@ -59,10 +59,10 @@ def test_figures_are_means_over_windows_with_their_standard_errors():
 def test_one_window_has_no_standard_error():
     tokens = torch.tensor([[1, 2, 0]])
     logits = Fixed(torch.zeros(1, 3, 4), torch.zeros(1, 3, 1), 1)
-    found = compare(from_parts([tokens], ["a"], [3]), [tokens], logits, None)
-    assert found["perplexity"] == pytest.approx(4)
-    assert found["perplexity_stderr"] is None
-    assert "mean_kl" not in found
+    values = compare(from_parts([tokens], ["a"], [3]), [tokens], logits, None)
+    assert values["perplexity"] == pytest.approx(4)
+    assert values["perplexity_stderr"] is None
+    assert "mean_kl" not in values
 
 
 def test_experts_that_are_given_a_row_of_every_token_choose_by_token():
@@ -70,4 +70,4 @@ def test_experts_that_are_given_a_row_of_every_token_choose_by_token():
     index = torch.tensor([[0], [2], [2], [1]])  # expert 0: token 0; expert 1: token 1; the others are not chosen
     call = ExpertsCall(torch.zeros(4, 8), index, torch.ones(4, 1), torch.zeros(0))
     chosen = chosen_experts(call, torch.zeros(1, 2, dtype=torch.long))
-    assert chosen.tolist() == [[[0, UNUSED], [UNUSED, 1]]]
+    assert chosen.tolist() == [[[0, UNUSED_SLOT], [UNUSED_SLOT, 1]]]

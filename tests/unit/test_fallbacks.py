@@ -19,7 +19,7 @@ from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.decoding.regional_compile import LayerCompiler
 from gemq.errors import UserError
 from gemq.evaluation import bench
-from gemq.evaluation.generate import generate, say_once
+from gemq.evaluation.generate import generate, warn_once
 from gemq.models import fused_norms
 from gemq.models.cache_names import cache_argument, cache_name
 from gemq.runtime import fallbacks
@@ -32,7 +32,7 @@ ERRORS = [TypeError, AttributeError, KeyError, ImportError, NotImplementedError,
 @pytest.fixture(autouse=True)
 def nothing_recorded():
     fallbacks.take()
-    say_once.cache_clear()
+    warn_once.cache_clear()
     yield
     fallbacks.take()
 
@@ -72,9 +72,9 @@ def test_a_static_cache_that_fails_leaves_decoding_to_transformers(builtin, wher
     model, tokenizer = builtin
     expected = generate(model, tokenizer, "Once upon a time", max_new_tokens=12)
     if where == "cache":
-        monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(kind))
+        monkeypatch.setattr("gemq.decoding.decoder.static_cache", raising(kind))
     elif where == "prompt":
-        monkeypatch.setattr("gemq.decoding.decoder._last_logits", raising(kind))
+        monkeypatch.setattr("gemq.decoding.decoder.last_logits_argument", raising(kind))
     else:
         steps, step = [], Decoder._step
         fail = raising(kind)
@@ -95,7 +95,7 @@ def test_layers_and_attention_that_fail_are_left_out(kind, monkeypatch):
     ids = tokens(1, 9)
     decoder = Decoder(model, 1, 40)
     expected = [decoder.prefill(ids).tolist(), *decoder.decode(6)]
-    monkeypatch.setattr(LayerCompiler, "_call", raising(kind))
+    monkeypatch.setattr(LayerCompiler, "_call_layer", raising(kind))
     monkeypatch.setattr("gemq.decoding.step_attention.usable", lambda model, config: True)
     monkeypatch.setattr("gemq.decoding.step_attention.attend", raising(kind))
     decoder.prefill(ids)
@@ -112,7 +112,7 @@ def test_windows_are_written_without_a_static_step(kind, monkeypatch):
     model = tiny("olmoe")
     plain = Steps(model, 6, static=False).begin(2)
     monkeypatch.setattr(Decoder, "prepare", raising(kind))
-    monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(kind))
+    monkeypatch.setattr("gemq.decoding.decoder.static_cache", raising(kind))
     steps = Steps(model, 6, static=True)
     step = steps.begin(2)
     assert kind.__name__ in steps.why
@@ -123,7 +123,7 @@ def test_windows_are_written_without_a_static_step(kind, monkeypatch):
 
 
 def test_out_of_memory_is_no_fallback(monkeypatch):
-    monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(torch.OutOfMemoryError))
+    monkeypatch.setattr("gemq.decoding.decoder.static_cache", raising(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         Decoder(tiny("olmoe"), 1, 20)
 
@@ -169,7 +169,7 @@ def test_kernels_that_cannot_take_over_leave_the_family_its_own(kind, monkeypatc
     monkeypatch.setattr(fused_norms, "use_fused_norms", raising(kind))
     monkeypatch.setitem(sys.modules, "gemq.kernels.training.rotary", None)
     fused_norms.use_fused_kernels(model, torch.device("cpu"))
-    assert {name: found.count for name, found in fallbacks.take().items()} == {
+    assert {name: fallback.count for name, fallback in fallbacks.take().items()} == {
         "norms_not_fused": 1,
         "rotary_not_fused": 1,
     }
@@ -189,13 +189,13 @@ def test_a_norm_that_raises_something_is_none_to_take_over(kind, monkeypatch):
 
 def test_bench_shows_them(monkeypatch):
     fallbacks.record("rotary_not_fused", TypeError("changed"))
-    values = bench.bench(tiny("olmoe"), bench.Work((), (), 2, compiled=False))
+    values = bench.bench(tiny("olmoe"), bench.BenchConfig((), (), 2, compiled=False))
     assert values["fallbacks"] == [f"1 {fallbacks.TEXTS['rotary_not_fused']} (TypeError: changed)"]
 
 
 def test_bench_goes_on_where_the_static_cache_fails(monkeypatch):
-    monkeypatch.setattr("gemq.decoding.decoder._last_logits", raising(TypeError))
-    values = bench.bench(tiny("olmoe"), bench.Work((1,), (4,), 2, compiled=False))
+    monkeypatch.setattr("gemq.decoding.decoder.last_logits_argument", raising(TypeError))
+    values = bench.bench(tiny("olmoe"), bench.BenchConfig((1,), (4,), 2, compiled=False))
     assert [row["execution"] for row in values["decode"]] == ["model.generate"]
     assert "TypeError" in values["fallbacks"][0]
 
@@ -207,6 +207,6 @@ def test_a_command_says_at_its_end_what_no_summary_has_shown(monkeypatch, capsys
 
 
 def test_unsupported_says_what_was_raised(monkeypatch):
-    monkeypatch.setattr("gemq.decoding.decoder._static_cache", raising(TypeError))
+    monkeypatch.setattr("gemq.decoding.decoder.static_cache", raising(TypeError))
     with pytest.raises(Unsupported, match="TypeError: an interface has changed"):
         Decoder(tiny("olmoe"), 1, 20)

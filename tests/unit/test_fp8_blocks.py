@@ -60,8 +60,8 @@ def test_scales_of_rows_of_matrices_and_of_other_blocks():
     small, scales, meant = to_fp8(torch.randn(320, 64), (1, 32))  # as experts of DeepSeek-V4 are scaled
     assert torch.equal(operation()._dequantize_one(small, scales, torch.float32), meant)
     experts = torch.stack([codes, codes])
-    each = operation()._dequantize_one(experts, torch.tensor([0.5, 2.0]), torch.float32)
-    assert torch.equal(each, experts.float() * torch.tensor([0.5, 2.0]).view(2, 1, 1))
+    weights = operation()._dequantize_one(experts, torch.tensor([0.5, 2.0]), torch.float32)
+    assert torch.equal(weights, experts.float() * torch.tensor([0.5, 2.0]).view(2, 1, 1))
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (2, 3), (7,), (0, 1)])
@@ -104,9 +104,9 @@ def test_models_are_read_by_blocks_whole_and_by_layer(fp8, tmp_path):
     edit_config(plain, "quantization_config")
     edit_tensors(plain, lambda _: meant)
     expected, _ = Source(plain).load(CPU, None)
-    found, _ = Source(source).load(CPU, None)
+    loaded, _ = Source(source).load(CPU, None)
     assert any("kv_a_proj_with_mqa" in name for name in meant)
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
     _, reader = Source(source).open(CPU, torch.float32)
     for index in range(len(reader.given)):
         for name, tensor in reader.read(index).items():

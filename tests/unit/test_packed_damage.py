@@ -242,7 +242,7 @@ def test_pickled_files_are_never_read(copy, tmp_path, monkeypatch, kept):
 
 def test_an_adapter_beside_the_model_is_refused(copy, tmp_path):
     (copy / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}))
-    refused(copy, tmp_path, "holds an adapter beside the packed model")
+    refused(copy, tmp_path, "holds an adapter next to the packed model")
 
 
 @pytest.mark.parametrize("missing", ["model.layers.1.mlp.gate.weight", "model.norm.weight"])

@@ -70,13 +70,13 @@ def test_types_may_differ_from_each_other_and_from_what_config_json_says(tmp_pat
 def test_a_model_read_without_a_type_is_as_transformers_loads_it(family, tmp_path):
     source = model_folder(tmp_path / "model", family, torch.bfloat16)
     expected = AutoModelForCausalLM.from_pretrained(source)
-    found, _ = Source(source).load(CPU, None)
-    assert found.state_dict().keys() == expected.state_dict().keys()
+    loaded, _ = Source(source).load(CPU, None)
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor), name
-        assert found.state_dict()[name].dtype == tensor.dtype, name
-    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
-    assert found.name_or_path == str(source)
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert loaded.state_dict()[name].dtype == tensor.dtype, name
+    assert loaded.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert loaded.name_or_path == str(source)
 
 
 KEPT = sorted(
@@ -104,13 +104,13 @@ def test_parameters_that_a_family_keeps_in_float32_stay_so(family, dtype, tmp_pa
 
     write_dense_twin(tmp_path / "out", twin, torch.float32)
     expected = Source(twin).load(CPU, None)[0].__class__.from_pretrained(twin, dtype=dtype)
-    found = gemq.load(tmp_path / "out", dtype=dtype)
-    assert isinstance(found.hf_quantizer, GemqQuantizer)
-    own = dict(found.named_parameters())
+    loaded = gemq.load(tmp_path / "out", dtype=dtype)
+    assert isinstance(loaded.hf_quantizer, GemqQuantizer)
+    parameters = dict(loaded.named_parameters())
     for name, parameter in expected.named_parameters():
-        if name in own and own[name].shape == parameter.shape:
-            assert own[name].dtype == parameter.dtype, name
-            assert torch.equal(own[name], parameter), name
+        if name in parameters and parameters[name].shape == parameter.shape:
+            assert parameters[name].dtype == parameter.dtype, name
+            assert torch.equal(parameters[name], parameter), name
 
 
 @pytest.mark.sample

@@ -27,14 +27,14 @@ SHAPE = shapes.Shape(
 def test_a_step_reads_dense_weights_and_chosen_experts():
     model = tiny("olmoe")  # 6 experts, 2 a token
     layers, experts = len(model.model.layers), model.model.layers[0].mlp.experts
-    each = experts.gate_up_proj[0].nbytes + experts.down_proj[0].nbytes
-    assert expert_bytes(experts) == [each] * 6
+    bytes_per_expert = experts.gate_up_proj[0].nbytes + experts.down_proj[0].nbytes
+    assert expert_bytes(experts) == [bytes_per_expert] * 6
     everything = sum(p.nbytes for p in model.parameters())
     embedding = model.model.embed_tokens.weight.nbytes
-    assert dense_bytes(model) == everything - layers * 6 * each - embedding
+    assert dense_bytes(model) == everything - layers * 6 * bytes_per_expert - embedding
     decoder = Decoder(model, 1, 40)
     decoder.prefill(tokens(1, 9))
-    assert bytes_per_step(decoder, steps=3) == dense_bytes(model) + layers * 2 * each
+    assert bytes_per_step(decoder, steps=3) == dense_bytes(model) + layers * 2 * bytes_per_expert
 
 
 def test_a_tied_embedding_is_read_as_the_head():

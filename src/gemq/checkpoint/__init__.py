@@ -1,4 +1,4 @@
-"""Packed checkpoints: the format, packing, writing, loading into Transformers and the dense twin.
+"""Packed checkpoints: format, checksums, writing, loading into Transformers, and dense export.
 
-Submodules are imported by name: ``format`` needs no torch, ``packing`` no Transformers.
+Import submodules by name. ``format``, ``checksums`` and ``stored`` must not import torch or Transformers.
 """

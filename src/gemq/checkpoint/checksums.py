@@ -1,9 +1,11 @@
 """Checksums of a packed checkpoint: of its tensors, by layer, and of its config.json.
 
-They find damage (flipped bits, swapped entries of a header, forgotten edits), not malice: whoever changes the weights
-can change the checksums too. Every load verifies them, since XXH3 hashes 13 GB/s on a core on which SHA-256 does 1.5
-and CRC-32 2.7. A checksum covers names, dtypes, shapes and bytes of tensors, whichever file holds them, so that a
-checkpoint may be divided into other files. Imports neither torch nor Transformers.
+They detect accidental damage (flipped bits, swapped entries of a header, forgotten edits). They do not detect malice,
+since whoever changes the weights can change the checksums. Every load verifies them. XXH3 hashes 13 GB/s on one core,
+compared with 1.5 for SHA-256 and 2.7 for CRC-32.
+
+A checksum covers names, dtypes, shapes and bytes of tensors but not file names, so that a checkpoint may be divided
+into other files. Must not import torch or Transformers.
 """
 
 from __future__ import annotations
@@ -20,34 +22,37 @@ from typing import Any
 
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from gemq.checkpoint.format import layer_path
 from gemq.errors import UserError
 from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import StoredTensor
 
-KEY = "gemq_checksums"
-"""Where config.json lists them. Not in its ``quantization_config``, which Transformers passes on to what it saves."""
+CONFIG_KEY = "gemq_checksums"
+"""Key in config.json. It is not in ``quantization_config``, which Transformers copies to other checkpoints."""
 
 ALGORITHM = "xxh3_64"
-OUTSIDE = "other"
+OTHER_TENSORS = "other"
 """Group of the tensors that belong to no layer."""
 
-THREADS = 8
+MAX_THREADS = 8
 READ_BYTES = 1 << 20
-"""Bytes read and hashed together: they stay in the processor's cache."""
+"""Bytes that are read and hashed at a time. They fit in the processor's cache."""
 
 TASK_BYTES = 64 << 20
-"""Bytes that one thread hashes before another may take over."""
+"""Bytes that a thread hashes before it takes the next task."""
 
-_LAYER = re.compile(r".*?\.\d+(?=\.)")
+MAX_FILES_SHOWN = 4
+
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """What config.json lists as ``gemq_checksums``. None for what is not to be verified.
+    """The checksums in config.json. None disables a check.
 
-    tensors: checksum by group of tensors, a group being a layer's path or ``other``
-    config:  checksum of config.json without its checksums
+    Attributes:
+        tensors: checksum of the tensors of each layer, by its path, and of all others as ``other``
+        config: checksum of config.json without its checksums
     """
 
     tensors: Mapping[str, str] | None = None
@@ -55,10 +60,10 @@ class Checksums:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Checksums:
-        """From the contents of config.json. Raises UserError for anything that ``to_dict`` does not write."""
-        if KEY not in config:
+        """Reads the checksums from the contents of config.json. Raises UserError if they are damaged."""
+        if CONFIG_KEY not in config:
             return cls()
-        values: Any = config[KEY]
+        values: Any = config[CONFIG_KEY]
         if not isinstance(values, Mapping):
             raise _damaged("not an object")
         if values.get("algorithm") != ALGORITHM:
@@ -66,115 +71,139 @@ class Checksums:
                 f"the checkpoint's checksums are of the kind {values.get('algorithm')!r}, this gemq knows {ALGORITHM}: "
                 "upgrade gemq"
             )
-        tensors, of_config = values.get("tensors"), values.get("config")
+        tensors = values.get("tensors")
+        config_digest = values.get("config")
         if tensors is not None and not isinstance(tensors, Mapping):
             raise _damaged("tensors is not an object")
-        digests = [*(tensors or {}).values(), *([] if of_config is None else [of_config])]
+        digests = list((tensors or {}).values())
+        if config_digest is not None:
+            digests.append(config_digest)
         if not all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in digests):
             raise _damaged("a checksum is not 16 hexadecimal digits")
-        return cls(tensors, of_config)
+        return cls(tensors, config_digest)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the value of ``CONFIG_KEY`` in config.json."""
         values = {"algorithm": ALGORITHM, "tensors": self.tensors, "config": self.config}
         return {key: value for key, value in values.items() if value is not None}
 
     def check_config(self, config: Mapping[str, Any], directory: Path) -> None:
-        """Raises UserError when ``config`` (the contents of config.json) is not what gemq wrote."""
+        """Raises UserError if ``config``, the contents of config.json, differs from what gemq wrote."""
         if self.config is not None and self.config != config_checksum(config):
             raise UserError(
                 f"config.json of {directory} is not what gemq wrote (checksum): copy it again; if you changed it on "
-                f'purpose, delete "config" from "{KEY}" in it'
+                f'purpose, delete "config" from "{CONFIG_KEY}" in it'
             )
 
     def check_tensors(self, tensors: Mapping[str, StoredTensor], digests: Mapping[str, str], directory: Path) -> None:
-        """Raises UserError when the tensors are not those that gemq wrote. ``digests``: of their bytes, by name."""
+        """Compares the tensors with those that gemq wrote.
+
+        Args:
+            tensors: all tensors of the checkpoint by name
+            digests: of the tensors' bytes, by name
+            directory: of the checkpoint, for the message
+
+        Raises:
+            UserError: a tensor differs.
+        """
         if self.tensors is None:
             return
         checksums = tensor_checksums(tensors, digests)
-        differing = sorted(g for g in self.tensors.keys() | checksums if self.tensors.get(g) != checksums.get(g))
-        if differing:
-            files = sorted({stored.file.name for name, stored in tensors.items() if group_of(name) in differing})
-            shown = ", ".join(files[:4]) + (" ..." if len(files) > 4 else "")
-            raise UserError(
-                f"{len(differing)} groups of tensors in {directory} are not what gemq wrote (checksums), first: "
-                f"{differing[0]}: copy {shown or 'the checkpoint'} again; if you changed them on purpose, delete "
-                f'"tensors" from "{KEY}" in config.json'
-            )
+        groups = self.tensors.keys() | checksums.keys()
+        damaged = sorted(group for group in groups if self.tensors.get(group) != checksums.get(group))
+        if not damaged:
+            return
+        files = sorted({stored.file.name for name, stored in tensors.items() if _group_name(name) in damaged})
+        shown = ", ".join(files[:MAX_FILES_SHOWN]) + (" ..." if len(files) > MAX_FILES_SHOWN else "")
+        raise UserError(
+            f"{len(damaged)} groups of tensors in {directory} are not what gemq wrote (checksums), first: "
+            f"{damaged[0]}: copy {shown or 'the checkpoint'} again; if you changed them on purpose, delete "
+            f'"tensors" from "{CONFIG_KEY}" in config.json'
+        )
 
 
-def checksums_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Checksums:
-    """The checksums of a checkpoint, from its files."""
+def compute_checksums(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Checksums:
+    """Computes the checksums of a checkpoint from its files."""
     return Checksums(tensor_checksums(tensors, tensor_digests(tensors)), config_checksum(config))
 
 
 def config_checksum(config: Mapping[str, Any]) -> str:
-    """Checksum of config.json without its checksums: of compact JSON with sorted keys, in ASCII."""
-    values = {key: value for key, value in config.items() if key != KEY}
+    """Returns the checksum of config.json without its checksums: of compact ASCII JSON with sorted keys."""
+    values = {key: value for key, value in config.items() if key != CONFIG_KEY}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return xxh3_64_hexdigest(text.encode("ascii"))
 
 
-def group_of(name: str) -> str:
-    """The group of a tensor: its name up to the first number, which is the layer's."""
-    layer = _LAYER.match(name)
-    return layer.group() if layer else OUTSIDE
+def _group_name(tensor_name: str) -> str:
+    """Returns the group of a tensor: the path of its layer, or ``OTHER_TENSORS``."""
+    return layer_path(tensor_name) or OTHER_TENSORS
 
 
 def tensor_checksums(tensors: Mapping[str, StoredTensor], digests: Mapping[str, str]) -> dict[str, str]:
-    """Checksum of each group of tensors: of a line for each of them in the order of their names."""
+    """Returns the checksum of each group of tensors: of one line per tensor, sorted by name."""
     lines = defaultdict[str, list[str]](list)
     for name in sorted(tensors):
         spec = tensors[name].spec
-        lines[group_of(name)].append(f"{name} {spec.dtype} {list(spec.shape)} {digests[name]}\n")
-    return {group: xxh3_64_hexdigest("".join(some).encode()) for group, some in sorted(lines.items())}
+        lines[_group_name(name)].append(f"{name} {spec.dtype} {list(spec.shape)} {digests[name]}\n")
+    return {group: xxh3_64_hexdigest("".join(lines[group]).encode()) for group in sorted(lines)}
 
 
 def tensor_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """XXH3 of every tensor's bytes, by name. Several threads read the files.
+    """Returns the XXH3 digest of every tensor's bytes, by name. Several threads read the files.
 
     Raises:
         UserError: a file cannot be read, or became shorter.
     """
-    threads = min(THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "gemq-checksums", initializer=block_sigterm) as pool:
-        return {name: digest for part in pool.map(_digests, _tasks(tensors)) for name, digest in part}
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    digests: dict[str, str] = {}
+    with ThreadPoolExecutor(num_threads, "gemq-checksums", initializer=block_sigterm) as pool:
+        for task_digests in pool.map(_hash_tensors, _tasks(tensors)):
+            digests.update(task_digests)
+    return digests
 
 
 def _tasks(tensors: Mapping[str, StoredTensor]) -> Iterator[list[tuple[str, StoredTensor]]]:
-    """Neighbouring tensors of one file, about ``TASK_BYTES`` together."""
+    """Yields consecutive tensors of the same file, with about ``TASK_BYTES`` bytes in total."""
     task: list[tuple[str, StoredTensor]] = []
-    size = 0
+    task_bytes = 0
     for name, stored in sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].start)):
-        if task and (size >= TASK_BYTES or stored.file != task[0][1].file):
+        if task and (task_bytes >= TASK_BYTES or stored.file != task[0][1].file):
             yield task
-            task, size = [], 0
+            task = []
+            task_bytes = 0
         task.append((name, stored))
-        size += stored.spec.bytes
+        task_bytes += stored.spec.bytes
     if task:
         yield task
 
 
-def _digests(task: Sequence[tuple[str, StoredTensor]]) -> list[tuple[str, str]]:
-    """Name and digest of tensors that follow each other in one file, without gaps, as headers are checked for."""
+def _hash_tensors(task: Sequence[tuple[str, StoredTensor]]) -> dict[str, str]:
+    """Returns the digests of consecutive tensors of one file. Headers are checked to leave no gaps between tensors."""
     path = task[0][1].file
     buffer = memoryview(bytearray(READ_BYTES))
     unread = buffer[:0]
-    digests = []
+    digests = {}
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(task[0][1].start)
             for name, stored in task:
-                digest, left = xxh3_64(), stored.spec.bytes
-                while left:
-                    if not unread and not (unread := buffer[: file.readinto(buffer)]):
-                        raise UserError(f"{path} became shorter while it was read: copy the checkpoint again")
-                    digest.update(unread[:left])
-                    left, unread = max(0, left - len(unread)), unread[left:]
-                digests.append((name, digest.hexdigest()))
+                digest = xxh3_64()
+                remaining = stored.spec.bytes
+                while remaining:
+                    if not unread:
+                        unread = buffer[: file.readinto(buffer)]
+                        if not unread:
+                            raise UserError(f"{path} became shorter while it was read: copy the checkpoint again")
+                    chunk = unread[:remaining]
+                    digest.update(chunk)
+                    remaining -= len(chunk)
+                    unread = unread[len(chunk) :]
+                digests[name] = digest.hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
     return digests
 
 
-def _damaged(what: str) -> UserError:
-    return UserError(f"{KEY} in config.json is damaged ({what}): copy the checkpoint again")
+def _damaged(reason: str) -> UserError:
+    """Returns the error for checksums that gemq did not write."""
+    return UserError(f"{CONFIG_KEY} in config.json is damaged ({reason}): copy the checkpoint again")

@@ -1,15 +1,15 @@
-"""What a packed checkpoint holds, from its headers alone: no weights are read."""
+"""Summary of a packed checkpoint from its headers, without reading weights."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemq.checkpoint.format import PARTS, PackedFormat, Shapes
+from gemq.checkpoint.format import PARTS, PackedFormat, PackedTensor, Shapes
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.errors import UserError
 from gemq.quant.widths import (
@@ -26,10 +26,20 @@ from gemq.runtime.safetensors_files import TensorSpec
 
 @dataclass(frozen=True)
 class Contents:
-    """A packed checkpoint in figures.
+    """Widths and sizes of a packed checkpoint.
 
-    layers: per experts module its path, the widths of its experts and their mean bits
-    other_numbers: elements of the tensors that are not packed
+    Attributes:
+        path: directory of the checkpoint
+        model_type: in config.json
+        group_size: requested for all matrices
+        layers: path, widths of the experts, and mean bits of each experts module
+        linears: number of packed dense linears by width
+        expert_bytes: of packed experts
+        linear_bytes: of packed dense linears
+        other_bytes: of tensors that are not packed
+        other_elements: of tensors that are not packed
+        expert_weights: number of weights in packed experts
+        expert_bits_nominal: mean bits of the codes of packed experts
     """
 
     path: Path
@@ -40,23 +50,26 @@ class Contents:
     expert_bytes: int
     linear_bytes: int
     other_bytes: int
-    other_numbers: int
+    other_elements: int
     expert_weights: int
     expert_bits_nominal: float
 
     @property
     def stored_bytes(self) -> int:
+        """Bytes of all tensors."""
         return self.expert_bytes + self.linear_bytes + self.other_bytes
 
     @property
     def expert_bits_stored(self) -> float:
+        """Mean bits per weight of packed experts, including scales and offsets."""
         return self.expert_bytes * 8 / self.expert_weights
 
     def loaded_bytes(self, itemsize: int) -> int:
-        """Bytes of the loaded model, whose unpacked tensors take ``itemsize`` bytes an element."""
-        return self.expert_bytes + self.linear_bytes + self.other_numbers * itemsize
+        """Returns the bytes of the loaded model, whose unpacked tensors take ``itemsize`` bytes per element."""
+        return self.expert_bytes + self.linear_bytes + self.other_elements * itemsize
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what ``gemq inspect`` prints as JSON."""
         return {
             "model": str(self.path),
             "model_type": self.model_type,
@@ -77,7 +90,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Contents:
 
     Args:
         path: the checkpoint's directory
-        verify: read every byte as well, to compare with the checksums
+        verify: also read all weights and compare them with the checksums
 
     Raises:
         UserError: it is not a packed checkpoint, or it is damaged; with ``verify`` also when it has no checksums.
@@ -86,79 +99,88 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Contents:
     stored = StoredCheckpoint.open(path)
     specs = stored.specs
     shapes = stored_shapes(stored.format, specs)
-    if shapes is None:  # renamed by save_pretrained, or damaged: the model's classes can tell
+    if shapes is None:  # save_pretrained renamed tensors, or the checkpoint is damaged: the model's classes are needed
         from gemq.checkpoint.reader import CheckpointReader
 
         reader = CheckpointReader(path)
-        specs, shapes = reader.found, reader.shapes
+        specs, shapes = reader.specs, reader.shapes
     stored.check_config()
     if verify:
         if stored.checksums.tensors is None:
             raise UserError(f"{path} has no checksums to verify it with: save_pretrained or an older gemq wrote it")
         stored.check_data()
-    return _contents(stored, specs, shapes)
+    return _summarize(stored, specs, shapes)
 
 
-def _contents(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes: Shapes) -> Contents:
-    """Sums over all tensors. ``specs``: packed ones by in-model name."""
+def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes: Shapes) -> Contents:
+    """Sums the sizes of all tensors. ``specs`` lists packed tensors by their names in the model."""
     packed = stored.format
     expert_bytes = linear_bytes = 0
-    weights, bits = Counter[str](), defaultdict[str, float](float)  # by experts module
+    weights = Counter[str]()  # number of weights and sum of their bits, by experts module
+    bits = defaultdict[str, float](float)
+    packed_names = set()
     for matrix in packed.matrices():
-        size = sum(specs[f"{matrix.name}.{part}"].bytes for part in PARTS)
+        names = [f"{matrix.name}.{suffix}" for suffix in PARTS]
+        matrix_bytes = sum(specs[name].bytes for name in names)
+        packed_names.update(names)
         module = matrix.kind.rpartition(".")[0]
         if module in packed.experts:
-            count = math.prod(shapes[matrix.kind])
-            expert_bytes += size
-            weights[module] += count
-            bits[module] += nominal_bits(matrix.width) * count
+            num_weights = math.prod(shapes[matrix.kind])
+            expert_bytes += matrix_bytes
+            weights[module] += num_weights
+            bits[module] += nominal_bits(matrix.width) * num_weights
         else:
-            linear_bytes += size
-    packed_names = {f"{matrix.name}.{part}" for matrix in packed.matrices() for part in PARTS}
+            linear_bytes += matrix_bytes
+    layers = []
+    for path, projections in packed.experts.items():
+        layers.append((path, _widths_by_expert(projections), bits[path] / max(weights[path], 1)))
     unpacked = [spec for name, spec in specs.items() if name not in packed_names]
     return Contents(
-        stored.directory,
-        str(stored.config.get("model_type")),
-        packed.group_size,
-        tuple(
-            (path, list(zip(*map(widths.get, _in_order(widths)), strict=True)), bits[path] / max(weights[path], 1))
-            for path, widths in packed.experts.items()
-        ),
-        dict(Counter(width_name(w) for w in packed.linears.values())),
-        expert_bytes,
-        linear_bytes,
-        sum(spec.bytes for spec in unpacked),
-        sum(math.prod(spec.shape) for spec in unpacked),
-        weights.total(),
-        sum(bits.values()) / max(weights.total(), 1),
+        path=stored.directory,
+        model_type=str(stored.config.get("model_type")),
+        group_size=packed.group_size,
+        layers=tuple(layers),
+        linears=dict(Counter(width_name(width) for width in packed.linears.values())),
+        expert_bytes=expert_bytes,
+        linear_bytes=linear_bytes,
+        other_bytes=sum(spec.bytes for spec in unpacked),
+        other_elements=sum(math.prod(spec.shape) for spec in unpacked),
+        expert_weights=weights.total(),
+        expert_bits_nominal=sum(bits.values()) / max(weights.total(), 1),
     )
 
 
+def _widths_by_expert(projections: Mapping[str, tuple[Width, ...]]) -> list[ExpertWidths]:
+    """Returns the widths of each expert: gate and up, or up, before down. JSON sorts the projections by name."""
+    names = sorted(projections, key=lambda name: name == "down_proj")
+    return list(zip(*(projections[name] for name in names), strict=True))
+
+
 def stored_shapes(packed: PackedFormat, specs: Mapping[str, TensorSpec]) -> Shapes | None:
-    """(rows, columns) of every packed matrix kind, from headers alone. None unless all packed tensors fit together."""
+    """Returns (rows, columns) of every packed matrix kind from headers, or None if the tensors are inconsistent."""
     shapes: dict[str, tuple[int, int]] = {}
     for matrix in packed.matrices():
-        shape = _matrix_shape([specs.get(f"{matrix.name}.{part}") for part in PARTS], matrix.width, packed.group_size)
+        shape = _matrix_shape(matrix, specs, packed.group_size)
         if shape is None or shapes.setdefault(matrix.kind, shape) != shape:
             return None
     expected = packed.expected(shapes)
-    surplus = any(name.endswith(".codes") and name not in expected for name in specs)
-    return None if surplus or any(specs[name] != spec for name, spec in expected.items()) else shapes
+    for name in specs:
+        if name.endswith(".codes") and name not in expected:
+            return None
+    if any(specs.get(name) != spec for name, spec in expected.items()):
+        return None
+    return shapes
 
 
-def _matrix_shape(specs: Sequence[TensorSpec | None], width: Width, group_size: int) -> tuple[int, int] | None:
-    """(rows, columns) of a packed matrix by its codes, scales and offsets. None when no group size fits them."""
-    codes, scales, _ = specs
+def _matrix_shape(matrix: PackedTensor, specs: Mapping[str, TensorSpec], group_size: int) -> tuple[int, int] | None:
+    """Returns (rows, columns) of a packed matrix from its codes and scales, or None if no group size fits them."""
+    codes = specs.get(f"{matrix.name}.codes")
+    scales = specs.get(f"{matrix.name}.scales")
     if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
         return None
     rows, groups = scales.shape
     while group_size >= SMALLEST_GROUP:
-        if groups * bytes_per_group(width, group_size) == codes.shape[1]:
+        if groups * bytes_per_group(matrix.width, group_size) == codes.shape[1]:
             return rows, groups * group_size
         group_size //= 2
     return None
-
-
-def _in_order(projections: Iterable[str]) -> list[str]:
-    """Gate and up, or up, before down: JSON has them by name."""
-    return sorted(projections, key=lambda name: name == "down_proj")

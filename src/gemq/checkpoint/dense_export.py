@@ -1,18 +1,18 @@
-"""The dense twin: a packed checkpoint written out as an ordinary one that needs no gemq.
+"""Dense checkpoints: a packed checkpoint written as an ordinary one, which can be loaded without gemq.
 
-It reads the packed files plainly and dequantizes a layer at a time, so that it doubles as an independent
-check of what ``load`` computes.
+Reads the packed files and dequantizes one layer at a time, independently of ``load``. Tests therefore compare the two.
 """
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gemq.checkpoint.format import layer_path
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.outputs import check_output, claimed
 from gemq.checkpoint.reader import CheckpointReader
@@ -29,44 +29,60 @@ def write_dense_twin(
     trust_remote_code: bool = False,
     shard_bytes: float = SHARD_BYTES,
 ) -> None:
-    """Writes the dequantized model of the packed checkpoint directory ``packed`` to ``out``.
+    """Writes the dequantized model of a packed checkpoint.
 
-    dtype: of the weights that were packed; all others keep theirs
-    Raises UserError when ``packed`` is damaged or ``out`` is taken.
+    Args:
+        packed: directory of the packed checkpoint
+        out: directory to write, which must not exist
+        dtype: of the weights that were packed; all others keep theirs
+        shard_bytes: approximate size of a file
+
+    Raises:
+        UserError: ``packed`` is damaged, or ``out`` exists.
     """
     check_output(out, resume=False)
     reader = CheckpointReader(packed, trust_remote_code=trust_remote_code)
     reader.verify_unpacked()
     reader.verify_data()
-    values = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
+    config = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
     with claimed(out):
-        write_directory(out, values, _dense_shards(reader, dtype), packed, None, None, shard_bytes, set())
+        write_directory(out, config, _dense_shards(reader, dtype), packed, readme=None, shard_bytes=shard_bytes)
 
 
 def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """One dict a layer with what was packed, then everything else as it is stored."""
-    skeleton, packed_format = reader.skeleton, reader.format
-
-    def weight(name: str, kind: str, width: Width) -> Tensor:
-        group_size = group_size_for(reader.shapes[kind][1], packed_format.group_size)
-        return dequantize(reader.matrix(name).unpack(width, group_size), dtype)
-
-    # Hub names of a layer come from all of its tensors together (a family may fuse or split them there).
-    layers: dict[str, list[str]] = {}
-    for path in [*packed_format.experts, *packed_format.linears]:
-        layer = re.match(r".*?\.\d+(?=\.)", path)
-        layers.setdefault(layer.group() if layer else path, []).append(path)
-    for paths in layers.values():
-        dense: dict[str, Tensor] = {}
+    """Yields the dequantized tensors of each layer, then every unpacked tensor, by name in the files."""
+    # A family may fuse or split the tensors of a layer on the hub, so hub_state needs all of them in one call.
+    paths_by_layer: dict[str, list[str]] = defaultdict(list)
+    for path in [*reader.format.experts, *reader.format.linears]:
+        paths_by_layer[layer_path(path) or path].append(path)
+    for paths in paths_by_layer.values():
+        tensors: dict[str, Tensor] = {}
         for path in paths:
-            if path in packed_format.linears:
-                dense[f"{path}.weight"] = weight(path, path, packed_format.linears[path])
-                continue
-            transposed = getattr(skeleton.get_submodule(path), "is_transposed", False)
-            for proj, widths in packed_format.experts[path].items():
-                name = f"{path}.{proj}"
-                stacked = torch.stack([weight(f"{path}.{e}.{proj}", name, w) for e, w in enumerate(widths)])
-                dense[name] = stacked.transpose(-1, -2).contiguous() if transposed else stacked
-        yield hub_state(skeleton, dense)
+            if path in reader.format.linears:
+                tensors[f"{path}.weight"] = _dense_matrix(reader, path, path, reader.format.linears[path], dtype)
+            else:
+                tensors.update(_dense_experts(reader, path, dtype))
+        yield hub_state(reader.skeleton, tensors)
     for name in reader.unpacked:
         yield {name: reader.tensor(name)}
+
+
+def _dense_experts(reader: CheckpointReader, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the dequantized parameters of an experts module, by name in the model."""
+    is_transposed = getattr(reader.skeleton.get_submodule(path), "is_transposed", False)
+    tensors = {}
+    for projection, widths in reader.format.experts[path].items():
+        kind = f"{path}.{projection}"
+        matrices = []
+        for expert, width in enumerate(widths):
+            matrices.append(_dense_matrix(reader, f"{path}.{expert}.{projection}", kind, width, dtype))
+        stacked = torch.stack(matrices)
+        tensors[kind] = stacked.transpose(-1, -2).contiguous() if is_transposed else stacked
+    return tensors
+
+
+def _dense_matrix(reader: CheckpointReader, name: str, kind: str, width: Width, dtype: torch.dtype) -> Tensor:
+    """Reads and dequantizes a packed matrix. See ``PackedTensor`` for its name, kind and width."""
+    columns = reader.shapes[kind][1]
+    group_size = group_size_for(columns, reader.format.group_size)
+    return dequantize(reader.matrix(name).unpack(width, group_size), dtype)

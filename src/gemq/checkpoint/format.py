@@ -1,7 +1,7 @@
-"""What a packed checkpoint holds: config.json's ``quantization_config`` and the tensors that follow from it.
+"""The packed format: ``quantization_config`` in config.json, and the tensors that follow from it.
 
-Schema version 2 (``docs/checkpoint-format.md``). Imports neither torch nor Transformers: a checkpoint can
-be planned, inspected and verified from JSON and safetensors headers alone.
+Implements version 2 of ``docs/checkpoint-format.md``. Must not import torch or Transformers, so that JSON and
+safetensors headers are enough to plan, inspect and verify a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,22 +15,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError
-from gemq.quant.widths import SMALLEST_GROUP, Width, bytes_per_group, group_size_for, matrix_bytes, parse_width
+from gemq.quant.widths import SMALLEST_GROUP, Width, bytes_per_group, group_size_for, parse_width
 from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2
 PARTS = ("codes", "scales", "offsets")
-UP_PROJECTIONS = ("gate_up_proj", "up_proj")
+"""Suffixes of the three tensors of a packed matrix."""
+
+PROJECTIONS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+"""Matrices of an experts module, for families with and without a gate."""
+
 LARGEST_GROUP = 1 << 16
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_LAYER_PATH = re.compile(r".*?\.\d+(?=\.)")
 
 Shapes = Mapping[str, tuple[int, int]]
 """(rows, columns) of each packed matrix kind: ``{experts path}.{projection}`` or ``{linear path}``."""
 
 
 class PackedTensor(NamedTuple):
-    """One packed matrix: its name without ``.codes``, the key of its shape, and its width."""
+    """A packed matrix.
+
+    Attributes:
+        name: of its tensors, without the suffix
+        kind: key of its shape in ``Shapes``
+        width: of its codes
+    """
 
     name: str
     kind: str
@@ -39,16 +51,19 @@ class PackedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """Which matrices are packed and at which widths. Paths are Transformers' in-model module paths."""
+    """Which matrices are packed, and at which widths. Paths are module paths in the Transformers model.
+
+    Attributes:
+        experts: experts path -> ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` -> width of each expert
+        linears: path of a dense linear -> width
+        group_size: requested group size; that of a matrix is ``group_size_for(columns, group_size)``
+        fingerprint: hash of everything that the checkpoint was made from (model, calibration, recipe)
+    """
 
     experts: Mapping[str, Mapping[str, tuple[Width, ...]]] = field(default_factory=dict)
-    """experts path -> ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` -> width of each expert."""
     linears: Mapping[str, Width] = field(default_factory=dict)
-    """path of a dense linear -> width."""
     group_size: int = 128
-    """Wanted group size; a matrix's own is ``group_size_for(columns, group_size)``."""
     fingerprint: str = ""
-    """What the checkpoint was made from (model, calibration, recipe), hashed: tells a result from another."""
 
     def __post_init__(self) -> None:
         if self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1):
@@ -56,17 +71,20 @@ class PackedFormat:
         if self.group_size > LARGEST_GROUP:
             raise UserError(f"group_size {self.group_size} is larger than {LARGEST_GROUP}: try 128")
         for path, projections in self.experts.items():
-            names = set(projections)
-            if names not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
-                raise _damaged(f"{path} lists projections {', '.join(sorted(names)) or 'none'}")
+            if set(projections) not in PROJECTIONS:
+                raise _damaged(f"{path} lists projections {', '.join(sorted(projections)) or 'none'}")
             counts = {len(widths) for widths in projections.values()}
             if len(counts) != 1 or 0 in counts:
                 raise _damaged(f"the projections of {path} list {' and '.join(map(str, sorted(counts)))} experts")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackedFormat:
-        """From config.json's ``quantization_config``, layers in the model's order: in the file they are in that of
-        their names, 10 before 2. Raises UserError for anything that is not version 2.
+        """Reads the ``quantization_config`` of config.json.
+
+        Layers are sorted in the model's order. The file sorts them by name, layer 10 before layer 2.
+
+        Raises:
+            UserError: the values are damaged or of another version.
         """
         if values.get("quant_method") != QUANT_METHOD:
             raise UserError(
@@ -78,167 +96,203 @@ class PackedFormat:
                 f"checkpoint format version {values.get('format_version')!r} is not {FORMAT_VERSION}, which "
                 "this gemq reads: upgrade gemq, or quantize the model again"
             )
-        experts, linears, group_size = (values.get(key) for key in ("experts", "linears", "group_size"))
-        fingerprint = values.get("fingerprint", "")
-        if not isinstance(experts, Mapping) or not isinstance(linears, Mapping) or type(group_size) is not int:
-            raise _damaged("experts, linears or group_size is missing or of the wrong kind")
-        if not isinstance(fingerprint, str):
-            raise _damaged("fingerprint is not text")
-        if not all(isinstance(p, Mapping) and all(isinstance(w, list) for w in p.values()) for p in experts.values()):
-            raise _damaged("experts does not map projections to lists of widths")
-        for path in (*experts, *linears):
-            if not _MODULE_PATH.fullmatch(path):
-                raise _damaged(f"{path!r} is not the path of a module")
-        return cls(
-            experts={
-                path: {proj: tuple(_width(w, path) for w in widths) for proj, widths in projections.items()}
-                for path, projections in sorted(experts.items(), key=_by_number)
-            },
-            linears={path: _width(width, path) for path, width in sorted(linears.items(), key=_by_number)},
-            group_size=group_size,
-            fingerprint=fingerprint,
-        )
+        _check_types(values)
+        experts: dict[str, dict[str, tuple[Width, ...]]] = {}
+        for path, projections in sorted(values["experts"].items(), key=_natural_order):
+            experts[path] = {}
+            for projection, widths in projections.items():
+                experts[path][projection] = tuple(_width(width, path) for width in widths)
+        linears: dict[str, Width] = {}
+        for path, width in sorted(values["linears"].items(), key=_natural_order):
+            linears[path] = _width(width, path)
+        return cls(experts, linears, values["group_size"], values.get("fingerprint", ""))
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``quantization_config`` for config.json."""
+        """Returns the ``quantization_config`` for config.json."""
+        experts = {}
+        for path, projections in self.experts.items():
+            experts[path] = {projection: list(widths) for projection, widths in projections.items()}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "group_size": self.group_size,
             "fingerprint": self.fingerprint,
-            "experts": {p: {proj: list(w) for proj, w in widths.items()} for p, widths in self.experts.items()},
+            "experts": experts,
             "linears": dict(self.linears),
         }
 
     def matrices(self) -> Iterator[PackedTensor]:
-        """Every packed matrix, in a fixed order."""
+        """Yields all packed matrices in a fixed order."""
         for path, projections in self.experts.items():
-            for proj, widths in projections.items():
-                for e, width in enumerate(widths):
-                    yield PackedTensor(f"{path}.{e}.{proj}", f"{path}.{proj}", width)
+            for projection, widths in projections.items():
+                for expert, width in enumerate(widths):
+                    yield PackedTensor(f"{path}.{expert}.{projection}", f"{path}.{projection}", width)
         for path, width in self.linears.items():
             yield PackedTensor(path, path, width)
 
     def tensor_names(self) -> Iterator[str]:
-        return (f"{matrix.name}.{part}" for matrix in self.matrices() for part in PARTS)
+        """Yields the names of all packed tensors."""
+        return (f"{matrix.name}.{suffix}" for matrix in self.matrices() for suffix in PARTS)
 
     def replaced_names(self) -> set[str]:
-        """In-model names of the full-precision parameters that the packed tensors stand for."""
-        experts = {f"{path}.{proj}" for path, projections in self.experts.items() for proj in projections}
-        return experts | {f"{path}.weight" for path in self.linears}
+        """Returns the names, in the model, of the full-precision parameters that the packed tensors replace."""
+        names = {f"{path}.weight" for path in self.linears}
+        for path, projections in self.experts.items():
+            names.update(f"{path}.{projection}" for projection in projections)
+        return names
 
     def expected(self, shapes: Shapes) -> dict[str, TensorSpec]:
-        """Name, dtype and shape of every packed tensor."""
+        """Returns dtype and shape of all packed tensors by name."""
         specs = {}
         for matrix in self.matrices():
             rows, columns = shapes[matrix.kind]
             group_size = group_size_for(columns, self.group_size)
             groups = columns // group_size
             specs[f"{matrix.name}.codes"] = TensorSpec("U8", (rows, groups * bytes_per_group(matrix.width, group_size)))
-            specs[f"{matrix.name}.scales"] = specs[f"{matrix.name}.offsets"] = TensorSpec("U8", (rows, groups))
+            specs[f"{matrix.name}.scales"] = TensorSpec("U8", (rows, groups))
+            specs[f"{matrix.name}.offsets"] = TensorSpec("U8", (rows, groups))
         return specs
 
     def total_bytes(self, shapes: Shapes) -> int:
-        """Bytes of all packed tensors: codes, scales and offsets."""
-        return sum(
-            matrix_bytes(*shapes[m.kind], m.width, group_size_for(shapes[m.kind][1], self.group_size))
-            for m in self.matrices()
-        )
+        """Returns the bytes of all packed tensors."""
+        return sum(spec.bytes for spec in self.expected(shapes).values())
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Raises UserError if a value of a ``quantization_config`` has the wrong type."""
+    experts = values.get("experts")
+    linears = values.get("linears")
+    # type(), since a bool is an int as well
+    if (
+        not isinstance(experts, Mapping)
+        or not isinstance(linears, Mapping)
+        or type(values.get("group_size")) is not int
+    ):
+        raise _damaged("experts, linears or group_size is missing or of the wrong kind")
+    if not isinstance(values.get("fingerprint", ""), str):
+        raise _damaged("fingerprint is not text")
+    for projections in experts.values():
+        if not isinstance(projections, Mapping) or not all(isinstance(w, list) for w in projections.values()):
+            raise _damaged("experts does not map projections to lists of widths")
+    for path in (*experts, *linears):
+        if not _MODULE_PATH.fullmatch(path):
+            raise _damaged(f"{path!r} is not the path of a module")
 
 
 def read_packed_config(checkpoint: Path) -> dict[str, Any]:
-    """The contents of a packed checkpoint's config.json. Raises UserError when it is unreadable or not gemq's."""
+    """Reads the config.json of a packed checkpoint. Raises UserError if it is unreadable or not gemq's."""
     if not os.path.lexists(checkpoint / "config.json"):
         raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote")
     config = read_json(checkpoint / "config.json", unique_keys=True)
-    values = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+    if not _is_packed_config(config):
         raise UserError(f"{checkpoint} is not a gemq checkpoint: give a directory that gemq quantize or export wrote")
     return config
 
 
 def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
-    """The raw ``quantization_config`` of a local checkpoint. Raises UserError when it is not gemq's."""
+    """Reads the ``quantization_config`` of a packed checkpoint. Raises UserError if it is not gemq's."""
     values: dict[str, Any] = read_packed_config(checkpoint)["quantization_config"]
     return values
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a directory's config.json names gemq as its quantization."""
+    """Whether a directory holds a packed checkpoint, according to its config.json."""
     try:
-        config = read_json(path / "config.json")
+        return _is_packed_config(read_json(path / "config.json"))
     except UserError:
         return False
+
+
+def _is_packed_config(config: Any) -> bool:
+    """Whether the contents of a config.json name gemq as the quantization method."""
     values = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD
 
 
-def verify(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
-    """Compares what config.json promises with what the files hold; UserError names the first bad tensor."""
-    wrong = []
+def verify_packed(expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]) -> None:
+    """Compares the tensors that config.json implies with those in the files.
+
+    Raises:
+        UserError: a tensor differs. The message names the first one.
+    """
+    errors = []
     for name, spec in expected.items():
-        if name not in found:
-            wrong.append(f"{name} is missing")
-        elif found[name] != spec:
-            wrong.append(f"{name} is {_describe(found[name])} instead of {_describe(spec)}")
-    known = expected.keys()
-    wrong += [f"{name} is not listed in config.json" for name in found if name.endswith(".codes") and name not in known]
-    if wrong:
+        if name not in stored:
+            errors.append(f"{name} is missing")
+        elif stored[name] != spec:
+            errors.append(f"{name} is {_describe(stored[name])} instead of {_describe(spec)}")
+    for name in stored:
+        if name.endswith(".codes") and name not in expected:
+            errors.append(f"{name} is not listed in config.json")
+    if errors:
         raise UserError(
-            f"{len(wrong)} packed tensors do not match config.json, first: {wrong[0]}: "
+            f"{len(errors)} packed tensors do not match config.json, first: {errors[0]}: "
             "copy the checkpoint again, or undo the edit of config.json"
         )
 
 
 class UnpackedTensor(NamedTuple):
-    """What the model expects of a tensor that is not packed. ``required`` is False for weights that are tied."""
+    """What the model expects of a tensor that is not packed. Tied weights are not required."""
 
     shape: tuple[int, ...]
-    floating: bool
-    required: bool = True
-
-
-FLOATING = {"F64", "F32", "F16", "BF16"}
+    is_floating_point: bool
+    is_required: bool = True
 
 
 def verify_unpacked(
-    expected: Mapping[str, UnpackedTensor], packed: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]
+    expected: Mapping[str, UnpackedTensor], packed: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
 ) -> None:
     """Compares the tensors that are not packed with what the model expects.
 
+    Args:
+        expected: by name in the files
+        packed: the packed tensors, which are ignored
+        stored: all tensors in the files
+
     Raises:
-        UserError: one is missing, has another shape or no floating-point type, or the model has no place for it.
+        UserError: a tensor is missing, has the wrong shape or dtype, or does not belong to the model.
     """
-    wrong = []
+    errors = []
     for name, tensor in expected.items():
-        if name not in found:
-            wrong += [f"{name} is missing"] if tensor.required else []
-        elif found[name].shape != tensor.shape:
-            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}")
-        elif tensor.floating and found[name].dtype not in FLOATING:
-            wrong.append(f"{name} is of type {found[name].dtype}")
-    wrong += [f"the model has no place for {name}" for name in sorted(found.keys() - packed.keys() - expected.keys())]
-    if wrong:
+        if name not in stored:
+            if tensor.is_required:
+                errors.append(f"{name} is missing")
+        elif stored[name].shape != tensor.shape:
+            errors.append(f"{name} is {list(stored[name].shape)} instead of {list(tensor.shape)}")
+        elif tensor.is_floating_point and stored[name].dtype not in FLOAT_DTYPES:
+            errors.append(f"{name} is of type {stored[name].dtype}")
+    for name in sorted(stored.keys() - packed.keys() - expected.keys()):
+        errors.append(f"the model has no place for {name}")
+    if errors:
         raise UserError(
-            f"{len(wrong)} unpacked tensors do not fit the model, first: {wrong[0]}: copy the checkpoint again"
+            f"{len(errors)} unpacked tensors do not fit the model, first: {errors[0]}: copy the checkpoint again"
         )
 
 
+def layer_path(name: str) -> str | None:
+    """Returns the path of the layer that a tensor or module belongs to: its name up to the first number."""
+    layer = _LAYER_PATH.match(name)
+    return layer.group() if layer else None
+
+
 def _describe(spec: TensorSpec) -> str:
+    """Returns dtype and shape as text."""
     return f"{spec.dtype} {list(spec.shape)}"
 
 
-def _by_number(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
-    """Sorts by module path, numbers in it by their size."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
+def _natural_order(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
+    """Sort key of (module path, value): numbers in the path are compared as numbers."""
+    path = item[0]
+    return [(name.isdigit(), int(name) if name.isdigit() else 0, name) for name in path.split(".")]
 
 
 def _width(value: object, path: str) -> Width:
-    """A width as config.json has it: a number, neither text nor a truth value. Raises UserError for others."""
+    """Parses a width in config.json. Raises UserError for anything but a known number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _damaged(f"{path} has the width {reprlib.repr(value)}, which is not a number")
     return parse_width(value)
 
 
-def _damaged(what: str) -> UserError:
-    return UserError(f"quantization_config in config.json is damaged ({what}): copy the checkpoint again")
+def _damaged(reason: str) -> UserError:
+    """Returns the error for a ``quantization_config`` that gemq did not write."""
+    return UserError(f"quantization_config in config.json is damaged ({reason}): copy the checkpoint again")

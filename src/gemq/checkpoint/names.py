@@ -1,13 +1,12 @@
-"""In-model names of tensors <-> the names that a family uses on the hub.
+"""Conversion between tensor names in the Transformers model and the names that a family uses on the hub.
 
-Transformers knows both: its loading converts one into the other, and ``revert_weight_conversion`` goes
-back. Packed tensors are stored under in-model names, everything else under hub names, so that other readers
-find it.
+Loading in Transformers converts hub names to model names, and ``revert_weight_conversion`` converts back. Packed
+tensors are stored under model names. All others are stored under hub names, so that other programs find them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,61 +16,88 @@ from transformers.core_model_loading import revert_weight_conversion
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What reverting raises where a family's conversion needs tensors that are packed. The operations differ by
-# family, hence the breadth.
-_CANNOT_REVERT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+_REVERT_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+"""What ``revert_weight_conversion`` raises if a conversion needs packed tensors. Its operations differ by family."""
 
 
 def hub_state(model: PreTrainedModel, tensors: Mapping[str, Tensor], packed: Collection[str] = ()) -> dict[str, Tensor]:
-    """``tensors`` (in-model name -> tensor) under hub names, experts split as the family does on the hub.
+    """Renames tensors to hub names, with experts split as the family does on the hub.
 
-    Tensors of one layer must come together. Where the conversion cannot be reverted they keep their in-model names,
-    which Transformers loads as well: so do those that the family joins with a tensor that is packed.
+    Tensors whose conversion cannot be reverted keep their names in the model, which Transformers loads as well. So do
+    tensors that the family fuses with a packed one.
 
     Args:
-        model: only gives the conversion; may be on the meta device
-        packed: in-model names of tensors that are stored in another form
+        model: provides the conversion; may be on the meta device
+        tensors: by name in the model; those of one layer must be in the same call
+        packed: names in the model of tensors that are stored in packed form
+
+    Returns:
+        The tensors by name in the files.
     """
     try:
         converted = revert_weight_conversion(model, dict(tensors))
-    except _CANNOT_REVERT:
+    except _REVERT_ERRORS:
         return dict(tensors)
-    # A conversion that dropped or repeated something for want of a packed tensor must not pass.
-    if sum(t.numel() for t in converted.values()) != sum(t.numel() for t in tensors.values()):
+    # If a packed tensor is missing, a conversion may drop or repeat others.
+    if _num_elements(converted) != _num_elements(tensors):
         return dict(tensors)
     if len(converted) == len(tensors) or not packed:
         return converted
-    joined = _joined_with(model, tensors, converted, packed)
-    return (
-        {**hub_state(model, {n: t for n, t in tensors.items() if n not in joined}), **joined} if joined else converted
-    )
+    fused = _fused_with_packed(model, tensors, converted, packed)
+    if not fused:
+        return converted
+    separate = {name: tensor for name, tensor in tensors.items() if name not in fused}
+    return {**hub_state(model, separate), **fused}
 
 
-def _joined_with(
+def _num_elements(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the number of elements of all tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _fused_with_packed(
     model: PreTrainedModel, tensors: Mapping[str, Tensor], converted: Mapping[str, Tensor], packed: Collection[str]
 ) -> dict[str, Tensor]:
-    """Those of ``tensors`` that the conversion joins with ``packed`` ones: what they give alone has another shape."""
-    matrices = {name: p for name, p in model.named_parameters() if name in packed and p.dim() == 2}
-    whole = {name: torch.empty(t.shape, device="meta") for name, t in {**tensors, **matrices}.items()}
-    try:
-        shapes = {name: tensor.shape for name, tensor in revert_weight_conversion(model, whole).items()}
-    except _CANNOT_REVERT:
-        shapes = {}
-    wrong = {name for name, tensor in converted.items() if shapes.get(name) != tensor.shape}
-    if not wrong:
-        return {}
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if wrong & revert_weight_conversion(model, {name: tensor}).keys()
-    }
+    """Returns those of ``tensors`` that the conversion fuses with packed ones.
 
-
-def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The names (as values) that ``model.save_pretrained`` gives to packed tensors (keys: in-model names).
-
-    They differ from the in-model ones in families that rename a module on the hub, such as Mixtral.
+    Such a tensor has another shape in ``converted`` than in a conversion that includes the packed tensors.
     """
-    probes = {name: torch.empty(0, device="meta") for name in names}
-    origin = {id(probe): name for name, probe in probes.items()}
-    return {origin[id(tensor)]: name for name, tensor in revert_weight_conversion(model, probes).items()}
+    matrices = {name: p for name, p in model.named_parameters() if name in packed and p.dim() == 2}
+    complete = {name: torch.empty(t.shape, device="meta") for name, t in {**tensors, **matrices}.items()}
+    try:
+        shapes = {name: tensor.shape for name, tensor in revert_weight_conversion(model, complete).items()}
+    except _REVERT_ERRORS:
+        shapes = {}
+    differing = {name for name, tensor in converted.items() if shapes.get(name) != tensor.shape}
+    if not differing:
+        return {}
+    fused = {}
+    for name, tensor in tensors.items():
+        hub_names = revert_weight_conversion(model, {name: tensor}).keys()
+        if differing & hub_names:
+            fused[name] = tensor
+    return fused
+
+
+def stored_names(model: PreTrainedModel, packed: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Maps the names by which gemq reads tensors to their names in the files.
+
+    gemq stores packed tensors by name in the model. ``model.save_pretrained`` gives them hub names, which differ in
+    families that rename a module on the hub, such as Mixtral.
+
+    Args:
+        model: provides the conversion; may be on the meta device
+        packed: names in the model of packed tensors
+        stored: names of all tensors in the files
+
+    Returns:
+        The name in the files of each tensor, by name in the model for packed tensors.
+    """
+    if set(packed) <= set(stored):
+        return {name: name for name in stored}
+    probes = {name: torch.empty(0, device="meta") for name in packed}
+    name_by_probe = {id(probe): name for name, probe in probes.items()}
+    model_names = {}
+    for hub_name, probe in revert_weight_conversion(model, probes).items():
+        model_names[hub_name] = name_by_probe[id(probe)]
+    return {model_names.get(name, name): name for name in stored}

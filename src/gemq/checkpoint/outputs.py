@@ -1,6 +1,7 @@
-"""An output directory before it is written: whether it can be, and that no other job writes it meanwhile.
+"""Checks and locks an output directory before a job writes it.
 
-A checkpoint appears by one rename, after hours. Whatever could be in its way then is found at the start.
+A checkpoint appears by one rename at the end of a job, possibly after hours. What could prevent that is detected at the
+start.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from gemq.runtime.files import disk_errors, lock_file, real_path
 
 
 def check_output(out: Path, *, resume: bool) -> bool:
-    """Raises UserError for an output that is there already; a resumed job may find its own.
+    """Checks that an output does not exist, or may be the job's own if it is resumed.
 
-    Returns whether there is a packed checkpoint, which the caller has to recognise.
+    Returns:
+        Whether the output is a packed checkpoint. The caller must check that it is the job's own.
+
+    Raises:
+        UserError: the output exists and the job may not replace it.
     """
-    place = real_path(out)
+    path = real_path(out)
     with disk_errors(out):
-        taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
-        if not taken and place.exists() and os.path.samefile(place, "."):
+        is_occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if not is_occupied and path.exists() and os.path.samefile(path, "."):
             raise UserError(f"{out} is the current directory, which cannot be replaced: name a new directory")
-    if not taken:
+    if not is_occupied:
         return False
     if not (resume and is_packed(out)):
         raise UserError(f"{out} exists: name another output, or delete it first")
@@ -35,92 +40,103 @@ def check_output(out: Path, *, resume: bool) -> bool:
 
 
 def check_apart(out: Path, work: Path, advice: str) -> None:
-    """Raises UserError, with ``advice``, when one of the two directories lies in the other."""
-    a, b = real_path(out), real_path(work)
-    if a == b or a in b.parents or b in a.parents:
+    """Raises UserError, ending with ``advice``, if the output and the work directory are nested."""
+    out_path = real_path(out)
+    work_path = real_path(work)
+    if out_path == work_path or out_path in work_path.parents or work_path in out_path.parents:
         raise UserError(f"{out} and the work directory {work} lie in each other: {advice}")
 
 
 def default_work(out: Path) -> Path:
-    """The work directory of an output if none is named: next to it."""
+    """Returns the work directory of an output if none is named: next to it."""
     named = out if out.name not in ("", "..") else real_path(out)
     return named.parent / f"{named.name}.work"
 
 
 def partial_directory(out: Path) -> Path:
-    """Where a checkpoint is written before it becomes ``out``."""
+    """Returns the directory to which a checkpoint is written before it is renamed to ``out``."""
     return out.with_name(f".{out.name}.partial")
 
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Keeps an output for this job, and tries what its last step will do: put a new directory in its place.
+    """Locks an output for this job, and tries to put a new directory in its place, as the end of the job will.
 
-    The lock is a file next to the output that goes away with the block. The kernel releases it if the process dies.
+    The lock is a file next to the output. It is removed at the end of the context, and the kernel releases it if the
+    process dies.
 
     Raises:
-        UserError: another job has claimed the output, or it cannot be written or replaced.
+        UserError: another job has locked the output, or it cannot be written or replaced.
     """
-    place = real_path(out)
-    if not place.name:
+    path = real_path(out)
+    if not path.name:
         raise UserError(f"{out} exists: name another output")
-    parents = [parent for parent in place.parents if not parent.exists()]
-    lock = _lock_path(place)
+    new_parents = [parent for parent in path.parents if not parent.exists()]
+    lock = _lock_path(path)
     descriptor: int | None = None
     try:
         with disk_errors(out):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _lock(lock)
             if descriptor is None:
                 raise UserError(f"another gemq process writes {out}: wait for it, or name another output")
-            _try_to_replace(out, place)
+            _try_to_replace(out, path)
         yield
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 lock.unlink()
             os.close(descriptor)
-        for parent in parents:  # of a job that wrote nothing
+        for parent in new_parents:  # these are empty if the job wrote nothing
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
 def remove_stale_lock(out: Path) -> None:
-    """Removes the lock of a job that was killed after its output appeared. A lock that a process holds stays."""
+    """Removes the lock of a job that was killed after its output appeared, unless a process holds the lock."""
     lock = _lock_path(real_path(out))
     with contextlib.suppress(OSError, UserError):
-        if lock.exists() and (descriptor := _lock(lock)) is not None:
+        if not lock.exists():
+            return
+        descriptor = _lock(lock)
+        if descriptor is not None:
             lock.unlink()
             os.close(descriptor)
 
 
-def _lock_path(place: Path) -> Path:
-    return place.with_name(f".{place.name}.gemq-lock")
+def _lock_path(path: Path) -> Path:
+    """Returns the lock file of an output."""
+    return path.with_name(f".{path.name}.gemq-lock")
 
 
 def _lock(path: Path) -> int | None:
-    """Locks an empty file that its holder deletes: what is locked must still be what the path names."""
-    while (descriptor := lock_file(path)) is not None:
-        found = os.fstat(descriptor)
+    """Locks a file that its holder deletes. Returns its descriptor, or None if another process holds the lock.
+
+    The holder may delete the file between opening and locking, so the locked file must still be the one at ``path``.
+    """
+    while True:
+        descriptor = lock_file(path)
+        if descriptor is None:
+            return None
+        status = os.fstat(descriptor)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(found, os.lstat(path)) and not found.st_size:
+            if os.path.samestat(status, os.lstat(path)) and not status.st_size:
                 return descriptor
         os.close(descriptor)
-        if found.st_size:
+        if status.st_size:
             raise UserError(f"{path} is in the way and is not gemq's: move it away, or name another output")
-    return None
 
 
-def _try_to_replace(out: Path, place: Path) -> None:
-    """Makes the directory that a checkpoint is written to, and puts it in the place of an empty output."""
-    partial = partial_directory(place)
+def _try_to_replace(out: Path, path: Path) -> None:
+    """Creates the partial directory. If ``path`` is an empty directory, renames the partial directory to it."""
+    partial = partial_directory(path)
     remove_partial(partial)
     partial.mkdir()
-    if not place.exists() or any(place.iterdir()):
+    if not path.exists() or any(path.iterdir()):
         partial.rmdir()
         return
     try:
-        partial.rename(place)  # an empty directory in the way is replaced
+        partial.rename(path)
     except OSError as error:
         partial.rmdir()
         raise UserError(
@@ -130,7 +146,7 @@ def _try_to_replace(out: Path, place: Path) -> None:
 
 
 def remove_partial(partial: Path) -> None:
-    """Removes what a killed job has left of a checkpoint. Call only while the output is claimed."""
+    """Removes the partial checkpoint of a killed job. Call this only while the output is locked."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise UserError(f"{partial} is in the way and is no directory of gemq's: move it away, or name another output")
     if partial.exists():

@@ -1,6 +1,6 @@
-"""A packed checkpoint opened for reading: every tensor by name, all of them checked before the first is read.
+"""A packed checkpoint opened for reading. All tensors are checked before the first one is read.
 
-Needs the model's classes but none of its weights. Knows nothing of packed modules or of what the tensors are for.
+Needs the model's classes but none of its weights. Must not import packed modules.
 """
 
 from __future__ import annotations
@@ -12,80 +12,104 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from gemq.checkpoint.format import PARTS, verify, verify_unpacked
-from gemq.checkpoint.load import matrix_shapes, unpacked_tensors
-from gemq.checkpoint.names import saved_names
+from gemq.checkpoint.format import PARTS, verify_packed, verify_unpacked
+from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
+from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import build_skeleton, read_config
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.quant.packing import PackedMatrix
+from gemq.runtime.safetensors_files import TensorSpec
 
 
 class CheckpointReader:
-    """Tensors of a packed checkpoint by in-model name (packed ones) or by the name on disk (all others)."""
+    """Reads the tensors of a packed checkpoint by name: packed ones by name in the model, others by name in the files.
+
+    Args:
+        directory: of the checkpoint
+
+    Attributes:
+        stored: config.json and the headers of the files
+        format: which matrices are packed
+        config: of Transformers
+        skeleton: the full-precision model on the meta device
+        shapes: (rows, columns) of every packed matrix kind
+        expected: packed tensors by name in the model
+        specs: all tensors, by the names that ``tensor`` takes
+
+    Raises:
+        UserError: a packed tensor is missing or of the wrong kind.
+    """
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        """Reads configuration and file headers. UserError when a packed tensor is missing or of the wrong kind."""
         self.stored = StoredCheckpoint.open(directory)
         self.format = self.stored.format
         self.config = read_config(directory, trust_remote_code=trust_remote_code)
         del self.config.quantization_config
         self.skeleton = build_skeleton(self.config, self.stored, trust_remote_code=trust_remote_code)
         self.shapes = matrix_shapes(self.skeleton, self.format)
-        """(rows, columns) of every packed matrix kind."""
         self.expected = self.format.expected(self.shapes)
-        self.found = self.stored.specs
-        self._stored_names: dict[str, str] = {}
-        """In-model name of a packed tensor -> its name in the files, where the two differ."""
-        self._open: dict[Path, Any] = {}
-        if not self.expected.keys() <= self.found.keys():  # save_pretrained gives packed tensors hub names as well
-            for name, saved in saved_names(self.skeleton, self.expected).items():
-                if saved in self.found:
-                    self.found[name] = self.found.pop(saved)
-                    self._stored_names[name] = saved
-        verify(self.expected, self.found)
+        self._stored_names = stored_names(self.skeleton, self.expected, self.stored.tensors)
+        self.specs = {name: self.stored.tensors[stored].spec for name, stored in self._stored_names.items()}
+        self._files: dict[Path, Any] = {}
+        verify_packed(self.expected, self.specs)
         self.stored.check_config()
+
+    @property
+    def found(self) -> dict[str, TensorSpec]:  # the former name
+        return self.specs
 
     @cached_property
     def unpacked(self) -> list[str]:
-        """Names of what is not packed, as the files have them."""
-        return sorted(self.found.keys() - self.expected.keys())
+        """Names of the tensors that are not packed."""
+        return sorted(self.specs.keys() - self.expected.keys())
 
     def verify_unpacked(self) -> None:
-        """UserError when a tensor that is not packed is missing, of another shape, or not part of the model."""
-        verify_unpacked(unpacked_tensors(self.skeleton, self.format), self.expected, self.found)
+        """Raises UserError if an unpacked tensor is missing, has another shape, or does not belong to the model."""
+        verify_unpacked(unpacked_tensors(self.skeleton, self.format), self.expected, self.specs)
 
     def verify_data(self) -> None:
-        """Reads every byte. UserError when the weights are not those that gemq wrote."""
+        """Reads all weights. Raises UserError if they differ from what gemq wrote."""
         self.stored.check_data()
 
     def tensor(self, name: str) -> Tensor:
-        file, stored = self._where(name)
-        return file.get_tensor(stored)
+        """Reads a tensor."""
+        file, stored_name = self._locate(name)
+        return file.get_tensor(stored_name)
 
     def matrix(self, name: str) -> PackedMatrix:
-        """A packed matrix: ``name`` without ``.codes``."""
-        return PackedMatrix(*(self.tensor(f"{name}.{part}") for part in PARTS))
+        """Reads a packed matrix. ``name`` is that of its tensors without the suffix."""
+        codes, scales, offsets = (self.tensor(f"{name}.{suffix}") for suffix in PARTS)
+        return PackedMatrix(codes, scales, offsets)
 
     def matrix_slice(self, name: str, rows: slice, groups: slice) -> PackedMatrix:
-        """Some rows and groups (of columns) of a packed matrix. Only these are read."""
-        parts = []
-        total = self.found[f"{name}.scales"].shape[1]
-        for part in PARTS:
-            file, stored = self._where(f"{name}.{part}")
-            each = self.found[f"{name}.{part}"].shape[1] // total  # bytes or numbers a group
-            parts.append(file.get_slice(stored)[rows, each * groups.start : each * groups.stop])
-        return PackedMatrix(*parts)
+        """Reads some rows and groups of columns of a packed matrix, and nothing else.
 
-    def _where(self, name: str) -> tuple[Any, str]:
-        stored_name = self._stored_names.get(name, name)
-        file = self.stored.tensors[stored_name].file
-        if file not in self._open:  # kept open: a header may list 100,000 tensors
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file], stored_name
+        Args:
+            name: of its tensors without the suffix
+            rows: with a start and a stop
+            groups: with a start and a stop
+        """
+        tensors = []
+        num_groups = self.specs[f"{name}.scales"].shape[1]
+        for suffix in PARTS:
+            file, stored_name = self._locate(f"{name}.{suffix}")
+            columns_per_group = self.specs[f"{name}.{suffix}"].shape[1] // num_groups
+            columns = slice(columns_per_group * groups.start, columns_per_group * groups.stop)
+            tensors.append(file.get_slice(stored_name)[rows, columns])
+        codes, scales, offsets = tensors
+        return PackedMatrix(codes, scales, offsets)
+
+    def _locate(self, name: str) -> tuple[Any, str]:
+        """Returns the open file that holds a tensor, and the tensor's name in it."""
+        stored_name = self._stored_names[name]
+        path = self.stored.tensors[stored_name].file
+        if path not in self._files:  # files stay open, since parsing a header of 100,000 tensors takes long
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path], stored_name
 
 
 def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """UserError for the first thing that is missing or damaged. Reads everything, weights for their checksums."""
+    """Reads a packed checkpoint completely. Raises UserError if anything is missing or damaged."""
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
     reader.verify_unpacked()
     reader.verify_data()

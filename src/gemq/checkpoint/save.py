@@ -1,7 +1,7 @@
-"""Writing checkpoints: streamed, atomic, with the same bytes every time.
+"""Writes checkpoints: streamed, atomic, and with the same bytes every time.
 
-Everything goes to a sibling directory ``.{name}.partial`` that is renamed once all is on disk: an output
-directory is complete or absent. Files hold no time, path or host name.
+Everything is written to a sibling directory ``.{name}.partial``, which is renamed at the end. An output directory is
+therefore complete or absent. Files contain no time, path or host name.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemq.checkpoint.checksums import KEY, checksums_of
+from gemq.checkpoint.checksums import CONFIG_KEY, compute_checksums
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.outputs import partial_directory, remove_partial
@@ -26,60 +26,19 @@ from gemq.runtime.files import disk_errors, flush_to_disk
 from gemq.runtime.safetensors_files import stored_tensors, weight_files
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SHARD_BYTES = 4_000_000_000
 
+MODEL_CARD = """---
+library_name: transformers
+tags:
+- gemq
+- moe
+- quantized
+---
 
-def write_checkpoint(
-    out: Path,
-    *,
-    config: PreTrainedConfig,
-    packed_format: PackedFormat,
-    shards: Iterable[Mapping[str, Tensor]],
-    source: Path | None,
-    generation_config: GenerationConfig | None = None,
-    model_card: str,
-    shard_bytes: float = SHARD_BYTES,
-) -> None:
-    """Writes a packed checkpoint to ``out``, which must not exist or be empty.
-
-    shards:  dicts of tensors under their final names, a layer each and then the rest; consumed one at a time
-             and gathered into files of about ``shard_bytes`` bytes (a larger tensor gets its own file)
-    source:  local directory of the original model, whose tokenizer and other small files are copied
-    Raises UserError when ``out`` is taken or the disk refuses.
-    """
-    values = {**config_values(config), "quantization_config": packed_format.to_dict()}
-    required = set(packed_format.tensor_names())
-    write_directory(out, values, shards, source, generation_config, model_card, shard_bytes, required)
-
-
-def dense_state(
-    model: PreTrainedModel, packed_format: PackedFormat, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """What a checkpoint stores beside the packed tensors, under the names that the family uses on the hub.
-
-    model:   the full-precision model; it gives names and conversions and may be on the meta device
-    tensors: in-model name -> tensor, for a part of the model (whole layers); default ``model.state_dict()``
-    Tied weights are left out: Transformers ties them again when it loads.
-    """
-    packed = packed_format.replaced_names()
-    skipped = packed | set(model.all_tied_weights_keys)
-    kept = model.state_dict() if tensors is None else tensors
-    return hub_state(model, {name: tensor.detach() for name, tensor in kept.items() if name not in skipped}, packed)
-
-
-def model_card(base_model: str | None = None, facts: str = "") -> str:
-    """README.md of a packed checkpoint.
-
-    base_model: hub id, never a local path
-    facts:      Markdown on how it was made and what it scores
-    """
-    front = ["library_name: transformers", "tags:", "- gemq", "- moe", "- quantized"]
-    if base_model:
-        front.append(f"base_model: {base_model}")
-    name = base_model or "A Mixture-of-Experts model"
-    body = f"""# {name}, quantized with gemq
+# A Mixture-of-Experts model, quantized with gemq
 
 Every matrix of every expert has a bit-width of its own. Loading needs the `gemq` package:
 
@@ -95,7 +54,66 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 After `import gemq`, Transformers' Auto classes load it as well. Without that import Transformers only warns, and the
 experts are RANDOM.
 """
-    return "\n".join(["---", *front, "---", "", body]) + (f"\n{facts.strip()}\n" if facts.strip() else "")
+
+
+def write_checkpoint(
+    out: Path,
+    *,
+    config: PreTrainedConfig,
+    packed_format: PackedFormat,
+    shards: Iterable[Mapping[str, Tensor]],
+    source: Path | None,
+    model_card: str,
+    shard_bytes: float = SHARD_BYTES,
+    generation_config: None = None,
+) -> None:
+    """Writes a packed checkpoint.
+
+    Args:
+        out: directory to write, which must not exist or be empty
+        config: of the model
+        packed_format: which matrices are packed
+        shards: dicts of tensors by name in the files, such as one dict per layer; consumed one at a time
+        source: local directory of the original model, whose tokenizer and other small files are copied
+        model_card: contents of README.md
+        shard_bytes: approximate size of a file; a larger tensor gets its own file
+        generation_config: not used
+
+    Raises:
+        UserError: ``out`` exists, or the disk is full or not writable.
+    """
+    values = {**config_values(config), "quantization_config": packed_format.to_dict()}
+    required = set(packed_format.tensor_names())
+    write_directory(out, values, shards, source, readme=model_card, shard_bytes=shard_bytes, required=required)
+
+
+def dense_state(
+    model: PreTrainedModel, packed_format: PackedFormat, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Returns the unpacked tensors of a checkpoint by hub name.
+
+    Tied weights are left out, since Transformers ties them again when it loads the model.
+
+    Args:
+        model: the full-precision model; provides names and conversions, and may be on the meta device
+        packed_format: which matrices are packed
+        tensors: by name in the model, for part of the model (complete layers); None: ``model.state_dict()``
+    """
+    packed = packed_format.replaced_names()
+    skipped = packed | set(model.all_tied_weights_keys)
+    state = model.state_dict() if tensors is None else tensors
+    unpacked = {name: tensor.detach() for name, tensor in state.items() if name not in skipped}
+    return hub_state(model, unpacked, packed)
+
+
+def model_card(facts: str = "") -> str:
+    """Returns the README.md of a packed checkpoint.
+
+    Args:
+        facts: Markdown on how the checkpoint was made and how it scores
+    """
+    facts = facts.strip()
+    return f"{MODEL_CARD}\n{facts}\n" if facts else MODEL_CARD
 
 
 def write_directory(
@@ -103,105 +121,141 @@ def write_directory(
     config: Mapping[str, Any],
     shards: Iterable[Mapping[str, Tensor]],
     source: Path | None,
-    generation_config: GenerationConfig | None,
+    *,
     readme: str | None,
     shard_bytes: float,
-    required: set[str],
+    required: Collection[str] = (),
 ) -> None:
-    """One atomic checkpoint directory. ``required`` are tensor names that must be among the shards."""
-    out = Path(out).resolve()  # behind a link, so that the rename stays on one file system
+    """Writes a checkpoint directory atomically.
+
+    Args:
+        out: directory to write, which must not exist or be empty
+        config: contents of config.json
+        readme: contents of README.md
+        required: names of tensors that must be in the shards
+    """
+    out = Path(out).resolve()  # follows links, so that the rename stays on one file system
     partial = partial_directory(out)
-    check_free(out)
-    copied = {} if source is None else small_files(source)
+    _check_vacant(out)
+    copied_files = {} if source is None else small_files(source)
     with disk_errors(out):
         remove_partial(partial)
         partial.mkdir(parents=True)
     try:
         written = _write_shards(partial, shards, shard_bytes, out)
-        if absent := required - written:
-            raise ValueError(f"{len(absent)} packed tensors were not given, such as {min(absent)}")
+        missing = set(required) - written
+        if missing:
+            raise ValueError(f"{len(missing)} packed tensors were not given, such as {min(missing)}")
         with disk_errors(out):
-            for name, file in copied.items():
+            for name, file in copied_files.items():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, partial / name)
-            if generation_config is not None:
-                _write_text(partial / "generation_config.json", generation_config.to_json_string(use_diff=True))
             if readme is not None:
                 _write_text(partial / "README.md", readme)
             if "quantization_config" in config:
-                checksums = checksums_of(config, stored_tensors(weight_files(partial)))
-                config = {**config, KEY: checksums.to_dict()}
+                checksums = compute_checksums(config, stored_tensors(weight_files(partial)))
+                config = {**config, CONFIG_KEY: checksums.to_dict()}
             _write_json(partial / "config.json", config)
-            mode = (partial / "config.json").stat().st_mode
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    file.chmod(mode)  # safetensors makes files that only their owner can read
-                flush_to_disk(file)
-            flush_to_disk(partial)
-            os.replace(partial, out)  # an empty directory in the way is replaced
+            _flush_files(partial)
+            os.replace(partial, out)  # also replaces an empty directory
             flush_to_disk(out.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
+        shutil.rmtree(partial, ignore_errors=True)  # after a success it does not exist
 
 
-def check_free(out: Path) -> None:
-    """Raises UserError when ``out`` is there already, unless it is an empty directory."""
+def _flush_files(directory: Path) -> None:
+    """Flushes a directory to disk, with the same permissions for all files. safetensors files are private at first."""
+    mode = (directory / "config.json").stat().st_mode
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+        flush_to_disk(file)
+    flush_to_disk(directory)
+
+
+def _check_vacant(out: Path) -> None:
+    """Raises UserError if ``out`` exists, unless it is an empty directory."""
     with disk_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty directory: choose another output, or delete it")
 
 
 def _write_shards(directory: Path, shards: Iterable[Mapping[str, Tensor]], shard_bytes: float, out: Path) -> set[str]:
-    """Writes the tensors and, for more than one file, the index. Returns the names written."""
-    files: list[list[str]] = []
-    total = 0
+    """Writes the tensors and, if there are several files, the index. Returns the names of the tensors.
 
-    def flush(batch: dict[str, Tensor]) -> None:
-        files.append(sorted(batch))
-        with disk_errors(out):
-            save_file(batch, directory / f"{len(files)}.safetensors", metadata={"format": "pt"})
-
+    Args:
+        directory: to write to
+        shard_bytes: approximate size of a file
+        out: the final directory, for error messages
+    """
+    names_by_file: list[list[str]] = []
     batch: dict[str, Tensor] = {}
-    batch_bytes, written, places = 0, set(), set[int]()
-    for name, tensor in (item for shard in shards for item in shard.items()):
-        if name in written:
-            raise ValueError(f"tensor {name} was given twice")
-        if batch and batch_bytes + tensor.nbytes > shard_bytes:
-            flush(batch)
-            batch, batch_bytes, places = {}, 0, set()
-        tensor = tensor.detach().to("cpu").contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in places:
-            tensor = tensor.clone()  # views of one buffer would count as shared memory, which safetensors refuses
-        batch[name] = tensor
-        places.add(tensor.data_ptr())
-        batch_bytes += tensor.nbytes
-        total += tensor.nbytes
-        written.add(name)
-    flush(batch)
+    batch_bytes = 0
+    total_bytes = 0
+    written: set[str] = set()
+    addresses: set[int] = set()
 
-    n = len(files)
-    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
+    def flush() -> None:
+        names_by_file.append(sorted(batch))
+        with disk_errors(out):
+            save_file(batch, _numbered_file(directory, len(names_by_file)), metadata={"format": "pt"})
+
+    for shard in shards:
+        for name, tensor in shard.items():
+            if name in written:
+                raise ValueError(f"tensor {name} was given twice")
+            if batch and batch_bytes + tensor.nbytes > shard_bytes:
+                flush()
+                batch = {}
+                batch_bytes = 0
+                addresses = set()
+            tensor = tensor.detach().to("cpu").contiguous()
+            if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in addresses:
+                tensor = tensor.clone()  # safetensors refuses views of a shared buffer
+            batch[name] = tensor
+            addresses.add(tensor.data_ptr())
+            batch_bytes += tensor.nbytes
+            total_bytes += tensor.nbytes
+            written.add(name)
+    flush()
     with disk_errors(out):
-        for i, name in enumerate(names, start=1):
-            os.rename(directory / f"{i}.safetensors", directory / name)
-        if n > 1:
-            weight_map = {tensor: file for file, tensors in zip(names, files, strict=True) for tensor in tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(directory / "model.safetensors.index.json", index)
+        _name_shards(directory, names_by_file, total_bytes)
     return written
 
 
+def _numbered_file(directory: Path, number: int) -> Path:
+    """Returns the file of a shard before the number of shards is known. ``number`` starts at 1."""
+    return directory / f"{number}.safetensors"
+
+
+def _name_shards(directory: Path, names_by_file: list[list[str]], total_bytes: int) -> None:
+    """Gives the numbered files their final names and, if there are several, writes the index."""
+    count = len(names_by_file)
+    if count == 1:
+        os.rename(_numbered_file(directory, 1), directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(names_by_file, start=1):
+        file_name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        os.rename(_numbered_file(directory, number), directory / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / "model.safetensors.index.json", index)
+
+
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """config.json as ``save_pretrained`` would write it: no path, no private state."""
+    """Returns config.json as ``save_pretrained`` would write it, without entries that describe the original's files."""
     values = json.loads(config.to_json_string(use_diff=True))
-    for name in ("quantization_config", "transformers_weights", KEY):  # true of the original's files only
+    for name in ("quantization_config", "transformers_weights", CONFIG_KEY):
         values.pop(name, None)
     return values
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes indented JSON with sorted keys."""
     _write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _write_text(file: Path, text: str) -> None:
+    """Writes UTF-8 text with LF line endings."""
     file.write_text(text, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""A packed checkpoint's configuration, and its model on the meta device: shapes and names without weights."""
+"""The configuration of a packed checkpoint, and its model on the meta device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
-from gemq.checkpoint import checksums
+from gemq.checkpoint.checksums import CONFIG_KEY
 from gemq.errors import UserError
 from gemq.models.auto_class import auto_class
 from gemq.models.experts_adapter import adopt_experts
@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 
     from gemq.checkpoint.stored import StoredCheckpoint
 
+MAX_MESSAGE_LENGTH = 240
+
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' configuration of a packed checkpoint. Raises UserError when Transformers refuses it."""
+    """Reads the Transformers configuration of a packed checkpoint. Raises UserError if Transformers refuses it."""
     with user_errors(directory, "read the configuration of"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        forget_checksums(config)
+        remove_checksums(config)
         return config
 
 
 def build_skeleton(config: Any, stored: StoredCheckpoint, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The full-precision model on the meta device.
+    """Builds the full-precision model on the meta device.
 
     Raises:
-        UserError: Transformers cannot build it, or it grows beyond the weights of the checkpoint.
+        UserError: Transformers cannot build it, or it is larger than the weights of the checkpoint allow.
     """
     bounded = bounded_construction(stored.directory, stored.size)
     with user_errors(stored.directory, "build the model of"), torch.device("meta"), bounded:
@@ -43,17 +45,20 @@ def build_skeleton(config: Any, stored: StoredCheckpoint, *, trust_remote_code: 
     return model
 
 
-def forget_checksums(config: Any) -> None:
-    """Takes gemq's checksums out of a Transformers configuration: they would be saved again beside other weights."""
-    vars(config).pop(checksums.KEY, None)
+def remove_checksums(config: Any) -> None:
+    """Removes gemq's checksums from a Transformers configuration, which may be saved with other weights later."""
+    vars(config).pop(CONFIG_KEY, None)
 
 
 @contextmanager
-def user_errors(directory: Path, doing: str) -> Iterator[None]:
-    """Turns whatever Transformers raises over a damaged checkpoint into one line.
+def user_errors(directory: Path, action: str) -> Iterator[None]:
+    """Turns exceptions of Transformers on a damaged checkpoint into one-line UserErrors.
 
-    Its families' code raises anything for odd numbers in config.json (division by zero, missing keys, failed assertions
-    ...), so that no list of exceptions is complete. Out of memory is no fault of the files and stays what it is.
+    Model code raises arbitrary exceptions for invalid numbers in config.json (division by zero, missing keys, failed
+    assertions), so that no list of them is complete. Out-of-memory errors are not the fault of the files and pass.
+
+    Args:
+        action: verb phrase for the message, such as ``load``
     """
     try:
         yield
@@ -66,11 +71,11 @@ def user_errors(directory: Path, doing: str) -> Iterator[None]:
                 "(trust_remote_code=True)"
             ) from error
         raise UserError(
-            f"cannot {doing} {directory} ({describe(error)}): if its files were damaged or edited, copy them again"
+            f"cannot {action} {directory} ({_describe(error)}): if its files were damaged or edited, copy them again"
         ) from error
 
 
-def describe(error: Exception) -> str:
-    """An exception in a few words: its type and the beginning of its message."""
+def _describe(error: Exception) -> str:
+    """Returns the type of an exception and the beginning of its message, in one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:240]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:MAX_MESSAGE_LENGTH]}" if text else type(error).__name__

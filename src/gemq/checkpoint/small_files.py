@@ -1,7 +1,7 @@
-"""The small files of a model's folder that go into what gemq writes: tokenizer, templates, code, licence.
+"""The small files of a model directory that are copied to outputs: tokenizer, templates, code, license.
 
-The output may be published. So a link in the folder is followed only to the folder itself, or to the blobs of the hub
-cache that the folder is a snapshot of.
+The output may be published. A link in the directory is therefore followed only to files inside the directory, or to the
+blobs of the hub cache if the directory is a snapshot in it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ NAMES = {"LICENSE", "NOTICE"}
 FOLDERS = ("additional_chat_templates",)
 
 NOT_COPIED = {
-    "config.json",  # written anew
-    "quantize_config.json",  # these describe the weights of the folder
+    "config.json",  # gemq writes its own
+    "quantize_config.json",  # the next three describe the original's weights
     "quant_config.json",
     "hf_quant_config.json",
     "adapter_config.json",  # loading would look for the adapter
@@ -25,10 +25,10 @@ NOT_COPIED = {
 
 
 def small_files(folder: Path) -> dict[str, Path]:
-    """Files to copy, by their path in the output.
+    """Returns the files to copy, by their path in the output.
 
     Raises:
-        UserError: one of them is a link that leads out of the folder.
+        UserError: one of them is a link to a file outside the folder.
     """
     files = {}
     for name, path in _candidates(folder):
@@ -43,29 +43,33 @@ def small_files(folder: Path) -> dict[str, Path]:
 
 
 def _candidates(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Entries of a folder that are to be copied, by name, and the links to folders among them."""
+    """Yields the entries of a folder to copy, with their paths in the output, and the folders among them."""
     for path in sorted(folder.iterdir()):
         if path.name in FOLDERS:
             yield path.name, path
             if path.is_dir() and not _is_link_out(path, folder):
-                yield from ((f"{path.name}/{file.name}", file) for file in sorted(path.iterdir()) if _is_small(file))
-        elif _is_small(path):
+                for file in sorted(path.iterdir()):
+                    if _is_small_file(file):
+                        yield f"{path.name}/{file.name}", file
+        elif _is_small_file(path):
             yield path.name, path
 
 
-def _is_small(path: Path) -> bool:
-    wanted = path.suffix in SUFFIXES or path.stem in NAMES
-    return wanted and not (path.name in NOT_COPIED or path.name.endswith(".index.json") or path.name.startswith("."))
+def _is_small_file(path: Path) -> bool:
+    """Whether a file is copied, according to its name."""
+    if path.name in NOT_COPIED or path.name.endswith(".index.json") or path.name.startswith("."):
+        return False
+    return path.suffix in SUFFIXES or path.stem in NAMES
 
 
 def _is_link_out(path: Path, folder: Path) -> bool:
-    """Whether what stands at ``path`` lies outside of the folder, and of the blobs of the hub cache that it is in."""
+    """Whether a path leads to a file that is neither in the folder nor in the blobs of the folder's hub cache."""
     root = folder.resolve()
     try:
         target = path.resolve()
-    except (OSError, RuntimeError):  # links that lead to each other
+    except (OSError, RuntimeError):  # a cycle of links
         return True
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    return not any(target.is_relative_to(place) for place in allowed)
+    return not any(target.is_relative_to(directory) for directory in allowed)

@@ -1,7 +1,7 @@
-"""A packed checkpoint as it is stored: config.json, the list of weight files and their headers, all of them checked.
+"""A packed checkpoint on disk: config.json, the list of weight files, and their headers.
 
-Every reader of packed checkpoints starts here, so that all of them read the same files and refuse a damaged checkpoint
-with the same line. Imports neither torch nor Transformers.
+All readers of packed checkpoints start here, so that they read the same files and report damage with the same message.
+Must not import torch or Transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """The contents of config.json, what it lists as packed, and the tensors of the files under their stored names."""
+    """The headers of a packed checkpoint.
+
+    Attributes:
+        directory: of the checkpoint
+        config: contents of config.json
+        format: which matrices are packed
+        tensors: all tensors by their names in the files
+    """
 
     directory: Path
     config: Mapping[str, Any]
@@ -37,9 +44,9 @@ class StoredCheckpoint:
         """Reads config.json and headers.
 
         Raises:
-            UserError: the directory is no packed checkpoint, its config.json, its index or a header is damaged, a file
-                is missing or pickled, an adapter lies beside the weights, or config.json claims more layers, experts
-                or labels than the files can hold.
+            UserError: the directory is no packed checkpoint; its config.json, its index or a header is damaged; a file
+                is missing or pickled; there is an adapter next to the weights; or config.json claims more layers,
+                experts or labels than the files can hold.
         """
         config = read_packed_config(directory)
         packed_format = PackedFormat.from_dict(config["quantization_config"])
@@ -50,54 +57,58 @@ class StoredCheckpoint:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor by its stored name."""
+        """Dtype and shape of every tensor, by its name in the files."""
         return {name: stored.spec for name, stored in self.tensors.items()}
 
     @property
     def files(self) -> set[Path]:
-        """The weight files that hold tensors."""
+        """The files that hold tensors."""
         return {stored.file for stored in self.tensors.values()}
 
     @cached_property
     def size(self) -> StoredSize:
+        """Bytes and counts that limit what config.json may claim."""
         return StoredSize.of(self.tensors)
 
     @cached_property
     def checksums(self) -> Checksums:
-        """Those that config.json lists. Raises UserError when they are damaged."""
+        """The checksums in config.json. Raises UserError if they are damaged."""
         return Checksums.from_config(self.config)
 
     def check_config(self) -> None:
-        """Raises UserError when config.json is not the one that gemq wrote. Nothing happens without a checksum."""
+        """Raises UserError if config.json does not match its checksum, where there is one."""
         self.checksums.check_config(self.config, self.directory)
 
     def check_data(self) -> None:
-        """Reads every byte of the weights. Raises UserError when they are not those that gemq wrote."""
+        """Reads all weights. Raises UserError if they do not match their checksums, where there are any."""
         if self.checksums.tensors is not None:
             self.checksums.check_tensors(self.tensors, tensor_digests(self.tensors), self.directory)
 
 
-class DataCheck:
-    """``StoredCheckpoint.check_data`` in a thread, while something else reads the same files."""
+class BackgroundDataCheck:
+    """Runs ``StoredCheckpoint.check_data`` in a thread, while the caller reads the same files.
+
+    Raises:
+        UserError: from the constructor, if the checksums themselves are damaged.
+    """
 
     def __init__(self, checkpoint: StoredCheckpoint) -> None:
-        """Begins. Raises UserError for damaged checksums."""
-        self._result: Future[None] | None = None
+        self._future: Future[None] | None = None
         if checkpoint.checksums.tensors is not None:
             pool = ThreadPoolExecutor(1, "gemq-checksums", initializer=block_sigterm)
-            self._result = pool.submit(checkpoint.check_data)
+            self._future = pool.submit(checkpoint.check_data)
             pool.shutdown(wait=False)
 
     def result(self) -> None:
-        """Waits for the end. Raises UserError when the weights are not those that gemq wrote."""
-        if self._result is not None:
-            self._result.result()
+        """Waits for the check. Raises UserError if the weights do not match their checksums."""
+        if self._future is not None:
+            self._future.result()
 
 
 def check_no_adapter(directory: Path) -> None:
-    """Refuses a directory with an adapter beside the model: Transformers would apply it if peft is installed."""
+    """Raises UserError if there is an adapter next to the model. Transformers would apply it if peft is installed."""
     if (directory / ADAPTER_CONFIG).exists():
         raise UserError(
-            f"{directory} holds an adapter beside the packed model ({ADAPTER_CONFIG}): move the adapter's files into a "
-            "directory of their own and load it from there with peft"
+            f"{directory} holds an adapter next to the packed model ({ADAPTER_CONFIG}): move the adapter's files into "
+            "a directory of their own and load it from there with peft"
         )

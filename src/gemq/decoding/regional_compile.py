@@ -1,8 +1,7 @@
-"""Regional compilation: one compiled decoder layer serves all layers of its kind, so that start-up does not grow with
-the model's depth.
+"""Regional compilation: one compiled decoder layer serves all layers of its kind.
 
-The layers' own ``forward`` is compiled from outside; classes and instances stay as they are but for the time that
-``through`` is open. Knows Transformers' way of handing its cache to a layer, no family and no packed weights.
+Start-up time therefore does not grow with the depth of the model. The ``forward`` of the layers is replaced only while
+``LayerCompiler.compiled`` is active. The layers may be of any family, packed or not.
 """
 
 from __future__ import annotations
@@ -17,25 +16,33 @@ from torch import Tensor, nn
 
 from gemq.models.cache_names import cache_name
 
-MOST_KINDS = 6
-"""A model with more kinds of decoder layer would spend minutes on compiling: it is refused."""
+MAX_LAYER_KINDS = 6
+"""Models with more kinds of decoder layers are refused, since compiling them would take minutes."""
 
-WIDEST_SORT = 256
-"""Top-k over at most this many values is compiled as a sort, which Inductor fuses; top-k itself takes two kernels."""
+MAX_SORTED_VALUES = 256
+"""Top-k over at most this many values is compiled as a sort, which Inductor fuses. Top-k itself takes two kernels."""
 
-FEW_ROWS, FEW_COLUMNS = 16, 256
-"""A product with so few rows and columns at most, a router's, is compiled as products and sums, which Inductor fuses
-with what stands around it; a vendor's kernel for it takes longer than to read its weights."""
+MAX_FUSED_ROWS = 16
+MAX_FUSED_COLUMNS = 256
+"""Matrix products of at most this many rows and columns, such as a router's, are compiled as products and sums.
+Inductor fuses these with the operations around them. A vendor kernel takes longer than reading the weights."""
 
-INDUCTOR: dict[str, Any] = {"combo_kernels": True}
-"""One launch for small kernels that do not need each other: a launch takes about as long as most of them run."""
+INDUCTOR_OPTIONS: dict[str, Any] = {"combo_kernels": True}
+"""Combines independent small kernels in one launch, since a launch takes about as long as most of them run."""
+
+MAX_RECOMPILATIONS = 10_000
+"""Limit of Dynamo, which also counts compilations for other batch sizes. The effective limit is MAX_LAYER_KINDS."""
 
 
 class LayerCompiler:
-    """Compiles decoder layers for fixed shapes with ``backend`` (any that ``torch.compile`` takes).
+    """Compiles decoder layers for fixed shapes.
 
-    rewrite: what is done to each traced layer before
-    kinds:   how many different layers have been compiled so far
+    Args:
+        backend: any backend of ``torch.compile``
+        rewrite: transforms each traced layer before it is compiled
+
+    Attributes:
+        kinds: number of different layers that were compiled
     """
 
     def __init__(
@@ -43,89 +50,108 @@ class LayerCompiler:
     ) -> None:
         self.kinds = 0
         self._rewrite = rewrite
-        self._inner = _inductor if backend == "inductor" else torch._dynamo.lookup_backend(backend)
-        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-        self._compiled = torch.compile(_forward, backend=self._backend, **options)
-        self._around = torch.compile(_forward, backend=self._inner, **options)
+        self._backend = _inductor if backend == "inductor" else torch._dynamo.lookup_backend(backend)
+        self._layer_forward = torch.compile(_class_forward, backend=self._compile_layer, fullgraph=True, dynamic=False)
+        self._module_forward = self.compile_function(_class_forward)
 
     @contextmanager
-    def through(
-        self, layers: Sequence[nn.Module], caches: Sequence[Any], around: Sequence[nn.Module] = ()
+    def compiled(
+        self, layers: Sequence[nn.Module], caches: Sequence[Any], modules: Sequence[nn.Module] = ()
     ) -> Iterator[None]:
-        """While open, each of ``layers`` runs compiled, with its own of ``caches`` in place of the model's: with one
-        cache for all, a layer's index would be a constant of the code, which would then serve that layer alone.
-        Modules ``around`` the layers run compiled as well; they take no cache.
+        """Runs modules compiled while the context is active.
 
-        The first call of a layer that cannot be compiled raises: Dynamo and Inductor RuntimeError, model code anything.
+        Each layer receives its own cache in place of the model's. With one cache for all layers, the index of a layer
+        would be a constant of the compiled code, which could then serve no other layer.
+
+        Args:
+            layers: decoder layers
+            caches: a cache for each layer
+            modules: other modules to compile, which take no cache
+
+        Raises:
+            Exception: of any type, from the first call of a module that cannot be compiled.
         """
-        _mark_sizes_that_differ(layers)
+        _mark_differing_sizes(layers)
         for layer, cache in zip(layers, caches, strict=True):
-            layer.forward = partial(self._call, layer, cache)
-        for module in around:
-            module.forward = partial(self._around, module)
+            layer.forward = partial(self._call_layer, layer, cache)
+        for module in modules:
+            module.forward = partial(self._module_forward, module)
         try:
-            # The limits count what this process compiled for other batch sizes too; ours is MOST_KINDS.
             with torch._dynamo.config.patch(
-                recompile_limit=10_000, accumulated_recompile_limit=10_000, force_parameter_static_shapes=False
+                recompile_limit=MAX_RECOMPILATIONS,
+                accumulated_recompile_limit=MAX_RECOMPILATIONS,
+                force_parameter_static_shapes=False,
             ):
                 yield
         finally:
-            for module in (*layers, *around):
+            for module in (*layers, *modules):
                 del module.forward
 
-    def function(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, of tensors alone, compiled for fixed shapes."""
-        return torch.compile(call, backend=self._inner, fullgraph=True, dynamic=False)
+    def compile_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a function of tensors for fixed shapes."""
+        return torch.compile(function, backend=self._backend, fullgraph=True, dynamic=False)
 
-    def _call(self, layer: nn.Module, cache: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _call_layer(self, layer: nn.Module, cache: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs a compiled layer with ``cache`` in place of the one that the model passes."""
         name = cache_name(kwargs)
         if name is None:
             raise RuntimeError(f"{type(layer).__name__} is not given its cache by name")
-        return self._compiled(layer, *args, **{**kwargs, name: cache})
+        return self._layer_forward(layer, *args, **{**kwargs, name: cache})
 
-    def _backend(self, graph: Any, inputs: Any) -> Any:
+    def _compile_layer(self, graph: Any, inputs: Any) -> Any:
+        """Backend of ``torch.compile`` for layers: counts, rewrites and compiles the traced layer."""
         self.kinds += 1
-        if self.kinds > MOST_KINDS:
-            raise RuntimeError(f"its layers differ in more than {MOST_KINDS} ways")
+        if self.kinds > MAX_LAYER_KINDS:
+            raise RuntimeError(f"its layers differ in more than {MAX_LAYER_KINDS} ways")
         self._rewrite(graph)
-        return self._inner(graph, inputs)
+        return self._backend(graph, inputs)
 
 
-def _forward(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)  # not layer.forward, which leads back here
+def _class_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls the ``forward`` of the module's class. That of the instance is replaced and would lead back here."""
+    return type(module).forward(module, *args, **kwargs)
 
 
-def _mark_sizes_that_differ(layers: Sequence[nn.Module]) -> None:
-    """Packed experts take other byte counts in each layer: such sizes become symbols, so that one code serves all."""
-    by_name: dict[tuple[type, str], list[Tensor]] = {}
+def _mark_differing_sizes(layers: Sequence[nn.Module]) -> None:
+    """Makes buffer sizes that differ between layers symbolic, so that the same code serves all of them.
+
+    Packed experts have other byte counts in each layer.
+    """
+    buffers_by_name: dict[tuple[type, str], list[Tensor]] = {}
     for layer in layers:
         for name, buffer in layer.named_buffers():
-            by_name.setdefault((type(layer), name), []).append(buffer)
-    for buffers in by_name.values():
+            buffers_by_name.setdefault((type(layer), name), []).append(buffer)
+    for buffers in buffers_by_name.values():
         if len({buffer.dim() for buffer in buffers}) != 1:
             continue
         for dim in range(buffers[0].dim()):
-            if len({buffer.shape[dim] for buffer in buffers}) > 1:
+            sizes = {buffer.shape[dim] for buffer in buffers}
+            if len(sizes) > 1:
                 for buffer in buffers:
                     torch._dynamo.maybe_mark_dynamic(buffer, dim)
 
 
 def _inductor(graph: Any, inputs: Any) -> Any:
+    """Compiles a graph with Inductor and the decompositions below."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    own: dict[Any, Any] = {torch.ops.aten.topk.default: _topk, torch.ops.aten.mm.default: _mm}
-    return compile_fx(graph, inputs, config_patches=INDUCTOR, decompositions={**select_decomp_table(), **own})
+    decompositions: dict[Any, Any] = dict(select_decomp_table())
+    decompositions[torch.ops.aten.topk.default] = _topk_by_sort
+    decompositions[torch.ops.aten.mm.default] = _mm_by_sum
+    return compile_fx(graph, inputs, config_patches=INDUCTOR_OPTIONS, decompositions=decompositions)
 
 
-def _mm(a: Tensor, b: Tensor) -> Any:
-    if a.shape[0] > FEW_ROWS or b.shape[1] > FEW_COLUMNS or not a.dtype.is_floating_point:
+def _mm_by_sum(a: Tensor, b: Tensor) -> Any:
+    """Decomposes small matrix products into products and sums."""
+    if a.shape[0] > MAX_FUSED_ROWS or b.shape[1] > MAX_FUSED_COLUMNS or not a.dtype.is_floating_point:
         return NotImplemented
     return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
 
 
-def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    if not x.dim() or x.shape[dim] > WIDEST_SORT:
+def _topk_by_sort(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """Decomposes top-k over few values into a sort."""
+    if not x.dim() or x.shape[dim] > MAX_SORTED_VALUES:
         return NotImplemented
     values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
     return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)

@@ -1,8 +1,8 @@
-"""Attention of a decode step by our own kernel, behind Transformers' attention interface.
+"""Attention of a decode step by gemq's kernel, registered with the attention interface of Transformers.
 
-Transformers' ``sdpa`` goes through the whole of a static cache under a mask, and copies keys and values where heads
-share them. The kernel reads what is there. In place of a mask the model is handed the places that a token sees, which
-Transformers passes on to each layer's attention as it would a mask. Knows the interface, no family.
+``sdpa`` of Transformers reads the whole static cache under a mask, and copies keys and values where heads share them.
+The kernel reads only the visible positions. The model receives their range in place of a mask, and Transformers passes
+it on to the attention of each layer as it would a mask.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 from gemq.kernels import dispatch
 
 NAME = "gemq_decode"
+"""Name of the attention implementation in Transformers."""
 
 
 def usable(model: Any, config: Any) -> bool:
-    """Whether ``model`` attends as ``sdpa`` does, where the kernel runs."""
+    """Whether the model's attention is ``sdpa`` and the kernel runs on its device."""
     if config._attn_implementation != "sdpa" or dispatch.mode == "reference" or find_spec("triton") is None:
         return False
     return model.device.type == "cuda" or dispatch.mode == "triton"
@@ -39,10 +40,26 @@ def attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, 1, D], key and value [B, N, L, D] -> [B, 1, H, D], as Transformers' ``sdpa_attention_forward``.
+    """Attention of one query token, with the signature of ``sdpa_attention_forward`` in Transformers.
 
-    attention_mask: the places that are seen, int32 [1, 1, 1, 2]: the first and the one behind the last
-    Raises RuntimeError for attention that the kernel does not compute.
+    H attention heads share N key-value heads of size D, in a cache of L positions.
+
+    Args:
+        module: the attention module, not used
+        query: [B, H, 1, D]
+        key: [B, N, L, D]
+        value: [B, N, L, D]
+        attention_mask: first visible position and end of the visible positions, int32 [1, 1, 1, 2]
+        dropout: not used, since a decode step is inference
+        scaling: of the logits; None: 1 / sqrt(D)
+        position_bias: must be None
+        softcap: must be None
+
+    Returns:
+        The output [B, 1, H, D], and None in place of attention weights.
+
+    Raises:
+        RuntimeError: the kernel does not support this attention.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32 or tuple(attention_mask.shape) != (1, 1, 1, 2):
         raise RuntimeError("its layers change the attention mask")
@@ -51,18 +68,20 @@ def attend(
     from gemq.kernels.decode.attention import decode_attention
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return decode_attention(query[:, :, 0], key, value, attention_mask.view(2), scaling)[:, None], None
+    output = decode_attention(query[:, :, 0], key, value, attention_mask.view(2), scaling)
+    return output[:, None], None
 
 
 @contextmanager
-def attending(config: Any) -> Iterator[None]:
-    """While open, layers of the model with this ``config`` attend through ``attend``."""
-    from transformers import AttentionInterface  # only here: what a release changes about it ends in a fallback
+def use_decode_attention(config: Any) -> Iterator[None]:
+    """Selects ``attend`` for the model with this ``config`` while the context is active."""
+    # Imported here, so that a change of this interface only disables the kernel.
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
-    before = config._attn_implementation
+    original = config._attn_implementation
     config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = original

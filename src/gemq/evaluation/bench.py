@@ -1,7 +1,7 @@
-"""How fast a model runs: decode and prefill, load and first token, beside what the device's memory allows.
+"""Speed of a model: decode, prefill, load and first token, compared with the memory bandwidth of the device.
 
-Times whole models through ``decoding.decoder``, as ``gemq generate`` runs them, with random tokens and without a
-tokenizer.
+Runs whole models through ``decoding.decoder``, as ``gemq generate`` does. The tokens are random, so that no tokenizer
+is needed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,23 @@ from gemq.models.source import longest_window
 from gemq.runtime.fallbacks import take_lines
 from gemq.runtime.progress import Monitor
 
-RUNS = 5
-PROMPT = 128
-"""Tokens of the prompts that decoding starts from."""
+NUM_RUNS = 5
+"""Timed runs of each measurement, after one that is not timed."""
+
+PROMPT_TOKENS = 128
+"""Length of the prompts that decoding starts from."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is timed. ``compiled``: whether decoder layers are compiled (on a GPU)."""
+class BenchConfig:
+    """What is measured.
+
+    Attributes:
+        batches: batch sizes of decoding
+        prefills: prompt lengths of prefill
+        new_tokens: tokens decoded in each run
+        compiled: whether decoder layers are compiled (on a GPU)
+    """
 
     batches: Sequence[int]
     prefills: Sequence[int]
@@ -41,11 +50,14 @@ class Work:
     compiled: bool
 
     @classmethod
-    def default(cls, device: torch.device) -> Work:
-        """On a CPU less, since packed weights run slowly there."""
+    def default(cls, device: torch.device) -> BenchConfig:
+        """Returns the defaults of ``gemq bench``: fewer measurements on a CPU, where packed weights are slow."""
         if device.type == "cuda":
             return cls((1, 4, 16), (128, 512, 2048), 128, compiled=True)
         return cls((1,), (128,), 16, compiled=False)
+
+
+Work = BenchConfig  # the former name
 
 
 def bench_path(
@@ -60,65 +72,81 @@ def bench_path(
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
-    """``bench`` for a model on disk: what ``gemq bench`` prints as JSON. What is not given is ``Work.default``.
+    """Measures the speed of a model on disk.
 
-    Adds ``model``, ``stored_bytes`` and, in ``seconds``, ``load`` and ``first_token``: from the loaded model to the
-    first token, with everything that a first call compiles.
+    See ``BenchConfig`` for what is measured and its defaults, and ``open_model`` for the other arguments.
+
+    Returns:
+        What ``gemq bench`` prints as JSON: the values of ``bench``, ``model``, ``stored_bytes``, and ``seconds`` of
+        ``load`` and of ``first_token``. The latter is the time from the loaded model to its first token, including
+        everything that a first call compiles.
     """
     if new_tokens is not None and new_tokens < 2:
         raise UserError(f"--new-tokens cannot be {new_tokens}: the least is 2")
     monitor = monitor or Monitor()
     start = time.perf_counter()
     with monitor.stage("load", 1) as tick:
-        opened = open_model(path, dtype, device, trust_remote_code)
-        model = opened.model
-        if opened.contents is None:
+        loaded = open_model(path, dtype, device, trust_remote_code)
+        model = loaded.model
+        if loaded.contents is None:
             use_fast_experts(model)
         synchronize(model.device)
         tick()
-    loaded = time.perf_counter() - start
-    usual = Work.default(model.device)
+    load_seconds = time.perf_counter() - start
+    defaults = BenchConfig.default(model.device)
     longest = longest_window(model.config)
     if prefills and max(prefills) > longest:
         raise UserError(f"--prefill {max(prefills)} is longer than the model takes: give at most {longest}")
-    work = Work(
-        batches or usual.batches,
-        prefills or [n for n in usual.prefills if n <= longest] or [longest],
-        new_tokens or usual.new_tokens,
-        compiled and usual.compiled,
+    default_prefills = [length for length in defaults.prefills if length <= longest] or [longest]
+    config = BenchConfig(
+        batches or defaults.batches,
+        prefills or default_prefills,
+        new_tokens or defaults.new_tokens,
+        compiled and defaults.compiled,
     )
-    first = time_first_token(model)
-    values = bench(model, work, monitor)
-    seconds = {"load": loaded, "first_token": first}
-    return {"model": str(Path(path)), "stored_bytes": opened.stored_bytes, "seconds": seconds, **values}
+    first_token_seconds = time_first_token(model)
+    values = bench(model, config, monitor)
+    return {
+        "model": str(Path(path)),
+        "stored_bytes": loaded.stored_bytes,
+        "seconds": {"load": load_seconds, "first_token": first_token_seconds},
+        **values,
+    }
 
 
-def bench(model: Any, work: Work, monitor: Monitor | None = None) -> dict[str, Any]:
-    """Figures of a loaded model.
+def bench(model: Any, config: BenchConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+    """Measures the speed of a loaded model.
 
-    ``decode``: a row for each batch: tokens a second of all sequences together (p20, p50, p80 over ``RUNS`` runs),
-    bytes of weights read a step (``evaluation.weight_traffic``), bytes a second, their share of the copy bandwidth, how
-    the step ran, seconds of compiling and capturing it. ``prefill``: a row for each length, batch 1.
+    Args:
+        config: what to measure
+
+    Returns:
+        Properties of the machine and two lists of rows. A row of ``decode`` belongs to a batch size. It has tokens per
+        second of all sequences (p20, p50, p80 over ``NUM_RUNS`` runs), bytes of weights read per step
+        (``evaluation.weight_traffic``) and per second, the latter's share of the copy bandwidth, how the step was
+        executed, and seconds of compiling and capturing it. A row of ``prefill`` belongs to a prompt length.
     """
     monitor = monitor or Monitor()
     device = model.device
-    with monitor.stage("bench", 1 + len(work.batches) + len(work.prefills)) as tick:
+    with monitor.stage("bench", 1 + len(config.batches) + len(config.prefills)) as tick:
         bandwidth = copy_bandwidth(device)
         tick()
         decode: list[dict[str, Any]] = []
-        notes: dict[str, str] = {}
-        for batch in work.batches:
-            row, left_out = time_decode(model, batch, work.new_tokens, work.compiled)
+        reasons: dict[str, str] = {}
+        for batch in config.batches:
+            row, row_reasons = time_decode(model, batch, config.new_tokens, config.compiled)
             if "bytes_per_step" in row:
-                row["bytes_per_second"] = row["bytes_per_step"] * row["tokens_per_second"]["p50"] / batch
+                steps_per_second = row["tokens_per_second"]["p50"] / batch
+                row["bytes_per_second"] = row["bytes_per_step"] * steps_per_second
                 row["share_of_copy"] = row["bytes_per_second"] / bandwidth
             decode.append(row)
-            notes |= left_out
+            reasons |= row_reasons
             tick()
         prefill = []
-        for length in work.prefills:
+        for length in config.prefills:
             prefill.append(time_prefill(model, length))
             tick()
+    fallbacks = [f"{FALLBACKS[name]} ({reason})" for name, reason in reasons.items()]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -126,19 +154,19 @@ def bench(model: Any, work: Work, monitor: Monitor | None = None) -> dict[str, A
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "copy_bytes_per_second": bandwidth,
-        "new_tokens": work.new_tokens,
+        "new_tokens": config.new_tokens,
         "decode": decode,
         "prefill": prefill,
-        "fallbacks": [*(f"{FALLBACKS[name]} ({reason})" for name, reason in notes.items()), *take_lines()],
+        "fallbacks": fallbacks + take_lines(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
 
 @torch.no_grad()
-def time_first_token(model: Any, length: int = PROMPT) -> float:
-    """Seconds from a loaded model to its first token after ``length`` tokens, read by the host."""
+def time_first_token(model: Any) -> float:
+    """Returns the seconds from a loaded model to the first token after a prompt, read by the host."""
     start = time.perf_counter()
-    length = min(length, longest_window(model.config))
+    length = min(PROMPT_TOKENS, longest_window(model.config))
     ids = _random_ids(model, 1, length)
     try:
         Decoder(model, 1, length + 1).prefill(ids).tolist()
@@ -147,91 +175,95 @@ def time_first_token(model: Any, length: int = PROMPT) -> float:
     return time.perf_counter() - start
 
 
-def time_decode(model: Any, batch: int, count: int, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """One row of ``decode``, and what was not done as asked, with its reason."""
-    prompt = min(PROMPT, max(1, longest_window(model.config) - count))
-    ids = _random_ids(model, batch, prompt)
+def time_decode(model: Any, batch: int, new_tokens: int, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Measures decoding at one batch size.
+
+    Args:
+        batch: sequences decoded in a step
+        new_tokens: tokens decoded in each run
+        compiled: whether decoder layers are compiled
+
+    Returns:
+        A row of ``decode`` (see ``bench``), and the reason for each of ``FALLBACKS`` that was used.
+    """
+    prompt_tokens = min(PROMPT_TOKENS, max(1, longest_window(model.config) - new_tokens))
+    ids = _random_ids(model, batch, prompt_tokens)
+    row: dict[str, Any] = {"batch": batch}
     try:
-        decoder, moved = _prepared(model, batch, ids, prompt + count + 1, compiled)
-    except Unsupported as why:
-        rate = _rate(_generate_seconds(model, ids, count), batch * count)
-        row = {"batch": batch, "tokens_per_second": rate, "execution": "model.generate", "seconds": {}}
-        return row, {"decoded_by_transformers": str(why)}
-
-    def run() -> float:
+        decoder = Decoder(model, batch, prompt_tokens + new_tokens + 1)
         decoder.prefill(ids)
-        synchronize(model.device)
-        start = time.perf_counter()
-        for _ in decoder.decode(count):
-            pass
-        return time.perf_counter() - start
+        step_bytes = bytes_per_step(decoder)
+        decoder.prefill(ids)
+        decoder.prepare(compile_layers=compiled)
+    except Unsupported as error:
+        row["tokens_per_second"] = _rate(_generate_seconds(model, ids, new_tokens), batch * new_tokens)
+        row["execution"] = "model.generate"
+        row["seconds"] = {}
+        return row, {"decoded_by_transformers": str(error)}
 
-    run()
-    row = {
-        "batch": batch,
-        "tokens_per_second": _rate([run() for _ in range(RUNS)], batch * count),
-        "execution": decoder.execution,
-        "bytes_per_step": moved,
-        "seconds": decoder.seconds,
-    }
+    def decode() -> None:
+        for _ in decoder.decode(new_tokens):
+            pass
+
+    seconds = []
+    for _ in range(1 + NUM_RUNS):
+        decoder.prefill(ids)
+        seconds.append(_time(model.device, decode))
+    row["tokens_per_second"] = _rate(seconds[1:], batch * new_tokens)
+    row["execution"] = decoder.execution
+    row["bytes_per_step"] = step_bytes
+    row["seconds"] = decoder.seconds
     return row, decoder.reasons
 
 
-def _prepared(model: Any, batch: int, ids: Tensor, length: int, compiled: bool) -> tuple[Decoder, float]:
-    """A decoder that is ready to be timed, and the bytes of weights that its steps read."""
-    decoder = Decoder(model, batch, length)
-    decoder.prefill(ids)
-    moved = bytes_per_step(decoder)
-    decoder.prefill(ids)
-    decoder.prepare(compile_layers=compiled)
-    return decoder, moved
+def _generate_seconds(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
+    """Returns the seconds that ``model.generate`` takes for ``new_tokens`` tokens after the first one, of each run."""
+
+    def seconds(count: int) -> float:
+        def generate() -> None:
+            mask = torch.ones_like(ids)
+            limits = {"max_new_tokens": count, "min_new_tokens": count}
+            model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **limits)
+
+        return _time(model.device, generate)
+
+    seconds(2)
+    return [seconds(new_tokens + 1) - seconds(1) for _ in range(NUM_RUNS)]
 
 
-def _generate_seconds(model: Any, ids: Tensor, count: int) -> list[float]:
-    """Seconds that ``model.generate`` takes for ``count`` tokens after the first one."""
-
-    def run(tokens: int) -> float:
-        synchronize(model.device)
-        start = time.perf_counter()
-        limits = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **limits)
-        synchronize(model.device)
-        return time.perf_counter() - start
-
-    run(2)
-    return [run(count + 1) - run(1) for _ in range(RUNS)]
-
-
+@torch.no_grad()
 def time_prefill(model: Any, length: int) -> dict[str, Any]:
-    """One row of ``prefill``: a prompt of ``length`` tokens up to its first new token."""
+    """Measures a prompt of ``length`` tokens up to its first new token. Returns a row of ``prefill``, see ``bench``."""
     ids = _random_ids(model, 1, length)
+    forward: Callable[[], Any]
     try:
         decoder = Decoder(model, 1, length + 1)
         decoder.prefill(ids)
-        forward: Callable[[], Any] = lambda: decoder.prefill(ids)
+        forward = lambda: decoder.prefill(ids)
     except Unsupported:
         forward = lambda: model(input_ids=ids)
+    seconds = [_time(model.device, forward) for _ in range(1 + NUM_RUNS)]
+    return {"tokens": length, "tokens_per_second": _rate(seconds[1:], length)}
 
-    def run() -> float:
-        synchronize(model.device)
-        start = time.perf_counter()
-        with torch.no_grad():
-            forward()
-        synchronize(model.device)
-        return time.perf_counter() - start
 
-    run()
-    return {"tokens": length, "tokens_per_second": _rate([run() for _ in range(RUNS)], length)}
+def _time(device: torch.device, function: Callable[[], Any]) -> float:
+    """Returns the seconds of a call, including the work that it launches on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def _rate(seconds: Sequence[float], tokens: int) -> dict[str, float]:
-    """Tokens a second: p20 is a slow run, p80 a fast one."""
-    rates = sorted(tokens / s for s in seconds)
+    """Returns percentiles of tokens per second over runs of ``tokens`` tokens: p20 is a slow run, p80 a fast one."""
+    rates = sorted(tokens / run_seconds for run_seconds in seconds)
     p20, _, _, p80 = statistics.quantiles(rates, n=5, method="inclusive")
     return {"p20": p20, "p50": statistics.median(rates), "p80": p80}
 
 
 def _random_ids(model: Any, batch: int, length: int) -> Tensor:
-    random = torch.Generator().manual_seed(0)
+    """Returns random token ids [batch, length] on the model's device, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (batch, length), generator=random).to(model.device)
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)

@@ -1,10 +1,10 @@
-"""How good a model is: perplexity and, against a full-precision reference, KL, top-1 and routing agreement.
+"""Model quality: perplexity and, against a full-precision reference, KL divergence, top-1 and routing agreement.
 
-Windows do not overlap, each window's first token is not scored, no BOS is added. Logits are compared in float32. Every
-figure is a mean over windows, which are equally long, and so over all tokens of all texts; its standard error is that
-of this mean.
+Windows do not overlap, the first token of a window is not scored, and no BOS token is added. Logits are compared in
+float32. All windows have the same length, so a mean over windows is also the mean over all scored tokens. Standard
+errors are those of the mean over windows.
 
-Shapes: N windows, B windows in a batch, S tokens in a window, L layers with experts, V vocabulary.
+Shapes: N windows, B windows in a batch, S tokens in a window, L layers with experts, K chosen experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,53 +29,73 @@ from gemq.checkpoint.contents import Contents, inspect_checkpoint
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.errors import UserError
-from gemq.evaluation.predictions import UNUSED, ModelFiles, Predictions, WholeModel, batch_tokens, start_all
+from gemq.evaluation.predictions import (
+    UNUSED_SLOT,
+    ModelFiles,
+    Predictions,
+    WholeModel,
+    check_dtype,
+    max_tokens_per_batch,
+    predict_all,
+    stored_bytes,
+)
 from gemq.models.source import DTYPES, Source, longest_window
 from gemq.models.structure import Structure, find_structure
 from gemq.runtime.device import pick_device
 from gemq.runtime.memory import Memory
 from gemq.runtime.progress import Monitor
 
-BATCH_TOKENS = 4096
-"""Tokens of the windows that run together, at most, if that is a window or more."""
+MAX_TOKENS_PER_BATCH = 4096
+"""Upper bound for the tokens of a batch of windows. A batch has at least one window."""
+
+MAX_LOG_PERPLEXITY = 700.0
+"""Larger values overflow ``math.exp``."""
 
 
 @dataclass(frozen=True)
-class WindowFigures:
-    """Figures by window, float64: means over the window's scored tokens, in nats.
+class WindowMetrics:
+    """Metrics of every window as float64. Each value is a mean over the window's scored tokens, in nats.
 
-    nll:    [N]
-    kl:     [N] of KL(reference || model)
-    top1:   [N] share of tokens whose likeliest next token is the reference's
-    routed: [N, L] share of the reference's chosen experts that the model chose as well, over all tokens
     Without a reference the last three are None.
+
+    Attributes:
+        nll: negative log likelihood, [N]
+        kl: KL(reference || model), [N]
+        top1: share of tokens whose most likely next token is the reference's, [N]
+        routing: share of the reference's chosen experts that the model chose as well, over all tokens, [N, L]
     """
 
     nll: Tensor
     kl: Tensor | None = None
     top1: Tensor | None = None
-    routed: Tensor | None = None
+    routing: Tensor | None = None
 
-    def summary(self, chosen: Tensor, tokens: int) -> dict[str, Any]:
-        """Means and standard errors over the ``chosen`` windows (bool [N]), of ``tokens`` scored tokens each."""
-        nll, error = _mean(self.nll[chosen])
-        perplexity = math.exp(min(nll, 700.0))
+    def summary(self, selected: Tensor, scored_tokens: int) -> dict[str, Any]:
+        """Returns means and standard errors over the selected windows.
+
+        Args:
+            selected: which windows to include, bool [N]
+            scored_tokens: number of scored tokens per window
+        """
+        num_windows = int(selected.sum())
+        nll, error = _mean_and_stderr(self.nll[selected])
+        perplexity = math.exp(min(nll, MAX_LOG_PERPLEXITY))
         values: dict[str, Any] = {
-            "windows": int(chosen.sum()),
-            "tokens": int(chosen.sum()) * tokens,
+            "windows": num_windows,
+            "tokens": num_windows * scored_tokens,
             "perplexity": perplexity,
             "perplexity_stderr": None if error is None else perplexity * error,
         }
-        if self.kl is not None and self.top1 is not None and self.routed is not None:
-            values["mean_kl"], values["mean_kl_stderr"] = _mean(self.kl[chosen])
-            values["top1_agreement"], values["top1_agreement_stderr"] = _mean(self.top1[chosen])
-            routed = self.routed[chosen]
-            values["routing_agreement"] = routed.mean().item() if routed.shape[1] else None
+        if self.kl is not None and self.top1 is not None and self.routing is not None:
+            values["mean_kl"], values["mean_kl_stderr"] = _mean_and_stderr(self.kl[selected])
+            values["top1_agreement"], values["top1_agreement_stderr"] = _mean_and_stderr(self.top1[selected])
+            routing = self.routing[selected]
+            values["routing_agreement"] = routing.mean().item() if routing.shape[1] else None
         return values
 
 
-def _mean(values: Tensor) -> tuple[float, float | None]:
-    """The mean of [n] values and its standard error, which one value does not have."""
+def _mean_and_stderr(values: Tensor) -> tuple[float, float | None]:
+    """Returns the mean of [n] values and its standard error, which is None for a single value."""
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return values.mean().item(), error
 
@@ -86,21 +106,28 @@ def evaluate(
     *,
     reference: nn.Module | None = None,
     structure: Structure | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = MAX_TOKENS_PER_BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Perplexity over ``windows`` of a loaded model, with the figures against ``reference`` when it is given.
+    """Evaluates a loaded model on ``windows``.
 
-    structure: the reference's, whose experts' paths hold for both models; without it routing is not compared
+    Args:
+        reference: the full-precision model to compare with
+        structure: of the reference; the paths of its experts must be valid in both models. Without it the routing is
+            not compared
+        batch_tokens: upper bound for the tokens of a batch of windows
 
-    Returns ``windows``, ``tokens``, ``perplexity``, ``mean_kl``, ``top1_agreement``, ``routing_agreement``, the
-    standard errors of the first three figures, ``texts`` (the same by source) and ``layers`` (routing agreement per
-    layer with experts), as ``gemq eval --json`` prints them.
+    Returns:
+        The values that ``gemq eval --json`` prints: ``windows``, ``tokens``, ``perplexity``, ``mean_kl``,
+        ``top1_agreement``, ``routing_agreement``, the standard errors of the first three figures, ``texts`` (the same
+        by source) and ``layers`` (routing agreement of each layer with experts).
     """
-    batches = [windows.tokens[part] for part in windows.batches(batch_tokens)]
-    paths = [x.experts.path for _, x in structure.moe_layers if x.experts] if structure and reference else []
-    expected = None if reference is None else WholeModel(reference, batches, paths)
-    return compare(windows, batches, WholeModel(model, batches, paths), expected, progress)
+    batches = [windows.tokens[batch] for batch in windows.batches(batch_tokens)]
+    expert_paths: list[str] = []
+    if structure is not None and reference is not None:
+        expert_paths = [layer.experts.path for _, layer in structure.moe_layers if layer.experts]
+    reference_predictions = None if reference is None else WholeModel(reference, batches, expert_paths)
+    return compare(windows, batches, WholeModel(model, batches, expert_paths), reference_predictions, progress)
 
 
 def compare(
@@ -110,85 +137,140 @@ def compare(
     reference: Predictions | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """``evaluate`` for predictions of ``batches``, token ids [B, S] of consecutive ``windows``."""
-    figures: list[tuple[float, ...]] = []
-    routed: list[list[float]] = []
-    for number, ids in enumerate(batches):
-        logits, choices = model.batch(number)  # first, since it may run layers: then only one batch's logits are held
-        expected, expected_choices = (None, []) if reference is None else reference.batch(number)
-        for row, tokens in enumerate(ids):
-            figures.append(_window(logits[row], None if expected is None else expected[row], tokens.to(logits.device)))
-            if reference is not None:
-                routed.append([_agreement(a[row], b[row]) for a, b in zip(choices, expected_choices, strict=True)])
+    """Scores the predictions of ``batches`` and returns the values that ``evaluate`` documents.
+
+    Args:
+        windows: all windows
+        batches: token ids [B, S] of consecutive windows
+        model: predictions to score
+        reference: predictions to compare with
+    """
+    scores: list[_Score] = []
+    agreements: list[list[float]] = []
+    for index, ids in enumerate(batches):
+        # The model comes first: it may run layers now, and then no logits of the reference are in memory yet.
+        logits, experts = model.predict(index)
+        if reference is None:
+            scores += _score_batch(logits, None, ids)
+        else:
+            reference_logits, reference_experts = reference.predict(index)
+            scores += _score_batch(logits, reference_logits, ids)
+            agreements += _routing_agreements(experts, reference_experts)
         if progress:
-            progress(len(figures), len(windows))
-    nll, *others = torch.tensor(figures, dtype=torch.float64).unbind(1)
-    layers = torch.tensor(routed, dtype=torch.float64).view(len(routed), -1) if routed else None
-    found = WindowFigures(nll, others[0], others[1], layers) if others else WindowFigures(nll)
-    every, scored = torch.ones(len(windows), dtype=torch.bool), windows.window - 1
-    values = found.summary(every, scored)
-    values["texts"] = {name: found.summary(windows.source == i, scored) for i, name in enumerate(windows.names)}
-    values["layers"] = layers.mean(0).tolist() if layers is not None else []
+            progress(len(scores), len(windows))
+
+    metrics = _collect_metrics(scores, agreements if reference is not None else None)
+    scored_tokens = windows.window - 1
+    all_windows = torch.ones(len(windows), dtype=torch.bool)
+    values = metrics.summary(all_windows, scored_tokens)
+    values["texts"] = {
+        name: metrics.summary(windows.source == source, scored_tokens) for source, name in enumerate(windows.names)
+    }
+    values["layers"] = [] if metrics.routing is None else metrics.routing.mean(0).tolist()
     return values
 
 
-def _window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> tuple[float, ...]:
-    """NLL, and KL and top-1 against a reference, of one window: means over its scored tokens.
+class _Score(NamedTuple):
+    """Means over the scored tokens of one window. ``kl`` and ``top1`` are 0 without a reference."""
 
-    Logits [S, V] of the model and of the reference; ids [S].
-    """
+    nll: float
+    kl: float
+    top1: float
+
+
+def _score_batch(logits: Tensor, reference: Tensor | None, ids: Tensor) -> list[_Score]:
+    """Scores the windows ``ids`` [B, S] from the logits [B, S, V] of the model and of the reference."""
+    ids = ids.to(logits.device)
+    scores = []
+    for row, window in enumerate(ids):
+        window_reference = None if reference is None else reference[row]
+        scores.append(_score_window(logits[row], window_reference, window))
+    return scores
+
+
+def _score_window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> _Score:
+    """Scores the window ``ids`` [S] from the logits [S, V] of the model and of the reference."""
     nll = kl = top1 = 0.0
-    for rows in chunks(len(ids) - 1):
+    scored = len(ids) - 1
+    for rows in chunks(scored):
         log_q = logits[rows].float().log_softmax(-1)
-        nll -= log_q.gather(1, ids[rows.start + 1 : rows.stop + 1, None]).sum().item()
+        next_tokens = ids[rows.start + 1 : rows.stop + 1, None]
+        nll -= log_q.gather(1, next_tokens).sum().item()
         if reference is not None:
             log_p = reference[rows].float().log_softmax(-1)
             kl += divergence(log_p, log_q).item()
             top1 += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    scored = len(ids) - 1
-    return (nll / scored,) if reference is None else (nll / scored, kl / scored, top1 / scored)
+    return _Score(nll / scored, kl / scored, top1 / scored)
 
 
-def _agreement(chosen: Tensor, expected: Tensor) -> float:
-    """Mean over tokens of the share of ``expected`` [S, K] that is also in ``chosen``, whatever the order."""
-    used = expected != UNUSED
-    both = (expected.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1) & used
-    return (both.sum(-1) / used.sum(-1).clamp_min(1)).mean().item()
+def _routing_agreements(experts: Sequence[Tensor], reference: Sequence[Tensor]) -> list[list[float]]:
+    """Returns the routing agreement of each window and layer, from the experts [B, S, K] that each layer chose."""
+    by_layer = []
+    for layer_experts, layer_reference in zip(experts, reference, strict=True):
+        windows = zip(layer_experts, layer_reference, strict=True)
+        by_layer.append([_routing_agreement(chosen, expected) for chosen, expected in windows])
+    return [list(window) for window in zip(*by_layer, strict=True)]
+
+
+def _routing_agreement(chosen: Tensor, expected: Tensor) -> float:
+    """Mean over tokens of the share of the ``expected`` experts [S, K] that are in ``chosen``, in any order."""
+    is_used = expected != UNUSED_SLOT
+    is_chosen = (expected.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1) & is_used
+    return (is_chosen.sum(-1) / is_used.sum(-1).clamp_min(1)).mean().item()
+
+
+def _collect_metrics(scores: Sequence[_Score], agreements: Sequence[Sequence[float]] | None) -> WindowMetrics:
+    """Stacks the scores and agreements of all windows. ``agreements`` is None without a reference."""
+    nll, kl, top1 = torch.tensor(scores, dtype=torch.float64).unbind(1)
+    if agreements is None:
+        return WindowMetrics(nll)
+    routing = torch.tensor(agreements, dtype=torch.float64).view(len(scores), -1)
+    return WindowMetrics(nll, kl, top1, routing)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model on disk, loaded. ``stored_bytes`` counts its tensors as they lie there."""
+class LoadedModel:
+    """A model that was loaded from disk.
+
+    Attributes:
+        model: in eval mode
+        source: its files
+        contents: of the packed checkpoint, or None for a model that is not packed
+        stored_bytes: size of its tensors in the files
+    """
 
     model: PreTrainedModel
     source: Source
     contents: Contents | None
-    """What the checkpoint holds, if it is a packed one."""
     stored_bytes: int
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Raises UserError when the model has none."""
+        """The tokenizer. Raises UserError when the model has none."""
         return self.source.tokenizer
 
 
-def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = False) -> Opened:
-    """A packed checkpoint or any Transformers model.
+def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
+    """Loads a packed checkpoint or any Transformers model.
 
-    dtype: ``float32``, ``bfloat16``, or ``auto`` for the one that the checkpoint names
+    Args:
+        path: directory or name on the Hugging Face Hub
+        dtype: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
+        device: ``cpu``, ``cuda``, or ``auto``
+
+    Raises:
+        UserError: the model cannot be loaded.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype cannot be {dtype!r}: choose from auto, {', '.join(DTYPES)}")
-    picked = pick_device(device)
+    check_dtype(dtype)
+    target = pick_device(device)
     source = Source.resolve(path, trust_remote_code=trust_remote_code)
     if is_packed(source.path):
         contents = inspect_checkpoint(source.path)
-        kind: Any = DTYPES.get(dtype, "auto")
-        model = load(source.path, device=str(picked), dtype=kind, trust_remote_code=trust_remote_code)
-        return Opened(model, source, contents, contents.stored_bytes)
-    model, stored = source.load(picked, DTYPES.get(dtype))
-    count = sum(p.numel() * stored[name].itemsize for name, p in model.named_parameters())
-    return Opened(model, source, None, count)
+        load_dtype: Any = DTYPES.get(dtype, "auto")
+        model = load(source.path, device=str(target), dtype=load_dtype, trust_remote_code=trust_remote_code)
+        return LoadedModel(model, source, contents, contents.stored_bytes)
+    model, stored_dtypes = source.load(target, DTYPES.get(dtype))
+    return LoadedModel(model, source, None, stored_bytes(model, stored_dtypes))
 
 
 def evaluate_paths(
@@ -206,24 +288,38 @@ def evaluate_paths(
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
-    """``evaluate`` for models on disk, in bounded memory: what ``gemq eval`` prints as JSON.
+    """Evaluates a model on disk in bounded memory.
 
-    Adds ``rows`` where texts have some: by text what was read of them (``Rows.to_dict``).
+    The memory limits decide where layers and activations are stored. They do not change the result.
 
-    texts: files; by default the built-in ones
-    text_column: of rows, see ``eval_windows``
-    gpu_memory, host_memory: bytes that may be held at most, by default 90 % of what is free; they decide where layers
-        and activations are, never what comes out
-    Raises UserError, before any weight is read, when something cannot be evaluated.
+    Args:
+        model: a packed checkpoint or any Transformers model
+        reference: the full-precision model to compare with
+        texts: files; None: the built-in texts
+        text_column: see ``eval_windows``
+        window: tokens per window
+        max_windows: number of windows to take from the start of each text; None: all
+        dtype: ``float32``, ``bfloat16``, or ``auto``
+        device: ``cpu``, ``cuda``, or ``auto``
+        gpu_memory: limit in bytes; None: 90 % of the free memory
+        host_memory: limit in bytes; None: 90 % of the free memory
+
+    Returns:
+        What ``gemq eval`` prints as JSON: the values of ``evaluate``, properties of the model, and ``rows`` (see
+        ``Rows.to_dict``) where a text has rows.
+
+    Raises:
+        UserError: the model cannot be evaluated. Most causes are detected before any weight is read.
     """
-    picked = pick_device(device)
+    target = pick_device(device)
     subject = ModelFiles.open(model, dtype, trust_remote_code)
-    longest = longest_window(subject.config)
-    if window > longest:
-        raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
+    _check_window(subject, window)
     models = [subject]
     if reference is not None:
-        models = [_reference_of(subject, ModelFiles.open(reference, dtype, trust_remote_code)), subject]
+        reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
+        _check_comparable(subject, reference_files)
+        models = [reference_files, subject]
+
     rows: dict[str, Rows] = {}
     windows = eval_windows(
         subject.source.tokenizer,
@@ -234,38 +330,48 @@ def evaluate_paths(
         embeddings=subject.embeddings,
         read=rows,
     )
-    batches = [windows.tokens[part] for part in windows.batches(batch_tokens(models, BATCH_TOKENS))]
+    batch_size = max_tokens_per_batch(models, MAX_TOKENS_PER_BATCH)
+    batches = [windows.tokens[batch] for batch in windows.batches(batch_size)]
     monitor = monitor or Monitor()
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
-        memory = Memory.bounded(picked, gpu_memory, host_memory, Path(directory))
+        memory = Memory.bounded(target, gpu_memory, host_memory, Path(directory))
         with memory.enforced():
-            (*expected, found), stored_bytes = start_all(models, memory, batches, monitor)
+            predictions, model_bytes = predict_all(models, memory, batches, monitor)
+            reference_predictions = predictions[0] if reference is not None else None
             with monitor.stage("score", len(windows)) as tick:
-                values = compare(windows, batches, found, expected[0] if expected else None, tick)
+                values = compare(windows, batches, predictions[-1], reference_predictions, tick)
     if not math.isfinite(values["perplexity"]):
         raise UserError(f"{model} predicts no numbers: its weights hold NaN or infinity, or overflow in {dtype}")
+
     contents = subject.contents
-    return {
+    properties = {
         "model": model,
-        "stored_bytes": stored_bytes,
+        "stored_bytes": model_bytes,
         "expert_bits_nominal": contents.expert_bits_nominal if contents else None,
         "expert_bits_stored": contents.expert_bits_stored if contents else None,
-        **values,
-        **({"rows": {name: read.to_dict() for name, read in rows.items()}} if rows else {}),
     }
+    if rows:
+        values["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}
+    return properties | values
 
 
-def _reference_of(subject: ModelFiles, reference: ModelFiles) -> ModelFiles:
-    """The reference, if ``subject`` can be compared with it. Raises UserError if not."""
+def _check_window(model: ModelFiles, window: int) -> None:
+    """Raises UserError if a window is longer than the model supports."""
+    longest = longest_window(model.config)
+    if window > longest:
+        raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
+
+
+def _check_comparable(subject: ModelFiles, reference: ModelFiles) -> None:
+    """Raises UserError if ``subject`` cannot be compared with ``reference``."""
     name = reference.name
     if reference.contents is not None:
         raise UserError(f"{name} is a packed checkpoint: --reference takes the full-precision model")
     if reference.structure is None:
-        find_structure(reference.source.skeleton())  # says why
+        find_structure(reference.source.skeleton())  # raises the UserError that names the unsupported module
     if reference.source.tokenizer.get_vocab() != subject.source.tokenizer.get_vocab():
         raise UserError(f"{name} has another vocabulary than {subject.name}: give the model that it was made from")
     if reference.vocabulary != subject.vocabulary:
         raise UserError(f"{name} has other logits than {subject.name}: give the model that it was made from")
-    if reference.experts != subject.experts:
+    if reference.expert_paths != subject.expert_paths:
         raise UserError(f"{name} has other experts than {subject.name}: give the model that it was made from")
-    return reference

@@ -1,7 +1,8 @@
-"""Writing text with a model: one prompt in, tokens streamed out.
+"""Text generation: one prompt in, tokens streamed out.
 
-Decodes with a static cache (``decoding.decoder``), in a CUDA graph on a GPU. What that cannot serve goes to
-Transformers' own ``model.generate``, from wherever it stopped, and that is said.
+Decodes with a static cache (``decoding.decoder``), on a GPU in a CUDA graph. Where the decoder does not support the
+model or the request, ``model.generate`` of Transformers continues from the tokens written so far, and a warning says
+so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,13 +25,12 @@ from gemq.models.config_values import embedding_rows
 from gemq.runtime.display import printable
 from gemq.runtime.fallbacks import take_lines
 
-SERVED = {
+SUPPORTED_KEYS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
     *("do_sample", "temperature", "top_k", "top_p"),
     *("transformers_version", "_from_model_config", "cache_implementation"),
 }
-"""Keys of a generation configuration that ``decoding.decoder`` serves or that the arguments of ``generate``
-override."""
+"""Keys of a generation configuration that ``decoding.decoder`` supports or that arguments of ``generate`` override."""
 
 
 def generate(
@@ -44,13 +45,23 @@ def generate(
     stream: bool = False,
     compile_layers: bool = False,
 ) -> str:
-    """The text that ``model`` writes after ``prompt`` (without it).
+    """Writes text with a model.
 
-    temperature:    0 takes the likeliest token each time; above, tokens are sampled from the whole distribution
-    raw:            leave the prompt as it is, even when the tokenizer has a chat template
-    stream:         print the text while it is written
-    compile_layers: on a GPU, compile the decoder layers after the first token: seconds at first, then faster
-    Raises UserError for a prompt that the chat template does not take, and for tokens that the model does not have.
+    Args:
+        prompt: text to continue, or to answer where the tokenizer has a chat template
+        max_new_tokens: upper bound for the number of new tokens
+        temperature: 0 chooses the most likely token; otherwise tokens are sampled from the whole distribution
+        seed: of the sampling
+        raw: do not apply the chat template
+        stream: print the text while it is written
+        compile_layers: on a GPU, compile the decoder layers after the first token. This takes seconds and makes the
+            steps after it faster
+
+    Returns:
+        The new text, without the prompt.
+
+    Raises:
+        UserError: the chat template cannot be applied, or the prompt has tokens that the model does not have.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the least is 1")
@@ -65,32 +76,39 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     tokens: list[int] = []
     try:
-        _check_served(model.generation_config)
+        _check_generation_config(model.generation_config)
         decoder = Decoder(model, 1, ids.shape[1] + max_new_tokens, temperature=temperature)
-        _decode(decoder, ids, max_new_tokens, compile_layers, _end_tokens(model), streamer, tokens)
-    except Unsupported as why:
-        say_once(f"{FALLBACKS['decoded_by_transformers']} ({why})")
+        for token in _decode(decoder, ids, max_new_tokens, compile_layers, _end_tokens(model)):
+            tokens.append(token)
+            if streamer:
+                streamer.put(torch.tensor([token]))
+        if streamer:
+            streamer.end()
+    except Unsupported as error:
+        warn_once(f"{FALLBACKS['decoded_by_transformers']} ({error})")
         written = torch.tensor([tokens], dtype=ids.dtype, device=ids.device)
-        ids, rest = torch.cat([ids, written], dim=1), max_new_tokens - len(tokens)
-        tokens += _by_transformers(model, tokenizer, ids, rest, temperature, streamer)
+        ids = torch.cat([ids, written], dim=1)
+        tokens += _generate_with_transformers(
+            model, tokenizer, ids, max_new_tokens - len(tokens), temperature, streamer
+        )
     for line in take_lines():
-        say_once(line)
+        warn_once(line)
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _encode(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
-    """Token ids int64 [1, S], at least one."""
+    """Tokenizes a prompt, through the chat template unless ``raw``. Returns int64 [1, S] with at least one token."""
     if has_template(tokenizer) and not raw:
         try:
             text = render(tokenizer, [{"role": "user", "content": prompt}], answer=True)
-        except CannotRender as why:
+        except CannotRender as error:
             raise UserError(
-                f"the model's chat template cannot be applied ({why}): add --raw to go on from the prompt as it is"
-            ) from why
+                f"the model's chat template cannot be applied ({error}): add --raw to go on from the prompt as it is"
+            ) from error
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    ids: Tensor = inputs["input_ids"].long()  # of an empty text it is float32
+    ids: Tensor = inputs["input_ids"].long()  # tokenizers return float32 for an empty text
     if ids.shape[1] == 0:
         if tokenizer.bos_token_id is None:
             raise UserError("the prompt is empty: give some text with -p")
@@ -99,69 +117,65 @@ def _encode(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
 
 
 def _decode(
-    decoder: Decoder,
-    ids: Tensor,
-    count: int,
-    compile_layers: bool,
-    ends: set[int],
-    streamer: TextStreamer | None,
-    tokens: list[int],
-) -> None:
-    """Appends up to ``count`` tokens to ``tokens``, an end token last. Those stay when it ends in ``Unsupported``."""
-    tokens += decoder.prefill(ids).tolist()
-    if streamer:
-        streamer.put(torch.tensor(tokens))  # before anything is compiled or captured
-    if count > 1 and tokens[0] not in ends:
-        decoder.prepare(compile_layers=compile_layers and decoder.device.type == "cuda")
-        for name in decoder.fallbacks:
-            say_once(f"{FALLBACKS[name]} ({decoder.reasons[name]})")
-        for (token,) in decoder.decode(count - 1):
-            tokens.append(token)
-            if streamer:
-                streamer.put(torch.tensor([token]))
-            if token in ends:
-                break
-    if streamer:
-        streamer.end()
+    decoder: Decoder, ids: Tensor, max_new_tokens: int, compile_layers: bool, end_tokens: set[int]
+) -> Iterator[int]:
+    """Yields new tokens up to and including the first end token. Raises Unsupported, possibly after some tokens."""
+    token = int(decoder.prefill(ids))
+    yield token  # before anything is compiled or captured
+    if max_new_tokens == 1 or token in end_tokens:
+        return
+    decoder.prepare(compile_layers=compile_layers and decoder.device.type == "cuda")
+    for name in decoder.fallbacks:
+        warn_once(f"{FALLBACKS[name]} ({decoder.reasons[name]})")
+    for (token,) in decoder.decode(max_new_tokens - 1):
+        yield token
+        if token in end_tokens:
+            return
 
 
-def _check_served(config: GenerationConfig) -> None:
-    """Raises Unsupported when a configuration asks for penalties, bans, beams or anything else of that kind."""
-    asked = {
-        key
-        for key, value in config.to_diff_dict().items()
-        if value and (value is True or value != 1)  # 0, 1, None and False change nothing
-    }
-    if unserved := sorted(asked - SERVED):
-        raise Unsupported(f"its generation configuration sets {', '.join(unserved)}")
+def _check_generation_config(config: GenerationConfig) -> None:
+    """Raises Unsupported if a generation configuration sets penalties, bans, beams or any other unsupported key."""
+    unsupported = set()
+    for key, value in config.to_diff_dict().items():
+        has_effect = value and (value is True or value != 1)  # 0, 1, None and False are neutral
+        if has_effect and key not in SUPPORTED_KEYS:
+            unsupported.add(key)
+    if unsupported:
+        raise Unsupported(f"its generation configuration sets {', '.join(sorted(unsupported))}")
 
 
-def _by_transformers(
-    model: Any, tokenizer: Any, ids: Tensor, count: int, temperature: float, streamer: TextStreamer | None
+def _generate_with_transformers(
+    model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float, streamer: TextStreamer | None
 ) -> list[int]:
+    """Returns the tokens that ``model.generate`` writes after ``ids`` [1, S]."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if streamer:
-        streamer.skip_prompt = streamer.next_tokens_are_prompt = True
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        streamer.skip_prompt = True
+        streamer.next_tokens_are_prompt = True
+    pad_token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.inference_mode():
-        out = model.generate(
+        output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            pad_token_id=pad,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token,
             streamer=streamer,
             **sampling,
         )
-    return out[0, ids.shape[1] :].tolist()
+    return output[0, ids.shape[1] :].tolist()
 
 
 def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+    """Returns the tokens that end a text."""
+    end_tokens = model.generation_config.eos_token_id
+    if end_tokens is None:
+        return set()
+    return set(end_tokens) if isinstance(end_tokens, list) else {end_tokens}
 
 
 @functools.cache
-def say_once(line: str) -> None:
+def warn_once(line: str) -> None:
+    """Logs a warning, unless the process has logged the same one before."""
     logging.getLogger("gemq").warning(printable(line))

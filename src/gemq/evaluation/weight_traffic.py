@@ -1,8 +1,8 @@
-"""How many bytes of weights a decode step reads, and how fast a device copies: what bounds a decoder's speed.
+"""The memory traffic that bounds a decoder's speed: weight bytes per decode step, and the device's copy bandwidth.
 
-A step reads every dense weight once and each routed expert that any of its tokens chose once. Which those are is
-watched, not assumed. Left out: the embedding (one row a token; counted where it is the output matrix too), keys and
-values, activations.
+A step reads every dense weight once, and every routed expert that at least one of its tokens chose. The choices are
+measured. Not counted are the embedding, of which a step reads one row per token (unless it is the output matrix as
+well), keys and values, and activations.
 """
 
 from __future__ import annotations
@@ -21,68 +21,96 @@ from gemq.models.experts import expert_count, watch_experts
 from gemq.models.structure import is_experts
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
-COPIES = 4
+"""Size of the tensor that is copied to measure the bandwidth."""
+
+COPIES_PER_RUN = 4
+NUM_RUNS = 7
+NUM_WARM_UP_RUNS = 2
+
+PACKED_BUFFERS = ("codes", "scales", "offsets")
+"""Buffers of packed modules that hold weights."""
 
 
 def dense_bytes(model: Any) -> int:
-    """Bytes of all weights but routed experts and an embedding that is nothing else."""
-    skipped = {id(t) for m in model.modules() if _has_experts(m) for t in _tensors(m)}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    """Returns the bytes of all weights except routed experts and an embedding that is not tied to the output."""
+    skipped: set[int] = set()
+    for module in model.modules():
+        if _is_experts(module):
+            skipped.update(id(tensor) for tensor in _weights(module))
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         skipped.add(id(embedding.weight))
-    return sum(t.nbytes for t in {id(t): t for t in _tensors(model)}.values() if id(t) not in skipped)
+    dense = {id(tensor): tensor for tensor in _weights(model) if id(tensor) not in skipped}
+    return sum(tensor.nbytes for tensor in dense.values())
 
 
 def expert_bytes(experts: Any) -> list[int]:
-    """Bytes of each routed expert of one experts module."""
-    packed = [m for m in experts.children() if isinstance(m, PackedMatrices)]
+    """Returns the bytes of each routed expert of one experts module."""
     count = expert_count(experts)
-    shared = sum(p.nbytes for p in experts.parameters() if p.shape[:1] == (count,)) // count
-    return [shared + sum(t.nbytes for m in packed for t in m.matrix(e)) for e in range(count)]
+    stacked = [parameter for parameter in experts.parameters() if parameter.shape[:1] == (count,)]
+    unpacked_bytes = sum(parameter.nbytes for parameter in stacked) // count
+    sizes = [unpacked_bytes] * count
+    for matrices in experts.children():
+        if isinstance(matrices, PackedMatrices):
+            for expert in range(count):
+                sizes[expert] += sum(tensor.nbytes for tensor in matrices.matrix(expert))
+    return sizes
 
 
 @torch.no_grad()
 def bytes_per_step(decoder: Decoder, steps: int = 8) -> float:
-    """Mean over the ``steps`` next steps. Call it before ``prepare``: what a graph chooses cannot be watched."""
-    experts = [m for m in decoder.model.modules() if _has_experts(m)]
-    sizes = [torch.tensor(expert_bytes(m)) for m in experts]
-    read = []
+    """Returns the mean bytes of weights that a decode step reads. Runs the decoder for ``steps`` steps.
+
+    Call it before ``decoder.prepare``: the experts chosen inside a CUDA graph cannot be recorded.
+    """
+    modules = [module for module in decoder.model.modules() if _is_experts(module)]
+    sizes = [torch.tensor(expert_bytes(module)) for module in modules]
+    bytes_read = []
     for _ in range(steps):
         with ExitStack() as stack:
-            calls = [stack.enter_context(watch_experts(m)) for m in experts]
+            calls = [stack.enter_context(watch_experts(module)) for module in modules]
             decoder.step()
-        chosen = [found[0].top_k_index.unique().cpu() for found in calls]
-        read.append(sum(int(size[e[e < len(size)]].sum()) for size, e in zip(sizes, chosen, strict=True)))
-    return dense_bytes(decoder.model) + mean(read)
+        step_bytes = 0
+        for module_sizes, module_calls in zip(sizes, calls, strict=True):
+            chosen = module_calls[0].top_k_index.unique().cpu()
+            chosen = chosen[chosen < len(module_sizes)]  # larger indices mark unused slots
+            step_bytes += int(module_sizes[chosen].sum())
+        bytes_read.append(step_bytes)
+    return dense_bytes(decoder.model) + mean(bytes_read)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that the device reads and writes together while it copies; the median of several copies."""
+    """Returns the bytes per second that the device reads plus writes while it copies: the median of several runs."""
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
-    for _ in range(7):
+    for _ in range(NUM_RUNS):
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(COPIES):
+        for _ in range(COPIES_PER_RUN):
             target.copy_(source)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes * COPIES / median(seconds[2:])
+    return 2 * source.nbytes * COPIES_PER_RUN / median(seconds[NUM_WARM_UP_RUNS:])
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for the work launched on a GPU. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _has_experts(module: nn.Module) -> bool:
+def _is_experts(module: nn.Module) -> bool:
+    """Whether a module holds routed experts, packed or not."""
     return isinstance(module, PackedExperts) or is_experts(module)
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters, and what packed modules hold in buffers."""
-    buffers = [
-        b for m in module.modules() for n, b in m.named_buffers(recurse=False) if n in ("codes", "scales", "offsets")
-    ]
-    return [*module.parameters(), *buffers]
+def _weights(module: nn.Module) -> list[Tensor]:
+    """Returns all parameters, and the buffers in which packed modules hold their weights."""
+    weights: list[Tensor] = list(module.parameters())
+    for submodule in module.modules():
+        for name, buffer in submodule.named_buffers(recurse=False):
+            if name in PACKED_BUFFERS:
+                weights.append(buffer)
+    return weights

@@ -1,1 +1,1 @@
-"""Transformers models as gemq sees them: where they come from, where their experts are, how layers are replayed."""
+"""Source models: their files, the structure of their layers and experts, and replay layer by layer."""

@@ -1,6 +1,6 @@
-"""Which of Transformers' Auto classes builds a model: text alone, or text inside a model that also sees or hears.
+"""Selects the Auto class of Transformers for a model: text only, or multimodal.
 
-A vision-language checkpoint is kept whole: its language model is quantized, the rest stays as it is.
+A vision-language checkpoint keeps all of its modules. Only its language model is quantized.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class for a configuration.
+    """Returns the Auto class for a configuration.
 
-    The one that makes what the checkpoint says it holds (``architectures``); else the first that knows the
-    configuration; else ``AutoModelForCausalLM``, which says why it cannot (or runs code that the model brings).
+    It is the class that builds one of the configuration's ``architectures``, or else the first one that supports the
+    configuration. Without either it is ``AutoModelForCausalLM``, which runs code of the model or raises a clear error.
     """
-    known = {auto: _classes(auto, config) for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM)}
-    wanted = set(getattr(config, "architectures", None) or ())
-    for auto, names in known.items():
-        if names & wanted:
+    architectures = set(getattr(config, "architectures", None) or ())
+    default = None
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        names = _model_classes(auto, config)
+        if names & architectures:
             return auto
-    return next((auto for auto, names in known.items() if names), AutoModelForCausalLM)
+        if names and default is None:
+            default = auto
+    return default or AutoModelForCausalLM
 
 
-def _classes(auto: Any, config: Any) -> set[str]:
-    """Names of the model classes that ``auto`` has for a configuration."""
+def _model_classes(auto: Any, config: Any) -> set[str]:
+    """Returns the names of the model classes that an Auto class has for a configuration."""
     if type(config) not in auto._model_mapping:
         return set()
-    found = auto._model_mapping[type(config)]
-    return {c.__name__ for c in (found if isinstance(found, list | tuple) else (found,))}
+    classes = auto._model_mapping[type(config)]
+    if not isinstance(classes, list | tuple):
+        classes = (classes,)
+    return {model_class.__name__ for model_class in classes}

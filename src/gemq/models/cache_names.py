@@ -10,19 +10,23 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_name(names: Iterable[str]) -> str | None:
-    """The name of the cache among the names of arguments; None if it is not there."""
+    """Returns the name of the cache among names of arguments, or None if it is not among them."""
     names = set(names)
-    return next((name for name in CACHE_NAMES if name in names), None)
+    for name in CACHE_NAMES:
+        if name in names:
+            return name
+    return None
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """``cache`` as a keyword argument of ``model``, by the name that its forward declares.
+    """Returns the keyword argument that passes ``cache`` to ``model``.
 
-    A forward that declares neither name gets the older one, which all supported versions accept.
+    A forward that declares neither name receives the older one, which all supported versions accept.
     """
-    return {cache_name(inspect.signature(model.forward).parameters) or CACHE_NAMES[-1]: cache}
+    name = cache_name(inspect.signature(model.forward).parameters) or CACHE_NAMES[-1]
+    return {name: cache}
 
 
 def output_cache(output: Any) -> Any:
-    """The cache in a model's output; None if the model made none."""
+    """Returns the cache in a model's output, or None if the model created none."""
     return output.cache if hasattr(output, "cache") else output.past_key_values

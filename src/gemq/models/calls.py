@@ -1,6 +1,6 @@
-"""Calls into Transformers, and into code that a model brings, that end in one line whatever they raise.
+"""Turns exceptions of Transformers, and of code that a model brings, into one-line errors.
 
-A configuration or a tokenizer that is not as Transformers expects makes it raise nearly any exception.
+A configuration or tokenizer that Transformers does not expect makes it raise almost any exception.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import torch
 
 from gemq.errors import UserError
 
-MOST_CHARACTERS = 300
-"""Of an exception's message that is shown."""
+MAX_MESSAGE_LENGTH = 300
 
 
 @contextmanager
 def one_line_errors(problem: str, advice: str | Callable[[], str]) -> Iterator[None]:
-    """Turns any exception into a UserError: the problem, the exception's first line, and what to do.
+    """Turns any exception into a UserError, except UserErrors and out-of-memory errors.
 
-    UserErrors and exceptions for want of memory stay what they are. Wrap calls of others' code only.
+    Use it only around calls of code outside gemq.
+
+    Args:
+        problem: what went wrong
+        advice: what to do, or a function that returns it
     """
     try:
         yield
@@ -29,14 +32,16 @@ def one_line_errors(problem: str, advice: str | Callable[[], str]) -> Iterator[N
     except ImportError as error:
         raise UserError(f"{problem} ({summary(error)}): install what is missing") from error
     except Exception as error:
-        what_to_do = advice if isinstance(advice, str) else advice()
-        raise UserError(f"{problem} ({summary(error)}): {what_to_do}") from error
+        advice_text = advice if isinstance(advice, str) else advice()
+        raise UserError(f"{problem} ({summary(error)}): {advice_text}") from error
 
 
 def summary(error: Exception) -> str:
-    """The first line of an exception's message; the next one, too, where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    text = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
-    if " " not in text:  # the message of a KeyError is the key alone
+    """Returns the first line of an exception's message, with the next one if the first line ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    if text.endswith(":"):
+        text = " ".join(lines[:2])
+    if " " not in text:  # for example, the message of a KeyError is only the key
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text[:MOST_CHARACTERS]
+    return text[:MAX_MESSAGE_LENGTH]

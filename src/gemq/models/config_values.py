@@ -1,4 +1,4 @@
-"""What a configuration says of a model's layers, positions and tokens, whichever way a family writes it down."""
+"""Values of a configuration that families store in different ways: layers, positions and tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def layer_configs(config: Any) -> list[Any]:
-    """One configuration for each layer.
+    """Returns one configuration for each layer.
 
-    Some families give single layers values of their own, such as Gemma 4's head_dim. The model's configuration then
-    refuses to be asked for these (``AmbiguousGlobalPerLayerAttributeError``).
+    Some families have values that differ between layers, such as head_dim in Gemma 4. Reading such a value from the
+    model's configuration raises ``AmbiguousGlobalPerLayerAttributeError``.
     """
     if getattr(config, "is_heterogeneous", False):
         return list(config.per_layer_config)
@@ -18,40 +18,44 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def rotary_limit(config: Any) -> int | None:
-    """Tokens of a sequence up to which rotary factors are the same at every length. None: at any length.
+    """Returns the length up to which rotary factors do not depend on the length of a sequence, or None for any length.
 
-    Beyond it, ``longrope`` takes its other set of factors for all positions, and ``dynamic`` computes new ones at every
-    length. Transformers' other types depend on positions alone.
+    Beyond it, ``longrope`` uses its second set of factors for all positions, and ``dynamic`` computes new factors for
+    every length. The factors of other types depend on positions alone.
     """
-    limits = [limit for parameters in _rotary_parameters(config) if (limit := _limit(config, parameters)) is not None]
+    limits = []
+    for parameters in _rotary_parameters(config):
+        limit = _limit_of_type(config, parameters)
+        if limit is not None:
+            limits.append(limit)
     return min(limits, default=None)
 
 
-def _limit(config: Any, parameters: dict[str, Any]) -> int | None:
-    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-    if kind == "longrope":
+def _limit_of_type(config: Any, parameters: dict[str, Any]) -> int | None:
+    """Returns ``rotary_limit`` for one set of rotary parameters."""
+    rope_type = str(parameters.get("rope_type", parameters.get("type", "default")))
+    if rope_type == "longrope":
         name = "original_max_position_embeddings"
         limit = parameters.get(name) or getattr(config, name, None) or config.max_position_embeddings
-    elif "dynamic" in kind:
-        limit = config.max_position_embeddings
-    else:
-        return None
-    return int(limit)
+        return int(limit)
+    if "dynamic" in rope_type:
+        return int(config.max_position_embeddings)
+    return None
 
 
 def _rotary_parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """The sets of rotary parameters: one, or one for each type of layer."""
-    for name in ("rope_parameters", "rope_scaling"):  # the second is the older name, still in code of other people
+    """Yields the sets of rotary parameters: one, or one for each layer type."""
+    for name in ("rope_parameters", "rope_scaling"):  # rope_scaling is the older name, still used in remote code
         values = getattr(config, name, None)
         if isinstance(values, dict):
-            parts = [value for value in values.values() if isinstance(value, dict)]
-            yield from parts or [values]
+            by_layer_type = [value for value in values.values() if isinstance(value, dict)]
+            yield from by_layer_type or [values]
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Tokens that the model has embeddings for: numbers from this one up end in an error. None: not known.
+    """Returns the number of tokens that the model has embeddings for, or None if it is not known.
 
-    The model may be on the meta device.
+    Larger token ids raise an error. The model may be on the meta device.
     """
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)

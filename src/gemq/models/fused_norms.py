@@ -1,13 +1,16 @@
-"""Norms and rotary positions in one or two kernels where families write them in eight and ten.
+"""Fused kernels for the norms and rotary positions of a model on a GPU.
 
-They are small, and a layer has up to four norms: on a GPU their kernels are two of five that a layer launches, forward
-as backward. Taken over is what computes the same, which is tried out for each kind; all others stay the family's own.
+Families compute a norm in about eight kernels and rotary positions in ten. The kernels are small, and a layer has up to
+four norms, so they are two fifths of the launches of a layer in both directions. One or two kernels replace them where
+these compute the same, which is tested for each kind. Only modules of the given model change. Others of the same family
+keep the family's code.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -19,123 +22,189 @@ from torch.func import functional_call
 from gemq.models.structure import is_norm
 from gemq.runtime.fallbacks import optional
 
-LARGEST_DIFFERENCE = 1e-3
-"""Relative, in bfloat16, whose roundings are 4e-3: a kind of norm that rounds elsewhere differs by 2e-3."""
+MAX_DIFFERENCE = 1e-3
+"""Relative difference of bfloat16 results up to which norms are equal. A roundoff is 4e-3, and norms that round at
+another step differ by 2e-3."""
 
 ROTARY = "apply_rotary_pos_emb"
-"""What the families' modules call the function that turns queries and keys."""
+"""Name of the function in the families' code that rotates queries and keys."""
 
-Norm = Callable[[Any, Tensor], Tensor]
-Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+NormForward = Callable[[Any, Tensor], Tensor]
+RotaryFunction = Callable[..., Any]
 
 
 def use_fused_kernels(model: nn.Module, device: torch.device) -> None:
-    """Makes a model on a GPU, and its family in this process, compute norms and rotary positions in few kernels."""
+    """Makes a model on a GPU compute norms and rotary positions with fused kernels, where these compute the same."""
     with optional("norms_not_fused"):
         use_fused_norms(model, device)
     with optional("rotary_not_fused"):
-        from gemq.kernels.training.rotary import rotary, usable  # triton comes with torch for CUDA, not for CPUs
-
-        use_fused_rotary(model, rotary, usable)
+        use_fused_rotary(model)
 
 
 # Norms
 
 
-def _rounded_before_weight(norm: Any, hidden: Tensor) -> Tensor:
+def _rms_norm_rounded_twice(norm: Any, hidden: Tensor) -> Tensor:
+    """RMS norm whose result is rounded before the multiplication with the weight."""
     return norm.weight * F.rms_norm(hidden, hidden.shape[-1:], None, _eps(norm))
 
 
-def _rounded_once(norm: Any, hidden: Tensor) -> Tensor:
+def _rms_norm_rounded_once(norm: Any, hidden: Tensor) -> Tensor:
+    """RMS norm that is multiplied with the weight before it is rounded."""
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, _eps(norm))
 
 
-_NORMS: tuple[Norm, ...] = (_rounded_before_weight, _rounded_once)
-
-
 def _eps(norm: Any) -> float | None:
-    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return found if isinstance(found, float) else None
+    """Returns what a norm adds to the variance, or None if it is not known."""
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps if isinstance(eps, float) else None
 
 
 @torch.no_grad()
 def use_fused_norms(model: nn.Module, device: torch.device) -> int:
-    """Makes a model's norms compute as ``torch.nn.functional.rms_norm`` does. Returns how many do.
+    """Makes norms compute with ``torch.nn.functional.rms_norm``, where it computes the same.
 
-    Of norms of one class and size one is tried on ``device``, on random numbers; weights are not looked at.
+    Args:
+        model: may be on the meta device
+        device: on which one norm of each class and size is tested, with random numbers
+
+    Returns:
+        The number of norms that were changed.
     """
-    known: dict[tuple[type, int, float | None], Norm | None] = {}
+    forwards: dict[tuple[type, int, float | None], NormForward | None] = {}
     count = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not is_norm(module) or not isinstance(weight, Tensor) or weight.dim() != 1:
             continue
         kind = (type(module), len(weight), _eps(module))
-        if kind not in known:
-            known[kind] = next((own for own in _NORMS if _same_norm(own, module, device)), None)
-        if (own := known[kind]) is not None:
-            module.forward = MethodType(own, module)
+        if kind not in forwards:
+            forwards[kind] = _equal_norm_forward(module, device)
+        forward = forwards[kind]
+        if forward is not None:
+            module.forward = MethodType(forward, module)
             count += 1
     return count
 
 
-def _same_norm(own: Norm, norm: Any, device: torch.device) -> bool:
-    """Whether a norm computes what ``own`` does."""
+def _equal_norm_forward(norm: Any, device: torch.device) -> NormForward | None:
+    """Returns the fused forward that computes the same as a norm, or None if there is none."""
     if list(norm.state_dict()) != ["weight"] or _eps(norm) is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
+        return None
     size = len(norm.weight)
-    hidden, weight = (torch.randn(n, size, generator=generator).to(device, torch.bfloat16) for n in (64, 1))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, size, generator=generator).to(device, torch.bfloat16)
+    weight = torch.randn(size, generator=generator).to(device, torch.bfloat16)
     try:
-        expected = functional_call(norm, {"weight": weight[0]}, (hidden,)).float()
-    except Exception:  # noqa: BLE001 - model code: it wants more than hidden states, or something else
-        return False
-    found = own(SimpleNamespace(weight=weight[0], eps=_eps(norm)), hidden).float()
-    return float((found - expected).norm() / expected.norm()) < LARGEST_DIFFERENCE
+        expected = functional_call(norm, {"weight": weight}, (hidden,)).float()
+    except Exception:  # noqa: BLE001 - model code, which may require other arguments
+        return None
+    for forward in (_rms_norm_rounded_twice, _rms_norm_rounded_once):
+        result = forward(SimpleNamespace(weight=weight, eps=_eps(norm)), hidden).float()
+        if float((result - expected).norm() / expected.norm()) < MAX_DIFFERENCE:
+            return forward
+    return None
 
 
 # Rotary positions
 
 
-def use_fused_rotary(model: nn.Module, turn: Turn, usable: Callable[[Tensor, Tensor, Tensor], bool]) -> int:
-    """Puts ``turn`` in place of what a family's module calls ``apply_rotary_pos_emb``. Returns in how many modules.
+def use_fused_rotary(model: nn.Module) -> int:
+    """Makes attention modules compute rotary positions with one kernel, where it computes the same.
 
-    usable: whether it takes a call's tensors, if they are on a GPU; what it does not take goes the family's own way
+    The family's code calls its rotary function by a global name. Each changed module replaces this global only while
+    its ``forward`` runs.
+
+    Returns:
+        The number of modules that were changed.
     """
+    from gemq.kernels.training.rotary import rotary, usable  # triton is not installed with torch for CPUs
+
+    fused_functions: dict[RotaryFunction, RotaryFunction | None] = {}
     count = 0
-    for name in sorted({type(module).__module__ for module in model.modules()}):
-        code = sys.modules[name]
-        own = getattr(code, ROTARY, None)
-        if own is None or hasattr(own, "gemq_fused") or not _same_rotary(own):
+    for module in model.modules():
+        forward = inspect.unwrap(type(module).forward)
+        if ROTARY not in forward.__code__.co_names:
             continue
-        setattr(code, ROTARY, _either(own, turn, usable))
-        count += 1
+        original = forward.__globals__.get(ROTARY)
+        if original is None:
+            continue
+        if original not in fused_functions:
+            is_equal = _is_plain_rotary(original)
+            fused_functions[original] = _fuse_rotary(original, rotary, usable) if is_equal else None
+        fused = fused_functions[original]
+        if fused is not None:
+            module.forward = MethodType(_forward_with_rotary(type(module), original, fused), module)
+            count += 1
     return count
 
 
-def _either(own: Any, turn: Turn, usable: Callable[[Tensor, Tensor, Tensor], bool]) -> Any:
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
-        plain = not rest and not more and q.is_cuda and not torch.compiler.is_compiling()
-        if plain and usable(q, cos, sin) and usable(k, cos, sin):
-            return turn(q, cos, sin), turn(k, cos, sin)
-        return own(q, k, cos, sin, *rest, **more)
+def _fuse_rotary(
+    original: RotaryFunction,
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor],
+    usable: Callable[[Tensor, Tensor, Tensor], bool],
+) -> RotaryFunction:
+    """Returns a function that calls the kernel, or ``original`` for arguments that the kernel does not support.
 
-    apply_rotary_pos_emb.gemq_fused = True  # type: ignore[attr-defined]
+    Args:
+        original: the family's function
+        rotary: the kernel, for queries or keys, cosines and sines
+        usable: whether the kernel supports these
+    """
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        has_options = bool(args or kwargs)
+        if not has_options and q.is_cuda and usable(q, cos, sin) and usable(k, cos, sin):
+            return rotary(q, cos, sin), rotary(k, cos, sin)
+        return original(q, k, cos, sin, *args, **kwargs)
+
     return apply_rotary_pos_emb
 
 
+def _forward_with_rotary(module_class: type, original: RotaryFunction, fused: RotaryFunction) -> Callable[..., Any]:
+    """Returns a ``forward`` for modules of a class that calls ``fused`` in place of the family's rotary function."""
+    class_forward: Any = module_class.forward  # type: ignore[attr-defined]
+    namespace = inspect.unwrap(class_forward).__globals__
+
+    @contextmanager
+    def replaced_rotary() -> Iterator[None]:
+        namespace[ROTARY] = fused
+        try:
+            yield
+        finally:
+            namespace[ROTARY] = original
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # Inductor fuses the family's function by itself
+            return class_forward(module, *args, **kwargs)
+        with replaced_rotary():
+            return class_forward(module, *args, **kwargs)
+
+    return forward
+
+
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What is tried for: x [B, N, S, D] turned by cos and sin [B, S, D], the second half of D with the first."""
-    first, second = x.chunk(2, -1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    """Reference implementation of the kernel: rotates the first half of D with the second.
+
+    Args:
+        x: queries or keys, [B, N, S, D]
+        cos: cosines, [B, S, D]
+        sin: sines, [B, S, D]
+    """
+    first_half, second_half = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-second_half, first_half), -1) * sin.unsqueeze(1)
 
 
-def _same_rotary(own: Any) -> bool:
-    """Whether a family's function is that of ``plain_rotary``, for queries and keys."""
+def _is_plain_rotary(function: RotaryFunction) -> bool:
+    """Whether a family's function computes ``plain_rotary`` of queries and keys."""
     generator = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(2, *n, 5, 16, generator=generator).bfloat16() for n in ((3,), (1,), (), ()))
+    batch, tokens, size = 2, 5, 16
+    q = torch.randn(batch, 3, tokens, size, generator=generator).bfloat16()
+    k = torch.randn(batch, 1, tokens, size, generator=generator).bfloat16()
+    cos = torch.randn(batch, tokens, size, generator=generator).bfloat16()
+    sin = torch.randn(batch, tokens, size, generator=generator).bfloat16()
     try:
-        found = own(q, k, cos, sin)
-        return all(torch.equal(x, plain_rotary(y, cos, sin)) for x, y in zip(found, (q, k), strict=True))
-    except Exception:  # noqa: BLE001 - model code: it takes something else
+        rotated_q, rotated_k = function(q, k, cos, sin)
+        return torch.equal(rotated_q, plain_rotary(q, cos, sin)) and torch.equal(rotated_k, plain_rotary(k, cos, sin))
+    except Exception:  # noqa: BLE001 - model code, which may require other arguments
         return False

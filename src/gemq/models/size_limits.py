@@ -1,8 +1,9 @@
-"""Bounds for models that are built from a config.json: its numbers must agree with the headers of the weights.
+"""Limits for models that are built from a config.json: its numbers must be consistent with the weight files.
 
-Building a model takes memory and time by the numbers in config.json, also on the meta device: a Python object for each
-layer, a label for each class. One wrong digit there must end in a line, not in hours. So counts are compared with the
-headers before Transformers sees them, and construction stops as soon as a model grows larger than its files.
+Building a model takes memory and time in proportion to numbers in config.json, also on the meta device: a Python object
+for each layer, a label for each class. A wrong digit must end in a message and not take hours. Counts are therefore
+compared with the headers of the files before Transformers reads them, and construction stops when the model becomes
+larger than its files.
 """
 
 from __future__ import annotations
@@ -21,21 +22,30 @@ if TYPE_CHECKING:
     from torch import nn
 
 COUNTS = re.compile(r"^(?!.*(size|dim|length)).*(layer|expert|label|depth|block|stage|codebook|quantizer|level|head)")
-"""Names of numbers for which Transformers makes so many Python objects. Sizes, such as ``vocab_size_per_layer_input``,
-are none."""
+"""Names of numbers that determine how many Python objects Transformers creates. Sizes, such as
+``vocab_size_per_layer_input``, do not."""
 
 ALWAYS_ALLOWED = 1 << 16
-"""A count that costs nothing. Sizes of chunks and images, which no weight has, are below it."""
+"""A count that costs nothing. Sizes of chunks and images, which are no dimension of a weight, are smaller."""
 
-MODULES_PER_TENSOR, FEW_MODULES, MODULES_WITHOUT_FILES = 100, 1_000, 1_000_000
-"""Modules without weights (activations, dropout, containers) come with those that have some."""
+MAX_MODULES_PER_TENSOR = 100
+ALWAYS_ALLOWED_MODULES = 1_000
+MAX_MODULES_WITHOUT_FILES = 1_000_000
+"""Limits for the number of modules, which includes modules without weights: activations, dropout, containers."""
 
-ELEMENTS_PER_BYTE, FEW_ELEMENTS = 16, 100_000_000
-"""A byte may hold eight codes. Buffers such as masks are stored nowhere."""
+MAX_ELEMENTS_PER_BYTE = 16
+ALWAYS_ALLOWED_ELEMENTS = 100_000_000
+"""Limits for the number of elements. A byte may hold eight codes, and buffers such as masks are not in the files."""
 
 
 class StoredSize(NamedTuple):
-    """How much the weight files hold: tensors, their bytes, and the largest dimension of any."""
+    """Size of a model's weight files.
+
+    Attributes:
+        tensors: number of tensors
+        bytes: of all tensors
+        largest: dimension of a tensor
+    """
 
     tensors: int
     bytes: int
@@ -43,31 +53,35 @@ class StoredSize(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, StoredTensor]) -> StoredSize:
-        specs = [stored.spec for stored in tensors.values()]
-        largest = max((dimension for spec in specs for dimension in spec.shape), default=0)
-        return cls(len(specs), sum(spec.bytes for spec in specs), largest)
+        """Returns the size of tensors."""
+        num_bytes = 0
+        largest = 0
+        for stored in tensors.values():
+            num_bytes += stored.spec.bytes
+            largest = max(largest, max(stored.spec.shape, default=0))
+        return cls(len(tensors), num_bytes, largest)
 
     @classmethod
     def in_directory(cls, directory: Path) -> StoredSize:
-        """Zeros where the weights are not there (yet). Raises UserError for damaged headers."""
+        """Returns the size of a model's files, or zeros if there are none. Raises UserError for damaged headers."""
         try:
             files = weight_files(directory)
-        except UserError:  # whoever reads weights says so
+        except UserError:  # reported when the weights are read
             return cls(0, 0, 0)
-        return _size_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        return _size_of_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=8)
-def _size_of(files: tuple[tuple[Path, int, int], ...]) -> StoredSize:
-    """Of files with their sizes and times: a job asks several times."""
+def _size_of_files(files: tuple[tuple[Path, int, int], ...]) -> StoredSize:
+    """Returns the size of files, given with their sizes and times. Cached, since a job calls it several times."""
     return StoredSize.of(stored_tensors(file for file, _, _ in files))
 
 
 def check_config_sizes(config: Any, directory: Path, stored: StoredSize) -> None:
-    """Raises UserError when a count in ``config``, the contents of config.json, is beyond what the files can hold."""
-    bound = max(ALWAYS_ALLOWED, stored.tensors, stored.largest)
+    """Raises UserError if a count in ``config``, the contents of config.json, exceeds what the files can hold."""
+    limit = max(ALWAYS_ALLOWED, stored.tensors, stored.largest)
     for path, value in _integers(config, ""):
-        if value > bound and COUNTS.search(path.rpartition(".")[2]):
+        if value > limit and COUNTS.search(path.rpartition(".")[2]):
             raise UserError(
                 f"config.json of {directory} has {path} = {value}, more than its weights can hold "
                 f"({stored.tensors} tensors): copy the checkpoint again"
@@ -75,38 +89,41 @@ def check_config_sizes(config: Any, directory: Path, stored: StoredSize) -> None
 
 
 def check_source_sizes(directory: Path) -> None:
-    """The same check for a full-precision model. Without weights beside config.json, counts have a fixed bound."""
+    """``check_config_sizes`` for a full-precision model. If there are no weight files, counts have a fixed limit."""
     check_config_sizes(read_json(directory / "config.json"), directory, StoredSize.in_directory(directory))
 
 
 @contextmanager
 def bounded_construction(directory: Path, stored: StoredSize | None = None) -> Iterator[None]:
-    """Raises UserError inside as soon as a model under construction has grown beyond the weights in ``directory``.
+    """Raises UserError inside the context when a model under construction becomes larger than its weight files.
 
-    Counts what modules register: submodules, and elements of parameters and buffers. Not for several threads.
+    Counts submodules, and elements of parameters and buffers, when they are registered. Not thread-safe.
 
     Args:
         directory: of the model's files
-        stored: what they hold, where their headers have been read already
+        stored: size of the files, if it is known
     """
     from torch.nn.modules import module as hooks
 
     if stored is None:
         stored = StoredSize.in_directory(directory)
-    most_modules = FEW_MODULES + MODULES_PER_TENSOR * stored.tensors if stored.tensors else MODULES_WITHOUT_FILES
-    most_elements = FEW_ELEMENTS + ELEMENTS_PER_BYTE * stored.bytes if stored.tensors else None
+    max_modules = MAX_MODULES_WITHOUT_FILES
+    max_elements = None
+    if stored.tensors:
+        max_modules = ALWAYS_ALLOWED_MODULES + MAX_MODULES_PER_TENSOR * stored.tensors
+        max_elements = ALWAYS_ALLOWED_ELEMENTS + MAX_ELEMENTS_PER_BYTE * stored.bytes
     modules = elements = 0
 
     def count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
         nonlocal modules
         modules += 1
-        if modules > most_modules:
+        if modules > max_modules:
             raise _too_large(directory)
 
     def count_elements(module: nn.Module, name: str, tensor: Any) -> None:
         nonlocal elements
         elements += 0 if tensor is None else tensor.numel()
-        if most_elements is not None and elements > most_elements:
+        if max_elements is not None and elements > max_elements:
             raise _too_large(directory)
 
     handles = [
@@ -122,7 +139,10 @@ def bounded_construction(directory: Path, stored: StoredSize | None = None) -> I
 
 
 def _integers(values: Any, path: str) -> Iterator[tuple[str, int]]:
-    """Every integer in JSON values, with the names that lead to it. Quantization settings have their own checks."""
+    """Yields the absolute values of all integers in JSON values, with their paths.
+
+    Skips quantization settings, which have their own checks.
+    """
     if isinstance(values, dict):
         for key, value in values.items():
             if key != "quantization_config":
@@ -135,4 +155,5 @@ def _integers(values: Any, path: str) -> Iterator[tuple[str, int]]:
 
 
 def _too_large(directory: Path) -> UserError:
+    """Returns the error for a model that is larger than its files."""
     return UserError(f"config.json of {directory} describes a larger model than its weights: copy the checkpoint again")
