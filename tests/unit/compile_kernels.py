@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
 from gemq.kernels.decode import attention, bit_fields, launch
-from gemq.kernels.grouped import dequantize, matmul, routing
+from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
 
@@ -142,7 +142,7 @@ def empty_bytes() -> torch.Tensor:
     return torch.empty(64, dtype=torch.uint8)
 
 
-def tiles() -> list[tuple[torch.dtype, matmul.Config]]:
+def tiles() -> list[tuple[torch.dtype, matmul.TileConfig]]:
     return [
         (dtype, config)
         for dtype in (BF16, FP16, FP32)
@@ -153,7 +153,7 @@ def tiles() -> list[tuple[torch.dtype, matmul.Config]]:
 GROUPED: Axes = {
     "arch": ARCHITECTURES,
     "tile": tiles(),
-    "widths": [dequantize.levels_mask(LOW), dequantize.levels_mask([256])],
+    "widths": [unpack.levels_mask(LOW), unpack.levels_mask([256])],
     "group": [128, 256, 64, 32, 16],
     "product": [*ACTIVATIONS, "down"],
     "bias": [False, True],
@@ -166,7 +166,7 @@ def grouped(tile: Any, widths: int, group: int, product: str, bias: bool, index:
     columns, rows, experts, top_k = 2 * group, 512, 8, 4
     table = torch.empty(experts, 3, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    w = matmul.Packed(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, widths, rows, group)
+    w = dequantize.PackedWeights(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, widths, rows, group)
     order = routing.sort_pairs(torch.empty(64, top_k, dtype=index), experts, config.block_m)
     x = torch.empty(64, columns, dtype=dtype)
     if product == "down":
@@ -180,7 +180,7 @@ def grouped(tile: Any, widths: int, group: int, product: str, bias: bool, index:
 LINEAR: Axes = {
     "arch": ARCHITECTURES,
     "tile": tiles(),
-    "levels": dequantize.ALL_LEVELS,
+    "levels": unpack.ALL_LEVELS,
     "group": [128, 64, 32, 16],
     "bias": [False, True],
 }
@@ -190,18 +190,18 @@ def grouped_linear(tile: Any, levels: int, group: int, bias: bool) -> None:
     dtype, config = tile
     rows = 512
     biases = torch.empty(rows, dtype=dtype) if bias else None
-    w = matmul.Packed(
-        empty_bytes(), empty_bytes(), empty_bytes(), None, biases, dequantize.width_bit(levels), rows, group
+    w = dequantize.PackedWeights(
+        empty_bytes(), empty_bytes(), empty_bytes(), None, biases, unpack.width_bit(levels), rows, group
     )
     matmul.matmul(torch.empty(64, 2 * group, dtype=dtype), w, config, None)
-    dequantize.dequantize(*w[:4], w.widths, rows, 2 * group, group, dtype)
+    dequantize.dequantize(w, 2 * group, dtype)
 
 
 DECODE: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "tokens": [(1, 8, 64), (4, 2, 8), (9, 4, 8), (16, 8, 64)],  # tokens, slots, experts
-    "widths": [*((levels,) for levels in dequantize.ALL_LEVELS), LOW, dequantize.ALL_LEVELS],
+    "widths": [*((levels,) for levels in unpack.ALL_LEVELS), LOW, unpack.ALL_LEVELS],
     "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16), (16, 16)],  # groups, size
     "product": list(ACTIVATIONS),
     "bias": [False, True],
@@ -225,7 +225,7 @@ DECODE_LINEARS: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "tokens": [1, 4, 16],
-    "levels": dequantize.ALL_LEVELS,
+    "levels": unpack.ALL_LEVELS,
     "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16)],
     "count": [1, 3],
     "rows": [64, 4096],
@@ -294,7 +294,8 @@ def training(dtype: torch.dtype, hidden: int, group: int) -> None:
     dequantize.grid_gradients(torch.empty(experts, rows, columns, dtype=dtype), codes, table, 63, group)
     scales = torch.empty(experts, rows, 2)
     grid_kernel.changed(scales, scales, scales, scales, torch.empty(experts, 1, 1))
-    dequantize.dequantize(codes, scales, scales, table, 63, rows, columns, group, dtype)
+    trained = dequantize.PackedWeights(codes, scales, scales, table, None, 63, rows, group)
+    dequantize.dequantize(trained, columns, dtype)
     for latents in (torch.float32, torch.int16):
         _training_step(dtype, torch.empty(experts, rows, columns, dtype=latents), scales)
 

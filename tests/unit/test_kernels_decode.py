@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.decode.linear_fusion import merge_linears
-from gemq.kernels.training.autograd import experts_with_grids, linear_with_grids
 
 pytest.importorskip("triton")
 from gemq.kernels.decode import launch, operators
@@ -178,10 +177,10 @@ def test_norm_after_each_expert(device, generator):
     check_experts(module, 3, 2, torch.float32, device, generator, unused=True)
 
 
-def test_families_activations_are_recognised():
+def test_families_activations_are_recognized():
     """Every family in the tests fuses; their names are never looked at."""
     from families import MORE, tiny
-    from gemq.kernels.activation import _recognise
+    from gemq.kernels.activation import _recognize
     from gemq.models.structure import find_structure
 
     for family in MORE:
@@ -189,7 +188,7 @@ def test_families_activations_are_recognised():
         _, layer = find_structure(model).moe_layers[0]
         module = model.get_submodule(layer.experts.path)
         module.down_proj.codes = torch.empty(0)  # stands for a packed projection: only its device is asked for
-        found = _recognise(module)
+        found = _recognize(module)
         assert found is not None, family
         y = torch.randn(3, 64) * 5
         wanted = module._apply_gate(y) if module.has_gate else module.act_fn(y)
@@ -220,54 +219,12 @@ def test_gradients_equal_the_references(device, generator):
     assert not dispatch.experts_forward(module, hidden, index, weights).requires_grad
 
 
-def test_gradients_of_grids(generator):
-    """Scales and offsets given as tensors, against plain autograd through dequantized weights."""
-    linear = random_linear(12, 64, 3, 32, generator, bias=True)
-    x = torch.randn(2, 4, 64, generator=generator).requires_grad_()
-    scales, offsets = (grid.requires_grad_() for grid in linear.matrix().grids(3))
-    y = linear_with_grids(x, linear.codes, scales, offsets, 3, 32, linear.bias)
-    codes = linear.matrix().unpack(3, 32).codes.float().unflatten(-1, (-1, 32))
-    plain = F.linear(x, (scales[..., None] * codes + offsets[..., None]).flatten(1), linear.bias)
-    torch.testing.assert_close(y, plain)
-    wanted = [x, scales, offsets, linear.bias]
-    for mine, theirs in zip(*(torch.autograd.grad(z.sin().sum(), wanted) for z in (y, plain)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_of_experts_grids(generator):
-    module = Experts(32, 16, (2, 1.6, 4), generator, group_sizes=(32, 16))
-    hidden = torch.randn(3, 32, generator=generator)
-    index, weights = random_routing(3, 2, 3, generator, torch.float32, "cpu")
-    grids, dense = {}, {}
-    for name in ("gate_up_proj", "down_proj"):
-        matrices = getattr(module, name)
-        parts = [matrices.matrix(e) for e in range(3)]
-        each = [p.grids(width) for p, width in zip(parts, matrices.widths, strict=True)]
-        grids[name] = tuple(torch.stack(same).requires_grad_() for same in zip(*each, strict=True))
-        codes = [p.unpack(w, matrices.group_size).codes for p, w in zip(parts, matrices.widths, strict=True)]
-        codes = torch.stack(codes).float().unflatten(-1, (-1, matrices.group_size))
-        dense[name] = (grids[name][0][..., None] * codes + grids[name][1][..., None]).flatten(2)
-    mine = experts_with_grids(module, hidden, index, weights, grids)
-    plain = torch.zeros_like(hidden)
-    for t in range(3):
-        for k in range(2):
-            e = index[t, k]
-            y = dense["down_proj"][e] @ silu_gate(dense["gate_up_proj"][e] @ hidden[t])
-            plain = plain.index_add(0, torch.tensor([t]), (weights[t, k] * y)[None])
-    torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mine, reference.experts_forward(module, hidden, index, weights), rtol=1e-4, atol=1e-4)
-    sources = [*grids["gate_up_proj"], *grids["down_proj"]]
-    for a, b in zip(*(torch.autograd.grad(z.sin().sum(), sources) for z in (mine, plain)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
 def test_operators_trace(device, generator):
     """Fake implementations and schemas are right, and a compiled module has no break."""
     module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16)).to(device)
     linear = random_linear(32, 32, 4, 32, generator).to(device)
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index, weights = random_routing(2, 1, 2, generator, torch.float32, device)
-    dispatch.prepare(module)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         operators.decode_linears,

@@ -95,8 +95,7 @@ def assert_errors(y, plain, truth):
 def test_dequantize_equals_the_reference(group):
     matrices = random_matrices(9, 2 * group, MIXED, group)
     for dtype in (FP32, FP16):
-        w = operators.packed_experts(matrices, None)
-        dense = dequantize(*w[:4], w.widths, 9, 2 * group, group, dtype)
+        dense = dequantize(operators.packed_experts(matrices, None), 2 * group, dtype)
         for e in range(len(MIXED)):
             expected = matrices.dequantize(e, dtype)
             if dtype == FP32:

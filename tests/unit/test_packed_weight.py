@@ -74,7 +74,7 @@ def test_an_adapter_is_never_lost_by_merging(bits, safe):
     layer = model.base_model.model["q"]
     x = torch.randn(3, 64)
     before = layer(x)
-    with pytest.raises(RuntimeError, match="cannot be written to, nor take up an adapter"):
+    with pytest.raises(RuntimeError, match="read-only, so no adapter can be merged into it"):
         model.merge_and_unload(safe_merge=safe)
     assert torch.equal(layer(x), before)
 
