@@ -28,7 +28,7 @@ from triton.compiler import compiler
 from triton.runtime.jit import JITFunction
 
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
-from gemq.kernels.decode import attention, bit_fields, launch
+from gemq.kernels.decode import attention, bit_fields, launch, packed_arguments, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
@@ -212,10 +212,12 @@ def decode(dtype: torch.dtype, tokens: Any, widths: Sequence[int], size: Any, pr
     count, slots, experts = tokens
     groups, group = size
     columns, rows = groups * group, 512
-    levels = launch.widths_for(widths, group)
+    levels = tuning.widths_for(widths, group)
     table, index = torch.empty(experts, 3, dtype=torch.int64), torch.empty(count, slots, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    first = launch.Matrices(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, rows, group, levels)
+    first = packed_arguments.ExpertMatrices(
+        empty_bytes(), empty_bytes(), empty_bytes(), table, biases, rows, group, levels
+    )
     launch.launch_up(torch.empty(count, columns, dtype=dtype), index, first, ACTIVATIONS[product])
     weights = torch.empty(count, slots, dtype=dtype) if product != "plain" else None
     launch.launch_down(torch.empty(count, slots, columns, dtype=dtype), index, weights, first)
@@ -238,7 +240,7 @@ def decode_linears(dtype: torch.dtype, tokens: int, levels: int, size: Any, coun
     parts = [torch.empty(rows, 1, dtype=torch.uint8)] * count
     biases = [torch.empty(rows, dtype=dtype)] * count if bias else []
     x = torch.empty(tokens, groups * group, dtype=dtype)
-    launch.launch_linears(x, launch.Linears(parts, parts, parts, biases, levels, group))
+    launch.launch_linears(x, packed_arguments.FusedLinears(parts, parts, parts, biases, levels, group))
 
 
 ATTENTION: Axes = {
@@ -322,8 +324,8 @@ def collect(kinds: Sequence[str], strength: int) -> list[Task]:
     """The kernels of all launches, each once."""
     JITFunction.run = record  # type: ignore[method-assign]
     precisions = {BF16: bit_fields.BF16, FP16: bit_fields.FP16, FP32: bit_fields.SPLIT}
-    launch._kind = lambda x: int(precisions[x.dtype])  # as on a GPU
-    launch.starts_early = lambda device: triton.runtime.driver.active.get_current_device() >= 90
+    launch._operand = lambda x: int(precisions[x.dtype])  # as on a GPU
+    launch.supports_pdl = lambda device: triton.runtime.driver.active.get_current_device() >= 90
     for function, axes in (pair for kind in kinds for pair in KINDS[kind]):
         for row in covering(axes, strength):
             values = dict(row)

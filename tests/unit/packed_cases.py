@@ -115,8 +115,8 @@ def assert_as_close(mine: Tensor, reference: Tensor, truth: Tensor) -> None:
     assert (mine.double() - truth).abs().max() <= 16 * (noise + floor)
 
 
-def few_programs(rows: int, groups: int, units: int, dtype: torch.dtype, block_rows: int = 64) -> Any:
-    """In place of ``launch.config_for``: a program costs the interpreter about as much however large its tiles are."""
-    from gemq.kernels.decode.launch import Config  # triton is not everywhere
+def few_programs(rows: int, groups: int, matrices: int, dtype: torch.dtype, block_rows: int = 64) -> Any:
+    """Replacement of ``launch.tensor_core_config``. A program's time in the interpreter hardly depends on its tiles."""
+    from gemq.kernels.decode.tuning import TensorCoreConfig  # triton may be missing
 
-    return Config(block_rows, min(8, 1 << (groups - 1).bit_length()), 4)
+    return TensorCoreConfig(block_rows, min(8, 1 << (groups - 1).bit_length()), 4)

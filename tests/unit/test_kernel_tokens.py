@@ -42,7 +42,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_and_reference_write_the_same_tokens(packed, monkeypatch):
     model = gemq.load(packed, dtype=torch.float32)
     ids = torch.tensor([[40]])
-    monkeypatch.setattr(launch, "config_for", partial(few_programs, block_rows=128))
+    monkeypatch.setattr(launch, "tensor_core_config", partial(few_programs, block_rows=128))
     written = []
     for mode in ("triton", "reference"):
         monkeypatch.setattr(dispatch, "mode", mode)

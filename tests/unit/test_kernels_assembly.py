@@ -12,7 +12,7 @@ from gemq.quant.packing import pack_codes
 
 pytest.importorskip("triton")
 from gemq.kernels.decode.dots import fields_of, plane_asm, ternary_asm, three_bit_asm
-from gemq.kernels.decode.fixed_point import plane_words, words_at_once
+from gemq.kernels.decode.fixed_point import plane_words, words_per_load
 from gemq.quant.widths import LEVELS
 
 G = 128
@@ -48,7 +48,7 @@ def test_planes(levels, sharing):
     """The lanes that share a group together have the whole sum."""
     codes, packed, x = draw(levels, 32767, levels + sharing)
     fields, words = fields_of(levels), plane_words(levels, G) // sharing
-    wide, half = words_at_once(levels, G, words), G // 32
+    wide, half = words_per_load(levels, G, words), G // 32
     plane = words_of(packed)
     total = 0
     for lane in range(sharing):

@@ -60,7 +60,7 @@ def test_against_float64(heads, groups, size, length, dtype, device):
 
 def test_many_heads_over_a_long_cache(device, monkeypatch):
     """A program that goes through its places block by block, as far as they are seen."""
-    monkeypatch.setattr(attention, "PROGRAMS", 1)
+    monkeypatch.setattr(attention, "MAX_PROGRAMS", 1)
     test_against_float64(2, 1, 16, 1100, torch.float32, device)
 
 

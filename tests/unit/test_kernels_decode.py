@@ -28,7 +28,7 @@ from gemq.kernels.activation import activation_of
 from gemq.kernels.decode.linear_fusion import merge_linears
 
 pytest.importorskip("triton")
-from gemq.kernels.decode import launch, operators
+from gemq.kernels.decode import launch, operators, tuning
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
@@ -42,9 +42,9 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        monkeypatch.setattr(launch, "config_for", few_programs)
-        monkeypatch.setattr(launch, "cut_for", lambda units, groups, down=False: launch.Cut(64, 4))
-        monkeypatch.setattr(launch, "linear_cut_for", lambda tokens: launch.Cut(64, 4))
+        monkeypatch.setattr(launch, "tensor_core_config", few_programs)
+        monkeypatch.setattr(launch, "vector_config", lambda pairs, groups, is_down=False: tuning.VectorConfig(64, 4))
+        monkeypatch.setattr(launch, "linear_vector_config", lambda tokens: tuning.VectorConfig(64, 4))
     return request.param
 
 
@@ -231,9 +231,15 @@ def test_operators_trace(device, generator):
         (hidden, [linear.codes], [linear.scales], [linear.offsets], [], 16, 32),
         test_utils=tests,
     )
-    down = (*operators._tensors(module.down_proj), None, 32, 16, [4, 8])
+    up, down = operators._projections(module, share_kernels=True)
     h = torch.randn(2, 1, 16, generator=generator).to(device)
-    torch.library.opcheck(operators.decode_down, (h, index, weights, *down), test_utils=tests)
+    for routing_weights in (weights, None):
+        arguments = (h, index, routing_weights, down.tensors, down.sizes)
+        torch.library.opcheck(operators.decode_down, arguments, test_utils=tests)
+    torch.library.opcheck(operators.decode_up, (hidden, index, up.tensors, up.sizes), test_utils=tests)
+    numbers = activation_of(module).numbers()
+    arguments = (hidden, index, weights, up.tensors, up.sizes, down.tensors, down.sizes, numbers)
+    torch.library.opcheck(operators.decode_experts, arguments, test_utils=tests)
 
     def layer(x):
         return linear(module(x, index, weights))
@@ -303,8 +309,8 @@ def test_rows_that_several_programs_share(device, generator):
     """Mixtral's down projection has 112 groups; an unused slot's parts are zero, a bias is added once."""
     module = Experts(32, 35 * 16, (2, 4), generator, group_sizes=(32, 16), bias=True)
     check_experts(module, 2, 2, torch.bfloat16, device, generator, unused=True)
-    assert launch.parts_of(torch.bfloat16, 35 * 16, 16, [4]) == 3
-    assert launch.parts_of(torch.float32, 35 * 16, 16, [4]) == 1
+    assert tuning.down_splits(torch.bfloat16, 35 * 16, 16, [4]) == 3
+    assert tuning.down_splits(torch.float32, 35 * 16, 16, [4]) == 1
 
 
 def test_a_row_of_many_groups_in_one_program(device, generator):
@@ -339,10 +345,10 @@ def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypa
 
 
 def test_layers_that_mix_other_widths_share_a_kernel():
-    assert launch.widths_for([2, 4], 128) == launch.widths_for([3, 8], 128) == [2, 3, 4, 8]
-    assert launch.widths_for([4, 16], 128) == [2, 3, 4, 8, 16]
-    assert launch.widths_for([4], 128) == [4]
-    assert launch.widths_for([4, 2], 64) == [2, 4]
+    assert tuning.widths_for([2, 4], 128) == tuning.widths_for([3, 8], 128) == [2, 3, 4, 8]
+    assert tuning.widths_for([4, 16], 128) == [2, 3, 4, 8, 16]
+    assert tuning.widths_for([4], 128) == [4]
+    assert tuning.widths_for([4, 2], 64) == [2, 4]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -350,7 +356,7 @@ def test_one_vector_of_16_bit_floats(width, device, generator):
     """Every width in groups of 128, as models have them: rows of one block and of several, groups for one lane each."""
     for groups, dtype in ((4, torch.bfloat16), (16, torch.float16)):
         linear = random_linear(40, groups * 128, width, 128, generator).to(device)
-        assert launch.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
+        assert tuning.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
         x = torch.randn(1, groups * 128, generator=generator).to(device, dtype)
         mine, theirs = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
         assert_as_close(mine, theirs, F.linear(x.double(), linear.dequantize(torch.float64)))

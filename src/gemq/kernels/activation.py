@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,16 @@ class Activation(NamedTuple):
     alpha: float = 1.0
     shift: float = 0.0
 
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> Activation:
+        """Restore an activation from ``numbers()``."""
+        function, gated, interleaved, clamp, limit, alpha, shift = numbers
+        return cls(int(function), bool(gated), bool(interleaved), int(clamp), limit, alpha, shift)
+
+    def numbers(self) -> list[float]:
+        """Return the fields as numbers, the form in which an operator takes an activation."""
+        return [float(field) for field in self]
+
     def __call__(self, y: Tensor) -> Tensor:
         """Apply the activation: [..., rows] -> [..., rows / 2] if gated, else [..., rows]."""
         formula = _FORMULAS[self.function]
@@ -90,7 +100,7 @@ def _recognize(module: Any) -> Activation | None:
         return None  # learned: its values may change
     device = next(itertools.chain(module.parameters(), module.buffers())).device
     probe = _probe_values()
-    function = module._apply_gate if module.has_gate else act_fn
+    function = module._apply_gate if module.has_gate else module.act_fn
     with torch.no_grad():
         expected = function(probe.to(device)).cpu()
     for form in _candidate_forms(module.has_gate, _numeric_attributes(module)):

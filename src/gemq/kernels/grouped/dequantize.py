@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.kernels.grouped.unpack import NUM_WIDTHS, ONE_BITS, group_bytes, levels_at, load_weights, only_levels
+from gemq.kernels.grouped.unpack import NUM_WIDTHS, ONE_BITS, levels_at, load_weights, only_levels
+from gemq.kernels.packed_layout import group_bytes
 from gemq.kernels.triton_types import Pointer, Scalar
 from gemq.quant.grid_kernel import decode_offset, decode_scale
 

@@ -18,7 +18,8 @@ from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import activated, gated, kernel_arguments
 from gemq.kernels.grouped.dequantize import PackedWeights
 from gemq.kernels.grouped.routing import Routing
-from gemq.kernels.grouped.unpack import NUM_WIDTHS, ONE_BITS, group_bytes, levels_at, load_weights, only_levels
+from gemq.kernels.grouped.unpack import NUM_WIDTHS, ONE_BITS, levels_at, load_weights, only_levels
+from gemq.kernels.packed_layout import group_bytes
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant.grid_kernel import decode_offset, decode_scale
 

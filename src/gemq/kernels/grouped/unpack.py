@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import triton
 import triton.language as tl
 
+from gemq.kernels.packed_layout import code_bits, group_bytes
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 
 ONE_BITS = 0x3F800000
@@ -48,18 +49,6 @@ def levels_at(i: int):
 def only_levels(widths: int):
     """Return the levels of a set's only width."""
     return ALL_LEVELS[widths.bit_length() - 1]
-
-
-@triton.constexpr_function
-def code_bits(levels: int):
-    """Return the bits that hold a code."""
-    return (levels - 1).bit_length()
-
-
-@triton.constexpr_function
-def group_bytes(levels: int, group: int):
-    """Return the bytes of one group's codes."""
-    return (group + 4) // 5 if levels == 3 else group * (levels.bit_length() - 1) // 8
 
 
 @triton.jit
