@@ -183,8 +183,8 @@ def split(t: Tile, LOAD_WORDS: tl.constexpr):
     if t.shape[1] == LOAD_WORDS:
         return (t,)
     else:
-        first, second = tl.split(tl.permute(tl.reshape(t, [t.shape[0], 2, t.shape[1] // 2]), [0, 2, 1]))
-        return split(first, LOAD_WORDS) + split(second, LOAD_WORDS)
+        left, right = tl.split(tl.permute(tl.reshape(t, [t.shape[0], 2, t.shape[1] // 2]), [0, 2, 1]))
+        return split(left, LOAD_WORDS) + split(right, LOAD_WORDS)
 
 
 @triton.jit
@@ -252,8 +252,8 @@ def _plain_ternary(codes: Tile, shift: Tile, high: Tile, low: Tile, LOAD_WORDS: 
         word_0 = _element(codes, k, LOAD_WORDS)
         word_1 = _element(codes, k + 1, LOAD_WORDS)
         word_2 = _element(codes, min(k + 2, 7), LOAD_WORDS)
-        first, second = tl.where(start >= 32, word_1, word_0), tl.where(start >= 32, word_2, word_1)
-        w = tl.where(start % 32 == 16, _unsigned_shift(first, start * 0 + 16) | (second << 16), first)
+        low_word, high_word = tl.where(start >= 32, word_1, word_0), tl.where(start >= 32, word_2, word_1)
+        w = tl.where(start % 32 == 16, _unsigned_shift(low_word, start * 0 + 16) | (high_word << 16), low_word)
         if k == 6:
             w &= 0xFFFF
         for i in tl.static_range(5):

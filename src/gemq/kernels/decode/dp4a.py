@@ -34,11 +34,11 @@ from gemq.quant.grid_kernel import decode_offset, decode_scale
 
 
 @triton.jit
-def _load_words(codes: Pointer, first: Tile, WORDS: tl.constexpr, LOAD_WORDS: tl.constexpr):
-    """Load the words ``first`` ... ``first + WORDS`` [L, M]: tuple of tiles [L, M, LOAD_WORDS]."""
+def _load_words(codes: Pointer, start: Tile, WORDS: tl.constexpr, LOAD_WORDS: tl.constexpr):
+    """Load the words ``start`` ... ``start + WORDS`` [L, M]: tuple of tiles [L, M, LOAD_WORDS]."""
     tiles = ()
     for i in tl.static_range(0, WORDS, LOAD_WORDS):
-        word = first[:, :, None] + (i + tl.arange(0, LOAD_WORDS))[None, None, :]
+        word = start[:, :, None] + (i + tl.arange(0, LOAD_WORDS))[None, None, :]
         tiles = tiles + (tl.load(codes + word),)  # noqa: RUF005 - Triton cannot unpack
     return tiles
 
@@ -50,9 +50,9 @@ def _groups_times_vector(
     offsets: Pointer,
     x: Pointer,
     row: Tile,
-    first: Scalar,
-    end: Scalar,
-    one: Scalar,
+    first_group: Scalar,
+    end_group: Scalar,
+    runtime_one: Scalar,
     LEVELS: tl.constexpr,
     PLAIN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -62,11 +62,11 @@ def _groups_times_vector(
     LANES_PER_GROUP: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Multiply groups ``first`` ... ``first + STEP_GROUPS``, below ``end``, of rows [M] with x.
+    """Multiply groups ``first_group`` ... ``first_group + STEP_GROUPS``, below ``end_group``, of rows [M] with x.
 
     Args:
         codes: the matrix's codes, as words
-        one: 1, as a value that the compiler does not know
+        runtime_one: 1, as a value that the compiler does not know
         WAIT: whether to wait for the previous kernel before reading x
 
     Returns:
@@ -79,7 +79,7 @@ def _groups_times_vector(
     LANES: tl.constexpr = STEP_GROUPS * LANES_PER_GROUP
     lane = tl.arange(0, LANES)
     share = lane % LANES_PER_GROUP
-    group = tl.minimum(first + lane // LANES_PER_GROUP, NUM_GROUPS - 1)  # from ``end`` on, x is zero
+    group = tl.minimum(first_group + lane // LANES_PER_GROUP, NUM_GROUPS - 1)  # from ``end_group`` on, x is zero
     upper = ()
     if LEVELS == 3:  # the window with the group starts at a multiple of 8 bytes
         first_word = (group * GROUP_BYTES // 8 * 2)[:, None] + row[None, :] * (NUM_GROUPS * GROUP_BYTES // 4)
@@ -92,13 +92,13 @@ def _groups_times_vector(
         if LEVELS == 8:
             upper_word = first_word + (GROUP_SIZE // 16 + share * WORDS % UPPER_WORDS)[:, None]
             upper = _load_words(codes, upper_word, min(WORDS, UPPER_WORDS), LOAD_WORDS)
-    # Without ``one``, Triton would see that scales are contiguous, and load them into other threads than their codes.
-    scale_index = row[None, :] * NUM_GROUPS + (group * one)[:, None]
+    # Without this factor, Triton sees that scales are contiguous, and loads them into other threads than their codes.
+    scale_index = row[None, :] * NUM_GROUPS + (group * runtime_one)[:, None]
     scale_byte, offset_byte = tl.load(scales + scale_index), tl.load(offsets + scale_index)
     if WAIT:
         gdc_wait()
     high, low, per_code, sums = fixed_point(
-        x, first, end, ALL_INSIDE, LEVELS, PLAIN, GROUP_SIZE, STEP_GROUPS, LANES, LOAD_WORDS
+        x, first_group, end_group, ALL_INSIDE, LEVELS, PLAIN, GROUP_SIZE, STEP_GROUPS, LANES, LOAD_WORDS
     )
     products = dot(words, upper, shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS, PLAIN).to(tl.float32)
     scale = decode_scale(scale_byte)
@@ -161,7 +161,9 @@ def rows_times_vector(
         out_row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row = tl.where(out_row < rows, out_row, 0)
         out_rows = rows
-    first, end, one = split * SPLIT_GROUPS, tl.minimum((split + 1) * SPLIT_GROUPS, NUM_GROUPS), 1 + (rows >> 31)
+    first_group = split * SPLIT_GROUPS
+    end_group = tl.minimum((split + 1) * SPLIT_GROUPS, NUM_GROUPS)
+    runtime_one = 1 + (rows >> 31)
     codes = codes.to(tl.pointer_type(tl.int32))
     total = _groups_times_vector(
         codes,
@@ -169,9 +171,9 @@ def rows_times_vector(
         offsets,
         x,
         row,
-        first,
-        end,
-        one,
+        first_group,
+        end_group,
+        runtime_one,
         LEVELS,
         PLAIN,
         GROUP_SIZE,
@@ -189,9 +191,9 @@ def rows_times_vector(
                 offsets,
                 x,
                 row,
-                first + step * STEP_GROUPS,
-                end,
-                one,
+                first_group + step * STEP_GROUPS,
+                end_group,
+                runtime_one,
                 LEVELS,
                 PLAIN,
                 GROUP_SIZE,

@@ -118,8 +118,8 @@ def _two_columns_later(words: Tile, next_words: Tile, PLAIN: tl.constexpr):
 @triton.jit
 def fixed_point(
     x: Pointer,
-    first: Scalar,
-    end: Scalar,
+    first_group: Scalar,
+    end_group: Scalar,
     ALL_INSIDE: tl.constexpr,
     LEVELS: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -128,13 +128,13 @@ def fixed_point(
     LANES: tl.constexpr,
     LOAD_WORDS: tl.constexpr,
 ):
-    """Convert groups ``first`` ... ``first + STEP_GROUPS`` of x. Groups from ``end`` on count as zero.
+    """Convert groups ``first_group`` ... ``first_group + STEP_GROUPS`` of x. From ``end_group`` on, x counts as zero.
 
     Args:
         x: vector of 16-bit floats
-        first: first group of the step
-        end: first group that does not belong to the program
-        ALL_INSIDE: whether no group of a step is at ``end`` or beyond
+        first_group: first group of the step
+        end_group: first group after those of the program
+        ALL_INSIDE: whether all steps end at ``end_group`` or before
 
     Returns:
         Words of high bytes and words of low bytes for ``dots.dot``, tuples of int32 [L, 1, LOAD_WORDS]; their scale and
@@ -143,9 +143,9 @@ def fixed_point(
     """
     LANES_PER_GROUP: tl.constexpr = LANES // STEP_GROUPS
     s, c = tl.arange(0, STEP_GROUPS), tl.arange(0, GROUP_SIZE // 4)
-    group = (first + s)[:, None]
+    group = (first_group + s)[:, None]
     fours = x.to(tl.pointer_type(tl.int64)) + group * (GROUP_SIZE // 4) + c[None, :]
-    v = tl.load(fours) if ALL_INSIDE else tl.load(fours, mask=group < end, other=0)
+    v = tl.load(fours) if ALL_INSIDE else tl.load(fours, mask=group < end_group, other=0)
     type: tl.constexpr = x.dtype.element_ty
     x0, x1, x2, x3 = _quarter(v, 0, type), _quarter(v, 1, type), _quarter(v, 2, type), _quarter(v, 3, type)
     largest = tl.max(tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3))), 1)
@@ -158,8 +158,8 @@ def fixed_point(
     x2, x3 = x2 * inverse_scale + MAGIC, x3 * inverse_scale + MAGIC
     if LEVELS == 3:
         pairs = x.to(tl.pointer_type(tl.int32)) + group * (GROUP_SIZE // 2) + (2 * c[None, :] - DIGIT_STRIDE // 2)
-        first_inside = (4 * c[None, :] >= DIGIT_STRIDE) & (group < end)
-        second_inside = (4 * c[None, :] + 2 >= DIGIT_STRIDE) & (group < end)
+        first_inside = (4 * c[None, :] >= DIGIT_STRIDE) & (group < end_group)
+        second_inside = (4 * c[None, :] + 2 >= DIGIT_STRIDE) & (group < end_group)
         first_pair = tl.load(pairs, mask=first_inside, other=0).to(tl.int64)
         second_pair = tl.load(pairs + 1, mask=second_inside, other=0).to(tl.int64)
         x0 -= 3.0 * (_quarter(first_pair, 0, type) * inverse_scale + MAGIC - MAGIC)
@@ -167,14 +167,14 @@ def fixed_point(
         x2 -= 3.0 * (_quarter(second_pair, 0, type) * inverse_scale + MAGIC - MAGIC)
         x3 -= 3.0 * (_quarter(second_pair, 1, type) * inverse_scale + MAGIC - MAGIC)
     high, low = _pack(x0, x1, x2, x3, PLAIN)
-    # Both in one number: a lane's words come from other threads through shared memory, and each trip costs time.
-    both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    # High and low words in one number, since a lane gets them through shared memory, and each trip costs time.
+    packed = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     if LEVELS != 3:
         FIELDS: tl.constexpr = fields_of(LEVELS)
         LANE_WORDS: tl.constexpr = GROUP_SIZE // (4 * FIELDS * LANES_PER_GROUP)
-        both = tl.permute(tl.reshape(both, [STEP_GROUPS, FIELDS, LANES_PER_GROUP, LANE_WORDS]), [0, 2, 1, 3])
-        both = tl.reshape(both, [LANES, GROUP_SIZE // (4 * LANES_PER_GROUP)])
-    words = split(both, LOAD_WORDS)
+        packed = tl.permute(tl.reshape(packed, [STEP_GROUPS, FIELDS, LANES_PER_GROUP, LANE_WORDS]), [0, 2, 1, 3])
+        packed = tl.reshape(packed, [LANES, GROUP_SIZE // (4 * LANES_PER_GROUP)])
+    words = split(packed, LOAD_WORDS)
     highs, lows = (), ()
     for i in tl.static_range(len(words)):
         highs = highs + ((words[i] >> 32).to(tl.int32),)  # noqa: RUF005 - Triton cannot unpack

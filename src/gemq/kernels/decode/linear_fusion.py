@@ -58,14 +58,13 @@ def _input_source(x: fx.Node) -> Any:
 
 def _merge(graph: fx.Graph, nodes: list[Any]) -> None:
     """Replace several calls by one, and each call's result by a slice of the merged result."""
-    first = nodes[0]
-    x, *_, levels, group_size = first.args
+    x, _, _, _, _, levels, group_size = nodes[0].args
     tensor_lists = []
     for argument in range(1, 5):  # codes, scales, offsets, biases
         tensor_lists.append([tensor for node in nodes for tensor in node.args[argument]])
     # Buffers and parameters are placeholders, which come before the first of the calls, as their input does.
-    with graph.inserting_after(first):
-        merged = graph.call_function(first.target, (x, *tensor_lists, levels, group_size))
+    with graph.inserting_after(nodes[0]):
+        merged = graph.call_function(nodes[0].target, (x, *tensor_lists, levels, group_size))
     start, previous = 0, merged
     for node in nodes:
         rows = node.args[1][0].meta["example_value"].shape[0]

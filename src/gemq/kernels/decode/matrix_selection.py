@@ -23,6 +23,6 @@ def locate_block(program: Scalar, rows_0: Scalar, rows_1: Scalar, BLOCK_ROWS: tl
 
 
 @triton.jit
-def select(matrix: Scalar, first: Scalar, second: Scalar, third: Scalar):
-    """Return the scalar or pointer of a matrix, 0 to 2."""
-    return tl.where(matrix == 0, first, tl.where(matrix == 1, second, third))
+def select(matrix: Scalar, value_0: Scalar, value_1: Scalar, value_2: Scalar):
+    """Return the value (a scalar or pointer) of matrix 0, 1 or 2."""
+    return tl.where(matrix == 0, value_0, tl.where(matrix == 1, value_1, value_2))

@@ -65,17 +65,17 @@ def _move_to_top(words: Tile, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.c
 def _planes(
     words: Tile,
     byte: tl.constexpr,
-    first: tl.constexpr,
+    field: tl.constexpr,
     COUNT: tl.constexpr,
     BITS: tl.constexpr,
     TOP: tl.constexpr,
 ):
-    """[R, J] words -> [R, COUNT * J]: fields ``first`` ... ``first + COUNT - 1`` of one byte, concatenated."""
+    """[R, J] words -> [R, COUNT * J]: fields ``field`` ... ``field + COUNT - 1`` of one byte, concatenated."""
     if COUNT == 1:
-        return _move_to_top(words, 8 * byte + first * BITS, BITS, TOP)
+        return _move_to_top(words, 8 * byte + field * BITS, BITS, TOP)
     else:
-        left = _planes(words, byte, first, COUNT // 2, BITS, TOP)
-        right = _planes(words, byte, first + COUNT // 2, COUNT // 2, BITS, TOP)
+        left = _planes(words, byte, field, COUNT // 2, BITS, TOP)
+        right = _planes(words, byte, field + COUNT // 2, COUNT // 2, BITS, TOP)
         pair = tl.permute(tl.join(left, right), (0, 2, 1))
         return tl.reshape(pair, (left.shape[0], 2 * left.shape[1]))
 

@@ -1,8 +1,8 @@
 """Operations around the experts' products in training and scoring on a GPU, in one kernel each.
 
 Pairs of token and expert are sorted by expert. ``positions`` [T, K] holds the positions of a token's pairs. Sums run in
-a fixed order, without atomics. Where several ranks share the experts (``Shared``), a rank's own pairs come first, and
-sums over all pairs are reduced over the ranks.
+a fixed order, without atomics. Where several ranks share the experts (``Shared``), a rank's own pairs come first. Sums
+over all pairs are then reduced over the ranks.
 
 Legend: T tokens, K experts per token, P = T K pairs, H hidden size, I intermediate size.
 """

@@ -47,23 +47,23 @@ def _rotary_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
-    x_first = x + batch * x_batch_stride + token * x_token_stride + head * x_head_stride + column
-    first = tl.load(x_first, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x_first + half, mask=inside, other=0.0).to(tl.float32)
+    x_pointer = x + batch * x_batch_stride + token * x_token_stride + head * x_head_stride + column
+    x1 = tl.load(x_pointer, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x_pointer + half, mask=inside, other=0.0).to(tl.float32)
     angle = batch * cos_batch_stride + token * cos_token_stride + column
-    cos_first = tl.load(cos + angle, mask=column < half, other=0.0).to(tl.float32)
-    cos_second = tl.load(cos + angle + half, mask=column < half, other=0.0).to(tl.float32)
-    sin_first = tl.load(sin + angle, mask=column < half, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin + angle + half, mask=column < half, other=0.0).to(tl.float32)
+    cos1 = tl.load(cos + angle, mask=column < half, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + angle + half, mask=column < half, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + angle, mask=column < half, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + angle + half, mask=column < half, other=0.0).to(tl.float32)
     if BACKWARD:
-        rotated_first = first * cos_first + second * sin_second
-        rotated_second = second * cos_second - first * sin_first
+        rotated1 = x1 * cos1 + x2 * sin2
+        rotated2 = x2 * cos2 - x1 * sin1
     else:
-        rotated_first = first * cos_first - second * sin_first
-        rotated_second = second * cos_second + first * sin_second
-    out_first = out + batch * out_batch_stride + token * out_token_stride + head * out_head_stride + column
-    tl.store(out_first, rotated_first.to(out.dtype.element_ty), mask=inside)
-    tl.store(out_first + half, rotated_second.to(out.dtype.element_ty), mask=inside)
+        rotated1 = x1 * cos1 - x2 * sin1
+        rotated2 = x2 * cos2 + x1 * sin2
+    out_pointer = out + batch * out_batch_stride + token * out_token_stride + head * out_head_stride + column
+    tl.store(out_pointer, rotated1.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_pointer + half, rotated2.to(out.dtype.element_ty), mask=inside)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
