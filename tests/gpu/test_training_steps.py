@@ -1,4 +1,4 @@
-"""Steps of training on a GPU: from a CUDA graph as launched one by one.
+"""Training steps on a GPU: replayed from a CUDA graph and launched one by one.
 
 Run with ``python -m pytest tests/gpu/test_training_steps.py -m gpu``.
 """
@@ -30,11 +30,12 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget failures of earlier tests."""
     monkeypatch.setattr(Replayed, "failed", False)
 
 
 def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, int]:
-    """Matrices and a vector beside them after ``STEPS`` steps, and how often no graph was to be had."""
+    """Train matrices and a vector for ``STEPS`` steps. Returns both, and the number of failed captures."""
     torch.manual_seed(0)
     highest = highest_codes((1, 2, 3), torch.device("cuda"))
     scales, offsets = nearest(0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), highest.view(-1, 1, 1))
@@ -44,7 +45,7 @@ def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, 
     vector = torch.ones(128, device="cuda")
     optimizer = Optimizer((([vector], 1e-2),), [1 / (1 + step) for step in range(STEPS)])
     optimizer.take([matrices], 1e-2, 1e-3)
-    told: list[int] = []
+    failures: list[int] = []
 
     def step(fixed: tuple[Tensor, ...], x: Tensor, target: Tensor) -> None:
         out = (x * fixed[0] * vector) @ matrices.weight().float().mT
@@ -52,38 +53,39 @@ def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, 
         matrices.keep_in_range()
 
     fixed = (torch.rand(128, device="cuda"),)
-    with closing(Replayed(step, torch.device("cuda"), lambda: told.append(1), usable=from_graph)) as replayed:
+    with closing(Replayed(step, torch.device("cuda"), lambda: failures.append(1), usable=from_graph)) as replayed:
         for number in range(STEPS):
-            rows = 3 if number == 8 else 5  # one that the graph does not take
+            rows = 3 if number == 8 else 5  # another shape cannot be replayed
             replayed(fixed, torch.randn(3, rows, 128).cuda(), torch.randn(3, rows, 64).cuda())
-    return matrices.result(), vector.detach(), len(told)
+    return matrices.result(), vector.detach(), len(failures)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_a_graph_takes_the_same_steps(compute: torch.dtype) -> None:
-    q, vector, told = trained(True, compute)
-    expected, other, _ = trained(False, compute)
-    assert told == 0
+    q, vector, failures = trained(True, compute)
+    expected, expected_vector, _ = trained(False, compute)
+    assert failures == 0
     assert torch.equal(q.codes, expected.codes)
     torch.testing.assert_close(q.scales, expected.scales)
-    torch.testing.assert_close(vector, other)
+    torch.testing.assert_close(vector, expected_vector)
 
 
 def waits_for_the_device(fixed: None, x: Tensor) -> Tensor:
+    """Wait for a number of the device, which a graph cannot capture."""
     return x * x.sum().item()
 
 
-def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
-    told: list[int] = []
-    for times in (1, 2):  # the second is not captured any more
-        replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: told.append(1))
-        found = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
-        assert found == [[2.0 * n * n] * 2 for n in range(6)]
-        assert told == [1] * times
+def test_steps_that_cannot_be_captured_run_eagerly() -> None:
+    failures: list[int] = []
+    for times in (1, 2):  # the second does not try to capture
+        replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: failures.append(1))
+        results = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
+        assert results == [[2.0 * n * n] * 2 for n in range(6)]
+        assert failures == [1] * times
 
 
-def test_memory_is_given_back_after_a_failed_capture() -> None:
-    """What is cached makes room for what does not fit beside it, as ever."""
+def test_memory_is_freed_after_a_failed_capture() -> None:
+    """The allocator still frees cached blocks for a new block that does not fit beside them."""
     replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: None)
     for _ in range(4):
         replayed(None, torch.ones(2, device="cuda"))
