@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NONE, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = range(6)
-"""Codes of the functions, as the kernels take them."""
+"""Codes of the functions in the kernels' arguments."""
 
 _FORMULAS: dict[int, Callable[[Tensor, float], Tensor]] = {
     NONE: lambda x, alpha: x,
@@ -63,7 +63,7 @@ class Activation(NamedTuple):
         return cls(int(function), bool(gated), bool(interleaved), int(clamp), limit, alpha, shift)
 
     def numbers(self) -> list[float]:
-        """Return the fields as numbers, the form in which an operator takes an activation."""
+        """Return the fields as numbers, since operators do not support tuples of mixed types."""
         return [float(field) for field in self]
 
     def __call__(self, y: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ MAX_DECODE_TOKENS = 16
 
 mode = os.environ.get("GEMQ_KERNELS", "")
 if mode not in ("", "reference", "triton"):
-    raise UserError(f"GEMQ_KERNELS={mode}: it can be reference or triton, or unset")
+    raise UserError(f"GEMQ_KERNELS={mode} is not supported: set it to reference or triton, or unset it")
 
 fallbacks: Counter[str] = Counter()
 """Number of calls that ran on the reference instead of a kernel, by reason."""
@@ -100,7 +100,7 @@ def _choose(x: Tensor, tokens: int) -> Any:
     name = "decode" if tokens <= MAX_DECODE_TOKENS else "grouped"
     kernel = _loaded[name] if name in _loaded else _load(name)
     if kernel is None:
-        return _fall_back(f"there are no {name} kernels here (is triton installed?)")
+        return _fall_back(f"the {name} kernels are not available (is triton installed?)")
     return kernel
 
 
@@ -140,7 +140,7 @@ def _run_or_fall_back(kernel: ModuleType, operation: str, module: Any, x: Tensor
             raise
         except Exception as error:  # noqa: BLE001 - the exception types of Triton differ between its versions
             _failed[key] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-    fallback = _fall_back(f"a kernel for {x.dtype} cannot be used here ({_failed[key]})")
+    fallback = _fall_back(f"a kernel for {x.dtype} failed ({_failed[key]})")
     return getattr(fallback, operation)(module, x, *routing)
 
 
@@ -148,7 +148,7 @@ def _fall_back(reason: str) -> Any:
     """Count ``reason``, warn if it is new, and return the reference."""
     fallbacks[reason] += 1
     if fallbacks[reason] == 1:
-        warnings.warn(f"{reason}; the slow reference computes instead", stacklevel=4)
+        warnings.warn(f"{reason}; using the slow reference instead", stacklevel=4)
     return reference
 
 

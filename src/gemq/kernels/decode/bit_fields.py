@@ -2,9 +2,9 @@
 
 Codes become floats without a conversion. A field of a byte is moved to the top of the mantissa bits in a float's low
 byte, and the high byte is a constant, so that the 16-bit float reads ``bias + code / factor``. This takes about one
-instruction per code. A product with x then exceeds the wanted one by bias times the sum of x, which offsets need
-anyway. bfloat16 has 7 mantissa bits in its low byte, whose top bit is the last of the exponent. float16 has 8 there and
-2 in the high byte. Ternary digits always have the same position in the float.
+instruction per code. Products with x then contain bias times the sum of x, which offsets need anyway. bfloat16 has 7
+mantissa bits in its low byte, whose top bit is the last of the exponent. float16 has 8 there and 2 in the high byte.
+Ternary digits always have the same position in the float.
 
 The inline assembly is NVIDIA's. PLAIN uses ordinary arithmetic, for the interpreter and other GPUs. Tuples are
 concatenated with +, since Triton does not support unpacking.
@@ -23,6 +23,13 @@ FP16 = tl.constexpr(1)
 SPLIT = tl.constexpr(2)
 PLAIN = tl.constexpr(3)
 """Operands: bfloat16, float16, float32 as a sum of three bfloat16, and float32 without tensor cores."""
+
+
+@triton.constexpr_function
+def _shift_line(target: str, source: str, shift: int):
+    """Return the instruction that shifts a register to the right, or to the left if ``shift`` is negative."""
+    instruction = "shr" if shift > 0 else "shl"
+    return f"{instruction}.b32 {target}, {source}, {abs(shift)};"
 
 
 @triton.constexpr_function
@@ -45,7 +52,7 @@ def plane_asm(bits: int, operand: int, high: int):
     lines = [".reg .b32 t;"]
     for i in range(fields):
         shift = i * bits - target
-        lines.append(f"{'shr' if shift > 0 else 'shl'}.b32 t, ${2 * fields}, {abs(shift)};")
+        lines.append(_shift_line("t", f"${2 * fields}", shift))
         lines.append(f"and.b32 t, t, {mask:#010x};")
         lines.append(f"or.b32 t, t, {exponent:#010x};")
         lines.append(f"prmt.b32 ${2 * i}, t, {high * 0x01010101:#010x}, 0x4140;")
@@ -69,7 +76,7 @@ def three_bit_asm(operand: int):
             ("t", "$8", 2 * i - target, 3 << target),
             ("v", "u", 2 * i - target - 2, 4 << target),
         ):
-            lines.append(f"{'shr' if shift > 0 else 'shl'}.b32 {register}, {word}, {abs(shift)};")
+            lines.append(_shift_line(register, word, shift))
             lines.append(f"and.b32 {register}, {register}, {mask * 0x01010101:#010x};")
         lines.append(f"or.b32 t, t, {exponent:#010x};")
         lines.append("or.b32 t, t, v;")

@@ -307,7 +307,7 @@ def _check_layout(kernel: Any) -> None:
         is_expected = f"sizePerThread = [1, 1, {words}]" in layout[1] and "order = [2" in layout[1]
         if words != "1" and not is_expected:
             raise RuntimeError(
-                f"Triton {triton.__version__} gives threads their words in another order than gemq's kernels expect: "
-                "set GEMQ_KERNELS=reference, or install triton 3.6"
+                f"Triton {triton.__version__} distributes words to threads in an order that gemq's kernels do not "
+                "support: set GEMQ_KERNELS=reference, or install triton 3.6"
             )
     _checked_kernels.add(kernel.hash)
