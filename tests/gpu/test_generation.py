@@ -1,4 +1,4 @@
-"""Generation on a GPU: captured and compiled steps against eager ones, packed kernels against the reference.
+"""Generation on a GPU: captured and compiled steps against eager steps, kernels against the reference.
 
 Run with ``python -m pytest tests/gpu/test_generation.py -m gpu``.
 """
@@ -22,11 +22,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-NEW = 48
+NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantize the built-in model."""
     from gemq.pipeline.quantize import quantize
     from gemq.recipe import Recipe
 
@@ -37,24 +38,27 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(packed: Path) -> Any:
+    """Load the packed model."""
     return gemq.load(packed, device="cuda", dtype=torch.float32)
 
 
 def prompt(batch: int, length: int = 24) -> torch.Tensor:
+    """Return random tokens [batch, length]."""
     random = torch.Generator().manual_seed(batch)
     return torch.randint(5, 4000, (batch, length), generator=random).cuda()
 
 
 def decoded(decoder: Decoder, ids: torch.Tensor) -> list[list[int]]:
-    steps = [decoder.prefill(ids).tolist(), *decoder.decode(NEW - 1)]
+    """Generate and return the tokens of each sequence."""
+    steps = [decoder.prefill(ids).tolist(), *decoder.decode(NEW_TOKENS - 1)]
     return [list(sequence) for sequence in zip(*steps, strict=True)]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_graphs_and_compiled_layers_give_the_eager_tokens(model, batch):
-    """And those of Transformers' own generation, in float32."""
+    """They also equal those of Transformers' generate in float32."""
     ids = prompt(batch)
-    new = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    new = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **new)[:, ids.shape[1] :].tolist()
     eager = Decoder(model, batch, 100)
     assert decoded(eager, ids) == expected
@@ -64,18 +68,18 @@ def test_graphs_and_compiled_layers_give_the_eager_tokens(model, batch):
         decoder.prepare(compile_layers=compile_layers)
         assert not decoder.fallbacks, decoder.reasons
         assert decoder.execution == ("compiled layers in a CUDA graph" if compile_layers else "CUDA graph")
-        for other in (prompt(batch, 7), ids):
-            tokens = decoded(decoder, other)
+        for prompt_ids in (prompt(batch, 7), ids):
+            tokens = decoded(decoder, prompt_ids)
         assert tokens == expected
 
 
 def test_model_generate_still_works_after_capture(model):
     ids = prompt(1)
-    before = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
     decoder = Decoder(model, 1, 64)
     decoder.prefill(ids)
     decoder.prepare(compile_layers=True)
-    assert model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist() == before
+    assert model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist() == expected
 
 
 def test_sampling_in_a_graph_follows_the_seed(model):
@@ -91,17 +95,17 @@ def test_sampling_in_a_graph_follows_the_seed(model):
 
 
 def test_kernels_and_reference_write_the_same_tokens(packed):
-    """Greedy, in float32, each in a process of its own."""
+    """Greedy decoding in float32, each in its own process."""
     code = f"""
 import torch, gemq
 model = gemq.load({str(packed)!r}, device="cuda", dtype=torch.float32)
 ids = torch.arange(40, 64, device="cuda")[None]
-print(model.generate(ids, max_new_tokens={NEW}, do_sample=False, eos_token_id=None, pad_token_id=0).tolist())
+print(model.generate(ids, max_new_tokens={NEW_TOKENS}, do_sample=False, eos_token_id=None, pad_token_id=0).tolist())
 """
-    found = []
+    outputs = []
     for environment in ({}, {"GEMQ_KERNELS": "reference"}):
-        ran = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
         )
-        found.append(ran.stdout.strip().splitlines()[-1])
-    assert found[0] == found[1]
+        outputs.append(process.stdout.strip().splitlines()[-1])
+    assert outputs[0] == outputs[1]

@@ -1,10 +1,10 @@
-"""Compiles Triton kernels as they would be launched, for GPUs that are not here, and prints a JSON line for each.
+"""Compile Triton kernels as they would be launched, for GPUs that are absent, and print a JSON line for each.
 
     python tests/unit/compile_kernels.py [--strength 2] [--jobs 2] [--only decode grouped training]
 
 A launch is described by a few axes (architecture, dtype, tile, widths, group size ...). All combinations would take a
-day, so launches are chosen in which every pair of values of two axes occurs (``--strength 3``: every triple of three).
-It needs a process of its own, because the test process has told Triton to interpret.
+day, so the chosen launches cover every pair of values of two axes (``--strength 3``: every triple of three). The script
+needs its own process, because Triton runs in interpreter mode in the test process.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from triton.compiler import compiler
 from triton.runtime.jit import JITFunction
 
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
-from gemq.kernels.decode import attention, bit_fields, launch
-from gemq.kernels.grouped import dequantize, matmul, routing
+from gemq.kernels.decode import attention, bit_fields, launch, packed_arguments, tuning
+from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
 
@@ -42,13 +42,13 @@ ACTIVATIONS = {
     "plain": Activation(RELU_SQUARED, gated=False),
 }
 LOW = (2, 3, 4, 8)
-"""Levels of the widths that experts mostly get."""
+"""Levels of the widths that experts usually have."""
 
 Axes = Mapping[str, Sequence[Any]]
 
 
 class Device:
-    """What Triton asks a driver for before it compiles."""
+    """The part of a Triton driver that compilation needs."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -72,7 +72,7 @@ class Task:
         self.launch: dict[str, str] = {}
 
     def compile(self) -> dict[str, Any]:
-        """Compiles down to LLVM's IR, where the last of Triton's passes and the use of shared memory are done."""
+        """Compile down to LLVM IR. Triton's own passes and the shared memory use are then complete."""
         backend = compiler.make_backend(self.target)
         options = backend.parse_options({**vars(self.options), **self.source.parse_options()})
         stages: dict[str, Any] = {}
@@ -89,17 +89,17 @@ class Task:
                 module = stages[stage](module, metadata)
                 if stage == "ttgir":
                     launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
-        except Exception as error:  # noqa: BLE001 - whatever Triton raises is what this looks for
+        except Exception as error:  # noqa: BLE001 - any error of Triton is a finding
             return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
         return {**result, "shared": metadata["shared"]}
 
 
 TASKS: dict[str, Task] = {}
-"""By everything that Triton's own cache distinguishes."""
+"""Tasks by everything that Triton's own cache distinguishes."""
 
 
 def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-    """Takes the place of ``JITFunction.run``: notes what would be compiled."""
+    """Replacement of ``JITFunction.run`` that records the kernel instead of compiling it."""
     options |= {"debug": False, "instrumentation_mode": triton.knobs.compilation.instrumentation_mode}
     _, _, target, backend, binder = self.device_caches[triton.runtime.driver.active.get_current_device()]
     bound, specialization, parsed = binder(*args, **options)
@@ -110,9 +110,9 @@ def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> No
 
 
 def covering(axes: Axes, strength: int = 2, candidates: int = 100) -> Iterator[dict[str, Any]]:
-    """Rows, a value for each axis, in which every combination of the values of ``strength`` axes occurs.
+    """Yield rows, with a value for each axis, that cover all combinations of values of any ``strength`` axes.
 
-    Greedy: of some random rows that hold a missing combination, the one with the most missing ones is taken. The
+    Greedy: of several random rows with a missing combination, the one with the most missing combinations is chosen. The
     result is the same at every call.
     """
     draw = random.Random(0)
@@ -135,14 +135,16 @@ def covering(axes: Axes, strength: int = 2, candidates: int = 100) -> Iterator[d
         yield {name: axes[name][index] for name, index in zip(names, best, strict=True)}
 
 
-# Launches. Pointers are all that matters of a tensor: few elements do.
+# Launches. Only the pointers of tensors matter, so a few elements suffice.
 
 
 def empty_bytes() -> torch.Tensor:
+    """Return a small buffer of codes, scales or offsets."""
     return torch.empty(64, dtype=torch.uint8)
 
 
-def tiles() -> list[tuple[torch.dtype, matmul.Config]]:
+def tiles() -> list[tuple[torch.dtype, matmul.TileConfig]]:
+    """Return the dtypes with each tile that ``matmul`` chooses for them."""
     return [
         (dtype, config)
         for dtype in (BF16, FP16, FP32)
@@ -153,7 +155,7 @@ def tiles() -> list[tuple[torch.dtype, matmul.Config]]:
 GROUPED: Axes = {
     "arch": ARCHITECTURES,
     "tile": tiles(),
-    "widths": [dequantize.levels_mask(LOW), dequantize.levels_mask([256])],
+    "widths": [unpack.levels_mask(LOW), unpack.levels_mask([256])],
     "group": [128, 256, 64, 32, 16],
     "product": [*ACTIVATIONS, "down"],
     "bias": [False, True],
@@ -162,11 +164,12 @@ GROUPED: Axes = {
 
 
 def grouped(tile: Any, widths: int, group: int, product: str, bias: bool, index: torch.dtype) -> None:
+    """Launch the grouped products and the sum over experts."""
     dtype, config = tile
     columns, rows, experts, top_k = 2 * group, 512, 8, 4
     table = torch.empty(experts, 3, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    w = matmul.Packed(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, widths, rows, group)
+    w = dequantize.PackedWeights(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, widths, rows, group)
     order = routing.sort_pairs(torch.empty(64, top_k, dtype=index), experts, config.block_m)
     x = torch.empty(64, columns, dtype=dtype)
     if product == "down":
@@ -180,28 +183,29 @@ def grouped(tile: Any, widths: int, group: int, product: str, bias: bool, index:
 LINEAR: Axes = {
     "arch": ARCHITECTURES,
     "tile": tiles(),
-    "levels": dequantize.ALL_LEVELS,
+    "levels": unpack.ALL_LEVELS,
     "group": [128, 64, 32, 16],
     "bias": [False, True],
 }
 
 
 def grouped_linear(tile: Any, levels: int, group: int, bias: bool) -> None:
+    """Launch the grouped product and the dequantization of a single matrix."""
     dtype, config = tile
     rows = 512
     biases = torch.empty(rows, dtype=dtype) if bias else None
-    w = matmul.Packed(
-        empty_bytes(), empty_bytes(), empty_bytes(), None, biases, dequantize.width_bit(levels), rows, group
+    w = dequantize.PackedWeights(
+        empty_bytes(), empty_bytes(), empty_bytes(), None, biases, unpack.width_bit(levels), rows, group
     )
     matmul.matmul(torch.empty(64, 2 * group, dtype=dtype), w, config, None)
-    dequantize.dequantize(*w[:4], w.widths, rows, 2 * group, group, dtype)
+    dequantize.dequantize(w, 2 * group, dtype)
 
 
 DECODE: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "tokens": [(1, 8, 64), (4, 2, 8), (9, 4, 8), (16, 8, 64)],  # tokens, slots, experts
-    "widths": [*((levels,) for levels in dequantize.ALL_LEVELS), LOW, dequantize.ALL_LEVELS],
+    "widths": [*((levels,) for levels in unpack.ALL_LEVELS), LOW, unpack.ALL_LEVELS],
     "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16), (16, 16)],  # groups, size
     "product": list(ACTIVATIONS),
     "bias": [False, True],
@@ -209,23 +213,26 @@ DECODE: Axes = {
 
 
 def decode(dtype: torch.dtype, tokens: Any, widths: Sequence[int], size: Any, product: str, bias: bool) -> None:
+    """Launch the decode kernels of experts."""
     count, slots, experts = tokens
     groups, group = size
     columns, rows = groups * group, 512
-    levels = launch.widths_for(widths, group)
+    levels = tuning.widths_for(widths, group)
     table, index = torch.empty(experts, 3, dtype=torch.int64), torch.empty(count, slots, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    first = launch.Matrices(empty_bytes(), empty_bytes(), empty_bytes(), table, biases, rows, group, levels)
-    launch.launch_up(torch.empty(count, columns, dtype=dtype), index, first, ACTIVATIONS[product])
+    matrices = packed_arguments.ExpertMatrices(
+        empty_bytes(), empty_bytes(), empty_bytes(), table, biases, rows, group, levels
+    )
+    launch.launch_up(torch.empty(count, columns, dtype=dtype), index, matrices, ACTIVATIONS[product])
     weights = torch.empty(count, slots, dtype=dtype) if product != "plain" else None
-    launch.launch_down(torch.empty(count, slots, columns, dtype=dtype), index, weights, first)
+    launch.launch_down(torch.empty(count, slots, columns, dtype=dtype), index, weights, matrices)
 
 
 DECODE_LINEARS: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "tokens": [1, 4, 16],
-    "levels": dequantize.ALL_LEVELS,
+    "levels": unpack.ALL_LEVELS,
     "size": [(16, 128), (1, 128), (2, 128), (112, 128), (9, 64), (1, 64), (4, 32), (1, 16)],
     "count": [1, 3],
     "rows": [64, 4096],
@@ -234,11 +241,12 @@ DECODE_LINEARS: Axes = {
 
 
 def decode_linears(dtype: torch.dtype, tokens: int, levels: int, size: Any, count: int, rows: int, bias: bool) -> None:
+    """Launch the decode kernels of one or three linears."""
     groups, group = size
-    parts = [torch.empty(rows, 1, dtype=torch.uint8)] * count
+    tensors = [torch.empty(rows, 1, dtype=torch.uint8)] * count
     biases = [torch.empty(rows, dtype=dtype)] * count if bias else []
     x = torch.empty(tokens, groups * group, dtype=dtype)
-    launch.launch_linears(x, launch.Linears(parts, parts, parts, biases, levels, group))
+    launch.launch_linears(x, packed_arguments.FusedLinears(tensors, tensors, tensors, biases, levels, group))
 
 
 ATTENTION: Axes = {
@@ -251,6 +259,7 @@ ATTENTION: Axes = {
 
 
 def decode_attention(dtype: torch.dtype, length: int, head: int, heads: Any) -> None:
+    """Launch the attention of a decode step."""
     queries, groups = heads
     cache = torch.empty(1, groups, length, head, dtype=dtype)
     query, bounds = torch.empty(1, queries, head, dtype=dtype), torch.empty(2, dtype=torch.int32)
@@ -266,14 +275,16 @@ TRAINING: Axes = {
 
 
 def training(dtype: torch.dtype, hidden: int, group: int) -> None:
+    """Launch the kernels of training, GPTQ and scoring."""
     rows, top_k, experts = 32, 2, 4
     x, y = torch.empty(rows, hidden, dtype=dtype), torch.empty(rows * top_k, hidden, dtype=dtype)
-    token, place = torch.zeros(rows * top_k, dtype=torch.int64), torch.zeros(rows, top_k, dtype=torch.int64)
+    token = torch.zeros(rows * top_k, dtype=torch.int64)
+    positions = torch.zeros(rows, top_k, dtype=torch.int64)
     weights = torch.empty(rows * top_k, dtype=dtype)
     y.requires_grad_()
     weights.requires_grad_()
-    expert_ops.combine(y, weights, token, place).backward(x)
-    gathered = expert_ops.gather(x.clone().requires_grad_(), token, place)
+    expert_ops.combine(y, weights, token, positions).backward(x)
+    gathered = expert_ops.gather(x.clone().requires_grad_(), token, positions)
     gathered.backward(torch.empty_like(gathered))
     gate = torch.empty(rows, 2 * hidden, dtype=dtype, requires_grad=True)
     expert_ops.silu_gate(gate).backward(x)
@@ -294,12 +305,14 @@ def training(dtype: torch.dtype, hidden: int, group: int) -> None:
     dequantize.grid_gradients(torch.empty(experts, rows, columns, dtype=dtype), codes, table, 63, group)
     scales = torch.empty(experts, rows, 2)
     grid_kernel.changed(scales, scales, scales, scales, torch.empty(experts, 1, 1))
-    dequantize.dequantize(codes, scales, scales, table, 63, rows, columns, group, dtype)
+    trained = dequantize.PackedWeights(codes, scales, scales, table, None, 63, rows, group)
+    dequantize.dequantize(trained, columns, dtype)
     for latents in (torch.float32, torch.int16):
         _training_step(dtype, torch.empty(experts, rows, columns, dtype=latents), scales)
 
 
 def _training_step(dtype: torch.dtype, latents: torch.Tensor, scales: torch.Tensor) -> None:
+    """Launch the optimizer's step on codes and grids."""
     from gemq.quant.trainable_gpu import State, Steps
 
     weight = torch.empty(latents.shape, dtype=dtype)
@@ -318,11 +331,11 @@ KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
 
 
 def collect(kinds: Sequence[str], strength: int) -> list[Task]:
-    """The kernels of all launches, each once."""
+    """Return the kernels of all launches, each once."""
     JITFunction.run = record  # type: ignore[method-assign]
     precisions = {BF16: bit_fields.BF16, FP16: bit_fields.FP16, FP32: bit_fields.SPLIT}
-    launch._kind = lambda x: int(precisions[x.dtype])  # as on a GPU
-    launch.starts_early = lambda device: triton.runtime.driver.active.get_current_device() >= 90
+    launch._operand = lambda x: int(precisions[x.dtype])  # as on a GPU
+    launch.supports_pdl = lambda device: triton.runtime.driver.active.get_current_device() >= 90
     for function, axes in (pair for kind in kinds for pair in KINDS[kind]):
         for row in covering(axes, strength):
             values = dict(row)
@@ -335,10 +348,12 @@ def collect(kinds: Sequence[str], strength: int) -> list[Task]:
 
 
 def compile_task(number: int) -> dict[str, Any]:
+    """Compile a task in a worker process."""
     return list(TASKS.values())[number].compile()
 
 
 def main() -> None:
+    """Compile all kernels and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--strength", type=int, default=2, help="axes whose combinations of values all occur")
     parser.add_argument("--jobs", type=int, default=2)

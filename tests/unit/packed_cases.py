@@ -1,4 +1,4 @@
-"""Random packed matrices and experts for tests of kernels, and their outputs in float64."""
+"""Random packed matrices and experts for tests of kernels, and their exact outputs in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gemq.quant.widths import LEVELS
 
 
 def random_matrix(rows: int, columns: int, width: float, group_size: int, generator: torch.Generator) -> PackedMatrix:
-    """Every code value, weights of about 0.3 around an offset of their own in each group."""
+    """Return a matrix with every code value. Weights spread by about 0.3 around a random offset in each group."""
     codes = torch.randint(0, LEVELS[width], (rows, columns), generator=generator).to(torch.uint8)
     shape = (rows, columns // group_size)
     scales = (torch.rand(shape, generator=generator) + 0.5) / LEVELS[width]
@@ -26,6 +26,7 @@ def random_matrix(rows: int, columns: int, width: float, group_size: int, genera
 def random_matrices(
     rows: int, columns: int, widths: Sequence[float], group_size: int, generator: torch.Generator
 ) -> PackedMatrices:
+    """Return the same projection of several experts."""
     matrices = [random_matrix(rows, columns, width, group_size, generator) for width in widths]
     return PackedMatrices(matrices, widths, group_size)
 
@@ -33,6 +34,7 @@ def random_matrices(
 def random_linear(
     rows: int, columns: int, width: float, group_size: int, generator: torch.Generator, bias: bool = False
 ) -> PackedLinear:
+    """Return a packed linear, optionally with a random bias."""
     linear = nn.Linear(columns, rows, bias=bias, device="meta")
     if bias:
         linear.bias = nn.Parameter(torch.randn(rows, generator=generator))
@@ -42,7 +44,7 @@ def random_linear(
 
 
 class Experts(PackedExperts):
-    """Packed experts with any activation ``gate``: [..., rows] -> [..., inner]."""
+    """Packed experts with an arbitrary activation ``gate``: [..., rows] -> [..., inner]."""
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Experts(PackedExperts):
 
 
 def silu_gate(y: Tensor) -> Tensor:
+    """Apply the SwiGLU activation."""
     gate, up = y.chunk(2, -1)
     return nn.functional.silu(gate) * up
 
@@ -79,23 +82,24 @@ def silu_gate(y: Tensor) -> Tensor:
 def random_routing(
     tokens: int, slots: int, experts: int, generator: torch.Generator, dtype: torch.dtype, device: Any
 ) -> tuple[Tensor, Tensor]:
-    """Distinct experts for each token, and weights."""
+    """Return distinct experts for each token, and weights."""
     index = torch.stack([torch.randperm(experts, generator=generator)[:slots] for _ in range(tokens)])
     return index.to(device), torch.rand(tokens, slots, generator=generator).to(device, dtype)
 
 
 def exact_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The experts' output in float64, without any rounding on the way. Shares only unpacking with what it checks."""
-    first = module.gate_up_proj if module.has_gate else module.up_proj
+    """Return the experts' output in float64 without intermediate rounding. Only unpacking is shared with kernels."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    matrices = getattr(module, up_name)
+    bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
     out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for t in range(hidden.shape[0]):
         for k in range(index.shape[1]):
             e = int(index[t, k])
-            if not 0 <= e < first.num_experts:
+            if not 0 <= e < matrices.num_experts:
                 continue
-            y = first.dequantize(e, torch.float64) @ hidden[t].double()
-            if module.has_bias:
-                bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+            y = matrices.dequantize(e, torch.float64) @ hidden[t].double()
+            if bias is not None:
                 y = y + bias[e].double()
             y = module.down_proj.dequantize(e, torch.float64) @ module._apply_gate(y)
             if module.has_bias:
@@ -106,17 +110,17 @@ def exact_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -
     return out
 
 
-def assert_as_close(mine: Tensor, reference: Tensor, truth: Tensor) -> None:
-    """``mine`` is no further from the truth than a small multiple of what the reference is (of its rounding noise)."""
-    assert mine.dtype == reference.dtype
-    assert mine.shape == reference.shape
+def assert_as_close(result: Tensor, reference: Tensor, truth: Tensor) -> None:
+    """Check that the error of ``result`` is at most a small multiple of the reference's error (its rounding noise)."""
+    assert result.dtype == reference.dtype
+    assert result.shape == reference.shape
     noise = (reference.double() - truth).abs().max()
-    floor = torch.finfo(mine.dtype).eps * truth.abs().max()
-    assert (mine.double() - truth).abs().max() <= 16 * (noise + floor)
+    floor = torch.finfo(result.dtype).eps * truth.abs().max()
+    assert (result.double() - truth).abs().max() <= 16 * (noise + floor)
 
 
-def few_programs(rows: int, groups: int, units: int, dtype: torch.dtype, block_rows: int = 64) -> Any:
-    """In place of ``launch.config_for``: a program costs the interpreter about as much however large its tiles are."""
-    from gemq.kernels.decode.launch import Config  # triton is not everywhere
+def few_programs(rows: int, groups: int, matrices: int, dtype: torch.dtype, block_rows: int = 64) -> Any:
+    """Replacement of ``launch.tensor_core_config``. A program's time in the interpreter hardly depends on its tiles."""
+    from gemq.kernels.decode.tuning import TensorCoreConfig  # triton may be missing
 
-    return Config(block_rows, min(8, 1 << (groups - 1).bit_length()), 4)
+    return TensorCoreConfig(block_rows, min(8, 1 << (groups - 1).bit_length()), 4)

@@ -1,4 +1,4 @@
-"""Runs the assembly of ``gemq.kernels.decode.dots`` on numbers: a few PTX instructions, for one thread."""
+"""Emulator of the few PTX instructions in the assembly of ``gemq.kernels.decode.dots``, for one thread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ WORD = 0xFFFFFFFF
 
 
 def signed(value: int, bits: int = 32) -> int:
+    """Interpret the lowest ``bits`` of a value as a signed integer."""
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
 def _dp4a(a: int, b: int, c: int, b_signed: bool) -> int:
+    """Return c plus the sum of four products of bytes."""
     total = c
     for i in range(4):
         x, y = (a >> 8 * i) & 255, (b >> 8 * i) & 255
@@ -21,20 +23,22 @@ def _dp4a(a: int, b: int, c: int, b_signed: bool) -> int:
 
 
 def _prmt(a: int, b: int, selector: int) -> int:
-    both = (b << 32) | a
+    """Select four bytes of two words."""
+    source = (b << 32) | a
     chosen = 0
     for i in range(4):
         nibble = (selector >> 4 * i) & 15
-        assert nibble < 8, "no replication of signs here"
-        chosen |= ((both >> 8 * nibble) & 255) << 8 * i
+        assert nibble < 8, "sign replication is not emulated"
+        chosen |= ((source >> 8 * nibble) & 255) << 8 * i
     return chosen
 
 
 def _lop3(a: int, b: int, c: int, table: int) -> int:
+    """Look up each bit in a table of the three inputs' bits."""
     chosen = 0
     for i in range(32):
-        place = ((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1)
-        chosen |= ((table >> place) & 1) << i
+        entry = ((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1)
+        chosen |= ((table >> entry) & 1) << i
     return chosen
 
 
@@ -59,15 +63,15 @@ INSTRUCTIONS = {
 
 
 def run(assembly: str, outputs: int, inputs: list[int]) -> list[int]:
-    """Operands $0 ... are outputs, then inputs, all 32 bits. Returns the outputs."""
+    """Run the assembly and return its outputs. Operands are the outputs, then the inputs, 32 bits each."""
     registers = {f"${i}": None for i in range(outputs)}
     registers |= {f"${outputs + i}": value & WORD for i, value in enumerate(inputs)}
     for line in assembly.strip().strip("{}").split("\n"):
         line = line.strip()
         if not line or line.startswith(".reg"):
             continue
-        name, rest = line.rstrip(";").split(None, 1)
-        target, *operands = re.split(r",\s*", rest)
+        name, arguments = line.rstrip(";").split(None, 1)
+        target, *operands = re.split(r",\s*", arguments)
         values = [int(o, 0) if o[0].isdigit() else registers[o] for o in operands]
         registers[target] = INSTRUCTIONS[name](*values) & WORD
     return [registers[f"${i}"] for i in range(outputs)]

@@ -1,4 +1,4 @@
-"""Products on a CPU in bfloat16 against float64, and when they are chosen."""
+"""Products with 4-bit weights on a CPU against float64, and the inputs that they support."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def random_matrix(rows: int, columns: int, width: Width, group_size: int) -> PackedMatrix:
-    """Grids that lie anywhere, as fitted ones do."""
+    """Return a matrix with offsets anywhere in the range, as fitted grids have."""
     groups = columns // group_size
     codes = torch.randint(LEVELS[width], (rows, columns), dtype=torch.uint8)
     scales = torch.rand(rows, groups) + 0.2
@@ -27,13 +27,15 @@ def random_matrix(rows: int, columns: int, width: Width, group_size: int) -> Pac
 
 
 def linear(matrix: PackedMatrix, width: Width, group_size: int, bias: bool = False) -> PackedLinear:
+    """Return a packed linear with the matrix."""
     rows, groups = matrix.scales.shape
     plain = nn.Linear(groups * group_size, rows, bias=bias, dtype=torch.bfloat16)
     return PackedLinear.from_linear(plain, matrix, width, group_size)
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    return ((found.double() - truth).norm() / truth.norm()).item()
+def error(result: Tensor, truth: Tensor) -> float:
+    """Return the relative error of a result."""
+    return ((result.double() - truth).norm() / truth.norm()).item()
 
 
 @pytest.mark.parametrize("width", LEVELS)
@@ -47,14 +49,14 @@ def test_products_are_as_exact_as_the_reference(width, rows, columns, group_size
         assert cpu_int4.covers(module, x)
         truth = x.double() @ module.dequantize(torch.float32).double().T
         truth = truth if module.bias is None else truth + module.bias.double()
-        found = cpu_int4.linear_forward(module, x)
-        assert found.shape == truth.shape
-        assert found.dtype == torch.bfloat16
-        assert error(found, truth) < 1.6 * max(error(reference.linear_forward(module, x), truth), 2**-9)
+        result = cpu_int4.linear_forward(module, x)
+        assert result.shape == truth.shape
+        assert result.dtype == torch.bfloat16
+        assert error(result, truth) < 1.6 * max(error(reference.linear_forward(module, x), truth), 2**-9)
 
 
 class Experts(nn.Module):
-    """What the kernels ask of a family's packed experts."""
+    """The attributes of a family's packed experts that the kernels use."""
 
     has_gate, has_bias = True, True
 
@@ -83,20 +85,20 @@ def test_experts_of_mixed_widths():
         index = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)])  # 6 marks an unused slot
         weights = torch.rand(tokens, 3).bfloat16()
         truth = reference.experts_forward(module, x.double(), index, weights.double())
-        found = cpu_int4.experts_forward(module, x, index, weights)
-        assert error(found, truth) < 1.6 * error(reference.experts_forward(module, x, index, weights), truth)
+        result = cpu_int4.experts_forward(module, x, index, weights)
+        assert error(result, truth) < 1.6 * error(reference.experts_forward(module, x, index, weights), truth)
 
 
 @torch.no_grad()
-def test_changed_weights_are_seen():
+def test_changed_weights_are_converted_again():
     module = linear(random_matrix(32, 64, 2, 32), 2, 32)
     x = torch.randn(1, 64).bfloat16()
-    before = cpu_int4.linear_forward(module, x)
-    module.scales.add_(8)  # an octave, of offsets too
-    torch.testing.assert_close(cpu_int4.linear_forward(module, x), 2 * before)
+    expected = 2 * cpu_int4.linear_forward(module, x)
+    module.scales.add_(8)  # doubles scales, and with them offsets
+    torch.testing.assert_close(cpu_int4.linear_forward(module, x), expected)
 
 
-def test_what_is_left_to_the_reference():
+def test_unsupported_inputs():
     module = linear(random_matrix(32, 64, 2, 32), 2, 32)
     x = torch.randn(1, 64).bfloat16()
     assert cpu_int4.covers(module, x)

@@ -1,4 +1,4 @@
-"""Experts' arithmetic for training on a GPU against the plain one: products, gathering, combining, gate, gradients."""
+"""Operations of experts in training on a GPU against plain torch: products, gather, combine, gate, gradients."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ torch.set_num_threads(1)
 
 
 def routing(tokens: int = 13, k: int = 2, count: int = 4, past: bool = False) -> tuple[Tensor, Tensor]:
+    """Return random expert indices, with unused slots if ``past``, and weights."""
     generator = torch.Generator().manual_seed(tokens + k)
     index = torch.rand(tokens, count + past, generator=generator).topk(k).indices
-    index = torch.where(index == 1, (index + 1) % (count + past), index)  # expert 1 gets none
+    index = torch.where(index == 1, (index + 1) % (count + past), index)  # expert 1 gets no token
     return index.to(DEVICE), torch.rand(tokens, k, generator=generator).to(DEVICE)
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    # sums in another order
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+def assert_same(result: Tensor, expected: Tensor) -> None:
+    """Check equality up to another order of sums."""
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("past", [False, True])
-def test_route_all_is_route_with_what_is_dropped_at_weight_zero(past):
+def test_route_all_is_route_with_dropped_pairs_at_weight_zero(past):
     index, weights = routing(past=past)
-    routed, every = route(index, weights, 4), route_all(index, weights, 4)
-    pairs = len(routed.token)
-    assert sum(every.counts) == index.numel()
-    assert torch.equal(every.token[:pairs], routed.token)
-    assert torch.equal(every.expert[:pairs], routed.expert)
-    assert torch.equal(every.weight[:pairs], routed.weight)
-    assert (pairs < index.numel()) == past
-    assert not every.weight[pairs:].any()
-    assert every.place is not None
-    assert torch.equal(every.token[every.place], torch.arange(len(index), device=DEVICE)[:, None].expand_as(index))
+    routed, pairs = route(index, weights, 4), route_all(index, weights, 4)
+    num_routed = len(routed.token)
+    assert sum(pairs.counts) == index.numel()
+    assert torch.equal(pairs.token[:num_routed], routed.token)
+    assert torch.equal(pairs.expert[:num_routed], routed.expert)
+    assert torch.equal(pairs.weight[:num_routed], routed.weight)
+    assert (num_routed < index.numel()) == past
+    assert not pairs.weight[num_routed:].any()
+    assert pairs.place is not None
+    assert torch.equal(pairs.token[pairs.place], torch.arange(len(index), device=DEVICE)[:, None].expand_as(index))
 
 
 def test_stacked_pairs_belong_to_experts_of_their_own():
     index, weights = routing(k=3)
     routed = route(index, weights, 4)
     twice = routed.stacked(slice(2, 4), 2)
-    some = routed.expert >= 2
-    count = int(some.sum())
+    selected = routed.expert >= 2
+    count = int(selected.sum())
     assert twice.counts == routed.counts[2:] * 2
     assert twice.counts == Routed(twice.token, twice.expert, twice.weight, twice.ends).counts
     for i in range(2):
-        part = slice(i * count, (i + 1) * count)
-        assert torch.equal(twice.token[part], routed.token[some])
-        assert torch.equal(twice.expert[part], routed.expert[some] - 2 + 2 * i)
-        assert torch.equal(twice.weight[part], routed.weight[some])
+        copy = slice(i * count, (i + 1) * count)
+        assert torch.equal(twice.token[copy], routed.token[selected])
+        assert torch.equal(twice.expert[copy], routed.expert[selected] - 2 + 2 * i)
+        assert torch.equal(twice.weight[copy], routed.weight[selected])
     assert twice.owners is not None
     assert twice.owners.tolist() == [2, 3, 2, 3]
 
@@ -66,55 +67,55 @@ def test_gathering_and_combining_with_gradients():
     routed = route_all(index, weights, 4)
     assert routed.place is not None
     hidden = torch.randn(9, 40, device=DEVICE)
-    slope = torch.randn(9, 40, device=DEVICE)
+    gradient = torch.randn(9, 40, device=DEVICE)
 
-    def ours(x: Tensor, w: Tensor) -> Tensor:
+    def kernels(x: Tensor, w: Tensor) -> Tensor:
         return combine(gather(x, routed.token, routed.place) * 2, w, routed.token, routed.place)
 
     def plain(x: Tensor, w: Tensor) -> Tensor:
         return torch.zeros_like(x).index_add(0, routed.token, x[routed.token] * 2 * w.unsqueeze(1))
 
-    found, expected = [], []
-    for function, results in ((ours, found), (plain, expected)):
+    outcomes = []
+    for function in (kernels, plain):
         x, w = hidden.clone().requires_grad_(), routed.weight.clone().requires_grad_()
         y = function(x, w)
-        results += [y, *torch.autograd.grad((y * slope).sum(), (x, w))]
-    for a, b in zip(found, expected, strict=True):
-        same(a, b)
+        outcomes.append([y, *torch.autograd.grad((y * gradient).sum(), (x, w))])
+    for result, expected in zip(*outcomes, strict=True):
+        assert_same(result, expected)
 
 
-def test_rows_of_other_ranks_are_never_looked_at():
-    """Two ranks' sums and gradients, one after the other, add up to those of one; what is not theirs is NaN here."""
+def test_rows_of_other_ranks_are_never_read():
+    """The sums and gradients of two ranks add up to those of one. Rows of the other rank are NaN."""
     index, weights = routing(tokens=9, k=2)
-    hidden, slope = (torch.randn(9, 40, device=DEVICE) for _ in range(2))
+    hidden, gradient = (torch.randn(9, 40, device=DEVICE) for _ in range(2))
 
     def run(routed: Routed, shared: Shared | None) -> list[Tensor]:
         x, w = hidden.clone().requires_grad_(), routed.weight.clone().requires_grad_()
         assert routed.place is not None
         y = gather(x, routed.token, routed.place, shared) * 2
         if shared is not None:
-            own = torch.arange(len(y), device=DEVICE)[:, None] < shared.used
-            y = torch.where(own, y, torch.nan) + torch.where(own, 0.0, torch.nan)
+            is_local = torch.arange(len(y), device=DEVICE)[:, None] < shared.num_pairs
+            y = torch.where(is_local, y, torch.nan) + torch.where(is_local, 0.0, torch.nan)
         out = combine(y, w, routed.token, routed.place, shared)
-        of_x, of_w = torch.autograd.grad((out * slope).sum(), (x, w))
+        grad_x, grad_w = torch.autograd.grad((out * gradient).sum(), (x, w))
         assert routed.place is not None
-        return [out, of_x, of_w[routed.place]]
+        return [out, grad_x, grad_w[routed.place]]
 
-    parts = [route_own(index, weights, own) for own in (slice(0, 3), slice(3, 4))]
-    assert sum(int(part.ends[-1]) for part in parts) == index.numel()
-    found = [run(part, Shared(part.ends[-1:], lambda rows: rows, lambda rows: rows)) for part in parts]
-    for expected, *each in zip(run(route_all(index, weights, 4), None), *found, strict=True):
-        same(each[0] + each[1], expected)
+    shards = [route_own(index, weights, local_experts) for local_experts in (slice(0, 3), slice(3, 4))]
+    assert sum(int(shard.ends[-1]) for shard in shards) == index.numel()
+    results = [run(shard, Shared(shard.ends[-1:], lambda rows: rows, lambda rows: rows)) for shard in shards]
+    for expected, rank_0, rank_1 in zip(run(route_all(index, weights, 4), None), *results, strict=True):
+        assert_same(rank_0 + rank_1, expected)
 
 
 def test_gate_with_gradient():
     x = torch.randn(7, 2 * 20, device=DEVICE, requires_grad=True)
-    slope = torch.randn(7, 20, device=DEVICE)
+    gradient = torch.randn(7, 20, device=DEVICE)
     gate, up = x.chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
-    found = silu_gate(x)
-    same(found, expected)
-    same(*(torch.autograd.grad((y * slope).sum(), x)[0] for y in (found, expected)))
+    result = silu_gate(x)
+    assert_same(result, expected)
+    assert_same(*(torch.autograd.grad((y * gradient).sum(), x)[0] for y in (result, expected)))
 
 
 def test_gradient_of_residuals():
@@ -122,20 +123,20 @@ def test_gradient_of_residuals():
     exact, weight, energy = torch.randn(5, 40, device=DEVICE), torch.rand(5, device=DEVICE), torch.tensor(0.3)
     weight, energy = weight.repeat(3), energy.to(DEVICE)
     (expected,) = torch.autograd.grad(_residuals(out, exact, weight).square().sum() / energy, out)
-    same(residual_gradient(out.detach(), exact, weight, energy), expected)
+    assert_same(residual_gradient(out.detach(), exact, weight, energy), expected)
 
 
 @pytest.mark.parametrize("squares", [False, True])
 def test_changes_along_a_direction(squares):
     direction, changed, exact = (torch.randn(5, 1100, device=DEVICE).bfloat16() for _ in range(3))
     products = direction.float() * (changed.float() - exact.float())
-    found = projection(direction, changed, exact, squares)
-    torch.testing.assert_close(found, (products.square() if squares else products).sum(1), rtol=1e-5, atol=1e-3)
+    result = projection(direction, changed, exact, squares)
+    torch.testing.assert_close(result, (products.square() if squares else products).sum(1), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_product_with_gradients(transposed):
-    """Against a product per expert, one of which has no rows. bfloat16 rounds results to 2^-9."""
+    """One product per expert, one of which has no rows, is the reference. bfloat16 rounds results to 2^-9."""
     counts, dtype = [9, 0, 17, 6], torch.bfloat16
     ends = torch.tensor(counts, device=DEVICE).cumsum(0).int()
     x = torch.randn(sum(counts), 24, device=DEVICE).to(dtype).requires_grad_()
@@ -144,19 +145,19 @@ def test_grouped_product_with_gradients(transposed):
         weight = weight.mT.contiguous().mT
     weight.requires_grad_()
     expected = torch.cat([rows.float() @ w.float().T for rows, w in zip(x.split(counts), weight, strict=True)])
-    found = grouped.linear(x, weight, ends)
-    slope = torch.randn_like(found)
-    torch.full((1 << 20,), torch.nan, device=DEVICE)  # what is not written shows
-    ours = [found, *torch.autograd.grad(found, (x, weight), slope)]
-    theirs = [expected, *torch.autograd.grad(expected, (x, weight), slope.float())]
-    for a, b in zip(ours, theirs, strict=True):
+    result = grouped.linear(x, weight, ends)
+    gradient = torch.randn_like(result)
+    torch.full((1 << 20,), torch.nan, device=DEVICE)  # unwritten memory would be NaN
+    results = [result, *torch.autograd.grad(result, (x, weight), gradient)]
+    references = [expected, *torch.autograd.grad(expected, (x, weight), gradient.float())]
+    for a, b in zip(results, references, strict=True):
         assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 6e-3
-    assert not ours[2][1].any()
+    assert not results[2][1].any()
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_grouped_forward_is_the_plain_one(family, monkeypatch):
-    """Bias, transposed weights and other gates included; gradients to hidden states, routing weights and weights."""
+    """With biases, transposed weights and other gates; gradients of hidden states, routing weights and weights."""
     model = tiny(family).to(DEVICE)
     _, layer = find_structure(model).moe_layers[-1]
     assert layer.experts is not None

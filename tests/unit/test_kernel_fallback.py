@@ -1,4 +1,4 @@
-"""A kernel that cannot be compiled costs time, not the result: the reference computes instead, and it is said."""
+"""If a kernel fails to compile, the reference computes the result, with a warning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> BrokenKernel:
     return kernel
 
 
-def test_experts_run_on_the_reference_and_it_is_counted(broken: BrokenKernel) -> None:
+def test_experts_fall_back_to_the_reference_and_are_counted(broken: BrokenKernel) -> None:
     generator = torch.Generator().manual_seed(0)
     module = Experts(64, 64, (2, 3, 1), generator)
     hidden = torch.randn(4, 64, generator=generator)
@@ -46,7 +46,7 @@ def test_experts_run_on_the_reference_and_it_is_counted(broken: BrokenKernel) ->
             result = dispatch.experts_forward(module, hidden, index, weights)
         assert torch.equal(result, expected)
         assert torch.equal(dispatch.experts_forward(module, hidden, index, weights), expected)
-    assert broken.calls == 1  # compiling takes seconds: it is not tried again
+    assert broken.calls == 1  # not retried: compiling takes seconds
     assert list(dispatch.fallbacks.values()) == [2]
 
 
@@ -67,15 +67,15 @@ def test_errors_of_the_device_are_raised(broken: BrokenKernel) -> None:
     assert not dispatch.fallbacks
 
 
-def test_kernels_that_were_asked_for_raise(broken: BrokenKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_raised_if_kernels_are_forced(broken: BrokenKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "mode", "triton")
     linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="PassManager"):
         dispatch.linear_forward(linear, torch.randn(3, 64))
 
 
-def test_an_unpacked_model_has_nothing_to_merge() -> None:
-    """The operator is not registered in its process; looking it up there would end every compilation."""
+def test_merging_linears_of_an_unpacked_model() -> None:
+    """The operator is not registered in a process without packed modules. Looking it up would fail the compilation."""
     code = """
 import torch
 from gemq.kernels.decode.linear_fusion import merge_linears

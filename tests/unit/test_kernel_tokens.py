@@ -1,7 +1,6 @@
-"""The built-in model's first layers, packed at mixed widths, write the same tokens through Triton's kernels as through
-the reference.
+"""The built-in model, packed at mixed widths, generates the same tokens with Triton's kernels and with the reference.
 
-In the interpreter, so without a GPU; ``tests/gpu`` has the same on one.
+Kernels run in Triton's interpreter; ``tests/gpu`` has the same test on a GPU. Only the first layers are used.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has it on a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has this test for GPUs")
 def test_kernels_and_reference_write_the_same_tokens(packed, monkeypatch):
     model = gemq.load(packed, dtype=torch.float32)
     ids = torch.tensor([[40]])
-    monkeypatch.setattr(launch, "config_for", partial(few_programs, block_rows=128))
-    written = []
+    monkeypatch.setattr(launch, "tensor_core_config", partial(few_programs, block_rows=128))
+    generated = []
     for mode in ("triton", "reference"):
         monkeypatch.setattr(dispatch, "mode", mode)
         new = model.generate(
@@ -54,5 +53,5 @@ def test_kernels_and_reference_write_the_same_tokens(packed, monkeypatch):
             eos_token_id=None,
             pad_token_id=0,
         )
-        written.append(new.tolist())
-    assert written[0] == written[1]
+        generated.append(new.tolist())
+    assert generated[0] == generated[1]

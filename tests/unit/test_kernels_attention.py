@@ -44,23 +44,23 @@ def test_against_float64(heads, groups, size, length, dtype, device):
     draw = torch.Generator().manual_seed(seed)
     query = torch.randn(2, heads, size, generator=draw).to(device, dtype)
     keys, values = (torch.randn(2, groups, length, size, generator=draw).to(device, dtype) for _ in range(2))
-    for first, end in ((0, 1), (0, length), (length // 3, length // 3 + 70), (length - 3, length)):
-        unseen = torch.full_like(keys, torch.nan)  # is not read
-        unseen[:, :, first:end] = keys[:, :, first:end]
-        bounds = torch.tensor([first, end], dtype=torch.int32, device=device)
-        mine = attention.decode_attention(query, unseen, values, bounds, size**-0.5)
-        seen = [x[:, :, first:end].repeat_interleave(heads // groups, 1) for x in (keys, values)]
-        theirs, truth = (
-            F.scaled_dot_product_attention(query[:, :, None].to(t), *(x.to(t) for x in seen))[:, :, 0]
+    for start, end in ((0, 1), (0, length), (length // 3, length // 3 + 70), (length - 3, length)):
+        masked_keys = torch.full_like(keys, torch.nan)  # NaN must not be read
+        masked_keys[:, :, start:end] = keys[:, :, start:end]
+        bounds = torch.tensor([start, end], dtype=torch.int32, device=device)
+        result = attention.decode_attention(query, masked_keys, values, bounds, size**-0.5)
+        visible = [x[:, :, start:end].repeat_interleave(heads // groups, 1) for x in (keys, values)]
+        reference, truth = (
+            F.scaled_dot_product_attention(query[:, :, None].to(t), *(x.to(t) for x in visible))[:, :, 0]
             for t in (dtype, torch.float64)
         )
-        noise = (theirs.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
-        assert (mine.double() - truth).abs().max() <= 8 * noise
+        noise = (reference.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert (result.double() - truth).abs().max() <= 8 * noise
 
 
 def test_many_heads_over_a_long_cache(device, monkeypatch):
-    """A program that goes through its places block by block, as far as they are seen."""
-    monkeypatch.setattr(attention, "PROGRAMS", 1)
+    """A program loops over its visible positions in blocks."""
+    monkeypatch.setattr(attention, "MAX_PROGRAMS", 1)
     test_against_float64(2, 1, 16, 1100, torch.float32, device)
 
 
@@ -72,25 +72,25 @@ def test_a_fake_step_has_the_shape_of_a_real_one(device):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
-def test_a_decoder_attends_with_it(family, device, monkeypatch):
-    """The same tokens as with Transformers' attention; heads that share keys and values, sliding windows."""
+def test_a_decoder_uses_the_kernel(family, device, monkeypatch):
+    """Tokens equal those of Transformers' attention, also with shared keys and values and with sliding windows."""
     model = tiny(family).to(device)
     ids = tokens(2, 9).to(device)
     steps = []
-    for own in (False, True):
+    for use_kernel in (False, True):
         with monkeypatch.context() as patch:
-            if not own:
+            if not use_kernel:
                 patch.setattr(step_attention, "usable", lambda model, config: False)
             decoder = Decoder(model, 2, 40)
             decoder.prefill(ids)
             decoder.prepare(compile_layers=True, backend="eager")
-            assert decoder._own_attention == own
+            assert decoder._own_attention == use_kernel
             steps.append([decoder.prefill(ids).tolist(), *decoder.decode(5)])
     assert steps[0] == steps[1]
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_attention_that_it_does_not_compute_is_left_to_transformers(device, monkeypatch):
+def test_unsupported_attention_is_left_to_transformers(device, monkeypatch):
     model = tiny("deepseek_v2").to(device)  # keys are wider than values
     decoder = Decoder(model, 1, 40)
     decoder.prefill(tokens(1, 5).to(device))

@@ -26,10 +26,9 @@ from torch.nn import functional as F
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.decode.linear_fusion import merge_linears
-from gemq.kernels.training.autograd import experts_with_grids, linear_with_grids
 
 pytest.importorskip("triton")
-from gemq.kernels.decode import launch, operators
+from gemq.kernels.decode import launch, operators, tuning
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
@@ -43,48 +42,49 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        monkeypatch.setattr(launch, "config_for", few_programs)
-        monkeypatch.setattr(launch, "cut_for", lambda units, groups, down=False: launch.Cut(64, 4))
-        monkeypatch.setattr(launch, "linear_cut_for", lambda tokens: launch.Cut(64, 4))
+        monkeypatch.setattr(launch, "tensor_core_config", few_programs)
+        monkeypatch.setattr(launch, "vector_config", lambda pairs, groups, is_down=False: tuning.VectorConfig(64, 4))
+        monkeypatch.setattr(launch, "linear_vector_config", lambda tokens: tuning.VectorConfig(64, 4))
     return request.param
 
 
 @pytest.fixture
 def generator(request):
-    """Other inputs for every test and on every day, told when it fails."""
+    """Random inputs that differ in every run. The seed is printed if a test fails."""
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
 
 
 def check_experts(module, tokens, slots, dtype, device, generator, unused=False):
+    """Compare the kernels with the reference and float64 on random inputs. Returns the inputs."""
     module = module.to(device)
     hidden = torch.randn(tokens, module.down_proj.rows, generator=generator).to(device, dtype)
     count = module.down_proj.num_experts
     index, weights = random_routing(tokens, slots, count, generator, dtype, device)
     if unused:
-        index[-1, 0], index[0, -1] = -1, count + 3  # as vLLM marks padding tokens, and as families mark dropped ones
+        index[-1, 0], index[0, -1] = -1, count + 3  # marks of padding tokens in vLLM, and of dropped tokens in families
         weights[-1, 0] = torch.nan
     with torch.no_grad():
-        mine = dispatch.experts_forward(module, hidden, index, weights)
-        theirs = reference.experts_forward(module, hidden, index, weights)
-    assert_as_close(mine, theirs, exact_experts(module, hidden, index, weights))
+        result = dispatch.experts_forward(module, hidden, index, weights)
+        expected = reference.experts_forward(module, hidden, index, weights)
+    assert_as_close(result, expected, exact_experts(module, hidden, index, weights))
     return hidden, index, weights
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_linear_of_each_width(width, group_size, device, generator):
-    """Group counts that fill blocks and that do not, rows that are no multiple of a block, both column counts."""
-    turn = WIDTHS.index(width) + group_size
-    dtype, tokens = DTYPES[turn % 3], (1, 9)[turn // 16 % 2]
-    linear = random_linear(37, group_size * (4, 5, 3)[turn % 3], width, group_size, generator, bias=turn % 2 == 0)
+    """Group counts that fill blocks or not, rows that are not a multiple of a block, one token and several."""
+    variant = WIDTHS.index(width) + group_size
+    dtype, tokens = DTYPES[variant % 3], (1, 9)[variant // 16 % 2]
+    linear = random_linear(37, group_size * (4, 5, 3)[variant % 3], width, group_size, generator, bias=variant % 2 == 0)
     linear.to(device)
     x = torch.randn(tokens, linear.in_features, generator=generator).to(device, dtype)
     with torch.no_grad():
-        mine, theirs = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
+        result, expected = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
     truth = F.linear(x.double(), linear.dequantize(torch.float64))
-    assert_as_close(mine, theirs, truth if linear.bias is None else truth + linear.bias.double())
+    assert_as_close(result, expected, truth if linear.bias is None else truth + linear.bias.double())
 
 
 def test_linear_takes_any_leading_dimensions(device, generator):
@@ -93,9 +93,9 @@ def test_linear_takes_any_leading_dimensions(device, generator):
     y = dispatch.linear_forward(linear, x)
     assert y.shape == (2, 3, 40)
     torch.testing.assert_close(y, reference.linear_forward(linear, x), rtol=1e-5, atol=1e-4)
-    turned = torch.randn(64, 5, generator=generator).to(device).T
+    transposed = torch.randn(64, 5, generator=generator).to(device).T
     torch.testing.assert_close(
-        dispatch.linear_forward(linear, turned), reference.linear_forward(linear, turned), rtol=1e-5, atol=1e-4
+        dispatch.linear_forward(linear, transposed), reference.linear_forward(linear, transposed), rtol=1e-5, atol=1e-4
     )
 
 
@@ -126,22 +126,25 @@ def test_an_expert_in_two_slots_of_a_token(device, generator):
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index = torch.tensor([[1, 1], [0, 1]], device=device)
     weights = torch.rand(2, 2, generator=generator).to(device)
-    mine = dispatch.experts_forward(module, hidden, index, weights)
-    torch.testing.assert_close(mine.double(), exact_experts(module, hidden, index, weights), rtol=1e-5, atol=1e-4)
+    result = dispatch.experts_forward(module, hidden, index, weights)
+    torch.testing.assert_close(result.double(), exact_experts(module, hidden, index, weights), rtol=1e-5, atol=1e-4)
 
 
 def clamped_swiglu(y, interleaved=True, limit=1.5, alpha=1.702):
+    """Apply the activation of gpt_oss."""
     gate, up = (y[..., ::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
 def clamped_after(y):
+    """Apply SwiGLU with clamps after SiLU."""
     gate, up = y.chunk(2, -1)
     return F.silu(gate).clamp(max=1.25) * up.clamp(-1.25, 1.25)
 
 
 def halves(act):
+    """Return a gate that applies ``act`` to its first half."""
     return lambda y: act(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1]
 
 
@@ -178,22 +181,22 @@ def test_norm_after_each_expert(device, generator):
     check_experts(module, 3, 2, torch.float32, device, generator, unused=True)
 
 
-def test_families_activations_are_recognised():
-    """Every family in the tests fuses; their names are never looked at."""
+def test_families_activations_are_recognized():
+    """The activations of all families in the tests are recognized, without their names."""
     from families import MORE, tiny
-    from gemq.kernels.activation import _recognise
+    from gemq.kernels.activation import _recognize
     from gemq.models.structure import find_structure
 
     for family in MORE:
         model = tiny(family)
         _, layer = find_structure(model).moe_layers[0]
         module = model.get_submodule(layer.experts.path)
-        module.down_proj.codes = torch.empty(0)  # stands for a packed projection: only its device is asked for
-        found = _recognise(module)
-        assert found is not None, family
+        module.down_proj.codes = torch.empty(0)  # replaces a packed projection: only its device is read
+        activation = _recognize(module)
+        assert activation is not None, family
         y = torch.randn(3, 64) * 5
-        wanted = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        torch.testing.assert_close(found(y), wanted)
+        expected = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        torch.testing.assert_close(activation(y), expected)
 
 
 def test_learned_activation_is_left_to_the_module(generator):
@@ -207,76 +210,40 @@ def test_gradients_equal_the_references(device, generator):
     linear = random_linear(32, 32, 4, 32, generator, bias=True).to(device)
     hidden = torch.randn(3, 32, generator=generator).to(device)
     index, weights = random_routing(3, 2, 2, generator, torch.float32, device)
-    found = []
+    gradients = []
     for call in (dispatch, reference):
         x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
         parameters = [*module.parameters(), *linear.parameters()]
         y = call.linear_forward(linear, call.experts_forward(module, x, index, w))
-        found.append(torch.autograd.grad(y.square().sum(), [x, w, *parameters]))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, w, *parameters]))
+    for result, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
     for p in module.parameters():
         p.requires_grad_(False)
     assert not dispatch.experts_forward(module, hidden, index, weights).requires_grad
 
 
-def test_gradients_of_grids(generator):
-    """Scales and offsets given as tensors, against plain autograd through dequantized weights."""
-    linear = random_linear(12, 64, 3, 32, generator, bias=True)
-    x = torch.randn(2, 4, 64, generator=generator).requires_grad_()
-    scales, offsets = (grid.requires_grad_() for grid in linear.matrix().grids(3))
-    y = linear_with_grids(x, linear.codes, scales, offsets, 3, 32, linear.bias)
-    codes = linear.matrix().unpack(3, 32).codes.float().unflatten(-1, (-1, 32))
-    plain = F.linear(x, (scales[..., None] * codes + offsets[..., None]).flatten(1), linear.bias)
-    torch.testing.assert_close(y, plain)
-    wanted = [x, scales, offsets, linear.bias]
-    for mine, theirs in zip(*(torch.autograd.grad(z.sin().sum(), wanted) for z in (y, plain)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_of_experts_grids(generator):
-    module = Experts(32, 16, (2, 1.6, 4), generator, group_sizes=(32, 16))
-    hidden = torch.randn(3, 32, generator=generator)
-    index, weights = random_routing(3, 2, 3, generator, torch.float32, "cpu")
-    grids, dense = {}, {}
-    for name in ("gate_up_proj", "down_proj"):
-        matrices = getattr(module, name)
-        parts = [matrices.matrix(e) for e in range(3)]
-        each = [p.grids(width) for p, width in zip(parts, matrices.widths, strict=True)]
-        grids[name] = tuple(torch.stack(same).requires_grad_() for same in zip(*each, strict=True))
-        codes = [p.unpack(w, matrices.group_size).codes for p, w in zip(parts, matrices.widths, strict=True)]
-        codes = torch.stack(codes).float().unflatten(-1, (-1, matrices.group_size))
-        dense[name] = (grids[name][0][..., None] * codes + grids[name][1][..., None]).flatten(2)
-    mine = experts_with_grids(module, hidden, index, weights, grids)
-    plain = torch.zeros_like(hidden)
-    for t in range(3):
-        for k in range(2):
-            e = index[t, k]
-            y = dense["down_proj"][e] @ silu_gate(dense["gate_up_proj"][e] @ hidden[t])
-            plain = plain.index_add(0, torch.tensor([t]), (weights[t, k] * y)[None])
-    torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mine, reference.experts_forward(module, hidden, index, weights), rtol=1e-4, atol=1e-4)
-    sources = [*grids["gate_up_proj"], *grids["down_proj"]]
-    for a, b in zip(*(torch.autograd.grad(z.sin().sum(), sources) for z in (mine, plain)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
 def test_operators_trace(device, generator):
-    """Fake implementations and schemas are right, and a compiled module has no break."""
+    """Fake implementations and schemas are correct, and a compiled module has no graph break."""
     module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16)).to(device)
     linear = random_linear(32, 32, 4, 32, generator).to(device)
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index, weights = random_routing(2, 1, 2, generator, torch.float32, device)
-    dispatch.prepare(module)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         operators.decode_linears,
         (hidden, [linear.codes], [linear.scales], [linear.offsets], [], 16, 32),
         test_utils=tests,
     )
-    down = (*operators._tensors(module.down_proj), None, 32, 16, [4, 8])
+    up, down = operators._projections(module, share_kernels=True)
     h = torch.randn(2, 1, 16, generator=generator).to(device)
-    torch.library.opcheck(operators.decode_down, (h, index, weights, *down), test_utils=tests)
+    for routing_weights in (weights, None):
+        arguments = (h, index, routing_weights, down.tensors, down.sizes)
+        torch.library.opcheck(operators.decode_down, arguments, test_utils=tests)
+    torch.library.opcheck(operators.decode_up, (hidden, index, up.tensors, up.sizes), test_utils=tests)
+    numbers = activation_of(module).numbers()
+    arguments = (hidden, index, weights, up.tensors, up.sizes, down.tensors, down.sizes, numbers)
+    torch.library.opcheck(operators.decode_experts, arguments, test_utils=tests)
 
     def layer(x):
         return linear(module(x, index, weights))
@@ -294,7 +261,7 @@ def test_a_cpu_takes_the_reference(generator, monkeypatch):
     assert torch.equal(dispatch.linear_forward(linear, x), reference.linear_forward(linear, x))
 
 
-def test_what_is_not_covered_is_counted_and_said_once(device, generator, monkeypatch):
+def test_fallbacks_are_counted_and_warned_about_once(device, generator, monkeypatch):
     monkeypatch.setattr(dispatch, "fallbacks", type(dispatch.fallbacks)())
     linear = random_linear(8, 32, 2, 32, generator).to(device)
     x = torch.randn(3, 32, generator=generator).to(device).double()
@@ -325,29 +292,29 @@ for mode in ("reference", "triton"):
 
 
 def test_linears_of_one_launch(device, generator):
-    """Rows that fill no block, with biases and without, one row of x and several."""
+    """Rows that do not fill a block, with and without biases, one row of x and several."""
     for tokens, bias, dtype in ((1, True, torch.bfloat16), (3, False, torch.float16), (9, True, torch.float32)):
         linears = [random_linear(rows, 256, 4, 64, generator, bias=bias).to(device) for rows in (70, 20, 33)]
         x = torch.randn(tokens, 256, generator=generator).to(device, dtype)
-        parts = [[getattr(linear, name) for linear in linears] for name in ("codes", "scales", "offsets")]
+        tensors = [[getattr(linear, name) for linear in linears] for name in ("codes", "scales", "offsets")]
         biases = [linear.bias for linear in linears] if bias else []
         for count in (2, 3):
-            mine = operators.decode_linears(x, *(part[:count] for part in parts), biases[:count], 16, 64)
-            each = [reference.linear_forward(linear, x) for linear in linears[:count]]
+            result = operators.decode_linears(x, *(t[:count] for t in tensors), biases[:count], 16, 64)
+            expected = [reference.linear_forward(linear, x) for linear in linears[:count]]
             truth = [linear.dequantize(torch.float64) @ x.double().T for linear in linears[:count]]
             truth = [
                 y.T if linear.bias is None else y.T + linear.bias.double()
                 for y, linear in zip(truth, linears, strict=False)
             ]
-            assert_as_close(mine, torch.cat(each, 1), torch.cat(truth, 1))
+            assert_as_close(result, torch.cat(expected, 1), torch.cat(truth, 1))
 
 
 def test_rows_that_several_programs_share(device, generator):
-    """Mixtral's down projection has 112 groups; an unused slot's parts are zero, a bias is added once."""
+    """Mixtral's down projection has 112 groups. All splits of an unused slot are zero, and a bias is added once."""
     module = Experts(32, 35 * 16, (2, 4), generator, group_sizes=(32, 16), bias=True)
     check_experts(module, 2, 2, torch.bfloat16, device, generator, unused=True)
-    assert launch.parts_of(torch.bfloat16, 35 * 16, 16, [4]) == 3
-    assert launch.parts_of(torch.float32, 35 * 16, 16, [4]) == 1
+    assert tuning.down_splits(torch.bfloat16, 35 * 16, 16, [4]) == 3
+    assert tuning.down_splits(torch.float32, 35 * 16, 16, [4]) == 1
 
 
 def test_a_row_of_many_groups_in_one_program(device, generator):
@@ -359,11 +326,11 @@ def test_a_row_of_many_groups_in_one_program(device, generator):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypatch):
-    """Three of one input are one launch; one of another input, or of another width, is left alone."""
+    """Three linears of one input become one launch. Others keep their own, for another width or another input."""
     monkeypatch.setattr(dispatch, "mode", "triton")
     widths, rows = (4, 4, 4, 8, 4), (32, 16, 16, 16, 128)
     linears = (random_linear(n, 128, w, 64, generator, bias) for n, w in zip(rows, widths, strict=True))
-    q, k, v, other, out = (linear.to(DEVICE) for linear in linears)
+    q, k, v, wide, out = (linear.to(DEVICE) for linear in linears)
     counts = []
 
     def backend(graph, inputs):
@@ -371,29 +338,29 @@ def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypa
         return graph.forward
 
     def layer(x):
-        mixed = torch.cat([q(x) * 2, k(x), v(x), other(x), x[..., :48]], -1)
+        mixed = torch.cat([q(x) * 2, k(x), v(x), wide(x), x[..., :48]], -1)
         return out(mixed)
 
     x = torch.randn(1, 2, 128, generator=generator).to(DEVICE)
     with torch.no_grad():
-        expected = layer(x)  # imports what is imported when it is first needed
+        expected = layer(x)  # also runs the lazy imports, which cannot be traced
         torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), expected)
     assert counts == [(2, 3)]
 
 
 def test_layers_that_mix_other_widths_share_a_kernel():
-    assert launch.widths_for([2, 4], 128) == launch.widths_for([3, 8], 128) == [2, 3, 4, 8]
-    assert launch.widths_for([4, 16], 128) == [2, 3, 4, 8, 16]
-    assert launch.widths_for([4], 128) == [4]
-    assert launch.widths_for([4, 2], 64) == [2, 4]
+    assert tuning.widths_for([2, 4], 128) == tuning.widths_for([3, 8], 128) == [2, 3, 4, 8]
+    assert tuning.widths_for([4, 16], 128) == [2, 3, 4, 8, 16]
+    assert tuning.widths_for([4], 128) == [4]
+    assert tuning.widths_for([4, 2], 64) == [2, 4]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_one_vector_of_16_bit_floats(width, device, generator):
-    """Every width in groups of 128, as models have them: rows of one block and of several, groups for one lane each."""
+    """Every width in groups of 128, the size that models have, with few and many groups."""
     for groups, dtype in ((4, torch.bfloat16), (16, torch.float16)):
         linear = random_linear(40, groups * 128, width, 128, generator).to(device)
-        assert launch.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
+        assert tuning.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
         x = torch.randn(1, groups * 128, generator=generator).to(device, dtype)
-        mine, theirs = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
-        assert_as_close(mine, theirs, F.linear(x.double(), linear.dequantize(torch.float64)))
+        result, expected = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
+        assert_as_close(result, expected, F.linear(x.double(), linear.dequantize(torch.float64)))

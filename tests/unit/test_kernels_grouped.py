@@ -1,6 +1,6 @@
-"""Kernels for many tokens against the plain reference and against float64.
+"""Kernels for many tokens against the reference and against float64.
 
-Without a GPU they run in Triton's interpreter (bfloat16 is truncated there, not rounded); with one they run on it.
+Without a GPU they run in Triton's interpreter, which truncates bfloat16 instead of rounding it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def random_matrices(rows: int, columns: int, widths: tuple[float, ...], group: i
 
 
 class Experts(PackedExperts):
-    """SwiGLU without anything else; tests change what they are about."""
+    """SwiGLU experts without options. Tests change the attributes that they test."""
 
     has_gate, has_bias = True, False
 
@@ -62,20 +62,20 @@ class Experts(PackedExperts):
 
 
 def routed(tokens: int, experts: int, k: int, hidden: int, dtype: torch.dtype, seed: int = 0):
-    """Uneven routing; the first expert gets no token. Another seed, other numbers."""
+    """Return inputs with uneven routing. The first expert gets no token."""
     generator = torch.Generator().manual_seed(seed)
     popularity = torch.linspace(0.2, 3, experts)
     popularity[0] = 1e-9
     index = torch.multinomial(popularity.expand(tokens, -1), k, generator=generator)
-    index[index == 0] = experts  # too rare to be drawn, but never say never
-    index[-1] = -1  # how vLLM marks a padding token
+    index[index == 0] = experts  # unlikely to be drawn
+    index[-1] = -1  # the mark of padding tokens in vLLM
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     weights = torch.rand(tokens, k, generator=generator)
     return x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
 
 
 def assert_close_to_truth(module, x, index, weights):
-    """Errors against float64 no larger than a small multiple of the reference's."""
+    """Check that errors against float64 are at most a small multiple of the reference's."""
     with torch.no_grad():
         y = operators.experts_forward(module, x, index, weights)
         plain = reference.experts_forward(module, x, index, weights)
@@ -86,39 +86,40 @@ def assert_close_to_truth(module, x, index, weights):
 
 
 def assert_errors(y, plain, truth):
-    ours, theirs = ((t.double() - truth).norm() / truth.norm() for t in (y, plain))
+    """Check that the relative error of y is at most a small multiple of the error of ``plain``."""
+    error, plain_error = ((t.double() - truth).norm() / truth.norm() for t in (y, plain))
     slack = 5 if DEVICE == "cpu" and y.dtype == BF16 else 1.5
-    assert ours <= slack * theirs + 1e-6, f"relative error {ours:.2e}, reference {theirs:.2e}"
+    assert error <= slack * plain_error + 1e-6, f"relative error {error:.2e}, reference {plain_error:.2e}"
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 def test_dequantize_equals_the_reference(group):
     matrices = random_matrices(9, 2 * group, MIXED, group)
     for dtype in (FP32, FP16):
-        w = operators.packed_experts(matrices, None)
-        dense = dequantize(*w[:4], w.widths, 9, 2 * group, group, dtype)
+        dense = dequantize(operators.packed_experts(matrices, None), 2 * group, dtype)
         for e in range(len(MIXED)):
             expected = matrices.dequantize(e, dtype)
             if dtype == FP32:
                 assert torch.equal(dense[e], expected)
-            else:  # the sum before the rounding may differ in its last bits
+            else:  # the last bits before rounding may differ
                 torch.testing.assert_close(dense[e], expected, rtol=2**-10, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [16, 64, 256])
 def test_weights_and_gradients_of_grids_equal_the_reference(group):
     matrices = random_matrices(70, 2 * group, MIXED, group)
-    parts = [matrices.matrix(e) for e in range(len(MIXED))]
-    plain, ours = (kind(parts, MIXED, group) for kind in (TorchCodes, KernelCodes))
-    grids = [part.grids(width) for part, width in zip(parts, MIXED, strict=True)]
-    scales, offsets = (torch.stack(same) for same in zip(*grids, strict=True))
-    expected = plain.weights(scales, offsets, FP32)
-    assert torch.equal(ours.weights(scales, offsets, FP32), expected)
-    rounded = ours.weights(scales, offsets, FP16)
+    packed = [matrices.matrix(e) for e in range(len(MIXED))]
+    torch_codes, kernel_codes = TorchCodes(packed, MIXED, group), KernelCodes(packed, MIXED, group)
+    grids = [matrix.grids(width) for matrix, width in zip(packed, MIXED, strict=True)]
+    scales, offsets = (torch.stack(tensors) for tensors in zip(*grids, strict=True))
+    expected = torch_codes.weights(scales, offsets, FP32)
+    assert torch.equal(kernel_codes.weights(scales, offsets, FP32), expected)
+    rounded = kernel_codes.weights(scales, offsets, FP16)
     torch.testing.assert_close(rounded.float(), expected, rtol=2**-10, atol=1e-4)
-    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    for found, wanted in zip(ours.grid_gradients(slope), plain.grid_gradients(slope), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-3)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected_gradients = torch_codes.grid_gradients(gradient)
+    for result, expected_gradient in zip(kernel_codes.grid_gradients(gradient), expected_gradients, strict=True):
+        torch.testing.assert_close(result, expected_gradient, rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_combine_leaves_out_unused_slots():
     y = torch.randn(8, 40, device=DEVICE)
     weights = torch.rand(4, 2, device=DEVICE)
     expected = y.view(4, 2, 40) * weights[..., None] * ((index >= 0) & (index < 5))[..., None]
-    y[[1, 2, 3, 6, 7]] = torch.nan  # as unwritten memory may be
+    y[[1, 2, 3, 6, 7]] = torch.nan  # unwritten memory may hold NaN
     torch.testing.assert_close(combine(y, index, weights, 5), expected.sum(1))
 
 
@@ -166,14 +167,14 @@ def test_one_width(width):
     [*((tokens, dtype) for tokens in (17, 33, 300) for dtype in (FP16, BF16)), (17, FP32), (60, FP32)],
 )
 def test_mixed_widths(tokens, dtype):
-    """Every configuration of 16-bit floats; in float32, which has one, an expert with one tile and with two."""
+    """Every tile configuration of 16-bit floats. In float32, which has one, experts with one tile and with two."""
     module = Experts(128, 64, MIXED, 64)
     assert_close_to_truth(module, *routed(tokens, 7, 3 if tokens < 300 else 1, 128, dtype, seed=tokens))
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 def test_group_sizes_and_odd_rows(group):
-    """80 inner rows fill no tile; the groups of the two products differ."""
+    """80 inner rows do not fill a tile. The group sizes of the two products differ."""
     hidden = max(group, 64)
     module = Experts(hidden, 80, MIXED, group, down_group=16)
     assert_close_to_truth(module, *routed(19, 7, 2, hidden, FP16, seed=group))
@@ -198,7 +199,7 @@ def test_results_do_not_change_between_runs_or_with_strides():
 
 
 def packed_family(family: str) -> PackedExperts:
-    """An experts module of a real family, with random packed projections of mixed widths."""
+    """Return an experts module of a real family, with random packed projections of mixed widths."""
     model = tiny(family)
     _, layer = find_structure(model).moe_layers[0]
     module = model.get_submodule(layer.experts.path)
@@ -220,7 +221,7 @@ def packed_family(family: str) -> PackedExperts:
     ],
 )
 def test_families(family, activation):
-    """Their activations, clamps, row orders and biases, by their own attributes."""
+    """Activations, clamps, row orders and biases of real families."""
     module = packed_family(family)
     assert activation_of(module) == activation
     x, index, weights = routed(20, module.down_proj.num_experts, 2, 64, FP32)
@@ -228,12 +229,12 @@ def test_families(family, activation):
 
 
 def test_an_unknown_activation_is_applied_by_the_module():
-    class Odd(Experts):
+    class SineGate(Experts):
         def _apply_gate(self, y):
             gate, up = y.chunk(2, dim=-1)
             return torch.sin(gate) * up
 
-    module = Odd(64, 32, MIXED, 32)
+    module = SineGate(64, 32, MIXED, 32)
     assert activation_of(module) is None
     assert_close_to_truth(module, *routed(20, 7, 2, 64, FP16))
 

@@ -1,4 +1,4 @@
-"""A packed linear's weight: read as the unpacked one, never written to."""
+"""The weight of a packed linear reads as the dequantized one and cannot be written to."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 
 def packed(bits: float) -> PackedLinear:
+    """Return a packed linear with random weights."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 32, bias=False)
     quantized = round_to_nearest(linear.weight.detach()[None], (bits,), 32)
@@ -23,13 +24,13 @@ def packed(bits: float) -> PackedLinear:
 
 
 @pytest.mark.parametrize("bits", [2.0, 4.0, 8.0])
-def test_it_reads_as_the_unpacked_weight(bits):
+def test_reads_as_the_dequantized_weight(bits):
     linear = packed(bits)
     exact = linear.dequantize(torch.float32)
     weight = linear.weight
     assert (weight.device, weight.dtype, tuple(weight.shape)) == (exact.device, torch.float32, (32, 64))
     x = torch.randn(3, 64)
-    for read, expected in (
+    for result, expected in (
         (weight.data.clone(), exact),
         (weight + 1.0, exact + 1.0),
         (1.0 - weight, 1.0 - exact),
@@ -39,8 +40,8 @@ def test_it_reads_as_the_unpacked_weight(bits):
         (nn.functional.linear(x, weight), x @ exact.T),
         (weight[3:5].T, exact[3:5].T),
     ):
-        assert type(read) is torch.Tensor
-        assert torch.allclose(read, expected, atol=1e-6)
+        assert type(result) is torch.Tensor
+        assert torch.allclose(result, expected, atol=1e-6)
     assert torch.equal(linear.dequantize(torch.float32), exact)
 
 
@@ -56,31 +57,31 @@ def test_it_reads_as_the_unpacked_weight(bits):
         lambda linear: linear.weight.data.__iadd__(1.0),
     ],
 )
-def test_nothing_can_be_written_to_it(write):
+def test_writing_raises(write):
     linear = packed(8.0)
-    before = linear.codes.clone()
+    codes = linear.codes.clone()
     with pytest.raises(RuntimeError, match="gemq export --dense"):
         write(linear)
-    assert torch.equal(linear.codes, before)
+    assert torch.equal(linear.codes, codes)
 
 
 @pytest.mark.parametrize("bits", [4.0, 8.0])
 @pytest.mark.parametrize("safe", [False, True])
 def test_an_adapter_is_never_lost_by_merging(bits, safe):
-    """At 8 bits codes have the shape of weights, and took what was added to them for codes."""
+    """At 8 bits, codes have the shape of weights, and merging once added the adapter to the codes."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
     model = peft.get_peft_model(nn.ModuleDict({"q": packed(bits), "norm": nn.LayerNorm(4)}), config)
     layer = model.base_model.model["q"]
     x = torch.randn(3, 64)
-    before = layer(x)
-    with pytest.raises(RuntimeError, match="cannot be written to, nor take up an adapter"):
+    expected = layer(x)
+    with pytest.raises(RuntimeError, match="read-only, so no adapter can be merged into it"):
         model.merge_and_unload(safe_merge=safe)
-    assert torch.equal(layer(x), before)
+    assert torch.equal(layer(x), expected)
 
 
-def test_adapters_that_compute_with_the_weights_get_those():
-    """DoRA scales by the weights' norms, at 8 bits once by those of the codes."""
+def test_adapters_can_read_the_weights():
+    """DoRA scales by the norms of the weights. At 8 bits, it once used the norms of the codes."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q"], use_dora=True)
     linear = packed(8.0)

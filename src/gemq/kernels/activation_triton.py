@@ -1,4 +1,4 @@
-"""Activations inside kernels: the formulas of ``activation`` as device functions, and how kernels are told them."""
+"""The formulas of ``activation`` as Triton device functions, and the kernel arguments that select one."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ import triton.language as tl
 
 from gemq.kernels import activation
 from gemq.kernels.activation import Activation
+from gemq.kernels.triton_types import Scalar, Tile
 
-NONE, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, CLAMP_BEFORE, CLAMP_AFTER = (
-    tl.constexpr(number)
-    for number in (
-        activation.NONE,
-        activation.SILU,
-        activation.GELU,
-        activation.GELU_TANH,
-        activation.RELU,
-        activation.RELU_SQUARED,
-        activation.CLAMP_BEFORE,
-        activation.CLAMP_AFTER,
-    )
-)
+NONE = tl.constexpr(activation.NONE)
+SILU = tl.constexpr(activation.SILU)
+GELU = tl.constexpr(activation.GELU)
+GELU_TANH = tl.constexpr(activation.GELU_TANH)
+RELU = tl.constexpr(activation.RELU)
+RELU_SQUARED = tl.constexpr(activation.RELU_SQUARED)
+CLAMP_BEFORE = tl.constexpr(activation.CLAMP_BEFORE)
+CLAMP_AFTER = tl.constexpr(activation.CLAMP_AFTER)
 
 
 def kernel_arguments(form: Activation) -> tuple[tuple[float, float, float], dict[str, Any]]:
-    """(limit, alpha, shift), and constants."""
+    """Return the run-time arguments (limit, alpha, shift) of a kernel, and its compile-time constants."""
     limit = form.limit if math.isfinite(form.limit) else 0.0
     constants = {
         "GATED": form.gated,
@@ -39,7 +35,8 @@ def kernel_arguments(form: Activation) -> tuple[tuple[float, float, float], dict
 
 
 @triton.jit
-def _function(x, alpha, ACTIVATION: tl.constexpr):
+def _apply_function(x: Tile, alpha: Scalar, ACTIVATION: tl.constexpr):
+    """Apply a function without clamps, in float32."""
     if ACTIVATION == SILU:
         return x * tl.sigmoid(alpha * x)
     elif ACTIVATION == GELU:
@@ -57,18 +54,21 @@ def _function(x, alpha, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activated(x, limit, alpha, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr):
-    """Of a gate, or of rows without one; float32."""
+def activated(x: Tile, limit: Scalar, alpha: Scalar, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr):
+    """Activate a gate, or rows of a module without a gate, in float32."""
     if CLAMP == CLAMP_BEFORE:
         x = tl.minimum(x, limit)
-    x = _function(x, alpha, ACTIVATION)
+    x = _apply_function(x, alpha, ACTIVATION)
     if CLAMP == CLAMP_AFTER:
         x = tl.minimum(x, limit)
     return x
 
 
 @triton.jit
-def gated(gate, up, limit, alpha, shift, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr):
+def gated(
+    gate: Tile, up: Tile, limit: Scalar, alpha: Scalar, shift: Scalar, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr
+):
+    """Multiply the activated gate with up, in float32."""
     if CLAMP != 0:
         up = tl.minimum(tl.maximum(up, -limit), limit)
     return activated(gate, limit, alpha, ACTIVATION, CLAMP) * (up + shift)

@@ -1,11 +1,14 @@
-"""Computing with packed weights. This is the one place that chooses a kernel.
+"""Selects the implementation that computes with packed weights.
 
-``reference`` is plain PyTorch, runs everywhere and is the truth for tests. On CUDA, ``decode`` takes up to
-``DECODE_TOKENS`` tokens and ``grouped`` more; on a CPU in bfloat16, ``cpu`` takes a few tokens. ``packed`` holds the
-modules. None knows Transformers or how checkpoints come about. ``GEMQ_KERNELS=reference`` forces the reference,
-``GEMQ_KERNELS=triton`` the kernels (on a CPU they need ``TRITON_INTERPRET=1``); both are read when this is imported.
+``reference`` is plain PyTorch. It runs on every device, and every kernel is tested against it. On CUDA, the kernels of
+``decode`` serve up to ``MAX_DECODE_TOKENS`` tokens and those of ``grouped`` serve more. On a CPU, ``cpu_int4`` serves a
+few tokens in bfloat16.
 
-What the kernels do not cover runs on the reference, is counted in ``fallbacks`` by reason and said once.
+``GEMQ_KERNELS=reference`` forces the reference. ``GEMQ_KERNELS=triton`` forces the kernels; on a CPU they also need
+``TRITON_INTERPRET=1``. Both variables are read on import.
+
+Inputs that no kernel supports run on the reference. ``fallbacks`` counts them by reason, and each reason is reported
+once as a warning.
 """
 
 from __future__ import annotations
@@ -26,33 +29,42 @@ from gemq.kernels import cpu_int4, fallbacks, reference
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
 
-DECODE_TOKENS = 16
-"""Most tokens that ``decode`` takes (it has no more columns); above, ``grouped`` does."""
+MAX_DECODE_TOKENS = 16
+"""Largest number of tokens for the ``decode`` kernels, which have 16 columns at most."""
 
 mode = os.environ.get("GEMQ_KERNELS", "")
 if mode not in ("", "reference", "triton"):
-    raise UserError(f"GEMQ_KERNELS={mode}: it can be reference or triton, or unset")
+    raise UserError(f"GEMQ_KERNELS={mode} is not supported: set it to reference or triton, or unset it")
 
 _MODULES = {"decode": "gemq.kernels.decode.operators", "grouped": "gemq.kernels.grouped.operators"}
 
 _loaded: dict[str, ModuleType | None] = {}
 
 _failed: dict[Any, str] = {}
-"""Why a kernel failed, by what it was compiled for. It is not tried again: a failed compilation takes seconds."""
+"""Error messages of kernels that failed, by compilation key. They are not retried: each attempt takes seconds."""
 
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Routed experts: [T, H] hidden states, [T, K] expert indices and routing weights -> [T, H].
+    """Run a layer's routed experts.
 
-    Differentiable in hidden states, routing weights and the module's parameters.
+    Differentiable in the hidden states, the routing weights and the module's parameters.
+
+    Args:
+        module: packed experts of one layer
+        hidden: [T, H] hidden states
+        top_k_index: [T, K] expert indices
+        top_k_weights: [T, K] routing weights
+
+    Returns:
+        [T, H] weighted sum of the experts' outputs, in hidden's dtype.
     """
     if not mode and cpu_int4.covers(module, hidden):
         return cpu_int4.experts_forward(module, hidden, top_k_index, top_k_weights)
     kernel = _choose(hidden, hidden.shape[0])
     if kernel is reference:
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
-    forward = partial(_guarded, kernel, "experts_forward")
-    if torch.is_grad_enabled() and _wants_grad(module, hidden, top_k_weights):
+    forward = partial(_run_or_fall_back, kernel, "experts_forward")
+    if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
         from gemq.kernels.training.autograd import experts_with_grad
 
         return experts_with_grad(forward, module, hidden, top_k_index, top_k_weights)
@@ -60,83 +72,82 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
-    """[..., columns] -> [..., rows]. Differentiable in x and the bias."""
+    """Run a packed linear: [..., columns] -> [..., rows]. Differentiable in x and the bias."""
     if not mode and cpu_int4.covers(module, x):
         return cpu_int4.linear_forward(module, x)
     kernel = _choose(x, x.numel() // x.shape[-1])
     if kernel is reference:
         return reference.linear_forward(module, x)
-    forward = partial(_guarded, kernel, "linear_forward")
-    if torch.is_grad_enabled() and _wants_grad(module, x):
+    forward = partial(_run_or_fall_back, kernel, "linear_forward")
+    if torch.is_grad_enabled() and _needs_grad(module, x):
         from gemq.kernels.training.autograd import linear_with_grad
 
         return linear_with_grad(forward, module, x)
     return forward(module, x)
 
 
-def prepare(model: nn.Module) -> None:
-    """Recognises activations and loads the kernels, so that no forward pass has to, nor torch.compile see it."""
-    from gemq.kernels.activation import activation_of
-    from gemq.kernels.modules import PackedExperts
-
-    for module in model.modules():
-        if isinstance(module, PackedExperts):
-            activation_of(module)
-    if mode == "triton" or any(p.device.type == "cuda" for p in model.parameters()):
-        _load("decode")
-        _load("grouped")
-
-
 def _choose(x: Tensor, tokens: int) -> Any:
-    """The module that computes ``tokens`` rows of x's device and dtype."""
-    if mode == "reference" or not (x.device.type == "cuda" or mode == "triton") or tokens == 0:
+    """Return the module that serves ``tokens`` rows on x's device and in its dtype."""
+    on_kernels = x.device.type == "cuda" or mode == "triton"
+    if mode == "reference" or not on_kernels or tokens == 0:
         return reference
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return _fall_back(f"no kernel computes in {x.dtype}")
-    name = "decode" if tokens <= DECODE_TOKENS else "grouped"
+    name = "decode" if tokens <= MAX_DECODE_TOKENS else "grouped"
     kernel = _loaded[name] if name in _loaded else _load(name)
-    return kernel if kernel is not None else _fall_back(f"there are no {name} kernels here (is triton installed?)")
+    if kernel is None:
+        return _fall_back(f"the {name} kernels are not available (is triton installed?)")
+    return kernel
 
 
 def _load(name: str) -> ModuleType | None:
-    """``decode`` or ``grouped``, None when triton is missing. Imported only now: a CPU needs none of it."""
+    """Import the kernels ``decode`` or ``grouped`` on first use. Returns None if triton is not installed."""
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(_MODULES[name])
         except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "triton" and error.name != _MODULES["grouped"]:
+            if (error.name or "").split(".")[0] != "triton":
                 raise
             _loaded[name] = None
     return _loaded[name]
 
 
-def _guarded(kernel: ModuleType, operation: str, module: Any, x: Tensor, *arguments: Tensor) -> Tensor:
-    """``kernel.operation(module, x, *arguments)``, or the reference where the kernel cannot be compiled or launched.
+def _run_or_fall_back(kernel: ModuleType, operation: str, module: Any, x: Tensor, *routing: Tensor) -> Tensor:
+    """Run ``kernel.operation``, or the reference if the kernel fails to compile or launch.
 
-    Raises what the kernel raises when it was asked for by GEMQ_KERNELS, and inside ``torch.compile``, where the caller
-    runs the layer uncompiled. Errors of the device are always raised: after them nothing else would run either.
+    Errors of the device are always raised, since nothing else would run after them. All errors are raised if
+    ``GEMQ_KERNELS`` is set, and inside ``torch.compile``, where the caller runs the layer uncompiled instead.
+
+    Args:
+        kernel: module with the kernels' entry points
+        operation: ``experts_forward`` or ``linear_forward``
+        module: packed experts or linear
+        x: its input
+        routing: expert indices and weights, for experts
     """
     forward = getattr(kernel, operation)
     if mode or torch.compiler.is_compiling():
-        return forward(module, x, *arguments)
+        return forward(module, x, *routing)
     key = (kernel.__name__, operation, x.dtype, *module.kernel_sizes())
     if key not in _failed:
         try:
-            return forward(module, x, *arguments)
+            return forward(module, x, *routing)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as error:  # noqa: BLE001 - Triton raises many types, and other versions of it others
+        except Exception as error:  # noqa: BLE001 - the exception types of Triton differ between its versions
             _failed[key] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-    fallback = _fall_back(f"a kernel for {x.dtype} cannot be used here ({_failed[key]})")
-    return getattr(fallback, operation)(module, x, *arguments)
+    fallback = _fall_back(f"a kernel for {x.dtype} failed ({_failed[key]})")
+    return getattr(fallback, operation)(module, x, *routing)
 
 
 def _fall_back(reason: str) -> Any:
+    """Count ``reason``, warn if it is new, and return the reference."""
     fallbacks[reason] += 1
     if fallbacks[reason] == 1:
-        warnings.warn(f"{reason}; the slow reference computes instead", stacklevel=4)
+        warnings.warn(f"{reason}; using the slow reference instead", stacklevel=4)
     return reference
 
 
-def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
+def _needs_grad(module: nn.Module, *inputs: Tensor) -> bool:
+    """Whether any input or parameter of the module requires a gradient."""
     return any(x.requires_grad for x in inputs) or any(p.requires_grad for p in module.parameters())

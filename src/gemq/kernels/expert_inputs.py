@@ -1,4 +1,4 @@
-"""Routing of experts modules that are not called with the usual index and weight: pure functions on tensors."""
+"""Routing of experts modules that are not called with an index and a weight per slot. Pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from torch import Tensor
 
 
 def routing_of_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Index [R, 1] and weight [R, 1] of batched rows [R, H], R = experts * tokens.
+    """Return routing for a family that passes its experts one batch of rows per expert.
 
-    The router's weight is in the rows already: those of experts that a token did not choose are zero, and get an index
-    past the last expert.
+    The router's weight is already multiplied into the rows. Rows of experts that a token did not choose are zero.
+    They get an index past the last expert.
+
+    Args:
+        rows: [R, H] with R = experts * tokens
+        experts: number of experts
+
+    Returns:
+        Expert index [R, 1] and weight [R, 1].
     """
     expert = torch.arange(experts, device=rows.device).repeat_interleave(len(rows) // experts)
     index = torch.where((rows != 0).any(-1), expert, experts)
@@ -18,6 +25,16 @@ def routing_of_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def passed_on(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Tensor:
-    """What experts that return their input add: [T, H] for hidden [T, H] and routing [T, K]."""
-    idle = top_k_weights.masked_fill(top_k_index < experts, 0)
-    return hidden * idle.sum(1, keepdim=True).to(hidden.dtype)
+    """Return the contribution of identity experts, which return their input.
+
+    Args:
+        hidden: [T, H]
+        top_k_index: [T, K]; identity experts have the indices from ``experts`` up
+        top_k_weights: [T, K]
+        experts: number of experts with weights
+
+    Returns:
+        [T, H], the input times the sum of the identity experts' weights.
+    """
+    identity_weights = top_k_weights.masked_fill(top_k_index < experts, 0)
+    return hidden * identity_weights.sum(1, keepdim=True).to(hidden.dtype)

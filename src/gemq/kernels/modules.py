@@ -1,11 +1,10 @@
 """Modules that hold packed weights.
 
-The experts of one layer lie in flat buffers with a table, so that one kernel launch serves experts of
-different widths. ``state_dict`` still shows the names and shapes of the checkpoint format, one entry an
-expert.
+The experts of one layer lie in flat buffers with a table, so that one kernel launch serves experts of different widths.
+``state_dict`` still has the names and shapes of the checkpoint format, with one entry per expert.
 
-Scales and offsets stay bytes, which ``model.to(dtype)`` leaves alone. Knows nothing of Transformers: an experts module
-is known by the attributes that its forward uses.
+Scales and offsets are bytes, so ``model.to(dtype)`` does not convert them. Must not import Transformers: an experts
+module is recognized by the attributes that its forward uses.
 """
 
 from __future__ import annotations
@@ -32,9 +31,11 @@ PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 class PackedMatrices(nn.Module):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
-    codes:   uint8, experts one after the other, each [rows, groups * bytes_per_group], aligned
-    scales:  uint8, [experts, rows, groups] flat; offsets likewise
-    table:   [experts, 3] int64: the width's levels (2, 3, 4, 8, 16, 256), first byte in codes, first in scales
+    Attributes:
+        codes: uint8, the experts' codes in order, each [rows, groups * bytes_per_group] and aligned
+        scales: uint8, [experts, rows, groups] flat
+        offsets: uint8, [experts, rows, groups] flat
+        table: [experts, 3] int64: levels of the width (2, 3, 4, 8, 16, 256), first byte in codes, first byte in scales
     """
 
     codes: Tensor
@@ -43,7 +44,7 @@ class PackedMatrices(nn.Module):
     table: Tensor
 
     def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> None:
-        """Copies the experts' matrices, all on one device, one after the other."""
+        """Copy the experts' matrices, all on one device, into flat buffers."""
         super().__init__()
         self.widths = tuple(widths)
         self.levels = sorted({LEVELS[width] for width in self.widths})
@@ -51,59 +52,65 @@ class PackedMatrices(nn.Module):
         self.rows, self.groups = matrices[0].scales.shape
         self.columns = self.groups * group_size
         device = matrices[0].codes.device
+        scales_per_expert = self.rows * self.groups
 
-        starts, end = [], 0
-        for width in self.widths:
-            starts.append(end)
-            code_bytes = self.rows * self.groups * bytes_per_group(width, group_size)
+        self._starts: list[int] = []
+        table: list[list[int]] = []
+        end = 0
+        for expert, width in enumerate(self.widths):
+            self._starts.append(end)
+            table.append([LEVELS[width], end, expert * scales_per_expert])
+            code_bytes = scales_per_expert * bytes_per_group(width, group_size)
             end += -(-code_bytes // ALIGNMENT) * ALIGNMENT
-        self._starts = starts
-        per_expert = self.rows * self.groups
-        table = [
-            [LEVELS[w], start, e * per_expert] for e, (w, start) in enumerate(zip(self.widths, starts, strict=True))
-        ]
         self.register_buffer("codes", torch.zeros(end, dtype=torch.uint8, device=device), persistent=False)
         for name in ("scales", "offsets"):
-            flat = torch.empty(self.num_experts * per_expert, dtype=torch.uint8, device=device)
+            flat = torch.empty(self.num_experts * scales_per_expert, dtype=torch.uint8, device=device)
             self.register_buffer(name, flat, persistent=False)
         self.register_buffer("table", torch.tensor(table, dtype=torch.int64, device=device), persistent=False)
-        for e, matrix in enumerate(matrices):
-            self.set_matrix(e, matrix)
+        for expert, matrix in enumerate(matrices):
+            self.set_matrix(expert, matrix)
 
     @property
     def num_experts(self) -> int:
+        """Number of experts."""
         return len(self.widths)
 
     def matrix(self, expert: int) -> PackedMatrix:
-        """One expert in the layout of the checkpoint. Views: nothing is copied."""
-        groups, width = self.rows * self.groups, self.widths[expert]
-        start = self._starts[expert]
-        codes = self.codes[start : start + groups * bytes_per_group(width, self.group_size)]
-        scales, offsets = (
-            flat[expert * groups : (expert + 1) * groups].view(self.rows, self.groups)
-            for flat in (self.scales, self.offsets)
+        """Return views of one expert's tensors, in the layout of the checkpoint."""
+        groups = self.rows * self.groups
+        code_bytes = groups * bytes_per_group(self.widths[expert], self.group_size)
+        code_slice = slice(self._starts[expert], self._starts[expert] + code_bytes)
+        grid_slice = slice(expert * groups, (expert + 1) * groups)
+        return PackedMatrix(
+            self.codes[code_slice].view(self.rows, -1),
+            self.scales[grid_slice].view(self.rows, self.groups),
+            self.offsets[grid_slice].view(self.rows, self.groups),
         )
-        return PackedMatrix(codes.view(self.rows, -1), scales, offsets)
 
     def set_matrix(self, expert: int, matrix: PackedMatrix) -> None:
-        for mine, given in zip(self.matrix(expert), matrix, strict=True):
-            if mine.shape != given.shape or mine.dtype != given.dtype:
+        """Copy one expert's tensors into the buffers. Raises ValueError if a shape or dtype differs."""
+        for target, source in zip(self.matrix(expert), matrix, strict=True):
+            if target.shape != source.shape or target.dtype != source.dtype:
                 raise ValueError(
-                    f"expert {expert}: {given.dtype} {list(given.shape)}, not {mine.dtype} {list(mine.shape)}"
+                    f"expert {expert}: {source.dtype} {list(source.shape)}, not {target.dtype} {list(target.shape)}"
                 )
-            mine.copy_(given)
+            target.copy_(source)
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """Weights of one expert: [rows, columns] in ``dtype``."""
+        """Return the weights of one expert: [rows, columns] in ``dtype``."""
         return dequantize(self.matrix(expert).unpack(self.widths[expert], self.group_size), dtype)
 
     def extra_repr(self) -> str:
+        """Describe the sizes when the module is printed."""
         size = f"rows={self.rows}, columns={self.columns}, group_size={self.group_size}"
         return f"experts={self.num_experts}, {size}"
 
 
 class PackedExperts(nn.Module):
-    """Mixin for a family's experts class: packed projections; activation, clamps and biases stay its own."""
+    """Mixin that packs the projections of a family's experts class.
+
+    Activation, clamps and biases remain those of the family.
+    """
 
     has_gate: bool
     has_bias: bool
@@ -121,26 +128,30 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        if top_k_index is None or top_k_weights is None:  # a family that gives its experts batched rows
-            top_k_index, top_k_weights = routing_of_rows(hidden_states, self.down_proj.num_experts)
+        """Run the experts, with the arguments of Transformers' experts modules."""
+        num_experts = self.down_proj.num_experts
+        if top_k_index is None or top_k_weights is None:  # a family that passes one batch of rows per expert
+            top_k_index, top_k_weights = routing_of_rows(hidden_states, num_experts)
         out = dispatch.experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if getattr(self, "passes_on", False):
-            out = out + passed_on(hidden_states, top_k_index, top_k_weights, self.down_proj.num_experts)
+            out = out + passed_on(hidden_states, top_k_index, top_k_weights, num_experts)
         return out
 
     def kernel_sizes(self) -> tuple[Any, ...]:
-        """What distinguishes the kernels of two experts modules."""
+        """Return the sizes that kernels are compiled for. Modules with equal sizes share kernels."""
         return tuple((m.rows, m.columns, m.group_size, *m.levels) for m in self._packed().values())
 
     def _packed(self) -> dict[str, PackedMatrices]:
+        """Return the packed projections by name."""
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
         return {name: module for name, module in modules if isinstance(module, PackedMatrices)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add each expert's tensors under their names in a checkpoint."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for proj, matrices in self._packed().items():
-            for e in range(matrices.num_experts):
-                destination.update(matrices.matrix(e).named(f"{prefix}{e}.{proj}"))
+        for projection, matrices in self._packed().items():
+            for expert in range(matrices.num_experts):
+                destination.update(matrices.matrix(expert).named(f"{prefix}{expert}.{projection}"))
 
     def _load_from_state_dict(
         self,
@@ -152,30 +163,36 @@ class PackedExperts(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        rest = dict(state_dict)
-        for proj, matrices in self._packed().items():
-            for e in range(matrices.num_experts):
-                given = {name: rest.pop(name, None) for name in matrices.matrix(e).named(f"{prefix}{e}.{proj}")}
-                absent = [name for name, tensor in given.items() if tensor is None]
+        """Copy each expert's tensors into the flat buffers, and load everything else as torch does."""
+        remaining = dict(state_dict)
+        for projection, matrices in self._packed().items():
+            for expert in range(matrices.num_experts):
+                name = f"{prefix}{expert}.{projection}"
+                tensors = {key: remaining.pop(key, None) for key in matrices.matrix(expert).named(name)}
+                absent = [key for key, tensor in tensors.items() if tensor is None]
                 missing_keys += absent
                 if absent:
                     continue
                 try:
-                    matrices.set_matrix(e, PackedMatrix(*given.values()))
+                    matrices.set_matrix(expert, PackedMatrix(*tensors.values()))
                 except ValueError as error:
-                    error_msgs.append(f"{prefix}{e}.{proj}: {error}")
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+                    error_msgs.append(f"{name}: {error}")
+        super()._load_from_state_dict(
+            remaining, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
-_packed_classes: dict[type[nn.Module], type[nn.Module]] = {}  # family's class -> its packed subclass
+_packed_classes: dict[type[nn.Module], type[nn.Module]] = {}
+"""Packed subclass of each family's experts class."""
 
 
 def _packed_class(experts_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the packed subclass of a family's experts class; create it on first use."""
     if experts_class not in _packed_classes:
         name = f"Packed{experts_class.__name__}"
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
-            """For pickle and copy, which look a class up by name and would not find one that was made at run time."""
+            """Support pickle and copy, which cannot look up a class that was created at run time."""
             return _new_packed, (experts_class,), self.__getstate__()
 
         _packed_classes[experts_class] = type(name, (PackedExperts, experts_class), {"__reduce_ex__": reduce})
@@ -183,16 +200,16 @@ def _packed_class(experts_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_packed(experts_class: type[nn.Module]) -> nn.Module:
-    """An empty instance of the packed subclass of a family's experts class."""
+    """Create an uninitialized instance of the packed subclass of a family's experts class."""
     packed_class = _packed_class(experts_class)
     return packed_class.__new__(packed_class)
 
 
 def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
-    """Turns an experts module into a PackedExperts in place and drops its 3-D parameters.
+    """Turn an experts module into a PackedExperts in place and drop its 3-D parameters.
 
-    The instance stays, so that what a family sets on it (limits, activations, biases, its gate) survives.
-    The projections are then to be set as PackedMatrices.
+    The instance is kept, so that attributes that a family sets on it (limits, activations, biases, its gate) survive.
+    The caller must then set the projections as PackedMatrices.
     """
     for name in projections:
         delattr(experts, name)
@@ -200,70 +217,75 @@ def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
 
 
 class PackedWeight(Tensor):
-    """A packed linear's weight for whoever reads it: float32 [rows, columns], unpacked anew at each use.
+    """Read-only weight of a packed linear: float32 [rows, columns], dequantized at each use.
 
-    Nothing can be written to it: what is packed would not take it up, and it would be lost.
+    Writing raises RuntimeError, since the packed tensors would not change and the written values would be lost.
     """
 
     linear: PackedLinear
 
     @classmethod
     def of(cls, linear: PackedLinear) -> PackedWeight:
-        place = linear.codes.new_empty(1, dtype=torch.float32).expand(linear.out_features, linear.in_features)
-        weight = place.as_subclass(cls)
+        """Create the weight of ``linear``. It has a shape, but no memory."""
+        placeholder = linear.codes.new_empty(1, dtype=torch.float32).expand(linear.out_features, linear.in_features)
+        weight = placeholder.as_subclass(cls)
         weight.linear = linear
         return weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func`` with the dequantized weights, or raise RuntimeError if it would change them."""
         kwargs = kwargs or {}
-        if func in _UNREAD:
+        if func in _METADATA_FUNCTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _ITSELF:
+        if func in _IDENTITY_FUNCTIONS:
             return args[0]
-        changed = [kwargs.get("out")]
-        if _writes(func.__name__):
-            changed += [*args[:1], kwargs.get("input"), kwargs.get("tensor")]
-        if any(isinstance(value, cls) for value in changed):
+        written = [kwargs.get("out")]
+        if _writes_first_argument(func.__name__):
+            written += [*args[:1], kwargs.get("input"), kwargs.get("tensor")]
+        if any(isinstance(value, cls) for value in written):
             raise RuntimeError(
-                "a packed weight cannot be written to, nor take up an adapter: keep the adapter beside the packed "
-                "model, or merge it into the plain model that gemq export --dense writes"
+                "a packed weight is read-only, so no adapter can be merged into it: keep the adapter separate, "
+                "or merge it into the plain model that gemq export --dense writes"
             )
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = tree_map_only(cls, lambda weight: weight.linear.dequantize(torch.float32), (args, kwargs))
             return func(*args, **kwargs)
 
 
-_UNREAD = {
+_METADATA_FUNCTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "shape", "ndim", "is_cuda", "is_meta", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_sparse", "is_quantized", "is_leaf")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.get_device, Tensor.is_contiguous),
 }
-"""What can be asked of a weight without its numbers."""
+"""Functions that do not read the weight's values."""
 
-_ITSELF = {getattr(Tensor.data, "__get__"), Tensor.detach}  # noqa: B009 - mypy takes it for a call
+_IDENTITY_FUNCTIONS = {getattr(Tensor.data, "__get__"), Tensor.detach}  # noqa: B009 - mypy takes it for a call
+"""Functions that return the weight itself, which needs no detaching: it has no gradient."""
 
-
-def _writes(name: str) -> bool:
-    """Whether a function of this name changes its first argument: ``add_``, ``__iadd__``, setting an attribute."""
-    return (name.endswith("_") and not name.startswith("__")) or name in _WRITING
-
-
-_WRITING = {
+_WRITING_OPERATORS = {
     *("__set__", "__setitem__"),
     *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
 }
 
 
+def _writes_first_argument(name: str) -> bool:
+    """Whether a function of this name changes its first argument: ``add_``, ``__iadd__``, setting an attribute."""
+    return (name.endswith("_") and not name.startswith("__")) or name in _WRITING_OPERATORS
+
+
 class PackedLinear(nn.Linear):
     """``y = x W^T + bias`` with W [rows, columns] packed at one width.
 
-    An ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is no parameter and can only be read:
-    merging an adapter into it raises RuntimeError.
+    It is an ``nn.Linear`` by type, so that adapters (PEFT) attach to it. Its ``weight`` is not a parameter and is
+    read-only: merging an adapter into it raises RuntimeError.
 
-    codes [rows, groups * bytes_per_group] uint8; scales and offsets [rows, groups] uint8.
+    Attributes:
+        codes: [rows, groups * bytes_per_group] uint8
+        scales: [rows, groups] uint8
+        offsets: [rows, groups] uint8
     """
 
     codes: Tensor
@@ -279,8 +301,8 @@ class PackedLinear(nn.Linear):
         bias: nn.Parameter | None,
         device: Any = None,
     ) -> None:
-        """Empty buffers, to be filled."""
-        nn.Module.__init__(self)  # nn.Linear's own would make the weight
+        """Create uninitialized buffers for the caller to fill."""
+        nn.Module.__init__(self)  # nn.Linear's own would create the weight
         self.in_features, self.out_features = columns, rows
         self.width, self.group_size = width, group_size
         groups = columns // group_size
@@ -292,30 +314,34 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, matrix: PackedMatrix, width: Width, group_size: int) -> PackedLinear:
-        """The packed replacement of ``linear``; keeps its bias."""
+        """Create the packed replacement of ``linear`` with its bias and the packed ``matrix``."""
         packed = cls(linear.out_features, linear.in_features, width, group_size, linear.bias, device="meta")
         packed.codes, packed.scales, packed.offsets = matrix
         return packed
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights for readers of ``nn.Linear.weight``; read-only."""
         return PackedWeight.of(self)
 
     def kernel_sizes(self) -> tuple[Any, ...]:
-        """What distinguishes the kernels of two linears."""
+        """Return the sizes that kernels are compiled for. Modules with equal sizes share kernels."""
         return (self.out_features, self.in_features, self.width, self.group_size)
 
     def matrix(self) -> PackedMatrix:
+        """Return the packed tensors."""
         return PackedMatrix(self.codes, self.scales, self.offsets)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Weights: [rows, columns] in ``dtype``."""
+        """Return the weights: [rows, columns] in ``dtype``."""
         return dequantize(self.matrix().unpack(self.width, self.group_size), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the linear: [..., columns] -> [..., rows]."""
         return dispatch.linear_forward(self, x)
 
     def extra_repr(self) -> str:
+        """Describe the sizes when the module is printed."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, width={self.width:g}, group_size={self.group_size}"

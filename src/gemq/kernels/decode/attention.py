@@ -2,10 +2,11 @@
 
 Legend: B sequences, H heads, N heads of keys and values, L length of the cache, D head size.
 
-All sequences see the same places, ``bounds[0]`` up to ``bounds[1]``, which are read on the device, so that a CUDA graph
-captures it; what lies beyond in the cache is never read. A program takes many places of one head at once, without
-tensor cores, for which one token is too little; heads that share keys and values read them from the L2 cache. Few heads
-are cut between programs whose parts a second launch puts together. All arithmetic is float32.
+All sequences attend to the same cache positions, from ``bounds[0]`` up to ``bounds[1]``. The kernel reads the bounds on
+the device, so that a CUDA graph can capture it, and never reads positions outside them. A program computes a block of
+positions of one head, without tensor cores: one token is too little work for them. Heads that share keys and values
+read them from the L2 cache. If there are few heads, several programs share a head (splits), and a second launch
+combines their results. All arithmetic is float32.
 """
 
 # mypy: disable-error-code="assignment"
@@ -18,142 +19,205 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemq.kernels.decode import launch
+from gemq.kernels.triton_types import Pointer, Scalar, Tile
 
-BLOCK, LEAST = 256, 64
-"""Places that a program takes at once, at most, and that are worth a program of their own."""
+MAX_BLOCK_POSITIONS = 256
+"""Positions that a program computes in one step."""
 
-PROGRAMS = 256
-"""Programs for which heads are cut at most: two for each multiprocessor of a large GPU."""
+MIN_SPLIT_POSITIONS = 64
+"""Positions that are worth a program of their own."""
 
-ELEMENTS = 64
-"""Of a block's keys, and of its values, that a thread holds."""
+MAX_PROGRAMS = 256
+"""Up to this many programs, heads are split: two for each multiprocessor of a large GPU."""
+
+ELEMENTS_PER_THREAD = 64
+"""Elements of a block's keys, and of its values, that a thread holds."""
 
 
 @triton.jit
-def _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D: tl.constexpr):
-    """The running softmax (largest score, sum, weighted sum of values) with the places [BLOCK] before ``end`` too."""
-    seen = place < end
-    mask = seen[:, None] & inside[None, :]
-    at = place[:, None] * D + d[None, :]
-    keys = tl.load(k + at, mask=mask, other=0.0)
-    values = tl.load(v + at, mask=mask, other=0.0)
-    scores = tl.where(seen, tl.sum(keys.to(tl.float32) * query[None, :], 1), float("-inf"))
-    new = tl.maximum(most, tl.max(scores, 0))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    chances = tl.exp(scores - base)
-    fade = tl.exp(most - base)
-    sums = sums * fade + tl.sum(chances, 0)
-    mixed = mixed * fade + tl.sum(values.to(tl.float32) * chances[:, None], 0)
-    return new, sums, mixed
+def _attend_block(
+    query: Tile,
+    k: Pointer,
+    v: Pointer,
+    position: Tile,
+    end: Scalar,
+    d: Tile,
+    inside: Tile,
+    max_score: Scalar,
+    total: Scalar,
+    weighted_values: Tile,
+    D: tl.constexpr,
+):
+    """Extend a running softmax by a block of cache positions.
+
+    Args:
+        query: [WIDTH] scaled query
+        k: keys of the head
+        v: values of the head
+        position: [BLOCK] positions; those from ``end`` on are masked
+        d: [WIDTH] columns of a head
+        inside: [WIDTH] whether a column exists
+        max_score: largest score so far
+        total: sum of exp(score - max_score) so far
+        weighted_values: [WIDTH] sum of values with these weights
+
+    Returns:
+        The new max_score, total and weighted_values.
+    """
+    visible = position < end
+    mask = visible[:, None] & inside[None, :]
+    element = position[:, None] * D + d[None, :]
+    keys = tl.load(k + element, mask=mask, other=0.0)
+    values = tl.load(v + element, mask=mask, other=0.0)
+    scores = tl.where(visible, tl.sum(keys.to(tl.float32) * query[None, :], 1), float("-inf"))
+    new_max = tl.maximum(max_score, tl.max(scores, 0))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp(scores - base)
+    decay = tl.exp(max_score - base)
+    total = total * decay + tl.sum(weights, 0)
+    weighted_values = weighted_values * decay + tl.sum(values.to(tl.float32) * weights[:, None], 0)
+    return new_max, total, weighted_values
 
 
 @triton.jit
 def _attend_kernel(
-    q,  # [B, H, D]
-    k,  # [B, N, L, D]
-    v,
-    bounds,  # [2] int32
-    out,  # [B, H, D], or float32 [B, H, PARTS, D]
-    largest,  # float32 [B, H, PARTS]
-    total,
-    scaling,
-    length,
-    SHARING: tl.constexpr,  # H / N
+    q: Pointer,  # [B, H, D]
+    k: Pointer,  # [B, N, L, D]
+    v: Pointer,
+    bounds: Pointer,  # [2] int32
+    out: Pointer,  # [B, H, D], or float32 [B, H, SPLITS, D]
+    max_scores: Pointer,  # float32 [B, H, SPLITS]
+    totals: Pointer,
+    scaling: Scalar,
+    length: Scalar,
+    HEADS_PER_GROUP: tl.constexpr,  # H / N
     D: tl.constexpr,
-    WIDTH: tl.constexpr,  # D or more
+    WIDTH: tl.constexpr,  # D, rounded up
     BLOCK: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # is all that a program takes
-    PARTS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # whether a block holds all positions of a program
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid [B * H, PARTS]."""
-    if PDL and PARTS > 1:
+    """Grid [B * H, SPLITS]."""
+    if PDL and SPLITS > 1:
         gdc_launch_dependents()
-    head, part = tl.program_id(0), tl.program_id(1)
-    first, end = tl.load(bounds), tl.load(bounds + 1)
-    own = tl.cdiv(end - first, PARTS)
-    first += part * own
-    end = tl.minimum(first + own, end)
+    head, split = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(bounds), tl.load(bounds + 1)
+    split_positions = tl.cdiv(end - start, SPLITS)
+    start += split * split_positions
+    end = tl.minimum(start + split_positions, end)
     d = tl.arange(0, WIDTH)
     inside = d < D
-    k += (head // SHARING).to(tl.int64) * length * D
-    v += (head // SHARING).to(tl.int64) * length * D
-    mixed = tl.zeros([WIDTH], tl.float32)
-    most, sums = float("-inf"), 0.0
+    k += (head // HEADS_PER_GROUP).to(tl.int64) * length * D
+    v += (head // HEADS_PER_GROUP).to(tl.int64) * length * D
+    weighted_values = tl.zeros([WIDTH], tl.float32)
+    max_score, total = float("-inf"), 0.0
     query = tl.load(q + head * D + d, mask=inside, other=0.0).to(tl.float32) * scaling
-    place = first + tl.arange(0, BLOCK)
+    position = start + tl.arange(0, BLOCK)
     if ONE_BLOCK:
-        most, sums, mixed = _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D)
+        max_score, total, weighted_values = _attend_block(
+            query, k, v, position, end, d, inside, max_score, total, weighted_values, D
+        )
     else:
-        while first < end:
-            most, sums, mixed = _attend_more(query, k, v, place, end, d, inside, most, sums, mixed, D)
-            first += BLOCK
-            place += BLOCK
-    at = head * PARTS + part
-    if PARTS == 1:
-        tl.store(out + at * D + d, (mixed / sums).to(out.dtype.element_ty), mask=inside)
+        while start < end:
+            max_score, total, weighted_values = _attend_block(
+                query, k, v, position, end, d, inside, max_score, total, weighted_values, D
+            )
+            start += BLOCK
+            position += BLOCK
+    result = head * SPLITS + split
+    if SPLITS == 1:
+        tl.store(out + result * D + d, (weighted_values / total).to(out.dtype.element_ty), mask=inside)
     else:
-        tl.store(out + at * D + d, mixed, mask=inside)
-        tl.store(largest + at, most)
-        tl.store(total + at, sums)
+        tl.store(out + result * D + d, weighted_values, mask=inside)
+        tl.store(max_scores + result, max_score)
+        tl.store(totals + result, total)
 
 
 @triton.jit
 def _combine_kernel(
-    mixed, largest, total, out, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
+    weighted_values: Pointer,
+    max_scores: Pointer,
+    totals: Pointer,
+    out: Pointer,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid [B * H]: the parts of a head into one. PARTS is a power of two."""
-    if PDL:  # starts while the parts are made
+    """Grid [B * H]. Combines the splits of a head. SPLITS is a power of two."""
+    if PDL:  # the launch overlaps the previous kernel
         gdc_wait()
     head = tl.program_id(0)
-    p, d = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    most = tl.load(largest + head * PARTS + p)
-    weight = tl.exp(most - tl.max(most, 0))
-    weight /= tl.sum(weight * tl.load(total + head * PARTS + p), 0)
-    at = (head * PARTS + p)[:, None] * D + d[None, :]
-    parts = tl.load(mixed + at, mask=(d < D)[None, :], other=0.0)
-    tl.store(out + head * D + d, tl.sum(parts * weight[:, None], 0).to(out.dtype.element_ty), mask=d < D)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    max_score = tl.load(max_scores + head * SPLITS + split)
+    weight = tl.exp(max_score - tl.max(max_score, 0))
+    weight /= tl.sum(weight * tl.load(totals + head * SPLITS + split), 0)
+    element = (head * SPLITS + split)[:, None] * D + d[None, :]
+    values = tl.load(weighted_values + element, mask=(d < D)[None, :], other=0.0)
+    tl.store(out + head * D + d, tl.sum(values * weight[:, None], 0).to(out.dtype.element_ty), mask=d < D)
 
 
-def parts_of(length: int, heads: int) -> int:
-    """Programs that share one of ``heads`` heads over a cache of ``length`` places, a power of two."""
-    return 1 << max(1, min(PROGRAMS // heads, length // LEAST)).bit_length() - 1
+def num_splits(length: int, heads: int) -> int:
+    """Return the number of programs, a power of two, that share each of ``heads`` heads over a cache of ``length``."""
+    splits = max(1, min(MAX_PROGRAMS // heads, length // MIN_SPLIT_POSITIONS))
+    return 1 << splits.bit_length() - 1
 
 
 @torch.library.custom_op("gemq::decode_attention", mutates_args=())
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, scaling: float) -> Tensor:
-    """query [B, H, D], keys and values [B, N, L, D] -> [B, H, D].
+    """Attend with one token of each sequence.
 
-    bounds: [2] int32, the first place seen and the one behind the last
+    Args:
+        query: [B, H, D]
+        keys: [B, N, L, D]
+        values: [B, N, L, D]
+        bounds: [2] int32, first visible position of the cache, and the position after the last
+        scaling: factor of the scores
+
+    Returns:
+        [B, H, D]
     """
     batch, heads, size = query.shape
     groups, length = keys.shape[1:3]
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
     out = torch.empty_like(query)
-    parts = parts_of(length, batch * heads)
-    single = parts == 1
-    mixed = out if single else query.new_empty(batch, heads, parts, size, dtype=torch.float32)
-    largest, total = (out if single else query.new_empty(batch, heads, parts, dtype=torch.float32) for _ in range(2))
-    width, pdl = max(16, triton.next_power_of_2(size)), launch.starts_early(query.device)
-    own = triton.cdiv(length, parts)
-    block = min(BLOCK, triton.next_power_of_2(own))
-    _attend_kernel[(batch * heads, parts)](
-        *(query, keys, values, bounds, mixed, largest, total, scaling, length),
-        SHARING=heads // groups,
+    splits = num_splits(length, batch * heads)
+    if splits == 1:
+        weighted_values = max_scores = totals = out
+    else:
+        weighted_values = query.new_empty(batch, heads, splits, size, dtype=torch.float32)
+        max_scores = query.new_empty(batch, heads, splits, dtype=torch.float32)
+        totals = torch.empty_like(max_scores)
+    width, pdl = max(16, triton.next_power_of_2(size)), launch.supports_pdl(query.device)
+    split_positions = triton.cdiv(length, splits)
+    block = min(MAX_BLOCK_POSITIONS, triton.next_power_of_2(split_positions))
+    _attend_kernel[(batch * heads, splits)](
+        query,
+        keys,
+        values,
+        bounds,
+        weighted_values,
+        max_scores,
+        totals,
+        scaling,
+        length,
+        HEADS_PER_GROUP=heads // groups,
         D=size,
         WIDTH=width,
         BLOCK=block,
-        ONE_BLOCK=own <= block,
-        PARTS=parts,
+        ONE_BLOCK=split_positions <= block,
+        SPLITS=splits,
         PDL=pdl,
-        num_warps=max(4, min(16, block * width // (32 * ELEMENTS))),
+        num_warps=max(4, min(16, block * width // (32 * ELEMENTS_PER_THREAD))),
     )
-    if not single:
-        early = {"launch_pdl": True} if pdl else {}
-        _combine_kernel[(batch * heads,)](mixed, largest, total, out, size, width, parts, pdl, **early)
+    if splits > 1:
+        options = {"launch_pdl": True} if pdl else {}
+        _combine_kernel[(batch * heads,)](weighted_values, max_scores, totals, out, size, width, splits, pdl, **options)
     return out
 
 
 @decode_attention.register_fake
-def _(query: Tensor, *_: object) -> Tensor:
+def _(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, scaling: float) -> Tensor:
+    """Return the shape of ``decode_attention``."""
     return torch.empty_like(query)

@@ -1,13 +1,13 @@
-"""Packed bytes -> operands of the tensor cores, in registers (Triton device functions).
+"""Operands of the tensor cores from packed bytes, in registers (Triton device functions).
 
-No number is converted. A field of a byte is moved to the top of the low byte's share of a mantissa and the
-high byte is a constant, so that the 16-bit float reads ``bias + code / factor``: about one instruction a
-code. A product with x then exceeds the wanted one by bias times the sum of x, which offsets need anyway.
-bfloat16 has 7 mantissa bits in its low byte (the byte's top bit is the last of the exponent), float16 has 8
-there and 2 above. Ternary digits come out at a fixed place instead.
+Codes become floats without a conversion. A field of a byte is moved to the top of the mantissa bits in a float's low
+byte, and the high byte is a constant, so that the 16-bit float reads ``bias + code / factor``. This takes about one
+instruction per code. Products with x then contain bias times the sum of x, which offsets need anyway. bfloat16 has 7
+mantissa bits in its low byte, whose top bit is the last of the exponent. float16 has 8 there and 2 in the high byte.
+Ternary digits always have the same position in the float.
 
-The inline assembly is NVIDIA's. PLAIN does the same in ordinary arithmetic, for the interpreter and other GPUs.
-(Tuples are added up because Triton cannot unpack them.)
+The inline assembly is NVIDIA's. PLAIN uses ordinary arithmetic, for the interpreter and other GPUs. Tuples are
+concatenated with +, since Triton does not support unpacking.
 """
 
 # mypy: disable-error-code="assignment"
@@ -16,24 +16,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BF16, FP16, SPLIT, PLAIN = (tl.constexpr(kind) for kind in range(4))
-"""What the tensor cores get: bfloat16, float16, float32 as three parts of bfloat16, float32 without them."""
+from gemq.kernels.triton_types import Tile
+
+BF16 = tl.constexpr(0)
+FP16 = tl.constexpr(1)
+SPLIT = tl.constexpr(2)
+PLAIN = tl.constexpr(3)
+"""Operands: bfloat16, float16, float32 as a sum of three bfloat16, and float32 without tensor cores."""
 
 
 @triton.constexpr_function
-def plane_asm(bits, kind, high):
-    """PTX for four bytes in the last operand: for each of the 8 / bits fields, two registers of two floats.
+def _shift_line(target: str, source: str, shift: int):
+    """Return the instruction that shifts a register to the right, or to the left if ``shift`` is negative."""
+    instruction = "shr" if shift > 0 else "shl"
+    return f"{instruction}.b32 {target}, {source}, {abs(shift)};"
 
-    high: the floats' high byte
+
+@triton.constexpr_function
+def plane_asm(bits: int, operand: int, high: int):
+    """Return PTX that turns four bytes of a plane into floats.
+
+    Args:
+        bits: bits of a field
+        operand: BF16 or FP16 (SPLIT as BF16)
+        high: the floats' high byte
+
+    Returns:
+        Assembly with the bytes in its last operand. Its outputs are two registers of two floats for each of the
+        8 / bits fields.
     """
     fields = 8 // bits
-    target = 8 - bits if kind == FP16 else 7 - bits  # lowest bit of the field in the float's low byte
-    exponent = 0 if kind == FP16 else 0x80808080  # the exponent's last bit
+    target = 8 - bits if operand == FP16 else 7 - bits  # lowest bit of the field in the float's low byte
+    exponent = 0 if operand == FP16 else 0x80808080  # the exponent's last bit
     mask = (((1 << bits) - 1) << target) * 0x01010101
     lines = [".reg .b32 t;"]
     for i in range(fields):
         shift = i * bits - target
-        lines.append(f"{'shr' if shift > 0 else 'shl'}.b32 t, ${2 * fields}, {abs(shift)};")
+        lines.append(_shift_line("t", f"${2 * fields}", shift))
         lines.append(f"and.b32 t, t, {mask:#010x};")
         lines.append(f"or.b32 t, t, {exponent:#010x};")
         lines.append(f"prmt.b32 ${2 * i}, t, {high * 0x01010101:#010x}, 0x4140;")
@@ -42,22 +61,23 @@ def plane_asm(bits, kind, high):
 
 
 @triton.constexpr_function
-def three_bit_asm(kind):
-    """PTX: four bytes of the 2-bit plane in $8, of the 1-bit plane in $9; $10 says which half of it, in each byte.
+def three_bit_asm(operand: int):
+    """Return PTX that turns four bytes of 3-bit codes into floats.
 
-    Field i of byte j of the lower plane belongs to bit 2 i + half of byte j % n of the upper one.
+    $8 has four bytes of the 2-bit plane, $9 of the 1-bit plane. $10 selects its half (0 or 1, in each byte). Field i of
+    byte j of the lower plane belongs to bit 2 i + half of byte j % n of the upper plane, which has n bytes.
     """
-    target = 5 if kind == FP16 else 4
-    exponent = 0 if kind == FP16 else 0x80808080
-    high = lower_byte(kind) * 0x01010101
+    target = 5 if operand == FP16 else 4
+    exponent = 0 if operand == FP16 else 0x80808080
+    high = lower_byte(operand) * 0x01010101
     lines = [".reg .b32 s, t, u, v;", "and.b32 s, $10, 1;", "shr.b32 u, $9, s;"]
     for i in range(4):
-        for into, word, shift, mask in (
+        for register, word, shift, mask in (
             ("t", "$8", 2 * i - target, 3 << target),
             ("v", "u", 2 * i - target - 2, 4 << target),
         ):
-            lines.append(f"{'shr' if shift > 0 else 'shl'}.b32 {into}, {word}, {abs(shift)};")
-            lines.append(f"and.b32 {into}, {into}, {mask * 0x01010101:#010x};")
+            lines.append(_shift_line(register, word, shift))
+            lines.append(f"and.b32 {register}, {register}, {mask * 0x01010101:#010x};")
         lines.append(f"or.b32 t, t, {exponent:#010x};")
         lines.append("or.b32 t, t, v;")
         lines.append(f"prmt.b32 ${2 * i}, t, {high:#010x}, 0x4140;")
@@ -66,12 +86,12 @@ def three_bit_asm(kind):
 
 
 @triton.constexpr_function
-def ternary_asm(kind):
-    """PTX for four bytes in $10: five digits, two registers of two floats each.
+def ternary_asm(operand: int):
+    """Return PTX that turns four bytes of ternary codes, in $10, into two registers of two floats for each digit.
 
-    A byte b below 243 becomes f = ceil(256 b / 243) = b + (110 b + 2006) // 2048, 8 bits of fraction in a lane of 16.
-    Tripling moves the most significant digit above the point and leaves the exact fraction of the others.
-    float16 takes the digit where it is (1 + d / 4), bfloat16 at the bottom of its mantissa (128 + d).
+    A byte b below 243 becomes f = ceil(256 b / 243) = b + (110 b + 2006) // 2048, a fraction of 8 bits in a lane of 16.
+    Tripling it moves the most significant digit above the point and leaves the exact fraction of the other digits.
+    float16 uses the digit d where it is (1 + d / 4), bfloat16 at the bottom of its mantissa (128 + d).
     """
     lines = [".reg .b32 f, t;"]
     for pair, selector in enumerate((0x4140, 0x4342)):
@@ -82,7 +102,7 @@ def ternary_asm(kind):
         lines.append("add.u32 f, f, t;")
         for i in (4, 3, 2, 1, 0):
             lines.append("mul.lo.u32 t, f, 3;")
-            if kind == FP16:
+            if operand == FP16:
                 lines.append("and.b32 f, t, 0x03000300;")
                 lines.append(f"or.b32 ${2 * i + pair}, f, 0x3c003c00;")
             else:
@@ -93,76 +113,85 @@ def ternary_asm(kind):
 
 
 @triton.constexpr_function
-def _constraints(outputs, inputs=1):
-    # Early clobber: outputs are written before the inputs are read for the last time.
+def _constraints(outputs: int, inputs: int = 1):
+    """Return the constraints of an assembly. Early clobber: outputs are written before all inputs are read."""
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
 @triton.constexpr_function
-def float_type(kind):
-    return {0: tl.bfloat16, 1: tl.float16, 2: tl.bfloat16, 3: tl.float32}[int(kind)]
+def float_type(operand: int):
+    """Return the dtype of an operand."""
+    return {0: tl.bfloat16, 1: tl.float16, 2: tl.bfloat16, 3: tl.float32}[int(operand)]
 
 
 @triton.constexpr_function
-def _types(kind, count):
-    return (float_type(kind),) * count
+def _types(operand: int, count: int):
+    """Return the dtypes of an assembly's outputs."""
+    return (float_type(operand),) * count
 
 
 @triton.constexpr_function
-def factor(levels, kind):
-    """A code c reads as ``bias + c / factor``."""
-    if kind == PLAIN:
+def factor(levels: int, operand: int):
+    """Return the factor with which a code c reads as ``bias + c / factor``."""
+    if operand == PLAIN:
         return 1.0
     if levels == 3:
-        return 4.0 if kind == FP16 else 1.0
+        return 4.0 if operand == FP16 else 1.0
     lowest = 16 if levels == 256 else levels  # 8 bits come as two halves
-    return float(4 * lowest if kind == FP16 else lowest)
+    return float(4 * lowest if operand == FP16 else lowest)
 
 
 @triton.constexpr_function
-def bias(levels, kind):
-    if kind == PLAIN:
+def bias(levels: int, operand: int):
+    """Return the bias with which a code c reads as ``bias + c / factor``."""
+    if operand == PLAIN:
         return 0.0
     if levels == 3:
-        return {0: 128.0, 1: 1.0, 2: 0.0}[int(kind)]
+        return {0: 128.0, 1: 1.0, 2: 0.0}[int(operand)]
     return 17.0 if levels == 256 else 1.0
 
 
 @triton.constexpr_function
-def lower_byte(kind):
-    """High byte of the floats: 1 + c / factor."""
-    return 0x3C if kind == FP16 else 0x3F
+def lower_byte(operand: int):
+    """Return the high byte of floats that read 1 + c / factor."""
+    return 0x3C if operand == FP16 else 0x3F
 
 
 @triton.constexpr_function
-def upper_byte(kind):
-    """High byte of the floats of the upper half of 8 bits: 16 + 16 c / factor."""
-    return 0x4C if kind == FP16 else 0x41
+def upper_byte(operand: int):
+    """Return the high byte of floats for the upper half of 8 bits, which read 16 + 16 c / factor."""
+    return 0x4C if operand == FP16 else 0x41
 
 
 @triton.jit
-def plane_fields(w, BITS: tl.constexpr, KIND: tl.constexpr, HIGH: tl.constexpr, WEIGHT: tl.constexpr):
-    """Tile of bytes -> tuple of 8 / BITS tiles: field i of each byte as a float. WEIGHT: of the field, if PLAIN."""
-    if KIND == PLAIN:
+def plane_fields(w: Tile, BITS: tl.constexpr, OPERAND: tl.constexpr, HIGH: tl.constexpr, PLAIN_WEIGHT: tl.constexpr):
+    """Tile of bytes -> tuple of 8 / BITS tiles: field i of each byte as a float.
+
+    Args:
+        w: bytes
+        HIGH: the floats' high byte
+        PLAIN_WEIGHT: factor of the field for PLAIN operands
+    """
+    if OPERAND == PLAIN:
         fields = ()
         for i in tl.static_range(8 // BITS):
-            fields = fields + (((w >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32) * WEIGHT,)  # noqa: RUF005
+            fields = fields + (((w >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32) * PLAIN_WEIGHT,)  # noqa: RUF005
         return fields
     else:
         return tl.inline_asm_elementwise(
-            plane_asm(BITS, KIND, HIGH),
+            plane_asm(BITS, OPERAND, HIGH),
             _constraints(16 // BITS),
             [w],
-            dtype=_types(KIND, 8 // BITS),
+            dtype=_types(OPERAND, 8 // BITS),
             is_pure=True,
             pack=4,
         )
 
 
 @triton.jit
-def three_bit_fields(low, high, half, KIND: tl.constexpr):
-    """Tiles of the 2-bit plane, of the 1-bit plane as it belongs to it, and of its halves -> tuple of 4 tiles."""
-    if KIND == PLAIN:
+def three_bit_fields(low: Tile, high: Tile, half: Tile, OPERAND: tl.constexpr):
+    """Tiles of the 2-bit plane, of the matching 1-bit plane, and of its half -> tuple of 4 tiles of floats."""
+    if OPERAND == PLAIN:
         fields = ()
         bits = high >> half
         for i in tl.static_range(4):
@@ -170,25 +199,30 @@ def three_bit_fields(low, high, half, KIND: tl.constexpr):
         return fields
     else:
         return tl.inline_asm_elementwise(
-            three_bit_asm(KIND), _constraints(8, 3), [low, high, half], dtype=_types(KIND, 4), is_pure=True, pack=4
+            three_bit_asm(OPERAND),
+            _constraints(8, 3),
+            [low, high, half],
+            dtype=_types(OPERAND, 4),
+            is_pure=True,
+            pack=4,
         )
 
 
 @triton.jit
-def ternary_fields(w, KIND: tl.constexpr):
-    """Tile of bytes below 243 -> tuple of 5 tiles: their base-3 digits, least significant first."""
-    if KIND == PLAIN:
+def ternary_fields(w: Tile, OPERAND: tl.constexpr):
+    """Tile of bytes below 243 -> tuple of 5 tiles: their base-3 digits as floats, least significant first."""
+    if OPERAND == PLAIN:
         digits = ()
-        rest = w.to(tl.int32)
+        quotient = w.to(tl.int32)
         for _ in tl.static_range(5):
-            digits = digits + ((rest % 3).to(tl.float32),)  # noqa: RUF005
-            rest = rest // 3
+            digits = digits + ((quotient % 3).to(tl.float32),)  # noqa: RUF005
+            quotient = quotient // 3
         return digits
     else:
         digits = tl.inline_asm_elementwise(
-            ternary_asm(KIND), _constraints(10), [w], dtype=_types(KIND, 5), is_pure=True, pack=4
+            ternary_asm(OPERAND), _constraints(10), [w], dtype=_types(OPERAND, 5), is_pure=True, pack=4
         )
-        if KIND == SPLIT:  # 128 times a sum would cost float32 seven of its bits
+        if OPERAND == SPLIT:  # a bias of 128 would cost float32 sums seven of their bits
             a, b, c, d, e = digits
             digits = (a - 128, b - 128, c - 128, d - 128, e - 128)
         return digits

@@ -1,14 +1,14 @@
-"""The Triton kernel for a few vectors of 16-bit floats through packed weights, without tensor cores.
+"""Triton kernels for single vectors of 16-bit floats through packed weights, without tensor cores.
 
-Legend: T tokens, K experts a token, E experts, G group size, NG groups of a row, S groups taken at once, L lanes
-(threads side by side that share S groups of a row, see ``fixed``), M rows of a program, P programs that share a row.
+Legend: T tokens, K experts per token, E experts, L lanes (neighbouring threads that share the groups of a step, see
+``fixed_point``), M rows of a program, S splits (programs that share a row).
 
-One program computes M rows of one matrix for one vector: a pair of token and expert, or a row of x with a linear. All
-of its codes are asked for first: they pass from memory to registers while the vector is turned into fixed point, and
-are multiplied there (``dots``). A lane's sums become floats and meet scale and offset; lanes add up once, at the end of
-a row. Pairs that share an expert read it from the cache.
+One program computes M rows of one matrix for one vector: of a pair of token and expert, or a row of x with a linear. It
+first starts the loads of all its codes. While they are on their way to registers, it converts the vector to fixed
+point; then it multiplies (``dots``). A lane's sums become floats and are multiplied with the scale, and the offset is
+added. Lanes are summed once, at the end of a row. Pairs that share an expert read its weights from the cache.
 
-Nothing depends on the order in which programs run. Knows nothing of modules, torch or launching (``launch`` does).
+Results do not depend on the order in which programs run.
 """
 
 # mypy: disable-error-code="assignment"
@@ -20,95 +20,113 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemq.kernels.activation_triton import NONE, activated, gated
 from gemq.kernels.decode.dots import dot
-from gemq.kernels.decode.fixed_point import fixed_point, groups_at_once, lanes_of_group, plane_words, words_at_once
-from gemq.kernels.decode.matrices import of_three, place_of
-from gemq.kernels.decode.tiles import group_bytes
+from gemq.kernels.decode.fixed_point import (
+    fixed_point,
+    groups_per_step,
+    lanes_per_group,
+    plane_words,
+    words_per_load,
+)
+from gemq.kernels.decode.matrix_selection import locate_block, select
+from gemq.kernels.packed_layout import group_bytes
+from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant.grid_kernel import decode_offset, decode_scale
 
 
 @triton.jit
-def _load(codes, first, W: tl.constexpr, WIDE: tl.constexpr):
-    """W words from ``first`` [L, M] on: tiles [L, M, WIDE]."""
+def _load_words(codes: Pointer, start: Tile, WORDS: tl.constexpr, LOAD_WORDS: tl.constexpr):
+    """Load the words ``start`` ... ``start + WORDS`` [L, M]: tuple of tiles [L, M, LOAD_WORDS]."""
     tiles = ()
-    for i in tl.static_range(0, W, WIDE):
-        at = first[:, :, None] + (i + tl.arange(0, WIDE))[None, None, :]
-        tiles = tiles + (tl.load(codes + at),)  # noqa: RUF005 - Triton cannot unpack
+    for i in tl.static_range(0, WORDS, LOAD_WORDS):
+        word = start[:, :, None] + (i + tl.arange(0, LOAD_WORDS))[None, None, :]
+        tiles = tiles + (tl.load(codes + word),)  # noqa: RUF005 - Triton cannot unpack
     return tiles
 
 
 @triton.jit
 def _groups_times_vector(
-    codes,
-    scales,
-    offsets,
-    x,
-    row,
-    first,
-    end,
-    one,
+    codes: Pointer,
+    scales: Pointer,
+    offsets: Pointer,
+    x: Pointer,
+    row: Tile,
+    first_group: Scalar,
+    end_group: Scalar,
+    runtime_one: Scalar,
     LEVELS: tl.constexpr,
     PLAIN: tl.constexpr,
-    G: tl.constexpr,
-    NG: tl.constexpr,
-    FULL: tl.constexpr,
-    S: tl.constexpr,
-    SHARING: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    ALL_INSIDE: tl.constexpr,
+    STEP_GROUPS: tl.constexpr,
+    LANES_PER_GROUP: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Groups ``first`` to ``first + S``, before ``end``, of rows [M] times x: each lane's part, [L, M] float32.
+    """Multiply groups ``first_group`` ... ``first_group + STEP_GROUPS``, below ``end_group``, of rows [M] with x.
 
-    one: 1, unknown to the compiler
+    Args:
+        codes: the matrix's codes, as words
+        runtime_one: 1, as a value that the compiler does not know
+        WAIT: whether to wait for the previous kernel before reading x
+
+    Returns:
+        The part of each lane, [L, M] float32.
     """
-    W: tl.constexpr = plane_words(LEVELS, G) // SHARING
-    WIDE: tl.constexpr = words_at_once(LEVELS, G, W)
-    BYTES: tl.constexpr = group_bytes(LEVELS, G)
-    HALF: tl.constexpr = max(1, G // 32)  # words of the high plane of 3 bits
-    lane = tl.arange(0, S * SHARING)
-    share = lane % SHARING
-    group = tl.minimum(first + lane // SHARING, NG - 1)  # from ``end`` on, x is zero
+    WORDS: tl.constexpr = plane_words(LEVELS, GROUP_SIZE) // LANES_PER_GROUP
+    LOAD_WORDS: tl.constexpr = words_per_load(LEVELS, GROUP_SIZE, WORDS)
+    GROUP_BYTES: tl.constexpr = group_bytes(LEVELS, GROUP_SIZE)
+    UPPER_WORDS: tl.constexpr = max(1, GROUP_SIZE // 32)  # words of the high plane of 3 bits
+    LANES: tl.constexpr = STEP_GROUPS * LANES_PER_GROUP
+    lane = tl.arange(0, LANES)
+    share = lane % LANES_PER_GROUP
+    group = tl.minimum(first_group + lane // LANES_PER_GROUP, NUM_GROUPS - 1)  # from ``end_group`` on, x is zero
     upper = ()
-    if LEVELS == 3:  # the window that holds the group starts at a multiple of 8 bytes
-        words = _load(codes, (group * BYTES // 8 * 2)[:, None] + row[None, :] * (NG * BYTES // 4), W, WIDE)
-        shift = tl.broadcast_to((group * BYTES % 8 * 8)[:, None, None], [S * SHARING, 1, WIDE])
+    if LEVELS == 3:  # the window with the group starts at a multiple of 8 bytes
+        first_word = (group * GROUP_BYTES // 8 * 2)[:, None] + row[None, :] * (NUM_GROUPS * GROUP_BYTES // 4)
+        words = _load_words(codes, first_word, WORDS, LOAD_WORDS)
+        shift = tl.broadcast_to((group * GROUP_BYTES % 8 * 8)[:, None, None], [LANES, 1, LOAD_WORDS])
     else:
-        shift = tl.broadcast_to((share * W // HALF)[:, None, None], [S * SHARING, 1, WIDE])
-        at = (row[None, :] * NG + group[:, None]) * (BYTES // 4)
-        words = _load(codes, at + (share * W)[:, None], W, WIDE)
+        shift = tl.broadcast_to((share * WORDS // UPPER_WORDS)[:, None, None], [LANES, 1, LOAD_WORDS])
+        first_word = (row[None, :] * NUM_GROUPS + group[:, None]) * (GROUP_BYTES // 4)
+        words = _load_words(codes, first_word + (share * WORDS)[:, None], WORDS, LOAD_WORDS)
         if LEVELS == 8:
-            upper = _load(codes, at + (G // 16 + share * W % HALF)[:, None], min(W, HALF), WIDE)
-    # Scales that followed each other, for all that Triton knew, would go to other threads than their codes.
-    at = row[None, :] * NG + (group * one)[:, None]
-    scale_byte, offset_byte = tl.load(scales + at), tl.load(offsets + at)
+            upper_word = first_word + (GROUP_SIZE // 16 + share * WORDS % UPPER_WORDS)[:, None]
+            upper = _load_words(codes, upper_word, min(WORDS, UPPER_WORDS), LOAD_WORDS)
+    # Without this factor, Triton sees that scales are contiguous, and loads them into other threads than their codes.
+    scale_index = row[None, :] * NUM_GROUPS + (group * runtime_one)[:, None]
+    scale_byte, offset_byte = tl.load(scales + scale_index), tl.load(offsets + scale_index)
     if WAIT:
         gdc_wait()
-    high, low, per_code, sums = fixed_point(x, first, end, FULL, LEVELS, PLAIN, G, S, S * SHARING, WIDE)
-    d = dot(words, upper, shift, high, low, LEVELS, HALF, WIDE, PLAIN).to(tl.float32)
+    high, low, per_code, sums = fixed_point(
+        x, first_group, end_group, ALL_INSIDE, LEVELS, PLAIN, GROUP_SIZE, STEP_GROUPS, LANES, LOAD_WORDS
+    )
+    products = dot(words, upper, shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS, PLAIN).to(tl.float32)
     scale = decode_scale(scale_byte)
-    return scale * (d * per_code) + decode_offset(offset_byte, scale, LEVELS - 1.0) * sums
+    return scale * (products * per_code) + decode_offset(offset_byte, scale, LEVELS - 1.0) * sums
 
 
 @triton.jit
 def rows_times_vector(
-    codes,
-    scales,
-    offsets,
-    bias,  # [rows]
-    x,  # [NG * G]
-    out,  # [rows], or [rows / 2] if GATED
-    rows,
-    block,
-    part,
-    weight,
-    limit,
-    alpha,
-    shift,
+    codes: Pointer,
+    scales: Pointer,
+    offsets: Pointer,
+    bias: Pointer,
+    x: Pointer,
+    out: Pointer,
+    rows: Scalar,
+    block: Scalar,
+    split: Scalar,
+    weight: Scalar,
+    limit: Scalar,
+    alpha: Scalar,
+    shift: Scalar,
     LEVELS: tl.constexpr,
     PLAIN: tl.constexpr,
-    G: tl.constexpr,
-    NG: tl.constexpr,
-    M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS_PER_LANE: tl.constexpr,
+    SPLITS: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -117,135 +135,162 @@ def rows_times_vector(
     WEIGHTED: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """M rows of one matrix times x, then what comes after, stored."""
-    OWN: tl.constexpr = (NG + PARTS - 1) // PARTS  # groups of this program
-    SHARING: tl.constexpr = lanes_of_group(LEVELS, G, COLUMNS)
-    S: tl.constexpr = groups_at_once(LEVELS, G, OWN, COLUMNS)
-    FULL: tl.constexpr = OWN * PARTS == NG and OWN % S == 0
-    if GATED:  # gates, then the ups that belong to them
-        r = tl.arange(0, M)
-        inner = block * (M // 2) + r % (M // 2)
-        up = r // (M // 2)
-        row = tl.where(inner < rows // 2, inner * 2 + up if INTERLEAVED else inner + up * (rows // 2), 0)
-        result = block * (M // 2) + tl.arange(0, M // 2)
-        width = rows // 2
+    """Multiply a block of rows of one matrix with x, apply bias, activation and weight, and store the result.
+
+    Args:
+        bias: [rows]
+        x: [columns]
+        out: [rows], or [rows / 2] if GATED
+        block: block of rows
+        split: which part of the columns to compute
+        weight: routing weight
+        WAIT: whether to wait for the previous kernel before reading x
+    """
+    SPLIT_GROUPS: tl.constexpr = (NUM_GROUPS + SPLITS - 1) // SPLITS  # groups of this program
+    LANES_PER_GROUP: tl.constexpr = lanes_per_group(LEVELS, GROUP_SIZE, COLUMNS_PER_LANE)
+    STEP_GROUPS: tl.constexpr = groups_per_step(LEVELS, GROUP_SIZE, SPLIT_GROUPS, COLUMNS_PER_LANE)
+    ALL_INSIDE: tl.constexpr = SPLIT_GROUPS * SPLITS == NUM_GROUPS and SPLIT_GROUPS % STEP_GROUPS == 0
+    if GATED:  # gate rows, followed by the matching rows of up
+        m = tl.arange(0, BLOCK_ROWS)
+        inner = block * (BLOCK_ROWS // 2) + m % (BLOCK_ROWS // 2)
+        is_up = m // (BLOCK_ROWS // 2)
+        row = tl.where(inner < rows // 2, inner * 2 + is_up if INTERLEAVED else inner + is_up * (rows // 2), 0)
+        out_row = block * (BLOCK_ROWS // 2) + tl.arange(0, BLOCK_ROWS // 2)
+        out_rows = rows // 2
     else:
-        result = block * M + tl.arange(0, M)
-        row = tl.where(result < rows, result, 0)
-        width = rows
-    first, end, one = part * OWN, tl.minimum((part + 1) * OWN, NG), 1 + (rows >> 31)
+        out_row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row = tl.where(out_row < rows, out_row, 0)
+        out_rows = rows
+    first_group = split * SPLIT_GROUPS
+    end_group = tl.minimum((split + 1) * SPLIT_GROUPS, NUM_GROUPS)
+    runtime_one = 1 + (rows >> 31)
     codes = codes.to(tl.pointer_type(tl.int32))
     total = _groups_times_vector(
-        codes, scales, offsets, x, row, first, end, one, LEVELS, PLAIN, G, NG, FULL, S, SHARING, WAIT
+        codes,
+        scales,
+        offsets,
+        x,
+        row,
+        first_group,
+        end_group,
+        runtime_one,
+        LEVELS,
+        PLAIN,
+        GROUP_SIZE,
+        NUM_GROUPS,
+        ALL_INSIDE,
+        STEP_GROUPS,
+        LANES_PER_GROUP,
+        WAIT,
     )
-    if OWN > S:
-        for chunk in range(1, (OWN + S - 1) // S):
+    if SPLIT_GROUPS > STEP_GROUPS:
+        for step in range(1, (SPLIT_GROUPS + STEP_GROUPS - 1) // STEP_GROUPS):
             total += _groups_times_vector(
                 codes,
                 scales,
                 offsets,
                 x,
                 row,
-                first + chunk * S,
-                end,
-                one,
+                first_group + step * STEP_GROUPS,
+                end_group,
+                runtime_one,
                 LEVELS,
                 PLAIN,
-                G,
-                NG,
-                FULL,
-                S,
-                SHARING,
+                GROUP_SIZE,
+                NUM_GROUPS,
+                ALL_INSIDE,
+                STEP_GROUPS,
+                LANES_PER_GROUP,
                 False,
             )
     y = tl.sum(total, 0)
     if HAS_BIAS:
-        y += tl.load(bias + row).to(tl.float32) * (part == 0)
+        y += tl.load(bias + row).to(tl.float32) * (split == 0)
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(y, [2, M // 2]), [1, 0]))
+        gate, up = tl.split(tl.permute(tl.reshape(y, [2, BLOCK_ROWS // 2]), [1, 0]))
         y = gated(gate, up, limit, alpha, shift, ACTIVATION, CLAMP)
     else:
         y = activated(y, limit, alpha, ACTIVATION, CLAMP)
     if WEIGHTED:
         y *= weight
-    tl.store(out + result, y.to(out.dtype.element_ty), mask=result < width)
+    tl.store(out + out_row, y.to(out.dtype.element_ty), mask=out_row < out_rows)
 
 
 @triton.jit(do_not_specialize=["limit", "alpha", "shift"])
 def experts_vectors_kernel(
-    x,  # [T, NG * G], or [T, K, NG * G] if PER_PAIR
-    index,  # [T, K] int
-    weights,  # [T, K]
-    codes,
-    scales,
-    offsets,
-    table,  # [E, 3] int64
-    bias,  # [E, rows]
-    out,  # [T, K, P, rows], or half of them if GATED
-    rows,
-    experts,
-    limit,
-    alpha,
-    shift,
-    K: tl.constexpr,
+    x: Pointer,  # [T, columns], or [T, K, columns] if PER_PAIR
+    index: Pointer,  # [T, K] int
+    weights: Pointer,  # [T, K]
+    codes: Pointer,
+    scales: Pointer,
+    offsets: Pointer,
+    table: Pointer,  # [E, 3] int64
+    bias: Pointer,  # [E, rows]
+    out: Pointer,  # [T, K, S, rows], or half of the rows if GATED
+    rows: Scalar,
+    experts: Scalar,
+    limit: Scalar,
+    alpha: Scalar,
+    shift: Scalar,
+    TOP_K: tl.constexpr,
     PER_PAIR: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLAMP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # times weights, and zeros in unused slots, which else are not written
-    WIDTHS: tl.constexpr,  # tuple of the levels that may occur
+    WEIGHTED: tl.constexpr,  # results times weights, and zeros in unused slots, which otherwise are not written
+    WIDTHS: tl.constexpr,  # tuple of the levels to compile for
     PLAIN: tl.constexpr,
-    G: tl.constexpr,
-    NG: tl.constexpr,
-    M: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of a group that a lane has
-    PARTS: tl.constexpr,  # P; more than one only without gate and activation
-    PDL: tl.constexpr,  # starts while the kernel before ends (Hopper)
+    GROUP_SIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS_PER_LANE: tl.constexpr,  # columns of a group that one lane computes
+    SPLITS: tl.constexpr,  # more than one only without gate and activation
+    PDL: tl.constexpr,  # starts while the previous kernel ends (Hopper)
 ):
-    """Grid [T * K, blocks of M rows, P]."""
-    pair, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # The down kernel's index is older than the kernel before, which has waited for it.
+    """Grid [T * K, blocks of rows, S]."""
+    pair, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The down kernel may read its index early: it was written before the previous kernel, which has waited for it.
     if PDL and not PER_PAIR:
         gdc_wait()
     if PDL:
         gdc_launch_dependents()
     WAIT: tl.constexpr = PDL and PER_PAIR
     expert = tl.load(index + pair)
-    used = (expert >= 0) & (expert < experts)
+    is_used = (expert >= 0) & (expert < experts)
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(weights + pair).to(tl.float32)
-    out += (pair.to(tl.int64) * PARTS + part) * (rows // 2 if GATED else rows)
-    if used:
+    out += (pair.to(tl.int64) * SPLITS + split) * (rows // 2 if GATED else rows)
+    if is_used:
         levels = tl.load(table + 3 * expert).to(tl.int32)
-        first = tl.load(table + 3 * expert + 2)
-        codes += tl.load(table + 3 * expert + 1) // 16 * 16  # so that the compiler knows: loads of 16 bytes
-        x += (pair if PER_PAIR else pair // K).to(tl.int64) * (NG * G)
+        first_scale = tl.load(table + 3 * expert + 2)
+        codes += tl.load(table + 3 * expert + 1) // 16 * 16  # tells the compiler the alignment: loads of 16 bytes
+        x += (pair if PER_PAIR else pair // TOP_K).to(tl.int64) * (NUM_GROUPS * GROUP_SIZE)
         for i in tl.static_range(len(WIDTHS)):
             if levels == WIDTHS[i]:
                 rows_times_vector(
                     codes,
-                    scales + first,
-                    offsets + first,
+                    scales + first_scale,
+                    offsets + first_scale,
                     bias + expert * rows,
                     x,
                     out,
                     rows,
                     block,
-                    part,
+                    split,
                     weight,
                     limit,
                     alpha,
                     shift,
                     WIDTHS[i],
                     PLAIN,
-                    G,
-                    NG,
-                    M,
-                    COLUMNS,
-                    PARTS,
+                    GROUP_SIZE,
+                    NUM_GROUPS,
+                    BLOCK_ROWS,
+                    COLUMNS_PER_LANE,
+                    SPLITS,
                     GATED,
                     INTERLEAVED,
                     ACTIVATION,
@@ -255,71 +300,71 @@ def experts_vectors_kernel(
                     WAIT,
                 )
     elif WEIGHTED:
-        inner = block * M + tl.arange(0, M)
-        tl.store(out + inner, tl.zeros([M], tl.float32).to(out.dtype.element_ty), mask=inner < rows)
+        inner = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        tl.store(out + inner, tl.zeros([BLOCK_ROWS], tl.float32).to(out.dtype.element_ty), mask=inner < rows)
         if WAIT:
             gdc_wait()
 
 
 @triton.jit
 def linears_vectors_kernel(
-    x,  # [T, NG * G]
-    codes_0,  # of up to three matrices that follow each other in ``out``
-    codes_1,
-    codes_2,
-    scales_0,
-    scales_1,
-    scales_2,
-    offsets_0,
-    offsets_1,
-    offsets_2,
-    bias_0,  # [rows]
-    bias_1,
-    bias_2,
-    out,  # [T, rows of all]
-    rows_0,
-    rows_1,  # 0 for a matrix that is not there
-    rows_2,
+    x: Pointer,  # [T, columns]
+    codes_0: Pointer,  # of up to three matrices, whose rows are concatenated in ``out``
+    codes_1: Pointer,
+    codes_2: Pointer,
+    scales_0: Pointer,
+    scales_1: Pointer,
+    scales_2: Pointer,
+    offsets_0: Pointer,
+    offsets_1: Pointer,
+    offsets_2: Pointer,
+    bias_0: Pointer,  # [rows]
+    bias_1: Pointer,
+    bias_2: Pointer,
+    out: Pointer,  # [T, rows of all]
+    rows_0: Scalar,
+    rows_1: Scalar,  # 0 for a missing matrix
+    rows_2: Scalar,
     HAS_BIAS: tl.constexpr,
     LEVELS: tl.constexpr,
     PLAIN: tl.constexpr,
-    G: tl.constexpr,
-    NG: tl.constexpr,
-    M: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS_PER_LANE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid [T, blocks of M rows of each matrix]."""
+    """Grid [T, blocks of rows of each matrix]."""
     if PDL:
         gdc_launch_dependents()
-    t = tl.program_id(0).to(tl.int64)
-    which, block, before = place_of(tl.program_id(1), rows_0, rows_1, M)
+    token = tl.program_id(0).to(tl.int64)
+    matrix, block, first_row = locate_block(tl.program_id(1), rows_0, rows_1, BLOCK_ROWS)
     rows_times_vector(
-        of_three(which, codes_0, codes_1, codes_2),
-        of_three(which, scales_0, scales_1, scales_2),
-        of_three(which, offsets_0, offsets_1, offsets_2),
-        of_three(which, bias_0, bias_1, bias_2),
-        x + t * (NG * G),
-        out + t * (rows_0 + rows_1 + rows_2) + before,
-        of_three(which, block * 0 + rows_0, block * 0 + rows_1, block * 0 + rows_2),
+        select(matrix, codes_0, codes_1, codes_2),
+        select(matrix, scales_0, scales_1, scales_2),
+        select(matrix, offsets_0, offsets_1, offsets_2),
+        select(matrix, bias_0, bias_1, bias_2),
+        x + token * (NUM_GROUPS * GROUP_SIZE),
+        out + token * (rows_0 + rows_1 + rows_2) + first_row,
+        select(matrix, block * 0 + rows_0, block * 0 + rows_1, block * 0 + rows_2),
         block,
-        0,
-        1.0,
-        0.0,
-        1.0,
-        0.0,
+        0,  # split
+        1.0,  # weight
+        0.0,  # limit
+        1.0,  # alpha
+        0.0,  # shift
         LEVELS,
         PLAIN,
-        G,
-        NG,
-        M,
-        COLUMNS,
-        1,
-        False,
-        False,
+        GROUP_SIZE,
+        NUM_GROUPS,
+        BLOCK_ROWS,
+        COLUMNS_PER_LANE,
+        1,  # SPLITS
+        False,  # GATED
+        False,  # INTERLEAVED
         NONE,
-        0,
+        0,  # CLAMP
         HAS_BIAS,
-        False,
+        False,  # WEIGHTED
         PDL,
     )

@@ -1,70 +1,77 @@
-"""Linears that take the same input become one launch, in a graph that torch.compile has traced.
+"""Fusion of linears with the same input into one launch, in a graph that torch.compile has traced.
 
-Query, key and value projections of a few tokens are small: a launch each costs more than what it reads. Whatever a
-family calls them, they are calls of the same operator with the same first argument.
+Query, key and value projections of a few tokens are small: a launch costs more than reading the weights. Whatever a
+family names them, they are calls of the same operator with the same first argument.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
-LINEARS = "gemq.decode_linears.default"
-"""How the operator's overload prints. It is compared by name: without packed modules it is not registered."""
+OPERATOR = "gemq.decode_linears.default"
+"""String form of the operator's overload. It is compared as a string, since the operator is registered only in
+processes with packed modules."""
 
-MOST_LINEARS = 3
-"""Matrices that one launch takes at most: query, key and value."""
+MAX_LINEARS = 3
+"""Matrices of one launch: query, key and value."""
 
 
 def merge_linears(module: fx.GraphModule) -> int:
-    """Puts one ``gemq::decode_linears`` in place of those of one input, width and kind of bias; returns how many
-    launches that saves.
+    """Replace calls of ``gemq::decode_linears`` with the same input and width by one call for all.
+
+    Returns:
+        The number of launches saved.
     """
     saved = 0
-    for nodes in _alike(module.graph):
-        for start in range(0, len(nodes), MOST_LINEARS):
-            together = nodes[start : start + MOST_LINEARS]
-            if len(together) > 1:
-                _merge(module.graph, together)
-                saved += len(together) - 1
+    for nodes in _fusible_calls(module.graph):
+        for start in range(0, len(nodes), MAX_LINEARS):
+            merged_nodes = nodes[start : start + MAX_LINEARS]
+            if len(merged_nodes) > 1:
+                _merge(module.graph, merged_nodes)
+                saved += len(merged_nodes) - 1
     if saved:
         module.graph.lint()
         module.recompile()
     return saved
 
 
-def _alike(graph: fx.Graph) -> Iterator[list[Any]]:
-    groups: dict[Any, list[Any]] = {}
+def _fusible_calls(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Return the calls of the operator, grouped by input, width, group size and presence of a bias."""
+    groups: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and str(node.target) == LINEARS:
-            arguments: Any = node.args
-            x, _, _, _, biases, levels, group_size = arguments
-            groups.setdefault((_source(x), bool(biases), levels, group_size), []).append(node)
-    yield from groups.values()
+        if node.op == "call_function" and str(node.target) == OPERATOR:
+            x, _, _, _, biases, levels, group_size = node.args
+            key = (_input_source(x), bool(biases), levels, group_size)
+            groups.setdefault(key, []).append(node)
+    return list(groups.values())
 
 
-def _source(x: Any) -> Any:
-    """What x is: each call flattens the hidden states for itself."""
+def _input_source(x: fx.Node) -> Any:
+    """Return what identifies the input. Each call flattens the hidden states by a reshape of its own."""
     if x.op == "call_method" and x.target == "reshape" and not x.kwargs:
         return x.args
     return x
 
 
 def _merge(graph: fx.Graph, nodes: list[Any]) -> None:
-    first = nodes[0]
-    lists = [[tensor for node in nodes for tensor in node.args[i]] for i in range(1, 5)]
-    # Buffers and parameters are placeholders: they stand before the first of the calls, as their input does.
-    with graph.inserting_after(first):
-        merged = graph.call_function(first.target, (first.args[0], *lists, *first.args[5:]))
-    begin, place = 0, merged
+    """Replace several calls by one, and each call's result by a slice of the merged result."""
+    x, _, _, _, _, levels, group_size = nodes[0].args
+    tensor_lists = []
+    for argument in range(1, 5):  # codes, scales, offsets, biases
+        tensor_lists.append([tensor for node in nodes for tensor in node.args[argument]])
+    # Buffers and parameters are placeholders, which come before the first of the calls, as their input does.
+    with graph.inserting_after(nodes[0]):
+        merged = graph.call_function(nodes[0].target, (x, *tensor_lists, levels, group_size))
+    start, previous = 0, merged
     for node in nodes:
-        end = begin + node.args[1][0].meta["example_value"].shape[0]
-        with graph.inserting_after(place):
-            place = graph.call_function(operator.getitem, (merged, (slice(None), slice(begin, end))))
-        node.replace_all_uses_with(place)
-        begin = end
+        rows = node.args[1][0].meta["example_value"].shape[0]
+        columns = slice(start, start + rows)
+        with graph.inserting_after(previous):
+            previous = graph.call_function(operator.getitem, (merged, (slice(None), columns)))
+        node.replace_all_uses_with(previous)
+        start += rows
     for node in nodes:
         graph.erase_node(node)

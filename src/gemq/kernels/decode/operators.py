@@ -1,28 +1,31 @@
-"""A few tokens through packed weights on a GPU: the operators, and modules taken apart for them.
+"""Experts and linears for a few tokens on a GPU, as operators of ``torch.library``.
 
-Legend: T tokens, K experts a token, E experts, H hidden size, I intermediate size.
+Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size.
 
-The operators take plain tensors and numbers, never modules; they do not wait for the device and decide
-nothing from values on it, so that CUDA graphs and torch.compile take them as they are. Two launches do the
-experts of a layer: gate and up of every chosen expert with the activation, then down; the sum over experts is left to
-torch, since a compiler merges it with the residual connection's.
-Importing this needs triton; with ``TRITON_INTERPRET=1`` set before, all of it runs on the CPU.
+The operators take plain tensors and numbers, never modules. They do not wait for the device and decide nothing from
+values on it, so that CUDA graphs and torch.compile can contain them. A layer's experts take two launches: gate and up
+of every chosen expert with the activation, then down. The sum over experts is left to torch, since a compiler fuses it
+with the residual connection.
+
+Importing this module needs triton. With ``TRITON_INTERPRET=1`` set before, everything runs on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation, activation_of
-from gemq.kernels.decode.launch import Linears, Matrices, launch_down, launch_linears, launch_up, parts_of, widths_for
+from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
+from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
+from gemq.kernels.decode.tuning import down_splits, widths_for
 from gemq.quant.widths import LEVELS
 
 if TYPE_CHECKING:
-    from gemq.kernels.modules import PackedExperts, PackedLinear, PackedMatrices
+    from gemq.kernels.modules import PackedExperts, PackedLinear
 
 
 @torch.library.custom_op("gemq::decode_experts", mutates_args=())
@@ -30,41 +33,32 @@ def decode_experts(
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
-    up_codes: Tensor,
-    up_scales: Tensor,
-    up_offsets: Tensor,
-    up_table: Tensor,
-    up_bias: Tensor | None,
-    down_codes: Tensor,
-    down_scales: Tensor,
-    down_offsets: Tensor,
-    down_table: Tensor,
-    down_bias: Tensor | None,
-    up_rows: int,
-    up_group_size: int,
-    up_levels: Sequence[int],
-    down_group_size: int,
-    down_levels: Sequence[int],
-    function: int,
-    gated: bool,
-    interleaved: bool,
-    clamp: int,
-    limit: float,
-    alpha: float,
-    shift: float,
+    up_tensors: Sequence[Tensor],
+    up_sizes: Sequence[int],
+    down_tensors: Sequence[Tensor],
+    down_sizes: Sequence[int],
+    activation: Sequence[float],
 ) -> Tensor:
-    """[T, H] with T up to 16, [T, K], [T, K] -> [T, K * P, H] float32: each expert's share, weighted, zeros if none, in
-    P parts (``launch.parts_of``) that are to be added up.
+    """Run the chosen experts of up to 16 tokens.
 
-    codes, scales, offsets, table: as in ``packed.PackedMatrices``; levels: those of the experts' widths
-    function ... shift: an ``activation.Activation``
+    Args:
+        hidden: [T, H]
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        weights: [T, K] routing weights
+        up_tensors: ``ExpertMatrices.tensors`` of gate and up, or of up alone
+        up_sizes: ``ExpertMatrices.sizes`` of these
+        down_tensors: ``ExpertMatrices.tensors`` of down
+        down_sizes: ``ExpertMatrices.sizes`` of down
+        activation: the fields of an ``Activation``
+
+    Returns:
+        [T, K * S, H] float32: each slot's weighted output in S terms of a sum (``tuning.down_splits``), zero in unused
+        slots.
     """
-    up = Matrices(up_codes, up_scales, up_offsets, up_table, up_bias, up_rows, up_group_size, up_levels)
-    rows = hidden.shape[1]
-    down = Matrices(down_codes, down_scales, down_offsets, down_table, down_bias, rows, down_group_size, down_levels)
-    activation = Activation(function, gated, interleaved, clamp, limit, alpha, shift)
+    up = ExpertMatrices.from_lists(up_tensors, up_sizes)
+    down = ExpertMatrices.from_lists(down_tensors, down_sizes)
     index = index.contiguous()
-    h = launch_up(hidden.contiguous(), index, up, activation)
+    h = launch_up(hidden.contiguous(), index, up, Activation.from_numbers(activation))
     return launch_down(h, index, weights.contiguous(), down)
 
 
@@ -73,83 +67,72 @@ def _(
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
-    *arguments: Any,
+    up_tensors: Sequence[Tensor],
+    up_sizes: Sequence[int],
+    down_tensors: Sequence[Tensor],
+    down_sizes: Sequence[int],
+    activation: Sequence[float],
 ) -> Tensor:
-    up_rows, _, _, group_size, levels, _, gated = arguments[10:17]
-    parts = parts_of(hidden.dtype, up_rows // 2 if gated else up_rows, group_size, levels)
-    return hidden.new_empty(index.shape[0], index.shape[1] * parts, hidden.shape[1], dtype=torch.float32)
+    """Return the shape of ``decode_experts``."""
+    up = ExpertMatrices.from_lists(up_tensors, up_sizes)
+    down = ExpertMatrices.from_lists(down_tensors, down_sizes)
+    inner = up.rows // 2 if Activation.from_numbers(activation).gated else up.rows
+    splits = down_splits(hidden.dtype, inner, down.group_size, down.levels)
+    return hidden.new_empty(index.shape[0], index.shape[1] * splits, down.rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("gemq::decode_up", mutates_args=())
-def decode_up(
-    hidden: Tensor,
-    index: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    group_size: int,
-    levels: Sequence[int],
-) -> Tensor:
-    """[T, H], [T, K] -> [T, K, rows]: the first product alone. Unused slots are not written."""
-    up = Matrices(codes, scales, offsets, table, bias, rows, group_size, levels)
+def decode_up(hidden: Tensor, index: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Compute the first product alone, without an activation.
+
+    Args:
+        hidden: [T, H]
+        index: [T, K] experts
+        tensors: ``ExpertMatrices.tensors``
+        sizes: ``ExpertMatrices.sizes``
+
+    Returns:
+        [T, K, rows]. Unused slots are not written.
+    """
+    up = ExpertMatrices.from_lists(tensors, sizes)
     return launch_up(hidden.contiguous(), index.contiguous(), up, RAW)
 
 
 @decode_up.register_fake
-def _(
-    hidden: Tensor,
-    index: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    *_: object,
-) -> Tensor:
-    return hidden.new_empty(*index.shape, rows)
+def _(hidden: Tensor, index: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the shape of ``decode_up``."""
+    return hidden.new_empty(*index.shape, ExpertMatrices.from_lists(tensors, sizes).rows)
 
 
 @torch.library.custom_op("gemq::decode_down", mutates_args=())
 def decode_down(
-    h: Tensor,
-    index: Tensor,
-    weights: Tensor | None,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    group_size: int,
-    levels: Sequence[int],
+    h: Tensor, index: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
-    """[T, K, I] -> [T, K, rows] in h's dtype without weights; with them as ``decode_experts``."""
-    down = Matrices(codes, scales, offsets, table, bias, rows, group_size, levels)
-    return launch_down(h.contiguous(), index.contiguous(), None if weights is None else weights.contiguous(), down)
+    """Compute the second product alone.
+
+    Args:
+        h: [T, K, I]
+        index: [T, K] experts
+        weights: [T, K] routing weights, or None
+        tensors: ``ExpertMatrices.tensors``
+        sizes: ``ExpertMatrices.sizes``
+
+    Returns:
+        [T, K, rows] in h's dtype without weights; with them as ``decode_experts``.
+    """
+    down = ExpertMatrices.from_lists(tensors, sizes)
+    weights = None if weights is None else weights.contiguous()
+    return launch_down(h.contiguous(), index.contiguous(), weights, down)
 
 
 @decode_down.register_fake
-def _(
-    h: Tensor,
-    index: Tensor,
-    weights: Tensor | None,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    group_size: int,
-    levels: Sequence[int],
-) -> Tensor:
+def _(h: Tensor, index: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the shape of ``decode_down``."""
+    down = ExpertMatrices.from_lists(tensors, sizes)
     if weights is None:
-        return h.new_empty(*index.shape, rows)
-    parts = parts_of(h.dtype, h.shape[2], group_size, levels)
-    return h.new_empty(index.shape[0], index.shape[1] * parts, rows, dtype=torch.float32)
+        return h.new_empty(*index.shape, down.rows)
+    splits = down_splits(h.dtype, h.shape[2], down.group_size, down.levels)
+    return h.new_empty(index.shape[0], index.shape[1] * splits, down.rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("gemq::decode_linears", mutates_args=())
@@ -162,40 +145,67 @@ def decode_linears(
     levels: int,
     group_size: int,
 ) -> Tensor:
-    """[T, columns] with T up to 16 -> [T, rows of all], of one to three matrices of the same columns and width.
+    """Multiply up to 16 rows of x with one to three matrices of the same columns and width.
 
-    codes, scales, offsets: as in ``packed.PackedLinear``; biases: as many, or none
+    Args:
+        x: [T, columns]
+        codes: codes of each matrix, as in ``modules.PackedLinear``
+        scales: scales of each matrix
+        offsets: offsets of each matrix
+        biases: bias of each matrix, or empty
+        levels: levels of the width
+        group_size: columns that share a scale
+
+    Returns:
+        [T, rows of all matrices]
     """
-    return launch_linears(x.contiguous(), Linears(codes, scales, offsets, biases, levels, group_size))
+    return launch_linears(x.contiguous(), FusedLinears(codes, scales, offsets, biases, levels, group_size))
 
 
 @decode_linears.register_fake
-def _(x: Tensor, codes: Sequence[Tensor], *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], sum(one.shape[0] for one in codes))
+def _(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    levels: int,
+    group_size: int,
+) -> Tensor:
+    """Return the shape of ``decode_linears``."""
+    w = FusedLinears(codes, scales, offsets, biases, levels, group_size)
+    return x.new_empty(x.shape[0], sum(w.rows))
 
 
-def _tensors(matrices: PackedMatrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return matrices.codes, matrices.scales, matrices.offsets, matrices.table
+def _projections(module: PackedExperts, share_kernels: bool) -> tuple[ExpertMatrices, ExpertMatrices]:
+    """Return gate and up (or up alone), and down, each with its bias.
 
-
-def _projections(module: PackedExperts) -> tuple[PackedMatrices, Tensor | None, PackedMatrices, Tensor | None]:
-    """Gate and up, or up alone, and down, each with its bias."""
-    first, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
-    if not module.has_bias:
-        return first, None, down, None
-    return first, module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, down, module.down_proj_bias
+    Args:
+        share_kernels: whether kernels are compiled for the common widths instead of those that occur
+    """
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    projections = []
+    for name in (up_name, "down_proj"):
+        matrices = getattr(module, name)
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        levels = widths_for(matrices.levels, matrices.group_size) if share_kernels else matrices.levels
+        projections.append(ExpertMatrices.from_module(matrices, bias, levels))
+    up, down = projections
+    return up, down
 
 
 def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
-    """What ``experts_forward`` adds up, [T, S, H] float32; None of experts with a norm or an unusual activation."""
+    """Return the terms of ``experts_forward``'s sum, [T, S, H] float32.
+
+    Returns None for experts with a norm, or with an activation that the kernels do not support.
+    """
     activation = activation_of(module)
     if activation is None or getattr(module, "has_post_expert_norm", False):
         return None
-    first, first_bias, down, down_bias = _projections(module)
-    levels, down_levels = widths_for(first.levels, first.group_size), widths_for(down.levels, down.group_size)
-    sizes = (first.rows, first.group_size, levels, down.group_size, down_levels)
-    arguments = (*_tensors(first), first_bias, *_tensors(down), down_bias, *sizes, *activation)
-    return decode_experts(hidden, top_k_index, top_k_weights, *arguments)
+    up, down = _projections(module, share_kernels=True)
+    return decode_experts(
+        hidden, top_k_index, top_k_weights, up.tensors, up.sizes, down.tensors, down.sizes, activation.numbers()
+    )
 
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -203,23 +213,27 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     shares = expert_shares(module, hidden, top_k_index, top_k_weights)
     if shares is not None:
         return shares.sum(1).to(hidden.dtype)
-    first, first_bias, down, down_bias = _projections(module)
-    up_arguments = (*_tensors(first), first_bias)
-    down_arguments = (*_tensors(down), down_bias)
-    y = decode_up(hidden, top_k_index, *up_arguments, first.rows, first.group_size, first.levels)
+    up, down = _projections(module, share_kernels=False)
+    y = decode_up(hidden, top_k_index, up.tensors, up.sizes)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = y.to(hidden.dtype)
-    down_sizes = (down.rows, down.group_size, down.levels)
     if not getattr(module, "has_post_expert_norm", False):
-        return decode_down(y, top_k_index, top_k_weights, *down_arguments, *down_sizes).sum(1).to(hidden.dtype)
-    y = module.post_expert_norm(decode_down(y, top_k_index, None, *down_arguments, *down_sizes))
+        return decode_down(y, top_k_index, top_k_weights, down.tensors, down.sizes).sum(1).to(hidden.dtype)
+    y = module.post_expert_norm(decode_down(y, top_k_index, None, down.tensors, down.sizes))
     y = (y * top_k_weights[..., None]).float()
-    used = ((top_k_index >= 0) & (top_k_index < down.num_experts))[..., None]
-    return torch.where(used, y, 0.0).sum(1).to(hidden.dtype)
+    is_used = ((top_k_index >= 0) & (top_k_index < down.num_experts))[..., None]
+    return torch.where(is_used, y, 0.0).sum(1).to(hidden.dtype)
 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     """As ``reference.linear_forward``, for 1 to 16 rows of x."""
-    tensors = ([module.codes], [module.scales], [module.offsets], [] if module.bias is None else [module.bias])
-    y = decode_linears(x.reshape(-1, module.in_features), *tensors, LEVELS[module.width], module.group_size)
+    y = decode_linears(
+        x.reshape(-1, module.in_features),
+        [module.codes],
+        [module.scales],
+        [module.offsets],
+        [] if module.bias is None else [module.bias],
+        LEVELS[module.width],
+        module.group_size,
+    )
     return y.view(*x.shape[:-1], module.out_features)

@@ -1,8 +1,7 @@
-"""Pairs of token and expert, sorted by expert on the device; and the sum over a token's experts.
+"""Routing on the device: pairs of token and expert sorted by expert, and the sum over a token's experts.
 
-A *pair* is one of a token's K choices: pair p belongs to token p // K. Nothing here waits for the GPU and no
-shape depends on its data, so that a CUDA graph can capture it; no atomics, so that equal inputs give equal bits.
-Knows nothing of weights.
+A *pair* is one of a token's K choices: pair p belongs to token p // K. The host never waits for the GPU and no shape
+depends on data, so that a CUDA graph can capture these functions. There are no atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -14,15 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemq.kernels.triton_types import Pointer, Scalar
+
 
 class Routing(NamedTuple):
-    """Pairs in the order of their experts, cut into tiles of at most ``block`` pairs of one expert.
+    """Pairs sorted by expert, divided into tiles of at most ``block`` pairs of one expert.
 
-    order:  [P] int32, pairs sorted by expert, in their own order within one; past the last routed pair undefined
-    starts: [E + 1] int32, place of each expert's first pair in order; starts[E] is the number of routed pairs
-    tiles:  [ceil(P / block) + E] int32, the expert that a tile works for, or -1
+    Tiles of expert e begin at starts[e] // block + e, which always leaves enough tiles for the next expert's start.
 
-    Expert e's tiles begin at starts[e] // block + e: there is always room for the next expert's.
+    Attributes:
+        order: [P] int32, pairs sorted by expert, stable; undefined past the last routed pair
+        starts: [E + 1] int32, position of each expert's first pair in ``order``; starts[E] counts all routed pairs
+        tiles: [ceil(P / block) + E] int32, expert of each tile, or -1
+        block: pairs of a tile
     """
 
     order: Tensor
@@ -31,44 +34,62 @@ class Routing(NamedTuple):
     block: int
 
 
-@triton.jit(do_not_specialize=["pairs", "num_tiles", "tile"])
-def _sort_kernel(index, order, starts, tiles, pairs, num_tiles, tile, BLOCK: tl.constexpr):
-    """Program e: finds the pairs of expert e and writes their part of ``order`` and ``tiles``.
+@triton.jit(do_not_specialize=["pairs", "num_tiles", "tile_size"])
+def _sort_kernel(
+    index: Pointer,
+    order: Pointer,
+    starts: Pointer,
+    tiles: Pointer,
+    pairs: Scalar,
+    num_tiles: Scalar,
+    tile_size: Scalar,
+    BLOCK: tl.constexpr,
+):
+    """Program e finds the pairs of expert e and writes its part of ``order`` and ``tiles``.
 
-    Every program reads all indices, which lie in L2; none waits for another.
+    Every program reads all indices, which are in the L2 cache. No program waits for another.
     """
     expert = tl.program_id(0)
-    before, at = 0, 0
-    while at < pairs:
-        p = at + tl.arange(0, BLOCK)
-        chosen = tl.load(index + p, mask=p < pairs, other=2147483647)
-        before += tl.sum(((chosen >= 0) & (chosen < expert)).to(tl.int32))
-        at += BLOCK
-    place, at = before, 0
-    while at < pairs:
-        p = at + tl.arange(0, BLOCK)
-        mine = (tl.load(index + p, mask=p < pairs, other=2147483647) == expert).to(tl.int32)
-        rank = tl.cumsum(mine, 0)
-        tl.store(order + place + rank - 1, p, mask=mine != 0)
-        place += tl.sum(mine)
-        at += BLOCK
-    tl.store(starts + expert, before)
-    first, after = before // tile + expert, place // tile + expert + 1
+    start, offset = 0, 0  # start: number of pairs of the experts below this one
+    while offset < pairs:
+        pair = offset + tl.arange(0, BLOCK)
+        chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)
+        start += tl.sum(((chosen >= 0) & (chosen < expert)).to(tl.int32))
+        offset += BLOCK
+    end, offset = start, 0
+    while offset < pairs:
+        pair = offset + tl.arange(0, BLOCK)
+        is_chosen = (tl.load(index + pair, mask=pair < pairs, other=2147483647) == expert).to(tl.int32)
+        rank = tl.cumsum(is_chosen, 0)
+        tl.store(order + end + rank - 1, pair, mask=is_chosen != 0)
+        end += tl.sum(is_chosen)
+        offset += BLOCK
+    tl.store(starts + expert, start)
+    first_tile, next_tile = start // tile_size + expert, end // tile_size + expert + 1
     if expert == tl.num_programs(0) - 1:
-        tl.store(starts + expert + 1, place)
-        after = num_tiles
-    used = (place - before + tile - 1) // tile
-    at = 0
-    while at < num_tiles:
-        t = at + tl.arange(0, BLOCK)
-        tl.store(tiles + t, tl.where(t < first + used, expert, -1), mask=(t >= first) & (t < after))
-        at += BLOCK
+        tl.store(starts + expert + 1, end)
+        next_tile = num_tiles
+    used_tiles = (end - start + tile_size - 1) // tile_size
+    offset = 0
+    while offset < num_tiles:
+        tile = offset + tl.arange(0, BLOCK)
+        tl.store(
+            tiles + tile,
+            tl.where(tile < first_tile + used_tiles, expert, -1),
+            mask=(tile >= first_tile) & (tile < next_tile),
+        )
+        offset += BLOCK
 
 
 def sort_pairs(top_k_index: Tensor, experts: int, block: int) -> Routing:
-    """Pairs of top_k_index [T, K] int by expert.
+    """Sort the pairs of top_k_index [T, K] int by expert.
 
-    Indices below 0 and from ``experts`` up mark unused slots, which are left out: vLLM gives -1 to padding tokens.
+    Indices outside 0 ... ``experts`` - 1 mark unused slots, which are left out. vLLM marks padding tokens with -1.
+
+    Args:
+        top_k_index: [T, K] int
+        experts: number of experts
+        block: pairs of a tile
     """
     pairs = top_k_index.numel()
     num_tiles = triton.cdiv(pairs, block) + experts
@@ -82,7 +103,17 @@ def sort_pairs(top_k_index: Tensor, experts: int, block: int) -> Routing:
 
 
 @triton.jit
-def _combine_kernel(y, index, weights, out, columns, experts, K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    y: Pointer,
+    index: Pointer,
+    weights: Pointer,
+    out: Pointer,
+    columns: Scalar,
+    experts: Scalar,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (t, b) sums block b of the columns of token t's pairs."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -98,9 +129,16 @@ def _combine_kernel(y, index, weights, out, columns, experts, K: tl.constexpr, B
 
 
 def combine(y: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Tensor:
-    """Weighted sum over each token's K pairs, in float32 and in their order: y [T * K, H] -> [T, H] in y's dtype.
+    """Return the weighted sum over each token's K pairs, computed in float32 and in the order of slots.
 
-    Rows of unused slots are not read.
+    Args:
+        y: [T * K, H] outputs of the pairs; rows of unused slots are not read
+        top_k_index: [T, K] int
+        top_k_weights: [T, K]
+        experts: number of experts
+
+    Returns:
+        [T, H] in y's dtype.
     """
     tokens, k = top_k_index.shape
     out = torch.empty(tokens, y.shape[-1], dtype=y.dtype, device=y.device)

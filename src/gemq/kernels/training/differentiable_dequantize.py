@@ -1,8 +1,10 @@
-"""Weights of many packed matrices in the compute type, differentiable in scales and offsets, with nothing kept between.
+"""Dequantized weights of many packed matrices, differentiable in scales and offsets.
 
-Forward and backward each unpack the codes. On a GPU a kernel does it, which writes the weights and nothing else; with
-torch's operations some matrices at a time, for in float32 a layer's experts all at once take more memory than all else.
-Shapes: E matrices, R rows, C columns, G groups a row.
+Forward and backward each unpack the codes, and nothing is kept between them. On a GPU, a kernel unpacks all matrices
+and writes only the weights. On a CPU, torch's operations unpack a few matrices at a time: in float32, all experts of a
+layer would take more memory than everything else.
+
+Shapes: E matrices, R rows, C columns, G groups of a row.
 """
 
 from __future__ import annotations
@@ -20,103 +22,127 @@ from gemq.quant.packing import PackedMatrix, unpack_codes
 from gemq.quant.widths import LEVELS, Width
 
 UNPACKED_TOGETHER = 1 << 26
-"""Weights that torch's operations unpack at once: in float32 on their way."""
+"""Maximum number of weights that torch's operations unpack in one step. Intermediate results are float32."""
 
 
 def codes_of(matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> TorchCodes | KernelCodes:
-    """Codes of E matrices on one device, as that device unpacks them."""
+    """Copy the codes of E matrices on one device into the form that the device unpacks."""
     kind = KernelCodes if matrices[0].codes.device.type == "cuda" else TorchCodes
     return kind(matrices, widths, group_size)
 
 
 class TorchCodes:
-    """E matrices' codes, those of one width together."""
+    """Codes of E matrices, stacked by width, for torch's operations."""
 
     def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int):
-        self.group = group_size
-        members: dict[Width, list[int]] = defaultdict(list)
-        for e, width in enumerate(widths):
-            members[width].append(e)
-        self.packed = {w: torch.stack([matrices[e].codes for e in some]) for w, some in members.items()}
-        self.places = {w: torch.tensor(some, device=matrices[0].codes.device) for w, some in members.items()}
+        """Stack the codes of all matrices of each width."""
+        self.group_size = group_size
+        indices_by_width: dict[Width, list[int]] = defaultdict(list)
+        for index, width in enumerate(widths):
+            indices_by_width[width].append(index)
+        device = matrices[0].codes.device
+        self.packed: dict[Width, Tensor] = {}
+        self.indices: dict[Width, Tensor] = {}
+        for width, indices in indices_by_width.items():
+            self.packed[width] = torch.stack([matrices[index].codes for index in indices])
+            self.indices[width] = torch.tensor(indices, device=device)
 
     def held(self) -> list[Tensor]:
-        """Tensors that can wait elsewhere."""
+        """Return the tensors that can be offloaded between two uses."""
         return list(self.packed.values())
 
-    def unpacked(self, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers of some matrices, [n] int64, and their codes [n, R, C] uint8, until all were given."""
-        for width, places in self.places.items():
+    def _unpacked_chunks(self, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the indices [n] int64 and codes [n, R, C] uint8 of a few matrices at a time, over all matrices."""
+        for width, indices in self.indices.items():
             packed = self.packed[width]
-            most = max(1, UNPACKED_TOGETHER // (packed.shape[1] * columns))
-            for some, codes in zip(places.split(most), packed.split(most), strict=True):
-                yield some, unpack_codes(codes, width, self.group)
+            chunk = max(1, UNPACKED_TOGETHER // (packed.shape[1] * columns))
+            for chunk_indices, chunk_codes in zip(indices.split(chunk), packed.split(chunk), strict=True):
+                yield chunk_indices, unpack_codes(chunk_codes, width, self.group_size)
 
     def weights(self, scales: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-        """[E, R, C] in ``dtype``, rounded once."""
-        columns = scales.shape[-1] * self.group
+        """Return the weights [E, R, C] in ``dtype``, rounded once."""
+        groups = scales.shape[-1]
+        columns = groups * self.group_size
         out = torch.empty(*scales.shape[:2], columns, dtype=dtype, device=scales.device)
-        for some, part in self.unpacked(columns):
-            groups = part.unflatten(-1, (scales.shape[-1], -1)).float()
-            weight = torch.addcmul(offsets[some].unsqueeze(-1), groups, scales[some].unsqueeze(-1))
-            out[some] = weight.flatten(-2).to(dtype)
+        for indices, codes in self._unpacked_chunks(columns):
+            grouped_codes = codes.unflatten(-1, (groups, -1)).float()
+            weight = torch.addcmul(offsets[indices].unsqueeze(-1), grouped_codes, scales[indices].unsqueeze(-1))
+            out[indices] = weight.flatten(-2).to(dtype)
         return out
 
     def grid_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of scales and offsets, [E, R, G] float32, from that of the weights [E, R, C]."""
-        groups = gradient.shape[-1] // self.group
-        of_scales, of_offsets = (gradient.new_zeros(*gradient.shape[:2], groups, dtype=torch.float32) for _ in range(2))
-        for some, part in self.unpacked(gradient.shape[-1]):
-            slope = gradient[some].float().unflatten(-1, (groups, -1))
-            of_offsets[some] = slope.sum(-1)
-            of_scales[some] = slope.mul_(part.unflatten(-1, (groups, -1))).sum(-1)
-        return of_scales, of_offsets
+        """Return the gradients of scales and offsets, [E, R, G] float32, from that of the weights [E, R, C]."""
+        experts, rows, columns = gradient.shape
+        groups = columns // self.group_size
+        grad_scales = gradient.new_zeros(experts, rows, groups, dtype=torch.float32)
+        grad_offsets = torch.zeros_like(grad_scales)
+        for indices, codes in self._unpacked_chunks(columns):
+            grad = gradient[indices].float().unflatten(-1, (groups, -1))
+            grad_offsets[indices] = grad.sum(-1)
+            grad_scales[indices] = grad.mul_(codes.unflatten(-1, (groups, -1))).sum(-1)
+        return grad_scales, grad_offsets
 
 
 class KernelCodes:
-    """E matrices' codes one after the other, for Triton kernels. Functions as of ``TorchCodes``."""
+    """Codes of E matrices in one flat buffer, for Triton kernels. Methods as in ``TorchCodes``."""
 
     def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int):
+        """Copy the codes of all matrices into a flat buffer with a table."""
         flat = PackedMatrices(matrices, widths, group_size)
-        self.codes, self.table, self.group = flat.codes, flat.table, group_size
+        self.codes, self.table, self.group_size = flat.codes, flat.table, group_size
         self.levels = [LEVELS[width] for width in set(widths)]
 
     def held(self) -> list[Tensor]:
+        """Return the tensors that can be offloaded between two uses."""
         return [self.codes, self.table]
 
     def weights(self, scales: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-        from gemq.kernels.grouped.dequantize import (  # triton comes with torch for CUDA, not for CPUs
-            dequantize,
-            levels_mask,
-        )
+        """Return the weights [E, R, C] in ``dtype``, rounded once."""
+        # Triton is installed with torch for CUDA, not with torch for CPUs.
+        from gemq.kernels.grouped.dequantize import PackedWeights, dequantize
+        from gemq.kernels.grouped.unpack import levels_mask
 
-        rows, columns = scales.shape[1], scales.shape[2] * self.group
+        _, rows, groups = scales.shape
         grids = scales.contiguous(), offsets.contiguous()
-        return dequantize(self.codes, *grids, self.table, levels_mask(self.levels), rows, columns, self.group, dtype)
+        w = PackedWeights(self.codes, *grids, self.table, None, levels_mask(self.levels), rows, self.group_size)
+        return dequantize(w, groups * self.group_size, dtype)
 
     def grid_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        from gemq.kernels.grouped.dequantize import grid_gradients, levels_mask
+        """Return the gradients of scales and offsets, [E, R, G] float32, from that of the weights [E, R, C]."""
+        from gemq.kernels.grouped.dequantize import grid_gradients
+        from gemq.kernels.grouped.unpack import levels_mask
 
-        return grid_gradients(gradient, self.codes, self.table, levels_mask(self.levels), self.group)
+        return grid_gradients(gradient, self.codes, self.table, levels_mask(self.levels), self.group_size)
 
 
-class _Weights(torch.autograd.Function):
+class _Dequantize(torch.autograd.Function):
+    """Differentiable dequantization; see ``weights``."""
+
     @staticmethod
     def forward(
         ctx: Any, scales: Tensor, offsets: Tensor, codes: TorchCodes | KernelCodes, dtype: torch.dtype
     ) -> Tensor:
+        """Return the weights."""
         ctx.codes = codes
         return codes.weights(scales, offsets, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of scales and offsets."""
         return (*ctx.codes.grid_gradients(gradient), None, None)
 
 
 def weights(scales: Tensor, offsets: Tensor, codes: TorchCodes | KernelCodes, dtype: torch.dtype) -> Tensor:
-    """``scale * code + offset``: [E, R, C] in ``dtype``.
+    """Return ``scale * code + offset``, differentiable in scales and offsets.
 
-    scales, offsets: [E, R, G] float32
+    Args:
+        scales: [E, R, G] float32
+        offsets: [E, R, G] float32
+        codes: codes of the E matrices
+        dtype: dtype of the result
+
+    Returns:
+        [E, R, C] in ``dtype``.
     """
-    return _Weights.apply(scales, offsets, codes, dtype)
+    return _Dequantize.apply(scales, offsets, codes, dtype)
