@@ -24,6 +24,7 @@ from gemq.calibration.windows import Windows
 from gemq.cli.report import print_result
 from gemq.layers.candidates import LayerLadder, Quantizer, build_layer
 from gemq.layers.refinement import assemble_layer, install_layer
+from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
@@ -253,7 +254,8 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
         for i, layer in enumerate(replay.structure.layers):
-            install_layer(model, layer, assemble_layer(ladders[i], layer, mixed[i]), mixed[i], 4, group)
+            scheme = QuantizationScheme(mixed[i], 4, group)
+            install_layer(model, layer, assemble_layer(ladders[i], layer, mixed[i]), scheme)
         got = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].mean(1)
     torch.testing.assert_close(kls[0].float(), kl, rtol=1e-4, atol=1e-6)

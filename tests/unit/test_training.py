@@ -199,7 +199,9 @@ def test_a_layer_that_training_does_not_help_stays_gptqs():
 def test_refined_layer_round_trip_with_training():
     _, _, layers, _ = refined(TRAINING)
     again = RefinedLayer.from_tensors(layers[0].to_tensors())
-    assert (again.before, again.after, again.retries) == (layers[0].before, layers[0].after, layers[0].retries)
+    assert again.before == layers[0].before
+    assert again.after == layers[0].after
+    assert again.retries == layers[0].retries
     assert set(again.tuned) == set(layers[0].tuned)
     assert set(again.tensors) == set(layers[0].tensors)
 

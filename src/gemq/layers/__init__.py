@@ -1,1 +1,1 @@
-"""Quantization of one layer: candidates at every width, refinement at the chosen widths, training."""
+"""Quantization of one layer: candidates at every width, reconstruction at the chosen widths, training."""

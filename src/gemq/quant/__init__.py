@@ -1,1 +1,1 @@
-"""Quantization mathematics: pure functions on tensors, no models, no files."""
+"""Quantization arithmetic: functions on tensors. Must not import models or files."""

@@ -52,8 +52,7 @@ def _fit_grid(values, pivots, max_code):
         scale = tl.where((variance > 1e-12) & (slope > 0), slope, scale)
         offset = mean - scale * mean_code
     stored_scale, _ = nearest(tl.where(max_code > 15, scale * _WIDER, scale), offset, max_code)
-    fitted_offset = mean + (offset - mean) * (stored_scale / scale)
-    offset = tl.where(stored_scale < 1.2 * scale, fitted_offset, offset)
+    offset = tl.where(stored_scale < 1.2 * scale, mean + (offset - mean) * (stored_scale / scale), offset)
     return nearest(stored_scale, offset, max_code)
 
 

@@ -54,10 +54,9 @@ def _adam(first_moments, second_moments, index, mask, gradient, rate, correction
 
 
 @triton.jit
-def _noise(position, step_index, seed):
-    """Return uniform numbers in [0, 1), a function of the weight's position, the step and the seed."""
-    step_seed = (seed * 1000003 + (step_index + 1) * 7919) & 0x7FFFFFFF
-    bits = (position.to(tl.uint32) ^ step_seed.to(tl.uint32)) * 2654435769
+def _noise(position, seed):
+    """Return uniform numbers in [0, 1), a function of the weight's position and the seed."""
+    bits = (position.to(tl.uint32) ^ seed.to(tl.uint32)) * 2654435769
     bits = (bits ^ (bits >> 15)) * 2246822507
     bits = (bits ^ (bits >> 13)) * 3266489909
     return (bits >> 16).to(tl.float32) * (1.0 / 65536)
@@ -121,10 +120,11 @@ def _step_kernel(
         change = _adam(first_moments, second_moments, index, mask, grad_code, rate_codes, correction)
     soft_code = tl.minimum(tl.maximum(soft_code - change, -_MARGIN), max_code + _MARGIN)
     if IS_INT16:
+        step_seed = (seed * 1000003 + (step_index + 1) * 7919) & 0x7FFFFFFF
         matrix_id = tl.load(matrix_ids + group // groups_per_matrix, mask=group_mask, other=0)
         group_id = matrix_id * groups_per_matrix + group % groups_per_matrix
         position = group_id[:, None] * G + tl.arange(0, G)[None, :]
-        stored = encode(soft_code, max_code, _noise(position, step_index, seed))
+        stored = encode(soft_code, max_code, _noise(position, step_seed))
         soft_code = decode(stored, max_code)
         tl.store(soft_codes + index, stored, mask=mask)
     else:
