@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --models DIR --texts DIR [--model refmoe-olmoe-23m] [--set main] [--device cuda]
 
 ``--models`` holds the reference models, ``--texts`` the files ``calib_*.txt`` and ``val_*.txt``. Calibration takes 26
-windows of 512 tokens from each calib text, with self-generated windows as the recipe says. A row has KL and
-perplexity, in float32, on the first 120 windows of each val text, on windows of the calib texts that calibration did
-not take ("inside"), and seconds a stage. Recipes that agree up to the ladder share one work directory.
+windows of 512 tokens from each calibration text, with self-generated windows as the recipe says. A row has KL and
+perplexity, in float32, on the first 120 windows of each val text and on windows of the calibration texts that
+calibration did not take ("inside"), and seconds per stage. Recipes that agree up to the candidates share one work directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemq.calibration.windows import Windows, cut_windows, eval_windows, from_parts, tokenize_text
+from gemq.calibration.windows import Windows, concat_sources, cut_windows, eval_windows, tokenize_text
 from gemq.evaluation.evaluate import evaluate, open_model
 from gemq.models.structure import find_structure
 from gemq.pipeline.quantize import export, quantize
@@ -37,11 +37,11 @@ WINDOW, PER_TEXT, VAL_WINDOWS, INSIDE_WINDOWS = 512, 26, 120, 12
 RESULTS = FOLDER / "accuracy.csv"
 
 FINISH_KEYS = (
-    *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "refine", "guard"),
+    *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "reconstruct", "guard"),
     *("score_form", "score_labels", "score_tokens", "rescale"),
-    *("layer_epochs", "distil_epochs", "distil_loss", "distil_sets"),
+    *("reconstruction_epochs", "distill_epochs", "distill_loss", "distill_parameters"),
 )
-"""Recipe keys that change neither ladder nor scores: recipes that differ in these alone share a work directory."""
+"""Recipe keys that change neither candidates nor scores: recipes that differ in these alone share a work directory."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,22 @@ class Bench:
 
     def __init__(self, model: Path, texts: Path, work: Path, device: str, out: Path):
         self.model, self.work, self.device, self.out = model, work, device, out
-        self.calib = sorted(texts.glob("calib_*.txt"))
+        self.calibration = sorted(texts.glob("calib_*.txt"))
         self.reference = open_model(str(model), "float32", device)
         self.structure = find_structure(self.reference.model)
         self.val = eval_windows(self.reference.tokenizer, sorted(texts.glob("val_*.txt")), WINDOW, VAL_WINDOWS)
 
     def run(self, experiment: Experiment, more: dict[str, Any], label: str) -> None:
         begin = time.perf_counter()
-        keys = {"window": WINDOW, "windows": PER_TEXT * len(self.calib), "dtype": "float32", **more, **experiment.keys}
-        calib = tuple(str(f) for f in self.calib) if experiment.texts else ("self",)
-        recipe = Recipe.from_dict({**keys, "calib": list(calib)})
+        keys = {
+            "seq_len": WINDOW,
+            "num_windows": PER_TEXT * len(self.calibration),
+            "dtype": "float32",
+            **more,
+            **experiment.keys,
+        }
+        calibration = tuple(str(f) for f in self.calibration) if experiment.texts else ("self",)
+        recipe = Recipe.from_dict({**keys, "calibration": list(calibration)})
         shared = {k: v for k, v in recipe.to_dict().items() if k not in FINISH_KEYS}
         work = self.work / hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:12]
         with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +173,7 @@ class Bench:
                 )
             else:
                 if not experiment.finish:
-                    recipe = recipe.replace(refine=False, layer_epochs=0, distil_epochs=0, guard=False)
+                    recipe = recipe.replace(reconstruct=False, reconstruction_epochs=0, distill_epochs=0, guard=False)
                 result = quantize(str(self.model), recipe, out=out, work=work, device=self.device, monitor=monitor)
             seconds = time.perf_counter() - begin
             opened = open_model(str(out), "float32", self.device)
@@ -190,7 +196,7 @@ class Bench:
             "gains": _short(result.gains),
             "seconds": f"{seconds:.1f}",
             "seconds_by_stage": _short({n: s["seconds"] for n, s in result.stages.items()}),
-            "tokens": sum(result.windows.values()) * result.window,
+            "tokens": sum(result.windows.values()) * result.seq_len,
             "fallbacks": _short({n: c for n, c in result.fallbacks.items() if c}),
             **environment(self.device),
             "recipe": json.dumps({**more, **experiment.keys}, sort_keys=True),
@@ -199,17 +205,19 @@ class Bench:
         print({k: row[k] for k in list(row)[:16] if k != "allocation"}, flush=True)
 
     def measure(self, model: Any, windows: Windows) -> dict[str, Any]:
-        return evaluate(model, windows, reference=self.reference.model, structure=self.structure, batch_tokens=16384)
+        return evaluate(
+            model, windows, reference=self.reference.model, structure=self.structure, micro_batch_tokens=16384
+        )
 
     def inside(self, work: Path) -> Windows:
-        """Windows of the calib texts that calibration did not take."""
+        """Windows of the calibration texts that calibration did not take."""
         taken = {tuple(row) for row in Windows.load(work / "windows" / "windows.safetensors").tokens.tolist()}
         parts = []
-        for file in self.calib:
+        for file in self.calibration:
             stream = torch.tensor(tokenize_text(self.reference.tokenizer, file.read_text(encoding="utf-8")))
             free = [w for w in cut_windows(stream, WINDOW) if tuple(w.tolist()) not in taken]
             parts.append(torch.stack(free[:INSIDE_WINDOWS]))
-        return from_parts(parts, [f.stem for f in self.calib], [p.numel() for p in parts])
+        return concat_sources(parts, [f.stem for f in self.calibration], [p.numel() for p in parts])
 
 
 def _short(values: dict[str, float]) -> str:

@@ -89,7 +89,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from gemq.evaluation.bench import Work, bench
+    from gemq.evaluation.bench import BenchConfig, bench
     from shapes import SHAPES, Shape, dense_model, mean_bits, packed_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,10 +105,10 @@ def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if not part.endswith("-bf16"):
         shape = cut(SHAPES[part])
-        values = bench(packed_model(shape, device), Work(**sizes, compiled=compiled))
+        values = bench(packed_model(shape, device), BenchConfig(**sizes, compiled=compiled))
         rows = to_rows(named, mean_bits(shape), "packed", values)
         if compiled:  # what `gemq generate` does unless told to compile
-            plain = bench(packed_model(shape, device), Work([1], [], NEW_TOKENS, compiled=False))
+            plain = bench(packed_model(shape, device), BenchConfig([1], [], NEW_TOKENS, compiled=False))
             rows += to_rows(named, mean_bits(shape), "packed", plain)
         return rows
     shape = cut(next(s for s in SHAPES.values() if s.name.startswith(part.removesuffix("bf16"))))
@@ -118,7 +118,7 @@ def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         model.set_experts_implementation(experts)
         # Gathering the chosen experts' weights pays for few tokens only, and does not fit for a long prompt.
         few = {"batches": sizes["batches"][:1], "prefills": []} if experts == "batched_mm" else {}
-        rows += to_rows(named, 16.0, experts, bench(model, Work(**{**sizes, **few}, compiled=compiled)))
+        rows += to_rows(named, 16.0, experts, bench(model, BenchConfig(**{**sizes, **few}, compiled=compiled)))
     return rows
 
 

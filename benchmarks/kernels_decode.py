@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import SILU, Activation
-from gemq.kernels.decode.launch import Config, Cut, Linears, Matrices, launch_down, launch_linears, launch_up
+from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
+from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
+from gemq.kernels.decode.tuning import TensorCoreConfig, VectorConfig
 from gemq.kernels.modules import PackedMatrices, PackedMatrix
 from gemq.quant.grid import encode
 from gemq.quant.widths import LEVELS, matrix_bytes
@@ -51,14 +53,18 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2, (((4096,), 4096), ((4096, 1024, 1024), 4096))),
 }
 CUTS = (
-    *(Cut(rows, warps, 64) for rows, warps in ((16, 4), (32, 4), (32, 8), (64, 8))),
-    *(Cut(rows, warps, 128) for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 8))),
-    *(Cut(rows, 4, 128, registers) for rows, registers in ((32, 96), (64, 128))),
+    *(VectorConfig(rows, warps, 64) for rows, warps in ((16, 4), (32, 4), (32, 8), (64, 8))),
+    *(VectorConfig(rows, warps, 128) for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 8))),
+    *(VectorConfig(rows, 4, 128, registers) for rows, registers in ((32, 96), (64, 128))),
 )
 LINEAR_CUTS = (
-    *(Cut(rows, warps, columns) for columns in (64, 128) for rows, warps in ((4, 1), (8, 2), (16, 4), (32, 4))),
-    Config(16, 8, 4),
-    Config(32, 4, 4),
+    *(
+        VectorConfig(rows, warps, columns)
+        for columns in (64, 128)
+        for rows, warps in ((4, 1), (8, 2), (16, 4), (32, 4))
+    ),
+    TensorCoreConfig(16, 8, 4),
+    TensorCoreConfig(32, 4, 4),
 )
 
 
@@ -74,8 +80,8 @@ def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
 
 
 class Layer(NamedTuple):
-    up: Matrices
-    down: Matrices
+    up: ExpertMatrices
+    down: ExpertMatrices
     packed: tuple[PackedMatrices, PackedMatrices]
     bytes: Tensor  # [E] of an expert's two matrices
 
@@ -85,7 +91,7 @@ class Layer(NamedTuple):
         sizes = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
         packed = [PackedMatrices([random_matrix(*s, w) for w in widths], widths, GROUP) for s in sizes]
         up, down = (
-            Matrices(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [LEVELS[w] for w in SHARES])
+            ExpertMatrices(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [LEVELS[w] for w in SHARES])
             for m in packed
         )
         total = [sum(matrix_bytes(*s, w, GROUP) for s in sizes) for w in widths]
@@ -231,7 +237,7 @@ class LinearWork:
         for _ in range(-(-L2_TIMES * l2 // self.read) + 1):
             parts = [random_matrix(count, columns, 4) for count in rows]
             codes, scales, offsets = zip(*parts, strict=True)
-            self.matrices.append(Linears(codes, scales, offsets, [], 16, GROUP))
+            self.matrices.append(FusedLinears(codes, scales, offsets, [], 16, GROUP))
         self.x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
 
     def seconds(self, replays: int, cut: Any = None) -> list[float]:
@@ -301,12 +307,12 @@ def sweep(names: list[str], batches: list[int], replays: int) -> None:
                 cells = []
                 for cut in LINEAR_CUTS:
                     seconds = statistics.median(linears.seconds(replays, cut))
-                    cells.append(f"{'x' if isinstance(cut, Config) else ''}{tuple(cut[:3])} {seconds * 1e6:.2f}")
+                    cells.append(f"{'x' * isinstance(cut, TensorCoreConfig)}{tuple(cut[:3])} {seconds * 1e6:.2f}")
                 print(f"linear {'+'.join(map(str, rows))}x{columns}, batch {batch}: " + "; ".join(cells), flush=True)
 
 
 def sweep_work(work: Work, replays: int, copy: float) -> None:
-    best: dict[str, tuple[float, Cut]] = {}
+    best: dict[str, tuple[float, VectorConfig]] = {}
     for cut in CUTS:
         error = check(work, partial(work.both, up=cut, down=cut))
         cells = []

@@ -178,7 +178,7 @@ def dequantized(matrices: Any) -> Tensor:
     from gemq.kernels.grouped.operators import packed_experts
 
     w = packed_experts(matrices, None)
-    return dequantize(*w[:4], w.widths, w.rows, matrices.columns, w.group_size, torch.bfloat16)
+    return dequantize(w, matrices.columns, torch.bfloat16)
 
 
 def check(name: str, shape: Shape, layers: list[Any]) -> None:
@@ -323,7 +323,7 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
     import triton
 
     from gemq.kernels.grouped import operators
-    from gemq.kernels.grouped.matmul import Config, config_for, matmul
+    from gemq.kernels.grouped.matmul import TileConfig, config_for, matmul
     from gemq.kernels.grouped.routing import combine, sort_pairs
 
     for tokens in args.tokens:
@@ -332,7 +332,7 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
         chosen = config_for(tokens * shape.top_k, shape.experts, torch.bfloat16)
         print(f"\n{name}, {tokens} tokens, {mean:.0f} pairs an expert; chosen {tuple(chosen)}")
         flops = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
-        for config in [Config(*c) for c in CONFIGS if mean / 4 <= c[0] <= max(4 * mean, 16) or c[0] >= 128 <= mean]:
+        for config in [TileConfig(*c) for c in CONFIGS if mean / 4 <= c[0] <= max(4 * mean, 16) or c[0] >= 128 <= mean]:
             try:
                 _, p50, _ = time_steps(cycle(layers, draws, partial(parts, config=config)))
                 print(f"  {tuple(config)!s:28} {p50 * 1e6:9.1f} us {flops / p50 / 1e12:7.1f} TFLOP/s", flush=True)

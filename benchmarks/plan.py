@@ -1,6 +1,7 @@
-"""Is ``gemq plan`` right? A stage's expected seconds and bytes beside those of a real job on this machine.
+"""Is ``gemq plan`` right? A stage's expected seconds and bytes next to those of a real job on this machine.
 
-    python benchmarks/plan.py MODEL [--effort low] [--windows 40] [--window 512] [--calib FILE ...] [--keep DIR]
+    python benchmarks/plan.py MODEL [--effort low] [--num-windows 40] [--seq-len 512] [--calibration FILE ...]
+                              [--keep DIR]
 
 One row per stage in results/plan.csv: planned and measured seconds, and the peak memory of the whole job.
 """
@@ -24,14 +25,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--effort", default="low")
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--calib", action="append", default=[])
+    parser.add_argument("--num-windows", type=int, default=40)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--calibration", action="append", default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--csv", type=Path, default=RESULTS / "plan.csv")
     args = parser.parse_args()
-    flags = {"effort": args.effort, "windows": args.windows, "window": args.window, "bits": 2.0}
-    recipe = Recipe.from_yaml(args.recipe, {**flags, **({"calib": args.calib} if args.calib else {})})
+    flags = {"effort": args.effort, "num_windows": args.num_windows, "seq_len": args.seq_len, "bits": 2.0}
+    recipe = Recipe.from_yaml(args.recipe, {**flags, **({"calibration": args.calib} if args.calib else {})})
     device = pick_device(args.device)
     planned = plan(Source.resolve(args.model), recipe, device)
     with tempfile.TemporaryDirectory() as directory:

@@ -1,6 +1,6 @@
 """How fast are the stages of a job, a layer at a time? Prints a table and appends one CSV row a measurement.
 
-    python benchmarks/quantize_speed.py [--shape olmoe ...] [--parts gptq scores ladder layers] [--batches 12]
+    python benchmarks/quantize_speed.py [--shape olmoe ...] [--parts gptq scores candidates layers] [--batches 12]
 
 Needs a GPU (--shape tiny runs anywhere, for a look). One layer of the true shape with random weights, random tokens,
 bfloat16, through the functions that a job calls. ``seconds`` is a layer of a whole job: 524,288 tokens and 2 epochs for
@@ -20,20 +20,21 @@ from typing import Any
 import torch
 
 from gemq.allocation.scores import pair_costs, reverse_layer
-from gemq.calibration.activations import Activations, layer_moments
+from gemq.calibration.activations import Activations, layer_hessians
 from gemq.calibration.windows import Windows
-from gemq.layers.candidates import Quantizer, build_layer
-from gemq.layers.refinement import Targets, refine_layer
+from gemq.layers.candidates import build_candidates
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.reconstruction import Targets, reconstruct_layer
 from gemq.layers.training import Training
 from gemq.models.experts import expert_weight, use_experts_forward
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.quant.hessian import factorize
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 from record import RESULTS, append, environment
 
 FILE = RESULTS / "quantize_speed.csv"
-PARTS = ("gptq", "moments", "scores", "ladder", "layers")
+PARTS = ("gptq", "moments", "scores", "candidates", "layers")
 WIDTHS = (1, 1.6, 2, 3)
 BATCH, TRAIN_TOKENS, SCORE_TOKENS, EPOCHS = 4096, 524_288, 262_144, 2
 
@@ -47,7 +48,7 @@ class Shape:
     top_k: int
     heads: int
     layers: int
-    window: int = 2048
+    seq_len: int = 2048
 
     def config(self) -> Any:
         from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
@@ -58,7 +59,7 @@ class Shape:
             "num_hidden_layers": 1,
             "num_attention_heads": self.heads,
             "num_experts_per_tok": self.top_k,
-            "max_position_embeddings": self.window,
+            "max_position_embeddings": self.seq_len,
         }
         if self.family == "mixtral":
             return MixtralConfig(
@@ -142,8 +143,8 @@ class Bench:
         assert self.layer.experts is not None
         self.experts: Experts = self.layer.experts
         self.module = model.get_submodule(self.experts.path)
-        window = shape.window
-        ids = torch.randint(0, 1024, (max(2, self.batches * BATCH // window if name != "tiny" else 8), window))
+        seq_len = shape.seq_len
+        ids = torch.randint(0, 1024, (max(2, self.batches * BATCH // seq_len if name != "tiny" else 8), seq_len))
         windows = Windows(ids, torch.zeros(len(ids), dtype=torch.int64), ("random",), (ids.numel(),))
         self.activations = Activations.start(self.replay, windows, BATCH if name != "tiny" else 256, 0)
         self.quantizer = Quantizer("gptq", 128, 0.01, 0.1)
@@ -172,7 +173,7 @@ class Bench:
     def moments(self) -> None:
         """A layer forward with the second moments of everything; limit by the products alone, half of each."""
         every = slice(0, self.experts.count)
-        run = lambda: layer_moments(self.replay, 0, self.activations, self.layer.linears, every)
+        run = lambda: layer_hessians(self.replay, 0, self.activations, self.layer.linears, every)
         run()
         scale = TRAIN_TOKENS / (len(self.activations.ids) * self.activations.ids[0].numel())
         first, down = self.experts.matrices
@@ -181,14 +182,14 @@ class Bench:
         self.row("moments", self.seconds(run) * scale, operations, 0.0)
 
     def gptq(self) -> None:
-        moments, _ = layer_moments(self.replay, 0, self.activations, [], slice(0, self.experts.count))
+        moments, _ = layer_hessians(self.replay, 0, self.activations, [], slice(0, self.experts.count))
         assert moments.experts is not None
         pairs = list(zip(self.experts.matrices, moments.experts, strict=True))
         for widths in ((2,), (1, 2, 3), WIDTHS):
 
             def run(widths: tuple[float, ...] = widths) -> None:
                 for matrix, moment in pairs:
-                    self.quantizer.every_width(expert_weight(self.module, matrix.name), moment, widths)
+                    self.quantizer.quantize_all(expert_weight(self.module, matrix.name), moment, widths)
 
             run()
             operations = moved = 0.0
@@ -205,17 +206,17 @@ class Bench:
 
     def scores(self) -> None:
         first, down = (expert_weight(self.module, m.name) for m in self.experts.matrices)
-        rungs = [(first * (1 + 0.1 * i), down * (1 + 0.1 * i)) for i in range(3)]
+        candidates = [(first * (1 + 0.1 * i), down * (1 + 0.1 * i)) for i in range(3)]
 
         def run() -> None:
-            gradients = Batches(self.replay.memory, (torch.randn_like(h) for h in self.activations.hidden))
+            gradients = ActivationStore(self.replay.memory, (torch.randn_like(h) for h in self.activations.hidden))
             with torch.no_grad():
                 for hidden, calls in zip(self.activations.hidden, self.activations.calls, strict=True):
                     self.replay.run(0, hidden, calls[0])
             for _, call, gradient in reverse_layer(self.replay, 0, self.activations, gradients):
                 assert call is not None
                 assert gradient is not None
-                pair_costs(self.module, self.experts, call, gradient, rungs, "token", 2)
+                pair_costs(self.module, self.experts, call, gradient, candidates, "token", 2)
 
         run()
         done = len(self.activations.ids) * self.activations.ids[0].numel()
@@ -238,22 +239,22 @@ class Bench:
         here, whole = self._steps()
         return (three - one) / (2 * here) * whole, one - (three - one) / 2
 
-    def ladder(self) -> None:
+    def candidates(self) -> None:
         """Training only: quantizing is ``gptq``."""
         seconds, rest = self._extrapolated(
-            lambda epochs: build_layer(
+            lambda epochs: build_candidates(
                 self.replay, 0, self.activations, self.quantizer, WIDTHS, 4, self._training(epochs)
             )
         )
         tokens = self.activations.ids[0].numel()
         steps = self._steps()[1]
         operations = steps * tokens * self.active * (6.0 * len(WIDTHS) + 2)
-        # latents and moments in and out, weight and gradient in and out, weight for both products
+        # soft_codes and moments in and out, weight and gradient in and out, weight for both products
         moved = steps * self.weights * len(WIDTHS) * (2 * 6.0 + 2 + 2 + 2 + 2 + 2)
-        self.row("ladder", seconds, operations, moved, note=f"rest {rest:.2f} s")
+        self.row("candidates", seconds, operations, moved, note=f"rest {rest:.2f} s")
 
     def layers(self) -> None:
-        exact = Batches(self.replay.memory)
+        exact = ActivationStore(self.replay.memory)
         with torch.no_grad():
             for hidden, calls in zip(self.activations.hidden, self.activations.calls, strict=True):
                 exact.append(self.replay.run(0, hidden, calls[0]))
@@ -262,7 +263,7 @@ class Bench:
 
         def run(epochs: int) -> None:
             targets = Targets(exact, stored, self._training(epochs))
-            refine_layer(self.replay, 0, self.activations, self.quantizer, widths, 4, targets)
+            reconstruct_layer(self.replay, 0, self.activations, self.quantizer, widths, 4, targets)
 
         seconds, rest = self._extrapolated(run)
         tokens = self.activations.ids[0].numel()

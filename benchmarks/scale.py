@@ -3,9 +3,9 @@
     python benchmarks/scale.py olmoe [--layers 4] [--job low] [--gpu-memory 24GB] [--host-memory 24GB]
 
 Random bfloat16 weights of the true shapes, written once as the family stores them (an expert a tensor); shuffled words
-of the built-in texts in 128 windows of 2048. ``low`` is the ladder of 1, 2 and 3 bits, scores, allocation and refine;
-``defaults`` is everything, as the goals in docs/speed.md have it: as many tokens again that the model writes itself, 1,
-ternary, 2 and 3 bits, two epochs for ladder and layers, one of distillation, guard. ``routers`` quantizes as ``low``
+of the built-in texts in 128 windows of 2048. ``low`` is candidates of 1, 2 and 3 bits, scores, allocation and
+reconstruction without training. ``defaults`` is everything: as many tokens again that the model writes itself, 1,
+ternary, 2 and 3 bits, two epochs of candidates and of reconstruction, one of distillation, guard. ``routers`` quantizes as ``low``
 and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
 stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
 
@@ -41,6 +41,7 @@ from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.names import hub_state
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
+from gemq.pipeline.sensitivity_stage import sensitivity_work
 from gemq.planning.cost_model import Workload
 from gemq.recipe import Recipe, parse_size
 from gemq.runtime.device import Rates
@@ -81,11 +82,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "effort": "low",
         "widths": (1, 2, 3),
         "guard": False,
-        "distil_epochs": 1,
-        "distil_loss": "next_token",
-        "distil_sets": ("routers",),
+        "distill_epochs": 1,
+        "distill_loss": "next_token",
+        "distill_parameters": ("routers",),
     },
-    "defaults": {"effort": "medium", "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 1},
+    "defaults": {"effort": "medium", "candidate_epochs": 2, "reconstruction_epochs": 2, "distill_epochs": 1},
 }
 
 
@@ -153,11 +154,11 @@ def growth(source: Source, chosen: Recipe, true_layers: int, own_windows: bool) 
     structure = find_structure(model)
     layers = len(structure.layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    window = chosen.window or 2048
+    seq_len = chosen.seq_len or 2048
     for count in (layers, true_layers):
         every = dataclasses.replace(structure, layers=(structure.layers * count)[:count])
-        workload = Workload.of(every, chosen, model.config, window, torch.bfloat16, device)
-        counted.append(workload.sensitivity().seconds(H100) if chosen.rescale else 1.0)
+        workload = Workload(every, chosen, model.config, seq_len, torch.bfloat16, device)
+        counted.append(sensitivity_work(workload).seconds(H100) if chosen.rescale else 1.0)
 
     def times(stage: str) -> float:
         if stage in ONCE or (stage == "calibration windows" and not own_windows):
@@ -196,9 +197,9 @@ def write_text(path: Path, words: int) -> None:
     path.write_text(" ".join(draw.choice(known) for _ in range(words)), encoding="utf-8")
 
 
-def recipe(job: str, windows: int, window: int, text: Path) -> Recipe:
-    tokens = 2 * windows * window if job == "defaults" else 0
-    return Recipe(windows=windows, window=window, calib=(str(text),), total_tokens=tokens, **JOBS[job])
+def recipe(job: str, windows: int, seq_len: int, text: Path) -> Recipe:
+    tokens = 2 * windows * seq_len if job == "defaults" else 0
+    return Recipe(num_windows=windows, seq_len=seq_len, calibration=(str(text),), total_tokens=tokens, **JOBS[job])
 
 
 def main() -> None:
@@ -207,8 +208,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the model has; the rest is extrapolated")
     parser.add_argument("--job", default="low", choices=JOBS)
     parser.add_argument("--extrapolate", type=int, nargs=2, metavar="LAYERS", help="from rows of --out; runs nothing")
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--num-windows", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--changes", nargs="*", default=[], help="recipe keys, such as guard=false total_tokens=0")
     parser.add_argument("--gpu-memory")
     parser.add_argument("--host-memory")
@@ -228,10 +229,10 @@ def main() -> None:
     model = args.dir / f"{args.shape}-{layers}"
     if not model.exists():
         write_model(args.shape, layers, model)
-    text = args.dir / f"text-{args.windows * args.window}.txt"
+    text = args.dir / f"text-{args.num_windows * args.seq_len}.txt"
     if not text.exists():
-        write_text(text, round(1.1 * args.windows * args.window))  # two tokens a word: as many again may be asked for
-    chosen = recipe(args.job, args.windows, args.window, text)
+        write_text(text, round(1.1 * args.num_windows * args.seq_len))  # two tokens a word: as many again may be asked for
+    chosen = recipe(args.job, args.num_windows, args.seq_len, text)
     if args.changes:
         values = dict(change.split("=") for change in args.changes)
         chosen = Recipe.from_dict({**chosen.to_dict(), **{k: _plain(v) for k, v in values.items()}})
@@ -251,7 +252,7 @@ def main() -> None:
     for column in ("stage", "seconds", "all layers", "GPU GB", "host GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     common = {"shape": args.shape, "layers": layers, "job": args.job}
-    common |= {"tokens": sum(result.windows.values()) * result.window}
+    common |= {"tokens": sum(result.windows.values()) * result.seq_len}
     common |= {"changes": " ".join(args.changes), "gpu_memory": args.gpu_memory or "", "bound": args.host_memory or ""}
     times = growth(Source.resolve(str(model)), chosen, true_layers, "self" in result.windows)
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}

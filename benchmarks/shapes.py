@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTr
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.save import model_card, write_checkpoint
-from gemq.kernels import dispatch
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.grid import encode
@@ -47,7 +46,7 @@ class Shape:
     kind: type[PreTrainedConfig]
     changes: dict[str, Any]
     mix: Mapping[Width, int] = field(default_factory=lambda: TWO_BITS)
-    attention_bits: int = 4
+    dense_bits: int = 4
 
     def dense_config(self) -> PreTrainedConfig:
         no_ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -127,7 +126,6 @@ def packed_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any
         model.set_submodule(path, PackedLinear.from_linear(linear, matrix, width, size))
     _fill(model, random)
     config.quantization_config = packed.to_dict()
-    dispatch.prepare(model)
     return model.eval()
 
 
@@ -156,7 +154,7 @@ def write(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int
 
 def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat:
     """Widths for every expert, dealt out at random in the shares of the mix, and for every attention linear."""
-    counts = [layer.experts.count for _, layer in structure.moe_layers if layer.experts]
+    counts = [layer.experts.count for _, layer in structure.moe_layers]
     total, parts = sum(counts), sum(shape.mix.values())
     deck = [width for width, share in shape.mix.items() for _ in range(round(total * share / parts))]
     deck = (deck + [max(shape.mix)] * total)[:total]
@@ -167,7 +165,7 @@ def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat
         assert layer.experts is not None
         widths = tuple(next(dealt) for _ in range(layer.experts.count))
         experts[layer.experts.path] = {matrix.name: widths for matrix in layer.experts.matrices}
-    linears = {linear.path: shape.attention_bits for layer in structure.layers for linear in layer.linears}
+    linears = {linear.path: shape.dense_bits for layer in structure.layers for linear in layer.linears}
     return PackedFormat(experts=experts, linears=linears, group_size=GROUP_SIZE)
 
 

@@ -1,6 +1,6 @@
 """Two GPUs against one of the same host: whole jobs, and what they give. Below a job, see ``two_ranks``.
 
-    python benchmarks/two_gpus.py jobs [--effort low defaults] [--layers 16] [--windows 128]
+    python benchmarks/two_gpus.py jobs [--effort low defaults] [--layers 16] [--num-windows 128]
     python benchmarks/two_gpus.py quality --model refmoe-olmoe-23m --texts TEXTS [--seeds 3]
     python benchmarks/two_gpus.py lost
     (--small: shapes and windows to try the script out, two processes on a CPU)
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("part", choices=("jobs", "quality", "lost"))
     parser.add_argument("--effort", nargs="+", default=["low", "defaults"], choices=JOBS)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--num-windows", type=int, default=128)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -100,19 +100,19 @@ def seeing(gpu: int | None) -> dict[str, str]:
 def jobs(args: argparse.Namespace, directory: Path) -> None:
     name = "small" if args.small else "olmoe"
     model, text = directory / "model", directory / "words.txt"
-    windows, window = (8, 64) if args.small else (args.windows, 2048)
+    windows, seq_len = (8, 64) if args.small else (args.num_windows, 2048)
     if not model.exists():
         write_model(name, 4 if args.small else args.layers, model)
-    write_text(text, windows * window)
+    write_text(text, windows * seq_len)
     device = ("--device", "cpu") if args.small else ()
     if not args.small:  # kernels are compiled before anything counts
         first = directory / "one-layer"
         write_model(name, 1, first)
         for effort in args.effort:
-            job = ("--recipe", written(effort, 4, window, text, directory / "few.yaml"), "--bits", 2)
+            job = ("--recipe", written(effort, 4, seq_len, text, directory / "few.yaml"), "--bits", 2)
             quantize(1, first, directory / "one-layer-out", *job)
     for effort in args.effort:
-        file = written(effort, windows, window, text, directory / f"{effort}.yaml")
+        file = written(effort, windows, seq_len, text, directory / f"{effort}.yaml")
         flags = ("--recipe", file, "--bits", 2, *device)
         results = [quantize(ranks, model, directory / f"{effort}-{ranks}", *flags) for ranks in (1, 2)]
         (one, whole_one), (two, whole_two) = results
@@ -126,9 +126,9 @@ def jobs(args: argparse.Namespace, directory: Path) -> None:
         alike(args, effort, directory, one["allocation"], two["allocation"])
 
 
-def written(effort: str, windows: int, window: int, text: Path, file: Path) -> Path:
+def written(effort: str, windows: int, seq_len: int, text: Path, file: Path) -> Path:
     """The recipe of a job, in a file."""
-    keys = recipe(effort, windows, window, text).to_dict()
+    keys = recipe(effort, windows, seq_len, text).to_dict()
     file.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
     return file
 
@@ -187,16 +187,16 @@ def group_size_of(matrix: PackedMatrix, width: float) -> int:
 
 
 def lost(args: argparse.Namespace, directory: Path) -> None:
-    """Kills rank 1 once a layer's ladder is there, then resumes with two ranks and, from a copy, with one."""
+    """Kills rank 1 once a layer's candidates is there, then resumes with two ranks and, from a copy, with one."""
     device = ("--device", "cpu") if args.small else ()
-    keys = ("--effort", "low", "--windows", 64, "--window", 256, "--bits", 2, "-q", *device)
+    keys = ("--effort", "low", "--num-windows", 64, "--seq-len", 256, "--bits", 2, "-q", *device)
     out = directory / "lost"
     for path in directory.glob("lost*"):
         shutil.rmtree(path)
     job = command(2, "-m", "gemq", "quantize", builtin_model(), "-o", out, *keys)
     process = subprocess.Popen(job, stderr=subprocess.PIPE, text=True)
     work = directory / "lost.work"
-    while not (work / "ladder" / "layer-000.safetensors").exists() and process.poll() is None:
+    while not (work / "candidates" / "layer-000.safetensors").exists() and process.poll() is None:
         time.sleep(0.005)
     os.kill(rank_process(process.pid, 1), signal.SIGKILL)
     begin = time.perf_counter()
@@ -235,11 +235,13 @@ def quality(args: argparse.Namespace, directory: Path) -> None:
 
     Windows of 512 tokens, and as many again that the model writes.
     """
-    calibration = [flag for file in sorted(args.texts.glob("calib_*.txt")) for flag in ("--calib", file)]
+    calibration = [flag for file in sorted(args.texts.glob("calib_*.txt")) for flag in ("--calibration", file)]
     texts = [flag for file in sorted(args.texts.glob("val_*.txt")) for flag in ("--text", file)]
     gpus = torch.cuda.device_count()
     tokens = directory / "tokens.yaml"
-    tokens.write_text(yaml.safe_dump({"window": 512, "windows": args.windows, "total_tokens": 1024 * args.windows}))
+    tokens.write_text(
+        yaml.safe_dump({"seq_len": 512, "num_windows": args.num_windows, "total_tokens": 1024 * args.num_windows})
+    )
 
     def kl(seed: int, ranks: int) -> float:
         out = directory / f"seed{seed}-{ranks}"

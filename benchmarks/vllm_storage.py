@@ -26,7 +26,7 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
     from transformers import AutoModelForCausalLM, OlmoeConfig
 
     from gemq.checkpoint.format import PackedFormat
-    from gemq.checkpoint.load import matrix_shapes
+    from gemq.checkpoint.model_shapes import matrix_shapes
     from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 
     def build(layers: int) -> tuple[Any, PackedFormat]:
@@ -96,7 +96,7 @@ def main() -> None:
     itemsize = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
     dense_bytes = 0
     for name in reader.unpacked:
-        spec = reader.found[name]
+        spec = reader.specs[name]
         dense_bytes += torch.Size(spec.shape).numel() * itemsize[spec.dtype]
     llm = LLM(str(given.dir), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=1, enforce_eager=True)
     [memory] = llm.apply_model(vllm_storage.held)

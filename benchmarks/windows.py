@@ -1,6 +1,6 @@
 """How fast does a model write its own windows? Prints and appends one CSV row a way of writing.
 
-    python benchmarks/windows.py MODEL [--device cuda] [--dtype float32 bfloat16] [--window 512] [--rows 0]
+    python benchmarks/windows.py MODEL [--device cuda] [--dtype float32 bfloat16] [--seq-len 512] [--rows 0]
 
 A batch of windows, as many as a job writes side by side unless ``--rows`` says otherwise: by steps over a static cache
 (in a CUDA graph on a GPU) and by steps that call the model as it is. ``nats`` is the mean loss of the model on what it
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gemq.calibration.self_generation import OF_THE_SOURCE, Plan, batch_size, generate_windows
+from gemq.calibration.self_generation import SELF_SOURCE_OPENINGS, WindowPlan, batch_size, generate_windows
 from gemq.evaluation.evaluate import open_model
 from gemq.models.experts import use_experts_forward, use_fast_experts
 from record import RESULTS, append, environment
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rows", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", default=["static", "growing"])
     parser.add_argument("--out", type=Path, default=FILE)
@@ -36,32 +36,32 @@ def main() -> None:
     for dtype in a.dtype:
         for rows in a.rows:
             for way in a.ways:
-                measure(a.model, a.device, dtype, rows, a.window, way == "static", a.out)
+                measure(a.model, a.device, dtype, rows, a.seq_len, way == "static", a.out)
 
 
-def measure(name: str, device: str, dtype: str, rows: int, window: int, static: bool, out: Path) -> None:
+def measure(name: str, device: str, dtype: str, rows: int, seq_len: int, static: bool, out: Path) -> None:
     opened = open_model(name, dtype, device)
     model, tokenizer = opened.model, opened.tokenizer
-    rows = rows or batch_size(model.config.get_text_config(), window)
+    rows = rows or batch_size(model.config.get_text_config(), seq_len)
     use_fast_experts(model)
-    write = lambda window, seed: generate_windows(
-        model, tokenizer, Plan(rows, seed, OF_THE_SOURCE), window=window, batch=rows, static=static
+    write = lambda seq_len, seed: generate_windows(
+        model, tokenizer, WindowPlan(rows, seed, SELF_SOURCE_OPENINGS), seq_len=seq_len, batch=rows, static=static
     )
-    write(window=4, seed=1)
+    write(seq_len=4, seed=1)
     _wait(device)
     start = time.perf_counter()
-    made = write(window=window, seed=0)
+    made = write(seq_len=seq_len, seed=0)
     _wait(device)
     seconds = time.perf_counter() - start
     use_experts_forward(model)
     row = {
         "model": Path(name).name,
         "dtype": dtype,
-        "way": "static" if static and not made.launched else "growing",
+        "way": "static" if static and not made.eager_windows else "growing",
         "rows": rows,
-        "window": window,
+        "seq_len": seq_len,
         "seconds": seconds,
-        "ms_per_step": 1e3 * seconds / (window - 1),
+        "ms_per_step": 1e3 * seconds / (seq_len - 1),
         "tokens_per_second": made.tokens[0].numel() / seconds,
         "nats": _loss(model, made.tokens[0][:64], device),
         **environment(device),

@@ -34,13 +34,13 @@ from transformers.models.auto import modeling_auto
 
 import gemq
 from families import random_model, tiny_config
-from gemq.calibration.self_generation import Plan, generate_windows
-from gemq.calibration.windows import from_parts
+from gemq.calibration.self_generation import WindowPlan, generate_windows
+from gemq.calibration.windows import concat_sources
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.errors import UserError
 from gemq.evaluation.evaluate import evaluate
 from gemq.models.source import Source
-from gemq.models.structure import SENSES, find_structure
+from gemq.models.structure import OTHER_MODALITIES, find_structure
 from gemq.recipe import Recipe
 from plain_reader import read_packed
 
@@ -112,7 +112,9 @@ def check(model_type: str, folder: Path, family: str = "") -> Outcome:
     generator = torch.Generator().manual_seed(5)
     text = folder / "text.txt"
     text.write_text("".join(map(chr, torch.randint(33, 126, (600,), generator=generator).tolist())))
-    recipe = Recipe(effort="low", bits=BITS, calib=(str(text),), windows=6, window=24, batch_tokens=72, guard=False)
+    recipe = Recipe(
+        effort="low", bits=BITS, calibration=(str(text),), num_windows=6, seq_len=24, micro_batch_tokens=72, guard=False
+    )
     refusal = ""
     try:
         result = gemq.quantize(str(source), recipe, out=out, work=work, device="cpu")
@@ -154,14 +156,14 @@ def _check_commands(loaded: Any, source: Source, ids: torch.Tensor, written: lis
         pass  # the command leaves it to ``model.generate``
     else:
         assert [token for (token,) in steps] == written, "gemq generate writes other tokens than model.generate"
-    windows = from_parts([ids], ["text"], [ids.numel()])
+    windows = concat_sources([ids], ["text"], [ids.numel()])
     reference, _ = source.load(torch.device("cpu"), torch.float32)
     structure = find_structure(reference)
     values = evaluate(loaded, windows, reference=reference, structure=structure)
     assert values["mean_kl"] > 0, "eval --reference finds no difference"
     assert len(values["layers"]) == len(structure.moe_layers)
     for model in (reference, loaded):
-        (own,) = generate_windows(model, source.tokenizer, Plan(2, 0), window=6).tokens
+        (own,) = generate_windows(model, source.tokenizer, WindowPlan(2, 0), seq_len=6).tokens
         assert own.shape == (2, 6)
 
 
@@ -175,12 +177,16 @@ def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor],
     outcome.kept = sorted(
         {
             re.sub(r"\.\d+\.", ".N.", path) if not path.startswith(inside) else path[len(inside) :].partition(".")[2]
-            for path in structure.kept_linears
+            for path in structure.unquantized_linears
         }
     )
     routed = set()
     for path, module in model.named_modules():
-        if type(module).__name__.endswith("Experts") and "shared" not in path and not any(s in path for s in SENSES):
+        if (
+            type(module).__name__.endswith("Experts")
+            and "shared" not in path
+            and not any(s in path for s in OTHER_MODALITIES)
+        ):
             routed |= {f"{path}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
     assert routed, "no experts in the model: the tiny configuration is a dense one"
     assert routed == {name for name, w in weights.items() if w.dim() == 3}, "not all experts are quantized"

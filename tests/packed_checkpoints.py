@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedConfig, PreTrainedModel
 
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.load import matrix_shapes
+from gemq.checkpoint.model_shapes import matrix_shapes
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.quant.grid import Quantized, nearest
 from gemq.quant.packing import PackedMatrix

@@ -16,7 +16,7 @@ class NotFiniteError(UserError, ArithmeticError):
     """A model computes NaN or infinity."""
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """``repr`` of a value from a file or a user, shortened for a message."""
     try:
         text = repr(value)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 from gemq.quant.widths import LEVELS, SMALLEST_GROUP, Width, nominal_bits, parse_width, width_name
 from gemq.recipe_values import (
     CHOICES,
@@ -50,9 +50,9 @@ TUNABLE = ("routers", "norms", "grids")
 """Kinds of parameters that distillation can train."""
 
 EFFORTS: dict[str, dict[str, int]] = {
-    "low": {"total_tokens": 0, "ladder_epochs": 0, "layer_epochs": 0, "distil_epochs": 0},
-    "medium": {"total_tokens": 1_048_576, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1},
-    "high": {"total_tokens": 1_572_864, "ladder_epochs": 2, "layer_epochs": 2, "distil_epochs": 2},
+    "low": {"total_tokens": 0, "candidate_epochs": 0, "reconstruction_epochs": 0, "distill_epochs": 0},
+    "medium": {"total_tokens": 1_048_576, "candidate_epochs": 1, "reconstruction_epochs": 1, "distill_epochs": 1},
+    "high": {"total_tokens": 1_572_864, "candidate_epochs": 2, "reconstruction_epochs": 2, "distill_epochs": 2},
 }
 """Values of keys that a recipe leaves to the effort. ``docs/accuracy.md`` has the measurements behind them."""
 
@@ -61,7 +61,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "paper": {
         "effort": "low",
         "widths": [1, 2, 3],
-        "hessian_shrink": 0.0,
+        "hessian_shrinkage": 0.0,
         "score_weights": "rtn",
         "score_form": "elementwise",
         "score_labels": "data",
@@ -71,10 +71,10 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "layer_rule": True,
         "progressive": [3.0, 2.5, 2.0],
         "guard": False,
-        "distil_epochs": 1,
-        "distil_loss": "next_token",
-        "distil_sets": ["routers"],
-        "rate_tuned": 1e-4,
+        "distill_epochs": 1,
+        "distill_loss": "next_token",
+        "distill_parameters": ["routers"],
+        "lr_tuned": 1e-4,
     },
 }
 """Recipes by name. ``paper`` is GEMQ as published (arXiv:2605.23078)."""
@@ -105,17 +105,17 @@ class Recipe:
     """How much is computed. Sets ``total_tokens`` and epochs that are not given; ``low`` trains nothing."""
 
     # Calibration
-    calib: tuple[str, ...] = ("self",)
+    calibration: tuple[str, ...] = ("self",)
     """Sources: text or JSONL files, data set ids, or ``self`` for windows that the model itself generates."""
-    calib_column: str | None = None
+    calibration_column: str | None = None
     """Column of rows that has the text. None: text, a conversation, or a prompt with its response."""
-    windows: int = 128
+    num_windows: int = 128
     """Number of windows from all sources."""
-    window: int | None = None
+    seq_len: int | None = None
     """Tokens per window; None: 2048, or the longest sequence that the model supports."""
     total_tokens: int = FROM_EFFORT
     """Generated windows are added until calibration has this many tokens."""
-    self_width: float | None = None
+    generator_width: float | None = None
     """Generate windows with a packed copy of the model whose experts are rounded to this width. None: with the model
     itself, or where memory does not hold it, with the widest copy that fits."""
     seed: int = 0
@@ -126,13 +126,13 @@ class Recipe:
     """Candidate widths of the experts; None: 1, 1.6, 2, 3, and 4 for budgets above 2.5 bits."""
     group_size: int = 128
     """Weights that share a scale and an offset."""
-    attention_bits: int = 4
+    dense_bits: int = 4
     """Width of the dense linears: all quantized linears outside the routed experts; 16 leaves them unquantized."""
     quantizer: str = "gptq"
     """``gptq``, or ``rtn`` for round to nearest."""
-    damping: float = 0.01
+    dampening: float = 0.01
     """Dampening: added to the diagonal of a Hessian, as a fraction of its mean."""
-    hessian_shrink: float = 0.1
+    hessian_shrinkage: float = 0.1
     """Weight of the layer's mean Hessian in each expert's Hessian, as a fraction of an expert's mean token count."""
 
     # Scores and allocation
@@ -140,8 +140,8 @@ class Recipe:
     """``token``: (g . D)^2 of each token; ``elementwise``: sum of (g * D)^2, as in the paper."""
     score_labels: str = "sampled"
     """Labels of the loss: ``sampled`` from the model's own prediction, or the next tokens of the ``data``."""
-    score_weights: str = "ladder"
-    """Weights whose errors are scored: ``ladder``, or ``rtn`` (rounded to nearest) as in the paper."""
+    score_weights: str = "candidates"
+    """Weights whose errors are scored: ``candidates``, or ``rtn`` (rounded to nearest) as in the paper."""
     score_tokens: int = 262_144
     """Calibration tokens that are scored, the same share of each source; 0: all."""
     smoothing: float = 2.0
@@ -160,33 +160,33 @@ class Recipe:
     """Compare the allocation with uniform widths of the same budget on held-out windows. Soften it if it is worse."""
 
     # Reconstruction
-    refine: bool = True
+    reconstruct: bool = True
     """Quantize again at the chosen widths, layer by layer, on the activations of the preceding quantized layers."""
 
     # Training
-    ladder_epochs: int = FROM_EFFORT
+    candidate_epochs: int = FROM_EFFORT
     """Epochs of training each candidate on its own; 0 keeps the codes of GPTQ."""
-    layer_epochs: int = FROM_EFFORT
-    """Epochs of training each layer at the chosen widths; needs ``refine``."""
-    distil_epochs: int = FROM_EFFORT
+    reconstruction_epochs: int = FROM_EFFORT
+    """Epochs of training each layer at the chosen widths; needs ``reconstruct``."""
+    distill_epochs: int = FROM_EFFORT
     """Epochs of distillation of the whole quantized model."""
-    distil_loss: str = "kl"
+    distill_loss: str = "kl"
     """``kl`` from the full-precision model, or ``next_token`` as in the paper."""
-    distil_sets: tuple[str, ...] = TUNABLE
+    distill_parameters: tuple[str, ...] = TUNABLE
     """What distillation trains: any of routers, norms and grids (scales and offsets of experts)."""
-    rate_ladder: float = 1e-2
+    lr_candidates: float = 1e-2
     """Learning rate of the candidates' codes, as a share of the range between lowest and highest code."""
-    rate_codes: float = 5e-3
+    lr_codes: float = 5e-3
     """Learning rate of codes in reconstruction, in codes."""
-    rate_grids: float = 2e-3
+    lr_grids: float = 2e-3
     """Learning rate of scales and offsets, relative to their values."""
-    rate_tuned: float = 1e-3
+    lr_tuned: float = 1e-3
     """Learning rate of routers and norms."""
-    held_out: float = 0.05
+    val_fraction: float = 0.05
     """Share of the micro-batches that are not trained on, and decide whether training helped."""
 
     # Numerics
-    batch_tokens: int = 4096
+    micro_batch_tokens: int = 4096
     """Tokens in a micro-batch. It determines the order of sums, so that results do not depend on memory."""
     dtype: str = "auto"
     """Compute type of the full-precision model: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU)."""
@@ -204,11 +204,13 @@ class Recipe:
             if getattr(self, name) == FROM_EFFORT:
                 self._set(name, value)
         self._check_widths()
-        if not self.calib:
-            raise UserError("calib names no source: give a text file, a data set id or self")
+        if not self.calibration:
+            raise UserError("calibration names no source: give a text file, a data set id or self")
         self._check_numbers()
-        if self.quantizer == "rtn" and (self.ladder_epochs or self.layer_epochs):
-            raise UserError("quantizer rtn gives no start for training: set ladder_epochs and layer_epochs to 0")
+        if self.quantizer == "rtn" and (self.candidate_epochs or self.reconstruction_epochs):
+            raise UserError(
+                "quantizer rtn gives no start for training: set candidate_epochs and reconstruction_epochs to 0"
+            )
         self._check_budget()
 
     def _set(self, name: str, value: Any) -> None:
@@ -219,15 +221,15 @@ class Recipe:
         """Raises UserError for a value that is not among the choices of its key."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"{name} cannot be {shown(getattr(self, name))}: choose from {', '.join(choices)}")
-        for name in self.distil_sets:
+                raise UserError(f"{name} cannot be {short_repr(getattr(self, name))}: choose from {', '.join(choices)}")
+        for name in self.distill_parameters:
             if name not in TUNABLE:
-                raise UserError(f"distil_sets cannot have {shown(name)}: choose from {', '.join(TUNABLE)}")
+                raise UserError(f"distill_parameters cannot have {short_repr(name)}: choose from {', '.join(TUNABLE)}")
 
     def _check_widths(self) -> None:
         """Sorts the candidate widths, and raises UserError for widths and group sizes that do not exist."""
-        if self.self_width is not None:
-            self._set("self_width", parse_width(self.self_width))
+        if self.generator_width is not None:
+            self._set("generator_width", parse_width(self.generator_width))
         if self.widths is not None:
             if not self.widths:
                 raise UserError("widths is empty: name at least one, such as 2")
@@ -235,11 +237,11 @@ class Recipe:
         is_power_of_two = self.group_size & (self.group_size - 1) == 0
         if not SMALLEST_GROUP <= self.group_size <= MAX_GROUP_SIZE or not is_power_of_two:
             raise UserError(
-                f"group_size {shown(self.group_size)} is not a power of two from {SMALLEST_GROUP} up: try 128"
+                f"group_size {short_repr(self.group_size)} is not a power of two from {SMALLEST_GROUP} up: try 128"
             )
-        if self.attention_bits not in DENSE_BITS:
+        if self.dense_bits not in DENSE_BITS:
             raise UserError(
-                f"attention_bits cannot be {shown(self.attention_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
+                f"dense_bits cannot be {short_repr(self.dense_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
             )
 
     def _check_numbers(self) -> None:
@@ -248,10 +250,10 @@ class Recipe:
             check_integer(name, getattr(self, name))
         for name in NON_NEGATIVE_KEYS:
             check_number(name, getattr(self, name))
-        if self.window is not None and self.window < 2:
-            raise UserError(f"window cannot be {shown(self.window)}: a window has at least 2 tokens")
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"held_out must be a share from 0 up and below 1 (it is {self.held_out})")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise UserError(f"seq_len cannot be {short_repr(self.seq_len)}: a window has at least 2 tokens")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction must be a share from 0 up and below 1 (it is {self.val_fraction})")
 
     def _check_progressive(self) -> None:
         """Checks a progressive schedule, whose last budget becomes ``bits``."""
@@ -267,14 +269,14 @@ class Recipe:
             self._set("bits", steps[-1])
         if steps[-1] != self.bits:
             raise UserError(f"progressive {text} does not end at bits {self.bits:g}: make that its last budget")
-        if not self.refine or self.allocate not in ("global", "layerwise"):
+        if not self.reconstruct or self.allocate not in ("global", "layerwise"):
             raise UserError(
-                "progressive needs refine, and allocate global or layerwise: it scores reconstructed models"
+                "progressive needs reconstruct, and allocate global or layerwise: it scores reconstructed models"
             )
 
     def _check_budget(self) -> None:
         """Checks that nominal budgets lie within the candidate widths. Other budgets are checked with the model."""
-        low, high = nominal_bits(min(self.ladder_widths)), nominal_bits(max(self.ladder_widths))
+        low, high = nominal_bits(min(self.candidate_widths)), nominal_bits(max(self.candidate_widths))
         budgets = self.progressive
         if not budgets and self.bits is not None:
             budgets = (self.bits,)
@@ -285,21 +287,21 @@ class Recipe:
         for name in ("stored_bits", "size"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be a positive number (it is {shown(value)})")
+                raise UserError(f"{name} must be a positive number (it is {short_repr(value)})")
         if self.size is not None and self.size > MAX_SIZE_BYTES:
-            raise UserError(f"size cannot be {shown(self.size)}: the most is {MAX_SIZE_BYTES} bytes")
+            raise UserError(f"size cannot be {short_repr(self.size)}: the most is {MAX_SIZE_BYTES} bytes")
 
     def _wider_advice(self, bits: float) -> str:
         """For messages: how to reach ``bits`` with one more width; empty where no width helps."""
         wider = [width for width in LEVELS if nominal_bits(width) >= bits]
-        if bits < nominal_bits(max(self.ladder_widths)) or not wider:
+        if bits < nominal_bits(max(self.candidate_widths)) or not wider:
             return ""
-        names = ",".join(width_name(width) for width in (*self.ladder_widths, wider[0]))
+        names = ",".join(width_name(width) for width in (*self.candidate_widths, wider[0]))
         command = " with" if self.widths is None else ": quantize with"  # an export cannot add widths
         return f", or allow a wider width{command} --widths {names}"
 
     @property
-    def ladder_widths(self) -> tuple[Width, ...]:
+    def candidate_widths(self) -> tuple[Width, ...]:
         """The candidate widths in ascending order, by default those that suit the budget."""
         if self.widths is not None:
             return self.widths
@@ -314,7 +316,7 @@ class Recipe:
     @property
     def width_names(self) -> str:
         """The candidate widths for messages."""
-        return ", ".join(width_name(w) for w in self.ladder_widths)
+        return ", ".join(width_name(w) for w in self.candidate_widths)
 
     @property
     def budget_text(self) -> str:
@@ -396,7 +398,7 @@ def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
         if key not in fields:
             near = difflib.get_close_matches(str(key)[:80], fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise UserError(f"{origin}: unknown key {shown(key)}: {hint}")
+            raise UserError(f"{origin}: unknown key {short_repr(key)}: {hint}")
         where = "--" + key.replace("_", "-") if origin == "flag" else origin
         clean[key] = convert(key, value, str(fields[key].type), where)
     return clean

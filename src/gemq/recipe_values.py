@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 from gemq.quant.widths import parse_width
 from gemq.runtime.files import read_input
 
@@ -37,11 +37,11 @@ CHOICES = {
     "quantizer": ("gptq", "rtn"),
     "score_form": ("token", "elementwise"),
     "score_labels": ("sampled", "data"),
-    "score_weights": ("ladder", "rtn"),
+    "score_weights": ("candidates", "rtn"),
     "allocate": ("global", "uniform", "random", "layerwise", "frequency"),
     "allocate_by": ("matrix", "expert"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "distil_loss": ("kl", "next_token"),
+    "distill_loss": ("kl", "next_token"),
 }
 """Keys with a fixed set of values."""
 
@@ -50,17 +50,17 @@ DENSE_BITS = (2, 3, 4, 8, 16)
 
 INTEGER_RANGES = {
     "windows": (1, 1_000_000),
-    "batch_tokens": (1, 1 << 31),
+    "micro_batch_tokens": (1, 1 << 31),
     "seed": (0, MAX_SEED),
     "total_tokens": (0, 1 << 40),
     "score_tokens": (0, 1 << 40),
-    "ladder_epochs": (0, 1000),
-    "layer_epochs": (0, 1000),
-    "distil_epochs": (0, 1000),
+    "candidate_epochs": (0, 1000),
+    "reconstruction_epochs": (0, 1000),
+    "distill_epochs": (0, 1000),
 }
 """Bounds of integers. Upper bounds are far above useful values, and low enough to refuse a job that must fail."""
 
-NON_NEGATIVE_KEYS = ("damping", "hessian_shrink", "smoothing", "rate_ladder", "rate_codes", "rate_grids", "rate_tuned")
+NON_NEGATIVE_KEYS = ("dampening", "hessian_shrinkage", "smoothing", "lr_candidates", "lr_codes", "lr_grids", "lr_tuned")
 """Keys of numbers from 0 up."""
 
 MAX_NUMBER, MAX_SIZE_BYTES, MAX_GROUP_SIZE = 1e6, 10**18, 1 << 20
@@ -75,7 +75,7 @@ def parse_size(text: str) -> int:
     except ValueError:
         number = 0.0
     if match is None or not 0 < number < math.inf:
-        raise UserError(f"{shown(text)} is not a size: write it like 12GB or 800MB")
+        raise UserError(f"{short_repr(text)} is not a size: write it like 12GB or 800MB")
     return int(number * SIZE_UNITS[match.group(2).upper()])
 
 
@@ -143,7 +143,7 @@ class _PlainLoader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.YAMLError(f"it has the key {shown(name)} twice")
+                raise yaml.YAMLError(f"it has the key {short_repr(name)} twice")
         return super().construct_mapping(node, deep)
 
 
@@ -175,16 +175,16 @@ def convert(key: str, value: Any, annotation: str, origin: str) -> Any:
             expected = "a value, or a list of values"
         else:
             expected = f"a value of type {kind}"
-        raise UserError(f"{origin}: {key} cannot be {shown(value)}: it takes {expected}") from error
+        raise UserError(f"{origin}: {key} cannot be {short_repr(value)}: it takes {expected}") from error
 
 
 def check_integer(name: str, value: int) -> None:
     """Raises UserError for an integer outside its range."""
     low, high = INTEGER_RANGES[name]
     if value < low:
-        raise UserError(f"{name} cannot be {shown(value)}: the least is {low}")
+        raise UserError(f"{name} cannot be {short_repr(value)}: the least is {low}")
     if value > high:
-        raise UserError(f"{name} cannot be {shown(value)}: the most is {high}")
+        raise UserError(f"{name} cannot be {short_repr(value)}: the most is {high}")
 
 
 def check_number(name: str, value: float) -> None:

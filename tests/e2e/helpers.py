@@ -14,7 +14,7 @@ import pytest
 
 from gemq.assets import builtin_model
 
-SMALL = ("--effort", "low", "--windows", "8", "--window", "64")
+SMALL = ("--effort", "low", "--num-windows", "8", "--seq-len", "64")
 """Flags of the smallest job that means anything on the built-in model: about 10 seconds."""
 BUILTIN_TOKENS = 4096
 """Of the built-in model's vocabulary."""
@@ -22,8 +22,8 @@ BUILTIN_TOKENS = 4096
 
 def few_guard_windows(patch: pytest.MonkeyPatch) -> None:
     """Lets the guard judge by 6 windows, not 24: models write them token by token, and no job here is about them."""
-    patch.setattr("gemq.pipeline.guard_stage.PER_SOURCE", 2)
-    patch.setattr("gemq.pipeline.guard_stage.OWN", 4)
+    patch.setattr("gemq.pipeline.guard_stage.WINDOWS_PER_SOURCE", 2)
+    patch.setattr("gemq.pipeline.guard_stage.GENERATED_WINDOWS", 4)
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,12 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     from gemq.calibration.sources import host_bytes
     from gemq.models.source import Source
     from gemq.models.structure import find_structure
-    from gemq.planning.memory_model import Footprint, held_bytes
+    from gemq.pipeline.stages import Footprint
+    from gemq.planning.memory_model import held_bytes
     from gemq.recipe import Recipe
 
     skeleton = Source(model).skeleton()
     structure, cpu = find_structure(skeleton), torch.device("cpu")
     values = Recipe.from_dict(recipe)
     footprint = Footprint(structure, values, skeleton.config, torch.float32, cpu)
-    return held_bytes(skeleton, structure, torch.float32) + footprint.least + host_bytes(values.calib)
+    return held_bytes(skeleton, structure, torch.float32) + footprint.min_working_bytes + host_bytes(values.calib)

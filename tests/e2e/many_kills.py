@@ -26,14 +26,14 @@ from gemq.assets import builtin_texts
 
 RECIPE = {
     "effort": "low",
-    "windows": 4,
-    "window": 8,
-    "batch_tokens": 16,
-    "calib": [str(builtin_texts()[0]), "self"],
+    "num_windows": 4,
+    "seq_len": 8,
+    "micro_batch_tokens": 16,
+    "calibration": [str(builtin_texts()[0]), "self"],
     "progressive": [2.5, 2.0],
-    "ladder_epochs": 1,
-    "layer_epochs": 1,
-    "distil_epochs": 1,
+    "candidate_epochs": 1,
+    "reconstruction_epochs": 1,
+    "distill_epochs": 1,
     "total_tokens": 64,
 }
 KINDS: dict[str, int | None] = {

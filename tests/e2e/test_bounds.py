@@ -13,9 +13,9 @@ from gemq.assets import builtin_texts
 from gemq.models.reader import LayerReader
 from gemq.recipe import Recipe
 
-LOW = {"effort": "low", "windows": 8, "window": 32, "batch_tokens": 64, "widths": (1, 2, 3), "guard": False}
-TRAINED = {**LOW, "ladder_epochs": 1, "layer_epochs": 1, "distil_epochs": 1}
-TEXT = {"calib": (str(builtin_texts()[0]),)}
+LOW = {"effort": "low", "num_windows": 8, "seq_len": 32, "micro_batch_tokens": 64, "widths": (1, 2, 3), "guard": False}
+TRAINED = {**LOW, "candidate_epochs": 1, "reconstruction_epochs": 1, "distill_epochs": 1}
+TEXT = {"calibration": (str(builtin_texts()[0]),)}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def _counted(function: Any, seen: list[int]) -> Any:
 
 def test_a_bound_that_cannot_hold_is_refused_with_one_that_can(model, tmp_path):
     text = builtin_texts()[0]
-    flags = ("--effort", "low", "--windows", "8", "--window", "32", "--calib", text)
+    flags = ("--effort", "low", "--num-windows", "8", "--seq-len", "32", "--calibration", text)
     ran = gemq("quantize", model, "-o", tmp_path / "out", *flags, "--host-memory", "4MB", "--device", "cpu")
     assert ran.code == 2
     assert ran.err.count("\n") == 1

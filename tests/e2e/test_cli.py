@@ -79,7 +79,7 @@ def test_quantize_tells_what_it_did(finished: Finished):
     }
     for cost in figures["stages"].values():
         assert cost.keys() == {"seconds", "peak_gpu_bytes", "peak_host_bytes"}
-    assert figures["stages"].keys() >= {"load", "calibration windows", "ladder", "scores", "allocate", "save"}
+    assert figures["stages"].keys() >= {"load", "calibration windows", "candidates", "scores", "allocate", "save"}
     assert [len(layer) for layer in figures["allocation"]] == [16] * 6
     widths = [
         w for layer in figures["allocation"] for both in layer for w in (both if isinstance(both, list) else [both])
@@ -98,9 +98,16 @@ def test_summary_fits_80_columns_and_names_what_comes_next(finished: Finished, t
     ran = ok("export", work, "-o", tmp_path / "out", "--bits", "1.75")
     tables = [line for line in ran.out.splitlines() if line.startswith(("│", "┃", "┏", "├", "└"))]
     assert max(map(len, tables)) <= 80
-    for words in ("1.6 bit", "11.30 MB ->", "of the parameters quantized", "stored", "ladder", "Try: gemq generate"):
+    for words in (
+        "1.6 bit",
+        "11.30 MB ->",
+        "of the parameters quantized",
+        "stored",
+        "candidates",
+        "Try: gemq generate",
+    ):
         assert words in ran.out
-    assert "ladder" in ran.err or "save" in ran.err  # the bars
+    assert "candidates" in ran.err or "save" in ran.err  # the bars
 
 
 def test_the_same_command_gives_the_same_bytes(tiny_model, tmp_path):
@@ -112,7 +119,7 @@ def test_the_same_command_gives_the_same_bytes(tiny_model, tmp_path):
 
 
 def test_python_api(tiny_model, tmp_path):
-    recipe = library.Recipe(bits=2.0, effort="low", windows=4, window=32)
+    recipe = library.Recipe(bits=2.0, effort="low", num_windows=4, seq_len=32)
     result = library.quantize(str(tiny_model), recipe, out=tmp_path / "out")
     assert result.stored_bytes == tensor_bytes(tmp_path / "out")
     model = library.load(tmp_path / "out")
@@ -120,11 +127,11 @@ def test_python_api(tiny_model, tmp_path):
 
 
 def test_recipe_file_and_flags_give_one_job(tiny_model, tmp_path):
-    small = ("--effort", "low", "--windows", "4", "--window", "32", "-q")
+    small = ("--effort", "low", "--num-windows", "4", "--seq-len", "32", "-q")
     recipe = tmp_path / "r.yaml"
     recipe.write_text("bits: 1.5\nattention_bits: 8\nwidths: [1, 2]\nwindows: 99\n")
     ok("quantize", tiny_model, "-o", tmp_path / "a", "--recipe", recipe, *small)
-    ok("quantize", tiny_model, "-o", tmp_path / "b", "--bits", 1.5, "--attention-bits", 8, "--widths", "1,2", *small)
+    ok("quantize", tiny_model, "-o", tmp_path / "b", "--bits", 1.5, "--dense-bits", 8, "--widths", "1,2", *small)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     # a flag's budget goes before the file's, whatever its kind
     ok("quantize", tiny_model, "-o", tmp_path / "c", "--recipe", recipe, "--stored-bits", 1.9, *small)
@@ -137,8 +144,8 @@ def test_calibration_sources(tiny_model, tmp_path, source):
     text = builtin_texts()[0].read_text()
     lines.write_text("".join(json.dumps({"text": text[i : i + 500]}) + "\n" for i in range(0, 3000, 500)))
     flags = {"text": [builtin_texts()[0]], "jsonl": [lines], "mixed": ["self", lines, builtin_texts()[1]]}[source]
-    arguments = [x for f in flags for x in ("--calib", f)]
-    small = ("--effort", "low", "--windows", "7", "--window", "32")
+    arguments = [x for f in flags for x in ("--calibration", f)]
+    small = ("--effort", "low", "--num-windows", "7", "--seq-len", "32")
     ran = ok("quantize", tiny_model, "-o", tmp_path / "out", *arguments, *small, "--json", "-")
     names = [f if f == "self" else f.stem for f in flags]
     shares = {1: [7], 3: [3, 2, 2]}[len(names)]
@@ -170,7 +177,7 @@ def test_eval_against_the_reference(finished: Finished, tmp_path):
 def test_eval_of_the_reference_itself(finished: Finished, tmp_path):
     text = builtin_texts()[0]
     figures = tmp_path / "figures.json"
-    arguments = ("--text", text, "--window", 128, "--max-windows", 2)
+    arguments = ("--text", text, "--seq-len", 128, "--max-windows", 2)
     ran = ok("eval", finished.model, "--reference", finished.model, *arguments, "--json", figures)
     values = json.loads(figures.read_text())
     assert "perplexity" in ran.out  # a file leaves the table on the terminal
@@ -229,7 +236,7 @@ def test_json_on_stdout_is_alone_there(work, tmp_path, monkeypatch, capfd):
 
 
 def test_export_quantizes_nothing_again(finished: Finished, work, tmp_path):
-    stages = [s for name in ("windows", "ladder", "scores-*") for s in work.glob(name)]
+    stages = [s for name in ("windows", "candidates", "scores-*") for s in work.glob(name)]
     before = {stage: files(stage) for stage in stages}
     assert len(stages) == 3
     assert all(before.values())
@@ -266,13 +273,13 @@ def test_export_of_baselines(work, tmp_path, method):
     assert 1.98 < ran.json["expert_bits_nominal"] <= 2.0
     assert ({w for layer in found for w in layer} == {2}) == (method == "uniform")
     assert allocation(tmp_path / "out") == found
-    assert "ladder" not in ran.json["stages"]
+    assert "candidates" not in ran.json["stages"]
 
 
 def test_export_finish_equals_quantize(finished: Finished, work, tmp_path):
-    """From the same ladder, ``export --finish`` at quantize's budget gives quantize's checkpoint, and another
-    checkpoint than the plain export, which it follows by a refine of its own."""
-    shutil.rmtree(next(work.glob("refined*")))
+    """From the same candidates, ``export --finish`` at quantize's budget gives quantize's checkpoint, and another
+    checkpoint than the plain export, which it follows by a reconstruct of its own."""
+    shutil.rmtree(next(work.glob("reconstructed*")))
     ok("export", work, "-o", tmp_path / "plain", "--bits", 2, "-q")
     ok("export", work, "-o", tmp_path / "finished", "--bits", 2, "--finish", "-q")
     assert contents(tmp_path / "finished") == contents(finished.out)
@@ -331,7 +338,7 @@ assert not hasattr(model.config, "quantization_config")
 assert not any(m == "gemq" or m.startswith("gemq.") for m in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    arguments = ("--window", 128, "--max-windows", 2, "--reference", finished.model, "--json", "-")
+    arguments = ("--seq-len", 128, "--max-windows", 2, "--reference", finished.model, "--json", "-")
     packed, dense = (ok("eval", path, *arguments).json for path in (finished.out, twin))
     assert dense["perplexity"] == pytest.approx(packed["perplexity"], rel=5e-3)
     assert dense["mean_kl"] == pytest.approx(packed["mean_kl"], rel=2e-2)
@@ -351,7 +358,15 @@ def test_plan_needs_no_weights_and_is_exact(finished: Finished, work, tmp_path):
     for key in ("original_bytes", "parameters", "quantized_share"):
         assert planned[key] == finished.figures[key]
     table = ok("plan", model, "--bits", "2.25").out
-    for words in ("2.25", "MB", "96 experts in 6 of 6 layers", "of memory", "% quantized", "ladder", "Expected time"):
+    for words in (
+        "2.25",
+        "MB",
+        "96 experts in 6 of 6 layers",
+        "of memory",
+        "% quantized",
+        "candidates",
+        "Expected time",
+    ):
         assert words in table
 
 

@@ -22,7 +22,7 @@ from helpers import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, content
 from gemq.assets import builtin_model, builtin_texts
 from gemq.pipeline.workdir import WorkDir
 
-LOW = ("--effort", "low", "--windows", "4", "--window", "32")
+LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32")
 
 
 def check_line(ran: Ran, *words: str) -> str:
@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
     if arguments[0] == "quantize":  # should it not be refused, it fails within seconds
-        arguments = ("quantize", "--effort", "low", "--windows", 4, *arguments[1:])
+        arguments = ("quantize", "--effort", "low", "--num-windows", 4, *arguments[1:])
     before = contents(here.parent)
     line = check_line(gemq(*arguments), *words)
     assert list(here.iterdir()) == []
@@ -75,21 +75,21 @@ def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
         (["--size", "lots"], ("'lots'", "12GB")),
         (["--stored-bits", 1.1], ("1.1 stored bits", "at least 1.125")),
         (["--stored-bits", 9], ("9 stored bits", "at most 4.125")),
-        (["--window", 5000], ("5000", "at most 1024")),
-        (["--window", 1], ("window cannot be 1", "at least 2")),
-        (["--windows", 0], ("windows cannot be 0",)),
+        (["--seq-len", 5000], ("5000", "at most 1024")),
+        (["--seq-len", 1], ("window cannot be 1", "at least 2")),
+        (["--num-windows", 0], ("windows cannot be 0",)),
         (["--seed", -1], ("seed cannot be -1",)),
         (["--widths", "2,5"], ("no width", "5", "1, 1.6, 2, 3, 4, 8")),
         (["--group-size", 100], ("100", "power of two")),
-        (["--attention-bits", 5], ("5", "choose 2, 3, 4, 8, or 16")),
+        (["--dense-bits", 5], ("5", "choose 2, 3, 4, 8, or 16")),
         (["--allocate", "best"], ("'best'", "global, uniform")),
         (["--effort", "heroic"], ("'heroic'", "low")),
         (["--dtype", "float16"], ("'float16'", "bfloat16")),
         (["--device", "tpu"], ("'tpu'", "cpu or cuda")),
         (["--revision", "main"], ("--revision", "local directory")),
         (["--bogus"], ("--bogus", "gemq quantize --help")),
-        (["--calib", "missing.txt"], ("missing.txt does not exist",)),
-        (["--calib", "self", "--calib", "self"], ("self is given twice",)),
+        (["--calibration", "missing.txt"], ("missing.txt does not exist",)),
+        (["--calibration", "self", "--calibration", "self"], ("self is given twice",)),
         (["--recipe", "missing.yaml"], ("missing.yaml", "No such file", "YAML")),
         (["--allocation", "missing.json"], ("missing.json", "allocation.json")),
         (["--work", "x"], ("x", "--work")),
@@ -113,12 +113,12 @@ def test_no_gpu(here):
         ("bitz: 2\n", ("unknown key 'bitz'", "did you mean 'bits'")),
         ("colour: 2\n", ("unknown key 'colour'", "known keys")),
         ("windows: many\n", ("windows cannot be 'many'", "int")),
-        ("refine: 1\n", ("refine cannot be 1", "bool")),
+        ("reconstruct: 1\n", ("reconstruct cannot be 1", "bool")),
         ("bits: [2]\n", ("bits cannot be [2]", "float")),
         ("widths: [1, 5]\n", ("no width 5",)),
         ("bits: 2\nsize: 3MB\n", ("bits and size", "only one")),
         ("quantizer: awq\n", ("'awq'", "gptq, rtn")),
-        ("damping: -1\n", ("damping", "from 0 up")),
+        ("dampening: -1\n", ("dampening", "from 0 up")),
         ("- bits\n", ("holds no keys", "bits: 2.0")),
         (": : :\n- [", ("not valid YAML", "bits: 2.0")),
         (b"\xff\xfe\x00", ("not a text file", "YAML")),
@@ -137,20 +137,20 @@ def test_recipe_files(here, tmp_path, text, words):
         (b" \n\n ", ("is empty", "text")),
         (b"\0\1\2" * 100, ("binary", "text file")),
         (b"caf\xe9 au lait " * 100, ("not UTF-8", "byte 3")),
-        (b"far too short", ("tokens, fewer than a window of 1024", "--window")),
+        (b"far too short", ("tokens, fewer than a window of 1024", "--seq-len")),
     ],
 )
 def test_calibration_files(here, tmp_path, content, words):
     path = tmp_path / "calib.txt"
     path.write_bytes(content)
-    refused(here, "quantize", builtin_model(), "-o", "x", "--calib", path, words=("calib.txt", *words))
-    refused(here, "eval", builtin_model(), "--text", path, "--window", 1024, words=("calib.txt", *words))
+    refused(here, "quantize", builtin_model(), "-o", "x", "--calibration", path, words=("calib.txt", *words))
+    refused(here, "eval", builtin_model(), "--text", path, "--seq-len", 1024, words=("calib.txt", *words))
 
 
 def test_other_calibration_sources(here, tmp_path, monkeypatch):
     lines = tmp_path / "calib.jsonl"
     lines.write_text('{"text": "good"}\n{"text": bad}\n')
-    arguments = ("quantize", builtin_model(), "-o", "x", "--calib")
+    arguments = ("quantize", builtin_model(), "-o", "x", "--calibration")
     refused(here, *arguments, lines, words=("calib.jsonl line 2 is not JSON",))
     refused(here, *arguments, tmp_path, words=("is a directory",))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -415,8 +415,8 @@ def test_eval_and_generate(here, tmp_path, finished: Finished):
     refused(here, "eval", model, "--text", a, "--text", b, words=("share the stem 'text'", "rename"))
     refused(here, "eval", a.parent, words=("no config.json", "directory"))
     refused(here, "eval", tmp_path / "nothing", words=("does not exist",))
-    refused(here, "eval", model, "--window", 2000, words=("2000", "at most 1024"))
-    refused(here, "eval", model, "--window", 1, words=("1", "at least 2"))
+    refused(here, "eval", model, "--seq-len", 2000, words=("2000", "at most 1024"))
+    refused(here, "eval", model, "--seq-len", 1, words=("1", "at least 2"))
     refused(here, "eval", model, "--max-windows", 0, words=("--max-windows 0", "at least 1"))
     refused(here, "eval", model, "--dtype", "int8", words=("'int8'", "float32"))
     refused(here, "eval", model, "--text", "missing.txt", words=("missing.txt does not exist",))
@@ -491,7 +491,7 @@ def test_ctrl_c(here, tmp_path):
     job = ["quantize", str(model), "-o", "x", "--recipe", "quick.yaml"]
     with open("log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "gemq", *job], stdout=log, stderr=subprocess.STDOUT)
-    first = Path("x.work/ladder/layer-000.safetensors")
+    first = Path("x.work/candidates/layer-000.safetensors")
     deadline = time.monotonic() + 60
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

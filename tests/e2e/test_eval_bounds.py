@@ -12,14 +12,14 @@ from helpers import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
 from gemq.assets import builtin_texts
 from gemq.calibration.windows import eval_windows
 from gemq.evaluation.evaluate import evaluate, evaluate_paths, open_model
-from gemq.models.layer_cache import Residency
+from gemq.models.layer_cache import LayerCache
 from gemq.models.structure import find_structure
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 
 LAYERS = 6
-HOW: dict[str, Any] = {"texts": builtin_texts()[:2], "window": 64, "max_windows": 40, "device": "cpu"}
+HOW: dict[str, Any] = {"texts": builtin_texts()[:2], "seq_len": 64, "max_windows": 40, "device": "cpu"}
 FLAGS = [x for text in HOW["texts"] for x in ("--text", text)]
-FLAGS += ["--window", 64, "--max-windows", 40, "--device", "cpu", "--json", "-"]
+FLAGS += ["--seq-len", 64, "--max-windows", 40, "--device", "cpu", "--json", "-"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
-    flags = ("--effort", "low", "--windows", 4, "--window", 32, "--calib", builtin_texts()[0], "-q")
+    flags = ("--effort", "low", "--num-windows", 4, "--seq-len", 32, "--calibration", builtin_texts()[0], "-q")
     assert gemq("quantize", model, "-o", out, *flags).code == 0
     return out
 
@@ -67,20 +67,20 @@ def test_the_least_bound_gives_the_figures_of_whole_models(what, model, packed):
 
 def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
     layers_in_memory, read = [0], []
-    original_place, read_layer = Residency._place, Residency._read
+    original_place, read_layer = LayerCache._place, LayerCache._read
 
-    def placed(self: Residency, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    def placed(self: LayerCache, index: int, tensors: dict[str, torch.Tensor]) -> None:
         original_place(self, index, tensors)
         layers = [self.model.get_submodule(prefix[:-1]).parameters() for prefix in self._prefixes]
         layers_in_memory.append(sum(not any(p.is_meta for p in parameters) for parameters in layers))
 
-    def reading(self: Residency, index: int) -> Any:
+    def reading(self: LayerCache, index: int) -> Any:
         read.append(index)
         return read_layer(self, index)
 
     monkeypatch.setattr("gemq.models.replay.Replay.verify", lambda self, ids: None)  # it reads a layer as well
-    monkeypatch.setattr(Residency, "_place", placed)
-    monkeypatch.setattr(Residency, "_read", reading)
+    monkeypatch.setattr(LayerCache, "_place", placed)
+    monkeypatch.setattr(LayerCache, "_read", reading)
     evaluate_paths(str(model), **HOW)  # with all of the machine's memory
     assert max(layers_in_memory) <= 2
     assert sorted(read) == list(range(LAYERS))
@@ -88,13 +88,13 @@ def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
 
 def test_activations_wait_on_the_disk_under_the_least_bound(model, monkeypatch):
     seen: set[str] = set()
-    append = Batches.append
+    append = ActivationStore.append
 
-    def appended(self: Batches, tensor: torch.Tensor) -> None:
+    def appended(self: ActivationStore, tensor: torch.Tensor) -> None:
         append(self, tensor)
-        seen.add(self._slots[-1].place.name)
+        seen.add(self._entries[-1]._tensor.location.name)
 
-    monkeypatch.setattr(Batches, "append", appended)
+    monkeypatch.setattr(ActivationStore, "append", appended)
     assert gemq("eval", model, *FLAGS, "--host-memory", smallest_limit(model)).code == 0
     assert "DISK" in seen
 
@@ -123,11 +123,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packe
         ((packed, "--reference", packed), "is a packed checkpoint"),
         ((packed, "--reference", other_model), "has other experts"),
         ((packed, "--reference", small), "has another vocabulary"),
-        ((packed, "--window", 1000), "--window 1000 is longer"),
+        ((packed, "--seq-len", 1000), "--seq-len 1000 is longer"),
         ((packed, "--gpu-memory", "1GB"), "--gpu-memory bounds a GPU"),
         ((packed, "--host-memory", "much"), "--host-memory: "),
     ):
-        ran = gemq("eval", "--window", 64, "--device", "cpu", *arguments)
+        ran = gemq("eval", "--seq-len", 64, "--device", "cpu", *arguments)
         assert ran.code == 2
         assert ran.err.count("\n") == 1
         assert words in ran.err

@@ -18,13 +18,13 @@ from helpers import Ran, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
-from gemq.checkpoint.outputs import claimed
+from gemq.checkpoint.outputs import lock_output
 from gemq.layers.training import Optimizer
 from gemq.pipeline.job_record import read_job
 from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
 
-LOW = ("--effort", "low", "--windows", "4", "--window", "32", "--device", "cpu")
+LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32", "--device", "cpu")
 
 
 def line(ran: Ran, *words: str) -> None:
@@ -44,7 +44,7 @@ def job(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (tmp_path / "b").mkdir()
     shutil.copy(builtin_texts()[0], tmp_path / "a" / "my.txt")
     monkeypatch.chdir(tmp_path / "a")
-    ran = gemq("quantize", "../m1", "-o", "out", *LOW, "--calib", "my.txt", "-q")
+    ran = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "-q")
     assert ran.code == 0, ran.err
     return tmp_path / "a"
 
@@ -100,7 +100,7 @@ def test_a_link_in_a_work_directory_is_refused_by_every_command(job, tmp_path):
     (job / "out.work" / ".lock").symlink_to(tmp_path / "thesis.txt")
     for arguments in (("-o", "x", "--bits", "2"), ("--curve",)):
         line(gemq("export", "out.work", *arguments), ".lock", "link")
-    line(gemq("quantize", "../m1", "-o", "out", *LOW, "--calib", "my.txt", "--resume"), ".lock", "link")
+    line(gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume"), ".lock", "link")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -111,7 +111,7 @@ def test_a_link_in_a_work_directory_is_refused_by_every_command(job, tmp_path):
         ("job.json", "{}"),
         ("job.json", "[" * 100_000),
         ("job.json", "null"),
-        ("ladder/stage.json", "{"),
+        ("candidates/stage.json", "{"),
         ("windows/notes.json", "{}"),
         ("results.json", "[]"),
         ("gemq-work.json", "x"),
@@ -119,7 +119,7 @@ def test_a_link_in_a_work_directory_is_refused_by_every_command(job, tmp_path):
 )
 def test_damaged_json_of_a_work_directory(job, name, text):
     (job / "out.work" / name).write_text(text)
-    resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calib", "my.txt", "--resume", "-q")
+    resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume", "-q")
     line(resumed, name if name != "results.json" else "results.json", "damaged")
 
 
@@ -146,11 +146,11 @@ def test_a_changed_number_of_the_recorded_recipe_is_noticed(job):
 def test_a_damaged_output_is_not_complete(job, damage: Callable[[Path], object], words):
     damage(job / "out")
     before = contents(job / "out")
-    resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calib", "my.txt", "--resume")
+    resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume")
     line(resumed, "out is no longer complete", *words, "delete it")
     assert contents(job / "out") == before
     shutil.rmtree(job / "out")
-    assert gemq("quantize", "../m1", "-o", "out", *LOW, "--calib", "my.txt", "--resume", "-q").code == 0
+    assert gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume", "-q").code == 0
 
 
 def test_another_output_is_refused_at_once(job):
@@ -160,14 +160,16 @@ def test_another_output_is_refused_at_once(job):
     )
     assert not (job / "new").exists()
     assert gemq("export", "out.work", "-o", "other", "--bits", "1.5", "-q").code == 0
-    computed = gemq("quantize", "../m1", "-o", "other", *LOW, "--calib", "my.txt", "--work", "out.work", "--resume")
+    computed = gemq(
+        "quantize", "../m1", "-o", "other", *LOW, "--calibration", "my.txt", "--work", "out.work", "--resume"
+    )
     line(computed, "other exists and is not what the job in out.work writes")
 
 
 def test_two_jobs_with_one_output(job):
     (job / "mine").mkdir()
     before = contents(job)
-    with claimed(Path("mine")):
+    with lock_output(Path("mine")):
         words = ("another gemq process writes mine", "name another output")
         line(gemq("export", "out.work", "-o", "mine", "--bits", "1.5"), *words)
         line(gemq("export", "out", "--dense", "mine"), *words)
@@ -211,7 +213,7 @@ def test_a_text_that_is_still_needed_is_the_recorded_one(job, tmp_path, monkeypa
 
 
 def test_the_same_text_by_another_path(job, tmp_path):
-    resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calib", job / "my.txt", "--resume", "-q")
+    resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", job / "my.txt", "--resume", "-q")
     assert resumed.code == 0, resumed.err
 
 
@@ -224,7 +226,7 @@ def test_a_model_that_was_moved(job, tmp_path):
     other = make_tiny_model(tmp_path / "m3", seed=1, num_hidden_layers=3)
     line(gemq("export", "out.work", "--curve", "--model", other), "is not the model")
     line(gemq("export", "out.work", "-o", "y", "--model", make_tiny_model(tmp_path / "m4", seed=1)), "is not the model")
-    assert gemq("quantize", "../m2", "-o", "out", *LOW, "--calib", "my.txt", "--resume", "-q").code == 0
+    assert gemq("quantize", "../m2", "-o", "out", *LOW, "--calibration", "my.txt", "--resume", "-q").code == 0
     assert gemq("export", "out.work", "-o", "z", "--bits", "1.5", "-q").code == 0  # which knows its new place
     assert contents(job / "x") == contents(job / "z")
 
@@ -234,7 +236,7 @@ def test_a_model_that_was_moved(job, tmp_path):
 
 def test_paths_in_python(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(effort="low", windows=4, window=16, calib=(builtin_texts()[0],), guard=False)  # type: ignore[arg-type]
+    recipe = Recipe(effort="low", num_windows=4, seq_len=16, calibration=(builtin_texts()[0],), guard=False)  # type: ignore[arg-type]
     result = quantize(tiny_model, recipe, out=Path("out"), device="cpu")
     assert result.out == Path("out")
     export(Path("out.work"), out="other", changes={"bits": 1.5}, model=tiny_model, device="cpu")
@@ -270,14 +272,19 @@ def spoiled(real: Callable[[Optimizer], None], everything: bool) -> Callable[[Op
 
 
 @pytest.mark.parametrize("everything", [True, False])
-@pytest.mark.parametrize("stage", ["layer_epochs", "distil_epochs"])
+@pytest.mark.parametrize("stage", ["reconstruction_epochs", "distill_epochs"])
 def test_training_that_ends_in_nan_is_not_kept(tiny_model, tmp_path, monkeypatch, stage, everything):
     monkeypatch.setattr(Optimizer, "update", spoiled(Optimizer.update, everything))
-    epochs = {"layer_epochs": 0, "distil_epochs": 0, stage: 1}
+    epochs = {"reconstruction_epochs": 0, "distill_epochs": 0, stage: 1}
     text = str(builtin_texts()[0])
-    recipe = Recipe(effort="low", windows=4, window=16, batch_tokens=16, calib=(text,), guard=False, **epochs)
+    recipe = Recipe(
+        effort="low", num_windows=4, seq_len=16, micro_batch_tokens=16, calibration=(text,), guard=False, **epochs
+    )
     result = quantize(str(tiny_model), recipe, out=tmp_path / "out", device="cpu")
-    counted = {"layer_epochs": ("layers_not_improved_by_training", 2), "distil_epochs": ("distillation_dropped", 1)}
+    counted = {
+        "reconstruction_epochs": ("layers_not_improved_by_training", 2),
+        "distill_epochs": ("distillation_dropped", 1),
+    }
     name, count = counted[stage]
     assert result.fallbacks[name] == count
     assert not any(math.isnan(gain) for gain in result.gains.values())
@@ -288,14 +295,16 @@ def test_training_that_ends_in_nan_is_not_kept(tiny_model, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "keys",
     [
-        {"ladder_epochs": 1, "rate_ladder": 0, "rate_codes": 0, "rate_grids": 0},
-        {"layer_epochs": 1, "rate_codes": 0, "rate_grids": 0, "rate_tuned": 0},
-        {"distil_epochs": 1, "rate_tuned": 0},
-        {"distil_epochs": 1, "rate_grids": 0, "rate_tuned": 0},
-        {"distil_epochs": 1, "rate_grids": 0, "distil_sets": ("grids",)},
+        {"candidate_epochs": 1, "lr_candidates": 0, "lr_codes": 0, "lr_grids": 0},
+        {"reconstruction_epochs": 1, "lr_codes": 0, "lr_grids": 0, "lr_tuned": 0},
+        {"distill_epochs": 1, "lr_tuned": 0},
+        {"distill_epochs": 1, "lr_grids": 0, "lr_tuned": 0},
+        {"distill_epochs": 1, "lr_grids": 0, "distill_parameters": ("grids",)},
     ],
 )
 def test_a_learning_rate_of_0_leaves_things_as_they_are(tiny_model, tmp_path, keys):
     text = str(builtin_texts()[0])
-    recipe = Recipe(effort="low", windows=4, window=16, batch_tokens=16, calib=(text,), guard=False, **keys)
+    recipe = Recipe(
+        effort="low", num_windows=4, seq_len=16, micro_batch_tokens=16, calibration=(text,), guard=False, **keys
+    )
     assert quantize(str(tiny_model), recipe, out=tmp_path / "out", device="cpu").expert_bits_nominal <= 2

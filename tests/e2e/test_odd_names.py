@@ -69,7 +69,7 @@ def test_a_job_whose_output_has_brackets(tiny_model, tmp_path):
     out = tmp_path / "out[b]"
     text = tmp_path / "text.txt"
     text.write_text("a few words, again and again. " * 100)
-    ran = gemq("quantize", tiny_model, "-o", out, *SMALL, "--calib", text)
+    ran = gemq("quantize", tiny_model, "-o", out, *SMALL, "--calibration", text)
     assert ran.code == 0, ran.err
     printed = ran.out.replace("\n", "")
     assert f"Saved {out}" in printed

@@ -29,7 +29,7 @@ def test_names_are_no_markup(name, finished: Finished, tmp_path):
     assert str(place) in ran.out.replace("\n", "")
     text = tmp_path / f"{name.replace('/', '_')}.txt"
     text.write_text("Once upon a time there was a file.\n" * 200)
-    ran = gemq("eval", finished.out, "--text", text, "--window", 64, "--max-windows", 2)
+    ran = gemq("eval", finished.out, "--text", text, "--seq-len", 64, "--max-windows", 2)
     assert ran.code == 0, ran.err
     assert text.stem in ran.out
 
@@ -38,7 +38,7 @@ def test_a_terminal_without_unicode_gets_all_of_it(finished: Finished, tmp_path)
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     text = tmp_path / "späß.txt"
     text.write_text("Once upon a time there was a file.\n" * 200)
-    ran = run("eval", finished.out, "--text", text, "--window", "64", "--max-windows", "2", **ascii_only)
+    ran = run("eval", finished.out, "--text", text, "--seq-len", "64", "--max-windows", "2", **ascii_only)
     assert ran.returncode == 0, ran.stderr
     assert "+-" in ran.stdout
     assert "sp\\xe4\\xdf" in ran.stdout
@@ -52,7 +52,7 @@ def test_a_pipe_gets_whole_tables(finished: Finished, tmp_path):
     name = "a text whose name is longer than any column of a terminal that is eighty columns wide would allow it to be"
     text = tmp_path / f"{name}.txt"
     text.write_text("Once upon a time there was a file.\n" * 200)
-    ran = run("eval", finished.out, "--text", text, "--window", "64", "--max-windows", "2")
+    ran = run("eval", finished.out, "--text", text, "--seq-len", "64", "--max-windows", "2")
     assert ran.returncode == 0, ran.stderr
     assert name in ran.stdout
     assert "score: 2/2, 0:00:0" in ran.stderr
@@ -63,7 +63,7 @@ def test_a_terminal_gets_all_of_a_table(columns, finished: Finished, tmp_path, m
     monkeypatch.setenv("COLUMNS", str(columns))
     text = tmp_path / "a text whose name is longer than its column.txt"
     text.write_text("Once upon a time there was a file.\n" * 200)
-    arguments = ("--reference", finished.model, "--text", text, "--window", 64, "--max-windows", 2)
+    arguments = ("--reference", finished.model, "--text", text, "--seq-len", 64, "--max-windows", 2)
     for command in (("inspect", finished.out), ("eval", finished.out, *arguments), ("plan", finished.model)):
         ran = gemq(*command)
         assert ran.code == 0, ran.err

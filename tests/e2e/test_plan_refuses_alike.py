@@ -21,9 +21,9 @@ from gemq.assets import builtin_model
         ("--stored-bits", "1.1"),
         ("--bits", "0"),
         ("--bits", "9"),
-        ("--calib", "nowhere.txt"),
-        ("--calib", "a" * 5000),
-        ("--window", "5000"),
+        ("--calibration", "nowhere.txt"),
+        ("--calibration", "a" * 5000),
+        ("--seq-len", "5000"),
         ("--allocation", "nowhere.json"),
         ("--allocate", "best"),
         ("--progressive", "2.0,2.5"),
@@ -36,7 +36,7 @@ from gemq.assets import builtin_model
         ("--dtype", "float16"),
         ("--device", "mps"),
         ("--recipe", "missing.yaml"),
-        ("--windows", "100000000000"),
+        ("--num-windows", "100000000000"),
     ],
 )
 def test_the_same_refusals(tmp_path, monkeypatch, flags):
@@ -54,7 +54,7 @@ def test_the_same_refusals(tmp_path, monkeypatch, flags):
 def test_calibration_files_of_a_plan(tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("far too short")
-    assert "fewer than a window" in gemq("plan", builtin_model(), "--calib", text).err
+    assert "fewer than a window" in gemq("plan", builtin_model(), "--calibration", text).err
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ OTHER_FLAGS = {
 OTHER_FLAGS |= {"--attention-backend", "--version"}
 """Flags in documents that belong to torchrun, to vLLM or to gemq itself."""
 VERBS = ("plan", "quantize", "export", "eval", "generate", "bench", "inspect")
-SMALL = ("--effort", "low", "--windows", "4", "--window", "32")
+SMALL = ("--effort", "low", "--num-windows", "4", "--seq-len", "32")
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -108,9 +108,9 @@ def test_errors_name_flags_that_the_command_has(tiny_model, tmp_path, monkeypatc
         ["quantize", tiny_model, "-o", "out"],
         ["plan", tiny_model, "--bits", "9"],
         ["plan", "nowhere"],
-        ["eval", "out", "--window", "9999"],
-        ["eval", "out", "--window", "64", "--host-memory", "1MB"],
-        ["eval", "out", "--window", "64", "--reference", "out"],
+        ["eval", "out", "--seq-len", "9999"],
+        ["eval", "out", "--seq-len", "64", "--host-memory", "1MB"],
+        ["eval", "out", "--seq-len", "64", "--reference", "out"],
         ["generate", "out", "-p", "a", "--max-new-tokens", "0"],
         ["bench", "out", "--prefill", "9999"],
         ["inspect", "nowhere"],
@@ -217,7 +217,9 @@ def test_documented_python_runs_as_printed(place):
     for name, code in documented("python"):
         if name != "serve.md" and "lm_eval" not in code:
             code = code.replace('device="cuda"', 'device="cpu"')
-            code = code.replace("gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", windows=2, window=16)')
+            code = code.replace(
+                "gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", num_windows=2, window=16)'
+            )
             script += f"exec({code!r}, {{'__name__': '__main__'}})\n"
     assert script.count("exec(") > 2
     ran = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True)

@@ -23,16 +23,16 @@ from gemq.models import file_hashes
 from gemq.models.source import Source
 from gemq.pipeline.workdir import WorkDir
 
-TINY = {"effort": "low", "windows": 4, "window": 8, "batch_tokens": 16}
+TINY = {"effort": "low", "num_windows": 4, "seq_len": 8, "micro_batch_tokens": 16}
 TRAINED = {
     **TINY,
     "progressive": [2.5, 2.0],
-    "ladder_epochs": 1,
-    "layer_epochs": 1,
-    "distil_epochs": 1,
+    "candidate_epochs": 1,
+    "reconstruction_epochs": 1,
+    "distill_epochs": 1,
     "total_tokens": 64,
 }
-FLAGS = ("--effort", "low", "--windows", "4", "--window", "8", "--quiet")
+FLAGS = ("--effort", "low", "--num-windows", "4", "--seq-len", "8", "--quiet")
 
 
 class Killer:
@@ -104,7 +104,13 @@ def trainer(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
 @pytest.fixture
 def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
     """Every layer is read anew when it is needed, and activations lie in files."""
-    recipe = {**TINY, "calib": [str(builtin_texts()[0])], "guard": False, "layer_epochs": 1, "distil_epochs": 1}
+    recipe = {
+        **TINY,
+        "calibration": [str(builtin_texts()[0])],
+        "guard": False,
+        "reconstruction_epochs": 1,
+        "distill_epochs": 1,
+    }
     with contextlib.closing(Killer(tiny_model, tmp_path, recipe, least_bytes(tiny_model, recipe))) as killer:
         yield killer
 
@@ -165,7 +171,15 @@ def job(tiny_model: Path, tmp_path: Path) -> tuple[object, ...]:
     """The arguments of a job that has ended well, in ``tmp_path``."""
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copy(builtin_texts()[0], tmp_path / "calib.txt")
-    arguments = ("quantize", tmp_path / "model", "-o", tmp_path / "out", *FLAGS, "--calib", tmp_path / "calib.txt")
+    arguments = (
+        "quantize",
+        tmp_path / "model",
+        "-o",
+        tmp_path / "out",
+        *FLAGS,
+        "--calibration",
+        tmp_path / "calib.txt",
+    )
     assert gemq(*arguments).code == 0
     return arguments
 
@@ -193,12 +207,12 @@ def refused(job: tuple[object, ...], *words: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--windows", 5), ("windows 4", "asked for 5")),
+        (("--num-windows", 5), ("windows 4", "asked for 5")),
         (("--bits", 1.5), ("bits unset", "asked for 1.5")),
         (("--widths", "2,3"), ("widths unset", "asked for 2,3")),
-        (("--attention-bits", 8), ("attention_bits 4", "asked for 8")),
+        (("--dense-bits", 8), ("dense_bits 4", "asked for 8")),
         (("--seed", 1), ("seed 0", "asked for 1")),
-        (("--calib", "self"), ("calib", "asked for")),
+        (("--calibration", "self"), ("calibration", "asked for")),
     ],
 )
 def test_another_recipe_is_refused(job, flags, words):
@@ -219,13 +233,13 @@ def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, mo
     model = Source(tmp_path / "model")
     first, files = model.fingerprint()
     read: list[str] = []
-    digest = file_hashes._Reading._read
+    digest = file_hashes._FileHasher._read
 
     def noted(self: Any, path: Path) -> str:
         read.append(path.name)
         return digest(self, path)
 
-    monkeypatch.setattr(file_hashes._Reading, "_read", noted)
+    monkeypatch.setattr(file_hashes._FileHasher, "_read", noted)
     assert model.fingerprint(files) == (first, files)
     assert read == []
     weights = tmp_path / "model" / "model.safetensors"
@@ -252,9 +266,9 @@ def test_a_changed_calibration_text_is_refused(job, tmp_path):
 
 def test_a_changed_stage_is_named(job, tmp_path):
     """Should a stage's inputs differ although the job's do not, such as after an upgrade of gemq."""
-    stage = tmp_path / "out.work" / "ladder" / "stage.json"
-    stage.write_text(json.dumps({**json.loads(stage.read_text()), "damping": 0.5}))
-    refused(job, "damping", "0.5", "now 0.01")
+    stage = tmp_path / "out.work" / "candidates" / "stage.json"
+    stage.write_text(json.dumps({**json.loads(stage.read_text()), "dampening": 0.5}))
+    refused(job, "dampening", "0.5", "now 0.01")
 
 
 def test_another_output_from_the_same_work_directory(job, tmp_path):
@@ -266,7 +280,7 @@ def test_another_output_from_the_same_work_directory(job, tmp_path):
     elsewhere = ["quantize", job[1], "-o", tmp_path / "new", *job[4:], "--work", tmp_path / "out.work", "--resume"]
     ran = gemq(*elsewhere, "--json", "-")
     assert contents(tmp_path / "new") == expected
-    assert not {"ladder", "scores", "refine", "calibration windows"} & ran.json["stages"].keys()
+    assert not {"candidates", "scores", "reconstruct", "calibration windows"} & ran.json["stages"].keys()
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".gemq-work.json.tmp"]])
@@ -279,7 +293,7 @@ def test_resume_with_nothing_usable_starts_anew(tiny_model, tmp_path, killer, le
     if left:
         assert gemq(*arguments).code == 2
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"batch_tokens: {TINY['batch_tokens']}\n")
+    recipe.write_text(f"micro_batch_tokens: {TINY['micro_batch_tokens']}\n")
     ran = gemq(*arguments, "--resume", "--recipe", recipe)
     assert ran.code == 0, ran.err
     assert contents(tmp_path / "out") == killer.bytes
@@ -310,9 +324,9 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
 
 def test_export_of_an_unfinished_job(finished: Finished, work: Path, tmp_path: Path):
     """It computes what is missing rather than fail or guess."""
-    (work / "ladder" / "layer-005.safetensors").unlink()
+    (work / "candidates" / "layer-005.safetensors").unlink()
     shutil.rmtree(next(work.glob("scores-*")))
     ran = gemq("export", work, "-o", tmp_path / "out", "--bits", 2, "--finish", "--json", "-")
     assert ran.code == 0, ran.err
-    assert ran.json["stages"].keys() >= {"ladder", "scores"}
+    assert ran.json["stages"].keys() >= {"candidates", "scores"}
     assert contents(tmp_path / "out") == contents(finished.out)

@@ -20,10 +20,10 @@ effort: low
 total_tokens: 700
 windows: 12
 window: 32
-batch_tokens: 64
-ladder_epochs: 1
-layer_epochs: 1
-distil_epochs: 1
+micro_batch_tokens: 64
+candidate_epochs: 1
+reconstruction_epochs: 1
+distill_epochs: 1
 """
 
 
@@ -63,7 +63,7 @@ def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_p
     assert ran.code == 0, ran.err
 
     process = launched(*job, "-o", two)
-    first = tmp_path / "two.work" / "ladder" / "layer-000.safetensors"
+    first = tmp_path / "two.work" / "candidates" / "layer-000.safetensors"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -86,7 +86,7 @@ def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_p
 
     # what two began, one can end
     shutil.rmtree(two)
-    for directory in (tmp_path / "two.work").glob("refined-*"):
+    for directory in (tmp_path / "two.work").glob("reconstructed-*"):
         (directory / "layer-001.safetensors").unlink()
     ran = gemq(*job, "-o", two, "--resume")
     assert ran.code == 0, ran.err

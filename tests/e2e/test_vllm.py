@@ -142,7 +142,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             flags = ("--bits", 2.5, "--widths", "1,1.6,2,3,4", "--group-size", 16, "--allocate", "random")
             ran = gemq(
                 *("quantize", base / "model", "-o", base / "packed", *flags),
-                *("--effort", "low", "--windows", 8, "--window", 64, "--quiet"),
+                *("--effort", "low", "--num-windows", 8, "--seq-len", 64, "--quiet"),
             )
             assert ran.code == 0, ran.err
             config = json.loads((base / "packed" / "config.json").read_text())["quantization_config"]

@@ -123,7 +123,7 @@ class Packed:
         return worker.SAME if torch.equal(logits(model), self.logits) else worker.CHANGED
 
     def _eval(self, directory: Path, out: Path, unchanged: Callable[[], bool] = lambda: True) -> str:
-        flags = ["--text", self.text, "--window", 64, "--max-windows", 1, "-q", "--json", out]
+        flags = ["--text", self.text, "--seq-len", 64, "--max-windows", 1, "-q", "--json", out]
         return worker.cli(["eval", directory, *flags], unchanged)
 
 

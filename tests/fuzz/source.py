@@ -57,10 +57,10 @@ class Sources:
         return worker.cli(["quantize", directory, "-o", out, "-q", *self._job()], unchanged)
 
     def evaluate(self, directory: Path) -> str:
-        return worker.cli(["eval", directory, "--text", self.text, "--window", 64, "--max-windows", 1, "-q"])
+        return worker.cli(["eval", directory, "--text", self.text, "--seq-len", 64, "--max-windows", 1, "-q"])
 
     def _job(self) -> list[object]:
-        return ["--effort", "low", "--windows", 4, "--window", 32, "--calib", self.text, "--device", "cpu"]
+        return ["--effort", "low", "--num-windows", 4, "--seq-len", 32, "--calibration", self.text, "--device", "cpu"]
 
 
 def write_source(directory: Path, shard_size: str = "50GB") -> Path:

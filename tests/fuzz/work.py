@@ -72,16 +72,24 @@ class WorkDirectories:
         keys = (
             "bits",
             "size",
-            "windows",
-            "window",
+            "num_windows",
+            "seq_len",
             "widths",
             "group_size",
-            "attention_bits",
+            "dense_bits",
             "effort",
             "seed",
-            "calib",
+            "calibration",
         )
-        keys += ("allocate", "progressive", "dtype", "reconstruct_steps", "distil_steps", "batch_tokens", "guard")
+        keys += (
+            "allocate",
+            "progressive",
+            "dtype",
+            "reconstruction_epochs",
+            "distill_epochs",
+            "micro_batch_tokens",
+            "guard",
+        )
         values = {key: rng.choice((*m.ODD_VALUES, "2GB", [1, 2], [2.0], "low")) for key in rng.sample(keys, 2)}
         file.write_text(rng.choice((yaml.safe_dump(values), json.dumps(values))))
         done = f"recipe {values}"[:200]
@@ -124,8 +132,8 @@ class WorkDirectories:
         return done, [*command[:-1], file], self.quantized
 
     def _job(self) -> list[Any]:
-        flags = ["--effort", "low", "--windows", 4, "--window", 32, "--device", "cpu", "-q"]
-        return [*flags, "--calib", self.text]
+        flags = ["--effort", "low", "--num-windows", 4, "--seq-len", 32, "--device", "cpu", "-q"]
+        return [*flags, "--calibration", self.text]
 
     def _is_same(self, expected: bytes) -> bool:
         weights = self.folder / "out" / "model.safetensors"

@@ -14,7 +14,7 @@ import gemq
 from gemq.assets import builtin_model
 from gemq.decoding.decoder import Decoder
 from gemq.recipe import Recipe
-from gemq.runtime.cuda_graph import Replayed
+from gemq.runtime.cuda_graph import CudaGraphReplay
 from gemq.runtime.graph_capture import capture
 
 pytestmark = [
@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def no_capture_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget failures of earlier tests."""
-    monkeypatch.setattr(Replayed, "failed", False)
+    monkeypatch.setattr(CudaGraphReplay, "failed", False)
 
 
 def draw_then_wait() -> float:
@@ -82,7 +82,7 @@ def test_the_error_of_the_captured_code_is_raised() -> None:
 
 
 def test_a_user_generates_and_quantizes_again(tmp_path: Path) -> None:
-    recipe = Recipe(effort="low", windows=8, window=64)
+    recipe = Recipe(effort="low", num_windows=8, seq_len=64)
     result_before = gemq.quantize(str(builtin_model()), recipe, out=tmp_path / "before", device="cuda")
     model = gemq.load(result_before.out, device="cuda", dtype=torch.float32)
     ids = torch.arange(40, 64, device=DEVICE)[None]

@@ -19,12 +19,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-OPTIONS = {"texts": builtin_texts()[:2], "window": 256, "max_windows": 4, "device": "cuda"}
+OPTIONS = {"texts": builtin_texts()[:2], "seq_len": 256, "max_windows": 4, "device": "cuda"}
 
 
 def test_memory_bounds_do_not_change_the_results(tmp_path: Path):
     model = str(builtin_model())
-    recipe = Recipe(effort="low", windows=4, window=64, guard=False, calib=(str(builtin_texts()[0]),))
+    recipe = Recipe(effort="low", num_windows=4, seq_len=64, guard=False, calibration=(str(builtin_texts()[0]),))
     gemq.quantize(model, recipe, out=tmp_path / "out", device="cuda")
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="give at least --gpu-memory") as refused:
@@ -45,6 +45,6 @@ def test_memory_bounds_do_not_change_the_results(tmp_path: Path):
 def test_a_callers_tensors_do_not_count_towards_the_bound(tmp_path: Path):
     """A notebook that holds a model quantizes another one in little memory."""
     tensor = torch.empty(3_000_000_000, dtype=torch.uint8, device="cuda")
-    recipe = Recipe(effort="low", windows=4, window=64, guard=False, calib=(str(builtin_texts()[0]),))
+    recipe = Recipe(effort="low", num_windows=4, seq_len=64, guard=False, calibration=(str(builtin_texts()[0]),))
     gemq.quantize(str(builtin_model()), recipe, out=tmp_path / "out", device="cuda", gpu_memory=3_000_000_000)
     assert tensor.numel() == 3_000_000_000

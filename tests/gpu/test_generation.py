@@ -32,7 +32,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from gemq.recipe import Recipe
 
     out = tmp_path_factory.mktemp("packed") / "out"
-    quantize(str(builtin_model()), Recipe(effort="low", windows=8, window=64), out=out, device="cuda")
+    quantize(str(builtin_model()), Recipe(effort="low", num_windows=8, seq_len=64), out=out, device="cuda")
     return out
 
 

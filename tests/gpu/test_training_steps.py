@@ -19,7 +19,7 @@ from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, nearest
 from gemq.quant.trainable_gpu import trainable
 from gemq.recipe import Recipe
-from gemq.runtime.cuda_graph import Replayed
+from gemq.runtime.cuda_graph import CudaGraphReplay
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replayed, "failed", False)
+    monkeypatch.setattr(CudaGraphReplay, "failed", False)
 
 
 def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, int]:
@@ -53,7 +53,7 @@ def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, 
 
     fixed = (torch.rand(128, device="cuda"),)
     with closing(
-        Replayed(step, torch.device("cuda"), lambda: capture_failures.append(1), usable=from_graph)
+        CudaGraphReplay(step, torch.device("cuda"), lambda: capture_failures.append(1), usable=from_graph)
     ) as replayed:
         for number in range(STEPS):
             rows = 3 if number == 8 else 5  # one that the graph does not take
@@ -78,7 +78,7 @@ def waits_for_the_device(fixed: None, x: Tensor) -> Tensor:
 def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
     capture_failures: list[int] = []
     for times in (1, 2):  # the second is not captured any more
-        replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: capture_failures.append(1))
+        replayed = CudaGraphReplay(waits_for_the_device, torch.device("cuda"), lambda: capture_failures.append(1))
         results = [replayed(None, torch.full((2,), float(n), device="cuda")).tolist() for n in range(6)]
         assert results == [[2.0 * n * n] * 2 for n in range(6)]
         assert capture_failures == [1] * times
@@ -86,10 +86,10 @@ def test_what_a_graph_does_not_take_runs_as_it_is() -> None:
 
 def test_memory_is_given_back_after_a_failed_capture() -> None:
     """What is cached makes room for what does not fit beside it, as ever."""
-    replayed = Replayed(waits_for_the_device, torch.device("cuda"), lambda: None)
+    replayed = CudaGraphReplay(waits_for_the_device, torch.device("cuda"), lambda: None)
     for _ in range(4):
         replayed(None, torch.ones(2, device="cuda"))
-    assert Replayed.failed
+    assert CudaGraphReplay.failed
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1_500_000_000) / total)
@@ -103,6 +103,6 @@ def test_memory_is_given_back_after_a_failed_capture() -> None:
 
 @pytest.mark.parametrize("bound", [None, 3_000_000_000])
 def test_a_job_trains_from_graphs(tmp_path: Path, bound: int | None) -> None:
-    recipe = Recipe(windows=32, window=128, total_tokens=64 * 128, batch_tokens=512)
+    recipe = Recipe(num_windows=32, seq_len=128, total_tokens=64 * 128, micro_batch_tokens=512)
     result = quantize(str(builtin_model()), recipe, out=tmp_path / "out", device="cuda", gpu_memory=bound)
     assert "training_launched_by_steps" not in result.fallbacks

@@ -299,28 +299,28 @@ def training(dtype: torch.dtype, hidden: int, group: int) -> None:
         gram_kernel.add(torch.empty(experts, hidden, hidden), x, torch.empty(experts, dtype=torch.int64))
     columns, widths = 2 * group, 3
     upper, highest = torch.empty(experts, columns, columns), torch.empty(widths, experts)
-    for latents in (None, torch.empty(widths, experts, rows, columns, dtype=torch.int16)):
-        gptq_kernel.quantize(torch.empty(experts, rows, columns, dtype=dtype), upper, highest, group, latents)
+    for soft_codes in (None, torch.empty(widths, experts, rows, columns, dtype=torch.int16)):
+        gptq_kernel.quantize(torch.empty(experts, rows, columns, dtype=dtype), upper, highest, group, soft_codes)
     codes, table = empty_bytes(), torch.empty(experts, 3, dtype=torch.int64)
     dequantize.grid_gradients(torch.empty(experts, rows, columns, dtype=dtype), codes, table, 63, group)
     scales = torch.empty(experts, rows, 2)
     grid_kernel.changed(scales, scales, scales, scales, torch.empty(experts, 1, 1))
     trained = dequantize.PackedWeights(codes, scales, scales, table, None, 63, rows, group)
     dequantize.dequantize(trained, columns, dtype)
-    for latents in (torch.float32, torch.int16):
-        _training_step(dtype, torch.empty(experts, rows, columns, dtype=latents), scales)
+    for soft_codes in (torch.float32, torch.int16):
+        _training_step(dtype, torch.empty(experts, rows, columns, dtype=soft_codes), scales)
 
 
-def _training_step(dtype: torch.dtype, latents: torch.Tensor, scales: torch.Tensor) -> None:
+def _training_step(dtype: torch.dtype, soft_codes: torch.Tensor, scales: torch.Tensor) -> None:
     """Launch the optimizer's step on codes and grids."""
-    from gemq.quant.trainable_gpu import State, Steps
+    from gemq.quant.trainable_gpu import StepSchedule, TrainingState
 
-    weight = torch.empty(latents.shape, dtype=dtype)
-    moments = (torch.empty(latents.shape, dtype=BF16),) * 2
-    state = State(weight, latents, moments, (scales, scales), (scales, scales), (scales,) * 4)
-    steps = Steps(torch.empty(4, 3), torch.empty((), dtype=torch.int64))
-    numbers = torch.empty(len(latents), dtype=torch.int64)
-    step_kernel.step(state, weight, torch.empty(len(latents)), numbers, steps, True, 0)
+    weight = torch.empty(soft_codes.shape, dtype=dtype)
+    moments = (torch.empty(soft_codes.shape, dtype=BF16),) * 2
+    state = TrainingState(weight, soft_codes, moments, (scales, scales), (scales, scales), (scales,) * 4)
+    steps = StepSchedule(torch.empty(4, 3), torch.empty((), dtype=torch.int64))
+    numbers = torch.empty(len(soft_codes), dtype=torch.int64)
+    step_kernel.step(state, weight, torch.empty(len(soft_codes)), numbers, steps, True, 0)
 
 
 KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {

@@ -45,5 +45,5 @@ def quantize(folder: Path, bits: float = 2.0, **keys: Any) -> Result:
     """The result of a short job, whose output is ``out`` beside the folder. ``keys``: of the recipe."""
     text = folder.parent / "text.txt"
     text.write_text("".join(chr(33 + i * i % 93) for i in range(400)))
-    recipe = Recipe(effort="low", bits=bits, calib=(str(text),), windows=4, window=24, guard=False, **keys)
+    recipe = Recipe(effort="low", bits=bits, calibration=(str(text),), num_windows=4, seq_len=24, guard=False, **keys)
     return gemq.quantize(str(folder), recipe, out=folder.parent / "out", device="cpu")

@@ -86,7 +86,7 @@ def test_the_same_function_gives_the_same_packed_model(power, experts, tmp_path)
         source = model_folder(tmp_path / name / "model")
         if name == "changed":
             edit_tensors(source, change_experts(power, *experts))
-        result = quantize(source, bits=8, widths=(8,), attention_bits=8)
+        result = quantize(source, bits=8, widths=(8,), dense_bits=8)
         assert result.fallbacks["matrices_too_small_for_scales"] == 0
         packed = gemq.load(source.parent / "out", dtype=torch.float32)
         with torch.no_grad():

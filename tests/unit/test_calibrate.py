@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from families import FIVE, MORE, OWN, tiny, tokens
-from gemq.calibration.activations import Activations, KeptCalls, layer_moments
+from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.input_recorder import RecordedExpertCalls
 from gemq.calibration.windows import Windows
 from gemq.errors import UserError
 from gemq.models.replay import Replay
@@ -21,10 +22,10 @@ IDS = tokens(7, 10)
 WINDOWS = Windows(IDS, torch.tensor([0, 0, 0, 1, 1, 2, 2]), ("a", "b", "c"), (30, 20, 20))
 
 
-def start(family: str, batch_tokens: int = 30, seed: int = 0) -> tuple[Replay, Activations]:
+def start(family: str, micro_batch_tokens: int = 30, seed: int = 0) -> tuple[Replay, Activations]:
     model = tiny(family)
     replay = Replay(model, find_structure(model))
-    return replay, Activations.start(replay, WINDOWS, batch_tokens, seed)
+    return replay, Activations.start(replay, WINDOWS, micro_batch_tokens, seed)
 
 
 @pytest.mark.sample
@@ -74,7 +75,7 @@ def test_moments_are_those_of_the_whole_model(family):
         handle.remove()
 
     for i, layer in enumerate(structure.layers):
-        moments, outputs = layer_moments(replay, i, activations, layer.linears, every(layer))
+        moments, outputs = layer_hessians(replay, i, activations, layer.linears, every(layer))
         assert set(moments.linears) == {x.path for x in layer.linears}
         for linear in layer.linears:
             x = seen[linear.path].reshape(-1, linear.columns).double()
@@ -135,8 +136,8 @@ def test_recorded_inputs_are_the_same_if_a_layer_stops_after_them(family):
         activations.advance(replay, i)
     attention = [x for x in layer.linears if x.kind == "attention"]
     for linears, expert_slice in ((attention, None), (layer.linears, every(layer)), ([], slice(1, 3))):
-        full_moments, _ = layer_moments(replay, index, activations, linears, expert_slice)
-        moments, outputs = layer_moments(replay, index, activations, linears, expert_slice, with_outputs=False)
+        full_moments, _ = layer_hessians(replay, index, activations, linears, expert_slice)
+        moments, outputs = layer_hessians(replay, index, activations, linears, expert_slice, with_outputs=False)
         assert not len(outputs)
         pairs = [(full_moments.linears[x.path], moments.linears[x.path]) for x in linears]
         pairs += zip(full_moments.experts or (), moments.experts or (), strict=True)
@@ -164,8 +165,8 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
         for i in range(index):
             activations.advance(replay, i)
             activations.advance_all(replay, i, states)
-        recorded_calls = KeptCalls(replay.memory)
-        moments, outputs = layer_moments(replay, index, activations, layer.linears, every(layer), recorded_calls)
+        recorded_calls = RecordedExpertCalls(replay.memory)
+        moments, outputs = layer_hessians(replay, index, activations, layer.linears, every(layer), recorded_calls)
         activations.advance_all(replay, index, states)
         assert moments.experts is not None
         sums = [m.sums for m in (*moments.linears.values(), *moments.experts)]
@@ -178,8 +179,8 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
 
 def test_moments_of_some_experts_equal_theirs_among_all():
     replay, activations = start("olmoe", 10)
-    all_experts, _ = layer_moments(replay, 0, activations, [], slice(0, 4))
-    two_experts, _ = layer_moments(replay, 0, activations, [], slice(1, 3))
+    all_experts, _ = layer_hessians(replay, 0, activations, [], slice(0, 4))
+    two_experts, _ = layer_hessians(replay, 0, activations, [], slice(1, 3))
     assert all_experts.experts is not None
     assert two_experts.experts is not None
     for a, b in zip(all_experts.experts, two_experts.experts, strict=True):
@@ -189,7 +190,7 @@ def test_moments_of_some_experts_equal_theirs_among_all():
 
 def test_query_key_and_value_share_one_moment():
     replay, activations = start("olmoe")
-    moments, _ = layer_moments(replay, 0, activations, replay.structure.layers[0].linears, None)
+    moments, _ = layer_hessians(replay, 0, activations, replay.structure.layers[0].linears, None)
     q, k, v, o = (moments.linears[f"model.layers.0.self_attn.{x}_proj"] for x in "qkvo")
     assert q is k
     assert k is v
@@ -212,7 +213,7 @@ def test_two_branches_of_one_linear_are_both_counted():
 
     linears = replay.structure.layers[0].linears
     replay.layers[0] = Twice(replay.layers[0])
-    moments, _ = layer_moments(replay, 0, activations, linears, every(replay.structure.layers[0]))
+    moments, _ = layer_hessians(replay, 0, activations, linears, every(replay.structure.layers[0]))
     assert all(moments.linears[x.path].counts.tolist() == [140] for x in linears)
     assert moments.experts is not None
     assert int(moments.experts[0].counts.sum()) == 280
@@ -228,17 +229,17 @@ def test_a_layer_that_overwrites_what_a_linear_received_is_refused():
 
     handle = replay.model.get_submodule(linears[0].path).register_forward_hook(spoil)
     with pytest.raises(UserError, match="overwrites what one of its linears has received"):
-        layer_moments(replay, 0, activations, linears, None)
+        layer_hessians(replay, 0, activations, linears, None)
     handle.remove()
 
 
 def test_only_requested_inputs_are_recorded():
     replay, activations = start("qwen2_moe")
     shared = [x for x in replay.structure.layers[0].linears if x.kind == "shared"]
-    moments, _ = layer_moments(replay, 0, activations, shared, None)
+    moments, _ = layer_hessians(replay, 0, activations, shared, None)
     assert set(moments.linears) == {x.path for x in shared}
-    recorded_calls = KeptCalls(replay.memory)
-    moments, _ = layer_moments(replay, 0, activations, [], every(replay.structure.layers[0]), recorded_calls)
+    recorded_calls = RecordedExpertCalls(replay.memory)
+    moments, _ = layer_hessians(replay, 0, activations, [], every(replay.structure.layers[0]), recorded_calls)
     assert moments.linears == {}
     assert len(recorded_calls) == len(activations.ids)
 
@@ -247,12 +248,12 @@ def test_only_requested_inputs_are_recorded():
 def test_micro_batches_change_sums_only_in_rounding(family):
     """Routing and counts are equal."""
     results = []
-    for batch_tokens in (10, 70):
-        replay, activations = start(family, batch_tokens)
+    for micro_batch_tokens in (10, 70):
+        replay, activations = start(family, micro_batch_tokens)
         index = replay.structure.moe_layers[0][0]
         for i in range(index):
             activations.advance(replay, i)
-        moments, _ = layer_moments(replay, index, activations, [], every(replay.structure.layers[index]))
+        moments, _ = layer_hessians(replay, index, activations, [], every(replay.structure.layers[index]))
         assert moments.experts is not None
         results.append(moments.experts)
     for small_batches, single_batch in zip(*results, strict=True):
@@ -263,5 +264,5 @@ def test_micro_batches_change_sums_only_in_rounding(family):
 def test_hooks_are_gone_afterwards():
     replay, activations = start("mixtral")
     layer = replay.structure.layers[0]
-    layer_moments(replay, 0, activations, layer.linears, every(layer))
+    layer_hessians(replay, 0, activations, layer.linears, every(layer))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in replay.model.modules())

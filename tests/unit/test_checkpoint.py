@@ -29,7 +29,7 @@ from transformers import (
 import gemq
 from gemq import UserError
 from gemq.checkpoint import save
-from gemq.checkpoint.dense_export import write_dense_twin
+from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.model_shapes import matrix_shapes
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
@@ -215,7 +215,7 @@ def test_logits_in_float32(written, family):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     twin_dir = w.packed.parent / "twin32"
     if not twin_dir.exists():
-        write_dense_twin(w.packed, twin_dir, torch.float32)
+        write_dense_checkpoint(w.packed, twin_dir, torch.float32)
     # Same weights to the bit and the same products; what is left is the order of sums inside a product.
     torch.testing.assert_close(logits(model), logits(load_twin(twin_dir, torch.float32)), rtol=1e-5, atol=1e-5)
 
@@ -296,14 +296,14 @@ def test_save_pretrained_round_trip(written, tmp_path, family):
         assert tuple(state[name].shape) == spec.shape
         assert (state[name].dtype, spec.dtype) == (torch.uint8, "U8")
     # The twin reads what save_pretrained wrote just as well.
-    write_dense_twin(tmp_path / "again", tmp_path / "dense")
+    write_dense_checkpoint(tmp_path / "again", tmp_path / "dense")
     assert torch.equal(logits(load_twin(tmp_path / "dense")), logits(load_twin(w.twin)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_twin(written, tmp_path, family):
     w = written(family)
-    write_dense_twin(w.packed, tmp_path / "dense")
+    write_dense_checkpoint(w.packed, tmp_path / "dense")
     assert torch.equal(logits(load_twin(tmp_path / "dense")), logits(load_twin(w.twin)))
     names = [{n for f in d.glob("*.safetensors") for n in read_header(f)} for d in (tmp_path / "dense", w.twin)]
     assert names[0] == names[1]
@@ -430,7 +430,7 @@ def test_truncated_file(written, tmp_path):
     for read in (
         gemq.load,
         AutoModelForCausalLM.from_pretrained,
-        lambda d: write_dense_twin(d, tmp_path / "x"),
+        lambda d: write_dense_checkpoint(d, tmp_path / "x"),
     ):
         with pytest.raises(UserError, match="copy the checkpoint again"):
             read(damaged)
@@ -494,7 +494,7 @@ def test_gradients_equal_the_twins(written):
     w = written("qwen2_moe")
     twin_dir = w.packed.parent / "twin32"
     if not twin_dir.exists():
-        write_dense_twin(w.packed, twin_dir, torch.float32)
+        write_dense_checkpoint(w.packed, twin_dir, torch.float32)
     models = gemq.load(w.packed, dtype=torch.float32), load_twin(twin_dir, torch.float32)
     for model in models:
         model(TOKENS, labels=TOKENS).loss.backward()

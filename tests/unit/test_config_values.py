@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, OlmoeConfig, PhimoeConfig
 
 from families import tiny_config, tokens
-from gemq.calibration.generation_steps import Steps
+from gemq.calibration.generation_steps import Stepper
 from gemq.calibration.self_generation import batch_size, cache_bytes
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.models.config_values import embedding_rows, layer_configs, rotary_limit
@@ -127,14 +127,14 @@ def test_windows_are_written_as_by_a_model_without_cache():
     """Past the change, all keys are turned by the other factors."""
     model = phimoe()
     ids = tokens(2, 20)
-    step = Steps(model, 20, static=False).begin(2)
+    step = Stepper(model, 20, static=False).begin(2)
     for n in range(1, 20):
         logits = step(ids[:, n - 1 : n])
         exact = model(input_ids=ids[:, :n], use_cache=False).logits[:, -1]
         assert torch.allclose(logits, exact, atol=1e-4), n
-    kept = Steps(model, 20, static=True)
+    kept = Stepper(model, 20, static=True)
     kept.begin(2)
-    assert "rotary factors change" in kept.why
+    assert "rotary factors change" in kept.eager_reason
 
 
 def test_embedding_rows_are_those_of_the_model():

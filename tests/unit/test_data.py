@@ -40,14 +40,14 @@ def test_files_are_read_once_and_may_be_read_ahead(tokenizer, tmp_path, monkeypa
     read = []
     monkeypatch.setattr(sources, "_read_stream", lambda source, *_: read.append(source) or torch.arange(160))
     streams = Streams([write(tmp_path / "a.txt", "a"), write(tmp_path / "b.txt", "b"), "self"], tokenizer, WINDOW, 8)
-    streams.begin()
+    streams.start_reading()
     windows = calibration_windows(streams, seed=0, generate=lambda n: torch.zeros(n, WINDOW, dtype=torch.int64))
     again = calibration_windows(streams, seed=0, generate=lambda n: torch.zeros(n, WINDOW, dtype=torch.int64))
     assert torch.equal(windows.tokens, again.tokens)
     assert [name[-5:] for name in read] == ["a.txt", "b.txt"]
     monkeypatch.undo()
     streams = Streams([write(tmp_path / "c.txt", "too short")], tokenizer, WINDOW, 8)
-    streams.begin()
+    streams.start_reading()
     with pytest.raises(UserError, match="tokens"):
         calibration_windows(streams, seed=0)
 
@@ -230,7 +230,7 @@ def test_broken_jsonl(tokenizer, tmp_path, lines, message):
         (b" \n", "is empty: give a file"),
         (b"abc\0def", "is a binary file: give a text file"),
         (b"caf\xe9 au lait", r"is not UTF-8 \(byte 3\): convert it"),
-        (b"a word", r"has \d+ tokens, fewer than a window of 16: give a longer text or a smaller --window"),
+        (b"a word", r"has \d+ tokens, fewer than a window of 16: give a longer text or a smaller --seq-len"),
     ],
 )
 def test_unusable_files(tokenizer, tmp_path, data, message):
@@ -323,8 +323,8 @@ def test_dataset_without_the_extra(tokenizer, monkeypatch):
 def test_a_share_of_windows_has_the_same_share_of_every_source():
     tokens = torch.arange(26 * 4).view(26, 4)
     windows = Windows(tokens, torch.tensor([0] * 20 + [1] * 5 + [2]), ("a", "b", "c"), (80, 20, 4))
-    share = windows.share(41)
+    share = windows.subsample(41)
     assert share.counts() == {"a": 8, "b": 2, "c": 1}
     assert torch.equal(share.tokens[:8], tokens[[0, 2, 5, 7, 10, 12, 15, 17]])
-    assert windows.share(0) is windows
-    assert windows.share(104) is windows
+    assert windows.subsample(0) is windows
+    assert windows.subsample(104) is windows

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemq.calibration.windows import from_parts
+from gemq.calibration.windows import concat_sources
 from gemq.evaluation.evaluate import compare
 from gemq.evaluation.predictions import UNUSED_SLOT, chosen_experts
 from gemq.models.experts import ExpertsCall
@@ -27,7 +27,7 @@ class Fixed:
 def test_figures_are_means_over_windows_with_their_standard_errors():
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(7, (5, 6), generator=random)
-    windows = from_parts([tokens[:3], tokens[3:]], ["a", "b"], [18, 12])
+    windows = concat_sources([tokens[:3], tokens[3:]], ["a", "b"], [18, 12])
     p, q = (torch.randn(5, 6, 7, generator=random) for _ in range(2))
     experts = torch.tensor([0, 1]).expand(5, 6, 2).clone()
     others = experts.clone()
@@ -59,7 +59,7 @@ def test_figures_are_means_over_windows_with_their_standard_errors():
 def test_one_window_has_no_standard_error():
     tokens = torch.tensor([[1, 2, 0]])
     logits = Fixed(torch.zeros(1, 3, 4), torch.zeros(1, 3, 1), 1)
-    values = compare(from_parts([tokens], ["a"], [3]), [tokens], logits, None)
+    values = compare(concat_sources([tokens], ["a"], [3]), [tokens], logits, None)
     assert values["perplexity"] == pytest.approx(4)
     assert values["perplexity_stderr"] is None
     assert "mean_kl" not in values

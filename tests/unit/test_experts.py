@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from families import MORE, OWN, tiny, tokens
 from gemq.models.experts import (
+    all_pairs_forward,
     apply_down,
     apply_first,
-    every_expert_forward,
     expert_weight,
     experts_forward,
+    record_experts_calls,
     route,
-    watch_experts,
 )
 from gemq.models.structure import find_structure
 
@@ -34,7 +34,7 @@ def first_call(family: str, dtype: torch.dtype = torch.float32):
     model = tiny(family, dtype=dtype)
     _, layer = find_structure(model).moe_layers[-1]
     module = model.get_submodule(layer.experts.path)
-    with watch_experts(module) as calls, torch.no_grad():
+    with record_experts_calls(module) as calls, torch.no_grad():
         model(tokens())
     (call,) = calls
     return module, layer.experts, call
@@ -59,7 +59,7 @@ def test_every_expert_on_every_token_gives_the_same_output(family):
         pytest.skip("routes rows, not tokens")
     arguments = call.hidden, call.top_k_index, call.top_k_weights
     with torch.no_grad():
-        expected, output = experts_forward(module, *arguments), every_expert_forward(module, *arguments)
+        expected, output = experts_forward(module, *arguments), all_pairs_forward(module, *arguments)
     scale = expected.abs().max().item()
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6 * scale)
 
@@ -71,7 +71,7 @@ def test_calls_do_not_depend_on_the_implementation(implementation):
     model.set_experts_implementation(implementation)
     _, layer = find_structure(model).moe_layers[0]
     module = model.get_submodule(layer.experts.path)
-    with watch_experts(module) as calls, torch.no_grad():
+    with record_experts_calls(module) as calls, torch.no_grad():
         model(tokens())
         model(tokens())
     assert len(calls) == 2
@@ -82,7 +82,7 @@ def test_watching_ends_with_the_context():
     model = tiny("mixtral")
     _, layer = find_structure(model).moe_layers[0]
     module = model.get_submodule(layer.experts.path)
-    with pytest.raises(KeyError), watch_experts(module) as calls:
+    with pytest.raises(KeyError), record_experts_calls(module) as calls:
         raise KeyError
     model(tokens())
     assert calls == []
@@ -100,7 +100,7 @@ def test_arguments_are_told_apart(swapped, keywords):
     hidden, index, weights = torch.randn(1, 4, 8), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2)
     b, c = (weights, index) if swapped else (index, weights)
     module = Echo()
-    with watch_experts(module) as calls:
+    with record_experts_calls(module) as calls:
         _ = module(hidden_states=hidden, b=b, c=c) if keywords else module(hidden, b, c)
     assert calls[0].top_k_index is index
     assert calls[0].top_k_weights is weights

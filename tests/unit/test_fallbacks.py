@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from families import tiny, tokens
 from gemq import cli
 from gemq.assets import builtin_model
-from gemq.calibration.generation_steps import Steps
+from gemq.calibration.generation_steps import Stepper
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.decoding.regional_compile import LayerCompiler
 from gemq.errors import UserError
@@ -31,10 +31,10 @@ ERRORS = [TypeError, AttributeError, KeyError, ImportError, NotImplementedError,
 
 @pytest.fixture(autouse=True)
 def nothing_recorded():
-    fallbacks.take()
+    fallbacks.pop_fallbacks()
     warn_once.cache_clear()
     yield
-    fallbacks.take()
+    fallbacks.pop_fallbacks()
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_whatever_is_raised_is_recorded_once_with_its_count():
     for kind in ERRORS:
         with fallbacks.optional("norms_not_fused"):
             raise kind("first" if kind is TypeError else "later")
-    assert fallbacks.take_lines() == [f"{len(ERRORS)} {fallbacks.TEXTS['norms_not_fused']} (TypeError: first)"]
-    assert not fallbacks.take()
+    assert fallbacks.pop_messages() == [f"{len(ERRORS)} {fallbacks.DESCRIPTIONS['norms_not_fused']} (TypeError: first)"]
+    assert not fallbacks.pop_fallbacks()
     with pytest.raises(UserError), fallbacks.optional("norms_not_fused"):
         raise UserError("the user's files")
     with pytest.raises(KeyboardInterrupt), fallbacks.optional("norms_not_fused"):
@@ -110,16 +110,16 @@ def test_layers_and_attention_that_fail_are_left_out(kind, monkeypatch):
 @pytest.mark.parametrize("kind", [TypeError, KeyError])
 def test_windows_are_written_without_a_static_step(kind, monkeypatch):
     model = tiny("olmoe")
-    plain = Steps(model, 6, static=False).begin(2)
+    plain = Stepper(model, 6, static=False).begin(2)
     monkeypatch.setattr(Decoder, "prepare", raising(kind))
     monkeypatch.setattr("gemq.decoding.decoder.static_cache", raising(kind))
-    steps = Steps(model, 6, static=True)
+    steps = Stepper(model, 6, static=True)
     step = steps.begin(2)
-    assert kind.__name__ in steps.why
+    assert kind.__name__ in steps.eager_reason
     assert torch.equal(step(tokens(2, 1)), plain(tokens(2, 1)))
-    monkeypatch.setattr("gemq.calibration.generation_steps._Preallocated", raising(kind))
-    assert torch.equal(Steps(model, 6, static=False).begin(2)(tokens(2, 1)), Steps(model, 6).begin(2)(tokens(2, 1)))
-    assert fallbacks.take()["cache_grows"].count == 2
+    monkeypatch.setattr("gemq.calibration.generation_steps._PreallocatedLayer", raising(kind))
+    assert torch.equal(Stepper(model, 6, static=False).begin(2)(tokens(2, 1)), Stepper(model, 6).begin(2)(tokens(2, 1)))
+    assert fallbacks.pop_fallbacks()["cache_grows"].count == 2
 
 
 def test_out_of_memory_is_no_fallback(monkeypatch):
@@ -154,7 +154,7 @@ def test_nothing_is_called_by_a_deprecated_name(family):
     decoder = Decoder(model, 1, 24)
     decoder.prefill(tokens(1, 9))
     assert len(list(decoder.decode(3))) == 3
-    step = Steps(model, 6, static=False).begin(1)
+    step = Stepper(model, 6, static=False).begin(1)
     for _ in range(3):
         step(tokens(1, 1))
 
@@ -169,7 +169,7 @@ def test_kernels_that_cannot_take_over_leave_the_family_its_own(kind, monkeypatc
     monkeypatch.setattr(fused_norms, "use_fused_norms", raising(kind))
     monkeypatch.setitem(sys.modules, "gemq.kernels.training.rotary", None)
     fused_norms.use_fused_kernels(model, torch.device("cpu"))
-    assert {name: fallback.count for name, fallback in fallbacks.take().items()} == {
+    assert {name: fallback.count for name, fallback in fallbacks.pop_fallbacks().items()} == {
         "norms_not_fused": 1,
         "rotary_not_fused": 1,
     }
@@ -190,7 +190,7 @@ def test_a_norm_that_raises_something_is_none_to_take_over(kind, monkeypatch):
 def test_bench_shows_them(monkeypatch):
     fallbacks.record("rotary_not_fused", TypeError("changed"))
     values = bench.bench(tiny("olmoe"), bench.BenchConfig((), (), 2, compiled=False))
-    assert values["fallbacks"] == [f"1 {fallbacks.TEXTS['rotary_not_fused']} (TypeError: changed)"]
+    assert values["fallbacks"] == [f"1 {fallbacks.DESCRIPTIONS['rotary_not_fused']} (TypeError: changed)"]
 
 
 def test_bench_goes_on_where_the_static_cache_fails(monkeypatch):
@@ -203,7 +203,7 @@ def test_bench_goes_on_where_the_static_cache_fails(monkeypatch):
 def test_a_command_says_at_its_end_what_no_summary_has_shown(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", lambda *_, **__: fallbacks.record("norms_not_fused", TypeError("changed")))
     assert cli.run(["inspect", "x"]) == 0
-    assert capsys.readouterr().err == f"gemq: 1 {fallbacks.TEXTS['norms_not_fused']} (TypeError: changed)\n"
+    assert capsys.readouterr().err == f"gemq: 1 {fallbacks.DESCRIPTIONS['norms_not_fused']} (TypeError: changed)\n"
 
 
 def test_unsupported_says_what_was_raised(monkeypatch):

@@ -43,7 +43,7 @@ def test_a_value_that_is_not_finite_is_refused_by_its_tensors_name(name, tmp_pat
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=rf"stores {name} with values that are not finite"):
-        evaluate_paths(str(source), window=16, max_windows=1, device="cpu")
+        evaluate_paths(str(source), seq_len=16, max_windows=1, device="cpu")
 
 
 def test_layers_are_looked_at_when_they_are_first_read(tmp_path):
@@ -52,10 +52,10 @@ def test_layers_are_looked_at_when_they_are_first_read(tmp_path):
     edit_tensors(source, put(name, float("-inf")))
     _, reader = Source(source).open(CPU, torch.float32)
     reader.read(1)
-    for read in (lambda: reader.read(2), lambda: reader.read_to(CPU, 2), lambda: reader.read(2)):
+    for read in (lambda: reader.read(2), lambda: reader.read_to_device(CPU, 2), lambda: reader.read(2)):
         with pytest.raises(UserError, match=f"stores {name} with values that are not finite"):
             read()
-    assert reader.read(2, {n for n in reader.given[2] if "experts" in n})  # what is read of it is finite
+    assert reader.read(2, {n for n in reader.names_by_layer[2] if "experts" in n})  # what is read of it is finite
 
 
 def test_values_beyond_the_type_that_a_model_is_loaded_in_are_refused(tmp_path):

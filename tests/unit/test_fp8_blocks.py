@@ -108,10 +108,10 @@ def test_models_are_read_by_blocks_whole_and_by_layer(fp8, tmp_path):
     assert any("kv_a_proj_with_mqa" in name for name in meant)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
     _, reader = Source(source).open(CPU, torch.float32)
-    for index in range(len(reader.given)):
+    for index in range(len(reader.names_by_layer)):
         for name, tensor in reader.read(index).items():
             assert torch.equal(tensor, expected.state_dict()[name]), name
-    quantize(source, bits=8, widths=(8,), attention_bits=8)
+    quantize(source, bits=8, widths=(8,), dense_bits=8)
     packed = gemq.load(source.parent / "out", dtype=torch.float32)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():

@@ -8,10 +8,10 @@ from interpreted import DEVICE
 from torch import Tensor
 
 from families import tiny
-from gemq.kernels.training.expert_ops import Shared, combine, gather, projection, residual_gradient, silu_gate
+from gemq.kernels.training.expert_ops import RankPairs, combine, gather, projection, residual_gradient, silu_gate
 from gemq.layers.candidate_training import _residuals
 from gemq.models import experts, grouped
-from gemq.models.experts import Routed, route, route_all, route_own
+from gemq.models.experts import RoutedPairs, route, route_local, route_without_sync
 from gemq.models.structure import find_structure
 
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def assert_same(result: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("past", [False, True])
 def test_route_all_is_route_with_dropped_pairs_at_weight_zero(past):
     index, weights = routing(past=past)
-    routed, pairs = route(index, weights, 4), route_all(index, weights, 4)
+    routed, pairs = route(index, weights, 4), route_without_sync(index, weights, 4)
     num_routed = len(routed.token)
     assert sum(pairs.counts) == index.numel()
     assert torch.equal(pairs.token[:num_routed], routed.token)
@@ -41,36 +41,36 @@ def test_route_all_is_route_with_dropped_pairs_at_weight_zero(past):
     assert torch.equal(pairs.weight[:num_routed], routed.weight)
     assert (num_routed < index.numel()) == past
     assert not pairs.weight[num_routed:].any()
-    assert pairs.place is not None
-    assert torch.equal(pairs.token[pairs.place], torch.arange(len(index), device=DEVICE)[:, None].expand_as(index))
+    assert pairs.positions is not None
+    assert torch.equal(pairs.token[pairs.positions], torch.arange(len(index), device=DEVICE)[:, None].expand_as(index))
 
 
 def test_stacked_pairs_belong_to_experts_of_their_own():
     index, weights = routing(k=3)
     routed = route(index, weights, 4)
-    twice = routed.stacked(slice(2, 4), 2)
+    twice = routed.stack_copies(slice(2, 4), 2)
     selected = routed.expert >= 2
     count = int(selected.sum())
     assert twice.counts == routed.counts[2:] * 2
-    assert twice.counts == Routed(twice.token, twice.expert, twice.weight, twice.ends).counts
+    assert twice.counts == RoutedPairs(twice.token, twice.expert, twice.weight, twice.ends).counts
     for i in range(2):
         copy = slice(i * count, (i + 1) * count)
         assert torch.equal(twice.token[copy], routed.token[selected])
         assert torch.equal(twice.expert[copy], routed.expert[selected] - 2 + 2 * i)
         assert torch.equal(twice.weight[copy], routed.weight[selected])
-    assert twice.owners is not None
-    assert twice.owners.tolist() == [2, 3, 2, 3]
+    assert twice.bias_experts is not None
+    assert twice.bias_experts.tolist() == [2, 3, 2, 3]
 
 
 def test_gathering_and_combining_with_gradients():
     index, weights = routing(tokens=9, k=2)
-    routed = route_all(index, weights, 4)
-    assert routed.place is not None
+    routed = route_without_sync(index, weights, 4)
+    assert routed.positions is not None
     hidden = torch.randn(9, 40, device=DEVICE)
     gradient = torch.randn(9, 40, device=DEVICE)
 
     def kernels(x: Tensor, w: Tensor) -> Tensor:
-        return combine(gather(x, routed.token, routed.place) * 2, w, routed.token, routed.place)
+        return combine(gather(x, routed.token, routed.positions) * 2, w, routed.token, routed.positions)
 
     def plain(x: Tensor, w: Tensor) -> Tensor:
         return torch.zeros_like(x).index_add(0, routed.token, x[routed.token] * 2 * w.unsqueeze(1))
@@ -89,22 +89,22 @@ def test_rows_of_other_ranks_are_never_read():
     index, weights = routing(tokens=9, k=2)
     hidden, gradient = (torch.randn(9, 40, device=DEVICE) for _ in range(2))
 
-    def run(routed: Routed, shared: Shared | None) -> list[Tensor]:
+    def run(routed: RoutedPairs, shared: RankPairs | None) -> list[Tensor]:
         x, w = hidden.clone().requires_grad_(), routed.weight.clone().requires_grad_()
-        assert routed.place is not None
-        y = gather(x, routed.token, routed.place, shared) * 2
+        assert routed.positions is not None
+        y = gather(x, routed.token, routed.positions, shared) * 2
         if shared is not None:
             is_local = torch.arange(len(y), device=DEVICE)[:, None] < shared.num_pairs
             y = torch.where(is_local, y, torch.nan) + torch.where(is_local, 0.0, torch.nan)
-        out = combine(y, w, routed.token, routed.place, shared)
+        out = combine(y, w, routed.token, routed.positions, shared)
         grad_x, grad_w = torch.autograd.grad((out * gradient).sum(), (x, w))
-        assert routed.place is not None
-        return [out, grad_x, grad_w[routed.place]]
+        assert routed.positions is not None
+        return [out, grad_x, grad_w[routed.positions]]
 
-    shards = [route_own(index, weights, local_experts) for local_experts in (slice(0, 3), slice(3, 4))]
+    shards = [route_local(index, weights, local_experts) for local_experts in (slice(0, 3), slice(3, 4))]
     assert sum(int(shard.ends[-1]) for shard in shards) == index.numel()
-    results = [run(shard, Shared(shard.ends[-1:], lambda rows: rows, lambda rows: rows)) for shard in shards]
-    for expected, rank_0, rank_1 in zip(run(route_all(index, weights, 4), None), *results, strict=True):
+    results = [run(shard, RankPairs(shard.ends[-1:], lambda rows: rows, lambda rows: rows)) for shard in shards]
+    for expected, rank_0, rank_1 in zip(run(route_without_sync(index, weights, 4), None), *results, strict=True):
         assert_same(rank_0 + rank_1, expected)
 
 

@@ -22,13 +22,14 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.sources import Streams, calibration_windows, held_out_windows
 from gemq.calibration.windows import Windows
 from gemq.cli.report import print_result
-from gemq.layers.candidates import LayerLadder, Quantizer, build_layer
-from gemq.layers.refinement import assemble_layer, install_layer
+from gemq.layers.candidates import LayerCandidates, build_candidates
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.reconstruction import assemble_layer, install_layer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
-from gemq.pipeline.guard_stage import candidates_kl
+from gemq.pipeline.guard_stage import allocations_kl
 from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
 
@@ -219,12 +220,12 @@ def test_held_out_windows_are_those_that_calibration_left():
     sources = [*map(str, builtin_texts()[:2]), "self"]
     streams = Streams(sources, tokenizer, 64, 12)
     calibration = calibration_windows(streams, seed=3, generate=lambda n: torch.zeros(n, 64, dtype=torch.int64))
-    held_out = held_out_windows(streams, seed=3, held_out=5)
-    assert list(held_out.counts().values()) == [5, 5, 0]
-    assert held_out.names == calibration.names
+    val_fraction = held_out_windows(streams, seed=3, per_source=5)
+    assert list(val_fraction.counts().values()) == [5, 5, 0]
+    assert val_fraction.names == calibration.names
     seen = {tuple(row) for row in calibration.tokens.tolist()}
-    assert not any(tuple(row) in seen for row in held_out.tokens.tolist())
-    all_held_out = held_out_windows(Streams(sources[:1], tokenizer, 64, 12), seed=3, held_out=10**6)
+    assert not any(tuple(row) in seen for row in val_fraction.tokens.tolist())
+    all_held_out = held_out_windows(Streams(sources[:1], tokenizer, 64, 12), seed=3, per_source=10**6)
     assert len(all_held_out) + 12 == all_held_out.tokens_available[0] // 64  # a text has no more
 
 
@@ -238,24 +239,26 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
     windows = Windows(tokens(6, 12, 1), torch.tensor([0, 0, 0, 1, 1, 1]), NAMES, (36, 36))
     weights_before = {n: t.clone() for n, t in model.state_dict().items()}
     activations = Activations.start(replay, windows, 24, 0)
-    ladders: list[LayerLadder] = []
+    candidates: list[LayerCandidates] = []
     for i in range(len(replay.structure.layers)):
-        ladder, activations.hidden = build_layer(replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, 4)
-        ladders.append(ladder)
+        layer_candidates, activations.hidden = build_candidates(
+            replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, 4
+        )
+        candidates.append(layer_candidates)
     counts = [x.experts.count if x.experts else 0 for x in replay.structure.layers]
     mixed = [[(WIDTHS[(e + i) % 3], WIDTHS[e % 3]) for e in range(n)] for i, n in enumerate(counts)]
     three = [[(3, 3)] * n for n in counts]
     start = Activations.start(replay, windows, 24, 0)
-    kls = candidates_kl(replay, start, ladders.__getitem__, [mixed, three], 4, group, lambda *_: None)
+    kls = allocations_kl(replay, start, candidates.__getitem__, [mixed, three], 4, group, lambda *_: None)
     assert all(torch.equal(t, weights_before[n]) for n, t in model.state_dict().items())
-    (single_kl,) = candidates_kl(replay, start, ladders.__getitem__, [three], 4, group, lambda *_: None)
+    (single_kl,) = allocations_kl(replay, start, candidates.__getitem__, [three], 4, group, lambda *_: None)
     assert torch.equal(single_kl, kls[1])  # independent of other candidates, so that a resumed job finds the same
     ids = windows.tokens
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
         for i, layer in enumerate(replay.structure.layers):
             scheme = QuantizationScheme(mixed[i], 4, group)
-            install_layer(model, layer, assemble_layer(ladders[i], layer, mixed[i]), scheme)
+            install_layer(model, layer, assemble_layer(candidates[i], layer, mixed[i]), scheme)
         got = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].mean(1)
     torch.testing.assert_close(kls[0].float(), kl, rtol=1e-4, atol=1e-6)
@@ -276,7 +279,7 @@ def model(tmp_path: Path) -> str:
 def test_a_job_with_its_guard(model, tmp_path):
     """Stored in the work directory, and run again by ``export --finish`` only."""
     text = str(builtin_texts()[0])
-    recipe = Recipe(effort="low", calib=(text,), windows=4, window=32, bits=2.25, refine=False)
+    recipe = Recipe(effort="low", calibration=(text,), num_windows=4, seq_len=32, bits=2.25, reconstruct=False)
     result = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work")
     sources = result.guard["tried"][0]["sources"]
     assert {n: s["windows"] for n, s in sources.items()} == {"c": 8, "self": 16}
@@ -304,7 +307,7 @@ def test_a_job_with_its_guard(model, tmp_path):
 
 def test_a_recipe_without_guard(model, tmp_path):
     text = str(builtin_texts()[0])
-    recipe = Recipe(effort="low", calib=(text,), windows=2, window=16, refine=False, guard=False)
+    recipe = Recipe(effort="low", calibration=(text,), num_windows=2, seq_len=16, reconstruct=False, guard=False)
     result = quantize(model, recipe, out=tmp_path / "out")
     assert result.guard == {"skipped": "switched off in the recipe"}
     assert not (tmp_path / "out.work" / "guard-windows").exists()

@@ -1,11 +1,11 @@
-"""Moments, what becomes of experts that saw few tokens, and the factor that GPTQ takes."""
+"""HessianAccumulator, what becomes of experts that saw few tokens, and the factor that GPTQ takes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gemq.quant.hessian import Moments, factorize
+from gemq.quant.hessian import HessianAccumulator, factorize
 
 torch.set_num_threads(1)
 
@@ -14,8 +14,8 @@ def rows(*counts: int, columns: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randn(sum(counts), columns, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(counts: list[int], shuffle: bool = False) -> tuple[Moments, list[torch.Tensor]]:
-    moments = Moments(len(counts), 16, torch.device("cpu"))
+def filled(counts: list[int], shuffle: bool = False) -> tuple[HessianAccumulator, list[torch.Tensor]]:
+    moments = HessianAccumulator(len(counts), 16, torch.device("cpu"))
     x = rows(*counts)
     moments.add(x, torch.tensor(counts).cumsum(0))
     return moments, list(x.double().split(counts))
@@ -143,7 +143,7 @@ def test_scale_of_inputs_does_not_matter(size):
 def test_moments_that_wait_elsewhere_give_the_same_hessians(counts):
     moments, _ = filled(counts)
     offloaded, _ = filled(counts)
-    offloaded.park(list)
+    offloaded.offload(list)
     for selection in (slice(None), slice(1, 2)):
         assert torch.equal(moments.hessians(0.1, selection), offloaded.hessians(0.1, selection))
     assert not offloaded.sums.numel()

@@ -31,8 +31,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, out = base / "model", base / "out"
     AutoModelForCausalLM.from_pretrained(builtin_model(), num_hidden_layers=LAYERS).save_pretrained(model)
     AutoTokenizer.from_pretrained(builtin_model()).save_pretrained(model)
-    quick = {"effort": "low", "windows": 2, "window": 32, "quantizer": "rtn", "refine": False, "guard": False}
-    recipe = Recipe.from_dict({**quick, "bits": 2.0, "calib": [str(Path(__file__))]})
+    quick = {"effort": "low", "num_windows": 2, "seq_len": 32, "quantizer": "rtn", "reconstruct": False, "guard": False}
+    recipe = Recipe.from_dict({**quick, "bits": 2.0, "calibration": [str(Path(__file__))]})
     gemq.quantize(str(model), recipe, out=out, device="cpu")
     return out
 

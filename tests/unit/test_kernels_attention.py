@@ -84,7 +84,7 @@ def test_a_decoder_uses_the_kernel(family, device, monkeypatch):
             decoder = Decoder(model, 2, 40)
             decoder.prefill(ids)
             decoder.prepare(compile_layers=True, backend="eager")
-            assert decoder._own_attention == use_kernel
+            assert decoder._uses_decode_attention == use_kernel
             steps.append([decoder.prefill(ids).tolist(), *decoder.decode(5)])
     assert steps[0] == steps[1]
     assert model.config._attn_implementation == "sdpa"
@@ -96,6 +96,6 @@ def test_unsupported_attention_is_left_to_transformers(device, monkeypatch):
     decoder.prefill(tokens(1, 5).to(device))
     decoder.prepare(compile_layers=True, backend="eager")
     assert decoder.fallbacks["attention_by_transformers"] == 1
-    assert not decoder._own_attention
+    assert not decoder._uses_decode_attention
     assert isinstance(model, nn.Module)
     assert len(list(decoder.decode(3))) == 3

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import gemq
 from families import FIVE, MORE, OWN, tiny, tokens
-from gemq.calibration.activations import Activations, LayerMoments
+from gemq.calibration.activations import Activations, LayerHessians
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.layers.candidates import LayerLadder, build_layer
+from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.linears import quantize_linears
 from gemq.layers.quantizer import Quantizer
-from gemq.layers.refinement import RefinedLayer, assemble_layer, install_layer, refine_layer
+from gemq.layers.reconstruction import QuantizedLayer, assemble_layer, install_layer, reconstruct_layer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
@@ -48,29 +48,29 @@ def replay_of(family: str, dtype: torch.dtype = torch.float32) -> Replay:
 
 def build(
     replay: Replay, w: Windows, quantizer: Quantizer = GPTQ, dense_bits: int = 4, widths=WIDTHS
-) -> list[LayerLadder]:
+) -> list[LayerCandidates]:
     activations = Activations.start(replay, w, 24, 0)
-    ladders = []
+    candidates = []
     for i in range(len(replay.structure.layers)):
-        ladder, activations.hidden = build_layer(replay, i, activations, quantizer, widths, dense_bits)
-        ladders.append(ladder)
-    return ladders
+        layer_candidates, activations.hidden = build_candidates(replay, i, activations, quantizer, widths, dense_bits)
+        candidates.append(layer_candidates)
+    return candidates
 
 
-def refine(
+def reconstruct(
     replay: Replay, w: Windows, widths: list[list[ExpertWidths]], quantizer: Quantizer = GPTQ, dense_bits: int = 4
 ):
     activations = Activations.start(replay, w, 24, 0)
     layers = []
     for i in range(len(replay.structure.layers)):
-        layers.append(refine_layer(replay, i, activations, quantizer, widths[i], dense_bits))
+        layers.append(reconstruct_layer(replay, i, activations, quantizer, widths[i], dense_bits))
         activations.advance(replay, i)
     return layers
 
 
-def candidate_weight(ladder: LayerLadder, name: str, width: float, columns: int) -> Tensor:
+def candidate_weight(candidates: LayerCandidates, name: str, width: float, columns: int) -> Tensor:
     """All experts' weights of one matrix at one width: [E, rows, columns] float32."""
-    return dequantize(ladder.experts[name][width].unpack(width, group_size_for(columns, GROUP)))
+    return dequantize(candidates.experts[name][width].unpack(width, group_size_for(columns, GROUP)))
 
 
 def mixed(structure: Structure) -> list[list[ExpertWidths]]:
@@ -84,27 +84,27 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# The ladder
+# The candidates
 
 
 @pytest.mark.sample
 @pytest.mark.parametrize("family", [*MORE, OWN])
 def test_ladder_holds_every_matrix_at_every_width(family):
     replay = replay_of(family)
-    for ladder, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
-        assert set(ladder.linears) == {x.path for x in layer.linears}
-        assert ladder.counts.sum() == (72 * 2 if layer.experts else 0)
+    for candidates, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
+        assert set(candidates.linears) == {x.path for x in layer.linears}
+        assert candidates.counts.sum() == (72 * 2 if layer.experts else 0)
         if layer.experts is None:
-            assert not ladder.experts
+            assert not candidates.experts
             continue
         module = replay.model.get_submodule(layer.experts.path)
         for matrix in layer.experts.matrices:
             weight = expert_weight(module, matrix.name)
             errors = []
             for width in WIDTHS:
-                rung = candidate_weight(ladder, matrix.name, width, matrix.columns)
-                assert rung.shape == weight.shape
-                errors.append(((rung - weight).norm() / weight.norm()).item())
+                candidate = candidate_weight(candidates, matrix.name, width, matrix.columns)
+                assert candidate.shape == weight.shape
+                errors.append(((candidate - weight).norm() / weight.norm()).item())
             assert errors == sorted(errors, reverse=True)
             assert errors[0] < 1  # GPTQ gives up weights (0.6 by rounding at 1 bit) for outputs: see test_gptq
             assert errors[-1] < 0.02
@@ -113,13 +113,13 @@ def test_ladder_holds_every_matrix_at_every_width(family):
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_round_trip_through_a_file(family):
     replay = replay_of(family)
-    for ladder, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
-        ladder.retries, ladder.not_improved = 3, 2
-        back = LayerLadder.from_tensors(load(save(ladder.to_tensors())), layer, WIDTHS)
-        assert same(back.to_tensors(), ladder.to_tensors())
+    for candidates, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
+        candidates.retries, candidates.not_improved = 3, 2
+        back = LayerCandidates.from_tensors(load(save(candidates.to_tensors())), layer, WIDTHS)
+        assert same(back.to_tensors(), candidates.to_tensors())
         assert (back.retries, back.not_improved) == (3, 2)
-        assert back.linears.keys() == ladder.linears.keys()
-        assert {n: list(r) for n, r in back.experts.items()} == {n: list(r) for n, r in ladder.experts.items()}
+        assert back.linears.keys() == candidates.linears.keys()
+        assert {n: list(r) for n, r in back.experts.items()} == {n: list(r) for n, r in candidates.experts.items()}
 
 
 def test_ladder_leaves_the_model_alone():
@@ -131,7 +131,7 @@ def test_ladder_leaves_the_model_alone():
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_widths_do_not_influence_each_other(family):
-    """A ladder of fewer widths is a part of the larger one: the same codes to the bit."""
+    """Candidates of fewer widths are a part of those of more: the same codes to the bit."""
     replay = replay_of(family)
     all_widths, two_widths = build(replay, windows()), build(replay, windows(), widths=(1.6, 3))
     for a, b in zip(all_widths, two_widths, strict=True):
@@ -142,21 +142,21 @@ def test_widths_do_not_influence_each_other(family):
 def test_unquantized_linears():
     replay = replay_of("qwen2_moe")
     assert all(not x.linears for x in build(replay, windows(), dense_bits=16))
-    for layer in refine(replay, windows(), mixed(replay.structure), dense_bits=16):
+    for layer in reconstruct(replay, windows(), mixed(replay.structure), dense_bits=16):
         assert not [name for name in layer.tensors if ".experts." not in name]
 
 
 def test_rounding_needs_no_calibration():
     replay = replay_of("olmoe")
-    ladders, other_ladders = build(replay, windows(), RTN), build(replay, windows(2, 5, seed=9), RTN)
-    for a, b in zip(ladders, other_ladders, strict=True):
+    candidates, other_candidates = build(replay, windows(), RTN), build(replay, windows(2, 5, seed=9), RTN)
+    for a, b in zip(candidates, other_candidates, strict=True):
         tensors, other_tensors = a.to_tensors(), b.to_tensors()
         del tensors["counts"], other_tensors["counts"]
         assert same(tensors, other_tensors)
     layer = replay.structure.layers[0]
     weight = expert_weight(replay.model.get_submodule(layer.experts.path), "gate_up_proj")
     expected = Quantized(*(t[2] for t in round_to_nearest(weight, WIDTHS, GROUP)))
-    assert torch.equal(candidate_weight(ladders[0], "gate_up_proj", 2, 64), dequantize(expected))
+    assert torch.equal(candidate_weight(candidates[0], "gate_up_proj", 2, 64), dequantize(expected))
 
 
 @pytest.mark.parametrize("family", FIVE)
@@ -165,10 +165,10 @@ def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
     """Most experts see no token; the result is coarse, never NaN."""
     replay = replay_of(family)
     w = windows(1, length)
-    for ladder in build(replay, w):
-        assert ladder.counts.sum() in (0, 2 * length)
-        assert all(torch.isfinite(t).all() for t in ladder.to_tensors().values() if t.is_floating_point())
-    for layer in refine(replay, w, mixed(replay.structure)):
+    for candidates in build(replay, w):
+        assert candidates.counts.sum() in (0, 2 * length)
+        assert all(torch.isfinite(t).all() for t in candidates.to_tensors().values() if t.is_floating_point())
+    for layer in reconstruct(replay, w, mixed(replay.structure)):
         assert all(torch.isfinite(t).all() for t in layer.to_tensors().values() if t.is_floating_point())
     assert all(torch.isfinite(p).all() for p in replay.model.parameters())
 
@@ -176,7 +176,7 @@ def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
 def test_a_linear_that_no_token_reached_is_rounded():
     replay = replay_of("olmoe")
     linear = replay.structure.layers[0].linears[0]
-    quantized = quantize_linears(replay, [linear], LayerMoments({}, None), GPTQ, 4)
+    quantized = quantize_linears(replay, [linear], LayerHessians({}, None), GPTQ, 4)
     weight = replay.model.get_submodule(linear.path).weight.detach().unsqueeze(0)
     expected = round_to_nearest(weight, (4,), GROUP)
     packed = PackedMatrix.pack(Quantized(*(t[0] for t in expected)), 4, GROUP)
@@ -189,16 +189,16 @@ def test_a_linear_that_no_token_reached_is_rounded():
 def test_assembling_picks_rows():
     replay = replay_of("deepseek_v2")
     widths = mixed(replay.structure)
-    for ladder, layer, chosen in zip(build(replay, windows()), replay.structure.layers, widths, strict=True):
-        tensors = assemble_layer(ladder, layer, chosen).tensors
+    for candidates, layer, chosen in zip(build(replay, windows()), replay.structure.layers, widths, strict=True):
+        tensors = assemble_layer(candidates, layer, chosen).tensors
         count = layer.experts.count * 2 if layer.experts else 0
         assert len(tensors) == 3 * (len(layer.linears) + count)
-        for path, packed in ladder.linears.items():
+        for path, packed in candidates.linears.items():
             assert torch.equal(tensors[f"{path}.codes"], packed.codes[0])
         for e, expert_widths in enumerate(chosen):
             for name, width in zip(("gate_up_proj", "down_proj"), expert_widths, strict=True):
                 for field in PackedMatrix._fields:
-                    expected = getattr(ladder.experts[name][width], field)[e]
+                    expected = getattr(candidates.experts[name][width], field)[e]
                     assert torch.equal(tensors[f"{layer.experts.path}.{e}.{name}.{field}"], expected)
 
 
@@ -210,19 +210,19 @@ def test_assembling_picks_rows():
 def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     """In the first layer with the rest unquantized nothing upstream differs: the same codes to the bit."""
     replay = replay_of(family)
-    ladder, widths = build(replay, windows(), quantizer, dense_bits=16)[0], mixed(replay.structure)
-    expected = assemble_layer(ladder, replay.structure.layers[0], widths[0]).tensors
-    assert same(refine(replay, windows(), widths, quantizer, dense_bits=16)[0].tensors, expected)
+    candidates, widths = build(replay, windows(), quantizer, dense_bits=16)[0], mixed(replay.structure)
+    expected = assemble_layer(candidates, replay.structure.layers[0], widths[0]).tensors
+    assert same(reconstruct(replay, windows(), widths, quantizer, dense_bits=16)[0].tensors, expected)
 
 
 @pytest.mark.parametrize("family", FIVE)
 def test_refine_equals_the_ladder_in_the_first_attention(family):
     """Quantized attention then changes what the experts behind it see, so that their codes differ."""
     replay = replay_of(family)
-    ladder, widths = build(replay, windows())[0], mixed(replay.structure)
+    candidates, widths = build(replay, windows())[0], mixed(replay.structure)
     layer = replay.structure.layers[0]
-    expected = assemble_layer(ladder, layer, widths[0]).tensors
-    tensors = refine(replay, windows(), widths)[0].tensors
+    expected = assemble_layer(candidates, layer, widths[0]).tensors
+    tensors = reconstruct(replay, windows(), widths)[0].tensors
     assert tensors.keys() == expected.keys()
     attention = [n for n in tensors if any(n.startswith(x.path + ".") for x in layer.linears if x.kind == "attention")]
     assert attention
@@ -234,8 +234,8 @@ def test_refine_of_one_expert_does_not_depend_on_the_others_widths():
     replay, other_replay = replay_of("olmoe"), replay_of("olmoe")
     widths = [[(2, 2)] * 6 for _ in range(3)]
     changed = [[(4, 3), *widths[0][1:]], *widths[1:]]
-    tensors = refine(replay, windows(), widths, dense_bits=16)[0].tensors
-    changed_tensors = refine(other_replay, windows(), changed, dense_bits=16)[0].tensors
+    tensors = reconstruct(replay, windows(), widths, dense_bits=16)[0].tensors
+    changed_tensors = reconstruct(other_replay, windows(), changed, dense_bits=16)[0].tensors
     path = replay.structure.layers[0].experts.path
     for name, tensor in tensors.items():
         assert torch.equal(tensor, changed_tensors[name]) == (not name.startswith(f"{path}.0."))
@@ -244,26 +244,26 @@ def test_refine_of_one_expert_does_not_depend_on_the_others_widths():
 def test_refine_leaves_the_quantized_weights_in_the_model():
     replay = replay_of("qwen2_moe")
     widths = mixed(replay.structure)
-    layers = refine(replay, windows(), widths)
+    layers = reconstruct(replay, windows(), widths)
     twin = replay_of("qwen2_moe")
-    for layer, refined, chosen in zip(twin.structure.layers, layers, widths, strict=True):
-        install_layer(twin.model, layer, refined, QuantizationScheme(chosen, 4, GROUP))
+    for layer, reconstructed, chosen in zip(twin.structure.layers, layers, widths, strict=True):
+        install_layer(twin.model, layer, reconstructed, QuantizationScheme(chosen, 4, GROUP))
     assert same(replay.model.state_dict(), twin.model.state_dict())
 
 
 def test_refine_again_gives_the_same_bytes():
     widths = mixed(replay_of("mixtral").structure)
-    layers, repeated = (refine(replay_of("mixtral"), windows(), widths) for _ in range(2))
+    layers, repeated = (reconstruct(replay_of("mixtral"), windows(), widths) for _ in range(2))
     assert all(same(a.to_tensors(), b.to_tensors()) for a, b in zip(layers, repeated, strict=True))
 
 
 def test_refined_layer_round_trip():
     tensors = {"a.codes": torch.ones(2, dtype=torch.uint8)}
-    refined = RefinedLayer(dict(tensors), {"model.norm.weight": torch.rand(3)}, 5, 0.25, 0.125)
-    back = RefinedLayer.from_tensors(load(save(refined.to_tensors())))
+    reconstructed = QuantizedLayer(dict(tensors), {"model.norm.weight": torch.rand(3)}, 5, 0.25, 0.125)
+    back = QuantizedLayer.from_tensors(load(save(reconstructed.to_tensors())))
     assert same(back.tensors, tensors)
-    assert same(back.tuned, refined.tuned)
-    assert (back.retries, back.before, back.after) == (5, 0.25, 0.125)
+    assert same(back.tuned, reconstructed.tuned)
+    assert (back.retries, back.error_before, back.error_after) == (5, 0.25, 0.125)
 
 
 # What is installed, and what a checkpoint computes
@@ -274,22 +274,22 @@ def test_refined_layer_round_trip():
 def test_installed_weights_are_what_the_codes_mean(family):
     replay = replay_of(family)
     widths = mixed(replay.structure)
-    ladders = build(replay, windows())
+    candidates = build(replay, windows())
     originals = copy.deepcopy(replay.model.state_dict())
     touched = set()
-    for ladder, layer, chosen in zip(ladders, replay.structure.layers, widths, strict=True):
+    for layer_candidates, layer, chosen in zip(candidates, replay.structure.layers, widths, strict=True):
         scheme = QuantizationScheme(chosen, 4, GROUP)
-        install_layer(replay.model, layer, assemble_layer(ladder, layer, chosen), scheme)
+        install_layer(replay.model, layer, assemble_layer(layer_candidates, layer, chosen), scheme)
         for linear in layer.linears:
             group = group_size_for(linear.columns, GROUP)
-            expected = dequantize(ladder.linears[linear.path].unpack(4, group))[0]
+            expected = dequantize(layer_candidates.linears[linear.path].unpack(4, group))[0]
             assert torch.equal(replay.model.get_submodule(linear.path).weight, expected)
             touched.add(f"{linear.path}.weight")
         for m, matrix in enumerate(layer.experts.matrices if layer.experts else ()):
             weight = expert_weight(replay.model.get_submodule(layer.experts.path), matrix.name)
             for e, expert_widths in enumerate(chosen):
-                rung = candidate_weight(ladder, matrix.name, expert_widths[m], matrix.columns)
-                assert torch.equal(weight[e], rung[e])
+                candidate = candidate_weight(layer_candidates, matrix.name, expert_widths[m], matrix.columns)
+                assert torch.equal(weight[e], candidate[e])
             touched.add(f"{layer.experts.path}.{matrix.name}")
     for name, tensor in replay.model.state_dict().items():
         assert torch.equal(tensor, originals[name]) == (name not in touched)
@@ -301,10 +301,10 @@ def test_installed_weights_are_what_the_codes_mean(family):
 def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtype, tmp_path):
     replay = replay_of(family, dtype)
     widths = mixed(replay.structure)
-    layers = refine(replay, windows(), widths)
+    layers = reconstruct(replay, windows(), widths)
     structure = replay.structure
     packed = PackedFormat(
-        experts={x.experts.path: matrix_widths(x, widths[i]) for i, x in structure.moe_layers if x.experts},
+        experts={x.experts.path: matrix_widths(x, widths[i]) for i, x in structure.moe_layers},
         linears={x.path: 4 for layer in structure.layers for x in layer.linears},
         group_size=GROUP,
     )

@@ -31,7 +31,7 @@ def quantized(source: Path) -> tuple[Any, Any]:
     """The packed model of a source, read back, and what ``quantize`` said."""
     text = source.parent / "text.txt"
     text.write_text("".join(chr(33 + i * i % 93) for i in range(400)))
-    recipe = Recipe(effort="low", bits=2.0, calib=(str(text),), windows=4, window=24, guard=False)
+    recipe = Recipe(effort="low", bits=2.0, calibration=(str(text),), num_windows=4, seq_len=24, guard=False)
     result = gemq.quantize(str(source), recipe, out=source.parent / "out", device="cpu")
     return gemq.load(source.parent / "out", dtype=torch.float32), result
 

@@ -116,7 +116,7 @@ def test_windows_line_ends_change_no_window(tmp_path):
     for name, text in (("unix.txt", TEXT), ("windows.txt", TEXT.replace("\n", "\r\n"))):
         (tmp_path / name).write_bytes(text.encode())
     windows = eval_windows(builtin(), [tmp_path / "unix.txt", tmp_path / "windows.txt"], WINDOW)
-    assert windows.of(0).tokens.tolist() == windows.of(1).tokens.tolist()
+    assert windows.select_source(0).tokens.tolist() == windows.select_source(1).tokens.tolist()
 
 
 def test_rows_by_line_and_in_one_array(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_rows_come_through_a_pipe_too(tmp_path):
     pipe = piped(tmp_path, "62", "".join(f'{{"text": "{"word " * 30}"}}\n' for _ in range(20)).encode())
     streams = Streams([pipe], tokenizer, WINDOW, 8)
     calibration_windows(streams, seed=0)
-    assert streams.rows()["pipe"].columns == {"text": 20}
+    assert streams.row_stats()["pipe"].columns == {"text": 20}
 
 
 def test_devices_are_refused():

@@ -7,46 +7,51 @@ from typing import Any
 
 import pytest
 import torch
-from gemq.pipeline.layer_stages import reverse_order, segment_length
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from families import MORE, random_model, tiny_config, tokens
 from gemq import UserError
 from gemq.layers.candidate_training import TRAIN_BYTES
-from gemq.models.layer_cache import Residency
+from gemq.models.layer_cache import LayerCache
 from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
-from gemq.pipeline import layer_stages
-from gemq.planning.memory_model import Footprint
+from gemq.pipeline import scores_stage
+from gemq.pipeline.scores_stage import reverse_order, segment_length
+from gemq.pipeline.stages import Footprint
 from gemq.recipe import Recipe
-from gemq.runtime.activation_store import Batches, HiddenStates
-from gemq.runtime.memory import Bound, Memory, Place, Waiting, gigabytes
+from gemq.runtime.activation_store import ActivationStore, HiddenStates
+from gemq.runtime.memory import ByteLimit, MemoryBudget, MemoryTier, OffloadedTensors, gigabytes
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
-def memory(device: int, host: int, directory: Path | None) -> Memory:
+def memory(device: int, host: int, directory: Path | None) -> MemoryBudget:
     """Bounds as on a GPU, the CPU standing for it."""
-    return Memory(CPU, Bound(device), Bound(host), directory)
+    return MemoryBudget(CPU, ByteLimit(device), ByteLimit(host), directory)
 
 
 def some(*shape: int) -> Tensor:
     return torch.arange(float(torch.Size(shape).numel())).view(shape)
 
 
-# Batches
+# ActivationStore
 
 
 def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
     m = memory(40, 64, tmp_path)
     tensors = [some(10), some(2, 5) + 1, some(10).to(torch.int64), some(3)]
-    batches = Batches(m, tensors)
-    assert [entry._tensor.location for entry in batches._entries] == [Place.DEVICE, Place.HOST, Place.DISK, Place.DISK]
+    batches = ActivationStore(m, tensors)
+    assert [entry._tensor.location for entry in batches._entries] == [
+        MemoryTier.DEVICE,
+        MemoryTier.HOST,
+        MemoryTier.DISK,
+        MemoryTier.DISK,
+    ]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batches, tensors, strict=True))
-    assert m.spilled == {Place.HOST: 40, Place.DISK: 92}
+    assert m.spilled == {MemoryTier.HOST: 40, MemoryTier.DISK: 92}
     for i in range(4):
         batches[i] = tensors[i] * 2
         assert torch.equal(batches[i], tensors[i] * 2)
@@ -65,7 +70,7 @@ def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
 def test_extra_outputs_are_stored_with_hidden_states(room, tmp_path):
     positions = torch.tensor([1, 2])
     states = HiddenStates.with_extras(some(2, 3), {1: positions, 2: "word"})
-    batches = Batches(memory(room, 0, tmp_path), [states])
+    batches = ActivationStore(memory(room, 0, tmp_path), [states])
     for _ in range(2):
         loaded = batches[0]
         assert torch.equal(loaded, some(2, 3))
@@ -76,7 +81,7 @@ def test_extra_outputs_are_stored_with_hidden_states(room, tmp_path):
 
 def test_without_a_directory_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="give more with --host-memory"):
-        Batches(memory(10, 10, None), [some(10)])
+        ActivationStore(memory(10, 10, None), [some(10)])
 
 
 @pytest.mark.parametrize(("device", "host"), [(10**6, 0), (0, 10**6), (0, 0)])
@@ -90,15 +95,15 @@ def test_an_optimizers_state_waits_with_its_parameters(device, host, tmp_path):
         return [fixed], [parameter, *(t for state in optimizers[0].state.values() for t in state.values())]
 
     m = memory(device, host, tmp_path)
-    waiting = Waiting(m, tensors, 40)
+    waiting = OffloadedTensors(m, tensors, 40)
     for _ in range(3):
-        waiting.come()
+        waiting.load()
         parameter.grad, expected.grad = fixed.clone(), some(4) + 1
         for optimizer in optimizers:
             optimizer.step()
         parameter.grad = None
-        waiting.leave(changed=True)
-    waiting.come()
+        waiting.offload(changed=True)
+    waiting.load()
     assert torch.equal(parameter, expected)
     waiting.close()
     assert (m.on_device.used, m.host.used) == (0, 0)
@@ -125,14 +130,14 @@ def test_layers_read_alone_are_those_of_the_whole_model(family, tmp_path):
     whole, stored = source.load(CPU, torch.float32)
     model, reader = source.open(CPU, torch.float32)
     assert {name: reader.types[name] for name in stored} == stored
-    residency = Residency(model, find_structure(model), reader, Memory.unlimited(CPU), torch.float32)
-    with residency.all_layers():
+    layer_cache = LayerCache(model, find_structure(model), reader, MemoryBudget.unlimited(CPU), torch.float32)
+    with layer_cache.all_layers():
         found = model.state_dict()
         assert found.keys() == whole.state_dict().keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
         buffers = dict(model.named_buffers())
         assert all(torch.equal(buffers[name], tensor) for name, tensor in whole.named_buffers())
-    residency.close()
+    layer_cache.close()
 
 
 def test_rest_of_a_layer_is_read_without_what_is_packed(tmp_path):
@@ -142,24 +147,26 @@ def test_rest_of_a_layer_is_read_without_what_is_packed(tmp_path):
         f"{x.path}.weight" for x in layer.linears
     }
     rest = reader.read(0, packed)
-    assert rest.keys() == reader.given[0] - packed
+    assert rest.keys() == reader.names_by_layer[0] - packed
     assert all(torch.equal(t, reader.read(0)[n]) for n, t in rest.items())
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_a_layer_may_be_put_together_on_its_device(family, tmp_path):
     _, reader = source_of(family, tmp_path).open(CPU, torch.float32)
-    assert reader.plain
-    last = len(reader.given) - 1
+    assert reader.has_uniform_type
+    last = len(reader.names_by_layer) - 1
     for index in (last, last, last - 1):  # put together, and from then on read into place
-        alone, there = reader.read(index), reader.read_to(CPU, index)
+        alone, there = reader.read(index), reader.read_to_device(CPU, index)
         assert alone.keys() == there.keys()
         assert all(torch.equal(tensor, there[name]) for name, tensor in alone.items())
-        assert reader.known(index)
+        assert reader.knows_layout(index)
     _, reader = source_of(family, tmp_path).open(CPU, torch.float32)
-    reader.learn(last, reader.read(last))  # where memory had no room for its parts
-    assert reader.known(last)
-    assert all(torch.equal(tensor, reader.read(last)[name]) for name, tensor in reader.read_to(CPU, last).items())
+    reader.learn_layout(last, reader.read(last))  # where memory had no room for its parts
+    assert reader.knows_layout(last)
+    assert all(
+        torch.equal(tensor, reader.read(last)[name]) for name, tensor in reader.read_to_device(CPU, last).items()
+    )
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "nemotron_h"])
@@ -169,14 +176,14 @@ def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
     expected = source.load(CPU, torch.float32)[0](ids, use_cache=False).logits
     model, reader = source.open(CPU, torch.float32)
     structure = find_structure(model)
-    free = Residency(model, structure, reader, Memory.unlimited(CPU), torch.float32)
-    bound = Bound(free.least_bytes)
-    m = Memory(CPU, bound, bound)
+    free = LayerCache(model, structure, reader, MemoryBudget.unlimited(CPU), torch.float32)
+    bound = ByteLimit(free.least_bytes)
+    m = MemoryBudget(CPU, bound, bound)
     model, reader = source.open(CPU, torch.float32)
-    residency = Residency(model, structure, reader, m, torch.float32)
-    assert not residency.fits()
-    replay = Replay(model, structure, residency)
-    with residency.alike():
+    layer_cache = LayerCache(model, structure, reader, m, torch.float32)
+    assert not layer_cache.all_layers_fit()
+    replay = Replay(model, structure, layer_cache)
+    with layer_cache.with_one_layer_per_kind():
         replay._verify(ids)
     for _ in range(2):
         with torch.no_grad():
@@ -190,7 +197,7 @@ def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
 def test_a_changed_layer_is_read_anew(tmp_path):
     model, reader = source_of("olmoe", tmp_path).open(CPU, torch.float32)
     structure = find_structure(model)
-    replay = Replay(model, structure, Residency(model, structure, reader, Memory.unlimited(CPU), torch.float32))
+    replay = Replay(model, structure, LayerCache(model, structure, reader, MemoryBudget.unlimited(CPU), torch.float32))
     ids = tokens()
     with torch.no_grad():
         hidden, calls = replay.inputs(ids)
@@ -238,10 +245,17 @@ def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, mon
     from conformance import save_tokenizer
 
     save_tokenizer(source)
-    recipe = Recipe(effort="low", windows=4, window=24, batch_tokens=48, calib=(str(builtin_texts()[0]),), guard=False)
+    recipe = Recipe(
+        effort="low",
+        num_windows=4,
+        seq_len=24,
+        micro_batch_tokens=48,
+        calibration=(str(builtin_texts()[0]),),
+        guard=False,
+    )
     found: list[Any] = []
     for k in (1, 2, 3):
-        monkeypatch.setattr(layer_stages, "segment_length", lambda *_, k=k: k)
+        monkeypatch.setattr(scores_stage, "segment_length", lambda *_, k=k: k)
         work = tmp_path / f"out{k}.work"
         gemq.quantize(str(source), recipe, out=tmp_path / f"out{k}", work=work, device="cpu")
         found.append({f.name: f.read_bytes() for f in sorted(work.glob("scores-*/*.safetensors"))})
@@ -255,9 +269,9 @@ def test_fewer_experts_are_trained_at_once_where_memory_is_short():
     with torch.device("meta"):
         structure = find_structure(OlmoeForCausalLM(config))
     footprint = Footprint(structure, Recipe(), config, torch.bfloat16, torch.device("cuda"))
-    least = footprint.least
-    rooms = [footprint.train_room(left) for left in (1 << 40, 10_000_000_000, least, 0)]
+    least = footprint.min_working_bytes
+    rooms = [footprint.training_bytes(left) for left in (1 << 40, 10_000_000_000, least, 0)]
     assert rooms[0] == TRAIN_BYTES[0] > rooms[2] >= rooms[3] == TRAIN_BYTES[-1]
     assert rooms == sorted(rooms, reverse=True)
-    assert footprint.working(rooms[1]) <= 10_000_000_000
-    assert footprint.working(rooms[2]) == least < footprint.working(rooms[0])
+    assert footprint.working_bytes(rooms[1]) <= 10_000_000_000
+    assert footprint.working_bytes(rooms[2]) == least < footprint.working_bytes(rooms[0])

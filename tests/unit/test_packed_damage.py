@@ -18,7 +18,7 @@ import gemq
 import plain_reader
 from gemq import UserError
 from gemq.checkpoint.contents import inspect_checkpoint
-from gemq.checkpoint.dense_export import write_dense_twin
+from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.reader import check_checkpoint
 from packed_checkpoints import write_packed
 
@@ -66,7 +66,7 @@ def readers(tmp_path):
     return {
         "load": gemq.load,
         "from_pretrained": AutoModelForCausalLM.from_pretrained,
-        "export --dense": lambda directory: write_dense_twin(directory, tmp_path / "twin"),
+        "export --dense": lambda directory: write_dense_checkpoint(directory, tmp_path / "twin"),
         "vLLM": check_checkpoint,
         "inspect --verify": lambda directory: inspect_checkpoint(directory, verify=True),
     }
@@ -197,7 +197,7 @@ def test_what_save_pretrained_renamed_is_read_by_all(tmp_path):
     assert torch.equal(logits(gemq.load(tmp_path / "saved")), logits(model))
     check_checkpoint(tmp_path / "saved")
     for name in ("mixtral", "saved"):
-        write_dense_twin(tmp_path / name, tmp_path / f"{name}-twin")
+        write_dense_checkpoint(tmp_path / name, tmp_path / f"{name}-twin")
     one, two = (load_file(tmp_path / f"{name}-twin" / "model.safetensors") for name in ("mixtral", "saved"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -211,8 +211,8 @@ def test_a_stale_file_is_not_read_by_anything(packed, copy, tmp_path):
         save_file(tensors, copy / name, metadata={"format": "pt"})
     assert torch.equal(logits(gemq.load(copy)), logits(gemq.load(packed)))
     assert inspect_checkpoint(copy).stored_bytes == inspect_checkpoint(packed).stored_bytes
-    write_dense_twin(copy, tmp_path / "one")
-    write_dense_twin(packed, tmp_path / "two")
+    write_dense_checkpoint(copy, tmp_path / "one")
+    write_dense_checkpoint(packed, tmp_path / "two")
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
@@ -250,7 +250,7 @@ def test_no_twin_is_written_without_a_router_or_a_norm(copy, tmp_path, missing):
     tensors = load_file(copy / "model.safetensors")
     del tensors[missing]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    for read in (gemq.load, lambda directory: write_dense_twin(directory, tmp_path / "twin"), check_checkpoint):
+    for read in (gemq.load, lambda directory: write_dense_checkpoint(directory, tmp_path / "twin"), check_checkpoint):
         with pytest.raises(UserError, match=f"1 unpacked tensors do not fit the model, first: {missing} is missing"):
             read(copy)
     assert not (tmp_path / "twin").exists()
@@ -271,7 +271,7 @@ LARGE = {
 def test_a_number_larger_than_the_files_is_refused_quickly(copy, tmp_path, key, value):
     edit_config(copy, lambda values: (values.update({key: value}), values.pop("gemq_checksums")))
     begin = time.process_time()
-    for read in (gemq.load, lambda directory: write_dense_twin(directory, tmp_path / "twin"), check_checkpoint):
+    for read in (gemq.load, lambda directory: write_dense_checkpoint(directory, tmp_path / "twin"), check_checkpoint):
         with pytest.raises(UserError):
             read(copy)
     assert time.process_time() - begin < 5
@@ -340,7 +340,7 @@ def test_odd_settings_are_one_line_each(copy, tmp_path, change):
 )
 def test_a_configuration_that_transformers_cannot_use_is_one_line(copy, tmp_path, change):
     edit_config(copy, lambda values: (values.update(change), values.pop("gemq_checksums")))
-    for read in (gemq.load, lambda directory: write_dense_twin(directory, tmp_path / "twin"), check_checkpoint):
+    for read in (gemq.load, lambda directory: write_dense_checkpoint(directory, tmp_path / "twin"), check_checkpoint):
         with pytest.raises(UserError) as caught:
             read(copy)
         assert "\n" not in str(caught.value)

@@ -14,18 +14,18 @@ from gemq.pipeline.quantize import Result, export, quantize
 from gemq.recipe import Recipe
 
 torch.set_num_threads(1)
-KEYS = {"effort": "low", "windows": 6, "window": 32, "guard": False}
+KEYS = {"effort": "low", "num_windows": 6, "seq_len": 32, "guard": False}
 
 
 def job(folder: Path, **keys: object) -> Result:
-    recipe = Recipe.from_dict({**KEYS, "calib": [str(builtin_texts()[0])], **keys})
+    recipe = Recipe.from_dict({**KEYS, "calibration": [str(builtin_texts()[0])], **keys})
     return quantize(str(builtin_model()), recipe, out=folder / "out", work=folder / "work")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("progressive")
-    return folder, job(folder, progressive=[2.5, 2.0], distil_epochs=1)
+    return folder, job(folder, progressive=[2.5, 2.0], distill_epochs=1)
 
 
 def test_every_step_has_its_scores_and_its_finished_model(made):
@@ -34,7 +34,7 @@ def test_every_step_has_its_scores_and_its_finished_model(made):
     assert result.expert_bits_nominal == pytest.approx(2.0, abs=0.02)
     around = [json.loads((s / "stage.json").read_text())["around"] for s in work.glob("scores-*")]
     assert sorted(map(bool, around)) == [False, True]  # full precision, then the model of 2.5 bits
-    assert len(list(work.glob("refined-*"))) == len(list(work.glob("distilled-*"))) == 2
+    assert len(list(work.glob("reconstructed-*"))) == len(list(work.glob("distilled-*"))) == 2
     logits = gemq.load(folder / "out")(input_ids=torch.arange(32).unsqueeze(0)).logits
     assert logits.isfinite().all()
 
@@ -58,7 +58,7 @@ def test_scores_around_a_quantized_model_differ_and_costs_stay_those_of_the_full
 def test_a_second_run_computes_nothing(made):
     folder, result = made
     recipe = Recipe.from_dict(
-        {**KEYS, "calib": [str(builtin_texts()[0])], "progressive": [2.5, 2.0], "distil_epochs": 1}
+        {**KEYS, "calibration": [str(builtin_texts()[0])], "progressive": [2.5, 2.0], "distill_epochs": 1}
     )
     again = quantize(str(builtin_model()), recipe, out=folder / "out", work=folder / "work", resume=True)
     assert again.complete_before

@@ -131,7 +131,7 @@ def run(index, expert_slice, sharding, tokens=slice(None)):
     for name, weight in weights.items():
         setattr(module, name, torch.nn.Parameter(weight[expert_slice].clone()))
     if sharding is not None:
-        setattr(module, expert_parallel._SPLIT, sharding)
+        setattr(module, expert_parallel._SHARDING, sharding)
     x, w = hidden[tokens].clone().requires_grad_(), routing[tokens].clone().requires_grad_()
     out = experts.experts_forward(module, x, index[tokens], w)
     out.float().square().sum().backward()
@@ -143,7 +143,7 @@ for in_groups in (False, True):
     grouped.usable = lambda *_: in_groups
     for index in (busy, idle):
         expected, expected_grads = run(index, slice(None), None)
-        results, grads = run(index, local, expert_parallel.Split(ranks, 8))
+        results, grads = run(index, local, expert_parallel.ExpertSharding(ranks, 8))
         pairs = [*zip(expected, results), *zip((g[local] for g in expected_grads), grads)]
         if in_groups:  # sums over ranks are rounded by torch, those of one rank by the interpreter, which truncates
             assert all((a - b).float().norm() <= 2**-7 * a.float().norm() for a, b in pairs)
@@ -151,7 +151,7 @@ for in_groups in (False, True):
             assert all(torch.equal(a, b) for a, b in pairs)
         if in_groups:  # a rank has a third of the tokens, so that rounding errors of its rows average out less
             tokens = ranks.local_slice(21)
-            results, grads = run(index, local, expert_parallel.Split(ranks, 8, sharded=True), tokens)
+            results, grads = run(index, local, expert_parallel.ExpertSharding(ranks, 8, sharded=True), tokens)
             pairs = [*zip((t[tokens] for t in expected), results), *zip((g[local] for g in expected_grads), grads)]
             assert all((a - b).float().norm() <= 2**-6 * a.float().norm() for a, b in pairs)
 leave_ranks()

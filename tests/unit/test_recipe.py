@@ -38,11 +38,11 @@ def test_defaults():
     recipe = Recipe()
     assert recipe.bits is recipe.stored_bits is recipe.size is None
     assert recipe.budget_text == "2 bits"
-    assert (recipe.windows, recipe.window, recipe.seed, recipe.calib) == (128, None, 0, ("self",))
-    assert recipe.ladder_widths == (1, 1.6, 2, 3)
+    assert (recipe.num_windows, recipe.seq_len, recipe.seed, recipe.calibration) == (128, None, 0, ("self",))
+    assert recipe.candidate_widths == (1, 1.6, 2, 3)
     assert recipe.width_names == "1, 1.6, 2, 3"
-    assert (recipe.group_size, recipe.attention_bits, recipe.quantizer) == (128, 4, "gptq")
-    assert (recipe.allocate, recipe.layer_rule, recipe.refine) == ("global", False, True)
+    assert (recipe.group_size, recipe.dense_bits, recipe.quantizer) == (128, 4, "gptq")
+    assert (recipe.allocate, recipe.layer_rule, recipe.reconstruct) == ("global", False, True)
     assert recipe.dtype == "auto"
 
 
@@ -56,7 +56,7 @@ def test_recipes_cannot_be_changed_and_compare_by_value():
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(name):
     for choice in CHOICES[name]:
-        epochs = {"ladder_epochs": 0, "layer_epochs": 0}  # training cannot start from round to nearest
+        epochs = {"candidate_epochs": 0, "reconstruction_epochs": 0}  # training cannot start from round to nearest
         assert getattr(Recipe(**{name: choice}, **epochs), name) == choice
     refused(rf"{name} cannot be 'best': choose from {CHOICES[name][0]}", **{name: "best"})
 
@@ -81,15 +81,15 @@ def test_choices(name):
         ({"group_size": 8}, "group_size 8 is not"),
         ({"group_size": 0}, "group_size 0 is not"),
         ({"group_size": -16}, "group_size -16 is not"),
-        ({"attention_bits": 1}, "attention_bits cannot be 1: choose 2, 3, 4, 8, or 16 for unquantized"),
-        ({"attention_bits": 5}, "attention_bits cannot be 5"),
-        ({"calib": ()}, "calib names no source: give a text file"),
-        ({"windows": 0}, "windows cannot be 0: the least is 1"),
-        ({"batch_tokens": 0}, "batch_tokens cannot be 0: the least is 1"),
+        ({"dense_bits": 1}, "dense_bits cannot be 1: choose 2, 3, 4, 8, or 16 for unquantized"),
+        ({"dense_bits": 5}, "dense_bits cannot be 5"),
+        ({"calibration": ()}, "calibration names no source: give a text file"),
+        ({"num_windows": 0}, "windows cannot be 0: the least is 1"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens cannot be 0: the least is 1"),
         ({"seed": -1}, "seed cannot be -1: the least is 0"),
-        ({"window": 1}, "window cannot be 1: a window has at least 2 tokens"),
-        ({"damping": -0.1}, r"damping must be a number from 0 up \(it is -0\.1\)"),
-        ({"hessian_shrink": -1.0}, "hessian_shrink must be a number from 0 up"),
+        ({"seq_len": 1}, "window cannot be 1: a window has at least 2 tokens"),
+        ({"dampening": -0.1}, r"dampening must be a number from 0 up \(it is -0\.1\)"),
+        ({"hessian_shrinkage": -1.0}, "hessian_shrinkage must be a number from 0 up"),
         ({"smoothing": -1.0}, "smoothing must be a number from 0 up"),
     ],
 )
@@ -98,7 +98,7 @@ def test_what_is_refused(values, match):
     refused(match, **values)
 
 
-# Widths of the ladder
+# Widths of the candidates
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_what_is_refused(values, match):
     ],
 )
 def test_four_bits_join_above_two_and_a_half(values, wide):
-    assert Recipe(**values).ladder_widths == ((1, 1.6, 2, 3, 4) if wide else (1, 1.6, 2, 3))
+    assert Recipe(**values).candidate_widths == ((1, 1.6, 2, 3, 4) if wide else (1, 1.6, 2, 3))
 
 
 def test_named_widths_win():
-    assert Recipe(bits=2.9, widths=(8, 2)).ladder_widths == (2, 8)
-    assert Recipe(widths=("1.6", "2")).ladder_widths == (1.6, 2)  # type: ignore[arg-type]
+    assert Recipe(bits=2.9, widths=(8, 2)).candidate_widths == (2, 8)
+    assert Recipe(widths=("1.6", "2")).candidate_widths == (1.6, 2)  # type: ignore[arg-type]
 
 
 # Changes
@@ -167,7 +167,7 @@ def test_progressive():
         ({"progressive": [3.0, 2.0], "bits": 2.5}, "make that its last budget"),
         ({"progressive": [3.0, 2.0], "size": 10**9}, "leave out stored_bits and size"),
         ({"progressive": [3.5, 2.0]}, "3.5 bits: give --bits from 1 to 3, or allow a wider width"),
-        ({"progressive": [3.0, 2.0], "refine": False}, "needs refine"),
+        ({"progressive": [3.0, 2.0], "reconstruct": False}, "needs reconstruct"),
         ({"progressive": [3.0, 2.0], "allocate": "uniform"}, "allocate global or layerwise"),
         ({"progressive": "three"}, "progressive cannot be 'three'"),
     ],
@@ -184,7 +184,7 @@ def test_efforts():
         recipe = Recipe(effort=effort)
         assert {name: getattr(recipe, name) for name in keys} == keys
     assert not any(EFFORTS["low"].values())
-    assert Recipe(effort="medium", distil_epochs=0).distil_epochs == 0
+    assert Recipe(effort="medium", distill_epochs=0).distill_epochs == 0
 
 
 # YAML
@@ -195,9 +195,11 @@ def test_efforts():
     "recipe",
     [
         Recipe(),
-        Recipe(effort="low", bits=2.25, calib=("a.txt", "self"), widths=(1.6, 2, 4), layer_rule=True, window=512),
-        Recipe(size=12 * 10**9, allocate="random", refine=False, smoothing=0.0, dtype="float32"),
-        Recipe(effort="low", stored_bits=2.5, quantizer="rtn", allocate_by="expert", attention_bits=16),
+        Recipe(
+            effort="low", bits=2.25, calibration=("a.txt", "self"), widths=(1.6, 2, 4), layer_rule=True, seq_len=512
+        ),
+        Recipe(size=12 * 10**9, allocate="random", reconstruct=False, smoothing=0.0, dtype="float32"),
+        Recipe(effort="low", stored_bits=2.5, quantizer="rtn", allocate_by="expert", dense_bits=16),
     ],
 )
 def test_round_trips(recipe, tmp_path):
@@ -212,15 +214,15 @@ def test_values_as_people_write_them(tmp_path):
     file.write_text("size: 12GB\nwidths: 1,1.6,3\ncalib: notes.txt\nwindows: 64.0\ndamping: 1e-3\nlayer_rule: true\n")
     recipe = Recipe.from_yaml(file)
     assert recipe.size == 12 * 10**9
-    assert recipe.ladder_widths == (1, 1.6, 3)
-    assert recipe.calib == ("notes.txt",)
-    assert recipe.windows == 64
-    assert isinstance(recipe.windows, int)
-    assert recipe.damping == 1e-3
+    assert recipe.candidate_widths == (1, 1.6, 3)
+    assert recipe.calibration == ("notes.txt",)
+    assert recipe.num_windows == 64
+    assert isinstance(recipe.num_windows, int)
+    assert recipe.dampening == 1e-3
     assert recipe.layer_rule is True
     file.write_text("widths: [2, 3]\ncalib: [a.txt, self]\nbits: 2\nwindow: null\n")
     recipe = Recipe.from_yaml(file)
-    assert (recipe.widths, recipe.calib, recipe.bits, recipe.window) == ((2, 3), ("a.txt", "self"), 2.0, None)
+    assert (recipe.widths, recipe.calibration, recipe.bits, recipe.seq_len) == ((2, 3), ("a.txt", "self"), 2.0, None)
     file.write_text("# nothing yet\n")
     assert Recipe.from_yaml(file) == Recipe()
 
@@ -237,8 +239,8 @@ def test_values_as_people_write_them(tmp_path):
         ("windows: true", "windows cannot be True"),
         ("windows: [1]", r"windows cannot be \[1\]"),
         ("seed: null", "seed cannot be None"),
-        ("refine: 1", "refine cannot be 1: it takes a value of type bool"),
-        ("refine: 'no'", "refine cannot be 'no'"),
+        ("reconstruct: 1", "reconstruct cannot be 1: it takes a value of type bool"),
+        ("reconstruct: 'no'", "reconstruct cannot be 'no'"),
         ("widths: 2,7", "there is no width '7'"),
         ("size: huge", "'huge' is not a size: write it like 12GB"),
         ("- bits", "holds no keys: write lines such as 'bits: 2.0'"),
@@ -248,8 +250,8 @@ def test_values_as_people_write_them(tmp_path):
         ("bits: .nan", "no allocation of widths"),
         ("windows: .inf", "windows cannot be inf"),
         ("windows: .nan", "windows cannot be nan"),
-        ("damping: .nan", "damping must be a number from 0 up"),
-        ("damping: .inf", "damping must be a number from 0 up"),
+        ("dampening: .nan", "dampening must be a number from 0 up"),
+        ("dampening: .inf", "dampening must be a number from 0 up"),
         ("stored_bits: .nan", "stored_bits must be a positive number"),
         ("stored_bits: .inf", "stored_bits must be a positive number"),
         ("size: .inf", "size cannot be inf"),

@@ -26,7 +26,7 @@ def refused(match: str, **values: object) -> None:
         assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("name", [*NON_NEGATIVE_KEYS, "held_out"])
+@pytest.mark.parametrize("name", [*NON_NEGATIVE_KEYS, "val_fraction"])
 @pytest.mark.parametrize("value", NEVER)
 def test_numbers_beyond_use(name, value):
     refused(name, **{name: value})
@@ -45,7 +45,7 @@ def test_whole_numbers_beyond_use(name):
 
 @pytest.mark.parametrize("value", [1, 1.0, 5, 1e308])
 def test_held_out_is_a_share(value):
-    refused("held_out", held_out=value)
+    refused("val_fraction", val_fraction=value)
 
 
 @pytest.mark.parametrize("size", [10**19, 10**400, 0, -1])
@@ -68,11 +68,14 @@ def test_a_whole_number_is_taken_exactly(seed):
 @pytest.mark.parametrize(
     ("values", "same"),
     [
-        ({"bits": "2.5", "windows": "64", "seed": 3.0}, {"bits": 2.5, "windows": 64, "seed": 3}),
-        ({"bits": np.float32(2.5), "windows": np.int64(64)}, {"bits": 2.5, "windows": 64}),
-        ({"calib": "a.txt", "widths": "1,2,3"}, {"calib": ("a.txt",), "widths": (1, 2, 3)}),
-        ({"calib": Path("a.txt"), "widths": [3, 1, 1, 2]}, {"calib": ("a.txt",), "widths": (1, 2, 3)}),
-        ({"calib": [Path("a.txt"), "self"], "size": "12GB"}, {"calib": ("a.txt", "self"), "size": 12 * 10**9}),
+        ({"bits": "2.5", "num_windows": "64", "seed": 3.0}, {"bits": 2.5, "num_windows": 64, "seed": 3}),
+        ({"bits": np.float32(2.5), "num_windows": np.int64(64)}, {"bits": 2.5, "num_windows": 64}),
+        ({"calibration": "a.txt", "widths": "1,2,3"}, {"calibration": ("a.txt",), "widths": (1, 2, 3)}),
+        ({"calibration": Path("a.txt"), "widths": [3, 1, 1, 2]}, {"calibration": ("a.txt",), "widths": (1, 2, 3)}),
+        (
+            {"calibration": [Path("a.txt"), "self"], "size": "12GB"},
+            {"calibration": ("a.txt", "self"), "size": 12 * 10**9},
+        ),
         ({"progressive": "3.0,2.0"}, {"progressive": (3.0, 2.0)}),
     ],
 )
@@ -89,22 +92,22 @@ def test_python_takes_what_yaml_takes(values, same):
         ({"bits": "two"}, "bits cannot be 'two': it takes a value of type float"),
         ({"bits": True}, "bits cannot be True"),
         ({"bits": [2.0]}, r"bits cannot be \[2.0\]"),
-        ({"windows": 1.5}, "windows cannot be 1.5: it takes a value of type int"),
-        ({"windows": "many"}, "windows cannot be 'many'"),
-        ({"windows": None}, "windows cannot be None"),
-        ({"refine": 1}, "refine cannot be 1: it takes a value of type bool"),
-        ({"refine": "no"}, "refine cannot be 'no'"),
-        ({"calib": None}, "calib cannot be None"),
-        ({"calib": {"a": "b"}}, "calib cannot be"),
-        ({"calib": [["a"]]}, "calib cannot be"),
-        ({"calib": "a\0b"}, "calib cannot be"),
+        ({"num_windows": 1.5}, "windows cannot be 1.5: it takes a value of type int"),
+        ({"num_windows": "many"}, "num_windows cannot be 'many'"),
+        ({"num_windows": None}, "num_windows cannot be None"),
+        ({"reconstruct": 1}, "reconstruct cannot be 1: it takes a value of type bool"),
+        ({"reconstruct": "no"}, "reconstruct cannot be 'no'"),
+        ({"calibration": None}, "calibration cannot be None"),
+        ({"calibration": {"a": "b"}}, "calibration cannot be"),
+        ({"calibration": [["a"]]}, "calibration cannot be"),
+        ({"calibration": "a\0b"}, "calibration cannot be"),
         ({"effort": ["low"]}, "effort cannot be"),
         ({"effort": None}, "effort cannot be None"),
         ({"quantizer": 3}, "quantizer cannot be '3'"),
         ({"widths": {"2": 1}}, "there is no width"),
         ({"widths": [10**400]}, "there is no width"),
         ({"widths": ["x" * 10_000]}, "there is no width"),
-        ({"distil_sets": "all"}, "distil_sets cannot have 'all'"),
+        ({"distill_parameters": "all"}, "distill_parameters cannot have 'all'"),
         ({"size": "1e400"}, "is not a size"),
         ({"bits": object()}, "bits cannot be"),
         ({"seed": 2**64}, f"seed cannot be {2**64}: the most is {MAX_SEED}"),

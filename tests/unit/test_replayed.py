@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from gemq.models.replay import Call
-from gemq.runtime.cuda_graph import EXPECTED_STEPS, Replayed, is_identical
+from gemq.runtime.cuda_graph import EXPECTED_STEPS, CudaGraphReplay, is_identical
 
 
 def test_a_step_runs_eagerly_on_a_cpu():
     fallbacks = []
-    step = Replayed(lambda constant, x: constant * x, torch.device("cpu"), lambda: fallbacks.append(1))
+    step = CudaGraphReplay(lambda constant, x: constant * x, torch.device("cpu"), lambda: fallbacks.append(1))
     assert [step(2, torch.tensor(x)).item() for x in range(5)] == [0, 2, 4, 6, 8]
     assert not fallbacks
 
@@ -24,7 +24,7 @@ def test_calls_are_identical_if_they_hold_the_same_tensors():
     assert not is_identical(call, Call((), {"position": (mask, None), "cache": False}))
 
 
-class FakeGpuStep(Replayed):
+class FakeGpuStep(CudaGraphReplay):
     """A step on a GPU that is not there. ``events`` lists what it did, with the length of its input."""
 
     def __init__(self, fallbacks, **options):

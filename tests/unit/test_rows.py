@@ -12,7 +12,7 @@ import gemq
 from conformance import save_tokenizer
 from families import tiny
 from gemq.assets import builtin_model
-from gemq.calibration.rows import RowReader, Rows, row_texts
+from gemq.calibration.rows import RowReader, RowStats, row_texts
 from gemq.calibration.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
 from gemq.calibration.windows import eval_windows
 from gemq.cli.report import print_result
@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def read(tokenizer, *values, column=None):
-    rows = Rows()
+    rows = RowStats()
     reader = RowReader(tokenizer, column)
     return list(row_texts(iter([(f"row {i}", v) for i, v in enumerate(values)]), reader, rows, "the source")), rows
 
@@ -99,7 +99,7 @@ def test_a_column_that_is_named(tokenizer):
     rows = {"id": "x-1", "text": "Words.", "abstract": "In short.", "chosen": QUESTION}
     assert read(tokenizer, rows, column="abstract")[0] == ["In short."]
     assert read(tokenizer, rows, column="chosen")[0] == ["Why?\n\nSo."]
-    with pytest.raises(UserError, match="no column body: give --calib-column one of id, text, abstract, chosen"):
+    with pytest.raises(UserError, match="no column body: give --calibration-column one of id, text, abstract, chosen"):
         read(tokenizer, rows, column="body")
 
 
@@ -108,7 +108,7 @@ def test_a_column_that_is_named(tokenizer):
     [
         (
             {"id": "conv-0001", "turns": [1, 2]},
-            r"no column that is known to hold text .*--calib-column \(it has id, turns",
+            r"no column that is known to hold text .*--calibration-column \(it has id, turns",
         ),
         ({"url": "http://x.y", "title": "A title"}, r"\(it has url, title\)"),
         ({"prompt": "Why?", "id": "x"}, r"\(it has prompt, id\)"),
@@ -139,7 +139,7 @@ def test_a_data_set_without_text_and_end_is_given_up(tokenizer, monkeypatch):
     monkeypatch.setattr("gemq.calibration.rows.MAX_EMPTY_ROWS", 50)
     endless = iter(lambda: ("row", {"text": ""}), None)
     with pytest.raises(UserError, match="has no text"):
-        list(row_texts(endless, RowReader(tokenizer), Rows(), "the source"))
+        list(row_texts(endless, RowReader(tokenizer), RowStats(), "the source"))
 
 
 # Sources
@@ -162,17 +162,17 @@ def test_calibration_reports_columns_and_eval_reads_the_same(tokenizer, tmp_path
     )
     streams = Streams([good], tokenizer, WINDOW, 8)
     windows = calibration_windows(streams, seed=0)
-    assert streams.rows()["good"].columns == {"text": 60}
+    assert streams.row_stats()["good"].columns == {"text": 60}
     named = Streams([other_file], tokenizer, WINDOW, 8, column="body_text")
     assert calibration_windows(named, seed=0).tokens.tolist() == windows.tokens.tolist()
     for refused in (
         lambda: check_sources([other_file], tokenizer, WINDOW),
         lambda: calibration_windows(Streams([other_file], tokenizer, WINDOW, 8), seed=0),
     ):
-        with pytest.raises(UserError, match="--calib-column"):
+        with pytest.raises(UserError, match="--calibration-column"):
             refused()
-    stats_by_name: dict[str, Rows] = {}
-    all_windows = eval_windows(tokenizer, [good], WINDOW, read=stats_by_name)
+    stats_by_name: dict[str, RowStats] = {}
+    all_windows = eval_windows(tokenizer, [good], WINDOW, row_stats=stats_by_name)
     assert stats_by_name["good"].columns == {"text": 60}
     assert set(map(tuple, windows.tokens.tolist())) <= set(map(tuple, all_windows.tokens.tolist()))
     with pytest.raises(UserError, match="--text-column"):
@@ -183,7 +183,7 @@ def test_one_row_scores_as_its_text(tokenizer, tmp_path):
     text = "\n".join(some_rows())
     (tmp_path / "plain.txt").write_text(text)
     windows = eval_windows(tokenizer, [tmp_path / "plain.txt", write(tmp_path / "row.jsonl", [{"text": text}])], WINDOW)
-    assert windows.of(0).tokens.tolist() == windows.of(1).tokens.tolist()
+    assert windows.select_source(0).tokens.tolist() == windows.select_source(1).tokens.tolist()
 
 
 def test_a_file_called_self_is_no_text_that_the_model_wrote(tmp_path, monkeypatch):
@@ -235,8 +235,8 @@ def test_a_job_says_which_columns_it_used_and_what_it_left_out(tmp_path, capsys)
     tiny("olmoe").save_pretrained(source)
     save_tokenizer(source)
     rows = [{"id": f"c-{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(some_rows(8))]
-    calib = write(tmp_path / "chat.jsonl", [*rows, {"id": "c-x", "messages": []}])
-    recipe = Recipe(effort="low", calib=(calib,), windows=4, window=WINDOW, guard=False)
+    calibration = write(tmp_path / "chat.jsonl", [*rows, {"id": "c-x", "messages": []}])
+    recipe = Recipe(effort="low", calibration=(calibration,), num_windows=4, seq_len=WINDOW, guard=False)
     result = gemq.quantize(str(source), recipe, out=out, device="cpu")
     printed = {"columns": {"messages": 9}, "empty_rows": 1, "rows_without_template": 0}
     assert result.calibration_rows == {"chat": printed} == result.to_dict()["calibration_rows"]
@@ -247,5 +247,5 @@ def test_a_job_says_which_columns_it_used_and_what_it_left_out(tmp_path, capsys)
     assert "1 rows of calibration sources have no text" in said
     again = gemq.quantize(str(source), recipe, out=out, device="cpu", resume=True)
     assert again.calibration_rows == {"chat": printed}
-    with pytest.raises(UserError, match="calib_column"):
-        gemq.quantize(str(source), recipe.replace(calib_column="id"), out=out, device="cpu", resume=True)
+    with pytest.raises(UserError, match="calibration_column"):
+        gemq.quantize(str(source), recipe.replace(calibration_column="id"), out=out, device="cpu", resume=True)

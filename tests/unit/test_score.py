@@ -13,7 +13,7 @@ from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.allocation.scores import LayerScores, loss_gradients, pair_costs, reverse_layer, smooth_usage
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
-from gemq.models.experts import expert_weight, route, route_all, watch_experts
+from gemq.models.experts import expert_weight, record_experts_calls, route, route_without_sync
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.runtime.device import FixedOrder
@@ -25,11 +25,11 @@ WINDOWS = Windows(IDS, torch.tensor([0, 0, 1, 1, 1, 2]), ("a", "b", "c"), (20, 3
 WIDTHS = (1, 2)
 
 
-def start(family: str, batch_tokens: int = 20) -> tuple[Replay, Activations, list[list[Tensor]]]:
+def start(family: str, micro_batch_tokens: int = 20) -> tuple[Replay, Activations, list[list[Tensor]]]:
     """A replay, activations at the last layer's output and the inputs of every layer."""
     model = tiny(family)
     replay = Replay(model, find_structure(model))
-    activations = Activations.start(replay, WINDOWS, batch_tokens, 0)
+    activations = Activations.start(replay, WINDOWS, micro_batch_tokens, 0)
     inputs = []
     for i in range(len(replay.structure.layers)):
         inputs.append(activations.hidden.copy())
@@ -37,14 +37,14 @@ def start(family: str, batch_tokens: int = 20) -> tuple[Replay, Activations, lis
     return replay, activations, inputs
 
 
-def rungs_of(module: Any, experts: Experts, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def candidates_of(module: Any, experts: Experts, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Weights with noise, larger at the first width than at the second."""
     generator = torch.Generator().manual_seed(seed)
-    rungs = []
+    candidates = []
     for size in (0.1, 0.02):
         pair = [expert_weight(module, m.name) for m in experts.matrices]
-        rungs.append(tuple(w + size * torch.randn(w.shape, generator=generator) for w in pair))
-    return rungs
+        candidates.append(tuple(w + size * torch.randn(w.shape, generator=generator) for w in pair))
+    return candidates
 
 
 class Totals(NamedTuple):
@@ -54,8 +54,8 @@ class Totals(NamedTuple):
     tokens: Tensor
 
 
-def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) -> dict[int, Totals]:
-    replay, activations, inputs = start(family, batch_tokens)
+def scores_of(family: str, form: str, micro_batch_tokens: int = 20, units: int = 1) -> dict[int, Totals]:
+    replay, activations, inputs = start(family, micro_batch_tokens)
     gradients = loss_gradients(replay, activations, "data", 0)
     scores_by_layer: dict[int, LayerScores] = {}
     for i in reversed(range(len(replay.structure.layers))):
@@ -67,7 +67,7 @@ def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) ->
                 continue
             module = replay.model.get_submodule(experts.path)
             scores = scores_by_layer.setdefault(i, LayerScores(3, experts.count, replay.device))
-            routed, costs = pair_costs(module, experts, call, gradient, rungs_of(module, experts, i), form, units)
+            routed, costs = pair_costs(module, experts, call, gradient, candidates_of(module, experts, i), form, units)
             scores.add(routed, costs, activations.source[batch].repeat_interleave(10))
     return {i: Totals(*scores.total(SINGLE, activations.total)) for i, scores in scores_by_layer.items()}
 
@@ -75,7 +75,7 @@ def scores_of(family: str, form: str, batch_tokens: int = 20, units: int = 1) ->
 def whole_model_gradients(model: Any, structure: Any, loss_of) -> dict[int, tuple[Any, Tensor]]:
     """Calls of the experts and the gradients at their outputs [T, H], by plain autograd over all windows."""
     modules = {i: model.get_submodule(x.experts.path) for i, x in structure.moe_layers}
-    watches = {i: watch_experts(m) for i, m in modules.items()}
+    watches = {i: record_experts_calls(m) for i, m in modules.items()}
     calls = {i: w.__enter__() for i, w in watches.items()}
     embedded = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
     logits = model(IDS, use_cache=False).logits
@@ -135,7 +135,7 @@ def test_costs_equal_the_definition(family, form, units):
         experts = layer.experts
         module = model.get_submodule(experts.path)
         call, gradient = expected[i]
-        rungs = rungs_of(module, experts, i)
+        candidates = candidates_of(module, experts, i)
         exact = [expert_weight(module, m.name) for m in experts.matrices]
         costs = torch.zeros(3, experts.count, units, 2, dtype=torch.float64)
         counts = torch.zeros(3, experts.count, dtype=torch.int64)
@@ -144,8 +144,8 @@ def test_costs_equal_the_definition(family, form, units):
             for slot, e in enumerate(call.top_k_index[t].tolist()):
                 counts[source, e] += 1
                 exact_output = expert_output(module, exact, e, call.hidden[t])
-                for b, rung in enumerate(rungs):
-                    changed = [rung] if units == 1 else [(rung[0], exact[1]), (exact[0], rung[1])]
+                for b, candidate in enumerate(candidates):
+                    changed = [candidate] if units == 1 else [(candidate[0], exact[1]), (exact[0], candidate[1])]
                     for unit, pair in enumerate(changed):
                         change = expert_output(module, pair, e, call.hidden[t]) - exact_output
                         change = change * call.top_k_weights[t, slot].double()
@@ -215,7 +215,7 @@ def test_dropped_pairs_count_for_no_expert():
     index = torch.tensor([[0, 4], [1, 3], [5, 0], [3, 1]])
     source = torch.zeros(4, dtype=torch.int64)
     totals = []
-    for routing in (route, route_all):
+    for routing in (route, route_without_sync):
         routed = routing(index, torch.ones(4, 2), 4)
         scores = LayerScores(1, 4, torch.device("cpu"))
         scores.add(routed, routed.weight.double().view(-1, 1, 1), source)
@@ -245,8 +245,8 @@ def test_sampled_labels_are_seeded_and_alone():
 def test_a_large_vocabularys_loss_goes_by_windows(labels, monkeypatch):
     replay, activations, _ = start("mixtral", 60)
     expected = loss_gradients(replay, activations, labels, 5)
-    monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
-    assert len(replay.windows_together(activations.ids[0])) == len(activations.ids[0]) > 1
+    monkeypatch.setattr("gemq.models.replay.MAX_LOGITS_PER_CHUNK", 1)
+    assert len(replay.logit_chunks(activations.ids[0])) == len(activations.ids[0]) > 1
     for a, b in zip(expected, loss_gradients(replay, activations, labels, 5), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -309,7 +309,7 @@ def test_operations_without_a_fixed_order_run_without_it():
     assert modes == [2]
     with pytest.raises(RuntimeError, match="out of memory"):
         order.run(lambda: compute("out of memory"))
-    assert order.kept
+    assert order.is_active
     assert order.run(lambda: compute("cumsum does not have a deterministic implementation")) == 7
     assert order.run(compute) == 7  # no second try
     assert modes == [2, 2, 2, 0, 0]

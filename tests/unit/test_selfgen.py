@@ -12,7 +12,14 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from families import tiny
-from gemq.calibration.self_generation import Openings, Plan, even_batch_size, generate_windows, sample, side_by_side
+from gemq.calibration.self_generation import (
+    Openings,
+    WindowPlan,
+    even_batch_size,
+    generate_windows,
+    gpu_batch_size,
+    sample,
+)
 from gemq.errors import UserError
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
@@ -83,9 +90,9 @@ def olmoe():
     return OlmoeForCausalLM(config).eval()
 
 
-def write(model, tokenizer, count=6, seed=0, window=WINDOW, **options):
+def write(model, tokenizer, count=6, seed=0, seq_len=WINDOW, **options):
     """One plan, and its tokens."""
-    generated = generate_windows(model, tokenizer, Plan(count, seed), window=window, **options)
+    generated = generate_windows(model, tokenizer, WindowPlan(count, seed), seq_len=seq_len, **options)
     return dataclasses.replace(generated, tokens=generated.tokens[0])
 
 
@@ -93,9 +100,9 @@ def write(model, tokenizer, count=6, seed=0, window=WINDOW, **options):
 def test_plans_written_in_one_call_equal_those_written_separately(tokenizer, bos):
     """Batches may contain windows of two plans."""
     model = fixed({4: 3, 5: 2, 6: 2, EOS: 1}, bos_token_id=bos, eos_token_id=EOS)
-    plans = [Plan(5, 3), Plan(3, 8, Openings(torch.tensor([4, 5, 6, 7]), random=0.5)), Plan(0, 1)]
-    one_call = generate_windows(model, tokenizer, *plans, window=WINDOW, batch=4)
-    separate_calls = [generate_windows(model, tokenizer, plan, window=WINDOW) for plan in plans]
+    plans = [WindowPlan(5, 3), WindowPlan(3, 8, Openings(torch.tensor([4, 5, 6, 7]), random=0.5)), WindowPlan(0, 1)]
+    one_call = generate_windows(model, tokenizer, *plans, seq_len=WINDOW, batch=4)
+    separate_calls = [generate_windows(model, tokenizer, plan, seq_len=WINDOW) for plan in plans]
     assert [len(tokens) for tokens in one_call.tokens] == [5, 3, 0]
     for tokens, separate in zip(one_call.tokens, separate_calls, strict=True):
         assert torch.equal(tokens, separate.tokens[0])
@@ -167,14 +174,14 @@ def test_static_steps_write_the_same_tokens(olmoe, tokenizer):
     plain = write(olmoe, tokenizer, count=7, batch=3)
     assert torch.equal(steps.tokens, plain.tokens)
     assert steps.documents == plain.documents
-    assert steps.launched == 0
+    assert steps.eager_windows == 0
 
 
 def test_models_without_static_steps_write_the_same_windows(tokenizer):
     model = tiny("nemotron_h")  # its state is more than keys and values
     generated = write(model, tokenizer, count=3, batch=2, static=True)
     assert torch.equal(generated.tokens, write(model, tokenizer, count=3, batch=2).tokens)
-    assert generated.launched == 3
+    assert generated.eager_windows == 3
 
 
 def test_bos_follows_an_end_token(tokenizer):
@@ -241,7 +248,7 @@ def test_unusable_chat_templates_are_counted(tokenizer, template):
 def test_model_without_cache_is_refused(tokenizer):
     model = fixed({4: 1})
     model.forward = lambda **inputs: types.SimpleNamespace(logits=torch.zeros(6, 1, ROWS), past_key_values=None)
-    with pytest.raises(UserError, match="give --calib FILE"):
+    with pytest.raises(UserError, match="give --calibration FILE"):
         write(model, tokenizer)
 
 
@@ -251,12 +258,12 @@ def test_model_without_cache_is_refused(tokenizer):
 )
 def test_batches_grow_with_the_memory_of_a_gpu(max_size, expected):
     """144 windows: batches of at least 29, as large as memory allows, but at least two batches."""
-    assert side_by_side(144, 29, max_size) == expected
+    assert gpu_batch_size(144, 29, max_size) == expected
 
 
 def test_few_windows_stay_in_one_batch():
-    assert side_by_side(16, 29, 1000) == 29
-    assert side_by_side(58, 29, 1000) == 29
+    assert gpu_batch_size(16, 29, 1000) == 29
+    assert gpu_batch_size(58, 29, 1000) == 29
 
 
 def test_batches_are_even():
@@ -273,7 +280,7 @@ def test_progress_counts_tokens(tokenizer):
 
 def test_sampling_follows_the_distribution(tokenizer):
     weights = {4: 0.5, 5: 0.3, 6: 0.15, 7: 0.04, 8: 0.01}
-    generated = write(fixed(weights), tokenizer, count=200, window=201)
+    generated = write(fixed(weights), tokenizer, count=200, seq_len=201)
     drawn = generated.tokens[:, 1:]
     total = drawn.numel()
     chi_square = sum(

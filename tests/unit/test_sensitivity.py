@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from families import tiny, tokens
-from gemq.allocation.scores import rescaled
+from gemq.allocation.scores import rescale_to_kl
 from gemq.allocation.sensitivity import MAX_TOKENS, measured_tokens, measured_windows
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
@@ -26,19 +26,19 @@ def test_layer_kl_is_that_of_the_whole_model_with_one_layer_changed(family):
     model = tiny(family)
     structure = find_structure(model)
     replay = Replay(model, structure)
-    rungs = {}
+    candidates = {}
     for i, layer in structure.moe_layers:
         module = model.get_submodule(layer.experts.path)
         exact = [expert_weight(module, m.name) for m in layer.experts.matrices]
-        rungs[i] = [tuple(w * factor for w in exact) for factor in (0.5, 1.0)]
+        candidates[i] = [tuple(w * factor for w in exact) for factor in (0.5, 1.0)]
     start = Activations.start(replay, WINDOWS, 20, 0)
-    kl_by_layer = layer_kl(replay, start, rungs.__getitem__, lambda: None)
+    kl_by_layer = layer_kl(replay, start, candidates.__getitem__, lambda: None)
     assert list(kl_by_layer) == [i for i, _ in structure.moe_layers]  # dense layers have no experts to change
 
     with torch.no_grad():
         expected = model(WINDOWS.tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
         for i, layer in structure.moe_layers:
-            changed = expert_overrides(model, layer.experts, rungs[i][0])
+            changed = expert_overrides(model, layer.experts, candidates[i][0])
             exact_weights = {name: model.get_parameter(name).clone() for name in changed}
             for name, weight in changed.items():
                 model.get_parameter(name).copy_(weight)
@@ -61,6 +61,6 @@ def test_rescaled_costs_sum_to_what_was_measured():
     costs = torch.rand(5, 2, 3, dtype=torch.float64)
     costs[..., 2] = 0  # a width without error stays without cost
     kl = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64)
-    scaled = rescaled(costs, kl)
+    scaled = rescale_to_kl(costs, kl)
     torch.testing.assert_close(scaled.sum((0, 1)), torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64))
     torch.testing.assert_close(scaled[..., 0] / scaled[0, 0, 0], costs[..., 0] / costs[0, 0, 0])

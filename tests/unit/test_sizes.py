@@ -11,15 +11,16 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state
-from gemq.layers.candidates import Quantizer, build_layer
-from gemq.layers.refinement import assemble_layer
+from gemq.layers.candidates import build_candidates
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.reconstruction import assemble_layer
 from gemq.models.byte_sizes import (
+    candidate_bytes,
+    count_smaller_groups,
     expert_bytes,
-    ladder_bytes,
     linear_bytes,
-    other_bytes,
     quantized_share,
-    smaller_groups,
+    unquantized_bytes,
 )
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
@@ -28,21 +29,21 @@ from gemq.recipe import Recipe
 torch.set_num_threads(1)
 
 
-def recipe_of(group_size: int = 32, attention_bits: int = 4) -> Recipe:
-    return Recipe(group_size=group_size, attention_bits=attention_bits, widths=(1, 1.6, 2, 3, 4, 8))
+def recipe_of(group_size: int = 32, dense_bits: int = 4) -> Recipe:
+    return Recipe(group_size=group_size, dense_bits=dense_bits, widths=(1, 1.6, 2, 3, 4, 8))
 
 
-def ladders(family: str, recipe: Recipe):
+def build_layers(family: str, recipe: Recipe):
     model = tiny(family)
     replay = Replay(model, find_structure(model))
     w = Windows(tokens(2, 6), torch.zeros(2, dtype=torch.int64), ("text",), (12,))
     activations = Activations.start(replay, w, 12, 0)
     rtn = Quantizer("rtn", recipe.group_size, 0.01, 0.1)
     for i in range(len(replay.structure.layers)):
-        ladder, activations.hidden = build_layer(
-            replay, i, activations, rtn, recipe.ladder_widths, recipe.attention_bits
+        candidates, activations.hidden = build_candidates(
+            replay, i, activations, rtn, recipe.candidate_widths, recipe.dense_bits
         )
-        yield replay.structure.layers[i], ladder
+        yield replay.structure.layers[i], candidates
 
 
 def nbytes(packed) -> int:
@@ -56,41 +57,40 @@ def test_bytes_are_those_of_the_tensors(family, group_size):
     recipe = recipe_of(group_size)
     structure = find_structure(tiny(family))
     total = linears = 0
-    for layer, ladder in ladders(family, recipe):
-        linears += sum(nbytes(x) for x in ladder.linears.values())
-        for width in recipe.ladder_widths if layer.experts else ():
-            found = sum(nbytes(rungs[width]) for rungs in ladder.experts.values())
+    for layer, candidates in build_layers(family, recipe):
+        linears += sum(nbytes(x) for x in candidates.linears.values())
+        for width in recipe.candidate_widths if layer.experts else ():
+            found = sum(nbytes(versions[width]) for versions in candidates.experts.values())
             assert found == layer.experts.count * expert_bytes(layer.experts, width, group_size)
             total += found
-            tensors = assemble_layer(ladder, layer, [(width, width)] * layer.experts.count).tensors
+            tensors = assemble_layer(candidates, layer, [(width, width)] * layer.experts.count).tensors
             mine = [t for n, t in tensors.items() if n.startswith(f"{layer.experts.path}.0.")]
             assert nbytes(mine) == expert_bytes(layer.experts, width, group_size)
     assert linear_bytes(structure, recipe) == linears
-    assert ladder_bytes(structure, recipe) == total + linears
+    assert candidate_bytes(structure, recipe) == total + linears
 
 
-@pytest.mark.parametrize("attention_bits", [4, 16])
+@pytest.mark.parametrize("dense_bits", [4, 16])
 @pytest.mark.parametrize("family", [*MORE, OWN])
-def test_the_rest_of_a_checkpoint(family, attention_bits):
-    recipe = recipe_of(attention_bits=attention_bits)
+def test_the_rest_of_a_checkpoint(family, dense_bits):
+    recipe = recipe_of(dense_bits=dense_bits)
     model = tiny(family)
     structure = find_structure(model)
     packed = PackedFormat(
         experts={
             x.experts.path: {m.name: (2,) * x.experts.count for m in x.experts.matrices}
             for _, x in structure.moe_layers
-            if x.experts
         },
-        linears={x.path: 4 for layer in structure.layers for x in layer.linears} if attention_bits < 16 else {},
+        linears={x.path: 4 for layer in structure.layers for x in layer.linears} if dense_bits < 16 else {},
         group_size=32,
     )
     rest = dense_state(model, packed)
-    assert other_bytes(model, structure, recipe, {}) == nbytes(rest.values())
+    assert unquantized_bytes(model, structure, recipe, {}) == nbytes(rest.values())
     stored = {name: torch.bfloat16 for name, _ in model.named_parameters()}
     floats = nbytes(rest.values())
     buffers = sum(t.nbytes for n, t in model.named_buffers() if n in model.state_dict())
-    assert other_bytes(model, structure, recipe, stored) == (floats - buffers) // 2 + buffers
-    assert linear_bytes(structure, recipe) == (0 if attention_bits == 16 else linear_bytes(structure, recipe_of()))
+    assert unquantized_bytes(model, structure, recipe, stored) == (floats - buffers) // 2 + buffers
+    assert linear_bytes(structure, recipe) == (0 if dense_bits == 16 else linear_bytes(structure, recipe_of()))
 
 
 @pytest.mark.parametrize("family", FIVE)
@@ -100,17 +100,19 @@ def test_plain_sizes_need_no_weights(family):
     model = tiny(family)
     structure = find_structure(skeleton)
     recipe = recipe_of()
-    assert other_bytes(skeleton, structure, recipe, {}) == other_bytes(model, find_structure(model), recipe, {})
+    assert unquantized_bytes(skeleton, structure, recipe, {}) == unquantized_bytes(
+        model, find_structure(model), recipe, {}
+    )
 
 
 def test_smaller_groups_are_counted():
     structure = find_structure(tiny("deepseek_v2"))
     # 3 layers: kv_b_proj has 16 inputs; down_proj of the dense layer and of shared experts has 96, the experts' 48
-    assert smaller_groups(structure, 16) == 0
-    assert smaller_groups(structure, 32) == 3 + 12
-    assert smaller_groups(structure, 64) == 3 + 12 + 1 + 2
+    assert count_smaller_groups(structure, 16) == 0
+    assert count_smaller_groups(structure, 32) == 3 + 12
+    assert count_smaller_groups(structure, 64) == 3 + 12 + 1 + 2
     linears = sum(len(x.linears) for x in structure.layers)
-    assert smaller_groups(structure, 128) == linears + 24
+    assert count_smaller_groups(structure, 128) == linears + 24
 
 
 @pytest.mark.parametrize("family", [*FIVE, OWN])
@@ -119,7 +121,7 @@ def test_quantized_share(family):
     structure = find_structure(model)
     experts = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3)
     total = sum(p.numel() for p in model.parameters())
-    assert quantized_share(structure, recipe_of(attention_bits=16)) == experts / total
+    assert quantized_share(structure, recipe_of(dense_bits=16)) == experts / total
     linears = sum(model.get_submodule(x.path).weight.numel() for layer in structure.layers for x in layer.linears)
     assert quantized_share(structure, recipe_of()) == (experts + linears) / total
 

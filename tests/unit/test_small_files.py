@@ -11,7 +11,7 @@ from model_folders import model_folder, quantize
 
 import gemq
 from gemq import UserError
-from gemq.checkpoint.dense_export import write_dense_twin
+from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.small_files import small_files
 
 pytestmark = pytest.mark.sample
@@ -115,5 +115,5 @@ def test_a_job_is_refused_before_it_computes_and_a_twin_before_it_writes(tmp_pat
     quantize(source)
     (tmp_path / "out" / "extra.json").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"extra\.json is a link that leads out of"):
-        write_dense_twin(tmp_path / "out", tmp_path / "twin")
+        write_dense_checkpoint(tmp_path / "out", tmp_path / "twin")
     assert not (tmp_path / "twin").exists()

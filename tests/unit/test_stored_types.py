@@ -100,9 +100,9 @@ def test_parameters_that_a_family_keeps_in_float32_stay_so(family, dtype, tmp_pa
     save_tokenizer(source)
     quantize(source)
     gemq.load(tmp_path / "out")
-    from gemq.checkpoint.dense_export import write_dense_twin
+    from gemq.checkpoint.dense_export import write_dense_checkpoint
 
-    write_dense_twin(tmp_path / "out", twin, torch.float32)
+    write_dense_checkpoint(tmp_path / "out", twin, torch.float32)
     expected = Source(twin).load(CPU, None)[0].__class__.from_pretrained(twin, dtype=dtype)
     loaded = gemq.load(tmp_path / "out", dtype=dtype)
     assert isinstance(loaded.hf_quantizer, GemqQuantizer)
@@ -118,7 +118,7 @@ def test_a_size_is_checked_with_the_types_of_the_files_before_anything_is_comput
     """Embeddings in float32, where config.json says bfloat16, take twice the bytes that the configuration promises."""
     source = model_folder(tmp_path / "model", vocab_size=4096)
     edit_config(source, dtype="bfloat16")
-    plan(Source(source), Recipe(effort="low", size=1_500_000, window=24), CPU)
+    plan(Source(source), Recipe(effort="low", size=1_500_000, seq_len=24), CPU)
     with pytest.raises(UserError, match=r"--size .* is too small"):
         quantize(source, bits=None, size=1_500_000)
     assert not (tmp_path / "out.work").exists()

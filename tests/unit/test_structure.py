@@ -18,8 +18,10 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
-from gemq.layers.candidates import Quantizer, build_layer
-from gemq.layers.refinement import matrix_widths, refine_layer
+from gemq.layers.candidates import build_candidates
+from gemq.layers.quantizer import Quantizer
+from gemq.layers.reconstruction import reconstruct_layer
+from gemq.layers.scheme import matrix_widths
 from gemq.models.replay import Replay
 from gemq.models.structure import MIN_LINEAR_ROWS, Structure, find_structure
 from gemq.quant.widths import ExpertWidths
@@ -98,13 +100,13 @@ def test_same_on_the_meta_device(family):
 
 
 def test_gates_and_odd_columns_stay_unquantized():
-    assert find_structure(tiny("qwen2_moe")).kept_linears == tuple(
+    assert find_structure(tiny("qwen2_moe")).unquantized_linears == tuple(
         f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 2)
     )
     config = tiny_config("deepseek_v2")
     config.kv_lora_rank = 24  # kv_b_proj then has 24 inputs, which no group size divides
     model = AutoModelForCausalLM.from_config(config)
-    unquantized = find_structure(model).kept_linears
+    unquantized = find_structure(model).unquantized_linears
     assert unquantized == tuple(f"model.layers.{i}.self_attn.kv_b_proj" for i in range(3))
     assert all(model.get_submodule(path).weight.shape[0] >= MIN_LINEAR_ROWS for path in unquantized)
 
@@ -118,7 +120,7 @@ def test_subclasses_of_linear_stay_unquantized_and_are_reported():
     model = tiny(OWN)
     model.stack[0].mix_attention.__class__ = Grouped
     structure = find_structure(model)
-    assert structure.kept_linears == ("stack.0.mix_attention",)
+    assert structure.unquantized_linears == ("stack.0.mix_attention",)
     assert structure.layers[0].linears == ()
 
 
@@ -257,9 +259,9 @@ def test_own_family_end_to_end(tmp_path):
     inputs = []
     for i in range(3):
         inputs.append(activations.hidden.copy())
-        ladder, activations.hidden = build_layer(replay, i, activations, quantizer, (1, 2, 4), 4)
-        assert ladder.counts.sum() == 6 * 12 * 2
-        assert set(ladder.linears) == {f"stack.{i}.mix_attention"}
+        candidates, activations.hidden = build_candidates(replay, i, activations, quantizer, (1, 2, 4), 4)
+        assert candidates.counts.sum() == 6 * 12 * 2
+        assert set(candidates.linears) == {f"stack.{i}.mix_attention"}
     gradients = loss_gradients(replay, activations, "sampled", 0)
     for i in (2, 1, 0):
         activations.hidden = inputs.pop()
@@ -271,7 +273,7 @@ def test_own_family_end_to_end(tmp_path):
     shards = []
     activations = Activations.start(replay, windows, 24, 0)
     for i in range(3):
-        shards.append(refine_layer(replay, i, activations, quantizer, widths, 4).tensors)
+        shards.append(reconstruct_layer(replay, i, activations, quantizer, widths, 4).tensors)
         activations.advance(replay, i)
     packed = packed_format(structure, widths)
     write_checkpoint(
@@ -290,7 +292,7 @@ def test_own_family_end_to_end(tmp_path):
 
 def packed_format(structure: Structure, widths: list[ExpertWidths]) -> PackedFormat:
     return PackedFormat(
-        experts={x.experts.path: matrix_widths(x, widths) for _, x in structure.moe_layers if x.experts},
+        experts={x.experts.path: matrix_widths(x, widths) for _, x in structure.moe_layers},
         linears={linear.path: 4 for layer in structure.layers for linear in layer.linears},
         group_size=32,
     )

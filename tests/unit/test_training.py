@@ -11,12 +11,12 @@ import torch
 from families import tiny, tokens
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
-from gemq.distillation.distill import distil
+from gemq.distillation.distill import distill
 from gemq.distillation.packed_layer import PackedExperts
 from gemq.distillation.settings import Distillation
-from gemq.layers.candidates import LayerLadder, build_layer
+from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.quantizer import Quantizer
-from gemq.layers.refinement import RefinedLayer, Targets, refine_layer
+from gemq.layers.reconstruction import QuantizedLayer, Targets, reconstruct_layer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training, tunable_names
 from gemq.models.replay import Replay
@@ -42,12 +42,12 @@ def start(family: str = "olmoe") -> tuple[Replay, Activations]:
     return replay, Activations.start(replay, windows, 128, 0)
 
 
-def trainable(latents: bool = True) -> TrainableMatrices:
+def trainable(soft_codes: bool = True) -> TrainableMatrices:
     codes = torch.randint(0, 4, (2, 6, 32), dtype=torch.uint8)
     grid = torch.rand(2, 6, 2) + 0.5
     q = Quantized(codes, *nearest(grid, -grid, 3))
     jitter = (torch.rand(codes.shape) - 0.5) * 0.9
-    return TrainableMatrices(q, max_codes([2, 2], codes.device), codes + jitter if latents else None)
+    return TrainableMatrices(q, max_codes([2, 2], codes.device), codes + jitter if soft_codes else None)
 
 
 def test_training_starts_at_the_codes_it_is_given():
@@ -109,13 +109,13 @@ def test_rounding_to_bfloat16_keeps_gradients():
     assert x.grad.item() == 1.0
 
 
-def ladder_of(training: Training | None, family: str = "olmoe") -> LayerLadder:
+def ladder_of(training: Training | None, family: str = "olmoe") -> LayerCandidates:
     replay, activations = start(family)
     index = replay.structure.moe_layers[0][0]
     for i in range(index):
         activations.advance(replay, i)
-    ladder, _ = build_layer(replay, index, activations, QUANTIZER, (1, 2), 4, training)
-    return ladder
+    candidates, _ = build_candidates(replay, index, activations, QUANTIZER, (1, 2), 4, training)
+    return candidates
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
@@ -132,22 +132,23 @@ def test_trained_ladder_differs_and_is_repeatable(family):
 def test_experts_that_training_does_not_help_keep_gptqs_codes():
     plain, still = ladder_of(None), ladder_of(STILL)
     assert still.not_improved == 2 * len(plain.counts)
-    for name, rungs in plain.experts.items():
-        for width, packed in rungs.items():
+    for name, candidates in plain.experts.items():
+        for width, packed in candidates.items():
             assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
 
 
 def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
     replay, activations = start("deepseek_v2")
-    plain, outputs = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4)
+    plain, outputs = build_candidates(replay, 0, activations, QUANTIZER, (1, 2), 4)
     training = replace(TRAINING, lr_codes=5e-3, lr_tuned=0.0)
-    trained, _ = build_layer(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
+    trained, _ = build_candidates(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
 
-    def error(ladder: LayerLadder) -> float:
+    def error(candidates: LayerCandidates) -> float:
         linears = replay.structure.layers[0].linears
         names = {x.path: f"{x.path}.weight" for x in linears}
         weights = {
-            names[x.path]: dequantize(ladder.linears[x.path].unpack(4, QUANTIZER.group(x.columns)))[0] for x in linears
+            names[x.path]: dequantize(candidates.linears[x.path].unpack(4, QUANTIZER.group(x.columns)))[0]
+            for x in linears
         }
         pairs = zip(activations.hidden, activations.calls, outputs, strict=True)
         return sum((replay.run(0, h, c[0], weights) - exact).square().sum().item() for h, c, exact in pairs)
@@ -159,8 +160,8 @@ def mixed(count: int) -> list[ExpertWidths]:
     return [((1, 2, 3)[e % 3], (2, 3)[e % 2]) for e in range(count)]
 
 
-def refined(training: Training | None) -> tuple[Replay, Activations, list[RefinedLayer], list[torch.Tensor]]:
-    """A whole model refined at mixed widths, and the full-precision model's last hidden states."""
+def reconstructed(training: Training | None) -> tuple[Replay, Activations, list[QuantizedLayer], list[torch.Tensor]]:
+    """A whole model reconstructed at mixed widths, and the full-precision model's last hidden states."""
     replay, activations = start()
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     exact = activations.hidden.copy()
@@ -170,44 +171,44 @@ def refined(training: Training | None) -> tuple[Replay, Activations, list[Refine
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
         widths = mixed(layer.experts.count)
-        layers.append(refine_layer(replay, i, activations, QUANTIZER, widths, 4, targets))
+        layers.append(reconstruct_layer(replay, i, activations, QUANTIZER, widths, 4, targets))
         activations.advance(replay, i)
     return replay, activations, layers, exact
 
 
 def test_reconstruction_lowers_the_layers_held_out_error():
-    _, _, layers, _ = refined(TRAINING)
-    assert all(layer.after <= layer.before for layer in layers)
-    assert sum(layer.after for layer in layers) < 0.98 * sum(layer.before for layer in layers)
+    _, _, layers, _ = reconstructed(TRAINING)
+    assert all(layer.error_after <= layer.error_before for layer in layers)
+    assert sum(layer.error_after for layer in layers) < 0.98 * sum(layer.error_before for layer in layers)
     assert all(layer.tuned for layer in layers)
 
 
 def test_reconstruction_trains_attentions_codes_too():
-    _, _, plain, _ = refined(None)
-    _, _, trained, _ = refined(TRAINING)
+    _, _, plain, _ = reconstructed(None)
+    _, _, trained, _ = reconstructed(TRAINING)
     path = "model.layers.0.self_attn.q_proj"
     assert not torch.equal(plain[0].tensors[f"{path}.codes"], trained[0].tensors[f"{path}.codes"])
 
 
 def test_a_layer_that_training_does_not_help_stays_gptqs():
-    _, _, plain, _ = refined(None)
-    _, _, still, _ = refined(STILL)
+    _, _, plain, _ = reconstructed(None)
+    _, _, still, _ = reconstructed(STILL)
     assert all(torch.equal(t, still[0].tensors[n]) for n, t in plain[0].tensors.items())
-    assert still[0].after == still[0].before > 0
+    assert still[0].error_after == still[0].error_before > 0
 
 
 def test_refined_layer_round_trip_with_training():
-    _, _, layers, _ = refined(TRAINING)
-    again = RefinedLayer.from_tensors(layers[0].to_tensors())
-    assert again.before == layers[0].before
-    assert again.after == layers[0].after
+    _, _, layers, _ = reconstructed(TRAINING)
+    again = QuantizedLayer.from_tensors(layers[0].to_tensors())
+    assert again.error_before == layers[0].error_before
+    assert again.error_after == layers[0].error_after
     assert again.retries == layers[0].retries
     assert set(again.tuned) == set(layers[0].tuned)
     assert set(again.tensors) == set(layers[0].tensors)
 
 
-def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("routers", "norms", "grids")):
-    replay, _, layers, teacher = refined(None)
+def run_distill(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("routers", "norms", "grids")):
+    replay, _, layers, teacher = reconstructed(None)
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
     activations = Activations.start(replay, windows, 128, 0)
@@ -219,14 +220,14 @@ def run_distil(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("r
         steps.append(done or 0)
 
     distillation = Distillation(training, loss, sets, stored)
-    result = distil(replay, layers.__getitem__, schemes, activations, teacher, distillation, tick)
+    result = distill(replay, layers.__getitem__, schemes, activations, teacher, distillation, tick)
     assert steps
     return result, layers, replay
 
 
 def test_distillation_lowers_the_held_out_loss():
-    result, layers, replay = run_distil(replace(TRAINING, lr_codes=0.0))
-    assert result.after < result.before
+    result, layers, replay = run_distill(replace(TRAINING, lr_codes=0.0))
+    assert result.loss_after < result.loss_before
     names = {n for layer in layers for n in layer.tensors if n.endswith((".scales", ".offsets")) and ".experts." in n}
     assert set(result.tensors) == names
     tunable = {n for layer in replay.structure.layers for n in tunable_names(replay, layer)}
@@ -238,42 +239,42 @@ def test_distillation_lowers_the_held_out_loss():
 @pytest.mark.parametrize("loss", ["kl", "next_token"])
 def test_distillation_by_windows_is_the_same_descent(loss, monkeypatch):
     short = replace(TRAINING, lr_codes=0.0, epochs=1)
-    unsplit, _, _ = run_distil(short, loss)
-    monkeypatch.setattr("gemq.models.replay.LOGITS_TOGETHER", 1)
-    split, _, _ = run_distil(short, loss)
-    assert split.before == pytest.approx(unsplit.before, rel=1e-5)
-    assert split.after == pytest.approx(unsplit.after, rel=1e-3)
+    unsplit, _, _ = run_distill(short, loss)
+    monkeypatch.setattr("gemq.models.replay.MAX_LOGITS_PER_CHUNK", 1)
+    split, _, _ = run_distill(short, loss)
+    assert split.loss_before == pytest.approx(unsplit.loss_before, rel=1e-5)
+    assert split.loss_after == pytest.approx(unsplit.loss_after, rel=1e-3)
 
 
 def test_distillation_that_does_not_help_is_dropped():
-    result, _, _ = run_distil(replace(STILL, lr_codes=0.0))
-    assert result.after == result.before
+    result, _, _ = run_distill(replace(STILL, lr_codes=0.0))
+    assert result.loss_after == result.loss_before
     assert not result.tensors
     assert not result.tuned
 
 
 def test_the_papers_tuning_moves_routers_only():
-    result, _, replay = run_distil(replace(TRAINING, lr_codes=0.0), "next_token", ("routers",))
+    result, _, replay = run_distill(replace(TRAINING, lr_codes=0.0), "next_token", ("routers",))
     assert not result.tensors
     routers = tuple(layer.router for layer in replay.structure.layers if layer.router)
     assert all(name.startswith(routers) for name in result.tuned)
 
 
 def test_packed_experts_mean_what_their_codes_say():
-    replay, _, layers, _ = refined(None)
+    replay, _, layers, _ = reconstructed(None)
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     original = copy.deepcopy(layers[0].tensors)
     packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
-    module = replay.model.get_submodule(experts.path)  # holds what refine_layer installed
+    module = replay.model.get_submodule(experts.path)  # holds what reconstruct_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
     assert all(torch.equal(original[name], tensor) for name, tensor in packed.result().items())
 
 
 def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
-    monkeypatch.setattr("gemq.kernels.training.differentiable_dequantize.UNPACKED_TOGETHER", 1)  # one expert at a time
-    replay, _, layers, _ = refined(None)
+    monkeypatch.setattr("gemq.kernels.training.differentiable_dequantize.MAX_CHUNK_WEIGHTS", 1)  # one expert at a time
+    replay, _, layers, _ = reconstructed(None)
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemq.checkpoint.outputs import check_output, claimed, default_work
+from gemq.checkpoint.outputs import check_output, default_work_directory, lock_output
 from gemq.errors import UserError
 from gemq.pipeline.workdir import LOCK, MARKER, WorkDir
 from gemq.runtime.files import replacing, write_json, write_text
-from gemq.runtime.memory import Bound, Memory
+from gemq.runtime.memory import ByteLimit, MemoryBudget
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -27,7 +27,7 @@ def contents(directory: Path) -> dict[str, bytes]:
         (".waiting-1-1",),
         (".tmpabcdef",),
         (".layer-000.safetensors.tmp",),
-        ("ladder/layer-000.safetensors",),
+        ("candidates/layer-000.safetensors",),
     ],
 )
 def test_a_directory_without_our_marker_is_never_touched(tmp_path, names):
@@ -45,9 +45,9 @@ def test_a_directory_without_our_marker_is_never_touched(tmp_path, names):
 
 def test_of_our_own_directory_only_our_temporary_files_are_removed(tmp_path):
     with WorkDir(tmp_path / "work", resume=False) as work:
-        work.stage("ladder", {})
-    own = (".waiting-1-1", "ladder/.layer-000.safetensors.tmp", "ladder/.tmp36rpNw", ".job.json.0a1b2c3d.tmp")
-    others = (".gitignore", "ladder/.DS_Store", ".config/settings.tmp", "notes.txt", ".hidden/.deep/.x.tmp")
+        work.stage("candidates", {})
+    own = (".waiting-1-1", "candidates/.layer-000.safetensors.tmp", "candidates/.tmp36rpNw", ".job.json.0a1b2c3d.tmp")
+    others = (".gitignore", "candidates/.DS_Store", ".config/settings.tmp", "notes.txt", ".hidden/.deep/.x.tmp")
     for name in (*own, *others):
         (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "work" / name).write_text("x")
@@ -59,7 +59,7 @@ def test_of_our_own_directory_only_our_temporary_files_are_removed(tmp_path):
 def test_a_directory_that_fails_at_once_is_removed_unless_others_put_something_there(tmp_path):
     def fail(name: str) -> None:
         with WorkDir(tmp_path / name, resume=False) as work:
-            work.stage("ladder", {})
+            work.stage("candidates", {})
             if name == "shared":
                 (tmp_path / name / "notes.txt").write_text("mine")
             raise UserError("no")
@@ -105,7 +105,9 @@ def test_opening_a_lock_leaves_its_contents(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["ladder", "ladder/layer-000.safetensors", "job.json", "scores-1/stage.json", "x"])
+@pytest.mark.parametrize(
+    "name", ["candidates", "candidates/layer-000.safetensors", "job.json", "scores-1/stage.json", "x"]
+)
 def test_links_inside_a_work_directory_are_refused(tmp_path, name):
     with WorkDir(tmp_path / "work", resume=False):
         pass
@@ -158,8 +160,8 @@ def test_a_link_in_the_place_of_a_result_is_replaced_not_followed(tmp_path):
 
 
 def test_files_for_activations_are_new_ones(tmp_path):
-    memory = Memory(torch.device("cpu"), Bound(0), Bound(0), tmp_path)
-    paths = [memory.mapped((4,), torch.float32)[1] for _ in range(3)]
+    memory = MemoryBudget(torch.device("cpu"), ByteLimit(0), ByteLimit(0), tmp_path)
+    paths = [memory.empty_mapped((4,), torch.float32)[1] for _ in range(3)]
     assert len(set(paths)) == 3
     assert all(path.name.startswith(".waiting-") and path.is_file() for path in paths)
 
@@ -168,12 +170,12 @@ def test_files_for_activations_are_new_ones(tmp_path):
 
 
 def test_one_of_two_jobs_with_one_output_is_refused_at_once(tmp_path):
-    with claimed(tmp_path / "out"):
-        with pytest.raises(UserError, match="another gemq process writes"), claimed(tmp_path / "out"):
+    with lock_output(tmp_path / "out"):
+        with pytest.raises(UserError, match="another gemq process writes"), lock_output(tmp_path / "out"):
             pass
-        with claimed(tmp_path / "other"):
+        with lock_output(tmp_path / "other"):
             pass
-    with claimed(tmp_path / "out"):
+    with lock_output(tmp_path / "out"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -181,15 +183,19 @@ def test_one_of_two_jobs_with_one_output_is_refused_at_once(tmp_path):
 def test_a_link_to_an_output_is_that_output(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    with claimed(tmp_path / "link"), pytest.raises(UserError, match="another gemq process"), claimed(tmp_path / "out"):
+    with (
+        lock_output(tmp_path / "link"),
+        pytest.raises(UserError, match="another gemq process"),
+        lock_output(tmp_path / "out"),
+    ):
         pass
 
 
 def test_a_claim_makes_directories_above_the_output_and_takes_them_back(tmp_path):
-    with claimed(tmp_path / "a" / "b" / "out"):
+    with lock_output(tmp_path / "a" / "b" / "out"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not list(tmp_path.iterdir())
-    with claimed(tmp_path / "a" / "b" / "out"):
+    with lock_output(tmp_path / "a" / "b" / "out"):
         (tmp_path / "a" / "b" / "out").mkdir()
     assert (tmp_path / "a" / "b" / "out").is_dir()
 
@@ -204,7 +210,7 @@ def test_an_output_that_cannot_be_replaced_is_refused_at_once(tmp_path, monkeypa
     monkeypatch.setattr(Path, "rename", busy)
     with (
         pytest.raises(UserError, match=r"mount point.*name a directory in it, such as .*out/model"),
-        claimed(tmp_path / "out"),
+        lock_output(tmp_path / "out"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -213,14 +219,14 @@ def test_an_output_that_cannot_be_replaced_is_refused_at_once(tmp_path, monkeypa
 @pytest.mark.parametrize("name", [".out.partial", ".out.gemq-lock"])
 def test_what_is_in_the_way_of_an_output_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match="is in the way"), claimed(tmp_path / "out"):
+    with pytest.raises(UserError, match="is in the way"), lock_output(tmp_path / "out"):
         pass
     assert contents(tmp_path) == {name: b"mine"}
     (tmp_path / name).unlink()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     (tmp_path / name).symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError), claimed(tmp_path / "out"):
+    with pytest.raises(UserError), lock_output(tmp_path / "out"):
         pass
     assert (tmp_path / "mine" / "file").read_text() == "mine"
 
@@ -234,15 +240,15 @@ def test_odd_outputs_get_one_line(tmp_path, monkeypatch, out):
         Path("circle").symlink_to("circle")
     with pytest.raises(UserError) as caught:  # noqa: PT012 - whichever refuses
         check_output(Path(out), resume=False)
-        with claimed(Path(out)):
+        with lock_output(Path(out)):
             pass
     assert "\n" not in str(caught.value)
-    default_work(Path(out))
+    default_work_directory(Path(out))
 
 
 def test_default_work_directory():
-    assert default_work(Path("a/out")) == Path("a/out.work")
-    assert default_work(Path("out.v2")) == Path("out.v2.work")
+    assert default_work_directory(Path("a/out")) == Path("a/out.work")
+    assert default_work_directory(Path("out.v2")) == Path("out.v2.work")
 
 
 def test_marker_is_what_makes_a_directory_ours(tmp_path):

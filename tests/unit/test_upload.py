@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from gemq.errors import UserError
 from gemq.runtime import upload
-from gemq.runtime.upload import Upload, spans_of
+from gemq.runtime.upload import Upload, read_spans
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_tensors_arrive_as_they_were_written(tmp_path, small):
     spans = {}
     for number, tensors in enumerate(written):
         save_file(tensors, tmp_path / f"{number}.safetensors")
-        spans.update(spans_of(tmp_path / f"{number}.safetensors"))
+        spans.update(read_spans(tmp_path / f"{number}.safetensors"))
     found = Upload(CPU).tensors(spans)
     expected = written[0] | written[1]
     assert found.keys() == expected.keys()
@@ -42,17 +42,17 @@ def test_tensors_arrive_as_they_were_written(tmp_path, small):
 def test_some_rows_are_read_alone(tmp_path, small):
     whole = torch.arange(60.0).view(6, 5, 2)
     save_file({"x": whole}, tmp_path / "x.safetensors")
-    span = spans_of(tmp_path / "x.safetensors")["x"].rows(slice(2, 5))
+    span = read_spans(tmp_path / "x.safetensors")["x"].rows(slice(2, 5))
     assert torch.equal(Upload(CPU).tensors({"x": span})["x"], whole[2:5])
 
 
 def test_files_that_are_gone_or_cut_short_are_told_in_one_line(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(1000)}, path)
-    spans = spans_of(path)
+    spans = read_spans(path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="copy the checkpoint again"):
-        spans_of(path)
+        read_spans(path)
     with pytest.raises(UserError, match="became shorter"):
         Upload(CPU).tensors(spans)
     path.unlink()

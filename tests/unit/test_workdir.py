@@ -12,15 +12,15 @@ from gemq.pipeline.workdir import Stage, WorkDir
 def test_what_a_killed_job_left_half_written_is_gone(tmp_path):
     """A kill inside safetensors' own writing leaves a file under a random name, which nothing would overwrite."""
     with WorkDir(tmp_path / "work", resume=False) as work:
-        work.stage("ladder", {"a": 1}).save_tensors("layer-000.safetensors", {"x": torch.ones(2)})
+        work.stage("candidates", {"a": 1}).save_tensors("layer-000.safetensors", {"x": torch.ones(2)})
     for name in (".tmp36rpNw", ".layer-001.safetensors.tmp"):
-        (tmp_path / "work" / "ladder" / name).write_bytes(b"half")
+        (tmp_path / "work" / "candidates" / name).write_bytes(b"half")
     with WorkDir(tmp_path / "work", resume=True) as work:
-        assert sorted(f.name for f in (tmp_path / "work" / "ladder").iterdir()) == [
+        assert sorted(f.name for f in (tmp_path / "work" / "candidates").iterdir()) == [
             "layer-000.safetensors",
             "stage.json",
         ]
-        assert work.stage("ladder", {"a": 1}).has("layer-000.safetensors")
+        assert work.stage("candidates", {"a": 1}).has("layer-000.safetensors")
 
 
 def test_background_writes_are_complete_in_the_end_and_a_full_disk_is_reported(tmp_path, monkeypatch):

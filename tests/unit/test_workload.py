@@ -27,7 +27,7 @@ def replay() -> Replay:
 
 
 def workload(replay: Replay, **keys) -> Workload:
-    recipe = Recipe(**{"effort": "low", "windows": 8, "window": WINDOW, **keys})
+    recipe = Recipe(**{"effort": "low", "num_windows": 8, "seq_len": WINDOW, **keys})
     return Workload(replay.structure, recipe, replay.model.config, WINDOW, torch.float32, torch.device("cpu"))
 
 
@@ -35,7 +35,7 @@ def seconds(replay: Replay, **keys) -> dict[str, float]:
     """Expected seconds of each stage on a machine of fixed rates."""
     rates = Rates(1e11, 1e10, 1e11, 1e5, 1e7)
     job = workload(replay, **keys)
-    work = stage_work(job, JobStages.of(job.recipe, None, reconstruct=job.recipe.refine))
+    work = stage_work(job, JobStages.of(job.recipe, None, reconstruct=job.recipe.reconstruct))
     return {name: stage.seconds(rates) for name, stage in work.items()}
 
 
@@ -57,23 +57,23 @@ def test_products_are_those_that_pytorch_counts(replay: Replay):
 
 
 def test_a_plan_lists_the_stages_that_the_job_will_run(replay: Replay):
-    stages = ["calibration windows", "ladder", "sensitivity", "scores", "guard windows", "guard", "refine"]
+    stages = ["calibration windows", "candidates", "sensitivity", "scores", "guard windows", "guard", "reconstruct"]
     assert list(seconds(replay)) == stages
-    trained = seconds(replay, ladder_epochs=1, layer_epochs=1, distil_epochs=1)
-    assert list(trained) == [*stages[:-1], "reconstruct", "distil"]
-    assert list(seconds(replay, allocate="uniform")) == ["calibration windows", "ladder", "refine"]
-    assert list(seconds(replay, calib=("text.txt",))) == stages[1:]
-    assert list(seconds(replay, refine=False, guard=False)) == stages[:4]
+    trained = seconds(replay, candidate_epochs=1, reconstruction_epochs=1, distill_epochs=1)
+    assert list(trained) == [*stages[:-1], "reconstruct", "distill"]
+    assert list(seconds(replay, allocate="uniform")) == ["calibration windows", "candidates", "reconstruct"]
+    assert list(seconds(replay, calibration=("text.txt",))) == stages[1:]
+    assert list(seconds(replay, reconstruct=False, guard=False)) == stages[:4]
 
 
 def test_more_work_is_expected_to_take_longer(replay: Replay):
     low = seconds(replay)
-    once, twice = seconds(replay, windows=64), seconds(replay, windows=128)
-    for stage in ("calibration windows", "scores", "refine"):
+    once, twice = seconds(replay, num_windows=64), seconds(replay, num_windows=128)
+    for stage in ("calibration windows", "scores", "reconstruct"):
         assert 1.1 < twice[stage] / once[stage] <= 2.01
-    trained = seconds(replay, ladder_epochs=1, layer_epochs=1, distil_epochs=1)
-    assert trained["ladder"] > 2 * low["ladder"]
-    assert trained["reconstruct"] > 1.5 * low["refine"]
+    trained = seconds(replay, candidate_epochs=1, reconstruction_epochs=1, distill_epochs=1)
+    assert trained["candidates"] > 2 * low["candidates"]
+    assert trained["reconstruct"] > 1.5 * low["reconstruct"]
     wide = seconds(replay, widths=(1, 2, 3))
     progressive = seconds(replay, widths=(1, 2, 3), progressive=(3.0, 2.0))
     assert progressive["scores"] == pytest.approx(2 * wide["scores"])
@@ -82,16 +82,16 @@ def test_more_work_is_expected_to_take_longer(replay: Replay):
 def test_a_gpu_is_expected_to_spend_less_on_the_same_work(replay: Replay):
     """At equal rates: its kernels read and write less, and launch less."""
     rates = Rates(1e14, 1e12, 1e12, 1e5, 1e10)
-    cpu = workload(replay, ladder_epochs=1, layer_epochs=1, distil_epochs=1)
+    cpu = workload(replay, candidate_epochs=1, reconstruction_epochs=1, distill_epochs=1)
     gpu = dataclasses.replace(cpu, device=torch.device("cuda"))
     stages = JobStages.of(cpu.recipe, None, reconstruct=True)
     on_cpu, on_gpu = stage_work(cpu, stages), stage_work(gpu, stages)
-    for stage in ("ladder", "reconstruct", "distil"):
+    for stage in ("candidates", "reconstruct", "distill"):
         assert on_gpu[stage].seconds(rates) < on_cpu[stage].seconds(rates)
 
 
 def test_a_progressive_recipe_runs_stages_several_times():
-    steps = {"scores": 3, "reconstruct": 3, "distil": 3}
+    steps = {"scores": 3, "reconstruct": 3, "distill": 3}
     assert stage_rounds(Recipe(progressive=(3.0, 2.5, 2.0))) == steps
     assert stage_rounds(Recipe()) == {}
 

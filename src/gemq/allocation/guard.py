@@ -24,15 +24,15 @@ from scipy.special import stdtr
 from gemq.allocation.knapsack import Floats, Ints, select
 from gemq.allocation.problem import Allocation, Problem
 
-PER_SOURCE = 8
+WINDOWS_PER_SOURCE = 8
 """Held-out windows of each calibration source."""
-OWN = 16
+GENERATED_WINDOWS = 16
 """Windows that the model writes for the guard alone."""
-SEED = 1 << 20
+SEED_OFFSET = 1 << 20
 """Added to the recipe's seed: calibration's windows use that seed and the next one."""
 SOFTENING = (0.25, 0.5, 0.75, 1.0)
 """Values of ``m`` in ``soften`` that are tried in order."""
-UNIFORM_SEEDS = 3
+NUM_UNIFORM_DRAWS = 3
 """Draws of uniform widths between two widths, whose mean is judged: it depends on which experts get the wider one."""
 MAX_KL_RATIO = 1.03
 """A source counts as worse than uniform above this ratio of their KLs, and only if the difference is significant."""

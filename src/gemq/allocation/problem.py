@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from gemq.allocation.baselines import random_choice, uniform_choice
 from gemq.allocation.knapsack import Floats, Ints, cheapest, select, solve
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 from gemq.quant.widths import ExpertWidths, Width, nominal_bits, parse_width, plain_widths, width_name
 
 Kind = Literal["bits", "stored_bits", "bytes"]
@@ -185,7 +185,7 @@ class Allocation:
             raise UserError(f'{origin} has no list "widths": write {{"widths": [[2, 3, ...], ...]}}')
         unknown = sorted(data.keys() - {"budget", "method", "widths"})
         if unknown:
-            raise UserError(f"{origin}: unknown key {shown(unknown[0])}: the keys are budget, method and widths")
+            raise UserError(f"{origin}: unknown key {short_repr(unknown[0])}: the keys are budget, method and widths")
         budget = _read_budget(data.get("budget"), origin)
         choice = _read_widths(data["widths"], problem, origin)
         return _make_allocation(problem, budget, str(data.get("method", "file")), choice)
@@ -358,7 +358,7 @@ def _read_budget(value: Any, origin: str) -> Budget | None:
         ((kind, amount),) = value.items()
         return Budget(kind, float(amount))
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f'{origin}: budget cannot be {shown(value)}: write {{"bits": 2.0}}') from error
+        raise UserError(f'{origin}: budget cannot be {short_repr(value)}: write {{"bits": 2.0}}') from error
 
 
 def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
@@ -370,14 +370,14 @@ def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
     for index, (values, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
         experts = (rows.stop - rows.start) // problem.units
         if not isinstance(values, list) or len(values) != experts:
-            actual = f"{len(values)} widths" if isinstance(values, list) else shown(values)
+            actual = f"{len(values)} widths" if isinstance(values, list) else short_repr(values)
             raise UserError(f"{origin}: layer {index} has {experts} experts, not {actual}: give one for each")
         for expert, value in enumerate(values):
             try:
                 choice += _read_expert(value, problem)
             except ValueError as error:  # not a width (UserError), or not one of the candidates
                 raise UserError(
-                    f"{origin}: layer {index}, expert {expert} cannot have width {shown(value)}: "
+                    f"{origin}: layer {index}, expert {expert} cannot have width {short_repr(value)}: "
                     f"choose from {problem.width_names}{TWO_WIDTHS_HINT if problem.units > 1 else ''}"
                 ) from error
     return np.array(choice, np.int64)

@@ -28,16 +28,16 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.input_recorder import cat_rows
 from gemq.models.experts import (
     ExpertsCall,
-    Routed,
+    RoutedPairs,
     apply_down,
     apply_first,
     expert_weight,
-    route_in_groups,
-    watch_experts,
+    record_experts_calls,
+    route_call,
 )
 from gemq.models.replay import Call, Replay
 from gemq.models.structure import Experts
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.device import FixedOrder
 from gemq.runtime.ranks import Ranks
 
@@ -62,7 +62,7 @@ class LayerScores:
         self.costs: list[Tensor] = []
         self.tokens = torch.zeros(sources, experts, dtype=torch.int64, device=device)
 
-    def add(self, routed: Routed, costs: Tensor, source: Tensor) -> None:
+    def add(self, routed: RoutedPairs, costs: Tensor, source: Tensor) -> None:
         """Adds a micro-batch.
 
         Args:
@@ -74,8 +74,8 @@ class LayerScores:
         sources, experts = self.tokens.shape
         slot = source[routed.token % len(source)] * experts + routed.expert
         pair_counts = torch.ones_like(slot)
-        if routed.kept is not None:
-            pair_counts = (torch.arange(len(slot), device=slot.device) < routed.kept).to(slot.dtype)
+        if routed.num_valid is not None:
+            pair_counts = (torch.arange(len(slot), device=slot.device) < routed.num_valid).to(slot.dtype)
         sums = costs.new_zeros(sources * experts, *costs.shape[1:]).index_add_(0, slot, costs)
         self.costs.append(sums.unflatten(0, (sources, experts)))
         self.tokens.view(-1).index_add_(0, slot, pair_counts)
@@ -98,7 +98,7 @@ class LayerScores:
 
 def loss_gradients(
     replay: Replay, activations: Activations, labels: str, seed: int, overrides: dict[str, Tensor] | None = None
-) -> Batches:
+) -> ActivationStore:
     """Gradients [B, S, H] of the summed next-token loss with respect to the last layer's outputs.
 
     Args:
@@ -109,14 +109,14 @@ def loss_gradients(
         seed: of sampled labels.
         overrides: of the model's tail, as in ``Replay.logits``.
     """
-    gradients = Batches(replay.memory)
+    gradients = ActivationStore(replay.memory)
     local_batches = replay.ranks.local_batches(activations.total)
     for batch, ids, hidden in zip(local_batches, activations.ids, activations.hidden, strict=True):
         # labels of a micro-batch depend neither on the rank that draws them nor on those drawn before
         batch_seed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
         generator = torch.Generator(replay.device).manual_seed(batch_seed)
         window_gradients = []
-        for windows in replay.windows_together(ids):
+        for windows in replay.logit_chunks(ids):
             leaf = hidden[windows].detach().requires_grad_()
             # no name for the logits, so that they are freed before the backward pass
             loss = _loss(replay.logits(ids[windows], leaf, overrides).float(), ids[windows], labels, generator)
@@ -138,7 +138,7 @@ def reverse_layer(
     replay: Replay,
     index: int,
     activations: Activations,
-    gradients: Batches,
+    gradients: ActivationStore,
     overrides: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, ExpertsCall | None, Tensor | None]]:
     """Propagates gradients through layer ``index``, micro-batch by micro-batch.
@@ -162,7 +162,7 @@ def reverse_layer(
         if module is None:
             output = replay.run(index, leaf, layer_call, overrides)
             return None, torch.autograd.grad(output, leaf, gradient)
-        with watch_experts(module) as calls:
+        with record_experts_calls(module) as calls:
             output = replay.run(index, leaf, layer_call, overrides)
         (call,) = calls
         return call, torch.autograd.grad(output, (leaf, call.output), gradient)
@@ -190,7 +190,7 @@ def pair_costs(
     candidates: Sequence[ExpertWeights],
     form: str,
     units: int,
-) -> tuple[Routed, Tensor]:
+) -> tuple[RoutedPairs, Tensor]:
     """The cost of each routed pair at each width.
 
     Args:
@@ -206,7 +206,7 @@ def pair_costs(
         The routed pairs, and their costs float64 [P, U, W].
     """
     exact_first, exact_down = (expert_weight(module, matrix.name) for matrix in experts.matrices)
-    routed = route_in_groups(call, (exact_first, exact_down), experts.count)
+    routed = route_call(call, (exact_first, exact_down), experts.count)
     x = call.hidden.index_select(0, routed.token)
     grad_pair = (gradient[routed.token] * routed.weight.unsqueeze(1)).to(x.dtype)
 
@@ -256,7 +256,7 @@ def _change_cost(gradient: Tensor, changed: Tensor, exact: Tensor, form: str) ->
     return sums if is_elementwise else sums.square()
 
 
-def rescaled(costs: Tensor, kl: Tensor) -> Tensor:
+def rescale_to_kl(costs: Tensor, kl: Tensor) -> Tensor:
     """Scales the costs [E, U, W] of a layer at each width, so that they sum to the KL [W] measured there.
 
     The KL is in nats per token. Costs that are all zero stay zero.

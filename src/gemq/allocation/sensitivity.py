@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemq.calibration.windows import Windows, from_parts
+from gemq.calibration.windows import Windows, concat_sources
 
 MAX_TOKENS = 16_384
 """Upper bound for the tokens to measure on."""
@@ -17,6 +17,6 @@ def measured_tokens(calibration_tokens: int) -> int:
 
 def measured_windows(windows: Windows, tokens: int) -> Windows:
     """The first windows of each source, equally many and at least one, with about ``tokens`` tokens in all."""
-    count = max(1, tokens // windows.window // len(windows.names))
+    count = max(1, tokens // windows.seq_len // len(windows.names))
     tokens_by_source = [source_tokens[:count] for source_tokens in windows.by_source()]
-    return from_parts(tokens_by_source, windows.names, windows.tokens_available)
+    return concat_sources(tokens_by_source, windows.names, windows.tokens_available)

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from gemq.calibration.input_recorder import (
     InputRecorder,
-    KeptCalls,
+    RecordedExpertCalls,
     RecordedInputs,
     all_gather_recordings,
     cat_rows,
     split_rows,
 )
 from gemq.calibration.windows import Windows
-from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route_to
+from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route_local_call
 from gemq.models.replay import Call, Replay
 from gemq.models.structure import Experts, Linear
-from gemq.quant.hessian import Moments
-from gemq.runtime.activation_store import Batches
+from gemq.quant.hessian import HessianAccumulator
+from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.ranks import MAX_EXCHANGE_BYTES, SINGLE, Ranks
 
 
@@ -51,7 +51,7 @@ class Activations:
     ids: list[Tensor]
     source: list[Tensor]
     calls: list[list[Call]]
-    hidden: Batches
+    hidden: ActivationStore
     order: Tensor
     all_ids: list[Tensor] = field(default_factory=list)
     batches_per_forward: int = 1
@@ -60,20 +60,20 @@ class Activations:
     _for_training: dict[bool, Activations] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, replay: Replay, windows: Windows, batch_tokens: int, seed: int) -> Activations:
+    def start(cls, replay: Replay, windows: Windows, micro_batch_tokens: int, seed: int) -> Activations:
         """Hidden states before the first layer.
 
         Args:
             replay: the model.
             windows: all calibration windows.
-            batch_tokens: tokens of a micro-batch.
+            micro_batch_tokens: tokens of a micro-batch.
             seed: sets the order of the windows, in which a micro-batch mixes the sources.
         """
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        batches = list(windows.batches(batch_tokens))
+        batches = list(windows.batches(micro_batch_tokens))
         all_ids = [windows.tokens[order[batch]].to(replay.device) for batch in batches]
         local_batches = replay.ranks.local_batches(len(batches))
-        ids, source, calls, hidden = [], [], [], Batches(replay.memory)
+        ids, source, calls, hidden = [], [], [], ActivationStore(replay.memory)
         for index in local_batches:
             inputs, layer_calls = replay.inputs(all_ids[index])
             ids.append(all_ids[index])
@@ -94,7 +94,7 @@ class Activations:
         """Whether training can divide each micro-batch's windows among ranks: on GPUs, into equal parts."""
         return ranks.shards_windows and not any(len(ids) % ranks.count for ids in self.all_ids)
 
-    def to_train(self, replay: Replay, sharded: bool = False) -> Activations:
+    def gather_for_training(self, replay: Replay, sharded: bool = False) -> Activations:
         """Gathers the micro-batches of all ranks for training. Without ``source``. Runs collectives.
 
         Args:
@@ -109,13 +109,13 @@ class Activations:
             if sharded:
                 ids = [batch_ids[ranks.local_slice(len(batch_ids))] for batch_ids in ids]
             calls = [replay.inputs(batch_ids)[1] for batch_ids in ids]
-            no_hidden = Batches(replay.memory)
+            no_hidden = ActivationStore(replay.memory)
             self._for_training[sharded] = dataclasses.replace(
                 self, ids=ids, source=[], calls=calls, hidden=no_hidden, _group_calls={}
             )
-        return dataclasses.replace(self._for_training[sharded], hidden=self.share(replay, self.hidden, sharded))
+        return dataclasses.replace(self._for_training[sharded], hidden=self.gather(replay, self.hidden, sharded))
 
-    def share(self, replay: Replay, local: Batches, sharded: bool = False) -> Batches:
+    def gather(self, replay: Replay, local: ActivationStore, sharded: bool = False) -> ActivationStore:
         """Gathers a tensor [B, ...] of every micro-batch from its rank. Runs collectives.
 
         Args:
@@ -129,10 +129,10 @@ class Activations:
         gathered = ranks.gather_micro_batches(local, self.total)
         if sharded:
             gathered = (tensor[ranks.local_slice(len(tensor))].clone() for tensor in gathered)
-        return Batches(replay.memory, gathered)
+        return ActivationStore(replay.memory, gathered)
 
-    def give(self, replay: Replay) -> None:
-        """Takes part in the collectives of ``to_train`` on a rank that does not need its result."""
+    def join_gather(self, replay: Replay) -> None:
+        """Takes part in the collectives of ``gather_for_training`` on a rank that does not need its result."""
         for _ in replay.ranks.gather_micro_batches(self.hidden, self.total):
             pass
 
@@ -164,7 +164,7 @@ class Activations:
 
     @torch.no_grad()
     def advance_all(
-        self, replay: Replay, index: int, states: Sequence[Batches], overrides: dict[str, Tensor] | None = None
+        self, replay: Replay, index: int, states: Sequence[ActivationStore], overrides: dict[str, Tensor] | None = None
     ) -> None:
         """Runs layer ``index`` on several models' hidden states of these windows and overwrites them.
 
@@ -186,7 +186,7 @@ class Activations:
 
 
 @dataclass
-class LayerMoments:
+class LayerHessians:
     """Hessian accumulators of one layer.
 
     Attributes:
@@ -194,24 +194,26 @@ class LayerMoments:
         experts: of the two matrices of the experts on this rank; None if no experts were requested.
     """
 
-    linears: dict[str, Moments]
-    experts: tuple[Moments, Moments] | None
+    linears: dict[str, HessianAccumulator]
+    experts: tuple[HessianAccumulator, HessianAccumulator] | None
 
     @classmethod
-    def empty(cls, experts: Experts | None, expert_slice: slice | None, device: torch.device) -> LayerMoments:
+    def empty(cls, experts: Experts | None, expert_slice: slice | None, device: torch.device) -> LayerHessians:
         """Accumulators without inputs, for the experts of ``expert_slice``, if any."""
         if experts is None or expert_slice is None:
             return cls({}, None)
         count = expert_slice.stop - expert_slice.start
         gate_up, down = experts.matrices
-        return cls({}, (Moments(count, gate_up.columns, device), Moments(count, down.columns, device)))
+        return cls(
+            {}, (HessianAccumulator(count, gate_up.columns, device), HessianAccumulator(count, down.columns, device))
+        )
 
     def add_linears(self, linears: Sequence[Linear], recorded: RecordedInputs) -> None:
         """Adds the recorded inputs of ``linears``."""
         for linear, first_index, rows in zip(linears, recorded.first_linear, recorded.rows, strict=True):
             if rows is not None:
                 if linear.path not in self.linears:
-                    self.linears[linear.path] = Moments(1, linear.columns, rows.device)
+                    self.linears[linear.path] = HessianAccumulator(1, linear.columns, rows.device)
                 ends = torch.full((1,), len(rows), device=rows.device)
                 self.linears[linear.path].add(rows, ends)
             elif first_index >= 0:
@@ -230,7 +232,7 @@ class LayerMoments:
         first_moments, down_moments = self.experts
         name = experts.matrices[0].name
         weight = expert_weight(module, name)[expert_slice]
-        routed = route_to(call, expert_slice, weight)
+        routed = route_local_call(call, expert_slice, weight)
         x = call.hidden.index_select(0, routed.token)
         first_moments.add(x, routed.ends)
         down_moments.add(apply_first(module, name, weight, x, routed), routed.ends)
@@ -249,15 +251,15 @@ class LayerMoments:
 
 
 @torch.no_grad()
-def layer_moments(
+def layer_hessians(
     replay: Replay,
     index: int,
     activations: Activations,
     linears: Sequence[Linear],
     expert_slice: slice | None,
-    expert_calls: KeptCalls | None = None,
+    expert_calls: RecordedExpertCalls | None = None,
     with_outputs: bool = True,
-) -> tuple[LayerMoments, Batches]:
+) -> tuple[LayerHessians, ActivationStore]:
     """Runs layer ``index`` on this rank's micro-batches and accumulates Hessians over those of all ranks.
 
     Ranks exchange the inputs of linears and experts. Each rank adds all of them up in the order of the micro-batches,
@@ -277,7 +279,7 @@ def layer_moments(
     """
     experts = replay.structure.layers[index].experts if expert_slice is not None else None
     module = replay.model.get_submodule(experts.path) if experts else None
-    moments, outputs = LayerMoments.empty(experts, expert_slice, replay.device), Batches(replay.memory)
+    moments, outputs = LayerHessians.empty(experts, expert_slice, replay.device), ActivationStore(replay.memory)
     if not linears and module is None and not with_outputs:
         return moments, outputs
 
@@ -309,7 +311,9 @@ def layer_moments(
     return moments, outputs
 
 
-def _run_group(replay: Replay, index: int, activations: Activations, group: range, outputs: Batches | None) -> None:
+def _run_group(
+    replay: Replay, index: int, activations: Activations, group: range, outputs: ActivationStore | None
+) -> None:
     """Runs layer ``index`` on one forward group, and appends the output of each micro-batch to ``outputs``."""
     inputs = [activations.hidden[batch] for batch in group]
     output = replay.run(index, cat_rows(inputs), activations.call(replay, index, group))

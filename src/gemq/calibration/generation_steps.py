@@ -25,20 +25,20 @@ Step = Callable[[Tensor], Tensor]
 """Newest tokens int64 [rows, 1] -> logits of the next ones, float32 [rows, V], valid until the next step."""
 
 
-class Steps:
+class Stepper:
     """Makes the steps of one model, for one batch of windows after another.
 
     Attributes:
         model: writes the windows.
         seq_len: tokens of a window.
         static: whether steps use a static cache. By default on a GPU.
-        why: the reason if static steps were requested and are not possible, otherwise empty.
+        eager_reason: the reason if static steps were requested and are not possible, otherwise empty.
     """
 
     def __init__(self, model: Any, seq_len: int, static: bool | None = None) -> None:
         self.model, self.seq_len = model, seq_len
         self.static = model.device.type == "cuda" if static is None else static
-        self.why = ""
+        self.eager_reason = ""
         self._static_step: _StaticStep | None = None
 
     def begin(self, rows: int) -> Step:
@@ -47,7 +47,7 @@ class Steps:
             try:
                 return self._restart_static_step(rows)
             except (Unsupported, torch.OutOfMemoryError) as error:
-                self.why = " ".join(f"{error}".split())[:300]
+                self.eager_reason = " ".join(f"{error}".split())[:300]
                 self.static = False
             self._static_step = None
         return _DynamicStep(self.model, self.seq_len)
@@ -131,7 +131,7 @@ class _DynamicStep:
         return logits.float()
 
 
-class _Preallocated(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """A layer's keys and values in buffers for a whole window, so that a step copies only those of its own token."""
 
     def __init__(self, layer: DynamicLayer, seq_len: int) -> None:
@@ -159,10 +159,10 @@ class _Preallocated(DynamicLayer):
 def _preallocate(cache: Any, seq_len: int, model: Any) -> Any:
     """Replaces the plain growing layers of the cache that the model made in its first step. Others stay."""
     if cache is None:
-        raise UserError(f"{type(model).__name__} has no key-value cache to write windows with: give --calib FILE")
+        raise UserError(f"{type(model).__name__} has no key-value cache to write windows with: give --calibration FILE")
     layers = getattr(cache, "layers", [])
     with optional("cache_grows"):
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
-                layers[index] = _Preallocated(layer, seq_len)
+                layers[index] = _PreallocatedLayer(layer, seq_len)
     return cache

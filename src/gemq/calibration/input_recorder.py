@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gemq.errors import UserError
-from gemq.models.experts import ExpertsCall, call_of
+from gemq.models.experts import ExpertsCall, parse_experts_call
 from gemq.models.structure import Linear
-from gemq.runtime.activation_store import Batches
-from gemq.runtime.memory import Memory
+from gemq.runtime.activation_store import ActivationStore
+from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.ranks import Ranks
 
 TENSORS_PER_CALL = 3
@@ -106,7 +106,7 @@ class InputRecorder:
                 raise StopForward
 
         def record_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.append(call_of(module, args, kwargs))
+            self._calls.append(parse_experts_call(module, args, kwargs))
             stop_if_complete()
 
         def linear_hook(index: int) -> Callable[..., None]:
@@ -198,11 +198,11 @@ def all_gather_recordings(ranks: Ranks, recordings: Sequence[RecordedInputs]) ->
             yield RecordedInputs.unflatten(rank_tensors[tensor_range], rank_integers[integer_range])
 
 
-class KeptCalls(Sequence[ExpertsCall]):
+class RecordedExpertCalls(Sequence[ExpertsCall]):
     """Recorded calls of an experts module without outputs, one per micro-batch, offloaded when memory is short."""
 
-    def __init__(self, memory: Memory):
-        self._hidden = Batches(memory)
+    def __init__(self, memory: MemoryBudget):
+        self._hidden = ActivationStore(memory)
         self._routing: list[tuple[Tensor, Tensor]] = []
 
     def extend(self, call: ExpertsCall, token_counts: Sequence[int]) -> None:

@@ -29,7 +29,7 @@ from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, Width, group_size_for, matrix_bytes
-from gemq.runtime.memory import Memory, gigabytes
+from gemq.runtime.memory import MemoryBudget, gigabytes
 
 LINEAR_BITS = 8
 GROUP_SIZE = 128
@@ -37,7 +37,7 @@ ROUNDING_CHUNK = 1 << 26
 """Upper bound for the weights that are rounded in one call, which holds several float32 copies of them."""
 
 
-def copy_bytes(structure: Structure, width: Width, outside: int) -> int:
+def generator_bytes(structure: Structure, width: Width, outside: int) -> int:
     """Bytes of a generator copy.
 
     Args:
@@ -55,7 +55,7 @@ def copy_bytes(structure: Structure, width: Width, outside: int) -> int:
     return total
 
 
-def widest_copy(structure: Structure, outside: int, reserved_bytes: int, memory: Memory) -> Width:
+def widest_generator(structure: Structure, outside: int, reserved_bytes: int, memory: MemoryBudget) -> Width:
     """The widest width at which a generator copy fits into the device's memory limit.
 
     Args:
@@ -68,9 +68,9 @@ def widest_copy(structure: Structure, outside: int, reserved_bytes: int, memory:
         UserError: no copy fits.
     """
     for width in sorted(LEVELS, reverse=True):
-        if copy_bytes(structure, width, outside) + reserved_bytes <= memory.on_device.limit:
+        if generator_bytes(structure, width, outside) + reserved_bytes <= memory.on_device.limit:
             return width
-    required = copy_bytes(structure, min(LEVELS), outside) + reserved_bytes
+    required = generator_bytes(structure, min(LEVELS), outside) + reserved_bytes
     raise UserError(
         f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold even a copy of the model at 1 bit, which is to "
         f"write windows: give at least {memory.flag} {gigabytes(required)}"
@@ -78,7 +78,7 @@ def widest_copy(structure: Structure, outside: int, reserved_bytes: int, memory:
 
 
 @contextmanager
-def packed_copy(replay: Replay, source: Source, width: Width, directory: Path) -> Iterator[Any]:
+def packed_generator_copy(replay: Replay, source: Source, width: Width, directory: Path) -> Iterator[Any]:
     """Makes the generator copy and loads it on the device. The layers of ``replay`` are offloaded meanwhile.
 
     Args:
@@ -90,8 +90,8 @@ def packed_copy(replay: Replay, source: Source, width: Width, directory: Path) -
     shutil.rmtree(directory, ignore_errors=True)
     try:
         _write_copy(replay, source, width, directory)
-        assert replay.residency is not None
-        with replay.residency.away():
+        assert replay.layer_cache is not None
+        with replay.layer_cache.released():
             model = load(directory, str(replay.device), replay.model.dtype, trust_remote_code=source.trust_remote_code)
             yield model
             del model
@@ -114,7 +114,7 @@ def _write_copy(replay: Replay, source: Source, width: Width, directory: Path) -
     def shards() -> Iterator[dict[str, Tensor]]:
         for index in replay.walk(range(len(structure.layers))):
             yield _pack_layer(replay, index, width)
-        unpacked = replay.unpacked(packed_format.replaced_names())
+        unpacked = replay.stored_state(packed_format.replaced_names())
         cpu_tensors = {name: tensor.cpu() for name, tensor in unpacked.items()}
         yield dense_state(replay.model, packed_format, cpu_tensors)
 

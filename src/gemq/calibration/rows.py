@@ -40,7 +40,7 @@ PARAGRAPH = "\n\n"
 
 
 @dataclass
-class Rows:
+class RowStats:
     """Statistics of the rows read from one source.
 
     Attributes:
@@ -76,7 +76,7 @@ class RowReader:
         flag: the command line flag that sets ``column``, for messages.
     """
 
-    def __init__(self, tokenizer: Any, column: str | None = None, flag: str = "--calib-column"):
+    def __init__(self, tokenizer: Any, column: str | None = None, flag: str = "--calibration-column"):
         self._tokenizer, self._column, self._flag = tokenizer, column, flag
         self._has_template = has_template(tokenizer)
 
@@ -147,7 +147,7 @@ class RowReader:
             f"name one with {self._flag} (it has {columns})"
         )
 
-    def text(self, row: Row, stats: Rows) -> str:
+    def text(self, row: Row, stats: RowStats) -> str:
         """The text of a row, empty if it has none. Counts the row in ``stats``."""
         text = row.text
         if row.messages:
@@ -170,7 +170,7 @@ class RowReader:
         return PARAGRAPH.join(content for content in contents if content.strip()), self._has_template
 
 
-def row_texts(rows: Iterable[tuple[str, Any]], reader: RowReader, stats: Rows, source: str) -> Iterator[str]:
+def row_texts(rows: Iterable[tuple[str, Any]], reader: RowReader, stats: RowStats, source: str) -> Iterator[str]:
     """Yields the texts of a source's rows. Rows without text are skipped.
 
     Args:

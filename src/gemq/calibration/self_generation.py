@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemq.calibration.generation_steps import Step, Steps
+from gemq.calibration.generation_steps import Step, Stepper
 from gemq.calibration.sources import SELF
 from gemq.calibration.vocabulary import Vocabulary
 from gemq.calibration.windows import Windows
@@ -53,11 +53,11 @@ class Openings:
     random: float = 0.0
 
 
-OF_THE_SOURCE = Openings(random=1.0)
+SELF_SOURCE_OPENINGS = Openings(random=1.0)
 """Openings of the source ``self``: measured better than BOS (docs/lab-log.md)."""
 
 
-def added_to(windows: Windows) -> Openings:
+def added_window_openings(windows: Windows) -> Openings:
     """Openings of the windows that the model writes in addition to ``windows``.
 
     They begin with tokens of the texts among ``windows``. Without a text, half of them begin with random tokens, since
@@ -71,7 +71,7 @@ def added_to(windows: Windows) -> Openings:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class WindowPlan:
     """Windows to write.
 
     Attributes:
@@ -104,15 +104,15 @@ class GeneratedWindows:
     """Windows that open with the chat template's user turn."""
     chat_fallbacks: int
     """Windows that should open with it, but the template could not be used."""
-    launched: int
+    eager_windows: int
     """Windows whose steps a GPU launched kernel by kernel, because a static step was not possible."""
 
 
 def generate_windows(
     model: Any,
     tokenizer: Any,
-    *plans: Plan,
-    window: int,
+    *plans: WindowPlan,
+    seq_len: int,
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = SINGLE,
@@ -132,13 +132,12 @@ def generate_windows(
         model: the model or a packed copy of it.
         tokenizer: of the model.
         plans: the windows to write, in order.
-        window: tokens of a window.
+        seq_len: tokens of a window.
         batch: upper bound for the windows of a batch, which may belong to several plans. By default ``batch_size``.
         progress: called with the number of written tokens and the total.
         ranks: the processes that divide the batches among themselves.
         static: whether to use a static cache, see ``calibration.generation_steps``. By default on a GPU.
     """
-    seq_len = window
     opening = chat_opening(tokenizer) if has_template(tokenizer) else None
     chat = opening if opening is not None and 0 < len(opening.user) < seq_len else None
     total = sum(plan.count for plan in plans)
@@ -148,8 +147,8 @@ def generate_windows(
     was_training = model.training
     model.eval()
     written: list[Tensor | None] = [None] * len(batches)
-    steps = Steps(model, seq_len, static)
-    documents = launched = 0
+    steps = Stepper(model, seq_len, static)
+    documents = eager_windows = 0
     try:
         for index, planned in enumerate(batches):
             if index % ranks.count != ranks.rank:
@@ -161,8 +160,8 @@ def generate_windows(
             device_batch = planned.to(model.device)
             written[index] = device_batch.write(steps.begin(rows), report)
             documents += device_batch.documents
-            if steps.why:
-                launched += rows
+            if steps.eager_reason:
+                eager_windows += rows
     finally:
         model.train(was_training)
     gathered = [torch.empty(0, seq_len, dtype=torch.int64)]
@@ -174,7 +173,7 @@ def generate_windows(
         documents=ranks.all_reduce_int(documents),
         chat_windows=chat_windows if chat else 0,
         chat_fallbacks=0 if chat else chat_windows,
-        launched=ranks.all_reduce_int(launched),
+        eager_windows=ranks.all_reduce_int(eager_windows),
     )
 
 
@@ -208,7 +207,7 @@ class _Batch:
 
     @classmethod
     def from_plans(
-        cls, plans: Sequence[Plan], seq_len: int, vocabulary: Vocabulary, chat: ChatOpening | None
+        cls, plans: Sequence[WindowPlan], seq_len: int, vocabulary: Vocabulary, chat: ChatOpening | None
     ) -> _Batch:
         """All windows of ``plans``, in order, on the CPU. Every second one of a plan opens as ``chat`` says."""
         draws = torch.cat([torch.empty(0, seq_len, dtype=torch.float64), *(plan.draws(seq_len) for plan in plans)])
@@ -361,7 +360,7 @@ def batch_size(config: Any, seq_len: int) -> int:
     """Windows of a batch, from the configuration alone.
 
     As many as 4 GB hold if every head had its own keys and values in float32. A large model gets more, since a step of
-    a few windows takes as long as a step of many. A GPU may use more (``side_by_side``), which changes the windows
+    a few windows takes as long as a step of many. A GPU may use more (``gpu_batch_size``), which changes the windows
     only through the rounding of logits.
     """
     bytes_per_window = len(layer_configs(config)) * config.hidden_size * seq_len * 2 * 4
@@ -376,7 +375,7 @@ def even_batch_size(count: int, max_size: int) -> int:
     return max(1, -(-count // num_batches))
 
 
-def side_by_side(count: int, min_size: int, max_size: int) -> int:
+def gpu_batch_size(count: int, min_size: int, max_size: int) -> int:
     """Upper bound for the windows of a batch on a GPU.
 
     A step of twice as many windows takes a fifth longer, so that a batch takes what memory allows. There are at least

@@ -1,4 +1,4 @@
-"""Calibration windows from the sources that ``--calib`` names: files of text or rows, data sets, and the model itself.
+"""Calibration windows from the sources of ``--calibration``: files of text or rows, data sets, and the model itself.
 
 Every source is packed into non-overlapping windows, which are drawn from by seed. The draw from a file is over all of
 its windows. A data set is streamed and may have no end, so that the draw is over its first windows (``POOL``).
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemq.calibration.rows import RowReader, Rows, row_texts
+from gemq.calibration.rows import RowReader, RowStats, row_texts
 from gemq.calibration.texts import holds_rows, is_pipe, json_rows, text_bytes, text_chunks, text_digest
 from gemq.calibration.tokens import check_tokens, foreign_token, tokenize_text
-from gemq.calibration.windows import Windows, check_length, cut_windows, file_documents, from_parts, pack_documents
+from gemq.calibration.windows import Windows, check_length, concat_sources, cut_windows, file_documents, pack_documents
 from gemq.errors import UserError
 from gemq.models.chat_template import chat_opening
 
@@ -65,9 +65,9 @@ class Streams:
         self.names = _unique_names(sources)
         self._tokenizer, self._column, self._embeddings = tokenizer, column, embeddings
         self._tokens: dict[str, Future[Tensor]] = {}
-        self._stats = {source: Rows() for source in sources}
+        self._stats = {source: RowStats() for source in sources}
 
-    def begin(self) -> None:
+    def start_reading(self) -> None:
         """Starts to read the files in a daemon thread: tokenizing releases the GIL.
 
         One thread, since tokenizers are not thread-safe.
@@ -92,7 +92,7 @@ class Streams:
             self._read(source)
         return self._tokens[source].result()
 
-    def rows(self) -> dict[str, Rows]:
+    def row_stats(self) -> dict[str, RowStats]:
         """By name, the statistics of sources that have rows and were read."""
         by_name = {name: self._stats[source] for name, source in zip(self.names, self.sources, strict=True)}
         return {name: stats for name, stats in by_name.items() if stats.columns}
@@ -165,11 +165,11 @@ def calibration_windows(streams: Streams, *, seed: int, generate: Callable[[int]
         assert generated.shape == (pool.share, streams.seq_len)
         tokens_by_source.append(generated)
         available.append(generated.numel())
-    return from_parts(tokens_by_source, streams.names, available)
+    return concat_sources(tokens_by_source, streams.names, available)
 
 
-def held_out_windows(streams: Streams, *, seed: int, held_out: int) -> Windows:
-    """Draws up to ``held_out`` windows of each source that ``calibration_windows`` does not take.
+def held_out_windows(streams: Streams, *, seed: int, per_source: int) -> Windows:
+    """Draws up to ``per_source`` windows of each source that ``calibration_windows`` does not take.
 
     They follow calibration's windows in the same random order. The source ``self`` gets none here, and a source with
     too little text gets fewer.
@@ -179,9 +179,9 @@ def held_out_windows(streams: Streams, *, seed: int, held_out: int) -> Windows:
         if pool.windows is None:
             tokens_by_source.append(torch.empty(0, streams.seq_len, dtype=torch.int64))
         else:
-            tokens_by_source.append(pool.draw(seed, index, pool.share, pool.share + held_out))
+            tokens_by_source.append(pool.draw(seed, index, pool.share, pool.share + per_source))
         available.append(pool.num_tokens)
-    return from_parts(tokens_by_source, streams.names, available)
+    return concat_sources(tokens_by_source, streams.names, available)
 
 
 def check_sources(
@@ -191,7 +191,7 @@ def check_sources(
     *,
     column: str | None = None,
     embeddings: int | None = None,
-    written: bool = True,
+    generates_windows: bool = True,
 ) -> None:
     """Refuses sources that cannot be used, as far as this is known without the network.
 
@@ -201,13 +201,13 @@ def check_sources(
         seq_len: tokens of a window.
         column: the column of rows to read; None: recognised by the known names.
         embeddings: number of tokens that the model has embeddings for; None: unknown.
-        written: whether the model also writes windows, which begin as its chat template says.
+        generates_windows: whether the model also writes windows, which begin as its chat template says.
 
     Raises:
         UserError: names the source.
     """
     _refuse_repeats(sources)
-    if written or SELF in sources:
+    if generates_windows or SELF in sources:
         for tokens in chat_opening(tokenizer):
             check_tokens(torch.tensor(tokens), embeddings, tokenizer, "the model's chat template")
     for source in sources:
@@ -227,7 +227,7 @@ def _check_file(source: str, tokenizer: Any, seq_len: int, column: str | None, e
         foreign_tokens = {str(token): number for number, token in added_tokens.items() if number >= embeddings}
     num_tokens, path = 0, Path(source)
     reader = RowReader(tokenizer, column)
-    texts = row_texts(json_rows(path), reader, Rows(), source) if holds_rows(path) else text_chunks(path)
+    texts = row_texts(json_rows(path), reader, RowStats(), source) if holds_rows(path) else text_chunks(path)
     for text in texts:
         for token, number in foreign_tokens.items():
             if token in text:
@@ -237,7 +237,7 @@ def _check_file(source: str, tokenizer: Any, seq_len: int, column: str | None, e
             check_tokens(torch.tensor(tokens), embeddings, tokenizer, source)
             num_tokens += len(tokens)
     if num_tokens < seq_len:
-        _read_stream(source, tokenizer, seq_len, 1, column, Rows())
+        _read_stream(source, tokenizer, seq_len, 1, column, RowStats())
 
 
 def source_digest(source: str) -> str:
@@ -317,7 +317,7 @@ def _base_name(source: str) -> str:
     return path.stem if _exists(source) else source
 
 
-def _read_stream(source: str, tokenizer: Any, seq_len: int, count: int, column: str | None, stats: Rows) -> Tensor:
+def _read_stream(source: str, tokenizer: Any, seq_len: int, count: int, column: str | None, stats: RowStats) -> Tensor:
     """All tokens of a file, or the first tokens of a data set, documents joined: int32 [T], at least one window.
 
     Args:

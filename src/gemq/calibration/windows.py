@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gemq.calibration.rows import RowReader, Rows, row_texts
+from gemq.calibration.rows import RowReader, RowStats, row_texts
 from gemq.calibration.texts import holds_rows, json_rows, text_chunks
 from gemq.calibration.tokens import check_tokens, tokenize_pieces, tokenize_text
 from gemq.errors import UserError
@@ -49,7 +49,7 @@ class Windows:
         return self.tokens.shape[0]
 
     @property
-    def window(self) -> int:
+    def seq_len(self) -> int:
         """Tokens of a window."""
         return self.tokens.shape[1]
 
@@ -62,12 +62,12 @@ class Windows:
         """The tokens [n, seq_len] of each source's windows."""
         return [self.tokens[self.source == index] for index in range(len(self.names))]
 
-    def of(self, source: int) -> Windows:
+    def select_source(self, source: int) -> Windows:
         """The windows of one source, by its index."""
         tokens = self.tokens[self.source == source]
-        return from_parts([tokens], [self.names[source]], [self.tokens_available[source]])
+        return concat_sources([tokens], [self.names[source]], [self.tokens_available[source]])
 
-    def share(self, tokens: int) -> Windows:
+    def subsample(self, tokens: int) -> Windows:
         """A subset with about ``tokens`` tokens in all; 0 for all windows.
 
         Takes the same fraction of every source, at least one window of each, evenly spaced.
@@ -79,7 +79,7 @@ class Windows:
         for windows in self.by_source():
             count = max(1, round(len(windows) * tokens / total_tokens))
             subsets.append(windows[torch.arange(count) * len(windows) // count])
-        return from_parts(subsets, self.names, self.tokens_available)
+        return concat_sources(subsets, self.names, self.tokens_available)
 
     def extended(self, name: str, tokens: Tensor) -> Windows:
         """These windows and further ones of the source ``name``, which may be new.
@@ -96,15 +96,15 @@ class Windows:
         index = names.index(name)
         tokens_by_source[index] = torch.cat([tokens_by_source[index], tokens])
         available[index] += tokens.numel()
-        return from_parts(tokens_by_source, names, available)
+        return concat_sources(tokens_by_source, names, available)
 
-    def batches(self, batch_tokens: int) -> Iterator[slice]:
+    def batches(self, micro_batch_tokens: int) -> Iterator[slice]:
         """Yields micro-batches as slices of the windows, in stored order, each of at least one window.
 
-        They depend on ``batch_tokens`` (tokens of a micro-batch) alone and not on the available memory, so that sums
-        over micro-batches round in the same way on every machine.
+        They depend on ``micro_batch_tokens`` (tokens of a micro-batch) alone and not on the available memory, so that
+        sums over micro-batches round in the same way on every machine.
         """
-        step = max(1, batch_tokens // self.tokens.shape[1])
+        step = max(1, micro_batch_tokens // self.tokens.shape[1])
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
@@ -113,20 +113,20 @@ class Windows:
         tensors = {"tokens": self.tokens, "source": self.source}
         return {name: tensor.to("cpu", torch.int32).contiguous() for name, tensor in tensors.items()}
 
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What files store besides the tensors, as plain values."""
         return {"names": self.names, "tokens_available": self.tokens_available}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Windows:
-        """The inverse of ``to_tensors`` and ``about``."""
+        """The inverse of ``to_tensors`` and ``metadata``."""
         tokens, source = tensors["tokens"].long(), tensors["source"].long()
         return cls(tokens, source, tuple(about["names"]), tuple(about["tokens_available"]))
 
     def to_bytes(self) -> bytes:
         """A safetensors file. Equal windows have equal bytes."""
         # a single metadata key, since safetensors writes several in no fixed order
-        return safetensors.torch.save(self.to_tensors(), metadata={"windows": json.dumps(self.about())})
+        return safetensors.torch.save(self.to_tensors(), metadata={"windows": json.dumps(self.metadata())})
 
     def digest(self) -> str:
         """SHA-256 of ``to_bytes``, for fingerprints of the calibration set."""
@@ -151,7 +151,7 @@ def pack_documents(documents: Iterable[Iterable[int]], *, separator: int | None)
     return torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
 
 
-def file_documents(path: Path, tokenizer: Any, reader: RowReader, stats: Rows) -> Iterator[Iterable[int]]:
+def file_documents(path: Path, tokenizer: Any, reader: RowReader, stats: RowStats) -> Iterator[Iterable[int]]:
     """Yields the token ids of a file's documents: one for each row, or one for a whole text, read in chunks.
 
     Args:
@@ -180,7 +180,7 @@ def check_length(name: str, tokens: int, seq_len: int) -> None:
     """Raises UserError if the number of ``tokens`` of a text is too small for one window."""
     if tokens < seq_len:
         raise UserError(
-            f"{name} has {tokens} tokens, fewer than a window of {seq_len}: give a longer text or a smaller --window"
+            f"{name} has {tokens} tokens, fewer than a window of {seq_len}: give a longer text or a smaller --seq-len"
         )
 
 
@@ -192,7 +192,7 @@ def eval_windows(
     *,
     column: str | None = None,
     embeddings: int | None = None,
-    read: dict[str, Rows] | None = None,
+    row_stats: dict[str, RowStats] | None = None,
 ) -> Windows:
     """The non-overlapping windows of each file, in order. A source is named by the stem of its file.
 
@@ -205,7 +205,7 @@ def eval_windows(
         max_windows: windows to take from the start of each file; None: all.
         column: the column of rows to read; None: recognised by the known names.
         embeddings: number of tokens that the model has embeddings for; None: unknown.
-        read: receives the statistics of files that hold rows, by source.
+        row_stats: receives the statistics of files that hold rows, by source.
 
     Raises:
         UserError: a file cannot be used, or two files have the same stem.
@@ -222,18 +222,18 @@ def eval_windows(
     separator = getattr(tokenizer, "eos_token_id", None)
     windows, available = [], []
     for name, path in paths.items():
-        stats = Rows()
+        stats = RowStats()
         stream = pack_documents(file_documents(path, tokenizer, reader, stats), separator=separator)
-        if stats.columns and read is not None:
-            read[name] = stats
+        if stats.columns and row_stats is not None:
+            row_stats[name] = stats
         check_length(str(path), len(stream), seq_len)
         check_tokens(stream, embeddings, tokenizer, str(path))
         windows.append(cut_windows(stream, seq_len)[:max_windows].long())
         available.append(len(stream))
-    return from_parts(windows, tuple(paths), available)
+    return concat_sources(windows, tuple(paths), available)
 
 
-def from_parts(tokens_by_source: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
+def concat_sources(tokens_by_source: Sequence[Tensor], names: Sequence[str], available: Sequence[int]) -> Windows:
     """Concatenates the windows of several sources.
 
     Args:

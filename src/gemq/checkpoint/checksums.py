@@ -24,7 +24,6 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from gemq.checkpoint.format import layer_path
 from gemq.errors import UserError
-from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import StoredTensor
 
 CONFIG_KEY = "gemq_checksums"
@@ -156,7 +155,7 @@ def tensor_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(num_threads, "gemq-checksums", initializer=block_sigterm) as pool:
+    with ThreadPoolExecutor(num_threads, "gemq-checksums") as pool:
         for task_digests in pool.map(_hash_tensors, _tasks(tensors)):
             digests.update(task_digests)
     return digests

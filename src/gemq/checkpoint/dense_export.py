@@ -14,14 +14,14 @@ from torch import Tensor
 
 from gemq.checkpoint.format import layer_path
 from gemq.checkpoint.names import hub_state
-from gemq.checkpoint.outputs import check_output, claimed
+from gemq.checkpoint.outputs import check_output, lock_output
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_directory
 from gemq.quant.grid import dequantize
 from gemq.quant.widths import Width, group_size_for
 
 
-def write_dense_twin(
+def write_dense_checkpoint(
     packed: Path,
     out: Path,
     dtype: torch.dtype = torch.bfloat16,
@@ -45,7 +45,7 @@ def write_dense_twin(
     reader.verify_unpacked()
     reader.verify_data()
     config = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
-    with claimed(out):
+    with lock_output(out):
         write_directory(out, config, _dense_shards(reader, dtype), packed, readme=None, shard_bytes=shard_bytes)
 
 

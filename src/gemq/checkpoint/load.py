@@ -30,7 +30,7 @@ from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
 from gemq.checkpoint.stored import BackgroundDataCheck, StoredCheckpoint, check_no_adapter
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.auto_class import auto_class
 from gemq.models.experts_adapter import adopt_experts
@@ -87,13 +87,13 @@ def load(
 def _check_arguments(path: object, device: object, dtype: object) -> None:
     """Raises UserError for invalid arguments of ``load``."""
     if not isinstance(path, str | os.PathLike):
-        raise UserError(f"{shown(path)} is no path: give the directory of a checkpoint, or its hub id")
+        raise UserError(f"{short_repr(path)} is no path: give the directory of a checkpoint, or its hub id")
     dtype_names = ["auto"]
     for name, value in vars(torch).items():
         if isinstance(value, torch.dtype) and value.is_floating_point:
             dtype_names.append(name)
     if not isinstance(dtype, torch.dtype) and dtype not in dtype_names:
-        raise UserError(f"dtype cannot be {shown(dtype)}: give auto, float32, bfloat16 or float16")
+        raise UserError(f"dtype cannot be {short_repr(dtype)}: give auto, float32, bfloat16 or float16")
     is_device = isinstance(device, str)
     try:
         if device != "auto":
@@ -101,7 +101,7 @@ def _check_arguments(path: object, device: object, dtype: object) -> None:
     except (RuntimeError, TypeError):
         is_device = False
     if not is_device:
-        raise UserError(f"there is no device {shown(device)}: give auto, cpu or cuda")
+        raise UserError(f"there is no device {short_repr(device)}: give auto, cpu or cuda")
 
 
 def local_directory(path: str | Path, kwargs: Mapping[str, Any]) -> Path:

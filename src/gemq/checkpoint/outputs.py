@@ -39,7 +39,7 @@ def check_output(out: Path, *, resume: bool) -> bool:
     return True
 
 
-def check_apart(out: Path, work: Path, advice: str) -> None:
+def check_not_nested(out: Path, work: Path, advice: str) -> None:
     """Raises UserError, ending with ``advice``, if the output and the work directory are nested."""
     out_path = real_path(out)
     work_path = real_path(work)
@@ -47,7 +47,7 @@ def check_apart(out: Path, work: Path, advice: str) -> None:
         raise UserError(f"{out} and the work directory {work} lie in each other: {advice}")
 
 
-def default_work(out: Path) -> Path:
+def default_work_directory(out: Path) -> Path:
     """Returns the work directory of an output if none is named: next to it."""
     named = out if out.name not in ("", "..") else real_path(out)
     return named.parent / f"{named.name}.work"
@@ -59,7 +59,7 @@ def partial_directory(out: Path) -> Path:
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
+def lock_output(out: Path) -> Iterator[None]:
     """Locks an output for this job, and tries to put a new directory in its place, as the end of the job will.
 
     The lock is a file next to the output. It is removed at the end of the context, and the kernel releases it if the

@@ -18,7 +18,6 @@ from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import build_skeleton, read_config
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.quant.packing import PackedMatrix
-from gemq.runtime.safetensors_files import TensorSpec
 
 
 class CheckpointReader:
@@ -53,10 +52,6 @@ class CheckpointReader:
         self._files: dict[Path, Any] = {}
         verify_packed(self.expected, self.specs)
         self.stored.check_config()
-
-    @property
-    def found(self) -> dict[str, TensorSpec]:  # the former name
-        return self.specs
 
     @cached_property
     def unpacked(self) -> list[str]:

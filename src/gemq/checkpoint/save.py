@@ -65,7 +65,6 @@ def write_checkpoint(
     source: Path | None,
     model_card: str,
     shard_bytes: float = SHARD_BYTES,
-    generation_config: None = None,
 ) -> None:
     """Writes a packed checkpoint.
 
@@ -77,7 +76,6 @@ def write_checkpoint(
         source: local directory of the original model, whose tokenizer and other small files are copied
         model_card: contents of README.md
         shard_bytes: approximate size of a file; a larger tensor gets its own file
-        generation_config: not used
 
     Raises:
         UserError: ``out`` exists, or the disk is full or not writable.

@@ -17,7 +17,6 @@ from gemq.checkpoint.checksums import Checksums, tensor_digests
 from gemq.checkpoint.format import PackedFormat, read_packed_config
 from gemq.errors import UserError
 from gemq.models.size_limits import StoredSize, check_config_sizes
-from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import StoredTensor, TensorSpec, stored_tensors, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -95,7 +94,7 @@ class BackgroundDataCheck:
     def __init__(self, checkpoint: StoredCheckpoint) -> None:
         self._future: Future[None] | None = None
         if checkpoint.checksums.tensors is not None:
-            pool = ThreadPoolExecutor(1, "gemq-checksums", initializer=block_sigterm)
+            pool = ThreadPoolExecutor(1, "gemq-checksums")
             self._future = pool.submit(checkpoint.check_data)
             pool.shutdown(wait=False)
 

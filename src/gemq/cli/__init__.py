@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         _warn_of_untested_transformers(arguments)
         code = app(arguments or ["--help"], prog_name="gemq", standalone_mode=False)
         sys.stdout.flush()
-        for line in fallbacks.take_lines():  # those that no summary has shown yet
+        for line in fallbacks.pop_messages():  # those that no summary has shown yet
             print(f"gemq: {line}", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except UserError as error:
@@ -96,7 +96,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     finally:
-        file_hashes.end()
+        file_hashes.stop_hashing()
 
 
 def _warn_of_untested_transformers(arguments: list[str]) -> None:

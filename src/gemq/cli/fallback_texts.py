@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from gemq.runtime.fallbacks import TEXTS as ACCELERATIONS
+from gemq.runtime.fallbacks import DESCRIPTIONS as ACCELERATIONS
 
 FALLBACKS = {
     **ACCELERATIONS,
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more dampening",
-    "rungs_not_improved_by_training": (
+    "candidates_not_improved_by_training": (
         "experts at a width, or dense linears, were no better after training on held-out windows: GPTQ's codes kept"
     ),
     "layers_not_improved_by_training": "layers were no better after training on held-out windows: GPTQ's codes kept",

@@ -56,18 +56,18 @@ class RecipeFlags:
     effort: Annotated[
         str | None, typer.Option(help="How much is computed: low (trains nothing), medium (default) or high.")
     ] = None
-    calib: Annotated[
+    calibration: Annotated[
         list[str] | None,
         typer.Option(help="Text or JSONL file, data set id, or self (the model writes it); may be repeated."),
     ] = None
-    calib_column: Annotated[
+    calibration_column: Annotated[
         str | None,
         typer.Option(
             help="Column of JSONL rows and data sets (default: text, messages, or a prompt with its response)."
         ),
     ] = None
-    windows: Annotated[int | None, typer.Option(help="Calibration windows from all sources (default 128).")] = None
-    window: Annotated[
+    num_windows: Annotated[int | None, typer.Option(help="Calibration windows from all sources (default 128).")] = None
+    seq_len: Annotated[
         int | None,
         typer.Option(help="Tokens per calibration window (default 2048, or the maximum of the model)."),
     ] = None
@@ -78,7 +78,7 @@ class RecipeFlags:
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale and an offset (default 128).")] = (
         None
     )
-    attention_bits: Annotated[
+    dense_bits: Annotated[
         int | None, typer.Option(help="Width of attention and dense linears (default 4; 16: unquantized).")
     ] = None
     dtype: Annotated[str | None, typer.Option(help="Compute type: auto, float32 or bfloat16.")] = None

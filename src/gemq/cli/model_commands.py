@@ -32,7 +32,7 @@ def evaluate(
     text_column: Annotated[
         str | None, typer.Option(help="Column of JSONL rows (default: text, messages, or a prompt with its response).")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Device = "auto",
@@ -44,8 +44,8 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model, and how far it is from a reference."""
     check_json_path(json_file)
-    if window < 2:
-        raise UserError(f"--window {window} is too short: a window has at least 2 tokens")
+    if seq_len < 2:
+        raise UserError(f"--seq-len {seq_len} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
         raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
     with importing():
@@ -57,7 +57,7 @@ def evaluate(
         reference=reference,
         texts=text,
         text_column=text_column,
-        window=window,
+        seq_len=seq_len,
         max_windows=max_windows,
         dtype=dtype,
         device=device,

@@ -104,9 +104,9 @@ def quantize(
     check_json_path(json_file)
     quiet = quiet or not is_first()
     if is_first() and not resume:
-        file_hashes.begin(Path(os.path.expanduser(model)))
+        file_hashes.start_hashing(Path(os.path.expanduser(model)))
     with importing():
-        from gemq.checkpoint.outputs import default_work
+        from gemq.checkpoint.outputs import default_work_directory
         from gemq.cli.report import print_result
         from gemq.pipeline.quantize import quantize as run_quantize
         from gemq.runtime.ranks import leave_ranks
@@ -127,7 +127,7 @@ def quantize(
             monitor=make_monitor(quiet or is_stdout(json_file)),
         )
     except KeyboardInterrupt:
-        work_directory = work or default_work(out)
+        work_directory = work or default_work_directory(out)
         print(
             f"\nInterrupted. Nothing is lost: the same command with --resume goes on from {work_directory}",
             file=sys.stderr,
@@ -231,9 +231,9 @@ def _export_curve(
 def _export_dense(checkpoint: Path, out: Path, trust_remote_code: bool, quiet: bool) -> None:
     """Run ``gemq export --dense``."""
     with importing():
-        from gemq.checkpoint.dense_export import write_dense_twin
+        from gemq.checkpoint.dense_export import write_dense_checkpoint
 
     quiet_libraries()
-    write_dense_twin(checkpoint, out, trust_remote_code=trust_remote_code)
+    write_dense_checkpoint(checkpoint, out, trust_remote_code=trust_remote_code)
     if not quiet:
         make_console().print(f"Saved {out}: plain bfloat16, for tools that do not know the packed format.")

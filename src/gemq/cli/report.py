@@ -67,8 +67,8 @@ def _print_calibration_and_gains(console: Console, result: Result) -> None:
         rows = result.calibration_rows.get(name)
         columns = f" (column {', '.join(rows['columns'])})" if rows else ""
         sources.append(f"{count} {name}{columns}")
-    tokens = sum(result.windows.values()) * result.window
-    console.print(f"Calibration: {tokens:,} tokens in windows of {result.window}: {', '.join(sources)}")
+    tokens = sum(result.windows.values()) * result.seq_len
+    console.print(f"Calibration: {tokens:,} tokens in windows of {result.seq_len}: {', '.join(sources)}")
     console.print(f"Guard: {describe(result.guard)}")
     for stage, unit in (("reconstruction", "layers' mean relative error"), ("distillation", "loss in nats per token")):
         loss_before = result.gains.get(f"{stage}_before")
@@ -280,7 +280,7 @@ def _print_job(console: Console, plan: Plan) -> None:
     bits_of_budget = "" if plan.budget == f"{bits} bits" else f" ({bits} bits per expert weight)"
     console.print(
         f"Job: budget {plan.budget}{bits_of_budget}, {plan.tokens:,} tokens of calibration in windows of "
-        f"{plan.window}. Estimates: {_size(plan.work_bytes)} of disk for the work directory; {memory}. "
+        f"{plan.seq_len}. Estimates: {_size(plan.work_bytes)} of disk for the work directory; {memory}. "
         "Times are estimated from counted operations and a measurement of a second; reading and writing files is not "
         "included."
     )

@@ -60,7 +60,7 @@ def run_demo(out: Path, device: str, console: Console) -> dict[str, Any]:
     console.print(
         f"Built-in model {model.name}: quantizing to 2.0 bits, calibrated on {WINDOWS} windows that it writes itself."
     )
-    recipe = Recipe(bits=2.0, windows=WINDOWS, window=WINDOW, total_tokens=TOKENS)
+    recipe = Recipe(bits=2.0, num_windows=WINDOWS, seq_len=WINDOW, total_tokens=TOKENS)
     work, quantized = out / "work", out / "gemq-2.0"
     result = quantize(str(model), recipe, out=quantized, work=work, device=device, monitor=monitor)
     print_result(console, result)

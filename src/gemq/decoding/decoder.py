@@ -105,7 +105,7 @@ class Decoder:
         self._position = torch.zeros(1, dtype=torch.long, device=self.device)
         self._cache_positions = torch.arange(self.length, device=self.device)
         self._step_cache = StepCache(self._cache.layers, self._position)
-        self._own_attention = False
+        self._uses_decode_attention = False
         # Compiled versions replace these two functions while ``_compiled_parts`` is active.
         self._visible_ranges = _visible_ranges
         self._advance = _advance
@@ -154,9 +154,9 @@ class Decoder:
         """Selects the attention of a step, and runs one step to load and compile the packed kernels without Dynamo."""
         start = time.perf_counter()
         if step_attention.usable(self.model, self._config):
-            self._own_attention = True
-            self._own_attention = self._try(self._warm_up, "attention_by_transformers")
-        if not self._own_attention:
+            self._uses_decode_attention = True
+            self._uses_decode_attention = self._try(self._warm_up, "attention_by_transformers")
+        if not self._uses_decode_attention:
             with as_unsupported():
                 self._warm_up()
         self.seconds["warm_up"] = time.perf_counter() - start
@@ -198,7 +198,7 @@ class Decoder:
 
     def _step(self) -> None:
         """Runs one step on the buffers."""
-        with step_attention.use_decode_attention(self._config) if self._own_attention else nullcontext():
+        with step_attention.use_decode_attention(self._config) if self._uses_decode_attention else nullcontext():
             logits = self.model(
                 input_ids=self._token,
                 attention_mask=self._attention_mask(),
@@ -219,7 +219,7 @@ class Decoder:
 
     def _attention_mask(self) -> Any:
         """Returns the attention mask of a step in the form that the model takes: by layer type, or a single one."""
-        if self._own_attention:
+        if self._uses_decode_attention:
             return self._visible_ranges(self._position, self._windows)
         return self._additive_masks()
 

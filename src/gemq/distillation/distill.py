@@ -21,11 +21,11 @@ from torch import Tensor
 from gemq.calibration.activations import Activations
 from gemq.distillation.settings import Distillation
 from gemq.distillation.student import GRAPH_HIDDEN_TENSORS, Student
-from gemq.layers.refinement import RefinedLayer
+from gemq.layers.reconstruction import QuantizedLayer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.quant.trainable import epochs
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.progress import Tick
 
 
@@ -36,22 +36,22 @@ class Distilled:
     Attributes:
         tensors: Scales and offsets of the experts by their names in a checkpoint, uint8.
         tuned: Routers and norms by name inside the model, float32.
-        before: Loss per token on validation windows before distillation, in nats.
-        after: The same after distillation.
+        loss_before: Loss per token on validation windows before distillation, in nats.
+        loss_after: The same after distillation.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     tuned: dict[str, Tensor] = field(default_factory=dict)
-    before: float = 0.0
-    after: float = 0.0
+    loss_before: float = 0.0
+    loss_after: float = 0.0
 
 
-def distil(
+def distill(
     replay: Replay,
-    load_layer: Callable[[int], RefinedLayer],
+    load_layer: Callable[[int], QuantizedLayer],
     schemes: Sequence[QuantizationScheme],
     activations: Activations,
-    teacher: Batches,
+    teacher: ActivationStore,
     distillation: Distillation,
     tick: Tick,
     graph_bytes: int = 0,
@@ -66,7 +66,7 @@ def distil(
         teacher: Last hidden states [B, S, H] of the full-precision model, one for each micro-batch.
         distillation: Settings.
         tick: Called with the steps taken and the number of steps.
-        graph_bytes: Memory that the step of a layer computes with, which its CUDA graph keeps.
+        graph_bytes: MemoryBudget that the step of a layer computes with, which its CUDA graph keeps.
     """
     return _Distiller(replay, load_layer, schemes, activations, teacher, distillation, graph_bytes).run(tick)
 
@@ -77,19 +77,19 @@ class _Distiller:
     def __init__(
         self,
         replay: Replay,
-        load_layer: Callable[[int], RefinedLayer],
+        load_layer: Callable[[int], QuantizedLayer],
         schemes: Sequence[QuantizationScheme],
         activations: Activations,
-        teacher: Batches,
+        teacher: ActivationStore,
         distillation: Distillation,
         graph_bytes: int,
     ):
-        """Arguments as of ``distil``."""
+        """Arguments as of ``distill``."""
         self.replay, self.distillation, self.training = replay, distillation, distillation.training
         self.windows_sharded = activations.can_shard_windows(replay.ranks)
         self.num_shards = replay.ranks.count if self.windows_sharded else 1
-        self.activations = activations.to_train(replay, self.windows_sharded)
-        self.teacher = activations.share(replay, teacher, self.windows_sharded)
+        self.activations = activations.gather_for_training(replay, self.windows_sharded)
+        self.teacher = activations.gather(replay, teacher, self.windows_sharded)
         self.train_batches, self.val_batches = self.training.split(len(self.activations.ids))
         self.steps = self.training.epochs * len(self.train_batches)
         graph_bytes += GRAPH_HIDDEN_TENSORS * self.activations.hidden[0].nbytes * len(schemes)
@@ -98,18 +98,18 @@ class _Distiller:
     def run(self, tick: Tick) -> Distilled:
         """Train until validation micro-batches no longer improve, and return the best result."""
         student, training, steps_per_epoch = self.student, self.training, len(self.train_batches)
-        best = Distilled(before=self.validation_loss())
-        best.after = best.before
+        best = Distilled(loss_before=self.validation_loss())
+        best.loss_after = best.loss_before
         for step, position in enumerate(epochs(steps_per_epoch, training.epochs, training.seed), 1):
             self.train_step(self.train_batches[position])
             tick(step, self.steps)
             if step % steps_per_epoch:
                 continue
             loss = self.validation_loss()
-            improved = loss < best.after and self.replay.ranks.run_on_first(student.is_finite)  # NaN is not less
+            improved = loss < best.loss_after and self.replay.ranks.run_on_first(student.is_finite)  # NaN is not less
             if not improved:
                 break  # later epochs would do no better
-            best = Distilled(student.tensors(), student.tuned(), best.before, loss)
+            best = Distilled(student.tensors(), student.tuned(), best.loss_before, loss)
         student.close()
         return best
 
@@ -138,7 +138,7 @@ class _Distiller:
             hidden: Last hidden states [B, S, H] of the student.
         """
         ids, teacher_hidden = self.activations.ids[batch], self.teacher[batch]
-        for windows in self.replay.windows_together(ids):
+        for windows in self.replay.logit_chunks(ids):
             logits = self.student.logits(ids[windows], hidden[windows])
             if self.distillation.loss == "next_token":
                 share = len(ids[windows]) / (len(ids) * self.num_shards)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gemq.distillation.settings import Distillation
-from gemq.kernels.training.differentiable_dequantize import codes_of, weights
+from gemq.kernels.training.differentiable_dequantize import copy_codes, dequantize_weights
 from gemq.layers.gradient_sync import set_gradients
-from gemq.layers.refinement import RefinedLayer
+from gemq.layers.reconstruction import QuantizedLayer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import all_finite, as_parameter, expert_overrides, tunable_names
 from gemq.models.replay import Call, Replay
@@ -28,8 +28,8 @@ from gemq.quant.grid import Quantized, encode
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable import TrainableMatrices, rounded_to
 from gemq.quant.widths import Width, group_size_for
-from gemq.runtime.cuda_graph import Replayed
-from gemq.runtime.memory import Waiting
+from gemq.runtime.cuda_graph import CudaGraphReplay
+from gemq.runtime.memory import OffloadedTensors
 from gemq.runtime.ranks import Ranks
 
 STATE_BYTES = 12
@@ -40,7 +40,7 @@ class PackedExperts:
     """One matrix of a layer's experts, packed, with trainable scales and offsets."""
 
     def __init__(
-        self, quantized: RefinedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width], group_size: int
+        self, quantized: QuantizedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width], group_size: int
     ):
         """
         Args:
@@ -53,7 +53,7 @@ class PackedExperts:
         self.matrix, self.widths = matrix, widths
         self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
         packed = [PackedMatrix.from_tensors(quantized.tensors, name) for name in self.names]
-        self.codes = codes_of(packed, self.widths, group_size_for(matrix.columns, group_size))
+        self.codes = copy_codes(packed, self.widths, group_size_for(matrix.columns, group_size))
         grids = [one_matrix.grids(width) for one_matrix, width in zip(packed, self.widths, strict=True)]
         scales = torch.stack([expert_scales for expert_scales, _ in grids])
         offsets = torch.stack([expert_offsets for _, expert_offsets in grids])
@@ -64,12 +64,12 @@ class PackedExperts:
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights [E, rows, columns], differentiable in scales and offsets."""
         scales, offsets = self.grids.grid()
-        return weights(scales, offsets, self.codes, dtype)
+        return dequantize_weights(scales, offsets, self.codes, dtype)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, for offloading."""
         grids = self.grids
-        return [*self.codes.held(), grids.base_scale, grids.base_offset, grids.max_code, *grids.grids()]
+        return [*self.codes.offloadable_tensors(), grids.base_scale, grids.base_offset, grids.max_code, *grids.grids()]
 
     def result(self) -> dict[str, Tensor]:
         """Return encoded scales and offsets by their names in a checkpoint, on the CPU."""
@@ -121,7 +121,7 @@ class PackedLayer:
         self,
         replay: Replay,
         index: int,
-        quantized: RefinedLayer,
+        quantized: QuantizedLayer,
         scheme: QuantizationScheme,
         distillation: Distillation,
         steps: int,
@@ -156,10 +156,10 @@ class PackedLayer:
             self.optimizer = distillation.training.optimizer(steps, (), grids, list(tuned.values()))
         self.trained = [tensor for tensor in (*grids, *tuned.values()) if tensor.requires_grad]
         num_trained = sum(tensor.numel() for tensor in self.trained)
-        self.waiting = Waiting(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
+        self.waiting = OffloadedTensors(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
 
     @staticmethod
-    def _pack_experts(layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> list[PackedExperts]:
+    def _pack_experts(layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme) -> list[PackedExperts]:
         """Return the matrices of the experts; none for a dense layer."""
         if layer.experts is None:
             return []
@@ -171,24 +171,24 @@ class PackedLayer:
 
     @staticmethod
     def _pack_linears(
-        layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme
+        layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme
     ) -> dict[str, tuple[Any, Tensor, Tensor]]:
         """Return codes, scales and offsets of the dense linears as batches of one matrix."""
         linears = {}
         for linear in scheme.linears(layer):
             packed = PackedMatrix.from_tensors(quantized.tensors, linear.path)
-            codes = codes_of([packed], [scheme.dense_bits], scheme.group(linear.columns))
+            codes = copy_codes([packed], [scheme.dense_bits], scheme.group(linear.columns))
             scales, offsets = packed.grids(scheme.dense_bits)
             linears[f"{linear.path}.weight"] = codes, scales[None], offsets[None]
         return linears
 
-    def _unquantized(self, layer: Layer, quantized: RefinedLayer) -> dict[str, Tensor]:
+    def _unquantized(self, layer: Layer, quantized: QuantizedLayer) -> dict[str, Tensor]:
         """Return the layer's tensors that are not quantized, with the trained values of routers and norms."""
         quantized_names = set(self.linears)
         if layer.experts is not None:
             for matrix in layer.experts.matrices:
                 quantized_names.add(f"{layer.experts.path}.{matrix.name}")
-        unquantized = self.replay.rest(self.index, quantized_names)
+        unquantized = self.replay.layer_tensors(self.index, quantized_names)
         for name, tensor in quantized.tuned.items():
             unquantized[name] = tensor.to(unquantized[name].dtype)
         return unquantized
@@ -198,12 +198,12 @@ class PackedLayer:
 
         Args:
             usable: Whether graphs can be used at all.
-            pool: Memory pool of the graphs of all layers, which never run at the same time.
+            pool: MemoryBudget pool of the graphs of all layers, which never run at the same time.
             on_failure: Called if a graph cannot be captured.
         """
         device = self.replay.device
-        self._output_graph = Replayed(self._forward, device, on_failure, usable=usable, pool=pool)
-        self._step_graph = Replayed(self._step, device, on_failure, usable=usable, pool=pool)
+        self._output_graph = CudaGraphReplay(self._forward, device, on_failure, usable=usable, pool=pool)
+        self._step_graph = CudaGraphReplay(self._step, device, on_failure, usable=usable, pool=pool)
 
     def _offloadable_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the tensors that never change, and those that a step changes."""
@@ -213,7 +213,7 @@ class PackedLayer:
                 changing += state.values()
         fixed = list(self.unquantized.values())
         for codes, scales, offsets in self.linears.values():
-            fixed += [*codes.held(), scales, offsets]
+            fixed += [*codes.offloadable_tensors(), scales, offsets]
         for matrices in self.experts:
             fixed += matrices.tensors()
         changing_ids = {id(tensor) for tensor in changing}
@@ -222,9 +222,9 @@ class PackedLayer:
     @contextmanager
     def _loaded(self, changes: bool = False) -> Iterator[None]:
         """Load the layer's tensors to the device, then offload them, with what was written if it ``changes``."""
-        self.waiting.come()
+        self.waiting.load()
         yield
-        self.waiting.leave(changed=changes)
+        self.waiting.offload(changed=changes)
 
     @torch.no_grad()
     def output(self, hidden: Tensor, call: Call) -> Tensor:

@@ -17,12 +17,12 @@ from gemq.calibration.activations import Activations
 from gemq.distillation.packed_layer import PackedLayer, TunedParameters
 from gemq.distillation.settings import Distillation
 from gemq.layers.gradient_sync import set_gradients
-from gemq.layers.refinement import RefinedLayer
+from gemq.layers.reconstruction import QuantizedLayer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import all_finite
 from gemq.models.replay import Replay
 from gemq.models.structure import is_norm
-from gemq.runtime.memory import Place
+from gemq.runtime.memory import MemoryTier
 from gemq.runtime.ranks import SINGLE
 
 GRAPH_HIDDEN_TENSORS = 5
@@ -35,7 +35,7 @@ class Student:
     def __init__(
         self,
         replay: Replay,
-        load_layer: Callable[[int], RefinedLayer],
+        load_layer: Callable[[int], QuantizedLayer],
         schemes: Sequence[QuantizationScheme],
         distillation: Distillation,
         steps: int,
@@ -50,7 +50,7 @@ class Student:
             distillation: Settings.
             steps: Number of training steps.
             windows_sharded: Whether other ranks train on other windows.
-            graph_bytes: Memory that the CUDA graphs of all layers need.
+            graph_bytes: MemoryBudget that the CUDA graphs of all layers need.
         """
         self.replay, self.ranks = replay, replay.ranks if windows_sharded else SINGLE
         self.layers: list[PackedLayer] = []
@@ -66,10 +66,10 @@ class Student:
 
     def _capture(self, graph_bytes: int, on_failure: Callable[[], None]) -> None:
         """Prepare the layers' CUDA graphs if their memory can be reserved."""
-        on_device = all(layer.waiting.place is Place.DEVICE for layer in self.layers)
+        on_device = all(layer.waiting.tier is MemoryTier.DEVICE for layer in self.layers)
         # an offloaded tensor has another address after each load
         usable = self.replay.device.type == "cuda" and on_device and not self.replay.passes_more
-        self._graph_bytes = graph_bytes if usable and self.replay.memory.room(graph_bytes) else 0
+        self._graph_bytes = graph_bytes if usable and self.replay.memory.try_reserve(graph_bytes) else 0
         pool = torch.cuda.graph_pool_handle() if self._graph_bytes else None
         for layer in self.layers:
             layer.capture(bool(self._graph_bytes), pool, on_failure)
@@ -140,7 +140,7 @@ class Student:
         """Free graphs and memory of all layers."""
         for layer in self.layers:
             layer.close()
-        self.replay.memory.on_device.give(self._graph_bytes)
+        self.replay.memory.on_device.free(self._graph_bytes)
 
 
 def _tail_norms(replay: Replay) -> list[str]:

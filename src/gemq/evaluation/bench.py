@@ -22,8 +22,8 @@ from gemq.errors import UserError
 from gemq.evaluation.evaluate import open_model
 from gemq.evaluation.weight_traffic import bytes_per_step, copy_bandwidth, synchronize
 from gemq.models.experts import use_fast_experts
-from gemq.models.source import longest_window
-from gemq.runtime.fallbacks import take_lines
+from gemq.models.source import max_seq_len
+from gemq.runtime.fallbacks import pop_messages
 from gemq.runtime.progress import Monitor
 
 NUM_RUNS = 5
@@ -55,9 +55,6 @@ class BenchConfig:
         if device.type == "cuda":
             return cls((1, 4, 16), (128, 512, 2048), 128, compiled=True)
         return cls((1,), (128,), 16, compiled=False)
-
-
-Work = BenchConfig  # the former name
 
 
 def bench_path(
@@ -94,7 +91,7 @@ def bench_path(
         tick()
     load_seconds = time.perf_counter() - start
     defaults = BenchConfig.default(model.device)
-    longest = longest_window(model.config)
+    longest = max_seq_len(model.config)
     if prefills and max(prefills) > longest:
         raise UserError(f"--prefill {max(prefills)} is longer than the model takes: give at most {longest}")
     default_prefills = [length for length in defaults.prefills if length <= longest] or [longest]
@@ -157,7 +154,7 @@ def bench(model: Any, config: BenchConfig, monitor: Monitor | None = None) -> di
         "new_tokens": config.new_tokens,
         "decode": decode,
         "prefill": prefill,
-        "fallbacks": fallbacks + take_lines(),
+        "fallbacks": fallbacks + pop_messages(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
@@ -166,7 +163,7 @@ def bench(model: Any, config: BenchConfig, monitor: Monitor | None = None) -> di
 def time_first_token(model: Any) -> float:
     """Returns the seconds from a loaded model to the first token after a prompt, read by the host."""
     start = time.perf_counter()
-    length = min(PROMPT_TOKENS, longest_window(model.config))
+    length = min(PROMPT_TOKENS, max_seq_len(model.config))
     ids = _random_ids(model, 1, length)
     try:
         Decoder(model, 1, length + 1).prefill(ids).tolist()
@@ -186,7 +183,7 @@ def time_decode(model: Any, batch: int, new_tokens: int, compiled: bool) -> tupl
     Returns:
         A row of ``decode`` (see ``bench``), and the reason for each of ``FALLBACKS`` that was used.
     """
-    prompt_tokens = min(PROMPT_TOKENS, max(1, longest_window(model.config) - new_tokens))
+    prompt_tokens = min(PROMPT_TOKENS, max(1, max_seq_len(model.config) - new_tokens))
     ids = _random_ids(model, batch, prompt_tokens)
     row: dict[str, Any] = {"batch": batch}
     try:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gemq.allocation.divergence import chunks, divergence
+from gemq.allocation.divergence import kl_divergence, position_chunks
 from gemq.assets import builtin_texts
-from gemq.calibration.rows import Rows
+from gemq.calibration.rows import RowStats
 from gemq.calibration.windows import Windows, eval_windows
 from gemq.checkpoint.contents import Contents, inspect_checkpoint
 from gemq.checkpoint.format import is_packed
@@ -39,10 +39,10 @@ from gemq.evaluation.predictions import (
     predict_all,
     stored_bytes,
 )
-from gemq.models.source import DTYPES, Source, longest_window
+from gemq.models.source import DTYPES, Source, max_seq_len
 from gemq.models.structure import Structure, find_structure
 from gemq.runtime.device import pick_device
-from gemq.runtime.memory import Memory
+from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.progress import Monitor
 
 MAX_TOKENS_PER_BATCH = 4096
@@ -106,7 +106,7 @@ def evaluate(
     *,
     reference: nn.Module | None = None,
     structure: Structure | None = None,
-    batch_tokens: int = MAX_TOKENS_PER_BATCH,
+    micro_batch_tokens: int = MAX_TOKENS_PER_BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a loaded model on ``windows``.
@@ -115,17 +115,17 @@ def evaluate(
         reference: the full-precision model to compare with
         structure: of the reference; the paths of its experts must be valid in both models. Without it the routing is
             not compared
-        batch_tokens: upper bound for the tokens of a batch of windows
+        micro_batch_tokens: upper bound for the tokens of a batch of windows
 
     Returns:
         The values that ``gemq eval --json`` prints: ``windows``, ``tokens``, ``perplexity``, ``mean_kl``,
         ``top1_agreement``, ``routing_agreement``, the standard errors of the first three figures, ``texts`` (the same
         by source) and ``layers`` (routing agreement of each layer with experts).
     """
-    batches = [windows.tokens[batch] for batch in windows.batches(batch_tokens)]
+    batches = [windows.tokens[batch] for batch in windows.batches(micro_batch_tokens)]
     expert_paths: list[str] = []
     if structure is not None and reference is not None:
-        expert_paths = [layer.experts.path for _, layer in structure.moe_layers if layer.experts]
+        expert_paths = [layer.experts.path for _, layer in structure.moe_layers]
     reference_predictions = None if reference is None else WholeModel(reference, batches, expert_paths)
     return compare(windows, batches, WholeModel(model, batches, expert_paths), reference_predictions, progress)
 
@@ -160,7 +160,7 @@ def compare(
             progress(len(scores), len(windows))
 
     metrics = _collect_metrics(scores, agreements if reference is not None else None)
-    scored_tokens = windows.window - 1
+    scored_tokens = windows.seq_len - 1
     all_windows = torch.ones(len(windows), dtype=torch.bool)
     values = metrics.summary(all_windows, scored_tokens)
     values["texts"] = {
@@ -182,9 +182,9 @@ def _score_batch(logits: Tensor, reference: Tensor | None, ids: Tensor) -> list[
     """Scores the windows ``ids`` [B, S] from the logits [B, S, V] of the model and of the reference."""
     ids = ids.to(logits.device)
     scores = []
-    for row, window in enumerate(ids):
+    for row, seq_len in enumerate(ids):
         window_reference = None if reference is None else reference[row]
-        scores.append(_score_window(logits[row], window_reference, window))
+        scores.append(_score_window(logits[row], window_reference, seq_len))
     return scores
 
 
@@ -192,13 +192,13 @@ def _score_window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> _Sco
     """Scores the window ``ids`` [S] from the logits [S, V] of the model and of the reference."""
     nll = kl = top1 = 0.0
     scored = len(ids) - 1
-    for rows in chunks(scored):
+    for rows in position_chunks(scored):
         log_q = logits[rows].float().log_softmax(-1)
         next_tokens = ids[rows.start + 1 : rows.stop + 1, None]
         nll -= log_q.gather(1, next_tokens).sum().item()
         if reference is not None:
             log_p = reference[rows].float().log_softmax(-1)
-            kl += divergence(log_p, log_q).item()
+            kl += kl_divergence(log_p, log_q).item()
             top1 += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
     return _Score(nll / scored, kl / scored, top1 / scored)
 
@@ -209,7 +209,7 @@ def _routing_agreements(experts: Sequence[Tensor], reference: Sequence[Tensor]) 
     for layer_experts, layer_reference in zip(experts, reference, strict=True):
         windows = zip(layer_experts, layer_reference, strict=True)
         by_layer.append([_routing_agreement(chosen, expected) for chosen, expected in windows])
-    return [list(window) for window in zip(*by_layer, strict=True)]
+    return [list(seq_len) for seq_len in zip(*by_layer, strict=True)]
 
 
 def _routing_agreement(chosen: Tensor, expected: Tensor) -> float:
@@ -279,7 +279,7 @@ def evaluate_paths(
     reference: str | None = None,
     texts: Sequence[Path] | None = None,
     text_column: str | None = None,
-    window: int = 512,
+    seq_len: int = 512,
     max_windows: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
@@ -306,35 +306,35 @@ def evaluate_paths(
 
     Returns:
         What ``gemq eval`` prints as JSON: the values of ``evaluate``, properties of the model, and ``rows`` (see
-        ``Rows.to_dict``) where a text has rows.
+        ``RowStats.to_dict``) where a text has rows.
 
     Raises:
         UserError: the model cannot be evaluated. Most causes are detected before any weight is read.
     """
     target = pick_device(device)
     subject = ModelFiles.open(model, dtype, trust_remote_code)
-    _check_window(subject, window)
+    _check_window(subject, seq_len)
     models = [subject]
     if reference is not None:
         reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
         _check_comparable(subject, reference_files)
         models = [reference_files, subject]
 
-    rows: dict[str, Rows] = {}
+    rows: dict[str, RowStats] = {}
     windows = eval_windows(
         subject.source.tokenizer,
         texts or builtin_texts(),
-        window,
+        seq_len,
         max_windows,
         column=text_column,
         embeddings=subject.embeddings,
-        read=rows,
+        row_stats=rows,
     )
     batch_size = max_tokens_per_batch(models, MAX_TOKENS_PER_BATCH)
     batches = [windows.tokens[batch] for batch in windows.batches(batch_size)]
     monitor = monitor or Monitor()
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
-        memory = Memory.bounded(target, gpu_memory, host_memory, Path(directory))
+        memory = MemoryBudget.bounded(target, gpu_memory, host_memory, Path(directory))
         with memory.enforced():
             predictions, model_bytes = predict_all(models, memory, batches, monitor)
             reference_predictions = predictions[0] if reference is not None else None
@@ -355,11 +355,11 @@ def evaluate_paths(
     return properties | values
 
 
-def _check_window(model: ModelFiles, window: int) -> None:
+def _check_window(model: ModelFiles, seq_len: int) -> None:
     """Raises UserError if a window is longer than the model supports."""
-    longest = longest_window(model.config)
-    if window > longest:
-        raise UserError(f"--window {window} is longer than the model takes: give at most {longest}")
+    longest = max_seq_len(model.config)
+    if seq_len > longest:
+        raise UserError(f"--seq-len {seq_len} is longer than the model takes: give at most {longest}")
 
 
 def _check_comparable(subject: ModelFiles, reference: ModelFiles) -> None:

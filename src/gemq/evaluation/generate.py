@@ -19,11 +19,11 @@ from transformers import GenerationConfig, TextStreamer
 
 from gemq.calibration.tokens import check_tokens
 from gemq.decoding.decoder import FALLBACKS, Decoder, Unsupported
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 from gemq.models.chat_template import CannotRender, has_template, render
 from gemq.models.config_values import embedding_rows
 from gemq.runtime.display import printable
-from gemq.runtime.fallbacks import take_lines
+from gemq.runtime.fallbacks import pop_messages
 
 SUPPORTED_KEYS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
@@ -68,7 +68,7 @@ def generate(
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature cannot be {temperature}: give 0 or more")
     if not -(2**63) <= seed < 2**64:
-        raise UserError(f"--seed cannot be {shown(seed)}: give a number of at most 64 bits")
+        raise UserError(f"--seed cannot be {short_repr(seed)}: give a number of at most 64 bits")
     ids = _encode(tokenizer, prompt, raw)
     check_tokens(ids, embedding_rows(model), tokenizer, "the prompt")
     ids = ids.to(model.device)
@@ -91,7 +91,7 @@ def generate(
         tokens += _generate_with_transformers(
             model, tokenizer, ids, max_new_tokens - len(tokens), temperature, streamer
         )
-    for line in take_lines():
+    for line in pop_messages():
         warn_once(line)
     return tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -24,14 +24,14 @@ from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.errors import UserError
 from gemq.models.config_values import embedding_rows
-from gemq.models.experts import ExpertsCall, watch_experts
-from gemq.models.layer_cache import Residency
-from gemq.models.replay import LOGITS_TOGETHER, Call, Replay
+from gemq.models.experts import ExpertsCall, record_experts_calls
+from gemq.models.layer_cache import LayerCache
+from gemq.models.replay import MAX_LOGITS_PER_CHUNK, Call, Replay
 from gemq.models.source import DTYPES, Source
 from gemq.models.structure import Structure, find_structure
 from gemq.planning.memory_model import check_staging, forward_bytes, staging_bytes, tensor_bytes
-from gemq.runtime.activation_store import Batches
-from gemq.runtime.memory import Memory, gigabytes
+from gemq.runtime.activation_store import ActivationStore
+from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.progress import Monitor
 
 UNUSED_SLOT = -1
@@ -73,7 +73,10 @@ class WholeModel:
         """Runs the model on one batch. See ``Predictions.predict``."""
         ids = self._batches[index].to(self._device)
         with ExitStack() as stack:
-            calls = [stack.enter_context(watch_experts(self._model.get_submodule(path))) for path in self._expert_paths]
+            calls = [
+                stack.enter_context(record_experts_calls(self._model.get_submodule(path)))
+                for path in self._expert_paths
+            ]
             logits = self._model(input_ids=ids, use_cache=False).logits
         return logits, [chosen_experts(layer_calls[0], ids) for layer_calls in calls]
 
@@ -95,8 +98,8 @@ class StreamedModel:
             for index, layer in replay.structure.moe_layers:
                 if layer.experts:
                     self._expert_paths[index] = layer.experts.path
-        self._hidden = Batches(replay.memory)
-        self._chosen = {index: Batches(replay.memory) for index in self._expert_paths}
+        self._hidden = ActivationStore(replay.memory)
+        self._chosen = {index: ActivationStore(replay.memory) for index in self._expert_paths}
 
     @torch.no_grad()
     def run(self, monitor: Monitor, title: str) -> None:
@@ -113,8 +116,8 @@ class StreamedModel:
                     self._run_layer(layer, batch, calls[batch][layer])
                 replay.restore(layer)
                 tick()
-        if replay.residency is not None:
-            replay.residency.release_layers()
+        if replay.layer_cache is not None:
+            replay.layer_cache.release_layers()
 
     def _run_layer(self, layer: int, batch: int, call: Call) -> None:
         """Runs one layer on one batch, and records its chosen experts if they are reported."""
@@ -123,7 +126,7 @@ class StreamedModel:
             self._hidden[batch] = self._replay.run(layer, hidden, call)
             return
         experts = self._replay.model.get_submodule(self._expert_paths[layer])
-        with watch_experts(experts) as calls:
+        with record_experts_calls(experts) as calls:
             self._hidden[batch] = self._replay.run(layer, hidden, call)
         chosen = chosen_experts(calls[0], self._batches[batch])
         self._chosen[layer].append(chosen.to(torch.int16))
@@ -239,7 +242,7 @@ class ModelFiles:
         """Bytes of parameters that stay on the device until all logits are computed."""
         return self._bytes[1]
 
-    def working_bytes(self, tokens: int, window: int, device: torch.device) -> int:
+    def working_bytes(self, tokens: int, seq_len: int, device: torch.device) -> int:
         """Returns the bytes of activations on the device during a forward pass.
 
         Args:
@@ -247,15 +250,15 @@ class ModelFiles:
             window: tokens per window
             device: that the model runs on
         """
-        return forward_bytes(self.config, self.structure, self.dtype, device, tokens, window)
+        return forward_bytes(self.config, self.structure, self.dtype, device, tokens, seq_len)
 
-    def check_staging(self, memory: Memory) -> None:
+    def check_staging(self, memory: MemoryBudget) -> None:
         """Raises UserError if the host memory limit is too small for a layer on its way to a GPU."""
         if self.skeleton is not None and self.structure is not None:
             check_staging(memory, self.skeleton, self.structure)
 
     def start(
-        self, memory: Memory, batches: Sequence[Tensor], monitor: Monitor, title: str, reports_experts: bool
+        self, memory: MemoryBudget, batches: Sequence[Tensor], monitor: Monitor, title: str, reports_experts: bool
     ) -> tuple[Predictions, int]:
         """Loads the model and runs it as far as its logits require.
 
@@ -269,7 +272,7 @@ class ModelFiles:
         """
         if self.structure is not None:
             return self._start_streamed(self.structure, memory, batches, monitor, title, reports_experts)
-        is_reserved = memory.room(self.running_bytes)
+        is_reserved = memory.try_reserve(self.running_bytes)
         assert is_reserved, "predict_all compares the sum of these bytes with the limit"
         with monitor.stage("load", 1) as tick:
             if self.contents is not None:
@@ -285,7 +288,7 @@ class ModelFiles:
     def _start_streamed(
         self,
         structure: Structure,
-        memory: Memory,
+        memory: MemoryBudget,
         batches: Sequence[Tensor],
         monitor: Monitor,
         title: str,
@@ -294,9 +297,9 @@ class ModelFiles:
         """``start`` for a model that is split into layers."""
         with monitor.stage("load", 1) as tick:
             model, reader = self.source.open(memory.device, self.dtype)
-            layer_cache = Residency(model, structure, reader, memory, self.dtype)
+            layer_cache = LayerCache(model, structure, reader, memory, self.dtype)
             staging = staging_bytes(model, structure) if memory.device.type == "cuda" else 0
-            memory.host.take(staging)
+            memory.host.reserve(staging)
             replay = Replay(model, structure, layer_cache)
             ids = torch.arange(VERIFIED_TOKENS, device=memory.device).unsqueeze(0) % self.vocabulary
             replay.verify(ids)
@@ -304,7 +307,7 @@ class ModelFiles:
         streamed = StreamedModel(replay, batches, reports_experts)
         streamed.run(monitor, title)
         layer_cache.close()
-        memory.host.give(staging)
+        memory.host.free(staging)
         return streamed, stored_bytes(model, reader.types)
 
 
@@ -332,11 +335,11 @@ def stored_bytes(model: PreTrainedModel, stored_dtypes: Mapping[str, torch.dtype
 def max_tokens_per_batch(models: Sequence[ModelFiles], limit: int) -> int:
     """Returns the tokens per batch: ``limit``, or fewer for vocabularies whose logits would take too much memory."""
     largest_vocabulary = max(model.vocabulary for model in models)
-    return min(limit, LOGITS_TOGETHER // largest_vocabulary)
+    return min(limit, MAX_LOGITS_PER_CHUNK // largest_vocabulary)
 
 
 def predict_all(
-    models: Sequence[ModelFiles], memory: Memory, batches: Sequence[Tensor], monitor: Monitor
+    models: Sequence[ModelFiles], memory: MemoryBudget, batches: Sequence[Tensor], monitor: Monitor
 ) -> tuple[list[Predictions], int]:
     """Loads and runs one or two models on the same batches.
 
@@ -354,8 +357,8 @@ def predict_all(
         UserError: the memory limit is too small. The message names a sufficient one.
     """
     num_tokens = max(ids.numel() for ids in batches)
-    window = batches[0].shape[1]
-    working_bytes = max(model.working_bytes(num_tokens, window, memory.device) for model in models)
+    seq_len = batches[0].shape[1]
+    working_bytes = max(model.working_bytes(num_tokens, seq_len, memory.device) for model in models)
     initial, subject = models[0], models[-1]
     bytes_with_subject = initial.bytes_for_logits + subject.running_bytes if len(models) > 1 else 0
     required_bytes = working_bytes + max(initial.running_bytes, bytes_with_subject)
@@ -371,13 +374,13 @@ def predict_all(
     # The evaluated model needs these bytes beyond the layers that the reference frees. Reserved, so that no activations
     # are stored there.
     reserved_bytes = max(0, bytes_with_subject - initial.running_bytes)
-    is_reserved = memory.room(working_bytes + reserved_bytes)
+    is_reserved = memory.try_reserve(working_bytes + reserved_bytes)
     assert is_reserved, "the sum was compared with the limit"
     predictions: list[Predictions] = []
     file_bytes = 0
     for model in models:
         if predictions:
-            memory.on_device.give(reserved_bytes)
+            memory.on_device.free(reserved_bytes)
         title = "evaluate" if model is subject else "reference"
         model_predictions, file_bytes = model.start(memory, batches, monitor, title, reports_experts=len(models) > 1)
         predictions.append(model_predictions)

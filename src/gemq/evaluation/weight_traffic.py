@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gemq.decoding.decoder import Decoder
 from gemq.kernels.modules import PackedExperts, PackedMatrices
-from gemq.models.experts import expert_count, watch_experts
+from gemq.models.experts import expert_count, record_experts_calls
 from gemq.models.structure import is_experts
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
@@ -69,7 +69,7 @@ def bytes_per_step(decoder: Decoder, steps: int = 8) -> float:
     bytes_read = []
     for _ in range(steps):
         with ExitStack() as stack:
-            calls = [stack.enter_context(watch_experts(module)) for module in modules]
+            calls = [stack.enter_context(record_experts_calls(module)) for module in modules]
             decoder.step()
         step_bytes = 0
         for module_sizes, module_calls in zip(sizes, calls, strict=True):

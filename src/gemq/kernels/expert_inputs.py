@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def routing_of_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def routing_from_batched_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Return routing for a family that passes its experts one batch of rows per expert.
 
     The router's weight is already multiplied into the rows. Rows of experts that a token did not choose are zero.
@@ -24,7 +24,7 @@ def routing_of_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return index.unsqueeze(1), rows.new_ones(len(rows), 1)
 
 
-def passed_on(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Tensor:
+def identity_experts_output(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Tensor:
     """Return the contribution of identity experts, which return their input.
 
     Args:

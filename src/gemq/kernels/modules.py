@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gemq.kernels import dispatch
-from gemq.kernels.expert_inputs import passed_on, routing_of_rows
+from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, Width, bytes_per_group
@@ -131,10 +131,10 @@ class PackedExperts(nn.Module):
         """Run the experts, with the arguments of Transformers' experts modules."""
         num_experts = self.down_proj.num_experts
         if top_k_index is None or top_k_weights is None:  # a family that passes one batch of rows per expert
-            top_k_index, top_k_weights = routing_of_rows(hidden_states, num_experts)
+            top_k_index, top_k_weights = routing_from_batched_rows(hidden_states, num_experts)
         out = dispatch.experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if getattr(self, "passes_on", False):
-            out = out + passed_on(hidden_states, top_k_index, top_k_weights, num_experts)
+            out = out + identity_experts_output(hidden_states, top_k_index, top_k_weights, num_experts)
         return out
 
     def kernel_sizes(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemq.layers.training import Training
-from gemq.models.experts import ExpertsCall, Routed, apply_down, apply_first, expert_weight, route
+from gemq.models.experts import ExpertsCall, RoutedPairs, apply_down, apply_first, expert_weight, route
 from gemq.models.structure import Experts
 from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize_each
@@ -38,7 +38,7 @@ BYTES_PER_WEIGHT = 16
 """Upper bound for code, soft code, Adam's moments, weight in use and gradient; 11 in bfloat16 jobs."""
 
 
-def train_rooms(device: torch.device) -> tuple[int, ...]:
+def train_state_sizes(device: torch.device) -> tuple[int, ...]:
     """Return sizes, in bytes, for the state of the experts that are trained together, fastest first."""
     return CPU_TRAIN_BYTES if device.type == "cpu" else TRAIN_BYTES
 
@@ -62,13 +62,13 @@ class ExpertInputs:
         self.exact_weights = [expert_weight(module, matrix.name) for matrix in experts.matrices]
         self._energies: dict[int, Tensor] = {}
 
-    def outputs(self, weights: Sequence[Tensor], x: Tensor, routed: Routed) -> Tensor:
+    def outputs(self, weights: Sequence[Tensor], x: Tensor, routed: RoutedPairs) -> Tensor:
         """Return the output [P, H] of each pair by ``weights`` of the two matrices, before its routing weight."""
         h = apply_first(self.module, self.experts.matrices[0].name, weights[0].to(x.dtype), x, routed)
         return apply_down(self.module, weights[1].to(x.dtype), h, routed)
 
     @torch.no_grad()
-    def exact_outputs(self, x: Tensor, routed: Routed, experts: slice) -> Tensor:
+    def exact_outputs(self, x: Tensor, routed: RoutedPairs, experts: slice) -> Tensor:
         """Return ``outputs`` by the full-precision weights of some experts."""
         return self.outputs([weight[experts] for weight in self.exact_weights], x, routed)
 
@@ -106,8 +106,8 @@ class CandidateTrainer:
         width_offset = torch.arange(len(widths), device=device).unsqueeze(1) * inputs.experts.count
         self.matrix_ids = (width_offset + torch.arange(experts.start, experts.stop, device=device)).flatten()
         self.train_batches, self.val_batches = training.split(len(inputs.calls))
-        self.exact_routing = [routed.stacked(experts, 1) for routed in inputs.routed]
-        self.routing = [routed.stacked(experts, len(widths)) for routed in inputs.routed]
+        self.exact_routing = [routed.stack_copies(experts, 1) for routed in inputs.routed]
+        self.routing = [routed.stack_copies(experts, len(widths)) for routed in inputs.routed]
 
     def run(self, grids: Sequence[Quantized], soft_codes: Sequence[Tensor]) -> tuple[list[Quantized], int]:
         """Train, and keep each expert at each width as it is better on validation micro-batches.

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibration.activations import Activations, KeptCalls, layer_moments
-from gemq.layers.candidate_training import CandidateTrainer, ExpertInputs, expert_chunks, train_rooms
+from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.input_recorder import RecordedExpertCalls
+from gemq.layers.candidate_training import CandidateTrainer, ExpertInputs, expert_chunks, train_state_sizes
 from gemq.layers.layer_training import LayerResult, LayerTrainer
 from gemq.layers.linears import linear_parameters, quantize_linears, refuse_clipped
 from gemq.layers.quantizer import Quantizer
@@ -26,18 +27,18 @@ from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer
 from gemq.quant.grid import Quantized, below_scales
-from gemq.quant.hessian import Moments
+from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.widths import Width, width_name
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 
 LINEAR_TOKENS = 262_144
 """Calibration tokens that dense linears are trained on: they have few weights and many bits."""
 
 
 @dataclass
-class LayerLadder:
+class LayerCandidates:
     """The candidates of one layer.
 
     Attributes:
@@ -68,7 +69,7 @@ class LayerLadder:
         return tensors
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], layer: Layer, widths: tuple[Width, ...]) -> LayerLadder:
+    def from_tensors(cls, tensors: dict[str, Tensor], layer: Layer, widths: tuple[Width, ...]) -> LayerCandidates:
         """Read what ``to_tensors`` has returned."""
         linears = {}
         for linear in layer.linears:
@@ -85,7 +86,7 @@ class LayerLadder:
         return cls(linears, experts, tensors["counts"], retries, not_improved, small)
 
 
-def build_layer(
+def build_candidates(
     replay: Replay,
     index: int,
     activations: Activations,
@@ -95,7 +96,7 @@ def build_layer(
     training: Training | None = None,
     linear_training: Training | None = None,
     with_outputs: bool = True,
-) -> tuple[LayerLadder, Batches]:
+) -> tuple[LayerCandidates, ActivationStore]:
     """Quantize a layer at every width on full-precision activations.
 
     Args:
@@ -116,16 +117,16 @@ def build_layer(
     experts = layer.experts
     linears = quantized_linears(layer, dense_bits)
     all_experts = slice(0, experts.count) if experts is not None else None
-    calls = KeptCalls(replay.memory) if training is not None and experts is not None else None
+    calls = RecordedExpertCalls(replay.memory) if training is not None and experts is not None else None
     trains_linears = linear_training is not None
-    moments, outputs = layer_moments(
+    moments, outputs = layer_hessians(
         replay, index, activations, linears, all_experts, calls, with_outputs or trains_linears
     )
     quantized = quantize_linears(replay, linears, moments, quantizer, dense_bits, with_soft_codes=trains_linears)
-    candidates = LayerLadder(quantized.packed, retries=quantized.retries, small=quantized.small)
+    candidates = LayerCandidates(quantized.packed, retries=quantized.retries, small=quantized.small)
     if training is not None:  # training needs the memory of the Hessians
         for expert_hessians in moments.experts or ():
-            expert_hessians.park(lambda sums: Batches(replay.memory, sums))
+            expert_hessians.offload(lambda sums: ActivationStore(replay.memory, sums))
     if linear_training is not None and linears:
         parameters = linear_parameters(linears, quantized, quantizer, dense_bits)
         max_batches = max(2, LINEAR_TOKENS // activations.ids[0].numel())
@@ -141,7 +142,7 @@ def build_layer(
     return candidates, outputs
 
 
-def _pack_trained_linears(result: LayerResult, candidates: LayerLadder, quantizer: Quantizer) -> None:
+def _pack_trained_linears(result: LayerResult, candidates: LayerCandidates, quantizer: Quantizer) -> None:
     """Replace the dense linears of ``candidates`` by trained ones."""
     for parameter in result.parameters:
         group = quantizer.group(parameter.q.codes.shape[-1])
@@ -168,14 +169,14 @@ class _ExpertCandidates:
 
     module: Any
     experts: Experts
-    hessians: tuple[Moments, Moments]
+    hessians: tuple[HessianAccumulator, HessianAccumulator]
     inputs: ExpertInputs | None
     quantizer: Quantizer
     widths: tuple[Width, ...]
     training: Training | None
     layer_index: int
 
-    def build(self, candidates: LayerLadder) -> None:
+    def build(self, candidates: LayerCandidates) -> None:
         """Add the experts to ``candidates``, a chunk of experts at a time."""
         chunks_by_name: dict[str, list[list[PackedMatrix]]] = {matrix.name: [] for matrix in self.experts.matrices}
         for chunk in self._chunks():
@@ -198,10 +199,10 @@ class _ExpertCandidates:
         """Return slices of the experts that are quantized and trained together."""
         if self.training is None:
             return [slice(0, self.experts.count)]
-        state_bytes = self.training.state_bytes or train_rooms(self.hessians[0].counts.device)[0]
+        state_bytes = self.training.state_bytes or train_state_sizes(self.hessians[0].counts.device)[0]
         return expert_chunks(self.experts, len(self.widths), state_bytes)
 
-    def _quantize_chunk(self, chunk: slice, candidates: LayerLadder) -> list[Quantized]:
+    def _quantize_chunk(self, chunk: slice, candidates: LayerCandidates) -> list[Quantized]:
         """Return the grids [W, E, ...] of both matrices of some experts, and count what happened in ``candidates``."""
         grids: list[Quantized] = []
         soft_codes: list[Tensor] = []
@@ -213,7 +214,7 @@ class _ExpertCandidates:
                 dtype = soft_code_dtype(weight.device, weight.dtype)
                 matrix_codes = weight.new_empty(len(self.widths), *weight.shape, dtype=dtype)
                 soft_codes.append(matrix_codes)
-            q, retries = self.quantizer.every_width(weight, hessians, self.widths, matrix_codes, chunk.start)
+            q, retries = self.quantizer.quantize_all(weight, hessians, self.widths, matrix_codes, chunk.start)
             grids.append(q)
             candidates.retries += retries
         if self.training is not None and self.inputs is not None:

@@ -20,14 +20,14 @@ from torch import Tensor
 from gemq.calibration.activations import Activations
 from gemq.layers.gradient_sync import gradient_sync
 from gemq.layers.training import Matrices, Training, all_finite, as_parameter, tunable_names
-from gemq.models.expert_parallel import own_experts, split_experts
+from gemq.models.expert_parallel import local_expert_slice, shard_experts
 from gemq.models.replay import Call, Replay
 from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.trainable_gpu import trainable
 from gemq.quant.widths import Width
-from gemq.runtime.cuda_graph import Replayed
+from gemq.runtime.cuda_graph import CudaGraphReplay
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class LayerTrainer:
             overrides[name] = rounded_to(tensor, self.stored_dtypes[name]).to(model.get_parameter(name))
         for parameter, weight in zip(self.parameters, weights, strict=True):
             overrides[parameter.name] = as_parameter(model, parameter.name, weight)
-        with split_experts(model, self.experts, self.replay.ranks, self.windows_sharded):
+        with shard_experts(model, self.experts, self.replay.ranks, self.windows_sharded):
             return self.replay.run(self.index, hidden, call, overrides)
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class LayerTrainer:
                 m.keep_in_range()
 
         can_capture = not self.replay.passes_more
-        graph = Replayed(step, self.replay.device, training.on_capture_failure, usable=can_capture)
+        graph = CudaGraphReplay(step, self.replay.device, training.on_capture_failure, usable=can_capture)
         with closing(graph) as run_step:
             for position in epochs(len(self.train_batches), training.epochs, training.seed + self.index):
                 batch = self.train_batches[position]
@@ -193,7 +193,7 @@ class LayerTrainer:
             return TrainableMatrices(parameter.q, limits, None)
         first_id = 0
         if self.experts is not None and self._is_expert_parameter(parameter):
-            first_id = own_experts(self.replay.model, self.experts, self.replay.ranks).start
+            first_id = local_expert_slice(self.replay.model, self.experts, self.replay.ranks).start
         matrix_ids = torch.arange(first_id, first_id + len(limits), device=limits.device)
         return trainable(parameter.q, limits, parameter.soft_codes, self._dtype(parameter), matrix_ids=matrix_ids)
 

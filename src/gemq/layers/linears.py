@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibration.activations import LayerMoments
+from gemq.calibration.activations import LayerHessians
 from gemq.errors import UserError
 from gemq.layers.layer_training import QuantizedParameter
 from gemq.layers.quantizer import Quantizer
@@ -17,7 +17,7 @@ from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.models.structure import Linear
 from gemq.quant.grid import LARGEST_SCALE, LAST_SCALE, below_scales, dequantize
-from gemq.quant.hessian import Moments
+from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.runtime.ranks import Ranks
@@ -50,7 +50,7 @@ class QuantizedLinears:
 def quantize_linears(
     replay: Replay,
     linears: Sequence[Linear],
-    moments: LayerMoments,
+    moments: LayerHessians,
     quantizer: Quantizer,
     bits: int,
     with_soft_codes: bool = False,
@@ -76,18 +76,23 @@ def quantize_linears(
     return _all_gather(ranks, linears, result)
 
 
-def _linears_by_input(linears: Sequence[Linear], moments: LayerMoments, device: torch.device) -> list[list[Linear]]:
+def _linears_by_input(linears: Sequence[Linear], moments: LayerHessians, device: torch.device) -> list[list[Linear]]:
     """Group linears that receive the same tensor: those that share a Hessian."""
     batches: dict[int, list[Linear]] = {}
     for linear in linears:
         if linear.path not in moments.linears:  # in a branch that no calibration token reached
-            moments.linears[linear.path] = Moments(1, linear.columns, device)
+            moments.linears[linear.path] = HessianAccumulator(1, linear.columns, device)
         batches.setdefault(id(moments.linears[linear.path]), []).append(linear)
     return list(batches.values())
 
 
 def _quantize_batch(
-    replay: Replay, batch: list[Linear], hessian: Moments, quantizer: Quantizer, bits: int, with_soft_codes: bool
+    replay: Replay,
+    batch: list[Linear],
+    hessian: HessianAccumulator,
+    quantizer: Quantizer,
+    bits: int,
+    with_soft_codes: bool,
 ) -> QuantizedLinears:
     """Quantize linears with one input as one matrix, since rows do not depend on each other."""
     weights = [_weight(replay, linear) for linear in batch]
@@ -96,7 +101,7 @@ def _quantize_batch(
     if with_soft_codes:
         dtype = soft_code_dtype(weight.device, weight.dtype)
         soft_codes = weight.new_empty(1, *weight.shape, dtype=dtype)
-    q, retries = quantizer.every_width(weight, hessian, (bits,), soft_codes, shrinkage=0.0)
+    q, retries = quantizer.quantize_all(weight, hessian, (bits,), soft_codes, shrinkage=0.0)
     result = QuantizedLinears(retries=retries)
     start = 0
     for linear, rows in zip(batch, map(len, weights), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized
-from gemq.quant.hessian import Moments, factorize
+from gemq.quant.hessian import HessianAccumulator, factorize
 from gemq.quant.widths import Width, group_size_for
 
 CHUNK_BYTES = 4 << 30
@@ -28,7 +28,7 @@ class Quantizer:
         method: ``gptq``, or ``rtn`` for rounding to nearest.
         group_size: Group size of the recipe. ``group`` returns that of a matrix.
         dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
-        shrinkage: Weight of the layer's mean Hessian in an expert's Hessian (see ``Moments.hessians``).
+        shrinkage: Weight of the layer's mean Hessian in an expert's Hessian (see ``HessianAccumulator.hessians``).
     """
 
     method: str
@@ -36,10 +36,10 @@ class Quantizer:
     dampening: float
     shrinkage: float
 
-    def every_width(
+    def quantize_all(
         self,
         weight: Tensor,
-        hessians: Moments,
+        hessians: HessianAccumulator,
         widths: tuple[Width, ...],
         soft_codes: Tensor | None = None,
         first_expert: int = 0,
@@ -75,7 +75,7 @@ class Quantizer:
         return Quantized.cat(grids, dim=1), num_retries
 
     def quantize_mixed(
-        self, weight: Tensor, hessians: Moments, widths: Sequence[Width], soft_codes: Tensor | None = None
+        self, weight: Tensor, hessians: HessianAccumulator, widths: Sequence[Width], soft_codes: Tensor | None = None
     ) -> tuple[Quantized, int]:
         """Quantize every matrix at one width of its own.
 

@@ -25,26 +25,26 @@ def expert_bytes(experts: Experts, width: Width, group_size: int) -> int:
 
 def linear_bytes(structure: Structure, recipe: Recipe) -> int:
     """Returns the stored bytes of the quantized dense linears; 0 if the recipe does not quantize them."""
-    if recipe.attention_bits == 16:
+    if recipe.dense_bits == 16:
         return 0
     total = 0
     for layer in structure.layers:
         for linear in layer.linears:
             group = group_size_for(linear.columns, recipe.group_size)
-            total += matrix_bytes(linear.rows, linear.columns, recipe.attention_bits, group)
+            total += matrix_bytes(linear.rows, linear.columns, recipe.dense_bits, group)
     return total
 
 
-def ladder_bytes(structure: Structure, recipe: Recipe) -> int:
+def candidate_bytes(structure: Structure, recipe: Recipe) -> int:
     """Returns the bytes of all candidates in the work directory, quantized dense linears included."""
     total = linear_bytes(structure, recipe)
     for _, layer in structure.moe_layers:
-        for width in recipe.ladder_widths:
+        for width in recipe.candidate_widths:
             total += layer.experts.count * expert_bytes(layer.experts, width, recipe.group_size)
     return total
 
 
-def smaller_groups(structure: Structure, group_size: int) -> int:
+def count_smaller_groups(structure: Structure, group_size: int) -> int:
     """Counts the matrices whose columns ``group_size`` does not divide. They get a smaller group size."""
     count = 0
     for layer in structure.layers:
@@ -60,12 +60,12 @@ def smaller_groups(structure: Structure, group_size: int) -> int:
 def quantized_share(structure: Structure, recipe: Recipe) -> float:
     """Returns the share of the model's parameters that the recipe quantizes."""
     quantized = structure.expert_weights
-    if recipe.attention_bits < 16:
+    if recipe.dense_bits < 16:
         quantized += sum(linear.rows * linear.columns for layer in structure.layers for linear in layer.linears)
     return quantized / structure.total_parameters
 
 
-def other_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[str, torch.dtype]) -> int:
+def unquantized_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[str, torch.dtype]) -> int:
     """Returns the bytes of everything that stays unquantized. Tied weights count once.
 
     Args:
@@ -76,7 +76,7 @@ def other_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[s
     """
     excluded = set(model.all_tied_weights_keys)
     for layer in structure.layers:
-        if recipe.attention_bits < 16:
+        if recipe.dense_bits < 16:
             excluded.update(f"{linear.path}.weight" for linear in layer.linears)
         if layer.experts is not None:
             excluded.update(f"{layer.experts.path}.{matrix.name}" for matrix in layer.experts.matrices)

@@ -23,12 +23,12 @@ from gemq.models import grouped
 from gemq.models.structure import Experts
 from gemq.runtime.ranks import Ranks
 
-_SPLIT = "gemq_split"
+_SHARDING = "gemq_split"
 """Attribute of an experts module that is sharded."""
 
 
 @dataclass(frozen=True)
-class Split:
+class ExpertSharding:
     """``count`` experts divided over ``ranks``. The module holds the weights of this rank's experts.
 
     Attributes:
@@ -86,7 +86,7 @@ class Split:
         return _GatherWeights.apply(top_k_weights, self)
 
 
-def own_experts(model: Any, experts: Experts, ranks: Ranks) -> slice:
+def local_expert_slice(model: Any, experts: Experts, ranks: Ranks) -> slice:
     """Returns this rank's experts of a layer that runs on several ranks.
 
     These are all experts where the module's class computes them itself (see ``models.experts_adapter``). Such a module
@@ -98,7 +98,7 @@ def own_experts(model: Any, experts: Experts, ranks: Ranks) -> slice:
 
 def can_shard_windows(model: Any, experts: Experts, ranks: Ranks) -> bool:
     """Returns whether ranks can run a layer's experts on other tokens each. Only grouped products support this."""
-    if own_experts(model, experts, ranks) == slice(0, experts.count):
+    if local_expert_slice(model, experts, ranks) == slice(0, experts.count):
         return False
     module = model.get_submodule(experts.path)
     x = torch.empty(0, dtype=model.dtype, device=ranks.device)
@@ -106,43 +106,43 @@ def can_shard_windows(model: Any, experts: Experts, ranks: Ranks) -> bool:
 
 
 @contextmanager
-def split_experts(model: Any, experts: Experts | None, ranks: Ranks, sharded: bool = False) -> Iterator[None]:
+def shard_experts(model: Any, experts: Experts | None, ranks: Ranks, sharded: bool = False) -> Iterator[None]:
     """Shards a layer's experts while the context is open.
 
     Args:
-        model: its layer holds the weights of this rank's experts (see ``own_experts``)
+        model: its layer holds the weights of this rank's experts (see ``local_expert_slice``)
         experts: of the layer; None in a dense layer
         ranks: the processes that share the experts
         sharded: whether every rank runs other tokens
     """
-    if experts is None or own_experts(model, experts, ranks) == slice(0, experts.count):
+    if experts is None or local_expert_slice(model, experts, ranks) == slice(0, experts.count):
         yield
         return
     module = model.get_submodule(experts.path)
-    setattr(module, _SPLIT, Split(ranks, experts.count, sharded))
+    setattr(module, _SHARDING, ExpertSharding(ranks, experts.count, sharded))
     try:
         yield
     finally:
-        delattr(module, _SPLIT)
+        delattr(module, _SHARDING)
 
 
-def join_experts(model: Any, experts: Experts, ranks: Ranks, local_tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gathers tensors [E, ...] of all experts from those of each rank's experts (see ``own_experts``)."""
-    if own_experts(model, experts, ranks) == slice(0, experts.count):
+def gather_experts(model: Any, experts: Experts, ranks: Ranks, local_tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gathers tensors [E, ...] of all experts from those of each rank's experts (see ``local_expert_slice``)."""
+    if local_expert_slice(model, experts, ranks) == slice(0, experts.count):
         return [ranks.broadcast(tensor, 0) for tensor in local_tensors]
     return ranks.all_gather_cat(local_tensors)
 
 
-def sharding_of(module: Any) -> Split | None:
+def sharding_of(module: Any) -> ExpertSharding | None:
     """Returns the sharding of an experts module; None if it holds all experts."""
-    return getattr(module, _SPLIT, None)
+    return getattr(module, _SHARDING, None)
 
 
 class _GatherWeights(torch.autograd.Function):
     """All-gather whose gradient is summed over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, sharding: Split) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, sharding: ExpertSharding) -> Tensor:
         """[T', K] -> [T, K]."""
         ctx.sharding = sharding
         gathered = sharding.all_gather(weights)

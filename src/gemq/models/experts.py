@@ -21,20 +21,20 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gemq.errors import UserError
-from gemq.kernels.expert_inputs import passed_on, routing_of_rows
+from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
 from gemq.models import grouped
-from gemq.models.expert_parallel import Split, sharding_of
-from gemq.models.expert_routing import Routed, route, route_all, route_own
+from gemq.models.expert_parallel import ExpertSharding, sharding_of
+from gemq.models.expert_routing import RoutedPairs, route, route_local, route_without_sync
 from gemq.models.structure import first_matrix_name
 
 PAIRWISE_IMPLEMENTATION = "gemq_calibration"
 """Name of ``experts_forward`` in Transformers' table of experts implementations."""
 
 ALL_PAIRS_IMPLEMENTATION = "gemq_every_expert"
-"""Name of ``every_expert_forward`` in that table."""
+"""Name of ``all_pairs_forward`` in that table."""
 
 MAX_ALL_PAIRS_BYTES = 1 << 28
-"""Upper bound for the intermediates of ``every_expert_forward``."""
+"""Upper bound for the intermediates of ``all_pairs_forward``."""
 
 MAX_ARITHMETIC_ERROR = 2e-2
 """Allowed relative difference from the module's own class. Other orders of sums, and bfloat16, stay below 4e-3."""
@@ -58,7 +58,7 @@ class ExpertsCall:
 
 
 @contextmanager
-def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
+def record_experts_calls(module: Any) -> Iterator[list[ExpertsCall]]:
     """Records the calls of an experts module while the context is open.
 
     The arguments are read from the call itself, not from the router's output, whose order differs between families.
@@ -66,7 +66,7 @@ def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
     calls: list[ExpertsCall] = []
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        calls.append(call_of(module, args, kwargs, output))
+        calls.append(parse_experts_call(module, args, kwargs, output))
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -75,11 +75,13 @@ def watch_experts(module: Any) -> Iterator[list[ExpertsCall]]:
         handle.remove()
 
 
-def call_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None = None) -> ExpertsCall:
+def parse_experts_call(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None = None
+) -> ExpertsCall:
     """Reads an experts call from its arguments. Without ``output``, that of the call is empty."""
     hidden, *routing = (*args, *kwargs.values())[:3]
     if getattr(module, "batched_rows", False):
-        index, weights = routing_of_rows(hidden, expert_count(module))
+        index, weights = routing_from_batched_rows(hidden, expert_count(module))
     else:
         index, weights = routing
     if index.is_floating_point():  # some families pass weights before indices
@@ -89,22 +91,24 @@ def call_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
     return ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
 
 
-def route_in_groups(call: ExpertsCall, weights: Sequence[Tensor], experts: int) -> Routed:
+def route_call(call: ExpertsCall, weights: Sequence[Tensor], experts: int) -> RoutedPairs:
     """Sorts a call's pairs by expert, without waiting for the device if products with ``weights`` can be grouped."""
-    function = route_all if grouped.usable(call.hidden, *weights) else route
+    function = route_without_sync if grouped.usable(call.hidden, *weights) else route
     return function(call.top_k_index, call.top_k_weights, experts)
 
 
-def route_to(call: ExpertsCall, local_experts: slice, weight: Tensor) -> Routed:
+def route_local_call(call: ExpertsCall, local_experts: slice, weight: Tensor) -> RoutedPairs:
     """Sorts a call's pairs with local experts, numbered from the first of these, for products with ``weight``.
 
     Where products are grouped, nothing waits for the device, and all other pairs follow in no group.
     """
-    pairs = route_own(call.top_k_index, call.top_k_weights, local_experts)
+    pairs = route_local(call.top_k_index, call.top_k_weights, local_experts)
     if grouped.usable(call.hidden, weight):
         return pairs
     count = int(pairs.ends[-1])
-    return Routed(pairs.token[:count], pairs.expert[:count], pairs.weight[:count], pairs.ends, owners=pairs.owners)
+    return RoutedPairs(
+        pairs.token[:count], pairs.expert[:count], pairs.weight[:count], pairs.ends, bias_experts=pairs.bias_experts
+    )
 
 
 def expert_count(module: Any) -> int:
@@ -124,7 +128,7 @@ def expert_weight(module: Any, name: str) -> Tensor:
     return oriented(module, name).detach()
 
 
-def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: Routed) -> Tensor:
+def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: RoutedPairs) -> Tensor:
     """Computes the input of ``down_proj``.
 
     Args:
@@ -143,7 +147,7 @@ def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: Routed
     return grouped.gate(module, output) if grouped.usable(x, weight) else module._apply_gate(output)
 
 
-def apply_down(module: Any, weight: Tensor, h: Tensor, pairs: Routed) -> Tensor:
+def apply_down(module: Any, weight: Tensor, h: Tensor, pairs: RoutedPairs) -> Tensor:
     """Computes each pair's output [P, H], not yet multiplied by its routing weight.
 
     Args:
@@ -156,15 +160,15 @@ def apply_down(module: Any, weight: Tensor, h: Tensor, pairs: Routed) -> Tensor:
     return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
 
-def _bias(module: Any, name: str, pairs: Routed) -> Tensor | None:
+def _bias(module: Any, name: str, pairs: RoutedPairs) -> Tensor | None:
     """Returns the biases [E, rows] of a matrix; None if the module has none."""
     if not module.has_bias:
         return None
     bias = getattr(module, f"{name}_bias")
-    return bias if pairs.owners is None else bias[pairs.owners]
+    return bias if pairs.bias_experts is None else bias[pairs.bias_experts]
 
 
-def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Routed) -> Tensor:
+def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: RoutedPairs) -> Tensor:
     """Applies each expert's linear to its pairs: [P, columns] -> [P, rows]."""
     if grouped.usable(x, weight):
         output = grouped.linear(x, weight, pairs.ends)
@@ -194,10 +198,10 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
         top_k_index = sharding.broadcast_routing(top_k_index)
     if grouped.usable(hidden, *weights):
         if sharding is None:
-            pairs = route_all(top_k_index, top_k_weights, count)
+            pairs = route_without_sync(top_k_index, top_k_weights, count)
         else:
             all_index = sharding.all_gather(top_k_index)
-            pairs = route_own(all_index, sharding.gather_weights(top_k_weights), sharding.local_experts)
+            pairs = route_local(all_index, sharding.gather_weights(top_k_weights), sharding.local_experts)
         output = _grouped_block(module, hidden, pairs, sharding)
     else:
         pairs = route(top_k_index, top_k_weights, count)
@@ -208,7 +212,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
         output = output * pairs.weight.unsqueeze(1)
         output = torch.zeros_like(hidden).index_add(0, pairs.token, output.to(hidden.dtype))
     if getattr(module, "passes_on", False):
-        output = output + passed_on(hidden, top_k_index, top_k_weights, count)
+        output = output + identity_experts_output(hidden, top_k_index, top_k_weights, count)
     return output
 
 
@@ -217,25 +221,25 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
     return oriented(module, first_matrix_name(module)), oriented(module, "down_proj")
 
 
-def _pair_outputs(module: Any, weights: tuple[Tensor, Tensor], x: Tensor, pairs: Routed) -> Tensor:
+def _pair_outputs(module: Any, weights: tuple[Tensor, Tensor], x: Tensor, pairs: RoutedPairs) -> Tensor:
     """Computes both matrices of every pair: [P, H] -> [P, H]."""
     h = apply_first(module, first_matrix_name(module), weights[0], x, pairs)
     return apply_down(module, weights[1], h, pairs)
 
 
 def _sharded_pair_outputs(
-    module: Any, weights: tuple[Tensor, Tensor], hidden: Tensor, pairs: Routed, sharding: Split
+    module: Any, weights: tuple[Tensor, Tensor], hidden: Tensor, pairs: RoutedPairs, sharding: ExpertSharding
 ) -> Tensor:
     """Returns every pair's output [P, H] on every rank, of hidden states [T, H] and this rank's experts."""
     rows_by_rank = sharding.rows_by_rank(pairs.counts)
     x = sharding.local_pairs(hidden.index_select(0, pairs.token), rows_by_rank)
-    output = _pair_outputs(module, weights, x, pairs.stacked(sharding.local_experts, 1))
+    output = _pair_outputs(module, weights, x, pairs.stack_copies(sharding.local_experts, 1))
     if not len(x):  # without a pair the experts get zero gradients, as an expert without pairs does on one rank
         output = output + x.sum() + 0 * sum(weight.sum() for weight in weights)
     return sharding.gather_pairs(output, rows_by_rank)
 
 
-def _grouped_block(module: Any, hidden: Tensor, pairs: Routed, sharding: Split | None) -> Tensor:
+def _grouped_block(module: Any, hidden: Tensor, pairs: RoutedPairs, sharding: ExpertSharding | None) -> Tensor:
     """Computes every token's weighted sum over its experts [T, H] by grouped products, without waiting for the GPU.
 
     Args:
@@ -245,19 +249,19 @@ def _grouped_block(module: Any, hidden: Tensor, pairs: Routed, sharding: Split |
         sharding: reduces the sums over ranks
     """
     from gemq.kernels.training.expert_ops import (  # triton comes with torch for CUDA, not for CPUs
-        Shared,
+        RankPairs,
         combine,
         gather,
     )
 
-    assert pairs.place is not None
-    shared = None if sharding is None else Shared(pairs.ends[-1:], sharding.all_gather, sharding.reduce)
-    x = gather(hidden, pairs.token, pairs.place, shared)
+    assert pairs.positions is not None
+    shared = None if sharding is None else RankPairs(pairs.ends[-1:], sharding.all_gather, sharding.reduce)
+    x = gather(hidden, pairs.token, pairs.positions, shared)
     output = _pair_outputs(module, _weights(module), x, pairs)
-    return combine(output.to(hidden.dtype), pairs.weight, pairs.token, pairs.place, shared)
+    return combine(output.to(hidden.dtype), pairs.weight, pairs.token, pairs.positions, shared)
 
 
-def every_expert_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def all_pairs_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Computes an experts block with every expert on every token, so that nothing waits for the GPU.
 
     For decode steps of few tokens, which read all experts anyway. Uses one batched product on a GPU. Large inputs and
@@ -272,7 +276,7 @@ def every_expert_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k
     routing_weights = hidden.new_zeros(num_tokens, num_experts + 1)
     routing_weights.scatter_add_(1, top_k_index.clamp(max=num_experts), top_k_weights.to(hidden.dtype))
     routing_weights = routing_weights[:, :num_experts]
-    pairs = Routed(
+    pairs = RoutedPairs(
         token=torch.arange(num_tokens, device=hidden.device).repeat(num_experts),
         expert=expert_ids.repeat_interleave(num_tokens, output_size=num_tokens * num_experts),
         weight=routing_weights.T.reshape(-1),
@@ -282,7 +286,7 @@ def every_expert_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k
     output = _pair_outputs(module, weights, hidden.repeat(num_experts, 1), pairs) * pairs.weight.unsqueeze(1)
     output = output.view(num_experts, num_tokens, -1).sum(0)
     if getattr(module, "passes_on", False):
-        output = output + passed_on(hidden, top_k_index, top_k_weights, num_experts)
+        output = output + identity_experts_output(hidden, top_k_index, top_k_weights, num_experts)
     return output.to(hidden.dtype)
 
 
@@ -316,7 +320,7 @@ def check_arithmetic(model: Any, paths: Sequence[str], ids: Tensor) -> None:
     """
     modules = [model.get_submodule(path) for path in paths]
     with ExitStack() as stack:
-        recordings = [stack.enter_context(watch_experts(module)) for module in modules]
+        recordings = [stack.enter_context(record_experts_calls(module)) for module in modules]
         model(input_ids=ids, use_cache=False)
     for path, module, calls in zip(paths, modules, recordings, strict=True):
         for call in calls:
@@ -357,5 +361,5 @@ def use_fast_experts(model: Any) -> None:
     if not parameter.is_cuda:
         return
     if ALL_PAIRS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(ALL_PAIRS_IMPLEMENTATION, every_expert_forward)
+        ALL_EXPERTS_FUNCTIONS.register(ALL_PAIRS_IMPLEMENTATION, all_pairs_forward)
     model.set_experts_implementation("grouped_mm" if parameter.dtype == torch.bfloat16 else ALL_PAIRS_IMPLEMENTATION)

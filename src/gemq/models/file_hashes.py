@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gemq.errors import UserError
-from gemq.runtime.processes import block_sigterm
 from gemq.runtime.safetensors_files import weight_files
 
 CHUNK_BYTES = 1 << 23
@@ -79,7 +78,7 @@ class _FileHasher:
 
     def __init__(self) -> None:
         num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="gemq-digests", initializer=block_sigterm)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="gemq-digests")
         self._digests: dict[tuple[str, int, int], Future[str]] = {}
         self._closed = False
 
@@ -107,6 +106,3 @@ class _FileHasher:
 
 _background: list[_FileHasher] = []
 """Hashers started by ``start_hashing``."""
-
-_Reading = _FileHasher
-begin, end = start_hashing, stop_hashing

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from gemq.models.layer_loader import LayerLoader, LayerSlot
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
-from gemq.runtime.memory import Memory
+from gemq.runtime.memory import MemoryBudget
 
 
-class Residency:
+class LayerCache:
     """The decoder layers of one model.
 
     Memory for two layers is reserved for good: the current layer and the next one. Other layers are cached while memory
@@ -32,7 +32,7 @@ class Residency:
         outside_bytes: bytes of everything outside the layers
     """
 
-    def __init__(self, model: Any, structure: Structure, reader: LayerReader, memory: Memory, dtype: torch.dtype):
+    def __init__(self, model: Any, structure: Structure, reader: LayerReader, memory: MemoryBudget, dtype: torch.dtype):
         """
         Args:
             model: the model without its layers' contents, as ``Source.open`` returns it
@@ -51,7 +51,7 @@ class Residency:
         self._current: int | None = None
         self._cached: set[int] = set()  # layers on the device in addition to the current one
         self._shares_weights = False  # each layer holds the weights of the first layer of its kind
-        reserved = memory.room(self.least_bytes)
+        reserved = memory.try_reserve(self.least_bytes)
         assert reserved, "limits are checked before"
         memory.caches.append(self)
 
@@ -65,14 +65,14 @@ class Residency:
         """Bytes that are on the device all the time: two layers, and everything outside the layers."""
         return self.outside_bytes + self._reserved_bytes
 
-    def fits(self, extra_bytes: int = 0) -> bool:
+    def all_layers_fit(self, extra_bytes: int = 0) -> bool:
         """Returns whether the device has room for all layers and ``extra_bytes``."""
-        return extra_bytes <= self.room_beside_all()
+        return extra_bytes <= self.free_bytes_with_all_layers()
 
-    def room_beside_all(self) -> int:
+    def free_bytes_with_all_layers(self) -> int:
         """Returns the bytes that stay free with all layers on the device; negative if they do not fit."""
         additional_bytes = sum(slot.nbytes for slot in self._slots[:-1])  # the last layer is then the current one
-        return self.memory.on_device.free + self.held() - additional_bytes
+        return self.memory.on_device.available + self.evictable_bytes() - additional_bytes
 
     def load(self, index: int) -> None:
         """Makes layer ``index`` the current one."""
@@ -85,16 +85,16 @@ class Residency:
         else:
             self._slots[index].fill(self._loader.load(index))
 
-    def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
+    def walk(self, order: Sequence[int], prefetch: bool = True) -> Iterator[int]:
         """Yields the indices of ``order``, each while its layer is the current one.
 
         Args:
             order: indices of layers
-            ahead: whether the next layer is loaded meanwhile
+            prefetch: whether the next layer is loaded meanwhile
         """
         for index, next_index in zip(order, [*order[1:], None], strict=True):
             self.load(index)
-            if ahead and next_index is not None and next_index != index and next_index not in self._cached:
+            if prefetch and next_index is not None and next_index != index and next_index not in self._cached:
                 self._loader.prefetch(next_index)
             yield index
 
@@ -108,14 +108,14 @@ class Residency:
 
     @contextmanager
     def all_layers(self) -> Iterator[None]:
-        """Keeps every layer on the device. Call only if ``fits``."""
+        """Keeps every layer on the device. Call only if ``all_layers_fit``."""
         for _ in self.walk(range(len(self._slots))):
             pass
         assert len(self._cached) == len(self._slots) - 1
         yield
 
     @contextmanager
-    def alike(self) -> Iterator[None]:
+    def with_one_layer_per_kind(self) -> Iterator[None]:
         """Fills every layer with the weights of the first layer of its kind, so that the model runs and few are read.
 
         Layers are of one kind if they have tensors of the same names, shapes and types.
@@ -138,16 +138,16 @@ class Residency:
     def release_layers(self) -> None:
         """Drops every layer for good, and frees the memory reserved for two of them."""
         self._drop_all()
-        self.memory.on_device.give(self._reserved_bytes)
+        self.memory.on_device.free(self._reserved_bytes)
 
     @contextmanager
-    def away(self) -> Iterator[None]:
+    def released(self) -> Iterator[None]:
         """Drops every layer and lends their memory to another model. Reserves it again on exit."""
         self.release_layers()
         try:
             yield
         finally:
-            reserved = self.memory.room(self._reserved_bytes)
+            reserved = self.memory.try_reserve(self._reserved_bytes)
             assert reserved, "the other model was freed"
 
     def covers(self, index: int, names: Collection[str]) -> bool:
@@ -162,11 +162,11 @@ class Residency:
         """Ends the thread that loads layers."""
         self._loader.close()
 
-    def held(self) -> int:
+    def evictable_bytes(self) -> int:
         """Returns the bytes of cached layers, all of which can be evicted."""
         return sum(self._slots[index].nbytes for index in self._cached)
 
-    def give_way(self, count: int) -> None:
+    def evict(self, count: int) -> None:
         """Evicts cached layers until ``count`` bytes are freed, the last layers first: passes begin at the front."""
         for index in sorted(self._cached, reverse=True):
             if count <= 0:
@@ -179,7 +179,7 @@ class Residency:
         index, self._current = self._current, None
         if index is None:
             return
-        if self.memory.on_device.take(self._slots[index].nbytes):
+        if self.memory.on_device.reserve(self._slots[index].nbytes):
             self._cached.add(index)
         else:
             self._slots[index].clear()
@@ -192,7 +192,7 @@ class Residency:
     def _uncount(self, index: int) -> None:
         """Removes a layer from the cached ones, and frees the memory reserved for it there."""
         self._cached.discard(index)
-        self.memory.on_device.give(self._slots[index].nbytes)
+        self.memory.on_device.free(self._slots[index].nbytes)
 
     def _drop_all(self) -> None:
         """Drops every layer, whether it was loaded or shares another layer's weights."""

@@ -19,7 +19,7 @@ from gemq.models.experts_adapter import as_adopted
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Layer
 from gemq.runtime.fallbacks import optional
-from gemq.runtime.memory import Memory
+from gemq.runtime.memory import MemoryBudget
 
 
 class LayerSlot:
@@ -98,7 +98,12 @@ class LayerLoader:
     """Loads the layers of one model to the device, at most one ahead of its use."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], slots: Sequence[LayerSlot], reader: LayerReader, memory: Memory
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        slots: Sequence[LayerSlot],
+        reader: LayerReader,
+        memory: MemoryBudget,
     ):
         """
         Args:
@@ -169,7 +174,7 @@ class LayerLoader:
         reader, on_device = self._reader, self._memory.on_device
         # the first layer of a kind is converted on the GPU, which takes memory for its stored parts as well
         extra_bytes = 0 if reader.knows_layout(index) else 2 * self._slots[index].nbytes
-        direct = reader.has_uniform_type and on_device.take(extra_bytes)
+        direct = reader.has_uniform_type and on_device.reserve(extra_bytes)
         try:
             if direct:
                 with optional("layers_read_through_host"):
@@ -181,7 +186,7 @@ class LayerLoader:
             return tensors
         finally:
             if direct:
-                on_device.give(extra_bytes)
+                on_device.free(extra_bytes)
 
     def _prepare(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Moves a layer to the device and balances its experts. Empties ``tensors``, to free them one by one."""

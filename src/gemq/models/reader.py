@@ -36,7 +36,7 @@ from gemq.models.stored import (
     transformers_types,
 )
 from gemq.models.stored_layout import LayerNames, Part, find_layout
-from gemq.runtime.upload import Place, Span, spans_of, upload_to
+from gemq.runtime.upload import Fragment, Span, read_spans, upload_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LayerReader:
         self._spans: dict[str, Span] = {}
         for handle, file in zip(handles, files, strict=True):
             self._handles.update(dict.fromkeys(handle.keys(), handle))
-            self._spans.update(spans_of(file))
+            self._spans.update(read_spans(file))
         use_block_dequantize(load_config.weight_mapping)
         state = dict(self._model.state_dict(keep_vars=True))
         targets = find_targets(self._handles, state, load_config.weight_mapping, model.base_model_prefix)
@@ -146,9 +146,6 @@ class LayerReader:
                     kinds.append(dtype)
                 limits[name] = largest_finite(*kinds)
         return limits
-
-    given = property(lambda self: self.names_by_layer)
-    plain = property(lambda self: self.has_uniform_type)
 
     def fill_outside(self, model: PreTrainedModel) -> Any:
         """Fills everything of ``model`` but its layers.
@@ -222,8 +219,8 @@ class LayerReader:
             shapes = {name: (self._placeholders[name].shape, self.types[name]) for name in names}
             spans = []
             for item in layout:
-                spans.append(Place(self._spans[stored_names[item.stored]], names[item.target], item.start))
-            tensors = upload_to(device).placed(shapes, spans)
+                spans.append(Fragment(self._spans[stored_names[item.stored]], names[item.target], item.start))
+            tensors = upload_to(device).assemble(shapes, spans)
             self._check_layer(index, tensors)
             return tensors
         stored = upload_to(device).tensors({name: self._spans[name] for name in stored_names})
@@ -259,8 +256,6 @@ class LayerReader:
     def knows_layout(self, index: int) -> bool:
         """Returns whether the layout of the layer's kind was learned."""
         return bool(self._layouts.get(self._layers[index].kind(self._spans)))
-
-    known, learn, read_to = knows_layout, learn_layout, read_to_device
 
     def _slices(self, stored_names: Collection[str]) -> dict[str, Any]:
         """Returns unread tensors by stored name."""

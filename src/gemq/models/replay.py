@@ -23,17 +23,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gemq.errors import NotFiniteError, UserError
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts
 from gemq.models.experts_adapter import as_adopted
-from gemq.models.layer_cache import Residency
+from gemq.models.layer_cache import LayerCache
 from gemq.models.layer_calls import Call, ExtraOutput, HiddenStatesChanged, SharedTensors, replaced_forwards
 from gemq.models.structure import Structure
 from gemq.runtime.activation_store import HiddenStates
-from gemq.runtime.memory import Memory
+from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.ranks import SINGLE, Ranks
 
 _MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """Errors that a model's code raises when it receives other values than it expects."""
 
-LOGITS_TOGETHER = 1 << 27
+MAX_LOGITS_PER_CHUNK = 1 << 27
 """Upper bound of the logits that a loss takes in one go, unless one window has more. Each needs up to 22 bytes."""
 
 MAX_TUPLE_SIZE = 3
@@ -64,13 +64,13 @@ class Replay:
     Attributes:
         model: the model, in evaluation mode, its parameters frozen
         structure: of the model
-        residency: loads layers when they are needed; None if the model holds all of them
+        layer_cache: loads layers when they are needed; None if the model holds all of them
         ranks: the processes that share the job, each of which holds a model
         memory: the job's memory budget
         layers: the decoder layers
     """
 
-    def __init__(self, model: Any, structure: Structure, residency: Residency | None = None, ranks: Ranks = SINGLE):
+    def __init__(self, model: Any, structure: Structure, layer_cache: LayerCache | None = None, ranks: Ranks = SINGLE):
         """Captures the calls of a short text.
 
         Raises:
@@ -79,8 +79,10 @@ class Replay:
         """
         self.model: Any = model.eval().requires_grad_(False)
         self.structure = structure
-        self.residency, self.ranks = residency, ranks
-        self.memory = residency.memory if residency else Memory.unlimited(next(self.model.parameters()).device)
+        self.layer_cache, self.ranks = layer_cache, ranks
+        self.memory = (
+            layer_cache.memory if layer_cache else MemoryBudget.unlimited(next(self.model.parameters()).device)
+        )
         self.layers = list(model.get_submodule(structure.layers_path).children())
         self._tuple_size = 0  # number of values in the tuple that a layer returns; 0: it returns a tensor
         self._extra_arguments: dict[int, str | int] = {}  # index in that tuple -> argument of the next layer
@@ -137,51 +139,51 @@ class Replay:
         """Whether layers receive extra outputs of the layer before them."""
         return bool(self._extra_arguments)
 
-    def alone(self) -> Replay:
+    def single_rank(self) -> Replay:
         """Returns a replay of the same model for work that this rank does without the others."""
         replay = copy.copy(self)
         replay.ranks = Ranks(device=self.ranks.device)
         return replay
 
-    def walk(self, order: Sequence[int], ahead: bool = True) -> Iterator[int]:
+    def walk(self, order: Sequence[int], prefetch: bool = True) -> Iterator[int]:
         """Yields the indices of ``order``, each while the model holds its layer.
 
         Args:
             order: indices of layers
-            ahead: whether the next layer is loaded meanwhile
+            prefetch: whether the next layer is loaded meanwhile
         """
-        return iter(order) if self.residency is None else self.residency.walk(order, ahead)
+        return iter(order) if self.layer_cache is None else self.layer_cache.walk(order, prefetch)
 
     @contextmanager
-    def whole(self) -> Iterator[Any]:
-        """Yields the model with all of its layers, for its own forward. Call only if ``Residency.fits``."""
-        if self.residency is None:
+    def full_model(self) -> Iterator[Any]:
+        """Yields the model with all of its layers, for its own forward. Call only if ``LayerCache.all_layers_fit``."""
+        if self.layer_cache is None:
             yield self.model
             return
-        with self.residency.all_layers():
+        with self.layer_cache.all_layers():
             use_fast_experts(self.model)
             try:
                 yield self.model
             finally:
                 use_experts_forward(self.model)
 
-    def rest(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
+    def layer_tensors(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
         """Returns a layer's parameters and buffers on the device, except ``excluded``, by name inside the model."""
-        if self.residency is not None:
-            return self.residency.read_layer(index, excluded)
+        if self.layer_cache is not None:
+            return self.layer_cache.read_layer(index, excluded)
         prefix = self.structure.layers[index].path + "."
         state = self.model.state_dict()
         return {name: t for name, t in state.items() if name.startswith(prefix) and name not in excluded}
 
-    def unpacked(self, excluded: Collection[str]) -> dict[str, Tensor]:
+    def stored_state(self, excluded: Collection[str]) -> dict[str, Tensor]:
         """Returns the full-precision model's state except ``excluded``, in the types that the files store.
 
         It is read from the files to the CPU, since the model holds tensors in its compute type.
         """
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in excluded}
-        if self.residency is None:
+        if self.layer_cache is None:
             return state
-        reader = self.residency.reader
+        reader = self.layer_cache.reader
         for name, tensor in reader.read_outside().items():
             if name in state:
                 state[name] = as_adopted(tensor, state[name])
@@ -191,8 +193,8 @@ class Replay:
 
     def restore(self, index: int) -> None:
         """Undoes changes of a layer's weights if they can be read again."""
-        if self.residency is not None:
-            self.residency.restore(index)
+        if self.layer_cache is not None:
+            self.layer_cache.restore(index)
 
     @torch.no_grad()
     def inputs(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
@@ -244,8 +246,8 @@ class Replay:
         Returns:
             Its output [B, S, H].
         """
-        if self.residency is not None and not (overrides and self.residency.covers(index, overrides)):
-            self.residency.load(index)
+        if self.layer_cache is not None and not (overrides and self.layer_cache.covers(index, overrides)):
+            self.layer_cache.load(index)
         layer = self.layers[index]
         call = self._with_extra_arguments(index, hidden, call)
         prefix_length = len(self.structure.layers[index].path) + 1
@@ -318,10 +320,10 @@ class Replay:
             inputs = {"input_ids": ids.to(self.device), "use_cache": False}
             return functional_call(self.model, overrides or {}, (), inputs).logits
 
-    def windows_together(self, ids: Tensor) -> list[slice]:
+    def logit_chunks(self, ids: Tensor) -> list[slice]:
         """Slices of the windows [B, S] whose logits are computed in one go: all windows if the vocabulary is small."""
         logits_per_window = ids.shape[1] * self.model.config.get_text_config().vocab_size
-        step = max(1, LOGITS_TOGETHER // logits_per_window)
+        step = max(1, MAX_LOGITS_PER_CHUNK // logits_per_window)
         return [slice(start, start + step) for start in range(0, len(ids), step)]
 
     def verify(self, ids: Tensor) -> None:
@@ -333,7 +335,7 @@ class Replay:
         Raises:
             UserError: they differ, or gemq's arithmetic of the experts differs from the model's
         """
-        weights = nullcontext() if self.residency is None else self.residency.alike()
+        weights = nullcontext() if self.layer_cache is None else self.layer_cache.with_one_layer_per_kind()
         with weights, torch.no_grad(), self._attention():
             self._verify(ids)
 

@@ -36,7 +36,7 @@ from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.stored import FLOATS
 from gemq.models.structure import find_structure
 from gemq.runtime.safetensors_files import read_header, weight_files
-from gemq.runtime.upload import TYPES
+from gemq.runtime.upload import TORCH_DTYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -347,20 +347,20 @@ def configured_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
     return {name: dtype for name, _ in model.named_parameters()}
 
 
-def longest_window(config: Any) -> int:
+def max_seq_len(config: Any) -> int:
     """Returns the length of the longest window that the model supports, in tokens."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQ_LEN)
 
 
-def calibration_window(config: Any, seq_len: int | None) -> int:
+def calibration_seq_len(config: Any, seq_len: int | None) -> int:
     """Returns the tokens per calibration window: ``seq_len``, by default 2048 or what the model supports.
 
     Raises:
         UserError: ``seq_len`` is longer than the model supports
     """
-    longest = longest_window(config)
+    longest = max_seq_len(config)
     if seq_len is not None and seq_len > longest:
-        raise UserError(f"--window {seq_len} is longer than the model takes: give at most {longest}")
+        raise UserError(f"--seq-len {seq_len} is longer than the model takes: give at most {longest}")
     return min(DEFAULT_SEQ_LEN, longest) if seq_len is None else seq_len
 
 
@@ -394,7 +394,7 @@ def _first_float_type(files: Sequence[Path]) -> torch.dtype:
     """Returns the type of the first stored floats. Transformers uses it if a configuration names no type."""
     for file in files:
         for spec in read_header(file).values():
-            kind = TYPES.get(spec.dtype)
+            kind = TORCH_DTYPES.get(spec.dtype)
             if kind in FLOATS:
                 return kind
     return torch.float32

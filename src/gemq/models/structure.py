@@ -28,7 +28,7 @@ ROUTER_NAMES = ("gate", "router")
 """Names of routers in most families. They decide between several modules that have a 2-D weight of one row per expert.
 """
 
-SENSES = ("vision", "visual", "image", "audio")
+OTHER_MODALITIES = ("vision", "visual", "image", "audio")
 """Parts of the names of experts that no text token is routed to. They stay unquantized."""
 
 MIN_LINEAR_ROWS = 16
@@ -111,7 +111,7 @@ class Structure:
         layers_path: path of the list of decoder layers inside the model
         layers: the decoder layers
         parameters: number of parameters by kind, see ``PARAMETER_KINDS``; ``other`` is embeddings, norms and head
-        kept_linears: paths of large weights and of linears in decoder layers that stay unquantized: gates,
+        unquantized_linears: paths of large weights and of linears in decoder layers that stay unquantized: gates,
             subclasses of Linear, linears whose columns no group size divides, shared experts stacked in one weight,
             experts outside the language model
     """
@@ -119,7 +119,7 @@ class Structure:
     layers_path: str
     layers: tuple[Layer, ...]
     parameters: dict[str, int]
-    kept_linears: tuple[str, ...]
+    unquantized_linears: tuple[str, ...]
 
     @property
     def moe_layers(self) -> tuple[tuple[int, MoELayer], ...]:
@@ -233,7 +233,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def _is_for_other_inputs(path: str) -> bool:
     """Returns whether experts are for images or sound."""
-    return any(word in path for word in SENSES)
+    return any(word in path for word in OTHER_MODALITIES)
 
 
 def _decoder_prefix(model: Any, modules: dict[str, nn.Module]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from gemq.allocation.knapsack import Floats
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
-from gemq.allocation.scores import rescaled, smooth_usage
+from gemq.allocation.scores import rescale_to_kl, smooth_usage
 from gemq.calibration.windows import Windows
 from gemq.models.byte_sizes import matrix_sizes
 from gemq.models.structure import Structure
@@ -77,13 +77,13 @@ def layer_costs(costs: Costs, layer: int, smoothing: float, sources: list[int] |
         kl = measured["kl"]
         if sources is not None:
             kl = kl[:, torch.isin(measured["source"], torch.tensor(sources))]
-        smoothed = rescaled(smoothed, kl.mean(1).clamp_min(0))
+        smoothed = rescale_to_kl(smoothed, kl.mean(1).clamp_min(0))
     return smoothed.flatten(0, 1).numpy()
 
 
 def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
     """The part of the allocation problem that follows from shapes alone: costs and token counts are zero."""
-    widths = recipe.ladder_widths
+    widths = recipe.candidate_widths
     layers, weights, sizes = [], [], []
     for i, info in structure.moe_layers:
         experts = info.experts

@@ -15,8 +15,8 @@ from gemq.allocation.scores import ExpertWeights
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.layers.candidate_training import expert_chunks
-from gemq.layers.candidates import LINEAR_TOKENS, LayerLadder, build_layer
-from gemq.models.byte_sizes import ladder_bytes, smaller_groups
+from gemq.layers.candidates import LINEAR_TOKENS, LayerCandidates, build_candidates
+from gemq.models.byte_sizes import candidate_bytes, count_smaller_groups
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Matrix
@@ -30,11 +30,11 @@ from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width, group_size_for, nominal_bits, width_name
 from gemq.recipe import Recipe
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.files import check_free_space
 from gemq.runtime.progress import Tick
 
-CANDIDATES = "ladder"
+CANDIDATES = "candidates"
 """Name of the stage: of its directory, and in progress bars and the summary."""
 
 PACKED_OVERHEAD = 1.2
@@ -44,7 +44,7 @@ MIN_PAIR_SHARE, CPU_FREED_PAIRS = 0.25, 0.35
 """Fitted to measured jobs: the least share of a micro-batch's pairs that training counts, and the share of the pairs
 that are freed on a CPU before training takes the most memory."""
 
-BuildLayer = Callable[[int, Activations, bool], tuple[dict[str, Tensor], Batches]]
+BuildLayer = Callable[[int, Activations, bool], tuple[dict[str, Tensor], ActivationStore]]
 """Builds a layer from its index and inputs: the tensors to save, and its outputs if the flag asks for them."""
 
 
@@ -56,10 +56,12 @@ class CandidateFiles:
         self.stage = stage
         self._replay, self._recipe = replay, recipe
 
-    def layer(self, index: int, device: str | None = None) -> LayerLadder:
+    def layer(self, index: int, device: str | None = None) -> LayerCandidates:
         """Reads all candidates of a layer to ``device``, by default the job's."""
         tensors = self.stage.load_tensors(layer_file(index), device or str(self._replay.device))
-        return LayerLadder.from_tensors(tensors, self._replay.structure.layers[index], self._recipe.ladder_widths)
+        return LayerCandidates.from_tensors(
+            tensors, self._replay.structure.layers[index], self._recipe.candidate_widths
+        )
 
     def counts(self, index: int) -> Tensor:
         """Calibration tokens that were routed to each expert: int64 [E], empty for a dense layer."""
@@ -77,7 +79,7 @@ class CandidateFiles:
         experts = self._replay.structure.layers[index].experts
         assert experts is not None
         module = self._replay.model.get_submodule(experts.path)
-        packed = self._packed_matrices(index, width) if self._recipe.score_weights == "ladder" else None
+        packed = self._packed_matrices(index, width) if self._recipe.score_weights == "candidates" else None
         weights = []
         for matrix in experts.matrices:
             exact = expert_weight(module, matrix.name)
@@ -121,7 +123,7 @@ def run_candidates(job: Job, replay: Replay, windows: Windows) -> CandidateFiles
     missing = [i for i in range(layer_count) if not stage.has(layer_file(i))]
     if not missing:
         return candidates
-    check_free_space(job.work.path, ladder_bytes(replay.structure, job.recipe) * len(missing) // layer_count)
+    check_free_space(job.work.path, candidate_bytes(replay.structure, job.recipe) * len(missing) // layer_count)
     build = _layer_builder(job, replay)
     with (
         job.monitor.stage(CANDIDATES, missing[-1] + 1) as tick,
@@ -146,18 +148,18 @@ def _layer_builder(job: Job, replay: Replay) -> BuildLayer:
     """Builds layers as the recipe says, each on one rank alone."""
     recipe = job.recipe
     quantizer = quantizer_settings(recipe)
-    expert_training = training_settings(job, recipe.ladder_epochs, recipe.rate_ladder)
-    linear_training = training_settings(job, recipe.ladder_epochs, recipe.rate_codes, train_parameters=False)
-    single_rank_replay = replay.alone()
+    expert_training = training_settings(job, recipe.candidate_epochs, recipe.lr_candidates)
+    linear_training = training_settings(job, recipe.candidate_epochs, recipe.lr_codes, train_parameters=False)
+    single_rank_replay = replay.single_rank()
 
-    def build(index: int, inputs: Activations, with_outputs: bool) -> tuple[dict[str, Tensor], Batches]:
-        layer, outputs = build_layer(
+    def build(index: int, inputs: Activations, with_outputs: bool) -> tuple[dict[str, Tensor], ActivationStore]:
+        layer, outputs = build_candidates(
             single_rank_replay,
             index,
             inputs,
             quantizer,
-            recipe.ladder_widths,
-            recipe.attention_bits,
+            recipe.candidate_widths,
+            recipe.dense_bits,
             expert_training,
             linear_training,
             with_outputs,
@@ -217,9 +219,9 @@ def _build_on_ranks(
         for i in current.layers:
             next(walk)
             if i == current.local:
-                inputs = activations.to_train(replay)
+                inputs = activations.gather_for_training(replay)
             elif i in current.missing:
-                activations.give(replay)
+                activations.join_gather(replay)
             if i < missing[-1]:
                 activations.advance(replay, i)
         if current.local is None or inputs is None:
@@ -248,9 +250,9 @@ def count_candidate_fallbacks(job: Job, replay: Replay, candidates: CandidateFil
         experts_without_tokens=without_tokens,
         experts_with_few_tokens=few_tokens,
         hessians_damped_more=dampened_more,
-        rungs_not_improved_by_training=untrained,
-        matrices_in_smaller_groups=smaller_groups(structure, job.recipe.group_size),
-        linears_not_quantized=len(structure.kept_linears),
+        candidates_not_improved_by_training=untrained,
+        matrices_in_smaller_groups=count_smaller_groups(structure, job.recipe.group_size),
+        linears_not_quantized=len(structure.unquantized_linears),
         matrices_too_small_for_scales=too_small,
     )
 
@@ -261,20 +263,20 @@ def count_candidate_fallbacks(job: Job, replay: Replay, candidates: CandidateFil
 def candidates_work(workload: Workload) -> Work:
     """Work of the stage: a forward pass, GPTQ at every width, and training each expert at each width."""
     recipe, tokens, widths = workload.recipe, workload.tokens, workload.widths
-    steps = workload.training_steps(recipe.ladder_epochs)
-    linear_tokens = min(tokens, LINEAR_TOKENS) * recipe.ladder_epochs
-    linear_steps = linear_tokens / workload.batch_tokens
+    steps = workload.training_steps(recipe.candidate_epochs)
+    linear_tokens = min(tokens, LINEAR_TOKENS) * recipe.candidate_epochs
+    linear_steps = linear_tokens / workload.micro_batch_tokens
     work = Work()
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens) + workload.quantize(layer, widths)
-        if recipe.ladder_epochs and recipe.attention_bits < 16:
+        if recipe.candidate_epochs and recipe.dense_bits < 16:
             linear_weights = sum(linear.rows * linear.columns for linear in layer.linears)
             work += workload.forward(layer, linear_tokens, linear_steps) * 3
             work += workload.train(linear_weights, linear_steps)
-        if recipe.ladder_epochs and layer.experts is not None:
+        if recipe.candidate_epochs and layer.experts is not None:
             expert_weights = layer.experts.count * layer.experts.weights_per_expert
             exact_and_candidates = 1 + 3 * widths  # a training step of a candidate costs three forward passes
-            work += workload.experts(layer, steps * workload.batch_tokens, steps) * exact_and_candidates
+            work += workload.experts(layer, steps * workload.micro_batch_tokens, steps) * exact_and_candidates
             work += workload.train(expert_weights * widths, steps)
     return work
 
@@ -293,10 +295,10 @@ def _layer_bytes(memory: LayerMemory, training_bytes: int) -> int:
     """Bytes for the candidates of one layer."""
     if memory.layer.experts is None:
         return memory.dense_hessians + memory.dense_quantization
-    if memory.recipe.ladder_epochs:
+    if memory.recipe.candidate_epochs:
         building = _training_bytes(memory, training_bytes)
     else:
-        widths = len(memory.recipe.ladder_widths)
+        widths = len(memory.recipe.candidate_widths)
         hessians = memory.dense_hessians + memory.expert_hessians
         quantizing_experts = memory.mean_hessians + memory.expert_quantization(widths)
         building = hessians + max(quantizing_experts, memory.dense_quantization)
@@ -306,12 +308,12 @@ def _layer_bytes(memory: LayerMemory, training_bytes: int) -> int:
 def _training_bytes(memory: LayerMemory, training_bytes: int) -> int:
     """Bytes while a layer's experts are quantized and trained, some at the same time."""
     recipe, experts = memory.recipe, memory.experts
-    widths = len(recipe.ladder_widths)
+    widths = len(recipe.candidate_widths)
     chunk = max(rows.stop - rows.start for rows in expert_chunks(experts, widths, training_bytes))
     chunk_weights = chunk * experts.weights_per_expert * widths
     pair_share = widths * min(1.0, 2 * chunk / experts.count)  # of a micro-batch's pairs, at every width
     pairs = memory.routed_pairs(backward=True)
-    bits = sum(nominal_bits(width) for width in recipe.ladder_widths)
+    bits = sum(nominal_bits(width) for width in recipe.candidate_widths)
     packed = round(memory.expert_weights * bits / 8 * PACKED_OVERHEAD)
     quantizing = 3 * chunk_weights + memory.expert_chunk(widths)  # codes and soft codes
     training = chunk_weights * memory.trained_bytes + round(max(pair_share, MIN_PAIR_SHARE) * pairs)

@@ -12,11 +12,11 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.sources import Streams
 from gemq.calibration.windows import Windows
 from gemq.models.replay import Replay
-from gemq.models.source import Source, calibration_window
+from gemq.models.source import Source, calibration_seq_len
 from gemq.pipeline.workdir import WorkDir
 from gemq.recipe import Recipe
-from gemq.runtime.fallbacks import take as take_fallbacks
-from gemq.runtime.memory import Memory
+from gemq.runtime.fallbacks import pop_fallbacks
+from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.progress import Monitor
 
 
@@ -40,7 +40,7 @@ class Job:
     source: Source
     recipe: Recipe
     work: WorkDir
-    memory: Memory
+    memory: MemoryBudget
     monitor: Monitor
     fingerprint: str
     calibration: Sequence[str]
@@ -54,26 +54,26 @@ class Job:
         return self.memory.device
 
     @cached_property
-    def window(self) -> int:
+    def seq_len(self) -> int:
         """Tokens per calibration window."""
-        return calibration_window(self.source.config(), self.recipe.window)
+        return calibration_seq_len(self.source.config(), self.recipe.seq_len)
 
     @cached_property
     def streams(self) -> Streams:
         """The tokens of the calibration sources."""
         recipe, config = self.recipe, self.source.config().get_text_config()
         return Streams(
-            recipe.calib,
+            recipe.calibration,
             self.source.tokenizer,
-            self.window,
-            recipe.windows,
-            column=recipe.calib_column,
+            self.seq_len,
+            recipe.num_windows,
+            column=recipe.calibration_column,
             embeddings=getattr(config, "vocab_size", None),
         )
 
     def start_activations(self, replay: Replay, windows: Windows) -> Activations:
         """The activations of ``windows`` in front of the first layer."""
-        return Activations.start(replay, windows, self.recipe.batch_tokens, self.recipe.seed)
+        return Activations.start(replay, windows, self.recipe.micro_batch_tokens, self.recipe.seed)
 
     def count_fallback(self, name: str, count: int = 1) -> None:
         """Adds to the fallbacks that the summary shows."""
@@ -81,5 +81,5 @@ class Job:
 
     def count_accelerations(self) -> None:
         """Counts the accelerations that this process could not use so far."""
-        for name, fallback in take_fallbacks().items():
+        for name, fallback in pop_fallbacks().items():
             self.count_fallback(name, fallback.count)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from gemq.allocation.divergence import windows_kl
-from gemq.allocation.guard import OWN, PER_SOURCE, SEED, UNIFORM_SEEDS, decide
+from gemq.allocation.guard import GENERATED_WINDOWS, NUM_UNIFORM_DRAWS, SEED_OFFSET, WINDOWS_PER_SOURCE, decide
 from gemq.allocation.knapsack import Floats
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.calibration.activations import Activations
-from gemq.calibration.self_generation import OF_THE_SOURCE, Plan, added_to
+from gemq.calibration.self_generation import SELF_SOURCE_OPENINGS, WindowPlan, added_window_openings
 from gemq.calibration.sources import SELF, held_out_windows
 from gemq.calibration.windows import Windows
-from gemq.layers.candidates import LayerLadder
-from gemq.layers.refinement import assemble_layer, layer_overrides
+from gemq.layers.candidates import LayerCandidates
+from gemq.layers.reconstruction import assemble_layer, layer_overrides
 from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.pipeline.allocation_stage import solve
@@ -43,10 +43,10 @@ EXPECTED_TRIES = 3
 
 
 @torch.no_grad()
-def candidates_kl(
+def allocations_kl(
     replay: Replay,
     start: Activations,
-    candidates: Callable[[int], LayerLadder],
+    candidates: Callable[[int], LayerCandidates],
     allocations: Sequence[list[list[ExpertWidths]]],
     dense_bits: int,
     group_size: int,
@@ -104,14 +104,14 @@ class _Measurements:
     def _measure_missing(self, widths_by_file: dict[str, list[list[ExpertWidths]]], source: int | None) -> None:
         """Measures allocations and stores the KL of each in its file."""
         job, replay = self._job, self._replay
-        windows = self._windows if source is None else self._windows.of(source)
+        windows = self._windows if source is None else self._windows.select_source(source)
         with job.monitor.stage(GUARD, len(replay.structure.layers)) as tick:
-            measured = candidates_kl(
+            measured = allocations_kl(
                 replay,
                 job.start_activations(replay, windows),
                 self._candidates.layer,
                 list(widths_by_file.values()),
-                job.recipe.attention_bits,
+                job.recipe.dense_bits,
                 job.recipe.group_size,
                 tick,
             )
@@ -166,7 +166,7 @@ def run_guard(
 def _uniform_allocations(problem: Problem, budget: Budget, recipe: Recipe) -> list[Allocation]:
     """Uniform allocations of some seeds, without duplicates: at the bits of a candidate width all draws are equal."""
     uniform: dict[tuple[Width, ...], Allocation] = {}
-    for seed in range(recipe.seed, recipe.seed + UNIFORM_SEEDS):
+    for seed in range(recipe.seed, recipe.seed + NUM_UNIFORM_DRAWS):
         allocation = allocate(problem, budget, "uniform", seed=seed)
         uniform.setdefault(allocation.widths, allocation)
     return list(uniform.values())
@@ -184,16 +184,16 @@ def _sources_to_leave_out(windows: Windows) -> list[str]:
     return [name for name in windows.names if name != SELF and counts[name]]
 
 
-def guard_plans(recipe: Recipe, windows: Windows) -> list[Plan]:
+def guard_plans(recipe: Recipe, windows: Windows) -> list[WindowPlan]:
     """The windows that the model writes for the guard.
 
     They open like the windows of the source ``self``, if it is one of the sources, and like those that the effort adds
     to the calibration ``windows``.
     """
     plans = []
-    if SELF in recipe.calib:
-        plans.append(Plan(PER_SOURCE, recipe.seed + SEED, OF_THE_SOURCE))
-    plans.append(Plan(OWN, recipe.seed + SEED + 1, added_to(windows)))
+    if SELF in recipe.calibration:
+        plans.append(WindowPlan(WINDOWS_PER_SOURCE, recipe.seed + SEED_OFFSET, SELF_SOURCE_OPENINGS))
+    plans.append(WindowPlan(GENERATED_WINDOWS, recipe.seed + SEED_OFFSET + 1, added_window_openings(windows)))
     return plans
 
 
@@ -202,16 +202,16 @@ def run_guard_windows(job: Job, replay: Replay, calibration: Calibration) -> Win
     recipe = job.recipe
 
     def draw(writer: WindowWriter) -> tuple[Windows, dict[str, int]]:
-        windows = held_out_windows(job.streams, seed=recipe.seed, held_out=PER_SOURCE)
+        windows = held_out_windows(job.streams, seed=recipe.seed, per_source=WINDOWS_PER_SOURCE)
         counts = windows.counts()
-        missing = sum(PER_SOURCE - count for name, count in counts.items() if name != SELF)
+        missing = sum(WINDOWS_PER_SOURCE - count for name, count in counts.items() if name != SELF)
         written = calibration.guard_tokens or writer.write(*guard_plans(recipe, calibration.windows))
         for tokens in written:
             windows = windows.extended(SELF, tokens)
         return windows, {"guard_windows_missing": missing}
 
     stage = job.work.stage(GUARD_WINDOWS_STAGE, guard_window_inputs(job, calibration.windows))
-    return draw_once(job, replay, stage, GUARD_WINDOWS, OWN, draw)
+    return draw_once(job, replay, stage, GUARD_WINDOWS, GENERATED_WINDOWS, draw)
 
 
 def guard_work(workload: Workload) -> Work:
@@ -220,10 +220,10 @@ def guard_work(workload: Workload) -> Work:
     The second time, each source's windows run with the allocation that leaves that source out.
     """
     recipe = workload.recipe
-    texts = [name for name in recipe.calib if name != SELF]
-    windows = PER_SOURCE * len(recipe.calib) + OWN
-    runs = windows * (2 + UNIFORM_SEEDS + EXPECTED_TRIES - 1) + EXPECTED_TRIES * PER_SOURCE * len(texts)
-    tokens = runs * workload.window
+    texts = [name for name in recipe.calibration if name != SELF]
+    windows = WINDOWS_PER_SOURCE * len(recipe.calibration) + GENERATED_WINDOWS
+    runs = windows * (2 + NUM_UNIFORM_DRAWS + EXPECTED_TRIES - 1) + EXPECTED_TRIES * WINDOWS_PER_SOURCE * len(texts)
+    tokens = runs * workload.seq_len
     work = workload.head(tokens)
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens)

@@ -33,7 +33,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "fingerprint": str,
     "files": dict,
     "recipe": dict,
-    "ladder_widths": list,
+    "candidate_widths": list,
     "calibration": list,
     "sources": list,
 }
@@ -48,7 +48,7 @@ class JobRecord:
         fingerprint: digest of the model's contents.
         files: size, modification time and digest of each of the model's files (``Source.fingerprint``).
         recipe: keys and values.
-        ladder_widths: the candidate widths, which stay the same when an export changes the budget.
+        candidate_widths: the candidate widths, which stay the same when an export changes the budget.
         calibration: digest of each calibration source.
         sources: where each calibration source is: an absolute path, the id of a data set, or ``self``.
     """
@@ -57,7 +57,7 @@ class JobRecord:
     fingerprint: str
     files: dict[str, list[Any]]
     recipe: dict[str, Any]
-    ladder_widths: list[float]
+    candidate_widths: list[float]
     calibration: list[str]
     sources: list[str]
 
@@ -69,9 +69,9 @@ class JobRecord:
             fingerprint=fingerprint,
             files=files,
             recipe=recipe.to_dict(),
-            ladder_widths=list(recipe.ladder_widths),
-            calibration=[source_digest(s) for s in recipe.calib],
-            sources=[_absolute(s) for s in recipe.calib],
+            candidate_widths=list(recipe.candidate_widths),
+            calibration=[source_digest(s) for s in recipe.calibration],
+            sources=[_absolute(s) for s in recipe.calibration],
         )
 
     def write(self, work: Path) -> None:
@@ -132,7 +132,7 @@ def check_same_recipe(work: Path, recipe: Recipe) -> None:
     """Raises UserError when the work directory, if there is one, was made with another recipe."""
     record = read_job(work)
     if record is not None:
-        _check_recipe(work, record, recipe.to_dict(), [source_digest(s) for s in recipe.calib])
+        _check_recipe(work, record, recipe.to_dict(), [source_digest(s) for s in recipe.calibration])
 
 
 def _check_recipe(work: Path, record: JobRecord, recipe: dict[str, Any], calibration: list[str]) -> None:
@@ -146,7 +146,7 @@ def _check_recipe(work: Path, record: JobRecord, recipe: dict[str, Any], calibra
     """
     same_texts = record.calibration == calibration
     for key, value in recipe.items():
-        if record.recipe.get(key) != value and not (key == "calib" and same_texts):
+        if record.recipe.get(key) != value and not (key == "calibration" and same_texts):
             raise UserError(
                 f"{work} was made with {key} {_value_text(record.recipe.get(key))} and is now asked for "
                 f"{_value_text(value)}: resume with the same, or start again with another --work"
@@ -180,10 +180,10 @@ def recorded_job(
     record = read_job(work)
     if record is None:
         raise UserError(f"{work} holds no job yet: run gemq quantize first")
-    recipe = Recipe.from_dict({**record.recipe, "calib": record.sources}, origin=str(work / JOB_FILE))
+    recipe = Recipe.from_dict({**record.recipe, "calibration": record.sources}, origin=str(work / JOB_FILE))
     recipe = recipe.replace(**(changes or {}))
-    widths = tuple(record.ladder_widths)
-    if recipe.ladder_widths != widths:
+    widths = tuple(record.candidate_widths)
+    if recipe.candidate_widths != widths:
         recipe = recipe.replace(widths=widths)
     if model is not None:
         return Source.resolve(model, trust_remote_code=trust_remote_code), recipe, record
@@ -228,7 +228,7 @@ def _value_text(value: Any) -> str:
 
 def result_key(recipe: Recipe, allocation: Path | None) -> str:
     """The key of the output that ``quantize`` makes in a work directory with this recipe and allocation file."""
-    recipe_values = {key: value for key, value in recipe.to_dict().items() if key != "calib"}
+    recipe_values = {key: value for key, value in recipe.to_dict().items() if key != "calibration"}
     file_digest = None
     if allocation is not None:
         file_digest = hashlib.sha256(read_allocation_file(allocation).encode()).hexdigest()

@@ -8,7 +8,7 @@ import torch
 
 from gemq.calibration.sources import host_bytes
 from gemq.models.calls import one_line_errors
-from gemq.models.layer_cache import Residency
+from gemq.models.layer_cache import LayerCache
 from gemq.models.replay import Replay
 from gemq.models.source import pick_dtype
 from gemq.models.structure import Structure, find_structure
@@ -38,10 +38,10 @@ def run_load(job: Job, verify: bool = True) -> tuple[Replay, dict[str, torch.dty
         model, reader = job.source.open(job.device, dtype)
         job.fallbacks["matrices_left_out"] = len(job.source.left_out)
         structure = find_structure(model)
-        residency = Residency(model, structure, reader, job.memory, dtype)
+        layer_cache = LayerCache(model, structure, reader, job.memory, dtype)
         _reserve_memory(job, model, structure, dtype)
         with one_line_errors(f"{job.source.path} cannot be run", "correct its config.json, or copy the model again"):
-            replay = Replay(model, structure, residency, job.work.ranks)
+            replay = Replay(model, structure, layer_cache, job.work.ranks)
             if verify:
                 vocabulary = model.config.get_text_config().vocab_size
                 replay.verify(torch.arange(PROBE_TOKENS, device=job.device).unsqueeze(0) % vocabulary)
@@ -52,13 +52,13 @@ def run_load(job: Job, verify: bool = True) -> tuple[Replay, dict[str, torch.dty
 def _reserve_memory(job: Job, model: Any, structure: Structure, dtype: torch.dtype) -> None:
     """Reserves what a job holds throughout, apart from layers and activations: staging, texts, and working memory."""
     on_gpu = job.device.type == "cuda"
-    text_bytes = host_bytes(job.recipe.calib)
+    text_bytes = host_bytes(job.recipe.calibration)
     if on_gpu:
-        job.memory.host.take(staging_bytes(model, structure))
-    job.memory.host.take(text_bytes)
+        job.memory.host.reserve(staging_bytes(model, structure))
+    job.memory.host.reserve(text_bytes)
     resident_bytes = held_bytes(model, structure, dtype) + (0 if on_gpu else text_bytes)
     footprint = Footprint(structure, job.recipe, model.config, dtype, job.device)
-    job.training_bytes = footprint.train_room(job.memory.on_device.limit - resident_bytes)
-    job.working_bytes = footprint.working(job.training_bytes)
-    reserved = job.memory.room(job.working_bytes)
+    job.training_bytes = footprint.training_bytes(job.memory.on_device.limit - resident_bytes)
+    job.working_bytes = footprint.working_bytes(job.training_bytes)
+    reserved = job.memory.try_reserve(job.working_bytes)
     assert reserved, "bounds are checked before a job begins"

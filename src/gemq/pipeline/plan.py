@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemq.models.byte_sizes import expert_bytes, ladder_bytes, quantized_share
+from gemq.models.byte_sizes import candidate_bytes, expert_bytes, quantized_share
 from gemq.models.source import Source, configured_types, pick_dtype
 from gemq.models.structure import Structure
 from gemq.pipeline.candidates_stage import CANDIDATES
@@ -26,7 +26,7 @@ from gemq.planning.cost_model import Workload
 from gemq.planning.memory_model import held_bytes, staging_bytes
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
-from gemq.runtime.memory import Memory
+from gemq.runtime.memory import MemoryBudget
 
 LIBRARY_BYTES, CUDA_LIBRARY_BYTES = 430_000_000, 900_000_000
 """Host memory that Python, PyTorch, Transformers and a tokenizer take before anything is loaded, and CUDA's."""
@@ -61,8 +61,8 @@ class Plan:
     sizes: dict[str, int]
     budget: str
     bits: float
-    window: int
-    windows: int
+    seq_len: int
+    num_windows: int
     tokens: int
     work_bytes: int
     least_bytes: int
@@ -102,7 +102,7 @@ def plan(
         UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Without bounds a model may
             be too large for this machine: a plan may be for another one.
     """
-    memory = Memory.bounded(device, gpu_memory, host_memory, None)
+    memory = MemoryBudget.bounded(device, gpu_memory, host_memory, None)
     if with_weights:
         source.check_weights()
     checked = check_model(source, recipe, allocation)
@@ -113,10 +113,10 @@ def plan(
         check_bounds(memory, footprint, model)
     limit = memory.on_device.limit
     resident_bytes = held_bytes(model, structure, dtype)
-    working_bytes = footprint.stages(footprint.train_room(limit - resident_bytes))
+    working_bytes = footprint.stages(footprint.training_bytes(limit - resident_bytes))
     free_bytes = limit - max(working_bytes.values())
-    workload = Workload(structure, recipe, model.config, checked.window, dtype, device, free_bytes)
-    stages = JobStages.of(recipe, allocation, reconstruct=recipe.refine)
+    workload = Workload(structure, recipe, model.config, checked.seq_len, dtype, device, free_bytes)
+    stages = JobStages.of(recipe, allocation, reconstruct=recipe.reconstruct)
     seconds = stage_seconds(workload, stages)
     bits = bits_of(checked, recipe, allocation)
     sizes = _checkpoint_sizes(checked, recipe, bits)
@@ -127,19 +127,20 @@ def plan(
         model=str(source.path),
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, recipe),
-        linears_not_quantized=structure.kept_linears,
+        linears_not_quantized=structure.unquantized_linears,
         moe_layers=len(structure.moe_layers),
         layers=len(structure.layers),
-        experts=sum(layer.experts.count for _, layer in structure.moe_layers if layer.experts),
+        experts=sum(layer.experts.count for _, layer in structure.moe_layers),
         original_bytes=original_bytes(model, configured_types(model)),
         sizes=sizes,
         budget=recipe.budget_text if allocation is None else f"of {allocation}",
         bits=bits,
-        window=checked.window,
-        windows=recipe.windows,
+        seq_len=checked.seq_len,
+        num_windows=recipe.num_windows,
         tokens=workload.tokens,
-        work_bytes=ladder_bytes(structure, recipe) + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
-        least_bytes=resident_bytes + footprint.least,
+        work_bytes=candidate_bytes(structure, recipe)
+        + max(1, len(recipe.progressive)) * max(sizes.values(), default=0),
+        least_bytes=resident_bytes + footprint.min_working_bytes,
         quickest_bytes=_quickest_bytes(workload, working_bytes),
         host_bytes=host_bytes,
         available_bytes=limit,
@@ -150,7 +151,7 @@ def plan(
 
 def _checkpoint_sizes(checked: Checked, recipe: Recipe, bits: float) -> dict[str, int]:
     """Bytes of the checkpoint at ``bits`` and at other budgets, by nominal bits."""
-    low, high = nominal_bits(min(recipe.ladder_widths)), nominal_bits(max(recipe.ladder_widths))
+    low, high = nominal_bits(min(recipe.candidate_widths)), nominal_bits(max(recipe.candidate_widths))
     sizes = {}
     for budget in sorted({*TABLE_BUDGETS, bits}):
         if low <= budget <= high:
@@ -169,9 +170,9 @@ def _quickest_bytes(workload: Workload, working_bytes: dict[str, int]) -> int:
     """
     recipe, structure = workload.recipe, workload.structure
     states = {
-        CANDIDATES: 3 if recipe.ladder_epochs else 2,  # inputs, outputs, and what experts receive
+        CANDIDATES: 3 if recipe.candidate_epochs else 2,  # inputs, outputs, and what experts receive
         SCORES: len(structure.layers) + 2,  # every layer's inputs, the current state, a gradient
-        RECONSTRUCTION: 2 if recipe.layer_epochs or recipe.distil_epochs else 1,  # inputs, and the teacher's
+        RECONSTRUCTION: 2 if recipe.reconstruction_epochs or recipe.distill_epochs else 1,  # inputs, and the teacher's
         DISTILL: 2,
     }
     itemsize = workload.dtype.itemsize
@@ -205,11 +206,10 @@ def bits_at(structure: Structure, recipe: Recipe, size: float) -> float:
 def _size_curve(structure: Structure, recipe: Recipe) -> tuple[list[float], list[int]]:
     """Nominal bits of each width, and bytes of all experts at it, both ascending."""
     sizes = []
-    for width in recipe.ladder_widths:
+    for width in recipe.candidate_widths:
         layer_sizes = [
             layer.experts.count * expert_bytes(layer.experts, width, recipe.group_size)
             for _, layer in structure.moe_layers
-            if layer.experts
         ]
         sizes.append(sum(layer_sizes))
-    return [nominal_bits(width) for width in recipe.ladder_widths], sizes
+    return [nominal_bits(width) for width in recipe.candidate_widths], sizes

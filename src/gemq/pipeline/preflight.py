@@ -17,15 +17,15 @@ from gemq.calibration.sources import SELF, check_sources, host_bytes
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
-from gemq.models.byte_sizes import ladder_bytes, linear_bytes, other_bytes
+from gemq.models.byte_sizes import candidate_bytes, linear_bytes, unquantized_bytes
 from gemq.models.config_values import embedding_rows
-from gemq.models.source import Source, calibration_window, configured_types, pick_dtype
+from gemq.models.source import Source, calibration_seq_len, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.allocation_stage import shape_problem
 from gemq.pipeline.stages import Footprint, check_bounds
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
-from gemq.runtime.memory import Memory, gigabytes
+from gemq.runtime.memory import MemoryBudget, gigabytes
 
 MAX_ALLOCATION_BYTES = 64 << 20
 """Upper bound for an allocation file."""
@@ -50,7 +50,7 @@ class Checked:
 
     model: Any
     structure: Structure
-    window: int
+    seq_len: int
     fixed_bytes: int
     allocation: Allocation
 
@@ -74,19 +74,19 @@ def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, text
     """
     model = source.skeleton()
     structure = find_structure(model)
-    window = calibration_window(source.config(), recipe.window)
+    seq_len = calibration_seq_len(source.config(), recipe.seq_len)
     if texts:
         check_sources(
-            recipe.calib,
+            recipe.calibration,
             source.tokenizer,
-            window,
-            column=recipe.calib_column,
+            seq_len,
+            column=recipe.calibration_column,
             embeddings=embedding_rows(model),
-            written=recipe.total_tokens > recipe.windows * window,
+            generates_windows=recipe.total_tokens > recipe.num_windows * seq_len,
         )
     fixed = fixed_bytes(model, structure, recipe, configured_types(model))
     checked_allocation = check_allocation(structure, recipe, fixed, allocation)
-    return Checked(model, structure, window, fixed, checked_allocation)
+    return Checked(model, structure, seq_len, fixed, checked_allocation)
 
 
 def check_job(
@@ -95,7 +95,7 @@ def check_job(
     out: Path,
     work: Path,
     allocation: Path | None,
-    memory: Memory,
+    memory: MemoryBudget,
     *,
     new: bool,
     texts: bool = True,
@@ -119,7 +119,7 @@ def check_job(
     small_files(source.path)
     checked = check_model(source, recipe, allocation, texts=texts)
     dtype = pick_dtype(recipe.dtype, memory.device)
-    text_bytes = host_bytes(recipe.calib) if texts else 0
+    text_bytes = host_bytes(recipe.calibration) if texts else 0
     footprint = Footprint(checked.structure, recipe, checked.model.config, dtype, memory.device)
     check_bounds(memory, footprint, checked.model, text_bytes)
     if not is_packed(out):
@@ -127,11 +127,11 @@ def check_job(
         check_free_space(out, checked.stored_bytes)
     if new:
         check_writable(work)
-        check_free_space(work, ladder_bytes(checked.structure, recipe))
+        check_free_space(work, candidate_bytes(checked.structure, recipe))
         check_tokens(checked, recipe, work, memory, dtype)
 
 
-def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: Memory, dtype: torch.dtype) -> None:
+def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: MemoryBudget, dtype: torch.dtype) -> None:
     """Checks that memory and disk hold the calibration activations, as far as the recipe alone determines them.
 
     Texts may have fewer windows than requested. Windows that the model writes are never fewer.
@@ -139,7 +139,7 @@ def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: Memory, d
     Raises:
         UserError: they do not.
     """
-    generated_tokens = recipe.windows * checked.window if SELF in recipe.calib else 0
+    generated_tokens = recipe.num_windows * checked.seq_len if SELF in recipe.calibration else 0
     tokens = max(recipe.total_tokens, generated_tokens)
     hidden = checked.model.config.get_text_config().hidden_size
     required = tokens * hidden * dtype.itemsize  # between two layers
@@ -218,7 +218,7 @@ def read_allocation_file(path: Path) -> str:
 
 def fixed_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[str, torch.dtype]) -> int:
     """Bytes of the checkpoint's tensors outside the experts. ``stored``: the type of each parameter in its file."""
-    return other_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
+    return unquantized_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
 
 
 def original_bytes(model: Any, stored: dict[str, torch.dtype]) -> int:

@@ -17,8 +17,14 @@ import torch
 
 from gemq.allocation.problem import Allocation, Budget, Problem
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.outputs import check_apart, check_output, claimed, default_work, remove_stale_lock
-from gemq.errors import UserError, shown
+from gemq.checkpoint.outputs import (
+    check_not_nested,
+    check_output,
+    default_work_directory,
+    lock_output,
+    remove_stale_lock,
+)
+from gemq.errors import UserError, short_repr
 from gemq.models.byte_sizes import quantized_share
 from gemq.models.replay import Replay
 from gemq.models.source import Source
@@ -58,7 +64,7 @@ from gemq.planning.cost_model import Workload
 from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths
 from gemq.recipe import Recipe
 from gemq.runtime.files import check_free_space, write_text
-from gemq.runtime.memory import Memory
+from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.progress import Monitor
 from gemq.runtime.ranks import start_ranks
 
@@ -90,7 +96,7 @@ class Result:
     stored_bytes: int
     expert_bits_nominal: float
     expert_bits_stored: float
-    window: int
+    seq_len: int
     windows: dict[str, int]
     fallbacks: dict[str, int]
     gains: dict[str, float] = field(default_factory=dict)
@@ -151,14 +157,14 @@ def quantize(
     """
     recipe = recipe or Recipe()
     if not isinstance(recipe, Recipe):
-        raise UserError(f"{shown(recipe)} is no recipe: give a gemq.Recipe, such as Recipe.from_yaml(file)")
+        raise UserError(f"{short_repr(recipe)} is no recipe: give a gemq.Recipe, such as Recipe.from_yaml(file)")
     out = Path(out)
-    work_path = Path(work) if work is not None else default_work(out)
+    work_path = Path(work) if work is not None else default_work_directory(out)
     allocation = None if allocation is None else Path(allocation)
     ranks = start_ranks(device)
 
     def check_directories() -> bool:
-        check_apart(out, work_path, "name another --work")
+        check_not_nested(out, work_path, "name another --work")
         WorkDir.check(work_path, resume=resume)
         check_same_recipe(work_path, recipe)
         is_finished = check_output(out, resume=resume)
@@ -167,7 +173,7 @@ def quantize(
         return is_finished
 
     is_finished = ranks.run_on_first(check_directories)
-    memory = Memory.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.local_count)
+    memory = MemoryBudget.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.local_count)
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code)
     check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
     if is_finished:
@@ -176,14 +182,14 @@ def quantize(
         if is_finished:
             ranks.run_on_first(lambda: remove_stale_lock(out))
         else:
-            ranks.run_on_first(lambda: stack.enter_context(claimed(out)))
+            ranks.run_on_first(lambda: stack.enter_context(lock_output(out)))
         stack.enter_context(memory.enforced())
         fingerprint, files = ranks.run_on_first(lambda: source.fingerprint(known_files(work_path)))
         directory = stack.enter_context(WorkDir(work_path, resume=resume, ranks=ranks))
         record = JobRecord.of(source, recipe, fingerprint, files)
         ranks.run_on_first(lambda: record_job(directory.path, record))
         job = Job(source, recipe, directory, memory, monitor or Monitor(), fingerprint, record.calibration)
-        stages = JobStages.of(recipe, allocation, reconstruct=recipe.refine)
+        stages = JobStages.of(recipe, allocation, reconstruct=recipe.reconstruct)
         return _run(job, stages, out, allocation, result_key(recipe, allocation))
 
 
@@ -225,20 +231,20 @@ def export(
 
     def check_directories() -> None:
         check_output(out, resume=False)
-        check_apart(out, Path(work), "name another output")
+        check_not_nested(out, Path(work), "name another output")
 
     ranks.run_on_first(check_directories)
     with ExitStack() as stack:
         directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
         model_place = None if model is None else str(model)
         source, recipe, record = recorded_job(directory.path, changes, model_place, trust_remote_code)
-        memory = Memory.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.local_count)
+        memory = MemoryBudget.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.local_count)
         stages = JobStages.of(recipe, allocation, reconstruct=finish, plain_export=not finish)
         texts = needs_texts(directory.path, guarded=stages.guard)
         if texts:
-            check_texts(directory.path, recipe.calib, record)
+            check_texts(directory.path, recipe.calibration, record)
         check_job(source, recipe, out, directory.path, allocation, memory, new=False, texts=texts)
-        ranks.run_on_first(lambda: stack.enter_context(claimed(out)))
+        ranks.run_on_first(lambda: stack.enter_context(lock_output(out)))
         fingerprint, _ = ranks.run_on_first(lambda: source.fingerprint(record.files))
         if fingerprint != record.fingerprint:
             raise UserError(f"{source.path} is not the model that {work} was made from: quantize it again")
@@ -338,7 +344,7 @@ def _run(
         stored_bytes=stored_bytes,
         expert_bits_nominal=allocation.nominal_bits,
         expert_bits_stored=allocation.stored_bits,
-        window=calibration.windows.window,
+        seq_len=calibration.windows.seq_len,
         windows=calibration.windows.counts(),
         fallbacks=job.fallbacks,
         gains=gains,
@@ -358,7 +364,7 @@ def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
         return
     dtype = replay.model.dtype
     memory = job.memory.on_device.limit - job.working_bytes
-    workload = Workload(replay.structure, job.recipe, replay.model.config, job.window, dtype, job.device, memory)
+    workload = Workload(replay.structure, job.recipe, replay.model.config, job.seq_len, dtype, job.device, memory)
     job.monitor.expected = stage_seconds(workload, stages)
     job.monitor.rounds = stage_rounds(job.recipe)
 
@@ -428,7 +434,7 @@ def _run_output(
 
 def _other_bits(recipe: Recipe, bits: float) -> float | None:
     """A budget within the candidate widths that is clearly different from ``bits``; None if there is none."""
-    low, high = nominal_bits(recipe.ladder_widths[0]), nominal_bits(recipe.ladder_widths[-1])
+    low, high = nominal_bits(recipe.candidate_widths[0]), nominal_bits(recipe.candidate_widths[-1])
     for budget in (*OTHER_BUDGETS, low, high):
         if low <= budget <= high and abs(budget - bits) > MIN_BUDGET_DISTANCE:
             return budget

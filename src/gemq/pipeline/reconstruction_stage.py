@@ -1,6 +1,6 @@
 """The model at its chosen widths: every layer quantized again and trained, then the whole model distilled.
 
-Resumable by layer. Distillation, the short last step, starts again. ``layers.refinement``, ``layers.training`` and
+Resumable by layer. Distillation, the short last step, starts again. ``layers.reconstruction``, ``layers.training`` and
 ``distillation.distill`` do the computing.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gemq.allocation.problem import Allocation
 from gemq.calibration.windows import Windows
-from gemq.distillation.distill import Distilled, distil
+from gemq.distillation.distill import Distilled, distill
 from gemq.distillation.settings import Distillation
-from gemq.kernels.training.differentiable_dequantize import UNPACKED_TOGETHER
-from gemq.layers.refinement import RefinedLayer, Targets, assemble_layer, layer_overrides, refine_layer
+from gemq.kernels.training.differentiable_dequantize import MAX_CHUNK_WEIGHTS
+from gemq.layers.reconstruction import QuantizedLayer, Targets, assemble_layer, layer_overrides, reconstruct_layer
 from gemq.models.replay import Replay
 from gemq.pipeline.candidates_stage import CandidateFiles
 from gemq.pipeline.context import Job
@@ -35,21 +35,16 @@ from gemq.pipeline.workdir import Stage, layer_file
 from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.quant.widths import ExpertWidths
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 
-RECONSTRUCTION, TRAINED_RECONSTRUCTION, DISTILL = "refine", "reconstruct", "distil"
-"""Names in progress bars and in the summary: of reconstruction without and with training, and of distillation."""
+RECONSTRUCTION, DISTILL = "reconstruct", "distill"
+"""Names of the two stages in progress bars and in the summary."""
 
 DISTILLED_FILE = "distilled.safetensors"
 """What distillation changed, in its stage's directory."""
 
 PARAMETER_PREFIX = "tuned:"
 """Of the names of routers and norms in that file."""
-
-
-def reconstruction_name(epochs: int) -> str:
-    """Name of the reconstruction stage in progress bars and in the summary, by its epochs of training."""
-    return TRAINED_RECONSTRUCTION if epochs else RECONSTRUCTION
 
 
 @dataclass
@@ -72,11 +67,11 @@ class ReconstructedModel:
     tuned: dict[str, Tensor] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
 
-    def layers(self) -> Iterator[RefinedLayer]:
+    def layers(self) -> Iterator[QuantizedLayer]:
         """The layers in order, on the CPU."""
         return (self.layer(i) for i in range(self.layer_count))
 
-    def layer(self, index: int, device: str = "cpu") -> RefinedLayer:
+    def layer(self, index: int, device: str = "cpu") -> QuantizedLayer:
         """A reconstructed layer, with what distillation changed in it."""
         layer = _load_layer(self.stage, index, device)
         for name, tensor in self.distilled.tensors.items():
@@ -103,7 +98,7 @@ class ReconstructedModel:
         return ScoredModel(self.inputs, overrides, tail)
 
 
-def assembled_layers(replay: Replay, candidates: CandidateFiles, allocation: Allocation) -> Iterator[RefinedLayer]:
+def assembled_layers(replay: Replay, candidates: CandidateFiles, allocation: Allocation) -> Iterator[QuantizedLayer]:
     """The layers of an allocation with the codes of the candidates, without reconstruction."""
     for i, widths in enumerate(allocation.by_layer):
         yield assemble_layer(candidates.layer(i, "cpu"), replay.structure.layers[i], widths)
@@ -123,18 +118,18 @@ def run_reconstruction(
     """
     widths = allocation.by_layer
     inputs = {**reconstruction_inputs(job, windows), "allocation": digest(widths)}
-    stage = job.work.stage(f"refined-{digest(inputs)[:8]}", inputs)
+    stage = job.work.stage(f"reconstructed-{digest(inputs)[:8]}", inputs)
     inputs = {**distillation_inputs(job, windows), "allocation": digest(widths)}
     distillation_stage = job.work.stage(f"distilled-{digest(inputs)[:8]}", inputs)
     layer_count = len(replay.structure.layers)
     missing = [i for i in range(layer_count) if not stage.has(layer_file(i))]
-    distills = bool(job.recipe.distil_epochs) and not distillation_stage.has(DISTILLED_FILE)
+    distills = bool(job.recipe.distill_epochs) and not distillation_stage.has(DISTILLED_FILE)
     if missing or distills:
         end = layer_count if distills else missing[-1] + 1
         teacher = _reconstruct_layers(job, replay, stored, windows, stage, widths, missing, end)
         if distills:
             _distill(job, replay, stored, windows, stage, distillation_stage, widths, teacher)
-    distilled = _load_distilled(distillation_stage) if job.recipe.distil_epochs else Distilled()
+    distilled = _load_distilled(distillation_stage) if job.recipe.distill_epochs else Distilled()
     model = ReconstructedModel(stage, layer_count, distilled, inputs)
     _summarize(job, model)
     return model
@@ -149,7 +144,7 @@ def _reconstruct_layers(
     widths: list[list[ExpertWidths]],
     missing: list[int],
     end: int,
-) -> Batches:
+) -> ActivationStore:
     """Reconstructs the missing layers. Returns the full-precision hidden states after the last layer that was run.
 
     Args:
@@ -157,22 +152,22 @@ def _reconstruct_layers(
         end: number of layers to run. Distillation needs the full-precision model's last hidden states.
     """
     recipe, structure = job.recipe, replay.structure
-    training = training_settings(job, recipe.layer_epochs, recipe.rate_codes)
+    training = training_settings(job, recipe.reconstruction_epochs, recipe.lr_codes)
     quantizer = quantizer_settings(recipe)
-    with_teacher = training is not None or bool(recipe.distil_epochs)
+    with_teacher = training is not None or bool(recipe.distill_epochs)
     with (
-        job.monitor.stage(reconstruction_name(recipe.layer_epochs), end) as tick,
+        job.monitor.stage(RECONSTRUCTION, end) as tick,
         stage.background_writer() as save,
     ):
         activations = job.start_activations(replay, windows)
-        exact = activations.hidden.copy() if with_teacher else Batches(replay.memory)
+        exact = activations.hidden.copy() if with_teacher else ActivationStore(replay.memory)
         # Training a layer uses the memory that the next one would take (see ``peak_bytes``).
-        for i in replay.walk(range(end), ahead=training is None):
+        for i in replay.walk(range(end), prefetch=training is None):
             if with_teacher:
                 activations.advance_all(replay, i, [exact])
             if i in missing:
                 targets = Targets(exact, stored, training) if training is not None else None
-                layer = refine_layer(replay, i, activations, quantizer, widths[i], recipe.attention_bits, targets)
+                layer = reconstruct_layer(replay, i, activations, quantizer, widths[i], recipe.dense_bits, targets)
                 save(layer_file(i), layer.to_tensors())
                 activations.advance(replay, i)
                 replay.restore(i)  # later stages use the full-precision model
@@ -193,7 +188,7 @@ def _distill(
     layers: Stage,
     stage: Stage,
     widths: list[list[ExpertWidths]],
-    teacher: Batches,
+    teacher: ActivationStore,
 ) -> None:
     """Distills the reconstructed model into ``stage``.
 
@@ -202,30 +197,30 @@ def _distill(
         teacher: the full-precision model's last hidden states, per micro-batch.
     """
     recipe, model = job.recipe, replay.model
-    training = training_settings(job, recipe.distil_epochs, 0.0)
+    training = training_settings(job, recipe.distill_epochs, 0.0)
     assert training is not None
     memory = ModelMemory(replay.structure, recipe, model.config, model.dtype, replay.device)
     with job.monitor.stage(DISTILL, 1) as tick:
-        distilled = distil(
+        distilled = distill(
             replay,
             lambda index: _load_layer(layers, index, str(job.device)),
             [layer_scheme(recipe, layer_widths) for layer_widths in widths],
             job.start_activations(replay, windows),
             teacher,
-            Distillation(training, recipe.distil_loss, recipe.distil_sets, stored),
+            Distillation(training, recipe.distill_loss, recipe.distill_parameters, stored),
             tick,
             distillation_peak_bytes(memory),
         )
     tensors = dict(distilled.tensors)
     for name, tensor in distilled.tuned.items():
         tensors[PARAMETER_PREFIX + name] = tensor
-    tensors["notes"] = torch.tensor([distilled.before, distilled.after], dtype=torch.float64)
+    tensors["notes"] = torch.tensor([distilled.loss_before, distilled.loss_after], dtype=torch.float64)
     stage.save_tensors(DISTILLED_FILE, tensors)
 
 
-def _load_layer(stage: Stage, index: int, device: str = "cpu") -> RefinedLayer:
+def _load_layer(stage: Stage, index: int, device: str = "cpu") -> QuantizedLayer:
     """A reconstructed layer, before distillation."""
-    return RefinedLayer.from_tensors(stage.load_tensors(layer_file(index), device))
+    return QuantizedLayer.from_tensors(stage.load_tensors(layer_file(index), device))
 
 
 def _load_distilled(stage: Stage) -> Distilled:
@@ -247,19 +242,19 @@ def _summarize(job: Job, model: ReconstructedModel) -> None:
         layer = _load_layer(model.stage, i)
         model.tuned.update(layer.tuned)
         retries += layer.retries
-        improved = layer.after < layer.before  # False for NaN
-        not_improved += int(bool(recipe.layer_epochs) and not improved)
-        error_before += layer.before / model.layer_count
-        error_after += layer.after / model.layer_count
+        improved = layer.error_after < layer.error_before  # False for NaN
+        not_improved += int(bool(recipe.reconstruction_epochs) and not improved)
+        error_before += layer.error_before / model.layer_count
+        error_after += layer.error_after / model.layer_count
     distilled = model.distilled
     model.tuned.update(distilled.tuned)
     job.count_fallback("hessians_damped_more", retries)
     job.fallbacks["layers_not_improved_by_training"] = not_improved
-    if recipe.layer_epochs:
+    if recipe.reconstruction_epochs:
         model.gains.update(reconstruction_before=error_before, reconstruction_after=error_after)
-    if recipe.distil_epochs:
-        model.gains.update(distillation_before=distilled.before, distillation_after=distilled.after)
-        job.fallbacks["distillation_dropped"] = int(not distilled.after < distilled.before)
+    if recipe.distill_epochs:
+        model.gains.update(distillation_before=distilled.loss_before, distillation_after=distilled.loss_after)
+        job.fallbacks["distillation_dropped"] = int(not distilled.loss_after < distilled.loss_before)
 
 
 # Costs
@@ -268,20 +263,20 @@ def _summarize(job: Job, model: ReconstructedModel) -> None:
 def reconstruction_work(workload: Workload) -> Work:
     """Work of the stage: forward passes and GPTQ at the chosen widths, then training towards exact outputs."""
     recipe = workload.recipe
-    forward_passes = 4 if recipe.layer_epochs or recipe.distil_epochs else 3
-    steps = workload.training_steps(recipe.layer_epochs)
+    forward_passes = 4 if recipe.reconstruction_epochs or recipe.distill_epochs else 3
+    steps = workload.training_steps(recipe.reconstruction_epochs)
     work = Work()
     for layer in workload.structure.layers:
         work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1)
-        work += workload.forward(layer, steps * workload.batch_tokens, steps) * 3
+        work += workload.forward(layer, steps * workload.micro_batch_tokens, steps) * 3
         work += workload.train(workload.quantized_weights(layer), steps)
     return work
 
 
 def distillation_work(workload: Workload) -> Work:
     """Work of the stage: each step runs a layer forward, forward again for its gradient, and backward."""
-    steps = workload.training_steps(workload.recipe.distil_epochs)
-    tokens = steps * workload.batch_tokens
+    steps = workload.training_steps(workload.recipe.distill_epochs)
+    tokens = steps * workload.micro_batch_tokens
     work = workload.head(tokens) * 3
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens, steps) * 4
@@ -307,7 +302,7 @@ def _reconstruction_bytes(memory: LayerMemory) -> int:
     weight_bytes = memory.expert_weights * memory.dtype.itemsize
     installing = memory.expert_weights + 2 * weight_bytes + 4 * memory.largest_matrices // 8
     peak = max(memory.collecting_hessians, quantizing, installing)
-    if memory.recipe.layer_epochs:
+    if memory.recipe.reconstruction_epochs:
         weights = memory.expert_weights + memory.linear_weights
         training = weights * memory.layer_trained_bytes + memory.routed_pairs(backward=True)
         if memory.on_gpu:  # the next layer is not read while this one is trained
@@ -321,5 +316,5 @@ def _distillation_bytes(memory: LayerMemory) -> int:
     if memory.layer.experts is None:
         return 0
     weights = 2 * memory.expert_weights * memory.dtype.itemsize
-    dequantizing = 20 * min(UNPACKED_TOGETHER, memory.largest_matrices)
+    dequantizing = 20 * min(MAX_CHUNK_WEIGHTS, memory.largest_matrices)
     return weights + memory.routed_pairs(backward=True) + dequantizing

@@ -22,7 +22,7 @@ from torch import Tensor
 from gemq.errors import UserError
 from gemq.runtime.files import write_json
 from gemq.runtime.safetensors_files import tensor_entries
-from gemq.runtime.upload import TYPES
+from gemq.runtime.upload import TORCH_DTYPES
 
 METADATA_KEY = "gemq"
 """The only metadata key of a tensor file: safetensors writes several in no fixed order."""
@@ -70,7 +70,7 @@ def check_tensor_record(path: Path, stage: str) -> None:
             begin, end = entry["data_offsets"]
             file.seek(start + begin)
             chunks = (file.read(min(CHUNK_BYTES, end - position)) for position in range(begin, end, CHUNK_BYTES))
-            sums[name] = [str(TYPES.get(entry["dtype"])), entry["shape"], _crc(chunks)]
+            sums[name] = [str(TORCH_DTYPES.get(entry["dtype"])), entry["shape"], _crc(chunks)]
     checksum = record.pop("checksum", None)
     _check_identity(path, stage, record)
     if checksum != digest([sums, record]):

@@ -13,7 +13,8 @@ from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat, read_quantization_config
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
-from gemq.layers.refinement import RefinedLayer, matrix_widths
+from gemq.layers.reconstruction import QuantizedLayer
+from gemq.layers.scheme import matrix_widths
 from gemq.models.byte_sizes import quantized_share
 from gemq.models.replay import Replay
 from gemq.models.structure import Structure
@@ -35,12 +36,12 @@ def make_packed_format(
     for i, layer in structure.moe_layers:
         assert layer.experts is not None
         experts[layer.experts.path] = matrix_widths(layer, allocation.by_layer[i])
-    dense_bits = job.recipe.attention_bits
+    dense_bits = job.recipe.dense_bits
     linears: dict[str, float] = {}
     if dense_bits < 16:
         linears = {linear.path: dense_bits for layer in structure.layers for linear in layer.linears}
     inputs = distillation_inputs(job, windows) if reconstructed else candidate_inputs(job, windows)
-    fingerprint = digest({**inputs, "allocation": allocation.by_layer, "refined": reconstructed})
+    fingerprint = digest({**inputs, "allocation": allocation.by_layer, "reconstructed": reconstructed})
     return PackedFormat(experts, linears, job.recipe.group_size, fingerprint)
 
 
@@ -67,7 +68,7 @@ def run_save(
     stored: dict[str, torch.dtype],
     out: Path,
     packed_format: PackedFormat,
-    layers: Iterable[RefinedLayer],
+    layers: Iterable[QuantizedLayer],
     tuned: dict[str, Tensor],
     card_facts: str,
 ) -> None:
@@ -88,7 +89,7 @@ def run_save(
         for layer in layers:
             yield layer.tensors
             tick()
-        state = {**replay.unpacked(packed_format.replaced_names()), **tuned}
+        state = {**replay.stored_state(packed_format.replaced_names()), **tuned}
         stored_state = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         yield dense_state(replay.model, packed_format, stored_state)
 
@@ -102,7 +103,6 @@ def run_save(
             packed_format=packed_format,
             shards=shards(tick),
             source=job.source.path,
-            generation_config=None,
             model_card=model_card(facts=card_facts),
         )
 
@@ -117,6 +117,6 @@ def card_facts(structure: Structure, recipe: Recipe, allocation: Allocation, met
     return (
         f"Experts: {allocation.nominal_bits:.3f} bits per weight on average "
         f"({allocation.stored_bits:.3f} stored, scales and offsets included), allocation: {method}. "
-        f"Attention and other linears: {recipe.attention_bits} bits. "
+        f"Attention and other linears: {recipe.dense_bits} bits. "
         f"{share:.1%} of {millions:.1f} million parameters quantized."
     )

@@ -25,7 +25,7 @@ from gemq.pipeline.workdir import Stage, layer_file
 from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.recipe import Recipe
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.progress import Tick
 
 SCORES = "scores"
@@ -65,7 +65,7 @@ def run_scores(
     missing = {i for i, _ in replay.structure.moe_layers if not stage.has(layer_file(i))}
     if not missing:
         return stage
-    activations = job.start_activations(replay, windows.share(job.recipe.score_tokens))
+    activations = job.start_activations(replay, windows.subsample(job.recipe.score_tokens))
     reverse_pass = ReversePass(replay, activations, job.recipe, model)
     with job.monitor.stage(SCORES, reverse_pass.steps) as tick:
         for i, micro_batches in reverse_pass.layers(tick):
@@ -74,7 +74,7 @@ def run_scores(
                 for _ in micro_batches:  # passes the gradients on
                     pass
                 continue
-            weights = [candidates.expert_weights(i, width) for width in job.recipe.ladder_widths]
+            weights = [candidates.expert_weights(i, width) for width in job.recipe.candidate_widths]
             scores = LayerScores(len(windows.names), experts.count, job.device)
             _score_layer(replay, experts, activations, micro_batches, weights, scores, job.recipe)
             costs, tokens = scores.total(replay.ranks, activations.total)
@@ -115,9 +115,9 @@ class ReversePass:
         self._replay, self._activations, self._recipe, self._model = replay, activations, recipe, model
         self._count = len(replay.structure.layers)
         state_bytes = sum(hidden.numel() * hidden.element_size() for hidden in activations.hidden)
-        self._segment = segment_length(self._count, state_bytes, replay.memory.quick_bytes)
+        self._segment = segment_length(self._count, state_bytes, replay.memory.fast_bytes)
         self._order = reverse_order(self._count, self._segment)
-        self._inputs: dict[int, Batches] = {}
+        self._inputs: dict[int, ActivationStore] = {}
         """By layer, inputs that are kept for its backward pass."""
 
     @property
@@ -211,7 +211,7 @@ def reverse_order(layers: int, segment: int) -> list[tuple[int, bool]]:
 def scores_work(workload: Workload) -> Work:
     """Work of the stage: forward, forward again, backward, and every routed pair exactly and at each width."""
     tokens = min(workload.tokens, workload.recipe.score_tokens or workload.tokens)
-    batches = tokens / workload.batch_tokens
+    batches = tokens / workload.micro_batch_tokens
     work = workload.head(tokens) * 3  # forward, backward, and drawing labels
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens) + workload.forward(layer, tokens, batches) * 2
@@ -228,6 +228,6 @@ def _layer_bytes(memory: LayerMemory) -> int:
     """Bytes for the scores of one layer: its candidates dequantized, and a micro-batch's pairs."""
     if memory.layer.experts is None:
         return 0
-    weights = len(memory.recipe.ladder_widths) * memory.expert_weights * memory.dtype.itemsize
+    weights = len(memory.recipe.candidate_widths) * memory.expert_weights * memory.dtype.itemsize
     pairs = max(memory.routed_pairs(backward=True), memory.forward_pairs)
     return weights + max(pairs, 3 * memory.largest_matrices)

@@ -3,7 +3,7 @@
 Scores compare the experts of one layer well, but layers with each other less well: they are first-order estimates, and
 a change deep in the model matters less than an early one with the same estimate. So the KL to the full-precision model
 is measured for every layer and width, with that layer's experts at that width and everything else exact, on a few
-calibration windows. Scores are scaled to sum to it (``allocation.scores.rescaled``).
+calibration windows. Scores are scaled to sum to it (``allocation.scores.rescale_to_kl``).
 
 Shapes: N windows, W widths, S tokens, H hidden size.
 """
@@ -27,7 +27,7 @@ from gemq.pipeline.context import Job
 from gemq.pipeline.stage_settings import sensitivity_inputs
 from gemq.pipeline.workdir import Stage, layer_file
 from gemq.planning.cost_model import Work, Workload
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.progress import Tick
 
 SENSITIVITY = "sensitivity"
@@ -56,7 +56,7 @@ def layer_kl(
     """
     layers = replay.structure.layers
     exact = start.hidden.copy()
-    states_by_layer: dict[int, list[Batches]] = {}
+    states_by_layer: dict[int, list[ActivationStore]] = {}
     for i in replay.walk(range(len(layers))):
         states = _all_states(states_by_layer)
         experts = layers[i].experts
@@ -75,7 +75,7 @@ def layer_kl(
     return kl_by_layer
 
 
-def _all_states(states_by_layer: dict[int, list[Batches]]) -> list[Batches]:
+def _all_states(states_by_layer: dict[int, list[ActivationStore]]) -> list[ActivationStore]:
     """The hidden states of all measured models, in the order of their layers."""
     return [state for states in states_by_layer.values() for state in states]
 
@@ -89,7 +89,7 @@ def run_sensitivity(job: Job, replay: Replay, windows: Windows, candidates: Cand
     measured = measured_windows(windows, measured_tokens(windows.tokens.numel()))
 
     def expert_weights(index: int) -> Iterator[ExpertWeights]:
-        return (candidates.expert_weights(index, width) for width in job.recipe.ladder_widths)
+        return (candidates.expert_weights(index, width) for width in job.recipe.candidate_widths)
 
     with job.monitor.stage(SENSITIVITY, len(replay.structure.layers)) as tick:
         start = job.start_activations(replay, measured)

@@ -19,8 +19,16 @@ from gemq.pipeline.context import Job
 from gemq.quant.widths import ExpertWidths
 from gemq.recipe import Recipe
 
-QUANTIZER_KEYS = ("group_size", "attention_bits", "quantizer", "damping", "hessian_shrink", "batch_tokens", "seed")
-TRAINING_KEYS = ("rate_ladder", "rate_codes", "rate_grids", "rate_tuned", "held_out")
+QUANTIZER_KEYS = (
+    "group_size",
+    "dense_bits",
+    "quantizer",
+    "dampening",
+    "hessian_shrinkage",
+    "micro_batch_tokens",
+    "seed",
+)
+TRAINING_KEYS = ("lr_candidates", "lr_codes", "lr_grids", "lr_tuned", "val_fraction")
 SCORE_KEYS = ("score_form", "score_labels", "score_weights", "score_tokens", "allocate_by", "seed")
 
 
@@ -29,12 +37,12 @@ SCORE_KEYS = ("score_form", "score_labels", "score_weights", "score_tokens", "al
 
 def quantizer_settings(recipe: Recipe) -> Quantizer:
     """How matrices are quantized."""
-    return Quantizer(recipe.quantizer, recipe.group_size, recipe.damping, recipe.hessian_shrink)
+    return Quantizer(recipe.quantizer, recipe.group_size, recipe.dampening, recipe.hessian_shrinkage)
 
 
 def layer_scheme(recipe: Recipe, widths: Sequence[ExpertWidths]) -> QuantizationScheme:
     """The scheme of a layer whose experts have these widths."""
-    return QuantizationScheme(widths, recipe.attention_bits, recipe.group_size)
+    return QuantizationScheme(widths, recipe.dense_bits, recipe.group_size)
 
 
 def training_settings(job: Job, epochs: int, code_lr: float, train_parameters: bool = True) -> Training | None:
@@ -49,13 +57,13 @@ def training_settings(job: Job, epochs: int, code_lr: float, train_parameters: b
     if epochs == 0:
         return None
     recipe = job.recipe
-    parameter_lr = recipe.rate_tuned if train_parameters else 0.0
+    parameter_lr = recipe.lr_tuned if train_parameters else 0.0
     return Training(
         epochs,
         code_lr,
-        recipe.rate_grids,
+        recipe.lr_grids,
         parameter_lr,
-        recipe.held_out,
+        recipe.val_fraction,
         recipe.seed,
         lambda: job.count_fallback("training_launched_by_steps"),
         job.training_bytes,
@@ -71,12 +79,12 @@ def window_inputs(job: Job) -> dict[str, Any]:
     inputs = {
         "model": job.fingerprint,
         "calibration": list(job.calibration),
-        "windows": recipe.windows,
-        "window": job.window,
+        "windows": recipe.num_windows,
+        "seq_len": job.seq_len,
         "total_tokens": recipe.total_tokens,
         "seed": recipe.seed,
     }
-    for key in ("self_width", "calib_column"):  # absent in directories that older versions made
+    for key in ("generator_width", "calibration_column"):  # absent in directories that older versions made
         if getattr(recipe, key) is not None:
             inputs[key] = getattr(recipe, key)
     return inputs
@@ -94,8 +102,8 @@ def guard_inputs(job: Job, windows: Windows, guard_windows: Windows) -> dict[str
 
 def candidate_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What the candidates depend on."""
-    training = _training_inputs(job.recipe, job.recipe.ladder_epochs)
-    return {**_quantizer_inputs(job, windows), "widths": list(job.recipe.ladder_widths), **training}
+    training = _training_inputs(job.recipe, job.recipe.candidate_epochs)
+    return {**_quantizer_inputs(job, windows), "widths": list(job.recipe.candidate_widths), **training}
 
 
 def sensitivity_inputs(job: Job, windows: Windows) -> dict[str, Any]:
@@ -110,16 +118,16 @@ def score_inputs(job: Job, windows: Windows) -> dict[str, Any]:
 
 def reconstruction_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What reconstructed layers depend on, apart from the allocation."""
-    return {**_quantizer_inputs(job, windows), **_training_inputs(job.recipe, job.recipe.layer_epochs)}
+    return {**_quantizer_inputs(job, windows), **_training_inputs(job.recipe, job.recipe.reconstruction_epochs)}
 
 
 def distillation_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What the distilled model depends on, apart from the allocation."""
     recipe = job.recipe
     inputs = reconstruction_inputs(job, windows)
-    if recipe.distil_epochs:
-        inputs |= {"distil_loss": recipe.distil_loss, "distil_sets": list(recipe.distil_sets)}
-    return {**inputs, "distil_epochs": _training_inputs(recipe, recipe.distil_epochs)}
+    if recipe.distill_epochs:
+        inputs |= {"distill_loss": recipe.distill_loss, "distill_parameters": list(recipe.distill_parameters)}
+    return {**inputs, "distill_epochs": _training_inputs(recipe, recipe.distill_epochs)}
 
 
 def _quantizer_inputs(job: Job, windows: Windows) -> dict[str, Any]:

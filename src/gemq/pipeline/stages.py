@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from gemq.allocation.guard import OWN, PER_SOURCE
+from gemq.allocation.guard import GENERATED_WINDOWS, WINDOWS_PER_SOURCE
 from gemq.calibration.sources import SELF
 from gemq.errors import UserError
-from gemq.layers.candidate_training import train_rooms
+from gemq.layers.candidate_training import train_state_sizes
 from gemq.pipeline.candidates_stage import CANDIDATES, candidates_peak_bytes, candidates_work
 from gemq.pipeline.guard_stage import GUARD, GUARD_WINDOWS, guard_work
 from gemq.pipeline.reconstruction_stage import (
@@ -18,7 +18,6 @@ from gemq.pipeline.reconstruction_stage import (
     RECONSTRUCTION,
     distillation_peak_bytes,
     distillation_work,
-    reconstruction_name,
     reconstruction_peak_bytes,
     reconstruction_work,
 )
@@ -29,7 +28,7 @@ from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import ModelMemory, check_staging, held_bytes, text_note
 from gemq.recipe import Recipe
 from gemq.runtime.device import measure
-from gemq.runtime.memory import Memory, gigabytes
+from gemq.runtime.memory import MemoryBudget, gigabytes
 
 SCORING_METHODS = ("global", "layerwise")
 """Allocation methods that need scores."""
@@ -95,8 +94,8 @@ def stage_work(workload: Workload, stages: JobStages) -> dict[str, Work]:
         work[GUARD_WINDOWS] = windows_work(workload, guard_windows)
         work[GUARD] = guard_work(workload)
     if stages.reconstruct:
-        work[reconstruction_name(recipe.layer_epochs)] = reconstruction_work(workload) * steps
-    if stages.reconstruct and recipe.distil_epochs:
+        work[RECONSTRUCTION] = reconstruction_work(workload) * steps
+    if stages.reconstruct and recipe.distill_epochs:
         work[DISTILL] = distillation_work(workload) * steps
     return {name: stage for name, stage in work.items() if stage != Work()}
 
@@ -115,8 +114,8 @@ def stage_rounds(recipe: Recipe) -> dict[str, int]:
     steps = len(recipe.progressive)
     if steps < 2:
         return {}
-    names = [SCORES, reconstruction_name(recipe.layer_epochs)]
-    if recipe.distil_epochs:
+    names = [SCORES, RECONSTRUCTION]
+    if recipe.distill_epochs:
         names.append(DISTILL)
     return dict.fromkeys(names, steps)
 
@@ -128,17 +127,17 @@ def _generated_windows(workload: Workload, stages: JobStages) -> tuple[int, int]
     """
     recipe = workload.recipe
     calibration = workload.added_windows
-    if SELF in recipe.calib:
-        calibration += recipe.windows // len(recipe.calib)
+    if SELF in recipe.calibration:
+        calibration += recipe.num_windows // len(recipe.calibration)
     guard = 0
     if stages.guard:
-        guard = OWN + PER_SOURCE * (SELF in recipe.calib)
-    if workload.added_windows and recipe.calib != (SELF,):
+        guard = GENERATED_WINDOWS + WINDOWS_PER_SOURCE * (SELF in recipe.calibration)
+    if workload.added_windows and recipe.calibration != (SELF,):
         return calibration + guard, 0
     return calibration, guard
 
 
-# Memory
+# MemoryBudget
 
 
 class Footprint(ModelMemory):
@@ -155,20 +154,20 @@ class Footprint(ModelMemory):
             RECONSTRUCTION: reconstruction_peak_bytes(self),
             SCORES: scores_peak_bytes(self),
         }
-        if self.recipe.distil_epochs:
+        if self.recipe.distill_epochs:
             peaks[DISTILL] = distillation_peak_bytes(self)
         return peaks
 
-    def working(self, training_bytes: int) -> int:
+    def working_bytes(self, training_bytes: int) -> int:
         """The most that any stage takes."""
         return max(self.stages(training_bytes).values())
 
     @property
-    def least(self) -> int:
+    def min_working_bytes(self) -> int:
         """``working`` with as few experts trained at the same time as possible."""
-        return self.working(train_rooms(self.device)[-1])
+        return self.working_bytes(train_state_sizes(self.device)[-1])
 
-    def train_room(self, available_bytes: int) -> int:
+    def training_bytes(self, available_bytes: int) -> int:
         """Bytes for the state of experts that are trained at the same time.
 
         Args:
@@ -177,14 +176,14 @@ class Footprint(ModelMemory):
         Returns:
             The largest size with which all stages fit, or the smallest if none does.
         """
-        sizes = train_rooms(self.device)
+        sizes = train_state_sizes(self.device)
         for size in sizes:
-            if self.working(size) <= available_bytes:
+            if self.working_bytes(size) <= available_bytes:
                 return size
         return sizes[-1]
 
 
-def check_bounds(memory: Memory, footprint: Footprint, model: torch.nn.Module, texts: int = 0) -> None:
+def check_bounds(memory: MemoryBudget, footprint: Footprint, model: torch.nn.Module, texts: int = 0) -> None:
     """Checks that a job fits into its bounds.
 
     Args:
@@ -199,7 +198,7 @@ def check_bounds(memory: Memory, footprint: Footprint, model: torch.nn.Module, t
     structure = footprint.structure
     check_staging(memory, model, structure, texts)
     resident_bytes = held_bytes(model, structure, footprint.dtype)
-    working_bytes = footprint.least
+    working_bytes = footprint.min_working_bytes
     required = resident_bytes + working_bytes
     note = ""
     if memory.device.type != "cuda":

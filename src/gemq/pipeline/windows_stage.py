@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from gemq.calibration.packed_generator import copy_bytes, packed_copy, widest_copy
+from gemq.calibration.packed_generator import generator_bytes, packed_generator_copy, widest_generator
 from gemq.calibration.self_generation import (
-    OF_THE_SOURCE,
-    Plan,
-    added_to,
+    SELF_SOURCE_OPENINGS,
+    WindowPlan,
+    added_window_openings,
     batch_size,
     cache_bytes,
     generate_windows,
-    side_by_side,
+    gpu_batch_size,
 )
 from gemq.calibration.sources import SELF, calibration_windows
 from gemq.calibration.windows import Windows
@@ -77,10 +77,10 @@ class WindowWriter:
         self._model: Any = None
         self._width: Width | None = None
         config = replay.model.config.get_text_config()
-        self._batch_size = batch_size(config, job.window)
-        self._cache_bytes = cache_bytes(config, job.window, replay.model.dtype.itemsize)
+        self._batch_size = batch_size(config, job.seq_len)
+        self._cache_bytes = cache_bytes(config, job.seq_len, replay.model.dtype.itemsize)
 
-    def write(self, *plans: Plan) -> list[Tensor]:
+    def write(self, *plans: WindowPlan) -> list[Tensor]:
         """Writes the windows of each plan: int64 [count, window] on the CPU."""
         count = sum(plan.count for plan in plans)
         if self._model is None:
@@ -90,7 +90,7 @@ class WindowWriter:
             self._model,
             self._job.source.tokenizer,
             *plans,
-            window=self._job.window,
+            seq_len=self._job.seq_len,
             batch=self._rows_per_batch(count),
             progress=self._tick,
             ranks=self._replay.ranks,
@@ -99,7 +99,7 @@ class WindowWriter:
             note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
             self.notes[note] = self.notes.get(note, 0) + count
         self.notes["chat_template_failures"] += generated.chat_fallbacks
-        self.notes["windows_launched_by_steps"] += generated.launched
+        self.notes["windows_launched_by_steps"] += generated.eager_windows
         return generated.tokens
 
     def close(self) -> None:
@@ -111,38 +111,38 @@ class WindowWriter:
         """Windows to write at the same time, the same on all ranks. None leaves it to ``generate_windows``."""
         replay = self._replay
         if self._width is not None:  # as many as fit next to the copy
-            model_bytes = copy_bytes(replay.structure, self._width, self._bytes_outside_layers)
+            model_bytes = generator_bytes(replay.structure, self._width, self._bytes_outside_layers)
             rows_that_fit = max(1, (replay.memory.on_device.limit - model_bytes) // self._cache_bytes)
             return replay.ranks.run_on_first(lambda: min(self._batch_size, max(1, count), rows_that_fit))
-        if replay.device.type == "cuda" and replay.residency is not None:
-            rows_that_fit = replay.residency.room_beside_all() // self._cache_bytes
-            rows = side_by_side(count, self._batch_size, rows_that_fit)
+        if replay.device.type == "cuda" and replay.layer_cache is not None:
+            rows_that_fit = replay.layer_cache.free_bytes_with_all_layers() // self._cache_bytes
+            rows = gpu_batch_size(count, self._batch_size, rows_that_fit)
             return min(rank_rows for _, (rank_rows,) in replay.ranks.all_gather_tensors([], [rows]))
         return None
 
     @property
     def _bytes_outside_layers(self) -> int:
         """Bytes of embeddings, norms and head."""
-        return self._replay.residency.outside_bytes if self._replay.residency else 0
+        return self._replay.layer_cache.outside_bytes if self._replay.layer_cache else 0
 
     def _open_generator(self, caches: int) -> AbstractContextManager[Any]:
         """The model that writes. ``caches``: bytes of keys and values of one batch."""
         replay = self._replay
         self._width = replay.ranks.run_on_first(lambda: self._choose_width(caches))
         if self._width is None:
-            return replay.whole()
+            return replay.full_model()
         directory = self._job.work.path / f"{GENERATOR_DIRECTORY}-{replay.ranks.rank}"
-        return packed_copy(replay, self._job.source, self._width, directory)
+        return packed_generator_copy(replay, self._job.source, self._width, directory)
 
     def _choose_width(self, caches: int) -> Width | None:
         """The width of the generator copy; None when the model itself writes."""
-        replay, requested = self._replay, self._job.recipe.self_width
+        replay, requested = self._replay, self._job.recipe.generator_width
         extra_caches = max(0, caches - self._job.working_bytes)  # no stage computes at the same time
-        if requested is not None or replay.residency is None or replay.residency.fits(extra_caches):
+        if requested is not None or replay.layer_cache is None or replay.layer_cache.all_layers_fit(extra_caches):
             return requested
         min_caches = min(caches, MIN_GENERATOR_ROWS * self._cache_bytes)
         outside = self._bytes_outside_layers
-        return widest_copy(replay.structure, outside, min_caches + outside, replay.memory)
+        return widest_generator(replay.structure, outside, min_caches + outside, replay.memory)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Calibration:
         windows: the calibration windows.
         guard_tokens: windows that the model wrote for the guard in the same batches, int64 [n, window] for each of the
             guard's plans. Empty when it wrote none.
-        rows: what was read of sources that have rows, by name of the source (``Rows.to_dict``).
+        rows: what was read of sources that have rows, by name of the source (``RowStats.to_dict``).
     """
 
     windows: Windows
@@ -162,7 +162,7 @@ class Calibration:
 
 
 def run_windows(
-    job: Job, replay: Replay, guard_plans: Callable[[Windows], Sequence[Plan]] = lambda windows: ()
+    job: Job, replay: Replay, guard_plans: Callable[[Windows], Sequence[WindowPlan]] = lambda windows: ()
 ) -> Calibration:
     """Draws or generates the calibration windows.
 
@@ -174,7 +174,7 @@ def run_windows(
     """
     stage = job.work.stage(WINDOWS_STAGE, window_inputs(job))
     draw = lambda writer: _draw_calibration(job, stage, writer, guard_plans)
-    windows = draw_once(job, replay, stage, CALIBRATION_WINDOWS, job.recipe.windows, draw)
+    windows = draw_once(job, replay, stage, CALIBRATION_WINDOWS, job.recipe.num_windows, draw)
     guard_tokens: list[Tensor] = []
     if stage.has(GUARD_TOKENS_FILE):
         tokens = stage.load_tensors(GUARD_TOKENS_FILE)
@@ -184,27 +184,27 @@ def run_windows(
 
 
 def _draw_calibration(
-    job: Job, stage: Stage, writer: WindowWriter, guard_plans: Callable[[Windows], Sequence[Plan]]
+    job: Job, stage: Stage, writer: WindowWriter, guard_plans: Callable[[Windows], Sequence[WindowPlan]]
 ) -> tuple[Windows, dict[str, int]]:
     """The calibration windows, and fallbacks to count. Saves the rows that were read, and the guard's tokens."""
     recipe = job.recipe
     windows = calibration_windows(
         job.streams,
         seed=recipe.seed,
-        generate=lambda count: writer.write(Plan(count, recipe.seed, OF_THE_SOURCE))[0],
+        generate=lambda count: writer.write(WindowPlan(count, recipe.seed, SELF_SOURCE_OPENINGS))[0],
     )
-    rows = job.streams.rows()
+    rows = job.streams.row_stats()
     notes = {
-        "calibration_windows_missing": recipe.windows - len(windows),
+        "calibration_windows_missing": recipe.num_windows - len(windows),
         "calibration_rows_empty": sum(read.empty for read in rows.values()),
         "calibration_rows_without_template": sum(read.untemplated for read in rows.values()),
     }
     stage.save_json(ROWS_FILE, {name: read.to_dict() for name, read in rows.items()})
     missing_tokens = max(0, recipe.total_tokens - windows.tokens.numel())
-    added = -(-missing_tokens // job.window)
+    added = -(-missing_tokens // job.seq_len)
     if added:
         # Another seed than the source ``self`` has, or these windows would repeat the source's.
-        plans = [Plan(added, recipe.seed + 1, added_to(windows))]
+        plans = [WindowPlan(added, recipe.seed + 1, added_window_openings(windows))]
         if windows.names != (SELF,):  # otherwise the guard's plans depend on the added windows as well
             plans += guard_plans(windows)
         added_tokens, *guard_tokens = writer.write(*plans)
@@ -238,7 +238,7 @@ def draw_once(
             with closing(writer):
                 windows, notes = draw(writer)
             stage.save_json(NOTES_FILE, {**notes, **writer.notes})
-            stage.save_tensors(WINDOWS_FILE, windows.to_tensors(), windows.about())
+            stage.save_tensors(WINDOWS_FILE, windows.to_tensors(), windows.metadata())
     for note, count in stage.load_json(NOTES_FILE).items():
         job.count_fallback(note, count)
     return Windows.from_tensors(stage.load_tensors(WINDOWS_FILE), stage.about(WINDOWS_FILE))
@@ -247,7 +247,7 @@ def draw_once(
 def begin_reading(job: Job) -> None:
     """Starts to read the calibration sources in the background, unless the windows are drawn already."""
     if not has_windows(job.work.path, WINDOWS_STAGE):
-        job.streams.begin()
+        job.streams.start_reading()
 
 
 def has_windows(work: Path, stage: str) -> bool:
@@ -266,14 +266,14 @@ def windows_work(workload: Workload, count: int) -> Work:
     """Work of writing ``count`` windows. A step computes one token of each window in a batch, and reads all weights."""
     if not count:
         return Work()
-    config, window = workload.text_config, workload.window
-    batch = batch_size(config, window)
+    config, seq_len = workload.text_config, workload.seq_len
+    batch = batch_size(config, seq_len)
     weight_bytes = workload.structure.total_parameters * workload.dtype.itemsize
     on_gpu = workload.device.type == "cuda"
     if on_gpu:
         free_bytes = workload.memory - weight_bytes
-        batch = side_by_side(count, batch, free_bytes // cache_bytes(config, window, workload.dtype.itemsize))
-    tokens, steps = count * window, window * -(-count // batch)
+        batch = gpu_batch_size(count, batch, free_bytes // cache_bytes(config, seq_len, workload.dtype.itemsize))
+    tokens, steps = count * seq_len, seq_len * -(-count // batch)
     work = workload.head(tokens) + Work(bytes=steps * weight_bytes)
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens, steps)

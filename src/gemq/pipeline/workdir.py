@@ -37,9 +37,9 @@ from gemq.pipeline.records import (
     write_json_record,
 )
 from gemq.runtime.files import disk_errors, is_temporary, lock_file, write_json, write_tensors
-from gemq.runtime.memory import WAITING
+from gemq.runtime.memory import SPILL_PREFIX
 from gemq.runtime.ranks import SINGLE, Ranks
-from gemq.runtime.upload import spans_of, upload_to
+from gemq.runtime.upload import read_spans, upload_to
 
 MARKER = "gemq-work.json"
 """Marks a work directory, so that no other directory is mistaken for one."""
@@ -255,7 +255,7 @@ class Stage:
         """
         path, target = self.directory / name, torch.device(device)
         if target.type != "cpu":
-            spans = {key: span for key, span in spans_of(path).items() if is_wanted is None or is_wanted(key)}
+            spans = {key: span for key, span in read_spans(path).items() if is_wanted is None or is_wanted(key)}
             if rows is not None:
                 spans = {key: span.rows(rows) for key, span in spans.items()}
             return upload_to(target).tensors(spans)
@@ -363,7 +363,7 @@ def _remove_temporaries(path: Path) -> None:
     """Removes unfinished files of a killed job from the directory and its stages."""
     for directory in (path, *(entry for entry in path.iterdir() if entry.is_dir())):
         for entry in directory.iterdir():
-            if entry.is_file() and (is_temporary(entry.name) or entry.name.startswith(WAITING)):
+            if entry.is_file() and (is_temporary(entry.name) or entry.name.startswith(SPILL_PREFIX)):
                 entry.unlink()
 
 

@@ -86,7 +86,7 @@ class Workload:
     structure: Structure
     recipe: Recipe
     config: Any
-    window: int
+    seq_len: int
     dtype: torch.dtype
     device: torch.device
     memory: int = 0
@@ -104,36 +104,36 @@ class Workload:
     @property
     def widths(self) -> int:
         """Number of candidate widths."""
-        return len(self.recipe.ladder_widths)
+        return len(self.recipe.candidate_widths)
 
     @property
     def added_windows(self) -> int:
         """Calibration windows that the effort adds to those of the sources."""
-        return -(-max(0, self.recipe.total_tokens - self.recipe.windows * self.window) // self.window)
+        return -(-max(0, self.recipe.total_tokens - self.recipe.num_windows * self.seq_len) // self.seq_len)
 
     @property
     def tokens(self) -> int:
         """Calibration tokens, those that the effort adds included."""
-        return (self.recipe.windows + self.added_windows) * self.window
+        return (self.recipe.num_windows + self.added_windows) * self.seq_len
 
     @property
-    def batch_tokens(self) -> int:
+    def micro_batch_tokens(self) -> int:
         """Tokens in a micro-batch: whole windows."""
-        return max(1, self.recipe.batch_tokens // self.window) * self.window
+        return max(1, self.recipe.micro_batch_tokens // self.seq_len) * self.seq_len
 
     @property
     def batches(self) -> int:
         """Micro-batches of calibration."""
-        return -(-self.tokens // self.batch_tokens)
+        return -(-self.tokens // self.micro_batch_tokens)
 
     def training_steps(self, epochs: int) -> int:
         """Steps of training on the calibration tokens that are not held out, one micro-batch each."""
-        return epochs * max(1, round((1 - self.recipe.held_out) * self.batches))
+        return epochs * max(1, round((1 - self.recipe.val_fraction) * self.batches))
 
     def quantized_weights(self, layer: Layer) -> int:
         """Weights of a layer that are quantized."""
         weights = layer.experts.count * layer.experts.weights_per_expert if layer.experts else 0
-        if self.recipe.attention_bits < 16:
+        if self.recipe.dense_bits < 16:
             weights += sum(linear.rows * linear.columns for linear in layer.linears)
         return weights
 
@@ -144,11 +144,11 @@ class Workload:
         """
         if calls is None:
             limit = GPU_BATCHES_PER_FORWARD if self.device.type == "cuda" else 1
-            calls = tokens / (self.batch_tokens * batches_per_forward(self.batches, limit))
+            calls = tokens / (self.micro_batch_tokens * batches_per_forward(self.batches, limit))
         hidden = self.text_config.hidden_size
         weights = sum(linear.rows * linear.columns for linear in layer.linears)
         if any(linear.kind == "attention" for linear in layer.linears):
-            weights += 2 * hidden * self.window  # keys and values of a window take part like weights
+            weights += 2 * hidden * self.seq_len  # keys and values of a window take part like weights
         passes = tokens * DENSE_PASSES * hidden * self.dtype.itemsize
         work = Work(2 * tokens * weights, passes, calls * self.costs.layer_calls)
         return work + self.experts(layer, tokens, calls)
@@ -171,7 +171,7 @@ class Workload:
     def quantize(self, layer: Layer, widths: int) -> Work:
         """Hessians and GPTQ of every expert at ``widths`` widths, and of the dense linears at one."""
         hessian_products, gptq_products = 0.0, 0.0
-        for linear in layer.linears if self.recipe.attention_bits < 16 else ():
+        for linear in layer.linears if self.recipe.dense_bits < 16 else ():
             hessian_products += 2 * self.tokens * linear.columns**2
             gptq_products += linear.columns**2 * (linear.rows + linear.columns)  # rounding, factorization
         if layer.experts is not None:

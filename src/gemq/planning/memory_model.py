@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from gemq.allocation.divergence import ROWS
+from gemq.allocation.divergence import POSITIONS_PER_CHUNK
 from gemq.errors import UserError
 from gemq.layers.quantizer import CHUNK_BYTES
 from gemq.models.config_values import layer_configs
-from gemq.models.replay import LOGITS_TOGETHER
-from gemq.models.source import calibration_window
+from gemq.models.replay import MAX_LOGITS_PER_CHUNK
+from gemq.models.source import calibration_seq_len
 from gemq.models.structure import Experts, Layer, Structure
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
-from gemq.runtime.memory import Memory, gigabytes
+from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.ranks import Ranks
 
 DEFAULT_EXPERTS_PER_TOKEN = 8
@@ -147,7 +147,7 @@ class LayerMemory:
         pair_bytes = (3 * up.columns + up.rows + 2 * down.columns) * self.dtype.itemsize
         if backward:
             pair_bytes = max(2 * pair_bytes, pair_bytes + 5 * 4 * up.columns)
-        return self.recipe.batch_tokens * self.experts_per_token * pair_bytes
+        return self.recipe.micro_batch_tokens * self.experts_per_token * pair_bytes
 
     def expert_chunk(self, widths: int) -> int:
         """Hessians, factors and errors of the experts that are quantized at the same time, at ``widths`` widths."""
@@ -205,13 +205,13 @@ class ModelMemory:
             copies: tensors of logits in the compute type, if that is another.
         """
         vocabulary = self.config.get_text_config().vocab_size
-        window = calibration_window(self.config, self.recipe.window)
-        windows_per_batch = max(1, self.recipe.batch_tokens // window)
-        windows = min(windows_per_batch, max(1, LOGITS_TOGETHER // (window * vocabulary)))
+        seq_len = calibration_seq_len(self.config, self.recipe.seq_len)
+        windows_per_batch = max(1, self.recipe.micro_batch_tokens // seq_len)
+        windows = min(windows_per_batch, max(1, MAX_LOGITS_PER_CHUNK // (seq_len * vocabulary)))
         logit_bytes = float32_bytes
         if self.dtype != torch.float32:
             logit_bytes += copies * self.dtype.itemsize
-        return windows * window * vocabulary * logit_bytes + self.workspace_bytes
+        return windows * seq_len * vocabulary * logit_bytes + self.workspace_bytes
 
     @property
     def workspace_bytes(self) -> int:
@@ -257,7 +257,7 @@ def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
 
 
 def forward_bytes(
-    config: Any, structure: Structure | None, dtype: torch.dtype, device: torch.device, tokens: int, window: int
+    config: Any, structure: Structure | None, dtype: torch.dtype, device: torch.device, tokens: int, seq_len: int
 ) -> int:
     """Bytes to run a model without gradients and to compare its logits with another model's.
 
@@ -285,9 +285,9 @@ def forward_bytes(
             numbers = max(numbers, pairs * (3 * up.columns + up.rows + 2 * down.columns))
     if getattr(text, "_attn_implementation", None) == "eager":  # it keeps scores and their softmax
         heads = max(int(config.num_attention_heads) for config in configs)
-        numbers = max(numbers, 2 * tokens * window * heads)
+        numbers = max(numbers, 2 * tokens * seq_len * heads)
     layer_bytes = numbers * dtype.itemsize + 3 * 4 * largest_matrix
-    logit_bytes = int(text.vocab_size) * (2 * 4 * tokens + KL_LOGIT_BYTES * min(tokens, ROWS))
+    logit_bytes = int(text.vocab_size) * (2 * 4 * tokens + KL_LOGIT_BYTES * min(tokens, POSITIONS_PER_CHUNK))
     return max(layer_bytes, logit_bytes) + (GPU_WORKSPACE_BYTES if device.type == "cuda" else 0)
 
 
@@ -301,7 +301,7 @@ def staging_bytes(model: Any, structure: Structure) -> int:
     return 3 * max(sizes)
 
 
-def check_staging(memory: Memory, model: Any, structure: Structure, texts: int = 0) -> None:
+def check_staging(memory: MemoryBudget, model: Any, structure: Structure, texts: int = 0) -> None:
     """Checks that host memory holds one layer that is being copied to a GPU.
 
     Args:

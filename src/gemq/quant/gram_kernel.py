@@ -2,7 +2,7 @@
 
 Products of 16-bit numbers are exact in float32, in which they are accumulated, so that nothing is lost against
 converting the rows first. A sum is symmetric: only tiles on and above the diagonal are computed, and ``mirror`` fills
-in the others. The reference is the loop in ``hessian.Moments.add``.
+in the others. The reference is the loop in ``hessian.HessianAccumulator.add``.
 
 Shapes: E matrices, C columns, P rows sorted by matrix.
 """

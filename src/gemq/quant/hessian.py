@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 12
 """How often a Hessian is factorized, each time with ten times the dampening, before it is taken to be not finite."""
 
 
-class Moments:
+class HessianAccumulator:
     """Accumulates the sums of x x^T and the row counts of E matrices, in float32.
 
     Attributes:
@@ -80,7 +80,7 @@ class Moments:
         ranks.all_reduce(mean, self._num_rows, self._num_matrices)
         self._mean = mean.div_(self._num_rows.clamp_min(1)).float()
 
-    def park(self, store: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    def offload(self, store: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Offload the sums. ``hessians`` loads them back on demand.
 
         Args:

@@ -91,7 +91,7 @@ def _step_kernel(
 ):
     """Take a step with ``BLOCK`` groups of ``G`` weights."""
     step_index = tl.load(step_index_pointer)
-    rate_codes, rate_grids = tl.load(rates + step_index * 3), tl.load(rates + step_index * 3 + 1)
+    lr_codes, lr_grids = tl.load(rates + step_index * 3), tl.load(rates + step_index * 3 + 1)
     correction = tl.load(rates + step_index * 3 + 2)
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     group_mask = group < num_groups
@@ -115,9 +115,9 @@ def _step_kernel(
     grad_code = grad_weight * scale[:, None]
     if SCALE_BY_MAX_CODE:  # Adam moves soft_code * max_code
         unit = 1.0 / max_code
-        change = _adam(first_moments, second_moments, index, mask, grad_code * unit, rate_codes, correction) * unit
+        change = _adam(first_moments, second_moments, index, mask, grad_code * unit, lr_codes, correction) * unit
     else:
-        change = _adam(first_moments, second_moments, index, mask, grad_code, rate_codes, correction)
+        change = _adam(first_moments, second_moments, index, mask, grad_code, lr_codes, correction)
     soft_code = tl.minimum(tl.maximum(soft_code - change, -_MARGIN), max_code + _MARGIN)
     if IS_INT16:
         step_seed = (seed * 1000003 + (step_index + 1) * 7919) & 0x7FFFFFFF
@@ -130,10 +130,10 @@ def _step_kernel(
     else:
         tl.store(soft_codes + index, soft_code, mask=mask)
     scale_change -= _adam(
-        scale_first_moments, scale_second_moments, group, group_mask, grad_scale, rate_grids, correction
+        scale_first_moments, scale_second_moments, group, group_mask, grad_scale, lr_grids, correction
     )
     offset_change -= _adam(
-        offset_first_moments, offset_second_moments, group, group_mask, grad_offset, rate_grids, correction
+        offset_first_moments, offset_second_moments, group, group_mask, grad_offset, lr_grids, correction
     )
     tl.store(scale_changes + group, scale_change, mask=group_mask)
     tl.store(offset_changes + group, offset_change, mask=group_mask)

@@ -6,7 +6,7 @@ recipes and ``--help`` stay fast.
 
 from __future__ import annotations
 
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 
 Width = float
 ExpertWidths = tuple[Width, Width]
@@ -44,7 +44,7 @@ def parse_width(value: object) -> Width:
         width = -1.0
     if width not in LEVELS:
         known_widths = ", ".join(width_name(w) for w in LEVELS)
-        raise UserError(f"there is no width {shown(value)}: choose from {known_widths}")
+        raise UserError(f"there is no width {short_repr(value)}: choose from {known_widths}")
     return int(width) if width == int(width) else width
 
 

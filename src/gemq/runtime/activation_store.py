@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.runtime.memory import Memory, Place
+from gemq.runtime.memory import MemoryBudget, MemoryTier
 
 
 class HiddenStates(Tensor):
@@ -39,10 +39,10 @@ class HiddenStates(Tensor):
         return states
 
 
-class Batches(Sequence[Tensor]):
+class ActivationStore(Sequence[Tensor]):
     """Tensors of any shapes, one per micro-batch. Offloaded tensors lose their autograd history."""
 
-    def __init__(self, memory: Memory, tensors: Iterable[Tensor] = ()):
+    def __init__(self, memory: MemoryBudget, tensors: Iterable[Tensor] = ()):
         """Stores ``tensors`` within the limits of ``memory``."""
         self.memory = memory
         self._entries: list[_Entry] = []
@@ -53,9 +53,9 @@ class Batches(Sequence[Tensor]):
         """Adds the tensor of the next micro-batch."""
         self._entries.append(_Entry(self.memory, tensor))
 
-    def copy(self) -> Batches:
+    def copy(self) -> ActivationStore:
         """Returns a second store with the same contents."""
-        return Batches(self.memory, self)
+        return ActivationStore(self.memory, self)
 
     def clear(self) -> None:
         """Removes all tensors and frees their memory."""
@@ -83,7 +83,7 @@ class Batches(Sequence[Tensor]):
 class _Entry:
     """The tensor of one micro-batch, with its extra outputs if it has any."""
 
-    def __init__(self, memory: Memory, tensor: Tensor):
+    def __init__(self, memory: MemoryBudget, tensor: Tensor):
         self._memory = memory
         self._tensor = _StoredTensor(memory, tensor)
         self._extras: dict[int, Any] = {}
@@ -128,7 +128,7 @@ class _Entry:
 class _StoredTensor:
     """One tensor, stored wherever memory has room for it."""
 
-    def __init__(self, memory: Memory, tensor: Tensor):
+    def __init__(self, memory: MemoryBudget, tensor: Tensor):
         self._memory = memory
         self._file: Path | None = None
         self._store(tensor)
@@ -136,22 +136,22 @@ class _StoredTensor:
     def _store(self, tensor: Tensor) -> None:
         """Reserves memory for ``tensor`` and stores it there."""
         self._bytes = tensor.numel() * tensor.element_size()
-        self.location = self._memory.place(self._bytes)
-        if self.location is not Place.DEVICE:
+        self.location = self._memory.reserve(self._bytes)
+        if self.location is not MemoryTier.DEVICE:
             self._tensor = self._allocate(tensor)
         self._write(tensor)
 
     def _allocate(self, like: Tensor) -> Tensor:
         """Returns an empty tensor in pinned host memory or in a new file."""
-        if self.location is Place.HOST:
-            return self._memory.pinned(like.shape, like.dtype)
-        tensor, self._file = self._memory.mapped(like.shape, like.dtype)
+        if self.location is MemoryTier.HOST:
+            return self._memory.empty_pinned(like.shape, like.dtype)
+        tensor, self._file = self._memory.empty_mapped(like.shape, like.dtype)
         return tensor
 
     def _write(self, tensor: Tensor) -> None:
         """Writes ``tensor`` to the memory that is reserved for it."""
-        if self.location is not Place.DEVICE:
-            self._tensor.copy_(tensor.detach(), non_blocking=self.location is Place.HOST)
+        if self.location is not MemoryTier.DEVICE:
+            self._tensor.copy_(tensor.detach(), non_blocking=self.location is MemoryTier.HOST)
         elif isinstance(tensor, HiddenStates):
             self._tensor = tensor.detach()  # a plain tensor: the entry stores the extra outputs
         else:
@@ -159,10 +159,10 @@ class _StoredTensor:
 
     def load(self) -> Tensor:
         """Returns the tensor on the device."""
-        if self.location is Place.DEVICE:
+        if self.location is MemoryTier.DEVICE:
             return self._tensor
         # pinned copies are queued after the kernels that were launched earlier: one stream keeps the order
-        tensor = self._tensor.to(self._memory.device, non_blocking=self.location is Place.HOST)
+        tensor = self._tensor.to(self._memory.device, non_blocking=self.location is MemoryTier.HOST)
         if tensor is self._tensor:
             tensor = tensor.clone()  # an operation in place must not change the stored tensor
         return tensor
@@ -177,7 +177,7 @@ class _StoredTensor:
 
     def free(self) -> None:
         """Drops the tensor and frees its memory."""
-        self._memory.release(self.location, self._bytes)
+        self._memory.free(self.location, self._bytes)
         del self._tensor
         if self._file is not None:
             self._file.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ EXPECTED_STEPS = 4 * WARM_UP_STEPS
 """Among more steps than these, some should have been captured."""
 
 
-class Replayed:
+class CudaGraphReplay:
     """Calls a function on a GPU from a CUDA graph if that is possible, otherwise and on a CPU eagerly.
 
     Tensors that the function changes must keep their storage, and everything that differs between steps must be on the
@@ -126,7 +126,7 @@ class Replayed:
 
     def _try_capture(self) -> bool:
         """Capture a step. Returns False, and falls back to eager steps, if that fails."""
-        if not Replayed.failed:
+        if not CudaGraphReplay.failed:
             run = partial(self._run, self._constant, *self._inputs)
             try:
                 self._graph, self._output = capture(run, self._device, stream=self._stream, pool=self._pool)
@@ -134,7 +134,7 @@ class Replayed:
             except RankLostError:
                 raise
             except Exception:  # noqa: BLE001 - out of memory, or anything that a graph does not support
-                Replayed.failed = True
+                CudaGraphReplay.failed = True
         self._usable = False
         self._on_fallback()
         return False

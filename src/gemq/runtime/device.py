@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 
 SECONDS, TRIES = 0.05, 3
 """Duration of a measurement, and how often it is repeated. The best counts, as others may use the machine too."""
@@ -37,9 +37,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"there is no device {shown(name)}: give auto, cpu or cuda") from error
+        raise UserError(f"there is no device {short_repr(name)}: give auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"gemq does not compute on {shown(name)}: give auto, cpu or cuda")
+        raise UserError(f"gemq does not compute on {short_repr(name)}: give auto, cpu or cuda")
     if device.type == "cpu":
         return torch.device("cpu")
     if (device.index or 0) >= torch.cuda.device_count():

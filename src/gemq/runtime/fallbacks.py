@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gemq.errors import UserError
 from gemq.runtime.processes import RankLostError
 
-TEXTS = {
+DESCRIPTIONS = {
     "norms_not_fused": "times norms kept the model's own code: the fused kernel could not take over",
     "rotary_not_fused": "times rotary positions kept the model's own code: the fused kernel could not take over",
     "layers_read_through_host": "times a layer was read through host memory: reading it straight to the GPU failed",
@@ -36,7 +36,7 @@ _lock = threading.Lock()
 
 
 def record(name: str, error: BaseException) -> None:
-    """Count one failure of an acceleration. ``name`` is a key of ``TEXTS``."""
+    """Count one failure of an acceleration. ``name`` is a key of ``DESCRIPTIONS``."""
     with _lock:
         _fallbacks.setdefault(name, Fallback(0, first_line(error))).count += 1
 
@@ -55,7 +55,7 @@ def optional(name: str) -> Iterator[None]:
         record(name, error)
 
 
-def take() -> dict[str, Fallback]:
+def pop_fallbacks() -> dict[str, Fallback]:
     """Return what was recorded since the last call, by name."""
     with _lock:
         fallbacks = dict(_fallbacks)
@@ -63,9 +63,9 @@ def take() -> dict[str, Fallback]:
     return fallbacks
 
 
-def take_lines() -> list[str]:
+def pop_messages() -> list[str]:
     """Return what was recorded since the last call as one line each: the count and the first reason."""
-    return [f"{fallback.count} {TEXTS[name]} ({fallback.reason})" for name, fallback in take().items()]
+    return [f"{fallback.count} {DESCRIPTIONS[name]} ({fallback.reason})" for name, fallback in pop_fallbacks().items()]
 
 
 def first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from gemq.errors import UserError, shown
+from gemq.errors import UserError, short_repr
 from gemq.runtime.files import disk_errors
 
 DEFAULT_FRACTION = 0.9
@@ -31,14 +31,14 @@ DEFAULT_FRACTION = 0.9
 
 UNLIMITED = 1 << 62
 
-WAITING = ".waiting-"
+SPILL_PREFIX = ".waiting-"
 """Prefix of the files that hold what does not fit into memory. A job removes those that a killed job left."""
 
 MAX_HOST_THREADS = 8
 """PyTorch threads of a job on a GPU. They only read files for it, and more would delay the thread that launches."""
 
 
-class Place(enum.Enum):
+class MemoryTier(enum.Enum):
     """Where a tensor is stored while it is not in use, the fastest tier first."""
 
     DEVICE = "device"
@@ -46,13 +46,13 @@ class Place(enum.Enum):
     DISK = "disk"
 
 
-def _no_bytes() -> dict[Place, int]:
+def _no_bytes() -> dict[MemoryTier, int]:
     """Return a count of 0 bytes for each tier outside the device."""
-    return {Place.HOST: 0, Place.DISK: 0}
+    return {MemoryTier.HOST: 0, MemoryTier.DISK: 0}
 
 
 @dataclass
-class Bound:
+class ByteLimit:
     """A limit in bytes, and how many of them are used. Safe to use from several threads."""
 
     limit: int
@@ -60,19 +60,19 @@ class Bound:
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
-    def free(self) -> int:
+    def available(self) -> int:
         """Bytes that are not used."""
         return self.limit - self.used
 
-    def take(self, count: int) -> bool:
+    def reserve(self, count: int) -> bool:
         """Reserve ``count`` bytes. Returns False, and reserves nothing, if fewer are available."""
         with self._lock:
-            if count > self.free:
+            if count > self.available:
                 return False
             self.used += count
             return True
 
-    def give(self, count: int) -> None:
+    def free(self, count: int) -> None:
         """Free ``count`` reserved bytes."""
         with self._lock:
             self.used -= count
@@ -81,17 +81,17 @@ class Bound:
 class Cache(Protocol):
     """Tensors that are on the device only for speed."""
 
-    def held(self) -> int:
+    def evictable_bytes(self) -> int:
         """Return the bytes that could be evicted."""
         ...
 
-    def give_way(self, count: int) -> None:
+    def evict(self, count: int) -> None:
         """Evict ``count`` bytes, or everything if there are fewer."""
         ...
 
 
 @dataclass
-class Memory:
+class MemoryBudget:
     """The memory bounds of a job.
 
     Attributes:
@@ -104,18 +104,18 @@ class Memory:
     """
 
     device: torch.device
-    on_device: Bound
-    host: Bound
+    on_device: ByteLimit
+    host: ByteLimit
     directory: Path | None = None
     caches: list[Cache] = field(default_factory=list)
-    spilled: dict[Place, int] = field(default_factory=_no_bytes)
-    _offloaded: dict[Place, int] = field(default_factory=_no_bytes)
+    spilled: dict[MemoryTier, int] = field(default_factory=_no_bytes)
+    _offloaded: dict[MemoryTier, int] = field(default_factory=_no_bytes)
 
     @classmethod
-    def unlimited(cls, device: torch.device) -> Memory:
+    def unlimited(cls, device: torch.device) -> MemoryBudget:
         """Return bounds that everything fits."""
-        bound = Bound(UNLIMITED)
-        return cls(device, bound, bound if device.type == "cpu" else Bound(UNLIMITED))
+        bound = ByteLimit(UNLIMITED)
+        return cls(device, bound, bound if device.type == "cpu" else ByteLimit(UNLIMITED))
 
     @classmethod
     def bounded(
@@ -125,7 +125,7 @@ class Memory:
         host_bytes: int | None,
         directory: Path | None,
         processes: int = 1,
-    ) -> Memory:
+    ) -> MemoryBudget:
         """Return the bounds that a user asked for.
 
         Args:
@@ -140,13 +140,13 @@ class Memory:
         """
         for name, count in (("gpu_memory", gpu_bytes), ("host_memory", host_bytes)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise UserError(f"{name} cannot be {shown(count)}: give a number of bytes, such as 20_000_000_000")
+                raise UserError(f"{name} cannot be {short_repr(count)}: give a number of bytes, such as 20_000_000_000")
         if host_bytes is None:
             host_bytes = int(DEFAULT_FRACTION * free_host_bytes())
         elif host_bytes > total_host_bytes():
             limit = gigabytes(total_host_bytes())
             raise UserError(f"--host-memory {gigabytes(host_bytes)} is more than this machine's {limit}")
-        host = Bound(host_bytes // processes)
+        host = ByteLimit(host_bytes // processes)
         if device.type != "cuda":
             if gpu_bytes is not None:
                 raise UserError(f"--gpu-memory bounds a GPU and the job runs on {device}: give --host-memory")
@@ -156,46 +156,46 @@ class Memory:
             gpu_bytes = int(DEFAULT_FRACTION * free)
         elif gpu_bytes > total:
             raise UserError(f"--gpu-memory {gigabytes(gpu_bytes)} is more than the {gigabytes(total)} of {device}")
-        return cls(device, Bound(gpu_bytes), host, directory)
+        return cls(device, ByteLimit(gpu_bytes), host, directory)
 
-    def room(self, count: int) -> bool:
+    def try_reserve(self, count: int) -> bool:
         """Reserve ``count`` bytes on the device, evicting caches if necessary. Returns False if they do not fit."""
-        if count > self.on_device.free:
+        if count > self.on_device.available:
             for cache in self.caches:
-                cache.give_way(count - self.on_device.free)
-        return self.on_device.take(count)
+                cache.evict(count - self.on_device.available)
+        return self.on_device.reserve(count)
 
     @property
-    def quick_bytes(self) -> int:
+    def fast_bytes(self) -> int:
         """Bytes that can be stored without going to the disk."""
-        device_bytes = self.on_device.free + sum(cache.held() for cache in self.caches)
-        return device_bytes if self.host is self.on_device else device_bytes + self.host.free
+        device_bytes = self.on_device.available + sum(cache.evictable_bytes() for cache in self.caches)
+        return device_bytes if self.host is self.on_device else device_bytes + self.host.available
 
-    def place(self, count: int) -> Place:
+    def reserve(self, count: int) -> MemoryTier:
         """Reserve ``count`` bytes in the fastest tier that has room for them.
 
         Raises:
             UserError: they fit nowhere.
         """
-        if self.room(count):
-            return Place.DEVICE
-        tier = Place.DISK
-        if self.host is not self.on_device and self.host.take(pinned_bytes(count)):
-            tier = Place.HOST
+        if self.try_reserve(count):
+            return MemoryTier.DEVICE
+        tier = MemoryTier.DISK
+        if self.host is not self.on_device and self.host.reserve(pinned_bytes(count)):
+            tier = MemoryTier.HOST
         elif self.directory is None:
             raise UserError(f"{gigabytes(count)} more do not fit into memory: give more with {self.flag}")
         self._offloaded[tier] += count
         self.spilled[tier] = max(self.spilled[tier], self._offloaded[tier])
         return tier
 
-    def release(self, tier: Place, count: int) -> None:
+    def free(self, tier: MemoryTier, count: int) -> None:
         """Free ``count`` bytes that were reserved in ``tier``."""
-        if tier is Place.DEVICE:
-            self.on_device.give(count)
+        if tier is MemoryTier.DEVICE:
+            self.on_device.free(count)
             return
         self._offloaded[tier] -= count
-        if tier is Place.HOST:
-            self.host.give(pinned_bytes(count))
+        if tier is MemoryTier.HOST:
+            self.host.free(pinned_bytes(count))
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
@@ -234,17 +234,17 @@ class Memory:
         """The flag that bounds the device."""
         return "--gpu-memory" if self.device.type == "cuda" else "--host-memory"
 
-    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an uninitialised tensor in host memory that a GPU can copy from and to asynchronously."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
 
-    def mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
+    def empty_mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
         """Return a tensor on the CPU that is mapped to a new file of ``directory``, and the path of that file."""
         assert self.directory is not None
         size = math.prod(shape)
         file_size = max(1, size)  # an empty file cannot be mapped
         with disk_errors(self.directory):
-            descriptor, name = tempfile.mkstemp(prefix=WAITING, dir=self.directory)
+            descriptor, name = tempfile.mkstemp(prefix=SPILL_PREFIX, dir=self.directory)
         path = Path(name)
         with disk_errors(path), open(descriptor, "wb") as file:
             # a full disk is reported here; later, writing to the mapping would kill the process
@@ -253,15 +253,15 @@ class Memory:
         return flat[:size].view(tuple(shape)), path
 
 
-class Waiting:
-    """A group of tensors that is on the device only while it is used: ``come``, then ``leave``.
+class OffloadedTensors:
+    """A group of tensors that is on the device only while it is used: ``load``, then ``offload``.
 
     Where memory has room for them, they stay on the device. Otherwise their contents are stored in pinned host memory
     or in files between two uses. The tensor objects stay the same, only their storage changes.
     """
 
     def __init__(
-        self, memory: Memory, tensors: Callable[[], tuple[list[Tensor], list[Tensor]]], extra_bytes: int = 0
+        self, memory: MemoryBudget, tensors: Callable[[], tuple[list[Tensor], list[Tensor]]], extra_bytes: int = 0
     ) -> None:
         """Reserve space for the tensors and offload them if they do not fit on the device.
 
@@ -273,23 +273,23 @@ class Waiting:
         self.memory, self.tensors = memory, tensors
         constant, mutable = tensors()
         self.bytes = sum(tensor.nbytes for tensor in (*constant, *mutable)) + extra_bytes
-        self.place = memory.place(self.bytes)
+        self.tier = memory.reserve(self.bytes)
         self._copies: dict[int, Tensor] = {}
         self._files: list[Path] = []
         self._is_loaded = True
-        self.leave()
+        self.offload()
 
-    def come(self) -> None:
+    def load(self) -> None:
         """Load all tensors to the device."""
-        if self._is_loaded or self.place is Place.DEVICE:
+        if self._is_loaded or self.tier is MemoryTier.DEVICE:
             return
         for tensor in chain(*self.tensors()):
             tensor.data = self._copies[id(tensor)].to(self.memory.device, non_blocking=True)
         self._is_loaded = True
 
-    def leave(self, changed: bool = False) -> None:
+    def offload(self, changed: bool = False) -> None:
         """Offload all tensors. ``changed``: those that may change were written to, and are copied again."""
-        if not self._is_loaded or self.place is Place.DEVICE:
+        if not self._is_loaded or self.tier is MemoryTier.DEVICE:
             return
         constant, mutable = self.tensors()
         for tensor in constant:
@@ -305,20 +305,20 @@ class Waiting:
             copy = self._copies[id(tensor)] = self._empty_like(tensor)
             changed = True
         if changed:
-            copy.copy_(tensor.detach(), non_blocking=self.place is Place.HOST)
+            copy.copy_(tensor.detach(), non_blocking=self.tier is MemoryTier.HOST)
         tensor.data = copy
 
     def close(self) -> None:
         """Free the reserved space. The tensors must not be used afterwards."""
-        self.memory.release(self.place, self.bytes)
+        self.memory.free(self.tier, self.bytes)
         for path in self._files:
             path.unlink(missing_ok=True)
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
         """Return an uninitialised tensor of the same shape and dtype in this group's tier."""
-        if self.place is Place.HOST:
-            return self.memory.pinned(tensor.shape, tensor.dtype)
-        copy, path = self.memory.mapped(tensor.shape, tensor.dtype)
+        if self.tier is MemoryTier.HOST:
+            return self.memory.empty_pinned(tensor.shape, tensor.dtype)
+        copy, path = self.memory.empty_mapped(tensor.shape, tensor.dtype)
         self._files.append(path)
         return copy
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 
 ranks_started = threading.Event()
@@ -22,9 +21,3 @@ def is_first() -> bool:
 def has_other_ranks() -> bool:
     """Whether torchrun started this process with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def block_sigterm() -> None:
-    """Block SIGTERM in this thread and in threads that it starts."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

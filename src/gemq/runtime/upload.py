@@ -27,7 +27,7 @@ BUFFER_BYTES, MAX_READ_BYTES = 64 << 20, 4 << 20
 
 THREADS, ALIGNMENT = 8, 256
 
-TYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -68,7 +68,7 @@ class Span(NamedTuple):
         return Span(self.file, self.start + rows.start * row_bytes, self.dtype, shape)
 
 
-def spans_of(file: Path) -> dict[str, Span]:
+def read_spans(file: Path) -> dict[str, Span]:
     """Return where each tensor of a safetensors file is stored, by name.
 
     Raises:
@@ -77,14 +77,14 @@ def spans_of(file: Path) -> dict[str, Span]:
     entries, data_start = tensor_entries(file)
     spans = {}
     for name, entry in entries.items():
-        if entry["dtype"] not in TYPES:
+        if entry["dtype"] not in TORCH_DTYPES:
             raise UserError(f"{file} stores {name} as {entry['dtype']}: give the model in 16 or 32 bits")
         start = data_start + entry["data_offsets"][0]
-        spans[name] = Span(file, start, TYPES[entry["dtype"]], tuple(entry["shape"]))
+        spans[name] = Span(file, start, TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return spans
 
 
-class Place(NamedTuple):
+class Fragment(NamedTuple):
     """A span that is a fragment of a new tensor: the name of the tensor, and where the span begins in it.
 
     ``start`` counts elements of the flattened tensor.
@@ -116,10 +116,10 @@ class Upload:
     def tensors(self, spans: Mapping[str, Span]) -> dict[str, Tensor]:
         """Return the tensors on the device, ready for work that is launched on the current stream afterwards."""
         shapes = {name: (span.shape, span.dtype) for name, span in spans.items()}
-        return self.placed(shapes, [Place(span, name, 0) for name, span in spans.items()])
+        return self.assemble(shapes, [Fragment(span, name, 0) for name, span in spans.items()])
 
-    def placed(
-        self, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], fragments: Sequence[Place]
+    def assemble(
+        self, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], fragments: Sequence[Fragment]
     ) -> dict[str, Tensor]:
         """Return new tensors on the device that are assembled from fragments.
 
@@ -168,7 +168,7 @@ class Upload:
             wait()
 
 
-def _divide_into_reads(fragment: Place, tensor: Tensor) -> Iterator[_Read]:
+def _divide_into_reads(fragment: Fragment, tensor: Tensor) -> Iterator[_Read]:
     """Yield the reads that fill a fragment of ``tensor``."""
     span = fragment.span
     if not span.bytes:

@@ -24,6 +24,6 @@ class TiedHeadMethod(UnquantizedEmbeddingMethod):
         """Load the embedding into the head if the checkpoint has no other weights for it."""
         reader = self._checkpoint.reader
         tied = reader.skeleton.all_tied_weights_keys.get(f"{self._prefix}.weight")
-        if tied in reader.found and f"{self._prefix}.weight" not in reader.found:
+        if tied in reader.specs and f"{self._prefix}.weight" not in reader.specs:
             layer.weight_loader(layer.weight, reader.tensor(tied))
         super().process_weights_after_loading(layer)

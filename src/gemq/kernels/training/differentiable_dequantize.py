@@ -21,11 +21,11 @@ from gemq.kernels.modules import PackedMatrices
 from gemq.quant.packing import PackedMatrix, unpack_codes
 from gemq.quant.widths import LEVELS, Width
 
-UNPACKED_TOGETHER = 1 << 26
+MAX_CHUNK_WEIGHTS = 1 << 26
 """Maximum number of weights that torch's operations unpack in one step. Intermediate results are float32."""
 
 
-def codes_of(matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> TorchCodes | KernelCodes:
+def copy_codes(matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> TorchCodes | KernelCodes:
     """Copy the codes of E matrices on one device into the form that the device unpacks."""
     kind = KernelCodes if matrices[0].codes.device.type == "cuda" else TorchCodes
     return kind(matrices, widths, group_size)
@@ -47,7 +47,7 @@ class TorchCodes:
             self.packed[width] = torch.stack([matrices[index].codes for index in indices])
             self.indices[width] = torch.tensor(indices, device=device)
 
-    def held(self) -> list[Tensor]:
+    def offloadable_tensors(self) -> list[Tensor]:
         """Return the tensors that can be offloaded between two uses."""
         return list(self.packed.values())
 
@@ -55,7 +55,7 @@ class TorchCodes:
         """Yield the indices [n] int64 and codes [n, R, C] uint8 of a few matrices at a time, over all matrices."""
         for width, indices in self.indices.items():
             packed = self.packed[width]
-            chunk = max(1, UNPACKED_TOGETHER // (packed.shape[1] * columns))
+            chunk = max(1, MAX_CHUNK_WEIGHTS // (packed.shape[1] * columns))
             for chunk_indices, chunk_codes in zip(indices.split(chunk), packed.split(chunk), strict=True):
                 yield chunk_indices, unpack_codes(chunk_codes, width, self.group_size)
 
@@ -92,7 +92,7 @@ class KernelCodes:
         self.codes, self.table, self.group_size = flat.codes, flat.table, group_size
         self.levels = [LEVELS[width] for width in set(widths)]
 
-    def held(self) -> list[Tensor]:
+    def offloadable_tensors(self) -> list[Tensor]:
         """Return the tensors that can be offloaded between two uses."""
         return [self.codes, self.table]
 
@@ -116,7 +116,7 @@ class KernelCodes:
 
 
 class _Dequantize(torch.autograd.Function):
-    """Differentiable dequantization; see ``weights``."""
+    """Differentiable dequantization; see ``dequantize_weights``."""
 
     @staticmethod
     def forward(
@@ -133,7 +133,7 @@ class _Dequantize(torch.autograd.Function):
         return (*ctx.codes.grid_gradients(gradient), None, None)
 
 
-def weights(scales: Tensor, offsets: Tensor, codes: TorchCodes | KernelCodes, dtype: torch.dtype) -> Tensor:
+def dequantize_weights(scales: Tensor, offsets: Tensor, codes: TorchCodes | KernelCodes, dtype: torch.dtype) -> Tensor:
     """Return ``scale * code + offset``, differentiable in scales and offsets.
 
     Args:

@@ -1,8 +1,8 @@
 """Operations around the experts' products in training and scoring on a GPU, in one kernel each.
 
 Pairs of token and expert are sorted by expert. ``positions`` [T, K] holds the positions of a token's pairs. Sums run in
-a fixed order, without atomics. Where several ranks share the experts (``Shared``), a rank's own pairs come first. Sums
-over all pairs are then reduced over the ranks.
+a fixed order, without atomics. Where several ranks share the experts (``RankPairs``), a rank's own pairs come first.
+Sums over all pairs are then reduced over the ranks.
 
 Legend: T tokens, K experts per token, P = T K pairs, H hidden size, I intermediate size.
 """
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from gemq.kernels.triton_types import Pointer, Scalar
 
 
-class Shared(NamedTuple):
+class RankPairs(NamedTuple):
     """The pairs of token and expert that belong to one rank.
 
     Attributes:
@@ -101,7 +101,7 @@ def _sum_gradient_kernel(
     tl.store(grad_weights + row, tl.sum(total, 0).to(grad_weights.dtype.element_ty))
 
 
-def _sum_pairs(y: Tensor, weights: Tensor | None, positions: Tensor, shared: Shared | None) -> Tensor:
+def _sum_pairs(y: Tensor, weights: Tensor | None, positions: Tensor, shared: RankPairs | None) -> Tensor:
     """Return the (weighted) sum of each token's pairs, [T, H] in y's dtype.
 
     Sums of several ranks are reduced in float32 before they are rounded.
@@ -130,7 +130,7 @@ class _Gather(torch.autograd.Function):
     """Differentiable gather; see ``gather``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, token: Tensor, positions: Tensor, shared: Shared | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, token: Tensor, positions: Tensor, shared: RankPairs | None) -> Tensor:
         """Return the rows of the pairs' tokens."""
         ctx.save_for_backward(positions)
         ctx.shared = shared
@@ -144,7 +144,7 @@ class _Gather(torch.autograd.Function):
         return _sum_pairs(gradient.contiguous(), None, positions, ctx.shared), None, None, None
 
 
-def gather(hidden: Tensor, token: Tensor, positions: Tensor, shared: Shared | None = None) -> Tensor:
+def gather(hidden: Tensor, token: Tensor, positions: Tensor, shared: RankPairs | None = None) -> Tensor:
     """Return the hidden states of the pairs' tokens. The gradient of ``hidden`` sums over all ranks' pairs.
 
     Args:
@@ -164,7 +164,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, weights: Tensor, token: Tensor, positions: Tensor, shared: Shared | None
+        ctx: Any, y: Tensor, weights: Tensor, token: Tensor, positions: Tensor, shared: RankPairs | None
     ) -> Tensor:
         """Return the sums."""
         y, weights = y.contiguous(), weights.contiguous()
@@ -195,7 +195,7 @@ class _Combine(torch.autograd.Function):
         return grad_y, grad_weights, None, None, None
 
 
-def combine(y: Tensor, weights: Tensor, token: Tensor, positions: Tensor, shared: Shared | None = None) -> Tensor:
+def combine(y: Tensor, weights: Tensor, token: Tensor, positions: Tensor, shared: RankPairs | None = None) -> Tensor:
     """Return the weighted sum of each token's pairs, added up in float32.
 
     With ``shared``, the sum runs over all ranks' pairs, and the gradient of ``weights`` is that of this rank's pairs.

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibration.activations import Activations, layer_moments
-from gemq.layers.candidates import LayerLadder
+from gemq.calibration.activations import Activations, layer_hessians
+from gemq.layers.candidates import LayerCandidates
 from gemq.layers.layer_training import LayerTrainer, QuantizedParameter
 from gemq.layers.linears import QuantizedLinears, install_linears, linear_parameters, quantize_linears
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.layers.training import Training, as_parameter
-from gemq.models.expert_parallel import can_shard_windows, join_experts, own_experts
+from gemq.models.expert_parallel import can_shard_windows, gather_experts, local_expert_slice
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer, Linear, Matrix
 from gemq.quant.grid import Quantized, dequantize, dequantize_each
-from gemq.quant.hessian import Moments
+from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.widths import ExpertWidths, Width
-from gemq.runtime.activation_store import Batches
+from gemq.runtime.activation_store import ActivationStore
 
 TUNED = "tuned:"
 """Prefix of the names of router and norm parameters in a layer's file."""
@@ -47,39 +47,39 @@ class Targets:
         training: Settings.
     """
 
-    hidden: Batches
+    hidden: ActivationStore
     stored: dict[str, torch.dtype]
     training: Training
 
 
 @dataclass
-class RefinedLayer:
+class QuantizedLayer:
     """A layer as it is stored in a checkpoint.
 
     Attributes:
         tensors: Packed tensors by their names in the checkpoint.
         tuned: Trained router and norm parameters by name inside the model, float32.
         retries: Number of Hessians that needed more dampening.
-        before: Relative error of the layer's output on validation micro-batches without training; 0 if untrained.
-        after: The same with training.
+        error_before: Relative error of the layer's output on validation micro-batches without training; 0 if untrained.
+        error_after: The same with training.
     """
 
     tensors: dict[str, Tensor]
     tuned: dict[str, Tensor] = field(default_factory=dict)
     retries: int = 0
-    before: float = 0.0
-    after: float = 0.0
+    error_before: float = 0.0
+    error_after: float = 0.0
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors by their names in a file."""
         tensors = dict(self.tensors)
         for name, tensor in self.tuned.items():
             tensors[TUNED + name] = tensor
-        tensors["notes"] = torch.tensor([self.retries, self.before, self.after], dtype=torch.float64)
+        tensors["notes"] = torch.tensor([self.retries, self.error_before, self.error_after], dtype=torch.float64)
         return tensors
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> RefinedLayer:
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> QuantizedLayer:
         """Read what ``to_tensors`` has returned. Takes over ``tensors``."""
         retries, error_before, error_after = tensors.pop("notes").tolist()
         tuned = {}
@@ -89,7 +89,7 @@ class RefinedLayer:
         return cls(tensors, tuned, int(retries), error_before, error_after)
 
 
-def assemble_layer(candidates: LayerLadder, layer: Layer, widths: Sequence[ExpertWidths]) -> RefinedLayer:
+def assemble_layer(candidates: LayerCandidates, layer: Layer, widths: Sequence[ExpertWidths]) -> QuantizedLayer:
     """Select the codes of each expert from the candidates.
 
     Args:
@@ -105,10 +105,10 @@ def assemble_layer(candidates: LayerLadder, layer: Layer, widths: Sequence[Exper
         for expert, width in enumerate(expert_widths):
             packed = candidates.experts[name][width].select(expert)
             tensors.update(packed.named(_expert_name(layer.experts, expert, name)))
-    return RefinedLayer(tensors)
+    return QuantizedLayer(tensors)
 
 
-def refine_layer(
+def reconstruct_layer(
     replay: Replay,
     index: int,
     activations: Activations,
@@ -116,7 +116,7 @@ def refine_layer(
     widths: Sequence[ExpertWidths],
     dense_bits: int,
     targets: Targets | None = None,
-) -> RefinedLayer:
+) -> QuantizedLayer:
     """Quantize a layer at its chosen widths on the activations of the quantized layers before it.
 
     Attention is quantized first, so that the Hessians of what follows see the output of the quantized attention. The
@@ -164,7 +164,7 @@ class _LayerReconstruction:
         self.layer = replay.structure.layers[index]
         self.linears = QuantizedLinears()
         self.parameters: list[QuantizedParameter] = []
-        self.result = RefinedLayer({})
+        self.result = QuantizedLayer({})
 
     def quantize_attention(self) -> None:
         """Quantize the linears of attention and install them in the model."""
@@ -176,7 +176,7 @@ class _LayerReconstruction:
         """Quantize all other linears and install them, and quantize this rank's experts."""
         others = [linear for linear in self.scheme.linears(self.layer) if linear.kind != "attention"]
         experts = self.layer.experts
-        local_experts = None if experts is None else own_experts(self.replay.model, experts, self.replay.ranks)
+        local_experts = None if experts is None else local_expert_slice(self.replay.model, experts, self.replay.ranks)
         expert_hessians = self._quantize(others, local_experts)
         self.result.retries = self.linears.retries
         if experts is not None and local_experts is not None and expert_hessians is not None:
@@ -195,8 +195,8 @@ class _LayerReconstruction:
         trainer = LayerTrainer(
             replay,
             self.index,
-            activations.to_train(replay, sharded),
-            activations.share(replay, self.targets.hidden, sharded),
+            activations.gather_for_training(replay, sharded),
+            activations.gather(replay, self.targets.hidden, sharded),
             self.parameters,
             self.targets.training,
             self.targets.stored,
@@ -205,8 +205,8 @@ class _LayerReconstruction:
         trained = trainer.run()
         self.parameters = trained.parameters
         self.result.tuned = trained.tuned
-        self.result.before = trained.error_before
-        self.result.after = trained.error_after
+        self.result.error_before = trained.error_before
+        self.result.error_after = trained.error_after
 
     def pack(self) -> None:
         """Pack all matrices into the tensors of the result."""
@@ -221,13 +221,15 @@ class _LayerReconstruction:
             for matrix in self.layer.experts.matrices:
                 self._pack_experts(self.layer.experts, matrix, grids[f"{self.layer.experts.path}.{matrix.name}"])
 
-    def _quantize(self, linears: Sequence[Linear], experts: slice | None) -> tuple[Moments, Moments] | None:
+    def _quantize(
+        self, linears: Sequence[Linear], experts: slice | None
+    ) -> tuple[HessianAccumulator, HessianAccumulator] | None:
         """Quantize and install dense linears.
 
         Returns:
             The Hessians of some experts' two matrices, computed in the same forward pass; None without ``experts``.
         """
-        moments, _ = layer_moments(self.replay, self.index, self.activations, linears, experts, with_outputs=False)
+        moments, _ = layer_hessians(self.replay, self.index, self.activations, linears, experts, with_outputs=False)
         bits = self.scheme.dense_bits
         with_soft_codes = self.targets is not None
         quantized = quantize_linears(self.replay, linears, moments, self.quantizer, bits, with_soft_codes)
@@ -235,7 +237,9 @@ class _LayerReconstruction:
         self.linears.update(quantized)
         return moments.experts
 
-    def _quantize_experts(self, experts: Experts, local_experts: slice, hessians: tuple[Moments, Moments]) -> None:
+    def _quantize_experts(
+        self, experts: Experts, local_experts: slice, hessians: tuple[HessianAccumulator, HessianAccumulator]
+    ) -> None:
         """Quantize both matrices of this rank's experts."""
         module = self.replay.model.get_submodule(experts.path)
         widths_by_name = self.scheme.matrix_widths(self.layer)
@@ -256,7 +260,7 @@ class _LayerReconstruction:
         """Return the grids of a parameter, concatenated over the experts of all ranks."""
         ranks, experts = self.replay.ranks, self.layer.experts
         if experts is not None and parameter.name.startswith(f"{experts.path}."):
-            codes, scales, offsets = join_experts(self.replay.model, experts, ranks, parameter.q)
+            codes, scales, offsets = gather_experts(self.replay.model, experts, ranks, parameter.q)
             return Quantized(codes, scales, offsets)
         return parameter.q.map(lambda tensor: ranks.broadcast(tensor, 0))
 
@@ -269,7 +273,9 @@ class _LayerReconstruction:
                 self.result.tensors.update(packed.select(row).named(_expert_name(experts, expert, matrix.name)))
 
 
-def layer_overrides(model: Any, layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> dict[str, Tensor]:
+def layer_overrides(
+    model: Any, layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme
+) -> dict[str, Tensor]:
     """Dequantize a layer's tensors into values of the model's parameters.
 
     Args:
@@ -298,7 +304,7 @@ def layer_overrides(model: Any, layer: Layer, quantized: RefinedLayer, scheme: Q
 
 
 def _dequantize_experts(
-    quantized: RefinedLayer, layer: Layer, matrix: Matrix, scheme: QuantizationScheme, dtype: torch.dtype
+    quantized: QuantizedLayer, layer: Layer, matrix: Matrix, scheme: QuantizationScheme, dtype: torch.dtype
 ) -> Tensor:
     """Return the weights [E, R, C] of one matrix of all experts of a layer."""
     experts = layer.experts
@@ -313,7 +319,7 @@ def _dequantize_experts(
 
 
 @torch.no_grad()
-def install_layer(model: Any, layer: Layer, quantized: RefinedLayer, scheme: QuantizationScheme) -> None:
+def install_layer(model: Any, layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme) -> None:
     """Overwrite all quantized and tuned parameters of a layer of the model with what its stored tensors mean."""
     for name, tensor in layer_overrides(model, layer, quantized, scheme).items():
         model.get_parameter(name).copy_(tensor)
