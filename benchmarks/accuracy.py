@@ -5,7 +5,8 @@
 ``--models`` holds the reference models, ``--texts`` the files ``calib_*.txt`` and ``val_*.txt``. Calibration takes 26
 windows of 512 tokens from each calibration text, with self-generated windows as the recipe says. A row has KL and
 perplexity, in float32, on the first 120 windows of each val text and on windows of the calibration texts that
-calibration did not take ("inside"), and seconds per stage. Recipes that agree up to the candidates share one work directory.
+calibration did not take ("inside"), and seconds per stage. Recipes that agree up to the candidates share one work
+directory.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 Random bfloat16 weights of the true shapes, written once as the family stores them (an expert a tensor); shuffled words
 of the built-in texts in 128 windows of 2048. ``low`` is candidates of 1, 2 and 3 bits, scores, allocation and
 reconstruction without training. ``defaults`` is everything: as many tokens again that the model writes itself, 1,
-ternary, 2 and 3 bits, two epochs of candidates and of reconstruction, one of distillation, guard. ``routers`` quantizes as ``low``
-and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
+ternary, 2 and 3 bits, two epochs of candidates and of reconstruction, one of distillation, guard. ``routers``
+quantizes as ``low`` and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
 stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
 
     python benchmarks/scale.py qwen3-30b --job defaults --extrapolate 3 6
@@ -231,7 +231,9 @@ def main() -> None:
         write_model(args.shape, layers, model)
     text = args.dir / f"text-{args.num_windows * args.seq_len}.txt"
     if not text.exists():
-        write_text(text, round(1.1 * args.num_windows * args.seq_len))  # two tokens a word: as many again may be asked for
+        write_text(
+            text, round(1.1 * args.num_windows * args.seq_len)
+        )  # two tokens a word: as many again may be asked for
     chosen = recipe(args.job, args.num_windows, args.seq_len, text)
     if args.changes:
         values = dict(change.split("=") for change in args.changes)

@@ -367,7 +367,7 @@ class Recipe:
             UserError: the file cannot be read, a key is unknown, or a value cannot be used.
         """
         built_in = BUILT_IN.get(str(path))
-        values = _clean(read_keys(path, known=BUILT_IN) if built_in is None else built_in, origin=str(path))
+        values = _clean(read_keys(path, BUILT_IN) if built_in is None else built_in, origin=str(path))
         flags = flags or {}
         if any(name in flags for name in BUDGETS):
             values = {name: value for name, value in values.items() if name not in BUDGETS}

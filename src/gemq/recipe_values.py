@@ -79,17 +79,17 @@ def parse_size(text: str) -> int:
     return int(number * SIZE_UNITS[match.group(2).upper()])
 
 
-def read_keys(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+def read_keys(path: str | Path, built_in: Iterable[str]) -> dict[str, Any]:
     """The keys and values of a recipe file.
 
     Args:
         path: of the file.
-        known: names of built-in recipes, for messages.
+        built_in: names of built-in recipes, for messages.
 
     Raises:
         UserError: the file cannot be read, or holds no keys.
     """
-    values = read_yaml(Path(path), hint=f"a YAML file of lines such as 'bits: 2.0', or {', '.join(known)}")
+    values = read_yaml(Path(path), hint=f"a YAML file of lines such as 'bits: 2.0', or {', '.join(built_in)}")
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):

@@ -59,7 +59,7 @@ def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.id, node.lineno
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr, node.lineno
-        elif isinstance(node, ast.arg):
+        elif isinstance(node, ast.arg) and node.arg != "other":  # the second operand of an operator
             yield node.arg, node.lineno
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name, node.lineno

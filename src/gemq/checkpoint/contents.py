@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemq.checkpoint.format import PARTS, PackedFormat, PackedTensor, Shapes
+from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat, PackedTensor, Shapes
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.errors import UserError
 from gemq.quant.widths import (
@@ -120,7 +120,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
     bits = defaultdict[str, float](float)
     packed_names = set()
     for matrix in packed.matrices():
-        names = [f"{matrix.name}.{suffix}" for suffix in PARTS]
+        names = [f"{matrix.name}.{suffix}" for suffix in PACKED_FIELDS]
         matrix_bytes = sum(specs[name].bytes for name in names)
         packed_names.update(names)
         module = matrix.kind.rpartition(".")[0]

@@ -20,7 +20,7 @@ from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2
-PARTS = ("codes", "scales", "offsets")
+PACKED_FIELDS = ("codes", "scales", "offsets")
 """Suffixes of the three tensors of a packed matrix."""
 
 PROJECTIONS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
@@ -132,7 +132,7 @@ class PackedFormat:
 
     def tensor_names(self) -> Iterator[str]:
         """Yields the names of all packed tensors."""
-        return (f"{matrix.name}.{suffix}" for matrix in self.matrices() for suffix in PARTS)
+        return (f"{matrix.name}.{suffix}" for matrix in self.matrices() for suffix in PACKED_FIELDS)
 
     def replaced_names(self) -> set[str]:
         """Returns the names, in the model, of the full-precision parameters that the packed tensors replace."""

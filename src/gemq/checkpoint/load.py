@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat, verify_packed, verify_unpacked
+from gemq.checkpoint.format import PACKED_FIELDS, QUANT_METHOD, PackedFormat, verify_packed, verify_unpacked
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
@@ -274,7 +274,7 @@ def _add_placeholders(
     for expert in range(len(projections["down_proj"])):
         module = nn.Module()
         for projection in projections:
-            specs = {suffix: expected[f"{path}.{expert}.{projection}.{suffix}"] for suffix in PARTS}
+            specs = {suffix: expected[f"{path}.{expert}.{projection}.{suffix}"] for suffix in PACKED_FIELDS}
             module.add_module(projection, _Placeholder(specs))
         experts.add_module(str(expert), module)
 
@@ -286,7 +286,7 @@ def _pop_placeholder(experts: nn.Module, expert: int, projection: str) -> Packed
     delattr(module, projection)
     if not module._modules:
         delattr(experts, str(expert))
-    codes, scales, offsets = (placeholder.get_buffer(suffix) for suffix in PARTS)
+    codes, scales, offsets = (placeholder.get_buffer(suffix) for suffix in PACKED_FIELDS)
     if codes.is_meta:
         raise UserError("packed experts cannot be offloaded: load without offload_buffers, or on device='cpu'")
     return PackedMatrix(codes, scales, offsets)

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from gemq.checkpoint.format import PARTS, verify_packed, verify_unpacked
+from gemq.checkpoint.format import PACKED_FIELDS, verify_packed, verify_unpacked
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import build_skeleton, read_config
@@ -73,7 +73,7 @@ class CheckpointReader:
 
     def matrix(self, name: str) -> PackedMatrix:
         """Reads a packed matrix. ``name`` is that of its tensors without the suffix."""
-        codes, scales, offsets = (self.tensor(f"{name}.{suffix}") for suffix in PARTS)
+        codes, scales, offsets = (self.tensor(f"{name}.{suffix}") for suffix in PACKED_FIELDS)
         return PackedMatrix(codes, scales, offsets)
 
     def matrix_slice(self, name: str, rows: slice, groups: slice) -> PackedMatrix:
@@ -86,7 +86,7 @@ class CheckpointReader:
         """
         tensors = []
         num_groups = self.specs[f"{name}.scales"].shape[1]
-        for suffix in PARTS:
+        for suffix in PACKED_FIELDS:
             file, stored_name = self._locate(f"{name}.{suffix}")
             columns_per_group = self.specs[f"{name}.{suffix}"].shape[1] // num_groups
             columns = slice(columns_per_group * groups.start, columns_per_group * groups.stop)

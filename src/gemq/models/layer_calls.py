@@ -79,7 +79,7 @@ class SharedTensors:
     """Replaces tensors by equal earlier ones: masks and positions are equal in nearly all micro-batches."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._tensors_by_kind: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
     def share(self, value: Any, replaced: dict[int, tuple[Tensor, Tensor]]) -> Any:
         """Returns ``value`` with its tensors replaced, those inside tuples, lists and dictionaries included.
@@ -101,7 +101,7 @@ class SharedTensors:
 
     def _earlier(self, tensor: Tensor) -> Tensor:
         """Returns an equal earlier tensor; ``tensor`` itself if there is none."""
-        candidates = self._known.setdefault((tensor.shape, tensor.dtype), [])
+        candidates = self._tensors_by_kind.setdefault((tensor.shape, tensor.dtype), [])
         for candidate in candidates:
             if candidate is tensor or torch.equal(candidate, tensor):
                 return candidate

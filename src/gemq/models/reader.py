@@ -35,7 +35,7 @@ from gemq.models.stored import (
     short_type,
     transformers_types,
 )
-from gemq.models.stored_layout import LayerNames, Part, find_layout
+from gemq.models.stored_layout import LayerNames, SourceSpan, find_layout
 from gemq.runtime.upload import Fragment, Span, read_spans, upload_to
 
 
@@ -103,7 +103,7 @@ class LayerReader:
         self._layers = [LayerNames(f"{path}.") for path in options.layers]
         self._outside = LayerNames("")
         self._assign_targets(targets)
-        self._layouts: dict[Any, list[Part] | None] = {}  # by kind of layer; None: more than a concatenation
+        self._layouts: dict[Any, list[SourceSpan] | None] = {}  # by kind of layer; None: more than a concatenation
         self.report = self._dry_run()
         self._assign_available()
         self.names_by_layer = [layer.available for layer in self._layers]

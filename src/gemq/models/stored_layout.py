@@ -52,7 +52,7 @@ class LayerNames:
         return name.replace(f".{number}.", ".*.", 1)
 
 
-class Part(NamedTuple):
+class SourceSpan(NamedTuple):
     """The position of a stored tensor inside a converted one.
 
     Attributes:
@@ -66,7 +66,9 @@ class Part(NamedTuple):
     start: int
 
 
-def find_layout(stored: Sequence[Tensor], targets: Sequence[int], converted: Sequence[Tensor]) -> list[Part] | None:
+def find_layout(
+    stored: Sequence[Tensor], targets: Sequence[int], converted: Sequence[Tensor]
+) -> list[SourceSpan] | None:
     """Finds where stored tensors lie in converted ones.
 
     Args:
@@ -78,7 +80,7 @@ def find_layout(stored: Sequence[Tensor], targets: Sequence[int], converted: Seq
         The layout. None if a conversion was more than a concatenation of equally large tensors, or if two stored
         tensors begin with the same numbers.
     """
-    layout: list[Part] = []
+    layout: list[SourceSpan] = []
     for target, tensor in enumerate(converted):
         indices = [index for index, target_of in enumerate(targets) if target_of == target]
         sources = [stored[index].reshape(-1) for index in indices]
@@ -86,7 +88,7 @@ def find_layout(stored: Sequence[Tensor], targets: Sequence[int], converted: Seq
         if slots is None:
             return None
         for index, source, slot in zip(indices, sources, slots, strict=True):
-            layout.append(Part(index, target, slot * len(source)))
+            layout.append(SourceSpan(index, target, slot * len(source)))
     return layout
 
 

@@ -350,7 +350,7 @@ def _run(
         gains=gains,
         calibration_rows=calibration.rows,
         guard=verdict,
-        waited={place.value: count for place, count in job.memory.spilled.items()},
+        waited={tier.value: count for tier, count in job.memory.spilled.items()},
         work_bytes=job.work.size(),
         other_bits=_other_bits(recipe, allocation.nominal_bits),
         trust_remote_code=job.source.trust_remote_code,

@@ -267,7 +267,7 @@ class Stage:
 
     def load_tensor(self, name: str, key: str) -> Tensor:
         """Reads one tensor of a set to the CPU."""
-        return self.load_tensors(name, is_wanted=lambda other: other == key)[key]
+        return self.load_tensors(name, is_wanted=lambda stored_key: stored_key == key)[key]
 
     def about(self, name: str) -> dict[str, Any]:
         """The plain values that are stored with a set of tensors."""

@@ -32,13 +32,13 @@ LAST_SCALE, LARGEST_SCALE = 255, 240.0
 SMALL_WEIGHT = 2.0**-17
 """A matrix with no larger weight would need scales below 2^-24 at 8 bits."""
 
-PARTS = 128
+OFFSET_STEPS = 128
 """Offsets are multiples of the span of the codes divided by this."""
 
 ZERO = 64
 """Byte of the offset 0. Offsets range from -191 to 64 parts, and the usual value of -64 is in the middle."""
 
-LEAST_SPAN = (PARTS / ZERO, PARTS / (255 - ZERO))
+LEAST_SPAN = (OFFSET_STEPS / ZERO, OFFSET_STEPS / (255 - ZERO))
 """Smallest span of the codes for which a byte can hold a positive and a negative offset, in units of that offset."""
 
 WIDENED = 1.07
@@ -111,14 +111,14 @@ def encode(scales: Tensor, offsets: Tensor, max_code: Tensor | float) -> tuple[T
     bits = scales.clamp_min(0).contiguous().view(torch.int32)
     half = 1 << (MANTISSA_SHIFT - 1)
     scale_bytes = (((bits + half) >> MANTISSA_SHIFT) - FIRST_SCALE).clamp(0, 255).to(torch.uint8)
-    offset_bytes = ZERO - offsets / (_decode_scales(scale_bytes) * (max_code / PARTS))
+    offset_bytes = ZERO - offsets / (_decode_scales(scale_bytes) * (max_code / OFFSET_STEPS))
     return scale_bytes, offset_bytes.round().clamp(0, 255).to(torch.uint8)
 
 
 def decode(scale_bytes: Tensor, offset_bytes: Tensor, max_code: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return the scales and offsets (float32) of stored bytes. ``max_code`` broadcasts."""
     scales = _decode_scales(scale_bytes)
-    return scales, scales * (max_code / PARTS) * (ZERO - offset_bytes.float())
+    return scales, scales * (max_code / OFFSET_STEPS) * (ZERO - offset_bytes.float())
 
 
 def nearest(scales: Tensor, offsets: Tensor, max_code: Tensor | float) -> tuple[Tensor, Tensor]:

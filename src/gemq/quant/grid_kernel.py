@@ -11,7 +11,8 @@ from gemq.quant import grid
 
 _SHIFT, _FIRST = tl.constexpr(grid.MANTISSA_SHIFT), tl.constexpr(grid.FIRST_SCALE)
 _HALF = tl.constexpr(1 << (grid.MANTISSA_SHIFT - 1))
-_ZERO, _NEGATIVE_PARTS = tl.constexpr(grid.ZERO), tl.constexpr(-float(grid.PARTS))  # larger bytes are smaller offsets
+_ZERO = tl.constexpr(grid.ZERO)
+_NEGATIVE_STEPS = tl.constexpr(-float(grid.OFFSET_STEPS))  # larger bytes are smaller offsets
 _POSITIVE, _NEGATIVE = (tl.constexpr(span) for span in grid.LEAST_SPAN)
 _WIDENED = tl.constexpr(grid.WIDENED)
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits
@@ -35,7 +36,7 @@ def decode_scale(byte):
 @triton.jit
 def decode_offset(byte, scale, max_code):
     """Return the float32 offset of ``byte``. ``max_code`` is float32 or a constant, and broadcasts."""
-    return scale * (max_code / _NEGATIVE_PARTS) * (byte.to(tl.int32) - _ZERO).to(tl.float32)
+    return scale * (max_code / _NEGATIVE_STEPS) * (byte.to(tl.int32) - _ZERO).to(tl.float32)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def encode(scale, offset, max_code):
     bits = tl.maximum(scale, 0.0).to(tl.int32, bitcast=True)
     scale_byte = ((bits + _HALF) >> _SHIFT) - _FIRST
     scale_byte = tl.minimum(tl.maximum(scale_byte, 0), 255)
-    offset_byte = offset / (decode_scale(scale_byte) * (max_code / _NEGATIVE_PARTS)) + _ZERO
+    offset_byte = offset / (decode_scale(scale_byte) * (max_code / _NEGATIVE_STEPS)) + _ZERO
     return scale_byte, nearest_code(offset_byte, 255.0).to(tl.int32)
 
 

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from gemq.checkpoint.format import PARTS, PackedFormat
+from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat
 from gemq.errors import UserError
 from gemq.integrations.vllm import ops
 from gemq.integrations.vllm.split import divided_groups, groups_of_rank
@@ -86,7 +86,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self._experts = ServedExperts(_ACTIVATIONS[layer.activation.value], gate_up, down)
         self._name = ops.name_module(layer.layer_name, self._experts)
         for name, matrices in (("w13", gate_up), ("w2", down)):
-            for buffer in PARTS:
+            for buffer in PACKED_FIELDS:
                 parameter = nn.Parameter(getattr(matrices, buffer), requires_grad=False)
                 layer.register_parameter(f"{name}_{buffer}", parameter)
 
@@ -94,7 +94,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         """Read this rank's share of every expert from the files."""
         for name, projection in (("w13", "gate_up_proj"), ("w2", "down_proj")):
             matrices: PackedMatrices = getattr(self._experts, projection)
-            for buffer in PARTS:  # vLLM may have moved its parameters
+            for buffer in PACKED_FIELDS:  # vLLM may have moved its parameters
                 setattr(matrices, buffer, getattr(layer, f"{name}_{buffer}").data)
             for expert in range(matrices.num_experts):
                 path = f"{self._path}.{expert}.{projection}"

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from gemq.checkpoint.format import PARTS, QUANT_METHOD, PackedFormat
+from gemq.checkpoint.format import PACKED_FIELDS, QUANT_METHOD, PackedFormat
 from gemq.checkpoint.load import local_directory
 from gemq.checkpoint.reader import CheckpointReader, check_checkpoint
 from gemq.errors import UserError
@@ -107,7 +107,7 @@ class GemqQuantization(QuantizationConfig):
         """Drop packed tensors from vLLM's stream of weights, since layers read them from the files."""
         from vllm.model_executor.models.utils import WeightsMapper
 
-        return WeightsMapper(orig_to_new_regex={re.compile(rf"\.({'|'.join(PARTS)})$"): None})
+        return WeightsMapper(orig_to_new_regex={re.compile(rf"\.({'|'.join(PACKED_FIELDS)})$"): None})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer at the path ``prefix``, or None for a layer that is never packed."""
