@@ -12,7 +12,6 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.pipeline.quantize import quantize
 from gemq.recipe import Recipe
@@ -32,9 +31,9 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS / "plan.csv")
     args = parser.parse_args()
     flags = {"effort": args.effort, "num_windows": args.num_windows, "seq_len": args.seq_len, "bits": 2.0}
-    recipe = Recipe.from_yaml(args.recipe, {**flags, **({"calibration": args.calib} if args.calib else {})})
+    recipe = Recipe.from_yaml(args.recipe, {**flags, **({"calibration": args.calibration} if args.calibration else {})})
     device = pick_device(args.device)
-    planned = plan(Source.resolve(args.model), recipe, device)
+    planned = plan(args.model, recipe, device=args.device)
     with tempfile.TemporaryDirectory() as directory:
         result = quantize(args.model, recipe, out=Path(directory) / "out", device=args.device)
     seconds = {name: cost["seconds"] for name, cost in result.stages.items()}

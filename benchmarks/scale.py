@@ -6,8 +6,9 @@ Random bfloat16 weights of the true shapes, written once as the family stores th
 of the built-in texts in 128 windows of 2048. ``low`` is candidates of 1, 2 and 3 bits, scores, allocation and
 reconstruction without training. ``defaults`` is everything: as many tokens again that the model writes itself, 1,
 ternary, 2 and 3 bits, two epochs of candidates and of reconstruction, one of distillation, guard. ``routers``
-quantizes as ``low`` and tunes nothing but routers, for one epoch. With fewer layers than the model has, ``seconds_all_layers`` counts each
-stage as often as it has layers. Nothing ends early: distillation could after an epoch that did no good, and has one.
+quantizes as ``low`` and tunes nothing but routers, for one epoch. With fewer layers than the
+model has, ``seconds_all_layers`` counts each stage as often as it has layers. Nothing
+ends early: distillation could after an epoch that did no good, and has one.
 
     python benchmarks/scale.py qwen3-30b --job defaults --extrapolate 3 6
 

@@ -49,7 +49,7 @@ DENSE_BITS = (2, 3, 4, 8, 16)
 """Widths of the dense linears."""
 
 INTEGER_RANGES = {
-    "windows": (1, 1_000_000),
+    "num_windows": (1, 1_000_000),
     "micro_batch_tokens": (1, 1 << 31),
     "seed": (0, MAX_SEED),
     "total_tokens": (0, 1 << 40),

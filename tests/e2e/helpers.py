@@ -117,4 +117,4 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     structure, cpu = find_structure(skeleton), torch.device("cpu")
     values = Recipe.from_dict(recipe)
     footprint = Footprint(structure, values, skeleton.config, torch.float32, cpu)
-    return held_bytes(skeleton, structure, torch.float32) + footprint.min_working_bytes + host_bytes(values.calib)
+    return held_bytes(skeleton, structure, torch.float32) + footprint.min_working_bytes + host_bytes(values.calibration)

@@ -57,7 +57,7 @@ def test_one_line_names_the_field(case, tmp_path):
     values, message = REFUSED[case]
     source = model_folder(tmp_path / "model")
     edit_config(source, **values)
-    for command in (lambda: plan(Source(source), Recipe(seq_len=16), CPU), lambda: quantize(source)):
+    for command in (lambda: plan(source, Recipe(seq_len=16), device="cpu"), lambda: quantize(source)):
         with pytest.raises(UserError, match=message) as caught:
             command()
         assert "\n" not in str(caught.value)

@@ -118,7 +118,7 @@ def test_a_size_is_checked_with_the_types_of_the_files_before_anything_is_comput
     """Embeddings in float32, where config.json says bfloat16, take twice the bytes that the configuration promises."""
     source = model_folder(tmp_path / "model", vocab_size=4096)
     edit_config(source, dtype="bfloat16")
-    plan(Source(source), Recipe(effort="low", size=1_500_000, seq_len=24), CPU)
+    plan(source, Recipe(effort="low", size=1_500_000, seq_len=24), device="cpu")
     with pytest.raises(UserError, match=r"--size .* is too small"):
         quantize(source, bits=None, size=1_500_000)
     assert not (tmp_path / "out.work").exists()

@@ -61,22 +61,17 @@ def plan(
     host_bytes = parse_memory("--host-memory", host_memory)
     with importing():
         from gemq.cli.report import print_plan
-        from gemq.models.source import Source
         from gemq.pipeline.plan import plan as make_plan
-        from gemq.runtime.device import pick_device
 
-    picked = pick_device(device)
-    source = Source.resolve(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    # the cache of a model from the hub may lack some of its weights
-    with_weights = os.path.exists(model) and any(source.path.glob("*.safetensors"))
     result = make_plan(
-        source,
+        model,
         resolved_recipe,
-        picked,
         allocation=allocation,
-        with_weights=with_weights,
+        device=device,
         gpu_memory=gpu_bytes,
         host_memory=host_bytes,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
     if not output_json(json_file, result.to_dict()):
         print_plan(make_console(), result)

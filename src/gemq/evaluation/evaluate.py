@@ -297,7 +297,7 @@ def evaluate_paths(
         reference: the full-precision model to compare with
         texts: files; None: the built-in texts
         text_column: see ``eval_windows``
-        window: tokens per window
+        seq_len: tokens per window
         max_windows: number of windows to take from the start of each text; None: all
         dtype: ``float32``, ``bfloat16``, or ``auto``
         device: ``cpu``, ``cuda``, or ``auto``

@@ -247,7 +247,7 @@ class ModelFiles:
 
         Args:
             tokens: in the batch
-            window: tokens per window
+            seq_len: tokens per window
             device: that the model runs on
         """
         return forward_bytes(self.config, self.structure, self.dtype, device, tokens, seq_len)

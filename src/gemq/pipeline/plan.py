@@ -7,6 +7,7 @@ files nor compilation (``planning.cost_model``).
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gemq.planning.cost_model import Workload
 from gemq.planning.memory_model import held_bytes, staging_bytes
 from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.runtime.device import pick_device
 from gemq.runtime.memory import MemoryBudget
 
 LIBRARY_BYTES, CUDA_LIBRARY_BYTES = 430_000_000, 900_000_000
@@ -78,33 +80,49 @@ class Plan:
 
 
 def plan(
-    source: Source,
-    recipe: Recipe,
-    device: torch.device,
+    model: str | Path,
+    recipe: Recipe | None = None,
     *,
-    allocation: Path | None = None,
+    allocation: str | Path | None = None,
+    device: str = "auto",
     gpu_memory: int | None = None,
     host_memory: int | None = None,
-    with_weights: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
-    """Plans a job. Needs no weights.
+    """Plans a job from the model's configuration. The weights of a hub id are not downloaded.
 
     Args:
-        source: the model.
+        model: local directory or hub id.
         recipe: as for ``quantize``.
-        device: where the job would run.
-        allocation: file with the widths of all experts, as for ``quantize``.
+        allocation: JSON file with the widths of every expert, as for ``quantize``.
+        device: ``auto``, ``cpu`` or ``cuda``.
         gpu_memory: bound in bytes, as for ``quantize``.
         host_memory: bound in bytes, as for ``quantize``.
-        with_weights: the model's weights are there, so that their headers are checked as well.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: allow code of the model to run.
 
     Raises:
         UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Without bounds a model may
             be too large for this machine: a plan may be for another one.
     """
-    memory = MemoryBudget.bounded(device, gpu_memory, host_memory, None)
-    if with_weights:
+    source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    if os.path.exists(model) and any(source.path.glob("*.safetensors")):  # a hub id's cache may lack some of them
         source.check_weights()
+    allocation_file = None if allocation is None else Path(allocation)
+    return _plan(source, recipe or Recipe(), allocation_file, pick_device(device), gpu_memory, host_memory)
+
+
+def _plan(
+    source: Source,
+    recipe: Recipe,
+    allocation: Path | None,
+    device: torch.device,
+    gpu_memory: int | None,
+    host_memory: int | None,
+) -> Plan:
+    """Plans a job on a device. See ``plan``."""
+    memory = MemoryBudget.bounded(device, gpu_memory, host_memory, None)
     checked = check_model(source, recipe, allocation)
     model, structure = checked.model, checked.structure
     dtype = pick_dtype(recipe.dtype, device)

@@ -43,7 +43,7 @@ class Checked:
     Attributes:
         model: on the meta device.
         structure: of the model.
-        window: tokens per calibration window.
+        seq_len: tokens per calibration window.
         fixed_bytes: of the checkpoint's tensors outside the experts.
         allocation: one that meets the budget, or the one of the file.
     """

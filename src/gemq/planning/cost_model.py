@@ -77,7 +77,7 @@ class Workload:
         structure: the model's layers.
         recipe: of the job.
         config: the model's.
-        window: tokens per calibration window.
+        seq_len: tokens per calibration window.
         dtype: compute type.
         device: where the job computes.
         memory: bytes that weights and caches may take on the device.

@@ -267,7 +267,7 @@ def forward_bytes(
         dtype: compute type.
         device: where the model computes.
         tokens: that are run at the same time.
-        window: tokens that attend to each other.
+        seq_len: tokens that attend to each other.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
