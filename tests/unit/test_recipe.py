@@ -84,10 +84,10 @@ def test_choices(name):
         ({"dense_bits": 1}, "dense_bits cannot be 1: choose 2, 3, 4, 8, or 16 for unquantized"),
         ({"dense_bits": 5}, "dense_bits cannot be 5"),
         ({"calibration": ()}, "calibration names no source: give a text file"),
-        ({"num_windows": 0}, "windows cannot be 0: the least is 1"),
+        ({"num_windows": 0}, "num_windows cannot be 0: the least is 1"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens cannot be 0: the least is 1"),
         ({"seed": -1}, "seed cannot be -1: the least is 0"),
-        ({"seq_len": 1}, "window cannot be 1: a window has at least 2 tokens"),
+        ({"seq_len": 1}, "seq_len cannot be 1: a window has at least 2 tokens"),
         ({"dampening": -0.1}, r"dampening must be a number from 0 up \(it is -0\.1\)"),
         ({"hessian_shrinkage": -1.0}, "hessian_shrinkage must be a number from 0 up"),
         ({"smoothing": -1.0}, "smoothing must be a number from 0 up"),
@@ -211,7 +211,7 @@ def test_round_trips(recipe, tmp_path):
 
 def test_values_as_people_write_them(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("size: 12GB\nwidths: 1,1.6,3\ncalib: notes.txt\nwindows: 64.0\ndamping: 1e-3\nlayer_rule: true\n")
+    file.write_text("size: 12GB\nwidths: 1,1.6,3\ncalibration: notes.txt\nnum_windows: 64.0\ndampening: 1e-3\nlayer_rule: true\n")
     recipe = Recipe.from_yaml(file)
     assert recipe.size == 12 * 10**9
     assert recipe.candidate_widths == (1, 1.6, 3)
@@ -220,7 +220,7 @@ def test_values_as_people_write_them(tmp_path):
     assert isinstance(recipe.num_windows, int)
     assert recipe.dampening == 1e-3
     assert recipe.layer_rule is True
-    file.write_text("widths: [2, 3]\ncalib: [a.txt, self]\nbits: 2\nwindow: null\n")
+    file.write_text("widths: [2, 3]\ncalibration: [a.txt, self]\nbits: 2\nseq_len: null\n")
     recipe = Recipe.from_yaml(file)
     assert (recipe.widths, recipe.calibration, recipe.bits, recipe.seq_len) == ((2, 3), ("a.txt", "self"), 2.0, None)
     file.write_text("# nothing yet\n")
@@ -235,9 +235,9 @@ def test_values_as_people_write_them(tmp_path):
         ("2: 3", "unknown key 2"),
         ("bits: two", "bits cannot be 'two': it takes a value of type float"),
         ("bits: true", "bits cannot be True"),
-        ("windows: 1.5", r"windows cannot be 1\.5: it takes a value of type int"),
-        ("windows: true", "windows cannot be True"),
-        ("windows: [1]", r"windows cannot be \[1\]"),
+        ("num_windows: 1.5", r"num_windows cannot be 1\.5: it takes a value of type int"),
+        ("num_windows: true", "num_windows cannot be True"),
+        ("num_windows: [1]", r"num_windows cannot be \[1\]"),
         ("seed: null", "seed cannot be None"),
         ("reconstruct: 1", "reconstruct cannot be 1: it takes a value of type bool"),
         ("reconstruct: 'no'", "reconstruct cannot be 'no'"),
@@ -248,8 +248,8 @@ def test_values_as_people_write_them(tmp_path):
         ("bits: [2", "is not valid YAML .*write lines such as"),
         ("bits: .inf", "no allocation of widths"),
         ("bits: .nan", "no allocation of widths"),
-        ("windows: .inf", "windows cannot be inf"),
-        ("windows: .nan", "windows cannot be nan"),
+        ("num_windows: .inf", "num_windows cannot be inf"),
+        ("num_windows: .nan", "num_windows cannot be nan"),
         ("dampening: .nan", "dampening must be a number from 0 up"),
         ("dampening: .inf", "dampening must be a number from 0 up"),
         ("stored_bits: .nan", "stored_bits must be a positive number"),

@@ -82,7 +82,7 @@ def test_a_whole_number_is_taken_exactly(seed):
 def test_python_takes_what_yaml_takes(values, same):
     assert Recipe(**values) == Recipe(**same) == Recipe.from_dict(values)
     assert Recipe(**values).to_dict() == Recipe(**same).to_dict()
-    assert type(Recipe(**values).windows) is int
+    assert type(Recipe(**values).num_windows) is int
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_python_takes_what_yaml_takes(values, same):
         ({"bits": "two"}, "bits cannot be 'two': it takes a value of type float"),
         ({"bits": True}, "bits cannot be True"),
         ({"bits": [2.0]}, r"bits cannot be \[2.0\]"),
-        ({"num_windows": 1.5}, "windows cannot be 1.5: it takes a value of type int"),
+        ({"num_windows": 1.5}, "num_windows cannot be 1.5: it takes a value of type int"),
         ({"num_windows": "many"}, "num_windows cannot be 'many'"),
         ({"num_windows": None}, "num_windows cannot be None"),
         ({"reconstruct": 1}, "reconstruct cannot be 1: it takes a value of type bool"),
