@@ -129,7 +129,7 @@ def test_python_api(tiny_model, tmp_path):
 def test_recipe_file_and_flags_give_one_job(tiny_model, tmp_path):
     small = ("--effort", "low", "--num-windows", "4", "--seq-len", "32", "-q")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("bits: 1.5\nattention_bits: 8\nwidths: [1, 2]\nwindows: 99\n")
+    recipe.write_text("bits: 1.5\ndense_bits: 8\nwidths: [1, 2]\nnum_windows: 99\n")
     ok("quantize", tiny_model, "-o", tmp_path / "a", "--recipe", recipe, *small)
     ok("quantize", tiny_model, "-o", tmp_path / "b", "--bits", 1.5, "--dense-bits", 8, "--widths", "1,2", *small)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

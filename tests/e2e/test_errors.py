@@ -487,7 +487,7 @@ def test_ctrl_c(here, tmp_path):
     """Interrupted during a stage: exit code 1, a line that says how to go on, and going on works."""
     # enough layers for the job to be running when the signal arrives
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=16)
-    Path("quick.yaml").write_text("effort: low\nwindows: 4\nwindow: 16\nguard: false\n")
+    Path("quick.yaml").write_text("effort: low\nnum_windows: 4\nseq_len: 16\nguard: false\n")
     job = ["quantize", str(model), "-o", "x", "--recipe", "quick.yaml"]
     with open("log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "gemq", *job], stdout=log, stderr=subprocess.STDOUT)

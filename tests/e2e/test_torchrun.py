@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 RECIPE = """
 effort: low
 total_tokens: 700
-windows: 12
-window: 32
+num_windows: 12
+seq_len: 32
 micro_batch_tokens: 64
 candidate_epochs: 1
 reconstruction_epochs: 1
