@@ -17,14 +17,64 @@ from typing import TYPE_CHECKING, Any
 from gemq.errors import UserError
 
 if TYPE_CHECKING:
+    from gemq.allocation.problem import Allocation, Budget, Problem, allocate
+    from gemq.checkpoint.contents import inspect_checkpoint as inspect
+    from gemq.checkpoint.dense_export import write_dense_checkpoint
     from gemq.checkpoint.load import load
+    from gemq.evaluation.evaluate import evaluate_paths as evaluate
+    from gemq.evaluation.generate import generate
+    from gemq.pipeline.plan import Plan, plan
+    from gemq.pipeline.quantize import Result, export, quantize
+    from gemq.pipeline.size_curve import Curve, allocation_problem, size_curve
     from gemq.recipe import Recipe
+    from gemq.runtime.progress import Monitor
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "load", "quantize"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Curve",
+    "Monitor",
+    "Plan",
+    "Problem",
+    "Recipe",
+    "Result",
+    "UserError",
+    "allocate",
+    "allocation_problem",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+    "size_curve",
+    "write_dense_checkpoint",
+]
 
-_LAZY = {"load": "gemq.checkpoint.load", "quantize": "gemq.pipeline.quantize", "Recipe": "gemq.recipe"}
-"""Modules that define the public names, which are imported on first use."""
+_LAZY = {
+    "Allocation": "allocation.problem:Allocation",
+    "Budget": "allocation.problem:Budget",
+    "Curve": "pipeline.size_curve:Curve",
+    "Monitor": "runtime.progress:Monitor",
+    "Plan": "pipeline.plan:Plan",
+    "Problem": "allocation.problem:Problem",
+    "Recipe": "recipe:Recipe",
+    "Result": "pipeline.quantize:Result",
+    "allocate": "allocation.problem:allocate",
+    "allocation_problem": "pipeline.size_curve:allocation_problem",
+    "evaluate": "evaluation.evaluate:evaluate_paths",
+    "export": "pipeline.quantize:export",
+    "generate": "evaluation.generate:generate",
+    "inspect": "checkpoint.contents:inspect_checkpoint",
+    "load": "checkpoint.load:load",
+    "plan": "pipeline.plan:plan",
+    "quantize": "pipeline.quantize:quantize",
+    "size_curve": "pipeline.size_curve:size_curve",
+    "write_dense_checkpoint": "checkpoint.dense_export:write_dense_checkpoint",
+}
+"""Where the public names are defined. They are imported on first use."""
 
 _REGISTRY = "transformers.quantizers.auto"
 """The module in which Transformers registers quantizers."""
@@ -34,7 +84,13 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name not in _LAZY:
         raise AttributeError(f"module 'gemq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module, _, attribute = _LAZY[name].partition(":")
+    return getattr(importlib.import_module(f"gemq.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not imported yet."""
+    return sorted([*globals(), *_LAZY])
 
 
 def _register() -> None:

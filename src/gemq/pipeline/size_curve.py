@@ -12,13 +12,13 @@ import itertools
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemq.allocation.problem import Budget, Problem, allocate, smallest_budget
 from gemq.errors import UserError
-from gemq.models.source import configured_types
+from gemq.models.source import Source, configured_types
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.allocation_stage import Costs, layer_costs, shape_problem
 from gemq.pipeline.job_record import check_config, recorded_job
@@ -96,12 +96,7 @@ def size_curve(
     Raises:
         UserError: the directory holds no complete scores, or is damaged.
     """
-    with WorkDir.existing(Path(work)) as directory:
-        source, recipe, record = recorded_job(directory.path, model=model, trust_remote_code=trust_remote_code)
-        check_config(source, record)
-        skeleton = source.skeleton()
-        structure = find_structure(skeleton)
-        problem = _scored_problem(directory, structure, recipe)
+    source, recipe, skeleton, structure, problem = _open_scored_job(work, model, trust_remote_code)
     method = method or (recipe.allocate if recipe.allocate == "layerwise" else "global")
     if method not in ("global", "layerwise"):
         raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
@@ -124,6 +119,43 @@ def size_curve(
         )
         points.append(point)
     return Curve(str(source.path), method, original_bytes(skeleton, stored), tuple(points))
+
+
+def allocation_problem(work: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Problem:
+    """The allocation problem of a work directory of ``quantize``: what every matrix of every expert costs at each width.
+
+    Replace its ``costs`` to allocate by other scores (``dataclasses.replace``), solve it with ``allocate``, and write the
+    checkpoint with ``export(work, out=out, allocation=file)`` from ``Allocation.to_json``.
+
+    Args:
+        work: the work directory.
+        model: where the full-precision model is now, if it was moved.
+        trust_remote_code: allow code of the model to run.
+
+    Raises:
+        UserError: the directory holds no complete scores, or is damaged.
+    """
+    return _open_scored_job(work, model, trust_remote_code).problem
+
+
+class _ScoredJob(NamedTuple):
+    """A job whose scores are complete."""
+
+    source: Source
+    recipe: Recipe
+    skeleton: Any
+    structure: Structure
+    problem: Problem
+
+
+def _open_scored_job(work: str | Path, model: str | None, trust_remote_code: bool) -> _ScoredJob:
+    """Reads the scores of a work directory. See ``allocation_problem``."""
+    with WorkDir.existing(Path(work)) as directory:
+        source, recipe, record = recorded_job(directory.path, model=model, trust_remote_code=trust_remote_code)
+        check_config(source, record)
+        skeleton = source.skeleton()
+        structure = find_structure(skeleton)
+        return _ScoredJob(source, recipe, skeleton, structure, _scored_problem(directory, structure, recipe))
 
 
 def uniform_cost(problem: Problem, bits: float) -> float:
