@@ -47,12 +47,12 @@ FINISH_KEYS = (
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe under a name. ``texts`` False calibrates on self-generated windows alone; ``finish`` False assembles."""
+    """A recipe under a name, with ``texts`` or self-generated windows alone, reconstructed or assembled."""
 
     name: str
     keys: dict[str, Any] = field(default_factory=dict)
     texts: bool = True
-    finish: bool = True
+    reconstruct: bool = True
 
 
 def uniform(bits: float, **keys: Any) -> dict[str, Any]:
@@ -90,7 +90,7 @@ SETS: dict[str, list[Experiment]] = {
     "main": [
         Experiment("gemq 2.0", {"bits": 2}),
         Experiment("treated uniform 2", uniform(2)),
-        Experiment("assembled 2.0", {"bits": 2}, finish=False),
+        Experiment("assembled 2.0", {"bits": 2}, reconstruct=False),
         Experiment("gemq 1.5", {"bits": 1.5}),
         Experiment("treated random 1.5", {"allocate": "random", "bits": 1.5}),
         Experiment("gemq 2.5", {"bits": 2.5}),
@@ -111,7 +111,7 @@ SETS: dict[str, list[Experiment]] = {
         Experiment("gemq 1.5 progressive", {"bits": 1.5, "progressive": [2.5, 2.0, 1.5]}),
     ],
     "scores": [
-        Experiment(f"assembled {bits} {name}", {"bits": bits, **keys}, finish=False)
+        Experiment(f"assembled {bits} {name}", {"bits": bits, **keys}, reconstruct=False)
         for bits in (2.0, 1.5, 2.5)
         for name, keys in SCORE_KEYS.items()
     ],
@@ -170,10 +170,15 @@ class Bench:
                 budget = {} if recipe.bits is not None else {"bits": DEFAULT_BITS}
                 changes = {**{k: getattr(recipe, k) for k in FINISH_KEYS}, **budget}
                 result = export(
-                    work, out=out, changes=changes, finish=experiment.finish, device=self.device, monitor=monitor
+                    work,
+                    out=out,
+                    changes=changes,
+                    reconstruct=experiment.reconstruct,
+                    device=self.device,
+                    monitor=monitor,
                 )
             else:
-                if not experiment.finish:
+                if not experiment.reconstruct:
                     recipe = recipe.replace(reconstruct=False, reconstruction_epochs=0, distill_epochs=0, guard=False)
                 result = quantize(str(self.model), recipe, out=out, work=work, device=self.device, monitor=monitor)
             seconds = time.perf_counter() - begin

@@ -208,9 +208,7 @@ class Recipe:
             raise UserError("calibration names no source: give a text file, a data set id or self")
         self._check_numbers()
         if self.quantizer == "rtn" and (self.candidate_epochs or self.reconstruction_epochs):
-            raise UserError(
-                "quantizer rtn gives no start for training: set candidate_epochs and reconstruction_epochs to 0"
-            )
+            raise UserError("quantizer rtn allows no training: set candidate_epochs and reconstruction_epochs to 0")
         self._check_budget()
 
     def _set(self, name: str, value: Any) -> None:

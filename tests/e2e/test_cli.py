@@ -277,11 +277,11 @@ def test_export_of_baselines(work, tmp_path, method):
 
 
 def test_export_finish_equals_quantize(finished: Finished, work, tmp_path):
-    """From the same candidates, ``export --finish`` at quantize's budget gives quantize's checkpoint, and another
+    """From the same candidates, ``export --reconstruct`` at quantize's budget gives quantize's checkpoint, and another
     checkpoint than the plain export, which it follows by a reconstruct of its own."""
     shutil.rmtree(next(work.glob("reconstructed*")))
     ok("export", work, "-o", tmp_path / "plain", "--bits", 2, "-q")
-    ok("export", work, "-o", tmp_path / "finished", "--bits", 2, "--finish", "-q")
+    ok("export", work, "-o", tmp_path / "finished", "--bits", 2, "--reconstruct", "-q")
     assert contents(tmp_path / "finished") == contents(finished.out)
     weights = [contents(tmp_path / name)["model.safetensors"] for name in ("plain", "finished")]
     assert weights[0] != weights[1]

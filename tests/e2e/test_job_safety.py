@@ -191,9 +191,9 @@ def test_export_needs_no_calibration_text(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "b")
     exported("elsewhere")
     (tmp_path / "b" / "my.txt").write_text("other words " * 500)
-    exported("beside another my.txt", "--finish")
+    exported("beside another my.txt", "--reconstruct")
     (job / "my.txt").unlink()
-    exported("gone", "--finish")
+    exported("gone", "--reconstruct")
     assert contents(tmp_path / "here") == contents(tmp_path / "elsewhere")
     assert contents(tmp_path / "beside another my.txt") == contents(tmp_path / "gone")
 
@@ -203,12 +203,17 @@ def test_a_text_that_is_still_needed_is_the_recorded_one(job, tmp_path, monkeypa
     expected = contents(job / "out")
     monkeypatch.chdir(tmp_path / "b")
     (tmp_path / "b" / "my.txt").write_text("other words " * 500)
-    ran = gemq("export", job / "out.work", "-o", "x", "--bits", "2", "--finish", "-q")
+    ran = gemq("export", job / "out.work", "-o", "x", "--bits", "2", "--reconstruct", "-q")
     assert ran.code == 0, ran.err
     assert contents(tmp_path / "b" / "x") == expected
     shutil.rmtree(job / "out.work" / "guard-windows")
     (job / "my.txt").write_text("other words " * 500)
-    line(gemq("export", job / "out.work", "-o", "y", "--bits", "2", "--finish"), "my.txt", "has changed", "put it back")
+    line(
+        gemq("export", job / "out.work", "-o", "y", "--bits", "2", "--reconstruct"),
+        "my.txt",
+        "has changed",
+        "put it back",
+    )
     assert gemq("export", job / "out.work", "-o", "y", "--bits", "2", "-q").code == 0
 
 

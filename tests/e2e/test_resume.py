@@ -326,7 +326,7 @@ def test_export_of_an_unfinished_job(finished: Finished, work: Path, tmp_path: P
     """It computes what is missing rather than fail or guess."""
     (work / "candidates" / "layer-005.safetensors").unlink()
     shutil.rmtree(next(work.glob("scores-*")))
-    ran = gemq("export", work, "-o", tmp_path / "out", "--bits", 2, "--finish", "--json", "-")
+    ran = gemq("export", work, "-o", tmp_path / "out", "--bits", 2, "--reconstruct", "--json", "-")
     assert ran.code == 0, ran.err
     assert ran.json["stages"].keys() >= {"candidates", "scores"}
     assert contents(tmp_path / "out") == contents(finished.out)

@@ -277,7 +277,7 @@ def model(tmp_path: Path) -> str:
 
 
 def test_a_job_with_its_guard(model, tmp_path):
-    """Stored in the work directory, and run again by ``export --finish`` only."""
+    """Stored in the work directory, and run again by ``export --reconstruct`` only."""
     text = str(builtin_texts()[0])
     recipe = Recipe(effort="low", calibration=(text,), num_windows=4, seq_len=32, bits=2.25, reconstruct=False)
     result = quantize(model, recipe, out=tmp_path / "out", work=tmp_path / "work")
@@ -297,10 +297,10 @@ def test_a_job_with_its_guard(model, tmp_path):
     assert not {"guard", "guard windows"} & set(again.stages)  # nothing is measured twice
 
     plain = export(tmp_path / "work", out=tmp_path / "plain", changes={"bits": 2.25})
-    assert "--finish" in plain.guard["skipped"]
+    assert "--reconstruct" in plain.guard["skipped"]
     from_file = export(tmp_path / "work", out=tmp_path / "given", allocation=tmp_path / "work" / "allocation.json")
     assert "skipped" in from_file.guard
-    finished = export(tmp_path / "work", out=tmp_path / "finished", changes={"bits": 2.25}, finish=True)
+    finished = export(tmp_path / "work", out=tmp_path / "finished", changes={"bits": 2.25}, reconstruct=True)
     assert (finished.guard, finished.allocation) == (result.guard, result.allocation)
     assert Windows.load(tmp_path / "work" / "guard-windows" / "windows.safetensors").to_bytes() == written
 

@@ -211,7 +211,9 @@ def test_round_trips(recipe, tmp_path):
 
 def test_values_as_people_write_them(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("size: 12GB\nwidths: 1,1.6,3\ncalibration: notes.txt\nnum_windows: 64.0\ndampening: 1e-3\nlayer_rule: true\n")
+    file.write_text(
+        "size: 12GB\nwidths: 1,1.6,3\ncalibration: notes.txt\nnum_windows: 64.0\ndampening: 1e-3\nlayer_rule: true\n"
+    )
     recipe = Recipe.from_yaml(file)
     assert recipe.size == 12 * 10**9
     assert recipe.candidate_widths == (1, 1.6, 3)

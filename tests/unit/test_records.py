@@ -21,12 +21,12 @@ TENSORS = {"codes": torch.arange(64, dtype=torch.uint8).view(8, 8), "notes": tor
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Path:
-    """Of a work directory with two sets of tensors and a JSON result; a second stage holds a set of the same name."""
+    """A stage with two sets of tensors and a JSON result. A second stage has a set of the same name."""
     with WorkDir(tmp_path / "work", resume=False) as work:
-        one = work.stage("one", INPUTS)
-        one.save_tensors("layer-000.safetensors", TENSORS, {"names": ["n"]})
-        one.save_tensors("layer-001.safetensors", {"codes": TENSORS["codes"].T, "empty": torch.zeros(0)})
-        one.save_json("notes.json", {"count": 3})
+        saved = work.stage("one", INPUTS)
+        saved.save_tensors("layer-000.safetensors", TENSORS, {"names": ["n"]})
+        saved.save_tensors("layer-001.safetensors", {"codes": TENSORS["codes"].T, "empty": torch.zeros(0)})
+        saved.save_json("notes.json", {"count": 3})
         work.stage("two", {"a": 2}).save_tensors("layer-000.safetensors", TENSORS)
     return tmp_path / "work" / "one"
 
@@ -38,11 +38,11 @@ def resume(stage: Path) -> None:
 
 def test_what_was_saved_comes_back(stage):
     with WorkDir(stage.parent, resume=True) as work:
-        one = work.stage("one", INPUTS)
-        assert one.about("layer-000.safetensors")["names"] == ["n"]
-        found = one.load_tensors("layer-000.safetensors")
-        assert {name: t.tolist() for name, t in found.items()} == {n: t.tolist() for n, t in TENSORS.items()}
-        assert one.load_json("notes.json") == {"count": 3}
+        saved = work.stage("one", INPUTS)
+        assert saved.about("layer-000.safetensors")["names"] == ["n"]
+        tensors = saved.load_tensors("layer-000.safetensors")
+        assert {name: t.tolist() for name, t in tensors.items()} == {n: t.tolist() for n, t in TENSORS.items()}
+        assert saved.load_json("notes.json") == {"count": 3}
 
 
 def flip(path: Path, at: int) -> None:
@@ -52,10 +52,10 @@ def flip(path: Path, at: int) -> None:
 
 
 def swap(stage: Path) -> None:
-    first, second = stage / "layer-000.safetensors", stage / "layer-001.safetensors"
-    shutil.move(first, stage / "x")
-    shutil.move(second, first)
-    shutil.move(stage / "x", second)
+    layer_0, layer_1 = stage / "layer-000.safetensors", stage / "layer-001.safetensors"
+    shutil.move(layer_0, stage / "x")
+    shutil.move(layer_1, layer_0)
+    shutil.move(stage / "x", layer_1)
 
 
 def edit(path: Path) -> None:

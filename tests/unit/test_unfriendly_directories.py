@@ -34,25 +34,30 @@ def test_a_directory_without_our_marker_is_never_touched(tmp_path, names):
     for name in names:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_text("mine")
-    before = contents(tmp_path)
+    contents_before = contents(tmp_path)
     for resume in (True, False):
         with pytest.raises(UserError, match="is not a work directory of gemq"):
             WorkDir(tmp_path / "mine", resume=resume)
     with pytest.raises(UserError, match="is not a work directory of gemq"):
         WorkDir.existing(tmp_path / "mine")
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == contents_before
 
 
 def test_of_our_own_directory_only_our_temporary_files_are_removed(tmp_path):
     with WorkDir(tmp_path / "work", resume=False) as work:
         work.stage("candidates", {})
-    own = (".waiting-1-1", "candidates/.layer-000.safetensors.tmp", "candidates/.tmp36rpNw", ".job.json.0a1b2c3d.tmp")
+    temporary = (
+        ".waiting-1-1",
+        "candidates/.layer-000.safetensors.tmp",
+        "candidates/.tmp36rpNw",
+        ".job.json.0a1b2c3d.tmp",
+    )
     others = (".gitignore", "candidates/.DS_Store", ".config/settings.tmp", "notes.txt", ".hidden/.deep/.x.tmp")
-    for name in (*own, *others):
+    for name in (*temporary, *others):
         (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "work" / name).write_text("x")
     with WorkDir(tmp_path / "work", resume=True):
-        assert not [name for name in own if (tmp_path / "work" / name).exists()]
+        assert not [name for name in temporary if (tmp_path / "work" / name).exists()]
         assert all((tmp_path / "work" / name).exists() for name in others)
 
 

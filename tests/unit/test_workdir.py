@@ -43,8 +43,8 @@ def test_rows_of_a_set_are_those_of_its_tensors(tmp_path):
         stage = work.stage("s", {})
         tensors = {"a": torch.arange(12).view(4, 3), "b": torch.arange(4, dtype=torch.uint8)}
         stage.save_tensors("x.safetensors", tensors)
-        found = stage.load_tensors("x.safetensors", rows=slice(1, 3))
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensor[1:3]) for name, tensor in tensors.items())
-        (one,) = stage.load_tensors("x.safetensors", is_wanted=lambda key: key == "b", rows=slice(0, 0)).values()
-        assert not len(one)
+        loaded = stage.load_tensors("x.safetensors", rows=slice(1, 3))
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensor[1:3]) for name, tensor in tensors.items())
+        (no_rows,) = stage.load_tensors("x.safetensors", is_wanted=lambda key: key == "b", rows=slice(0, 0)).values()
+        assert not len(no_rows)

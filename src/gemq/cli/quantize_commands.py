@@ -144,8 +144,8 @@ def export(
     model: Annotated[
         str | None, typer.Option("--model", help="Where the full-precision model is, if it was moved.")
     ] = None,
-    finish: Annotated[
-        bool, typer.Option("--finish", help="Reconstruct layers at the new widths, as quantize does.")
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Reconstruct layers at the new widths, as quantize does.")
     ] = False,
     curve: Annotated[
         bool, typer.Option("--curve", help="Predicted cost and bytes of all budgets of the candidates; no output.")
@@ -169,14 +169,20 @@ def export(
     budget = recipe_overrides(bits=bits, stored_bits=stored_bits, size=size, allocate=allocate)
     check_json_path(json_file)
     if curve:
-        if out is not None or dense is not None or allocation is not None or finish or budget.keys() - {"allocate"}:
+        if (
+            out is not None
+            or dense is not None
+            or allocation is not None
+            or reconstruct
+            or budget.keys() - {"allocate"}
+        ):
             raise UserError("--curve goes over all budgets and makes no checkpoint: leave -o, --bits and others out")
         _export_curve(work, budget.get("allocate"), model, trust_remote_code, quiet, json_file)
         return
     if dense is not None:
         if out is not None:
             raise UserError("--dense names the output: leave -o out")
-        if budget or allocation is not None or finish or model is not None:
+        if budget or allocation is not None or reconstruct or model is not None:
             raise UserError("--dense writes a checkpoint as it is: leave --bits and other flags of the budget out")
         _export_dense(work, dense, trust_remote_code, quiet)
         return
@@ -190,7 +196,7 @@ def export(
         work,
         out=out,
         changes=budget,
-        finish=finish,
+        reconstruct=reconstruct,
         allocation=allocation,
         device=device,
         gpu_memory=parse_memory("--gpu-memory", gpu_memory),
@@ -201,10 +207,10 @@ def export(
     )
     if not output_json(json_file, result.to_dict()) and not quiet:
         print_result(make_console(), result)
-        if not finish:
+        if not reconstruct:
             make_console().print(
                 "Assembled from the candidates, which were calibrated on full-precision activations; "
-                "--finish reconstructs the layers at the new widths."
+                "--reconstruct reconstructs the layers at the new widths."
             )
 
 

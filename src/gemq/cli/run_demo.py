@@ -32,20 +32,20 @@ class Variant:
         name: as the table shows it
         directory: of the checkpoint
         changes: recipe keys
-        finish: whether its layers are reconstructed
+        reconstruct: whether its layers are reconstructed
     """
 
     name: str
     directory: str
     changes: dict[str, Any]
-    finish: bool = False
+    reconstruct: bool = False
 
 
 VARIANTS = (
     Variant("random 2.0 *", "random-2.0", {"bits": 2.0, "allocate": "random"}),
     Variant("uniform 2 bit *", "uniform-2", {"bits": 2.0, "allocate": "uniform"}),
     Variant("gemq 2.0 *", "gemq-2.0-exported", {"bits": 2.0}),
-    Variant("gemq 1.5", "gemq-1.5", {"bits": 1.5}, finish=True),
+    Variant("gemq 1.5", "gemq-1.5", {"bits": 1.5}, reconstruct=True),
 )
 TABLE_ORDER = ("full precision", "random 2.0 *", "uniform 2 bit *", "gemq 2.0 *", "gemq 2.0", "gemq 1.5")
 CAPTION = "* exported in seconds from the same experts: layers not reconstructed, nothing distilled"
@@ -72,7 +72,7 @@ def run_demo(out: Path, device: str, console: Console) -> dict[str, Any]:
             work,
             out=paths[variant.name],
             changes=variant.changes,
-            finish=variant.finish,
+            reconstruct=variant.reconstruct,
             device=device,
             monitor=monitor,
         )

@@ -1,7 +1,7 @@
 """The size curve: bytes and predicted cost of every budget within the candidate widths, from a work directory's scores.
 
 Each point solves one allocation. Neither weights nor candidates are read. The scores are those around the
-full-precision model, as in an ``export`` without ``finish``.
+full-precision model, as in an ``export`` without ``reconstruct``.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def size_curve(
 
 
 def allocation_problem(work: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Problem:
-    """The allocation problem of a work directory of ``quantize``: what every matrix of every expert costs at each width.
+    """The allocation problem of a work directory of ``quantize``: the cost of every expert matrix at each width.
 
-    Replace its ``costs`` to allocate by other scores (``dataclasses.replace``), solve it with ``allocate``, and write the
-    checkpoint with ``export(work, out=out, allocation=file)`` from ``Allocation.to_json``.
+    Replace its ``costs`` to allocate by other scores (``dataclasses.replace``) and solve it with ``allocate``. Save
+    ``Allocation.to_json`` to a file, and ``export(work, out=out, allocation=file)`` writes the checkpoint.
 
     Args:
         work: the work directory.

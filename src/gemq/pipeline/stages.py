@@ -65,7 +65,7 @@ class JobStages:
         elif not recipe.guard:
             guard_skipped = "switched off in the recipe"
         elif plain_export:
-            guard_skipped = "a plain export takes seconds; --finish runs it"
+            guard_skipped = "a plain export takes seconds; --reconstruct runs it"
         return cls(scores, guard_skipped, reconstruct)
 
     @property

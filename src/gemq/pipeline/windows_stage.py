@@ -274,7 +274,7 @@ def windows_work(workload: Workload, count: int) -> Work:
         free_bytes = workload.memory - weight_bytes
         batch = gpu_batch_size(count, batch, free_bytes // cache_bytes(config, seq_len, workload.dtype.itemsize))
     tokens, steps = count * seq_len, seq_len * -(-count // batch)
-    work = workload.head(tokens) + Work(bytes=steps * weight_bytes)
+    work = workload.head(tokens) + Work(bytes=steps * weight_bytes * workload.costs.weight_reads)
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens, steps)
     return dataclasses.replace(work, calls=work.calls * GRAPH_CALLS) if on_gpu else work

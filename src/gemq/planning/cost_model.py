@@ -32,6 +32,10 @@ class DeviceCosts(NamedTuple):
     """Operations that a call of a layer launches."""
     expert_calls: int
     """Operations that it launches for each expert."""
+    product_slowdown: float
+    """Time of a product in a forward pass, as a multiple of that of the measured one."""
+    weight_reads: float
+    """Time to read all weights while windows are generated, as a multiple of an elementwise pass."""
     gptq_products: int
     """Floating-point operations of GPTQ for each weight and column."""
     gptq_bytes: int
@@ -40,8 +44,24 @@ class DeviceCosts(NamedTuple):
     """Read and written for each weight by a training step: rounding, its gradient, AdamW."""
 
 
-CPU = DeviceCosts(layer_calls=150, expert_calls=10, gptq_products=1, gptq_bytes=250, train_bytes=150)
-GPU = DeviceCosts(layer_calls=80, expert_calls=0, gptq_products=45, gptq_bytes=0, train_bytes=22)
+CPU = DeviceCosts(
+    layer_calls=150,
+    expert_calls=10,
+    product_slowdown=1.0,
+    weight_reads=0.3,
+    gptq_products=1,
+    gptq_bytes=250,
+    train_bytes=150,
+)
+GPU = DeviceCosts(
+    layer_calls=80,
+    expert_calls=0,
+    product_slowdown=1.5,
+    weight_reads=2.5,
+    gptq_products=45,
+    gptq_bytes=0,
+    train_bytes=20,
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +170,8 @@ class Workload:
         if any(linear.kind == "attention" for linear in layer.linears):
             weights += 2 * hidden * self.seq_len  # keys and values of a window take part like weights
         passes = tokens * DENSE_PASSES * hidden * self.dtype.itemsize
-        work = Work(2 * tokens * weights, passes, calls * self.costs.layer_calls)
+        products = 2 * tokens * weights * self.costs.product_slowdown
+        work = Work(products, passes, calls * self.costs.layer_calls)
         return work + self.experts(layer, tokens, calls)
 
     def experts(self, layer: Layer, tokens: float, calls: float) -> Work:
@@ -160,13 +181,14 @@ class Workload:
         pairs = tokens * experts_per_token(self.text_config)
         size = self.text_config.hidden_size + layer.experts.matrices[1].columns
         passes = pairs * EXPERT_PASSES * size * self.dtype.itemsize
-        launched = calls * layer.experts.count * self.costs.expert_calls
-        return Work(2 * pairs * layer.experts.weights_per_expert, passes, launched)
+        products = 2 * pairs * layer.experts.weights_per_expert * self.costs.product_slowdown
+        return Work(products, passes, calls * layer.experts.count * self.costs.expert_calls)
 
     def head(self, tokens: float) -> Work:
         """Logits, and their softmax or loss."""
         logits = tokens * self.text_config.vocab_size
-        return Work(2 * logits * self.text_config.hidden_size, logits * LOGIT_BYTES)
+        products = 2 * logits * self.text_config.hidden_size * self.costs.product_slowdown
+        return Work(products, logits * LOGIT_BYTES)
 
     def quantize(self, layer: Layer, widths: int) -> Work:
         """Hessians and GPTQ of every expert at ``widths`` widths, and of the dense linears at one."""

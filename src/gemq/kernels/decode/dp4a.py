@@ -78,7 +78,7 @@ def _groups_times_vector(
     UPPER_WORDS: tl.constexpr = max(1, GROUP_SIZE // 32)  # words of the high plane of 3 bits
     LANES: tl.constexpr = STEP_GROUPS * LANES_PER_GROUP
     lane = tl.arange(0, LANES)
-    share = lane % LANES_PER_GROUP
+    lane_in_group = lane % LANES_PER_GROUP
     group = tl.minimum(first_group + lane // LANES_PER_GROUP, NUM_GROUPS - 1)  # from ``end_group`` on, x is zero
     upper = ()
     if LEVELS == 3:  # the window with the group starts at a multiple of 8 bytes
@@ -86,23 +86,23 @@ def _groups_times_vector(
         words = _load_words(codes, first_word, WORDS, LOAD_WORDS)
         shift = tl.broadcast_to((group * GROUP_BYTES % 8 * 8)[:, None, None], [LANES, 1, LOAD_WORDS])
     else:
-        shift = tl.broadcast_to((share * WORDS // UPPER_WORDS)[:, None, None], [LANES, 1, LOAD_WORDS])
+        shift = tl.broadcast_to((lane_in_group * WORDS // UPPER_WORDS)[:, None, None], [LANES, 1, LOAD_WORDS])
         first_word = (row[None, :] * NUM_GROUPS + group[:, None]) * (GROUP_BYTES // 4)
-        words = _load_words(codes, first_word + (share * WORDS)[:, None], WORDS, LOAD_WORDS)
+        words = _load_words(codes, first_word + (lane_in_group * WORDS)[:, None], WORDS, LOAD_WORDS)
         if LEVELS == 8:
-            upper_word = first_word + (GROUP_SIZE // 16 + share * WORDS % UPPER_WORDS)[:, None]
+            upper_word = first_word + (GROUP_SIZE // 16 + lane_in_group * WORDS % UPPER_WORDS)[:, None]
             upper = _load_words(codes, upper_word, min(WORDS, UPPER_WORDS), LOAD_WORDS)
     # Without this factor, Triton sees that scales are contiguous, and loads them into other threads than their codes.
     scale_index = row[None, :] * NUM_GROUPS + (group * runtime_one)[:, None]
     scale_byte, offset_byte = tl.load(scales + scale_index), tl.load(offsets + scale_index)
     if WAIT:
         gdc_wait()
-    high, low, per_code, sums = fixed_point(
+    high, low, x_scale, sums = fixed_point(
         x, first_group, end_group, ALL_INSIDE, LEVELS, PLAIN, GROUP_SIZE, STEP_GROUPS, LANES, LOAD_WORDS
     )
     products = dot(words, upper, shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS, PLAIN).to(tl.float32)
     scale = decode_scale(scale_byte)
-    return scale * (products * per_code) + decode_offset(offset_byte, scale, LEVELS - 1.0) * sums
+    return scale * (products * x_scale) + decode_offset(offset_byte, scale, LEVELS - 1.0) * sums
 
 
 @triton.jit

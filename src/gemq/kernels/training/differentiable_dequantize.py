@@ -51,7 +51,7 @@ class TorchCodes:
         """Return the tensors that can be offloaded between two uses."""
         return list(self.packed.values())
 
-    def _unpacked_chunks(self, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def unpacked_chunks(self, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the indices [n] int64 and codes [n, R, C] uint8 of a few matrices at a time, over all matrices."""
         for width, indices in self.indices.items():
             packed = self.packed[width]
@@ -64,7 +64,7 @@ class TorchCodes:
         groups = scales.shape[-1]
         columns = groups * self.group_size
         out = torch.empty(*scales.shape[:2], columns, dtype=dtype, device=scales.device)
-        for indices, codes in self._unpacked_chunks(columns):
+        for indices, codes in self.unpacked_chunks(columns):
             grouped_codes = codes.unflatten(-1, (groups, -1)).float()
             weight = torch.addcmul(offsets[indices].unsqueeze(-1), grouped_codes, scales[indices].unsqueeze(-1))
             out[indices] = weight.flatten(-2).to(dtype)
@@ -76,7 +76,7 @@ class TorchCodes:
         groups = columns // self.group_size
         grad_scales = gradient.new_zeros(experts, rows, groups, dtype=torch.float32)
         grad_offsets = torch.zeros_like(grad_scales)
-        for indices, codes in self._unpacked_chunks(columns):
+        for indices, codes in self.unpacked_chunks(columns):
             grad = gradient[indices].float().unflatten(-1, (groups, -1))
             grad_offsets[indices] = grad.sum(-1)
             grad_scales[indices] = grad.mul_(codes.unflatten(-1, (groups, -1))).sum(-1)

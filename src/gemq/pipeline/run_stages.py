@@ -1,0 +1,272 @@
+"""The stages of a job in order, and their result.
+
+Calibration windows, candidates, sensitivity, scores, allocation, guard, reconstruction, distillation, save. Each stage
+takes the results of earlier stages as arguments and keeps its own in the work directory, so that a job can be resumed,
+and another budget computes only the stages that depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemq.allocation.problem import Allocation, Budget, Problem
+from gemq.checkpoint.format import PackedFormat
+from gemq.models.byte_sizes import quantized_share
+from gemq.models.replay import Replay
+from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve
+from gemq.pipeline.candidates_stage import CandidateFiles, count_candidate_fallbacks, run_candidates
+from gemq.pipeline.context import Job
+from gemq.pipeline.guard_stage import guard_plans, run_guard
+from gemq.pipeline.job_record import record_result
+from gemq.pipeline.load_stage import run_load
+from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, original_bytes, read_allocation
+from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_layers, run_reconstruction
+from gemq.pipeline.save_stage import card_facts, is_complete, make_packed_format, run_save
+from gemq.pipeline.scores_stage import FULL_PRECISION, run_scores
+from gemq.pipeline.sensitivity_stage import run_sensitivity
+from gemq.pipeline.stages import JobStages, stage_rounds, stage_seconds
+from gemq.pipeline.windows_stage import Calibration, begin_reading, run_windows
+from gemq.planning.cost_model import Workload
+from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths
+from gemq.recipe import Recipe
+from gemq.runtime.files import check_free_space, write_text
+
+OTHER_BUDGETS = (1.5, 2.5, 2.0, 3.0)
+"""Budgets in bits that the summary suggests for another export, in order of preference."""
+
+MIN_BUDGET_DISTANCE = 0.4
+"""Bits between a job's own budget and the one that the summary suggests."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``quantize`` and ``export`` return. ``to_dict`` is the JSON of the command line."""
+
+    out: Path
+    work: Path
+    complete_before: bool
+    """The output existed already, made by this very job."""
+    budget: str
+    method: str
+    predicted_cost: float | None
+    allocation: list[list[ExpertWidths]]
+    """By layer and expert the widths of gate and up, and of down; in JSON one number where they are the same."""
+    layer_bits: list[float]
+    """Mean nominal bits of each layer's expert weights, 0 for a dense layer."""
+    parameters: dict[str, int]
+    quantized_share: float
+    original_bytes: int
+    stored_bytes: int
+    expert_bits_nominal: float
+    expert_bits_stored: float
+    seq_len: int
+    windows: dict[str, int]
+    fallbacks: dict[str, int]
+    gains: dict[str, float] = field(default_factory=dict)
+    """Errors on held-out windows before and after training: of layers' outputs (relative) and of distillation (nats)"""
+    calibration_rows: dict[str, Any] = field(default_factory=dict)
+    """By source with rows: the columns that its texts are from with their rows, and what was left out."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """The guard's verdict on the allocation, or why it was ``skipped``."""
+    waited: dict[str, int] = field(default_factory=dict)
+    """Most bytes of activations and packed layers in ``host memory`` and on ``disk`` that the device did not hold."""
+    work_bytes: int = 0
+    other_bits: float | None = None
+    """A budget for another ``export``; None where there is only one candidate width."""
+    trust_remote_code: bool = False
+    """Whether the model brings code, which each command has to allow."""
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the command line writes them to JSON."""
+        values = {**dataclasses.asdict(self), "allocation": plain_widths(self.allocation)}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What all stages after the candidates work on.
+
+    Attributes:
+        job: the job.
+        stages: which of the optional stages run.
+        replay: the full-precision model.
+        stored: the type in which each parameter is stored.
+        calibration: the calibration windows.
+        candidates: of all layers.
+    """
+
+    job: Job
+    stages: JobStages
+    replay: Replay
+    stored: dict[str, torch.dtype]
+    calibration: Calibration
+    candidates: CandidateFiles
+
+    def problem(self, costs: Costs | None, leave_out: str | None = None) -> Problem:
+        """The allocation problem. ``leave_out``: a calibration source that does not count."""
+        windows = self.calibration.windows
+        return make_problem(self.replay.structure, self.job.recipe, windows, self.candidates, costs, leave_out)
+
+    def reconstruct(self, allocation: Allocation) -> ReconstructedModel:
+        """The model reconstructed at the widths of an allocation."""
+        return run_reconstruction(self.job, self.replay, self.stored, self.calibration.windows, allocation)
+
+
+def run_stages(
+    job: Job,
+    stages: JobStages,
+    out: Path,
+    allocation_file: Path | None,
+    key: str | None = None,
+    verify: bool = True,
+) -> Result:
+    """Runs the stages of a job.
+
+    Args:
+        job: the job.
+        stages: which of the optional stages run.
+        out: directory of the checkpoint.
+        allocation_file: with the widths of every expert, if they are given.
+        key: of the result in the work directory, by which ``--resume`` recognises its own output.
+        verify: compare the replay with the model's own forward.
+    """
+    begin_reading(job)
+    replay, stored = run_load(job, verify)
+    structure, ranks, recipe = replay.structure, replay.ranks, job.recipe
+    # The budget was checked with the types of the configuration. Files may hold wider ones.
+    unquantized_bytes = fixed_bytes(replay.model, structure, recipe, stored)
+    check_allocation(structure, recipe, unquantized_bytes, allocation_file)
+    _expect_stages(job, replay, stages)
+    calibration = run_windows(job, replay, lambda windows: guard_plans(recipe, windows) if stages.guard else ())
+    candidates = run_candidates(job, replay, calibration.windows)
+    count_candidate_fallbacks(job, replay, candidates)
+    prepared = _Prepared(job, stages, replay, stored, calibration, candidates)
+    costs = _run_costs(prepared) if stages.scores else None
+    allocation, verdict = _run_allocation(prepared, costs, unquantized_bytes, allocation_file)
+    method = "from a file" if allocation_file else allocation.method
+    packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct)
+    if key is not None:
+        ranks.run_on_first(lambda: record_result(job.work.path, key, packed_format.fingerprint))
+    complete_before = ranks.run_on_first(lambda: is_complete(out, packed_format))
+    stored_bytes = unquantized_bytes + allocation.stored_bytes
+    gains: dict[str, float] = {}
+    if not complete_before:
+        ranks.run_on_first(lambda: check_free_space(out, stored_bytes))
+        gains = _run_output(prepared, allocation, method, packed_format, out)
+    job.count_accelerations()
+    return Result(
+        out=out,
+        work=job.work.path,
+        complete_before=complete_before,
+        budget="of the file" if allocation_file else recipe.budget_text,
+        method=method,
+        predicted_cost=allocation.predicted_cost if costs is not None else None,
+        allocation=allocation.by_layer,
+        layer_bits=list(allocation.layer_bits),
+        parameters=structure.parameters,
+        quantized_share=quantized_share(structure, recipe),
+        original_bytes=original_bytes(replay.model, stored),
+        stored_bytes=stored_bytes,
+        expert_bits_nominal=allocation.nominal_bits,
+        expert_bits_stored=allocation.stored_bits,
+        seq_len=calibration.windows.seq_len,
+        windows=calibration.windows.counts(),
+        fallbacks=job.fallbacks,
+        gains=gains,
+        calibration_rows=calibration.rows,
+        guard=verdict,
+        waited={tier.value: count for tier, count in job.memory.spilled.items()},
+        work_bytes=job.work.size(),
+        other_bits=_other_bits(recipe, allocation.nominal_bits),
+        trust_remote_code=job.source.trust_remote_code,
+        stages={name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()},
+    )
+
+
+def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
+    """Lets a progress bar that is shown know how long each stage will take."""
+    if job.monitor.console is None:
+        return
+    dtype = replay.model.dtype
+    memory = job.memory.on_device.limit - job.working_bytes
+    workload = Workload(replay.structure, job.recipe, replay.model.config, job.seq_len, dtype, job.device, memory)
+    job.monitor.expected = stage_seconds(workload, stages)
+    job.monitor.rounds = stage_rounds(job.recipe)
+
+
+def _run_costs(prepared: _Prepared) -> Costs:
+    """Scores and sensitivities.
+
+    A progressive recipe reconstructs the model at each of its budgets but the last. The next scores are computed around
+    that model.
+    """
+    job, replay, candidates = prepared.job, prepared.replay, prepared.candidates
+    windows, recipe = prepared.calibration.windows, job.recipe
+    sensitivity = run_sensitivity(job, replay, windows, candidates) if recipe.rescale else None
+    scored_model = FULL_PRECISION
+    earlier_budgets = recipe.progressive[:-1] if prepared.stages.reconstruct else ()
+    for bits in earlier_budgets:
+        costs = Costs(run_scores(job, replay, windows, candidates, scored_model), sensitivity)
+        allocation = solve(prepared.problem(costs), Budget("bits", bits), recipe)
+        model = prepared.reconstruct(allocation)
+        scored_model = model.scored(job, replay, allocation.by_layer)
+    return Costs(run_scores(job, replay, windows, candidates, scored_model), sensitivity)
+
+
+def _run_allocation(
+    prepared: _Prepared, costs: Costs | None, unquantized_bytes: int, allocation_file: Path | None
+) -> tuple[Allocation, dict[str, Any]]:
+    """The widths of all experts, and the guard's verdict on them. Writes ``allocation.json``."""
+    job, replay = prepared.job, prepared.replay
+    problem = prepared.problem(costs)
+    verdict: dict[str, Any] = {"skipped": prepared.stages.guard_skipped}
+    if allocation_file is not None:
+        allocation = read_allocation(allocation_file, problem)
+    else:
+        with job.monitor.stage(ALLOCATE, 1) as tick:
+            budget = expert_budget(job.recipe, unquantized_bytes, problem)
+            allocation = solve(problem, budget, job.recipe)
+            tick()
+    if prepared.stages.guard:
+        allocation, verdict = run_guard(
+            job,
+            replay,
+            prepared.calibration,
+            prepared.candidates,
+            problem,
+            budget,
+            allocation,
+            lambda name: prepared.problem(costs, leave_out=name),
+        )
+    replay.ranks.run_on_first(lambda: write_text(job.work.path / "allocation.json", allocation.to_json()))
+    return allocation, verdict
+
+
+def _run_output(
+    prepared: _Prepared, allocation: Allocation, method: str, packed_format: PackedFormat, out: Path
+) -> dict[str, float]:
+    """Reconstructs the model, or assembles it from the candidates, and saves it. Returns what training gained."""
+    job, replay = prepared.job, prepared.replay
+    if prepared.stages.reconstruct:
+        model = prepared.reconstruct(allocation)
+        layers, tuned, gains = model.layers(), model.tuned, model.gains
+    else:
+        layers, tuned, gains = assembled_layers(replay, prepared.candidates, allocation), {}, {}
+    facts = card_facts(replay.structure, job.recipe, allocation, method)
+    run_save(job, replay, prepared.stored, out, packed_format, layers, tuned, facts)
+    return gains
+
+
+def _other_bits(recipe: Recipe, bits: float) -> float | None:
+    """A budget within the candidate widths that is clearly different from ``bits``; None if there is none."""
+    low, high = nominal_bits(recipe.candidate_widths[0]), nominal_bits(recipe.candidate_widths[-1])
+    for budget in (*OTHER_BUDGETS, low, high):
+        if low <= budget <= high and abs(budget - bits) > MIN_BUDGET_DISTANCE:
+            return budget
+    return None
