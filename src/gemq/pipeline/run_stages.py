@@ -233,17 +233,17 @@ def _run_allocation(
             budget = expert_budget(job.recipe, unquantized_bytes, problem)
             allocation = solve(problem, budget, job.recipe)
             tick()
-    if prepared.stages.guard:
-        allocation, verdict = run_guard(
-            job,
-            replay,
-            prepared.calibration,
-            prepared.candidates,
-            problem,
-            budget,
-            allocation,
-            lambda name: prepared.problem(costs, leave_out=name),
-        )
+        if prepared.stages.guard:
+            allocation, verdict = run_guard(
+                job,
+                replay,
+                prepared.calibration,
+                prepared.candidates,
+                problem,
+                budget,
+                allocation,
+                lambda name: prepared.problem(costs, leave_out=name),
+            )
     replay.ranks.run_on_first(lambda: write_text(job.work.path / "allocation.json", allocation.to_json()))
     return allocation, verdict
 
