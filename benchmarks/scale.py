@@ -72,7 +72,7 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-30b": (Qwen3MoeConfig, QWEN3),
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
-H100 = Rates(products=6.5e14, bytes=2e12, near=2e12, calls=6e4, draws=8e11)
+H100 = Rates(products=6.5e14, bytes=2e12, calls=6e4)
 """As ``gemq.runtime.device`` measures them."""
 
 ONCE = ("load", "allocate")
