@@ -270,7 +270,7 @@ def main() -> None:
             row = (total["seconds"], total["all"], int(total["gpu"]), int(total["host"]))
         table.add_row(name, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{row[2] / 1e9:.2f}", f"{row[3] / 1e9:.2f}")
         names = ("seconds", "seconds_all_layers", "peak_gpu_bytes", "peak_host_bytes")
-        waited = {f"waited_{place.split()[0]}_bytes": count for place, count in result.waited.items()}
+        waited = {f"waited_{place.split()[0]}_bytes": count for place, count in result.spilled_bytes.items()}
         cells = {**common, "stage": name, **dict(zip(names, row, strict=True)), **waited}
         append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
     Console().print(table)

@@ -95,9 +95,8 @@ class InputRecorder:
         """Records while the context is open.
 
         Args:
-            expected_counts: The forward pass ends by ``StopForward`` once ``call_counts`` equals this. By default, and
-                if one of the counts is zero, it runs to its end: a module without calls says nothing about when it
-                would be called.
+            expected_counts: The forward pass ends by ``StopForward`` once ``call_counts`` equals this. Without it,
+                or if a count is zero, the pass runs to its end, since an uncalled module might still be called.
         """
         stops_early = expected_counts is not None and 0 not in expected_counts
 

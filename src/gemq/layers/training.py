@@ -37,7 +37,7 @@ class Training:
         val_fraction: Share of the micro-batches that is held out for validation.
         seed: Of the order of micro-batches.
         on_capture_failure: Called when steps cannot be captured in a CUDA graph and are launched kernel by kernel.
-        state_bytes: MemoryBudget for the state of experts that are trained together. None: the largest of
+        state_bytes: Bytes for the optimizer state of experts that are trained together. None: the largest of
             ``candidate_training.train_state_sizes``.
     """
 

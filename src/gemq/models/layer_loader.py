@@ -116,7 +116,7 @@ class LayerLoader:
         self._model, self._reader, self._memory = model, reader, memory
         self._experts = [layer.experts for layer in layers]
         self._slots = slots
-        self._needs_no_balance: set[int] = set()  # layers whose experts were found within reach of the scales
+        self._needs_no_balance: set[int] = set()  # layers whose expert weights the scales can represent
         self._pending: tuple[int, Future[_LoadedLayer]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gemq-layers")
         self._stream = torch.cuda.Stream(memory.device) if memory.device.type == "cuda" else None

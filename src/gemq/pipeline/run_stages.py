@@ -50,7 +50,7 @@ class Result:
     out: Path
     work: Path
     complete_before: bool
-    """The output existed already, made by this very job."""
+    """An earlier run of this job had already written the output."""
     budget: str
     method: str
     predicted_cost: float | None
@@ -73,7 +73,7 @@ class Result:
     """By source with rows: the columns that its texts are from with their rows, and what was left out."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The guard's verdict on the allocation, or why it was ``skipped``."""
-    waited: dict[str, int] = field(default_factory=dict)
+    spilled_bytes: dict[str, int] = field(default_factory=dict)
     """Most bytes of activations and packed layers in ``host memory`` and on ``disk`` that the device did not hold."""
     work_bytes: int = 0
     other_bits: float | None = None
@@ -133,7 +133,7 @@ def run_stages(
         stages: which of the optional stages run.
         out: directory of the checkpoint.
         allocation_file: with the widths of every expert, if they are given.
-        key: of the result in the work directory, by which ``--resume`` recognises its own output.
+        key: under which the work directory records the result, so that ``--resume`` recognizes its output.
         verify: compare the replay with the model's own forward.
     """
     begin_reading(job)
@@ -147,7 +147,7 @@ def run_stages(
     candidates = run_candidates(job, replay, calibration.windows)
     count_candidate_fallbacks(job, replay, candidates)
     prepared = _Prepared(job, stages, replay, stored, calibration, candidates)
-    costs = _run_costs(prepared) if stages.scores else None
+    costs = _compute_costs(prepared) if stages.scores else None
     allocation, verdict = _run_allocation(prepared, costs, unquantized_bytes, allocation_file)
     method = "from a file" if allocation_file else allocation.method
     packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct)
@@ -181,7 +181,7 @@ def run_stages(
         gains=gains,
         calibration_rows=calibration.rows,
         guard=verdict,
-        waited={tier.value: count for tier, count in job.memory.spilled.items()},
+        spilled_bytes={tier.value: count for tier, count in job.memory.spilled.items()},
         work_bytes=job.work.size(),
         other_bits=_other_bits(recipe, allocation.nominal_bits),
         trust_remote_code=job.source.trust_remote_code,
@@ -190,7 +190,7 @@ def run_stages(
 
 
 def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
-    """Lets a progress bar that is shown know how long each stage will take."""
+    """Sets the expected times of the stages for the progress bar, if one is shown."""
     if job.monitor.console is None:
         return
     dtype = replay.model.dtype
@@ -200,7 +200,7 @@ def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
     job.monitor.rounds = stage_rounds(job.recipe)
 
 
-def _run_costs(prepared: _Prepared) -> Costs:
+def _compute_costs(prepared: _Prepared) -> Costs:
     """Scores and sensitivities.
 
     A progressive recipe reconstructs the model at each of its budgets but the last. The next scores are computed around

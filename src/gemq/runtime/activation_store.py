@@ -20,8 +20,8 @@ from gemq.runtime.memory import MemoryBudget, MemoryTier
 class HiddenStates(Tensor):
     """Hidden states [B, S, H] with the extra outputs of the layer that computed them.
 
-    Only a few families have extra outputs, such as the positions that sparse attention chose. They belong to these very
-    hidden states, so both are stored and loaded as one. Operations on this type return plain tensors, as operations on
+    Only a few families have extra outputs, such as the positions that sparse attention chose. They belong to the
+    hidden states, so both are stored and loaded together. Operations on this type return plain tensors, as those on
     ``nn.Parameter`` do.
 
     Attributes:

@@ -31,7 +31,7 @@ DEFAULT_FRACTION = 0.9
 
 UNLIMITED = 1 << 62
 
-SPILL_PREFIX = ".waiting-"
+SPILL_PREFIX = ".spilled-"
 """Prefix of the files that hold what does not fit into memory. A job removes those that a killed job left."""
 
 MAX_HOST_THREADS = 8
@@ -113,7 +113,7 @@ class MemoryBudget:
 
     @classmethod
     def unlimited(cls, device: torch.device) -> MemoryBudget:
-        """Return bounds that everything fits."""
+        """Return a budget without limits."""
         bound = ByteLimit(UNLIMITED)
         return cls(device, bound, bound if device.type == "cpu" else ByteLimit(UNLIMITED))
 
@@ -126,7 +126,7 @@ class MemoryBudget:
         directory: Path | None,
         processes: int = 1,
     ) -> MemoryBudget:
-        """Return the bounds that a user asked for.
+        """Return a budget with the user's limits.
 
         Args:
             device: where the job computes
@@ -220,8 +220,8 @@ class MemoryBudget:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{gigabytes(self.on_device.limit)} of memory were not enough: give more with {self.flag}, or close "
-                "what else runs there; gemq quantize then goes on with --resume"
+                f"{gigabytes(self.on_device.limit)} of memory were not enough: give more with {self.flag}, or end "
+                "other programs on it; gemq quantize then continues with --resume"
             ) from error
         finally:
             if is_bounded_gpu:
