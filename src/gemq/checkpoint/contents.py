@@ -30,7 +30,7 @@ class Contents:
 
     Attributes:
         path: directory of the checkpoint
-        model_type: in config.json
+        model_type: from config.json
         group_size: requested for all matrices
         layers: path, widths of the experts, and mean bits of each experts module
         linears: number of packed dense linears by width
