@@ -100,7 +100,7 @@ def class_text(name: str, cls: type) -> list[str]:
     for key in [key for key in vars(cls) if not key.startswith("_")]:
         member = getattr(cls, key)
         if isinstance(member, property):
-            rows.append([code(key), code(member.fget.__annotations__["return"]), "", as_cell(member.__doc__ or "")])
+            rows.append([code(key), code(member.fget.__annotations__["return"]), "computed", as_cell(member.__doc__)])
         elif inspect.isroutine(member):
             methods += [f"### {name}.{key}", *function_text(f"{name}.{key}", member)]
     attributes = [table(["attribute", "type", "default", "meaning"], rows)] if rows else []

@@ -51,7 +51,7 @@ class Problem:
         units: rows of an expert: 2, gate and up before down, or 1 for the whole expert.
 
     Raises:
-        UserError: shapes do not fit each other, or costs are negative or not finite.
+        UserError: ``costs`` have another shape, are negative or are not finite.
     """
 
     widths: tuple[Width, ...]

@@ -60,8 +60,7 @@ def quantize(
 ) -> Result:
     """Quantize a model into a packed checkpoint.
 
-    The work directory keeps every matrix at every width. ``export`` makes other checkpoints from it in seconds. Under
-    ``torchrun`` all ranks call this function together.
+    The work directory keeps every matrix at every width. ``export`` makes other checkpoints from it in seconds.
 
     Args:
         model: local directory or hub id of the full-precision model.

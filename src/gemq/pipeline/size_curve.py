@@ -88,7 +88,7 @@ def size_curve(
     method: str | None = None,
     step: float = STEP_BITS,
     *,
-    model: str | None = None,
+    model: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Curve:
     """Predict size and cost of every budget from a work directory of ``quantize``, in seconds.
@@ -132,7 +132,9 @@ def size_curve(
     return Curve(str(source.path), method, original_bytes(skeleton, stored), tuple(points))
 
 
-def allocation_problem(work: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Problem:
+def allocation_problem(
+    work: str | Path, *, model: str | Path | None = None, trust_remote_code: bool = False
+) -> Problem:
     """Read the allocation problem of a work directory of ``quantize``: the cost of every expert matrix at each width.
 
     Replace its ``costs`` to allocate by other scores (``dataclasses.replace``) and solve it with ``allocate``. Save
@@ -164,8 +166,9 @@ class _ScoredJob(NamedTuple):
     problem: Problem
 
 
-def _open_scored_job(work: str | Path, model: str | None, trust_remote_code: bool) -> _ScoredJob:
+def _open_scored_job(work: str | Path, model: str | Path | None, trust_remote_code: bool) -> _ScoredJob:
     """Reads the scores of a work directory. See ``allocation_problem``."""
+    model = None if model is None else str(model)
     with WorkDir.existing(Path(work)) as directory:
         source, recipe, record = recorded_job(directory.path, model=model, trust_remote_code=trust_remote_code)
         check_config(source, record)
