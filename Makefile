@@ -69,8 +69,8 @@ docs: $(VENV)/.ready
 	$(BIN)/python docs/generate.py
 
 check: $(VENV)/.ready
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/generate.py
+	$(BIN)/ruff format --check src tests benchmarks docs/generate.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
