@@ -49,16 +49,19 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py"]
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any
 ) -> PreTrainedModel:
-    """Loads the model of a packed checkpoint, in eval mode.
+    """Load the model of a packed checkpoint.
 
     Args:
         path: a directory that gemq wrote, or the hub id of one
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the GPU if there is one
-        dtype: of activations and unquantized weights; ``auto`` takes the checkpoint's
+        dtype: type of activations and unquantized weights, such as ``float32``; ``auto`` takes the checkpoint's
         kwargs: passed to ``from_pretrained`` (``revision``, ``device_map``, ``trust_remote_code`` ...)
 
+    Returns:
+        The model of Transformers, in eval mode. Its packed weights stay packed.
+
     Raises:
-        UserError: it is not a gemq checkpoint, or anything is missing or damaged.
+        UserError: it is not a gemq checkpoint, or something is missing or damaged. Checksums are verified.
     """
     register()
     device = str(device) if isinstance(device, torch.device) else device
