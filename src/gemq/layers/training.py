@@ -18,6 +18,7 @@ from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer, is_norm
 from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_factors
 from gemq.quant.trainable_gpu import FusedMatrices, StepSchedule
+from gemq.runtime.compat import torch_private
 
 Matrices = TrainableMatrices | FusedMatrices
 
@@ -120,7 +121,7 @@ class Optimizer:
             options.append({"params": parameters, "lr": torch.tensor(rate, device=self.device)})
         on_gpu = self.device.type == "cuda"
         adamw = torch.optim.AdamW(options, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True, capturable=on_gpu)
-        adamw._warned_capturable_if_run_uncaptured = True  # steps also run without a graph, and that is correct
+        torch_private.allow_uncaptured_steps(adamw)  # steps also run without a graph, and that is correct
         return adamw
 
     def add_fused(self, fused: Sequence[FusedMatrices], lr_codes: float, lr_grids: float) -> None:
