@@ -18,7 +18,6 @@ from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer, is_norm
 from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_factors
 from gemq.quant.trainable_gpu import FusedMatrices, StepSchedule
-from gemq.runtime.compat import torch_private
 
 Matrices = TrainableMatrices | FusedMatrices
 
@@ -120,9 +119,7 @@ class Optimizer:
         for parameters, rate in zip(trained_groups, self.rates, strict=True):
             options.append({"params": parameters, "lr": torch.tensor(rate, device=self.device)})
         on_gpu = self.device.type == "cuda"
-        adamw = torch.optim.AdamW(options, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True, capturable=on_gpu)
-        torch_private.allow_uncaptured_steps(adamw)  # steps also run without a graph, and that is correct
-        return adamw
+        return torch.optim.AdamW(options, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True, capturable=on_gpu)
 
     def add_fused(self, fused: Sequence[FusedMatrices], lr_codes: float, lr_grids: float) -> None:
         """Register matrices with a fused optimizer step, and their learning rates."""

@@ -76,15 +76,6 @@ def close_graph_pool(device_index: int, pool: Any) -> None:
     torch._C._cuda_endAllocateToPool(device_index, pool)
 
 
-def allow_uncaptured_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Silence the warning that a capturable optimizer makes steps outside a CUDA graph.
-
-    Relies on: ``Optimizer._warned_capturable_if_run_uncaptured``, True once the warning was given. Since 1.12.
-    If it changes: training on a GPU prints the warning.
-    """
-    optimizer._warned_capturable_if_run_uncaptured = True
-
-
 def pack_int4(nibbles: Tensor) -> Tensor:
     """Pack a matrix of nibbles, int32 [rows, columns], into the layout of ``int4_matmul``.
 

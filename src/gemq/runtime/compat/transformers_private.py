@@ -308,6 +308,16 @@ def expert_activation(module: Any) -> Callable[[Tensor], Tensor]:
     return function
 
 
+def set_default_gate(module: Any, gate: Callable[[Tensor], Tensor]) -> None:
+    """Gives an experts module a gate, [P, 2 I] -> [P, I], unless its class has one.
+
+    Relies on: ``_apply_gate`` of experts modules. Since 5.17.
+    If it changes: families without the experts interface cannot be quantized.
+    """
+    if not hasattr(module, "_apply_gate"):
+        module._apply_gate = gate
+
+
 def default_gate() -> Callable[[Any, Tensor], Tensor]:
     """Returns the method ``_apply_gate`` of families without their own, which uses ``act_fn``.
 
