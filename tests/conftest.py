@@ -11,6 +11,8 @@ import torch
 SHARED = ("finished", "killer", "made")
 """Fixtures that take long."""
 
+pytest.register_assert_rewrite("support")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

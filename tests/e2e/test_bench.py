@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import Finished, gemq
+
+from support.cli import Finished, gemq
 
 FAST = ("--prefill", "8,16", "--new-tokens", 3)
 

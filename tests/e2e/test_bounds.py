@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BUILTIN_TOKENS, contents, gemq, least_bytes, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
 from gemq.models.reader import LayerReader
 from gemq.recipe import Recipe
+from support.cli import BUILTIN_TOKENS, contents, gemq, least_bytes, make_tiny_model
 
 LOW = {"effort": "low", "num_windows": 8, "seq_len": 32, "micro_batch_tokens": 64, "widths": (1, 2, 3), "guard": False}
 TRAINED = {**LOW, "candidate_epochs": 1, "reconstruction_epochs": 1, "distill_epochs": 1}

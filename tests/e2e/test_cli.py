@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, Finished, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
 from gemq.runtime.safetensors_files import read_header
+from support.cli import SMALL, Finished, contents, gemq, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
 
 from gemq.assets import builtin_model, builtin_texts
 from gemq.pipeline.workdir import WorkDir
+from support.cli import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
 
 LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32")
 

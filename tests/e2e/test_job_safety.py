@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Ran, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
@@ -23,6 +22,7 @@ from gemq.layers.training import Optimizer
 from gemq.pipeline.job_record import read_job
 from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
+from support.cli import Ran, contents, gemq, make_tiny_model
 
 LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32", "--device", "cpu")
 

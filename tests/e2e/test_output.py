@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Finished, gemq
 
 from gemq.cli.report import short_names
+from support.cli import Finished, gemq
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import gemq
 
 from gemq.assets import builtin_model
+from support.cli import gemq
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import typer
-from helpers import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.cli import app
+from support.cli import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("quantize", "budget", "transformers", "serve", "evaluate", "several-gpus", "troubleshooting")

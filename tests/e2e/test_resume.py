@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Finished, contents, gemq, least_bytes, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.models import file_hashes
 from gemq.models.source import Source
 from gemq.pipeline.workdir import WorkDir
+from support.cli import Finished, contents, gemq, least_bytes, make_tiny_model
+from support.killer import Killer
 
 TINY = {"effort": "low", "num_windows": 4, "seq_len": 8, "micro_batch_tokens": 16}
 TRAINED = {
@@ -33,60 +34,6 @@ TRAINED = {
     "total_tokens": 64,
 }
 FLAGS = ("--effort", "low", "--num-windows", "4", "--seq-len", "8", "--quiet")
-
-
-class Killer:
-    """Jobs in children that can be killed: see ``killer.py``."""
-
-    def __init__(self, model: Path, base: Path, recipe: dict[str, Any], host_memory: int | None = None):
-        self.model, self.base, self.recipe, self.host_memory = model, base, recipe, host_memory
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killer.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.expected = self.run("expected", resume=False)
-        assert self.expected["code"] == 0, self.expected
-        begin, again = time.perf_counter(), self.run("timed", resume=False)
-        self.seconds = time.perf_counter() - begin
-        assert again["calls"] == self.expected["calls"]
-        self.bytes = contents(base / "expected")
-        assert contents(base / "timed") == self.bytes
-
-    def run(self, name: str, *, resume: bool, **death: Any) -> dict[str, Any]:
-        out, work = str(self.base / name), str(self.base / f"{name}.work")
-        request = {"model": str(self.model), "recipe": self.recipe, "out": out, "work": work, "resume": resume}
-        request |= {"host_memory": self.host_memory}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps({**request, **death}), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def finish(self, name: str, why: str) -> dict[str, Any]:
-        """Resumes to the end, compares every byte, and removes it all."""
-        done = self.run(name, resume=True)
-        assert done["code"] == 0, (why, done)
-        assert contents(self.base / name) == self.bytes, why
-        work = self.base / f"{name}.work"
-        left = [f for pattern in ("**/*.tmp", ".*.partial", ".*.gemq-lock") for f in self.base.glob(pattern)]
-        assert not left, (why, left)
-        assert_same_work(work, self.base / "expected.work", why)
-        shutil.rmtree(work)
-        shutil.rmtree(self.base / name)
-        return done
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(10)
-
-
-def assert_same_work(a: Path, b: Path, why: str) -> None:
-    found, expected = contents(a), contents(b)
-    assert found.keys() == expected.keys(), why
-    assert {n for n in found if found[n] != expected[n]} == set(), why
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import Finished
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import hub
 
 import gemq
+from support.cli import Finished
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import contents, gemq
 from safetensors.torch import load_file
+
+from support.cli import contents, gemq
 
 RECIPE = """
 effort: low

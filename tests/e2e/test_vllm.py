@@ -27,7 +27,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 import shutil
 
 import torch
-from helpers import Finished, add_tokenizer, gemq
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +40,7 @@ from transformers import (
 
 from gemq import UserError, load
 from gemq.checkpoint.reader import CheckpointReader
+from support.cli import Finished, add_tokenizer, gemq
 
 pytestmark = pytest.mark.vllm
 

@@ -22,7 +22,7 @@ from fuzz import mutations as m
 from fuzz import worker
 from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.reader import check_checkpoint
-from packed_checkpoints import olmoe_config, write_packed
+from support.packed_checkpoints import olmoe_config, write_packed
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibration.activations import Activations, layer_hessians
 from gemq.calibration.input_recorder import RecordedExpertCalls
 from gemq.calibration.windows import Windows
@@ -16,6 +15,7 @@ from gemq.errors import UserError
 from gemq.models.replay import Replay
 from gemq.models.structure import Layer, find_structure
 from gemq.runtime.ranks import Ranks
+from support.families import FIVE, MORE, OWN, tiny, tokens
 
 torch.set_num_threads(1)
 IDS = tokens(7, 10)

@@ -11,7 +11,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import gemq
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibration.activations import Activations, LayerHessians
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
@@ -28,6 +27,7 @@ from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import ExpertWidths, group_size_for
+from support.families import FIVE, MORE, OWN, tiny, tokens
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)

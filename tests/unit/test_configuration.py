@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 import gemq
 from gemq import UserError
@@ -17,6 +16,7 @@ from gemq.models.configuration import suspicious_fields
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

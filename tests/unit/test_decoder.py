@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from families import MORE, OWN, tiny, tokens
 from gemq.assets import builtin_model
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.decoding.regional_compile import MAX_LAYER_KINDS, LayerCompiler
 from gemq.evaluation.generate import generate, warn_once
+from support.families import MORE, OWN, tiny, tokens
 
 torch.set_num_threads(1)
 NEW = 20

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import MORE, OWN, tiny, tokens
 from gemq.models.experts import (
     all_pairs_forward,
     apply_down,
@@ -17,6 +16,7 @@ from gemq.models.experts import (
     route,
 )
 from gemq.models.structure import find_structure
+from support.families import MORE, OWN, tiny, tokens
 
 torch.set_num_threads(1)
 

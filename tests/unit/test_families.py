@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conformance import check, families
+from support.family_check import check, families
 
 torch.set_num_threads(1)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 from gemq import UserError
 from gemq.evaluation.evaluate import evaluate_paths
 from gemq.models.finite import not_finite
 from gemq.models.source import Source
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

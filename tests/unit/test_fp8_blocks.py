@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 import gemq
 from gemq import UserError
 from gemq.models.fp8 import BlockDequantize
 from gemq.models.source import Source
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import os
 import subprocess
 import sys
@@ -10,8 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import DEVICE
-from packed_cases import (
+from torch import nn
+from torch.nn import functional as F
+
+from gemq.kernels import dispatch, reference
+from gemq.kernels.activation import activation_of
+from gemq.kernels.decode.linear_fusion import merge_linears
+from support.packed_cases import (
     Experts,
     assert_as_close,
     exact_experts,
@@ -20,12 +29,6 @@ from packed_cases import (
     random_routing,
     silu_gate,
 )
-from torch import nn
-from torch.nn import functional as F
-
-from gemq.kernels import dispatch, reference
-from gemq.kernels.activation import activation_of
-from gemq.kernels.decode.linear_fusion import merge_linears
 
 pytest.importorskip("triton")
 from gemq.kernels.decode import launch, operators, tuning
@@ -183,9 +186,9 @@ def test_norm_after_each_expert(device, generator):
 
 def test_families_activations_are_recognized():
     """The activations of all families in the tests are recognized, without their names."""
-    from families import MORE, tiny
     from gemq.kernels.activation import _recognize
     from gemq.models.structure import find_structure
+    from support.families import MORE, tiny
 
     for family in MORE:
         model = tiny(family)

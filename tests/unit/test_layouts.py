@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 import gemq
-from conformance import save_tokenizer
-from families import random_model, tiny_config, tokens
 from gemq import UserError
 from gemq.models.source import Source, configured_types
 from gemq.recipe import Recipe
-from plain_reader import read_files
+from support.families import random_model, tiny_config, tokens
+from support.plain_reader import read_files
+from support.tokenizer import save_tokenizer
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

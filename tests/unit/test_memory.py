@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from families import MORE, random_model, tiny_config, tokens
 from gemq import UserError
 from gemq.layers.candidate_training import TRAIN_BYTES
 from gemq.models.layer_cache import LayerCache
@@ -23,6 +22,7 @@ from gemq.pipeline.stages import Footprint
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore, HiddenStates
 from gemq.runtime.memory import ByteLimit, MemoryBudget, MemoryTier, OffloadedTensors, gigabytes
+from support.families import MORE, random_model, tiny_config, tokens
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -242,7 +242,7 @@ def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, mon
 
     source = tmp_path / "model"
     source_of("deepseek_v2", source)
-    from conformance import save_tokenizer
+    from support.tokenizer import save_tokenizer
 
     save_tokenizer(source)
     recipe = Recipe(

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import gemq
-import plain_reader
 from gemq import UserError
 from gemq.checkpoint.contents import inspect_checkpoint
 from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.reader import check_checkpoint
-from packed_checkpoints import write_packed
+from support import plain_reader
+from support.packed_checkpoints import write_packed
 
 IDS = torch.arange(3, 23).reshape(1, 20)
 CODES = "model.layers.1.mlp.experts.2.down_proj.codes"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gemq
-from packed_checkpoints import write_packed
+from support.packed_checkpoints import write_packed
 
 IDS = torch.arange(3, 23).reshape(1, 20)
 

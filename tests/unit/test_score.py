@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.allocation.scores import LayerScores, loss_gradients, pair_costs, reverse_layer, smooth_usage
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
@@ -18,6 +17,7 @@ from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.runtime.device import FixedOrder
 from gemq.runtime.ranks import SINGLE
+from support.families import FIVE, MORE, OWN, tiny, tokens
 
 torch.set_num_threads(1)
 IDS = tokens(6, 10)

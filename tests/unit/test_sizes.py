@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from families import FIVE, MORE, OWN, OwnConfig, tiny, tiny_config, tokens
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
@@ -25,6 +24,7 @@ from gemq.models.byte_sizes import (
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
 from gemq.recipe import Recipe
+from support.families import FIVE, MORE, OWN, OwnConfig, tiny, tiny_config, tokens
 
 torch.set_num_threads(1)
 

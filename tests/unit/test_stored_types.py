@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 from transformers import AutoModelForCausalLM
 
 import gemq
-from conformance import families, save_tokenizer
-from families import MORE, random_model, tiny_config
 from gemq import UserError
 from gemq.checkpoint.load import GemqQuantizer
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
-from plain_reader import read_files
+from support.families import MORE, random_model, tiny_config
+from support.family_check import families
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
+from support.plain_reader import read_files
+from support.tokenizer import save_tokenizer
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from families import MORE, OWN, OwnLayer, OwnModel, tiny, tokens
 from gemq import UserError
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
+from support.families import MORE, OWN, OwnLayer, OwnModel, tiny, tokens
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gemq
-from families import MORE, OWN, OwnBlock, OwnConfig, OwnModel, tiny, tiny_config, tokens
 from gemq import UserError
 from gemq.allocation.scores import loss_gradients, reverse_layer
 from gemq.calibration.activations import Activations
@@ -25,6 +24,7 @@ from gemq.layers.scheme import matrix_widths
 from gemq.models.replay import Replay
 from gemq.models.structure import MIN_LINEAR_ROWS, Structure, find_structure
 from gemq.quant.widths import ExpertWidths
+from support.families import MORE, OWN, OwnBlock, OwnConfig, OwnModel, tiny, tiny_config, tokens
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Runs jobs in forked children and kills them: started by ``test_resume.py``, talks JSON lines over stdin and stdout.
+"""Runs jobs in forked children and kills them: started by ``killer.py``, talks JSON lines over stdin and stdout.
 
 Everything is imported once and nothing computed, so that a child starts at once and inherits no threads.
 
@@ -27,13 +27,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers.models.olmoe.modeling_olmoe
-from helpers import few_guard_windows
 
 import gemq.checkpoint.save
 import gemq.pipeline.quantize
 import gemq.runtime.files
 from gemq.errors import UserError
 from gemq.recipe import Recipe
+from support.cli import few_guard_windows
 
 WRITES = (
     *((os, name) for name in ("fsync", "replace", "rename")),
