@@ -48,12 +48,12 @@ def _run(job: tuple[str, str]) -> Outcome:
         shutil.rmtree(folder)
 
 
-def main(wanted: list[str], check_only: bool = False) -> int:
+def main(names: list[str], check_only: bool = False) -> int:
     """Runs all families, or those named. Returns the number that neither work nor are refused cleanly.
 
     check_only: write nothing, and count results that differ from those kept, and the page if it does
     """
-    jobs = [(f, t) for f, types in families().items() for t in types if not wanted or {f, t} & set(wanted)]
+    jobs = [(f, t) for f, types in families().items() for t in types if not names or {f, t} & set(names)]
     begin = time.perf_counter()
     with ProcessPoolExecutor(2) as pool:
         outcomes = []
@@ -63,38 +63,38 @@ def main(wanted: list[str], check_only: bool = False) -> int:
     counts = {s: sum(o.status == s for o in outcomes) for s in ("works", "refused", "fails")}
     print(f"transformers {transformers.__version__}: {counts} in {time.perf_counter() - begin:.0f} s")
     rows = [{k: v for k, v in asdict(o).items() if k != "seconds"} for o in outcomes]
-    kept = RESULTS / f"{transformers.__version__}.json"
+    results_file = RESULTS / f"{transformers.__version__}.json"
     if check_only:
-        return counts["fails"] + _differences(rows, kept)
-    if not wanted:
+        return counts["fails"] + _differences(rows, results_file)
+    if not names:
         RESULTS.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(rows, indent=1) + "\n")
+        results_file.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(page(), encoding="utf-8")
     return counts["fails"]
 
 
-def _differences(rows: list[dict[str, Any]], kept: Path) -> int:
+def _differences(rows: list[dict[str, Any]], results_file: Path) -> int:
     """Prints and counts where a run differs from what is kept of this version, and the page from all that is kept."""
-    before = {row["model_type"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
-    now = {row["model_type"]: row for row in rows}
-    found = [
-        f"{kind}: {before.get(kind, {}).get('status', 'absent')} in {kept.name}, now "
-        f"{now.get(kind, {}).get('status', 'absent')}"
-        for kind in sorted(before.keys() | now.keys())
-        if before.get(kind) != now.get(kind)
+    recorded = {row["model_type"]: row for row in json.loads(results_file.read_text())} if results_file.exists() else {}
+    current = {row["model_type"]: row for row in rows}
+    differences = [
+        f"{kind}: {recorded.get(kind, {}).get('status', 'absent')} in {results_file.name}, now "
+        f"{current.get(kind, {}).get('status', 'absent')}"
+        for kind in sorted(recorded.keys() | current.keys())
+        if recorded.get(kind) != current.get(kind)
     ]
     if PAGE.read_text(encoding="utf-8") != page():
-        found.append(f"{PAGE.name} is not what the results kept say")
-    for line in found:
+        differences.append(f"{PAGE.name} is not what the results kept say")
+    for line in differences:
         print(line)
-    if found:
+    if differences:
         print("run make conformance, with TRANSFORMERS for the version, and look at what it changes")
-    return len(found)
+    return len(differences)
 
 
 def page() -> str:
     """``docs/families.md`` from the results of every version of Transformers that was run."""
-    files = sorted(RESULTS.glob("*.json"), key=lambda f: [int(part) for part in f.stem.split(".")])
+    files = sorted(RESULTS.glob("*.json"), key=lambda f: [int(number) for number in f.stem.split(".")])
     runs = {f.stem: json.loads(f.read_text()) for f in files}
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for version, results in runs.items():
@@ -139,8 +139,8 @@ def page() -> str:
             if row and row["reason"]:
                 reasons[kind] = row["reason"]
         last = by_version[[version for version in runs if version in by_version][-1]]
-        kept = ", ".join(f"`{name}`" for name in last["kept"])
-        lines.append(f"| {kind} | {' | '.join(cells)} | {last['router']} | {kept} |")
+        unquantized = ", ".join(f"`{name}`" for name in last["unquantized"])
+        lines.append(f"| {kind} | {' | '.join(cells)} | {last['router']} | {unquantized} |")
     lines += ["", "## Why refused", "", *(f"- **{kind}**: {reason}" for kind, reason in reasons.items()), ""]
     return "\n".join(lines)
 

@@ -85,15 +85,15 @@ def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, tim
         rounds += 1
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_killed_at_every_write(killer: Killer, part: int):
+@pytest.mark.parametrize("offset", range(4))
+def test_killed_at_every_write(killer: Killer, offset: int):
     """With every file that a job writes cut in half; when it goes on, before that file's rename, when it is whole
     under its passing name. Flushes change nothing that a killed process could leave; the last one is behind the last
     rename."""
     names = killer.expected["calls"]
     calls = [n for n, name in enumerate(names, start=1) if name.startswith(("write_", "save_"))]
     assert len(calls) > 15
-    for call in calls[part::4]:
+    for call in calls[offset::4]:
         name = f"call-{call}"
         halved = killer.run(name, resume=False, call=call, half=True)
         assert halved["code"] == -signal.SIGKILL, (call, halved)
@@ -132,14 +132,14 @@ def job(tiny_model: Path, tmp_path: Path) -> tuple[object, ...]:
 
 
 def test_resume_of_a_finished_job(job, tmp_path):
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    mtimes = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
     ran = gemq(*job, "--resume", "--json", tmp_path / "figures.json")
     assert ran.code == 0
     loud = gemq(*(a for a in job if a != "--quiet"), "--resume")
     assert loud.code == 0
     assert "was complete already" in loud.out
     assert "Saved" not in loud.out
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == before
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == mtimes
     assert json.loads((tmp_path / "figures.json").read_text())["complete_before"] is True
 
 
@@ -163,9 +163,9 @@ def refused(job: tuple[object, ...], *words: str) -> None:
     ],
 )
 def test_another_recipe_is_refused(job, flags, words):
-    before = contents(Path(str(job[3])))
+    contents_before = contents(Path(str(job[3])))
     refused((*job, *flags), *words)
-    assert contents(Path(str(job[3]))) == before
+    assert contents(Path(str(job[3]))) == contents_before
     assert gemq(*job, "--resume").code == 0  # and did no harm
 
 
@@ -201,8 +201,8 @@ def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, mo
 
 
 def test_another_model_is_refused(job, tmp_path):
-    other = make_tiny_model(tmp_path / "other", seed=1)
-    refused((job[0], other, *job[2:]), "another model")
+    other_model = make_tiny_model(tmp_path / "other", seed=1)
+    refused((job[0], other_model, *job[2:]), "another model")
 
 
 def test_a_changed_calibration_text_is_refused(job, tmp_path):

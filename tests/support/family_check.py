@@ -45,7 +45,7 @@ class Outcome:
     status: str
     reason: str = ""
     router: str = ""
-    kept: list[str] = field(default_factory=list)
+    unquantized: list[str] = field(default_factory=list)
     """Kinds of weights in the layers that stay unquantized, besides router, norms and embeddings."""
     seconds: float = 0.0
 
@@ -53,7 +53,7 @@ class Outcome:
 def families() -> dict[str, list[str]]:
     """Model types by the folder of Transformers that defines them: all language models with routed experts."""
     folders = Path(transformers.__file__).parent / "models"
-    found: dict[str, list[str]] = {}
+    types_by_family: dict[str, list[str]] = {}
     for file in sorted(folders.glob("*/modeling_*.py")):
         text = file.read_text(encoding="utf-8")
         decorated = re.search(r"^@use_experts_implementation", text, re.MULTILINE)
@@ -66,8 +66,8 @@ def families() -> dict[str, list[str]]:
         if not types and decorated:
             types = sorted({k for k, n in modeling_auto.MODEL_MAPPING_NAMES.items() if classes & set(_names(n))})
         if types:
-            found[file.parent.name] = types
-    return found
+            types_by_family[file.parent.name] = types
+    return types_by_family
 
 
 def _language_models() -> Iterator[tuple[str, str]]:
@@ -110,11 +110,11 @@ def check(model_type: str, folder: Path, family: str = "") -> Outcome:
         outcome.seconds = round(time.perf_counter() - begin, 2)
         return outcome
     assert result.expert_bits_nominal <= BITS
-    weights, rest, config = read_packed(out)
+    weights, unpacked, config = read_packed(out)
     _check_coverage(model, Source(source).skeleton(), weights, outcome)
     loaded = gemq.load(out, dtype=torch.float32)
     _check_unquantized(model, loaded, weights)
-    twin = _load_twin(model, folder / "twin", weights, rest, config)
+    twin = _load_twin(model, folder / "twin", weights, unpacked, config)
     ids = torch.randint(3, 256, (2, 20), generator=generator)
     with torch.no_grad():
         exact, packed, plain = (m(input_ids=ids, use_cache=False).logits for m in (model, loaded, twin))
@@ -145,8 +145,8 @@ def _check_commands(loaded: Any, source: Source, ids: torch.Tensor, written: lis
     assert values["mean_kl"] > 0, "eval --reference finds no difference"
     assert len(values["layers"]) == len(structure.moe_layers)
     for model in (reference, loaded):
-        (own,) = generate_windows(model, source.tokenizer, WindowPlan(2, 0), seq_len=6).tokens
-        assert own.shape == (2, 6)
+        (generated,) = generate_windows(model, source.tokenizer, WindowPlan(2, 0), seq_len=6).tokens
+        assert generated.shape == (2, 6)
 
 
 def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor], outcome: Outcome) -> None:
@@ -156,7 +156,7 @@ def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor],
     assert layer.router is not None
     outcome.router = layer.router.rpartition(".")[2]
     inside = f"{structure.layers_path}."
-    outcome.kept = sorted(
+    outcome.unquantized = sorted(
         {
             re.sub(r"\.\d+\.", ".N.", path) if not path.startswith(inside) else path[len(inside) :].partition(".")[2]
             for path in structure.unquantized_linears
@@ -177,18 +177,18 @@ def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor],
 
 def _check_unquantized(model: Any, loaded: Any, weights: dict[str, torch.Tensor]) -> None:
     """What is not packed is what it was, to the bit."""
-    mine = loaded.state_dict()
+    state = loaded.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in weights and name not in model.all_tied_weights_keys:
-            assert name in mine, f"{name} is lost"
-            assert torch.equal(mine[name], tensor), f"{name} is changed"
+            assert name in state, f"{name} is lost"
+            assert torch.equal(state[name], tensor), f"{name} is changed"
 
 
 def _load_twin(
-    model: Any, folder: Path, weights: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], config: Any
+    model: Any, folder: Path, weights: dict[str, torch.Tensor], unpacked: dict[str, torch.Tensor], config: Any
 ) -> Any:
     """An ordinary checkpoint with what the packed one means, loaded by Transformers alone."""
-    tensors = dict(rest)
+    tensors = dict(unpacked)
     for name, weight in weights.items():
         shape = model.get_parameter(name).shape
         if shape[-2:] != weight.shape[-2:]:  # the family keeps its experts transposed

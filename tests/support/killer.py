@@ -64,6 +64,6 @@ class Killer:
 
 
 def assert_same_work(a: Path, b: Path, why: str) -> None:
-    found, expected = contents(a), contents(b)
-    assert found.keys() == expected.keys(), why
-    assert {n for n in found if found[n] != expected[n]} == set(), why
+    contents_a, contents_b = contents(a), contents(b)
+    assert contents_a.keys() == contents_b.keys(), why
+    assert {n for n in contents_a if contents_a[n] != contents_b[n]} == set(), why

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +35,6 @@ from gemq.kernels.decode import launch, operators, tuning
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -188,9 +186,9 @@ def test_families_activations_are_recognized():
     """The activations of all families in the tests are recognized, without their names."""
     from gemq.kernels.activation import _recognize
     from gemq.models.structure import find_structure
-    from support.families import MORE, tiny
+    from support.families import FAMILIES, tiny
 
-    for family in MORE:
+    for family in FAMILIES:
         model = tiny(family)
         _, layer = find_structure(model).moe_layers[0]
         module = model.get_submodule(layer.experts.path)

@@ -23,7 +23,7 @@ from gemq.models.structure import find_structure
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, group_size_for
-from support.families import OWN, tiny
+from support.families import TOY, tiny
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -213,7 +213,7 @@ def packed_family(family: str) -> PackedExperts:
     ("family", "activation"),
     [
         ("mixtral", Activation(SILU, gated=True)),
-        (OWN, Activation(GELU, gated=True)),
+        (TOY, Activation(GELU, gated=True)),
         ("gpt_oss", Activation(SILU, True, True, CLAMP_BEFORE, limit=7.0, alpha=1.702, shift=1.0)),
         ("nemotron_h", Activation(RELU_SQUARED, gated=False)),
     ],
