@@ -1,5 +1,6 @@
 # make demo   the whole job on the built-in model, in an environment of its own
 # make test   all CPU tests
+# make quick  tests of modules that need no whole job: half a minute on two free cores
 # make conformance  every family of the installed Transformers; writes docs/families.md
 # make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
@@ -19,7 +20,7 @@ BIN = $(VENV)/bin
 # Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-sample test-vllm conformance check-conformance docs check clean
+.PHONY: demo test quick test-sample test-vllm conformance check-conformance docs check clean
 
 ifdef BASE
 $(VENV)/.ready: $(BASE)/.ready
@@ -44,6 +45,15 @@ demo: $(VENV)/.ready
 # One thread a process: two processes share two cores, and waiting threads would only get into each other's way.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm"
+
+# Files of tests/unit that take a few seconds at most. Together they take about 55 s of CPU time.
+QUICK = accuracy_report allocate config_values cpu_kernels curve data digests display docs evaluate experts gptq grid \
+        hessian kernel_fields kernels_assembly names packed_weight packing recipe recipe_values records \
+        safetensors_files served_files split stream structure tested_versions unfriendly_directories upload workdir \
+        workload
+
+quick: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(QUICK:%=tests/unit/test_%.py)
 
 # What also runs on older supported releases of Transformers, or the part of it in the files TESTS.
 test-sample: $(VENV)/.ready

@@ -56,9 +56,9 @@ def main() -> None:
             for seed in range(args.runs):
                 problem = synthetic(args.layers, args.experts, widths, seed)
                 start = time.perf_counter()
-                found = allocate(problem, Budget("bits", args.bits), layer_rule=rule)
+                allocation = allocate(problem, Budget("bits", args.bits), layer_rule=rule)
                 seconds.append(time.perf_counter() - start)
-                gaps.append(found.gap or 0.0)
+                gaps.append(allocation.gap or 0.0)
             p20, p50, p80 = np.percentile(seconds, (20, 50, 80))
             row = {
                 "layers": args.layers,

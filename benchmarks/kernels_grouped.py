@@ -88,10 +88,10 @@ def make_layers(shape: Shape) -> list[Any]:
     """Packed layers with random codes, together at least four times the L2 cache."""
     import torch
 
-    wanted = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    min_bytes = 4 * torch.cuda.get_device_properties(0).L2_cache_size
     layers: list[Any] = []
     total = 0
-    while total < wanted or len(layers) < 2:
+    while total < min_bytes or len(layers) < 2:
         layers.append(make_layer(shape))
         total += sum(b.nbytes for b in layers[-1].buffers())
     return layers
@@ -334,7 +334,7 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
         flops = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
         for config in [TileConfig(*c) for c in CONFIGS if mean / 4 <= c[0] <= max(4 * mean, 16) or c[0] >= 128 <= mean]:
             try:
-                _, p50, _ = time_steps(cycle(layers, draws, partial(parts, config=config)))
+                _, p50, _ = time_steps(cycle(layers, draws, partial(packed_experts_output, config=config)))
                 print(f"  {tuple(config)!s:28} {p50 * 1e6:9.1f} us {flops / p50 / 1e12:7.1f} TFLOP/s", flush=True)
             except triton.runtime.errors.OutOfResources as error:
                 print(f"  {tuple(config)!s:28} {error}")
@@ -345,16 +345,16 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
         routing = sort_pairs(index, shape.experts, chosen.block_m)
         h = matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation)
         y = matmul(h, down, chosen, routing, scatter=True)
-        for part, step in {
+        for step_name, step in {
             "sort": lambda: sort_pairs(index, shape.experts, chosen.block_m),  # noqa: B023
             "first": lambda: matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation),  # noqa: B023
             "down": lambda: matmul(h, down, chosen, routing, scatter=True),  # noqa: B023
             "combine": lambda: combine(y, index, weights, shape.experts),  # noqa: B023
         }.items():
-            print(f"    {part:8} {time_steps([step] * 8)[1] * 1e6:9.1f} us, same weights each time")
+            print(f"    {step_name:8} {time_steps([step] * 8)[1] * 1e6:9.1f} us, same weights each time")
 
 
-def parts(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor, config: Any) -> Tensor:
+def packed_experts_output(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor, config: Any) -> Tensor:
     from gemq.kernels.grouped import operators
 
     first, down = (operators.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))

@@ -155,8 +155,8 @@ def write(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int
 def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat:
     """Widths for every expert, dealt out at random in the shares of the mix, and for every attention linear."""
     counts = [layer.experts.count for _, layer in structure.moe_layers]
-    total, parts = sum(counts), sum(shape.mix.values())
-    deck = [width for width, share in shape.mix.items() for _ in range(round(total * share / parts))]
+    total, total_shares = sum(counts), sum(shape.mix.values())
+    deck = [width for width, share in shape.mix.items() for _ in range(round(total * share / total_shares))]
     deck = (deck + [max(shape.mix)] * total)[:total]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     dealt = iter([deck[i] for i in order])
@@ -176,11 +176,13 @@ def mean_bits(shape: Shape) -> float:
 
 def random_codes(rows: int, groups: int, width: Width, size: int, random: torch.Generator) -> Tensor:
     """Codes drawn evenly, uint8 [rows, groups * bytes of a group], on the generator's device."""
-    each = bytes_per_group(width, size)
+    group_bytes = bytes_per_group(width, size)
     values = 243 if width == 1.6 else 256  # a byte of five ternary codes
-    codes = torch.randint(values, (rows, groups, each), dtype=torch.uint8, device=random.device, generator=random)
+    codes = torch.randint(
+        values, (rows, groups, group_bytes), dtype=torch.uint8, device=random.device, generator=random
+    )
     if width == 1.6:
-        codes[..., size - 4 * each :] %= 81  # the fifth code of these bytes is none of the group's
+        codes[..., size - 4 * group_bytes :] %= 81  # the fifth code of these bytes is none of the group's
     return codes.view(rows, -1)
 
 
@@ -209,8 +211,8 @@ def _shards(model: Any, packed_names: set[str]) -> Iterator[dict[str, Tensor]]:
     state = model.state_dict()
     by_layer: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        parts = name.split(".layers.", 1)
-        by_layer.setdefault(parts[1].split(".")[0] if len(parts) > 1 else "", {})[name] = tensor
+        components = name.split(".layers.", 1)
+        by_layer.setdefault(components[1].split(".")[0] if len(components) > 1 else "", {})[name] = tensor
     for tensors in by_layer.values():
         packed = {name: tensors[name] for name in tensors if name in packed_names}
         yield packed | hub_state(model, {name: t for name, t in tensors.items() if name not in packed})

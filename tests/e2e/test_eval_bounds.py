@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.calibration.windows import eval_windows
@@ -15,6 +14,7 @@ from gemq.evaluation.evaluate import evaluate, evaluate_paths, open_model
 from gemq.models.layer_cache import LayerCache
 from gemq.models.structure import find_structure
 from gemq.runtime.activation_store import ActivationStore
+from support.cli import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
 
 LAYERS = 6
 HOW: dict[str, Any] = {"texts": builtin_texts()[:2], "seq_len": 64, "max_windows": 40, "device": "cpu"}

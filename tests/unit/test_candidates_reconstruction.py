@@ -11,7 +11,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import gemq
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibration.activations import Activations, LayerHessians
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
@@ -28,6 +27,7 @@ from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import ExpertWidths, group_size_for
+from support.families import FAMILIES, MAIN_FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
@@ -88,7 +88,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_ladder_holds_every_matrix_at_every_width(family):
     replay = replay_of(family)
     for candidates, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
@@ -159,7 +159,7 @@ def test_rounding_needs_no_calibration():
     assert torch.equal(candidate_weight(candidates[0], "gate_up_proj", 2, 64), dequantize(expected))
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 @pytest.mark.parametrize("length", [1, 2])
 def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
     """Most experts see no token; the result is coarse, never NaN."""
@@ -206,7 +206,7 @@ def test_assembling_picks_rows():
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ, RTN], ids=["gptq", "rtn"])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", OWN])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", TOY])
 def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     """In the first layer with the rest unquantized nothing upstream differs: the same codes to the bit."""
     replay = replay_of(family)
@@ -215,7 +215,7 @@ def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     assert same(reconstruct(replay, windows(), widths, quantizer, dense_bits=16)[0].tensors, expected)
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_refine_equals_the_ladder_in_the_first_attention(family):
     """Quantized attention then changes what the experts behind it see, so that their codes differ."""
     replay = replay_of(family)
@@ -270,7 +270,7 @@ def test_refined_layer_round_trip():
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_installed_weights_are_what_the_codes_mean(family):
     replay = replay_of(family)
     widths = mixed(replay.structure)
@@ -297,7 +297,7 @@ def test_installed_weights_are_what_the_codes_mean(family):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", [*FIVE, "gpt_oss"])
+@pytest.mark.parametrize("family", [*MAIN_FAMILIES, "gpt_oss"])
 def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtype, tmp_path):
     replay = replay_of(family, dtype)
     widths = mixed(replay.structure)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import pytest
 import torch
-from interpreted import DEVICE
-from test_gptq import ALL, DAMPENING, objective, pick, problem
 
 from gemq.quant import hessian
 from gemq.quant.gptq import _column_loop, max_codes
 from gemq.quant.gptq_kernel import quantize
 from gemq.quant.grid import dequantize
 from gemq.quant.hessian import factorize
+from support.gptq_problems import ALL, DAMPENING, objective, pick, problem
 
 torch.set_num_threads(1)
 

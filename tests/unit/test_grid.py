@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreted import DEVICE
 
 from gemq.quant import grid_kernel
 from gemq.quant.gptq import max_codes

@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 from scipy import stats
 
-from conformance import save_tokenizer
-from families import tiny, tokens
 from gemq.allocation.guard import SOFTENING, decide, describe, judge, paired_p, soften
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.assets import builtin_model, builtin_texts
@@ -32,6 +30,8 @@ from gemq.models.structure import find_structure
 from gemq.pipeline.guard_stage import allocations_kl
 from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
+from support.families import tiny, tokens
+from support.tokenizer import save_tokenizer
 
 torch.set_num_threads(1)
 WIDTHS = (1, 2, 3)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from packed_cases import Experts, random_linear, random_routing
 
 from gemq.kernels import dispatch, reference
+from support.packed_cases import Experts, random_linear, random_routing
 
 
 class BrokenKernel(SimpleNamespace):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from interpreted import DEVICE
-from packed_cases import (
+from torch import nn
+from torch.nn import functional as F
+
+from gemq.kernels import dispatch, reference
+from gemq.kernels.activation import activation_of
+from gemq.kernels.decode.linear_fusion import merge_linears
+from support.packed_cases import (
     Experts,
     assert_as_close,
     exact_experts,
@@ -20,12 +28,6 @@ from packed_cases import (
     random_routing,
     silu_gate,
 )
-from torch import nn
-from torch.nn import functional as F
-
-from gemq.kernels import dispatch, reference
-from gemq.kernels.activation import activation_of
-from gemq.kernels.decode.linear_fusion import merge_linears
 
 pytest.importorskip("triton")
 from gemq.kernels.decode import launch, operators, tuning
@@ -33,7 +35,6 @@ from gemq.kernels.decode import launch, operators, tuning
 torch.set_num_threads(1)
 WIDTHS = (1, 1.6, 2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -183,11 +184,11 @@ def test_norm_after_each_expert(device, generator):
 
 def test_families_activations_are_recognized():
     """The activations of all families in the tests are recognized, without their names."""
-    from families import MORE, tiny
     from gemq.kernels.activation import _recognize
     from gemq.models.structure import find_structure
+    from support.families import FAMILIES, tiny
 
-    for family in MORE:
+    for family in FAMILIES:
         model = tiny(family)
         _, layer = find_structure(model).moe_layers[0]
         module = model.get_submodule(layer.experts.path)

@@ -10,8 +10,8 @@ from gemq.integrations.vllm.split import divided_groups, groups_of_rank
 
 
 def test_ranks_share_all_groups():
-    parts = [groups_of_rank("down_proj", 768, 64, rank, 4, ()) for rank in range(4)]
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(12))
+    ranges = [groups_of_rank("down_proj", 768, 64, rank, 4, ()) for rank in range(4)]
+    assert [i for groups in ranges for i in range(groups.start, groups.stop)] == list(range(12))
 
 
 def test_a_cut_group_is_refused_with_the_sizes_that_work():

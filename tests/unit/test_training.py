@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from families import tiny, tokens
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.distillation.distill import distill
@@ -25,6 +24,7 @@ from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths
+from support.families import tiny, tokens
 
 torch.set_num_threads(1)
 WINDOWS = 120
