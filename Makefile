@@ -4,6 +4,7 @@
 # make conformance  every family of the installed Transformers; writes docs/families.md
 # make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
+# make docs   docs/recipe.md and docs/api.md, from the docstrings
 # make check  linter, formatter, type checker, and the direction of imports
 #
 # PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install. With BASE, an environment that
@@ -19,7 +20,7 @@ BIN = $(VENV)/bin
 # Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick test-sample test-vllm conformance check-conformance check clean
+.PHONY: demo test quick test-sample test-vllm conformance check-conformance docs check clean
 
 ifdef BASE
 $(VENV)/.ready: $(BASE)/.ready
@@ -74,9 +75,12 @@ conformance: $(VENV)/.ready
 check-conformance: $(VENV)/.ready
 	$(BIN)/python tests/conformance.py --check
 
+docs: $(VENV)/.ready
+	$(BIN)/python docs/generate.py
+
 check: $(VENV)/.ready
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/generate.py
+	$(BIN)/ruff format --check src tests benchmarks docs/generate.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

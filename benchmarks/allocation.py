@@ -1,7 +1,7 @@
 """How long does the global program take at the size of Kimi-K2: 60 layers of 384 experts?
 
 Synthetic costs: log-normal importance of experts and of layers, 4^-bits with log-normal noise. Appends a row
-for each candidates and rule to results/allocation.csv: seconds of ``allocate`` alone and the largest gap.
+for each set of widths and each rule to results/allocation.csv: seconds of ``allocate`` alone and the largest gap.
 
     python benchmarks/allocation.py [--layers 60] [--experts 384] [--bits 2.0] [--runs 10]
 """

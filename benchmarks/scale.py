@@ -72,7 +72,7 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-30b": (Qwen3MoeConfig, QWEN3),
     "small": (OlmoeConfig, SMALL),  # to try the script out
 }
-H100 = Rates(products=6.5e14, bytes=2e12, near=2e12, calls=6e4, draws=8e11)
+H100 = Rates(products=6.5e14, bytes=2e12, calls=6e4)
 """As ``gemq.runtime.device`` measures them."""
 
 ONCE = ("load", "allocate")
@@ -270,7 +270,7 @@ def main() -> None:
             row = (total["seconds"], total["all"], int(total["gpu"]), int(total["host"]))
         table.add_row(name, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{row[2] / 1e9:.2f}", f"{row[3] / 1e9:.2f}")
         names = ("seconds", "seconds_all_layers", "peak_gpu_bytes", "peak_host_bytes")
-        waited = {f"waited_{tier.split()[0]}_bytes": count for tier, count in result.waited.items()}
+        waited = {f"waited_{tier.split()[0]}_bytes": count for tier, count in result.spilled_bytes.items()}
         cells = {**common, "stage": name, **dict(zip(names, row, strict=True)), **waited}
         append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
     Console().print(table)

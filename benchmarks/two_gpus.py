@@ -189,7 +189,7 @@ def group_size_of(matrix: PackedMatrix, width: float) -> int:
 
 
 def lost(args: argparse.Namespace, directory: Path) -> None:
-    """Kills rank 1 once a layer's candidates is there, then resumes with two ranks and, from a copy, with one."""
+    """Kills rank 1 once the candidates of a layer exist, then resumes with two ranks and, from a copy, with one."""
     device = ("--device", "cpu") if args.small else ()
     keys = ("--effort", "low", "--num-windows", 64, "--seq-len", 256, "--bits", 2, "-q", *device)
     out = directory / "lost"

@@ -40,10 +40,10 @@ def test_a_bound_changes_no_byte(keys, model, tmp_path, monkeypatch):
     monkeypatch.setattr(LayerReader, "read", _counted(LayerReader.read, read))
     recipe = Recipe(**keys, **TEXT)
     free, expected = job(model, recipe, tmp_path / "free")
-    assert free.waited == {"host memory": 0, "disk": 0}
+    assert free.spilled_bytes == {"host memory": 0, "disk": 0}
     often = len(read)
     bound, files = job(model, recipe, tmp_path / "bound", host_memory=least_bytes(model, {**keys, **TEXT}))
-    assert bound.waited["disk"] > 0
+    assert bound.spilled_bytes["disk"] > 0
     assert len(read) - often > 2 * often
     assert files == expected
     assert not list(tmp_path.rglob(".waiting*"))

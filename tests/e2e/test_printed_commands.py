@@ -218,7 +218,7 @@ def test_documented_python_runs_as_printed(documents_directory):
         if name != "serve.md" and "lm_eval" not in code:
             code = code.replace('device="cuda"', 'device="cpu"')
             code = code.replace(
-                "gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", num_windows=2, window=16)'
+                "gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", num_windows=2, seq_len=16)'
             )
             script += f"exec({code!r}, {{'__name__': '__main__'}})\n"
     assert script.count("exec(") > 2

@@ -220,6 +220,12 @@ def test_errors_of_infeasible_budgets_name_a_feasible_one(kind, method, rule):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("costs", [np.zeros((8, 2)), np.full((8, 3), -1.0), np.full((8, 3), np.nan)])
+def test_costs_that_cannot_be_used_are_rejected(costs):
+    with pytest.raises(UserError, match=r"^costs .*: give "):
+        dataclasses.replace(make([4, 4]), costs=costs)
+
+
 def test_other_mistakes():
     problem = random_problem([4])
     with pytest.raises(UserError, match="has 4 bits: give at most 3"):

@@ -159,7 +159,7 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
         )
         monkeypatch.setattr("gemq.runtime.ranks.MIN_FORWARDS", 1)
         replay, activations = start(family, 10)
-        assert len(activations.forward_groups()) == (7 if batches_per_forward == 1 or replay.passes_more else 3)
+        assert len(activations.forward_groups()) == (7 if batches_per_forward == 1 or replay.has_extra_outputs else 3)
         index, layer = replay.structure.moe_layers[0]
         states = [activations.hidden.copy() for _ in range(2)]
         for i in range(index):

@@ -280,7 +280,7 @@ def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
     widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
     packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
     all_codes = torch.zeros(packed.weight().shape, dtype=torch.uint8)
-    for experts_index, codes in packed.codes.unpacked(all_codes.shape[-1]):
+    for experts_index, codes in packed.codes.unpacked_chunks(all_codes.shape[-1]):
         all_codes[experts_index] = codes
     base = packed.grids
     plain = TrainableMatrices(Quantized(all_codes, base.base_scale, base.base_offset), base.max_code, None)

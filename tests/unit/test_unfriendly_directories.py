@@ -24,7 +24,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     [
         (".bashrc", ".config/nvim/.luarc", ".ssh/id_rsa"),
         (".lock", ".git/config"),
-        (".waiting-1-1",),
+        (".spilled-1-1",),
         (".tmpabcdef",),
         (".layer-000.safetensors.tmp",),
         ("candidates/layer-000.safetensors",),
@@ -47,7 +47,7 @@ def test_of_our_own_directory_only_our_temporary_files_are_removed(tmp_path):
     with WorkDir(tmp_path / "work", resume=False) as work:
         work.stage("candidates", {})
     temporary = (
-        ".waiting-1-1",
+        ".spilled-1-1",
         "candidates/.layer-000.safetensors.tmp",
         "candidates/.tmp36rpNw",
         ".job.json.0a1b2c3d.tmp",
@@ -168,7 +168,7 @@ def test_files_for_activations_are_new_ones(tmp_path):
     memory = MemoryBudget(torch.device("cpu"), ByteLimit(0), ByteLimit(0), tmp_path)
     paths = [memory.empty_mapped((4,), torch.float32)[1] for _ in range(3)]
     assert len(set(paths)) == 3
-    assert all(path.name.startswith(".waiting-") and path.is_file() for path in paths)
+    assert all(path.name.startswith(".spilled-") and path.is_file() for path in paths)
 
 
 # Outputs

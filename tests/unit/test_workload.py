@@ -33,7 +33,7 @@ def workload(replay: Replay, **keys) -> Workload:
 
 def seconds(replay: Replay, **keys) -> dict[str, float]:
     """Expected seconds of each stage on a machine of fixed rates."""
-    rates = Rates(1e11, 1e10, 1e11, 1e5, 1e7)
+    rates = Rates(1e11, 1e10, 1e5)
     job = workload(replay, **keys)
     work = stage_work(job, JobStages.of(job.recipe, None, reconstruct=job.recipe.reconstruct))
     return {name: stage.seconds(rates) for name, stage in work.items()}
@@ -81,7 +81,7 @@ def test_more_work_is_expected_to_take_longer(replay: Replay):
 
 def test_a_gpu_is_expected_to_spend_less_on_the_same_work(replay: Replay):
     """At equal rates: its kernels read and write less, and launch less."""
-    rates = Rates(1e14, 1e12, 1e12, 1e5, 1e10)
+    rates = Rates(1e14, 1e12, 1e5)
     cpu = workload(replay, candidate_epochs=1, reconstruction_epochs=1, distill_epochs=1)
     gpu = dataclasses.replace(cpu, device=torch.device("cuda"))
     stages = JobStages.of(cpu.recipe, None, reconstruct=True)
@@ -98,7 +98,7 @@ def test_a_progressive_recipe_runs_stages_several_times():
 
 def test_work_adds_up():
     assert (Work(1, 2, 3) + Work(products=10)) * 2 == Work(22, 4, 6)
-    assert Work(11, 2, 3).seconds(Rates(products=1, bytes=2, near=1, calls=3, draws=1)) == pytest.approx(13)
+    assert Work(11, 2, 3).seconds(Rates(products=1, bytes=2, calls=3)) == pytest.approx(13)
 
 
 def test_this_machine_has_rates():

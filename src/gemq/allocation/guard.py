@@ -1,6 +1,6 @@
 """The guard: is an allocation better than uniform widths of the same budget, on windows that it was not chosen on?
 
-Scores promise more than they keep, above all on text unlike the calibration's. So the allocation and uniform widths,
+Scores overestimate the benefit, above all on text unlike the calibration text. So the allocation and uniform widths,
 both assembled from the candidates, are compared by their KL to the full-precision model. The windows are held-out ones
 of each source and new ones that the model writes. Since users' texts are none of the sources, each source is also left
 out in turn: scores without it allocate again, and its windows judge the result. An allocation that fails either test

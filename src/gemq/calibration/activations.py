@@ -81,7 +81,7 @@ class Activations:
             calls.append(layer_calls)
             hidden.append(inputs)
         # outputs besides hidden states are an attribute of one micro-batch's tensor, which concatenation would lose
-        max_batches = 1 if replay.passes_more else replay.ranks.max_batches_per_forward
+        max_batches = 1 if replay.has_extra_outputs else replay.ranks.max_batches_per_forward
         batches_per_forward = min(max_batches, replay.ranks.batches_per_forward(len(batches)))
         return cls(ids, source, calls, hidden, order, all_ids, batches_per_forward, max_batches)
 

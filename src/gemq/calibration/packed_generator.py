@@ -22,6 +22,7 @@ from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.errors import UserError
 from gemq.models.byte_sizes import expert_bytes
 from gemq.models.experts import expert_weight
+from gemq.models.fused_norms import use_fused_rotary
 from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import Structure
@@ -29,6 +30,7 @@ from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import LEVELS, Width, group_size_for, matrix_bytes
+from gemq.runtime.fallbacks import optional
 from gemq.runtime.memory import MemoryBudget, gigabytes
 
 LINEAR_BITS = 8
@@ -93,6 +95,9 @@ def packed_generator_copy(replay: Replay, source: Source, width: Width, director
         assert replay.layer_cache is not None
         with replay.layer_cache.released():
             model = load(directory, str(replay.device), replay.model.dtype, trust_remote_code=source.trust_remote_code)
+            if replay.device.type == "cuda":
+                with optional("rotary_not_fused"):
+                    use_fused_rotary(model)
             yield model
             del model
     finally:

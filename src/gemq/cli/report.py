@@ -37,7 +37,7 @@ def print_result(console: Console, result: Result) -> None:
     _print_sizes(console, result)
     _print_calibration_and_gains(console, result)
     print_stages(console, result.stages)
-    for tier, count in result.waited.items():
+    for tier, count in result.spilled_bytes.items():
         if count:
             console.print(f"Memory was short: up to {_size(count)} of activations and packed layers were in {tier}.")
     _print_fallbacks(console, result.fallbacks)

@@ -66,7 +66,7 @@ def distill(
         teacher: Last hidden states [B, S, H] of the full-precision model, one for each micro-batch.
         distillation: Settings.
         tick: Called with the steps taken and the number of steps.
-        graph_bytes: MemoryBudget that the step of a layer computes with, which its CUDA graph keeps.
+        graph_bytes: Working memory of one layer's step in bytes, which its CUDA graph keeps.
     """
     return _Distiller(replay, load_layer, schemes, activations, teacher, distillation, graph_bytes).run(tick)
 

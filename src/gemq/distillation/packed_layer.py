@@ -198,7 +198,7 @@ class PackedLayer:
 
         Args:
             usable: Whether graphs can be used at all.
-            pool: MemoryBudget pool of the graphs of all layers, which never run at the same time.
+            pool: Memory pool of the graphs of all layers, which never run at the same time.
             on_failure: Called if a graph cannot be captured.
         """
         device = self.replay.device

@@ -50,7 +50,7 @@ class Student:
             distillation: Settings.
             steps: Number of training steps.
             windows_sharded: Whether other ranks train on other windows.
-            graph_bytes: MemoryBudget that the CUDA graphs of all layers need.
+            graph_bytes: Memory of the CUDA graphs of all layers.
         """
         self.replay, self.ranks = replay, replay.ranks if windows_sharded else SINGLE
         self.layers: list[PackedLayer] = []
@@ -68,7 +68,7 @@ class Student:
         """Prepare the layers' CUDA graphs if their memory can be reserved."""
         on_device = all(layer.waiting.tier is MemoryTier.DEVICE for layer in self.layers)
         # an offloaded tensor has another address after each load
-        usable = self.replay.device.type == "cuda" and on_device and not self.replay.passes_more
+        usable = self.replay.device.type == "cuda" and on_device and not self.replay.has_extra_outputs
         self._graph_bytes = graph_bytes if usable and self.replay.memory.try_reserve(graph_bytes) else 0
         pool = torch.cuda.graph_pool_handle() if self._graph_bytes else None
         for layer in self.layers:

@@ -110,7 +110,7 @@ class CandidateTrainer:
         self.routing = [routed.stack_copies(experts, len(widths)) for routed in inputs.routed]
 
     def run(self, grids: Sequence[Quantized], soft_codes: Sequence[Tensor]) -> tuple[list[Quantized], int]:
-        """Train, and keep each expert at each width as it is better on validation micro-batches.
+        """Train, and keep the better version of each expert at each width by its error on validation micro-batches.
 
         Args:
             grids: GPTQ's result for each of the two matrices, [W, E, ...].

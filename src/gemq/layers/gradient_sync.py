@@ -1,4 +1,4 @@
-"""How ranks keep the parameters equal that all of them train, in each mode of training."""
+"""Keeps the parameters that all ranks train identical across ranks, in each mode of training."""
 
 from __future__ import annotations
 

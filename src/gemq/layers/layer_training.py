@@ -177,7 +177,7 @@ class LayerTrainer:
             for m in matrices:
                 m.keep_in_range()
 
-        can_capture = not self.replay.passes_more
+        can_capture = not self.replay.has_extra_outputs
         graph = CudaGraphReplay(step, self.replay.device, training.on_capture_failure, usable=can_capture)
         with closing(graph) as run_step:
             for position in epochs(len(self.train_batches), training.epochs, training.seed + self.index):

@@ -145,7 +145,7 @@ class _LayerReconstruction:
     """The steps from a full-precision layer to its packed tensors.
 
     Attributes:
-        linears: The dense linears that are quantized, as far as they are.
+        linears: The dense linears that are quantized so far.
         parameters: The experts' matrices of this rank; with training, also the dense linears.
         result: The layer as it will be stored.
     """

@@ -32,7 +32,8 @@ def download_model(model: str, revision: str | None, weights: bool) -> Path:
         path = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model {model} is no local directory and cannot be had from the hub: check the name and the network"
+            f"model {model} is not a local directory and cannot be downloaded from the hub: check the name and the "
+            "network"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(

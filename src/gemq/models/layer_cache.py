@@ -81,7 +81,7 @@ class LayerCache:
         self._retire_current()
         self._current = index
         if index in self._cached:
-            self._uncount(index)  # the current layer's memory is reserved for good
+            self._remove_from_cache(index)  # the current layer's memory is reserved for good
         else:
             self._slots[index].fill(self._loader.load(index))
 
@@ -186,10 +186,10 @@ class LayerCache:
 
     def _evict(self, index: int) -> None:
         """Drops a cached layer."""
-        self._uncount(index)
+        self._remove_from_cache(index)
         self._slots[index].clear()
 
-    def _uncount(self, index: int) -> None:
+    def _remove_from_cache(self, index: int) -> None:
         """Removes a layer from the cached ones, and frees the memory reserved for it there."""
         self._cached.discard(index)
         self.memory.on_device.free(self._slots[index].nbytes)

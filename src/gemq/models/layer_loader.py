@@ -18,6 +18,7 @@ from gemq.models.balance import balance
 from gemq.models.experts_adapter import as_adopted
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Layer
+from gemq.runtime.compat import torch_private
 from gemq.runtime.fallbacks import optional
 from gemq.runtime.memory import MemoryBudget
 
@@ -82,8 +83,7 @@ class LayerSlot:
 def _owner_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Returns the dictionary of parameters or buffers that holds a tensor, and the tensor's key there."""
     path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    return (module._parameters if key in module._parameters else module._buffers), key
+    return torch_private.tensor_dict(model.get_submodule(path), key), key
 
 
 @dataclass
@@ -116,7 +116,7 @@ class LayerLoader:
         self._model, self._reader, self._memory = model, reader, memory
         self._experts = [layer.experts for layer in layers]
         self._slots = slots
-        self._needs_no_balance: set[int] = set()  # layers whose experts were found within reach of the scales
+        self._needs_no_balance: set[int] = set()  # layers whose expert weights the scales can represent
         self._pending: tuple[int, Future[_LoadedLayer]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gemq-layers")
         self._stream = torch.cuda.Stream(memory.device) if memory.device.type == "cuda" else None

@@ -96,7 +96,7 @@ class Replay:
         """Finds out what layers return, and which of it the next layer receives.
 
         Raises:
-            UserError: no assumption about it fits the model
+            UserError: the layers return none of the supported types
         """
         ids = torch.zeros(1, 4, dtype=torch.long, device=self.device)
         reason = ""
@@ -117,13 +117,13 @@ class Replay:
         )
 
     def _check_ranks(self) -> None:
-        """Refuses more processes than a layer has experts, and several ones for layers with extra outputs."""
+        """Rejects more ranks than a layer has experts, and several ranks if layers have extra outputs."""
         fewest_experts = min((layer.experts.count for _, layer in self.structure.moe_layers), default=self.ranks.count)
         if fewest_experts < self.ranks.count:
             raise UserError(
                 f"{self.ranks.count} processes share layers of {fewest_experts} experts: start at most {fewest_experts}"
             )
-        if self.passes_more and self.ranks.count > 1:
+        if self.has_extra_outputs and self.ranks.count > 1:
             raise UserError(
                 f"{type(self.model).__name__} passes more than hidden states between its layers, which several "
                 "processes do not share yet: start one, without torchrun"
@@ -135,7 +135,7 @@ class Replay:
         return self.memory.device
 
     @property
-    def passes_more(self) -> bool:
+    def has_extra_outputs(self) -> bool:
         """Whether layers receive extra outputs of the layer before them."""
         return bool(self._extra_arguments)
 
@@ -361,7 +361,7 @@ class Replay:
             )
 
     def _interleaved_logits(self, ids: Tensor) -> Tensor:
-        """Replays token ids [B, S] and a second batch in turns, so that state which a layer keeps shows up.
+        """Replays token ids [B, S] and a second batch alternately, to detect state that layers keep.
 
         Returns:
             Logits [B, S, V] of the first batch, float32.

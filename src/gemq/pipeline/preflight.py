@@ -1,6 +1,6 @@
 """Checks before a job costs anything, from shapes, headers and small files. Nothing is computed.
 
-All of this would be noticed later as well, but then hours may be lost and a work directory left over.
+All of this would also fail later, but only after hours of work.
 """
 
 from __future__ import annotations

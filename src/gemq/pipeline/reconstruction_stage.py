@@ -161,7 +161,7 @@ def _reconstruct_layers(
     ):
         activations = job.start_activations(replay, windows)
         exact = activations.hidden.copy() if with_teacher else ActivationStore(replay.memory)
-        # Training a layer uses the memory that the next one would take (see ``peak_bytes``).
+        # Training a layer uses the memory that the next one would take (see ``reconstruction_peak_bytes``).
         for i in replay.walk(range(end), prefetch=training is None):
             if with_teacher:
                 activations.advance_all(replay, i, [exact])

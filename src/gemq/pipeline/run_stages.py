@@ -45,45 +45,67 @@ MIN_BUDGET_DISTANCE = 0.4
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` and ``export`` return. ``to_dict`` is the JSON of the command line."""
+    """What ``quantize`` and ``export`` did and wrote. They return it."""
 
     out: Path
+    """Directory of the checkpoint."""
     work: Path
+    """Work directory."""
     complete_before: bool
-    """The output existed already, made by this very job."""
+    """Whether an earlier run of this job had already written the output."""
     budget: str
+    """The budget, such as ``2 bits``."""
     method: str
+    """Method of the allocation, as in ``allocate``, or ``from a file``."""
     predicted_cost: float | None
+    """Sum of the scores of the allocation. None for an allocation without scores."""
     allocation: list[list[ExpertWidths]]
-    """By layer and expert the widths of gate and up, and of down; in JSON one number where they are the same."""
+    """Widths by layer and expert, of gate and up and of down. An empty list for a dense layer."""
     layer_bits: list[float]
-    """Mean nominal bits of each layer's expert weights, 0 for a dense layer."""
+    """Mean nominal bits per expert weight of each layer, 0 for a dense layer."""
     parameters: dict[str, int]
+    """Number of parameters of the model by kind: ``experts``, ``attention``, ``shared``, ``dense``, ``router``, and
+    ``other`` for embeddings, norms and head."""
     quantized_share: float
+    """Share of the parameters that are quantized, from 0 to 1."""
     original_bytes: int
+    """Bytes of the full-precision model's tensors."""
     stored_bytes: int
+    """Bytes of the checkpoint's tensors."""
     expert_bits_nominal: float
+    """Mean bits per expert weight, without scales and offsets."""
     expert_bits_stored: float
+    """Mean bits per expert weight, with scales and offsets."""
     seq_len: int
+    """Tokens per calibration window."""
     windows: dict[str, int]
+    """Number of calibration windows by source."""
     fallbacks: dict[str, int]
+    """How often something was not done in the usual way, by name."""
     gains: dict[str, float] = field(default_factory=dict)
-    """Errors on held-out windows before and after training: of layers' outputs (relative) and of distillation (nats)"""
+    """Errors on held-out windows before and after training: ``reconstruction_before`` and ``reconstruction_after``
+    (mean relative error of layers' outputs), ``distillation_before`` and ``distillation_after`` (nats per token)."""
     calibration_rows: dict[str, Any] = field(default_factory=dict)
-    """By source with rows: the columns that its texts are from with their rows, and what was left out."""
+    """By source with rows: number of rows by column that the text is from, and of rows that were left out."""
     guard: dict[str, Any] = field(default_factory=dict)
-    """The guard's verdict on the allocation, or why it was ``skipped``."""
-    waited: dict[str, int] = field(default_factory=dict)
-    """Most bytes of activations and packed layers in ``host memory`` and on ``disk`` that the device did not hold."""
+    """The guard's verdict on the allocation, or under ``skipped`` why it did not run."""
+    spilled_bytes: dict[str, int] = field(default_factory=dict)
+    """Most bytes of activations and packed layers that memory did not hold, by where they were: ``host memory`` or
+    ``disk``."""
     work_bytes: int = 0
+    """Bytes of the work directory."""
     other_bits: float | None = None
-    """A budget for another ``export``; None where there is only one candidate width."""
+    """Another budget in bits that ``export`` takes. None if there is only one candidate width."""
     trust_remote_code: bool = False
-    """Whether the model brings code, which each command has to allow."""
+    """Whether code that comes with the model was allowed to run."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    """``seconds``, ``peak_gpu_bytes`` and ``peak_host_bytes`` of each stage of this run."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the command line writes them to JSON."""
+        """Return plain values, as ``gemq quantize --json`` writes them.
+
+        ``allocation`` has one number for an expert whose matrices have the same width.
+        """
         values = {**dataclasses.asdict(self), "allocation": plain_widths(self.allocation)}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
@@ -133,7 +155,7 @@ def run_stages(
         stages: which of the optional stages run.
         out: directory of the checkpoint.
         allocation_file: with the widths of every expert, if they are given.
-        key: of the result in the work directory, by which ``--resume`` recognises its own output.
+        key: under which the work directory records the result, so that ``--resume`` recognizes its output.
         verify: compare the replay with the model's own forward.
     """
     begin_reading(job)
@@ -147,7 +169,7 @@ def run_stages(
     candidates = run_candidates(job, replay, calibration.windows)
     count_candidate_fallbacks(job, replay, candidates)
     prepared = _Prepared(job, stages, replay, stored, calibration, candidates)
-    costs = _run_costs(prepared) if stages.scores else None
+    costs = _compute_costs(prepared) if stages.scores else None
     allocation, verdict = _run_allocation(prepared, costs, unquantized_bytes, allocation_file)
     method = "from a file" if allocation_file else allocation.method
     packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct)
@@ -181,7 +203,7 @@ def run_stages(
         gains=gains,
         calibration_rows=calibration.rows,
         guard=verdict,
-        waited={tier.value: count for tier, count in job.memory.spilled.items()},
+        spilled_bytes={tier.value: count for tier, count in job.memory.spilled.items()},
         work_bytes=job.work.size(),
         other_bits=_other_bits(recipe, allocation.nominal_bits),
         trust_remote_code=job.source.trust_remote_code,
@@ -190,7 +212,7 @@ def run_stages(
 
 
 def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
-    """Lets a progress bar that is shown know how long each stage will take."""
+    """Sets the expected times of the stages for the progress bar, if one is shown."""
     if job.monitor.console is None:
         return
     dtype = replay.model.dtype
@@ -200,7 +222,7 @@ def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
     job.monitor.rounds = stage_rounds(job.recipe)
 
 
-def _run_costs(prepared: _Prepared) -> Costs:
+def _compute_costs(prepared: _Prepared) -> Costs:
     """Scores and sensitivities.
 
     A progressive recipe reconstructs the model at each of its budgets but the last. The next scores are computed around
@@ -233,17 +255,17 @@ def _run_allocation(
             budget = expert_budget(job.recipe, unquantized_bytes, problem)
             allocation = solve(problem, budget, job.recipe)
             tick()
-    if prepared.stages.guard:
-        allocation, verdict = run_guard(
-            job,
-            replay,
-            prepared.calibration,
-            prepared.candidates,
-            problem,
-            budget,
-            allocation,
-            lambda name: prepared.problem(costs, leave_out=name),
-        )
+        if prepared.stages.guard:
+            allocation, verdict = run_guard(
+                job,
+                replay,
+                prepared.calibration,
+                prepared.candidates,
+                problem,
+                budget,
+                allocation,
+                lambda name: prepared.problem(costs, leave_out=name),
+            )
     replay.ranks.run_on_first(lambda: write_text(job.work.path / "allocation.json", allocation.to_json()))
     return allocation, verdict
 

@@ -58,7 +58,7 @@ def run_scores(
 ) -> Stage:
     """Scores every expert at every width, by calibration source: a file per layer with experts.
 
-    Errors of weights are relative to the full-precision weights, which ``replay`` holds, whatever ``model`` is.
+    Weight errors are always relative to the full-precision weights of ``replay``, also around another ``model``.
     """
     inputs = {**score_inputs(job, windows), "around": model.fingerprint}
     stage = job.work.stage(f"{SCORES}-{digest(inputs)[:8]}", inputs)
@@ -111,7 +111,7 @@ class ReversePass:
     """
 
     def __init__(self, replay: Replay, activations: Activations, recipe: Recipe, model: ScoredModel = FULL_PRECISION):
-        """The pass starts from ``activations`` in front of the first layer, which it uses up."""
+        """Consumes ``activations``, which must be the inputs of the first layer."""
         self._replay, self._activations, self._recipe, self._model = replay, activations, recipe, model
         self._count = len(replay.structure.layers)
         state_bytes = sum(hidden.numel() * hidden.element_size() for hidden in activations.hidden)
@@ -148,7 +148,7 @@ class ReversePass:
                 self._activations.hidden = self._inputs.pop(i)
                 yield i, reverse_layer(self._replay, i, self._activations, gradients, overrides)
             else:
-                self._run_again(i, overrides)
+                self._recompute_next_inputs(i, overrides)
             tick()
 
     def _run_forward(self, tick: Tick) -> None:
@@ -160,7 +160,7 @@ class ReversePass:
             self._activations.advance(self._replay, i, self._model.layer_overrides(i))
             tick()
 
-    def _run_again(self, index: int, overrides: dict[str, Tensor]) -> None:
+    def _recompute_next_inputs(self, index: int, overrides: dict[str, Tensor]) -> None:
         """Computes the inputs of the layer after ``index`` again."""
         if index % self._segment == 0:
             self._activations.hidden = self._inputs[index].copy()
@@ -169,9 +169,10 @@ class ReversePass:
 
 
 def segment_length(layers: int, state_bytes: int, available_bytes: int) -> int:
-    """Every how many layers the inputs are kept for the reverse pass.
+    """The number of layers of a segment: only the inputs of a segment's first layer are kept for the reverse pass.
 
-    The least that fits, since a longer segment computes more layers again. Where none fits, the one that keeps least.
+    The smallest that fits, since a longer segment computes more layers again. If none fits, the one that keeps
+    the fewest inputs.
 
     Args:
         layers: of the model.

@@ -137,7 +137,7 @@ def _generated_windows(workload: Workload, stages: JobStages) -> tuple[int, int]
     return calibration, guard
 
 
-# MemoryBudget
+# Memory
 
 
 class Footprint(ModelMemory):
@@ -164,7 +164,7 @@ class Footprint(ModelMemory):
 
     @property
     def min_working_bytes(self) -> int:
-        """``working`` with as few experts trained at the same time as possible."""
+        """``working_bytes`` with the fewest experts trained at the same time."""
         return self.working_bytes(train_state_sizes(self.device)[-1])
 
     def training_bytes(self, available_bytes: int) -> int:

@@ -43,10 +43,10 @@ WINDOWS_FILE, NOTES_FILE = "windows.safetensors", "notes.json"
 ROWS_FILE = "rows.json"
 """What was read of calibration sources that have rows, by name."""
 
-GUARD_TOKENS_FILE = "beside.safetensors"
-"""The guard's windows that were written in the same batches as calibration windows."""
+GUARD_TOKENS_FILE = "guard-tokens.safetensors"
+"""The guard's windows that the model wrote in the batches of the calibration windows."""
 
-GENERATOR_DIRECTORY = "copy-that-writes"
+GENERATOR_DIRECTORY = "generator-copy"
 """Directory of the generator copy while it exists. Each rank has its own."""
 
 MIN_GENERATOR_ROWS = 8

@@ -33,7 +33,7 @@ class DeviceCosts(NamedTuple):
     expert_calls: int
     """Operations that it launches for each expert."""
     product_slowdown: float
-    """Time of a product in a forward pass, as a multiple of that of the measured one."""
+    """Time of a product in a forward pass, as a multiple of the measured time."""
     weight_reads: float
     """Time to read all weights while windows are generated, as a multiple of an elementwise pass."""
     gptq_products: int

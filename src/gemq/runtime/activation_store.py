@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from gemq.runtime.compat import torch_private
 from gemq.runtime.memory import MemoryBudget, MemoryTier
 
 
 class HiddenStates(Tensor):
     """Hidden states [B, S, H] with the extra outputs of the layer that computed them.
 
-    Only a few families have extra outputs, such as the positions that sparse attention chose. They belong to these very
-    hidden states, so both are stored and loaded as one. Operations on this type return plain tensors, as operations on
+    Only a few families have extra outputs, such as the positions that sparse attention chose. They belong to the
+    hidden states, so both are stored and loaded together. Operations on this type return plain tensors, as those on
     ``nn.Parameter`` do.
 
     Attributes:
@@ -29,7 +29,7 @@ class HiddenStates(Tensor):
     """
 
     extras: dict[int, Any]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch_private.disabled_torch_function  # type: ignore[assignment]
 
     @classmethod
     def with_extras(cls, hidden: Tensor, extras: dict[int, Any]) -> HiddenStates:

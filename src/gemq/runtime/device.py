@@ -85,16 +85,12 @@ class Rates:
     Attributes:
         products: floating-point operations of matrix products
         bytes: bytes that elementwise operations of experts read and write, including allocation of their results
-        near: bytes that in-place operations read and write in a CPU's caches
         calls: operations on tensors so small that only their launch takes time
-        draws: exponentially distributed random numbers, by which labels are sampled
     """
 
     products: float
     bytes: float
-    near: float
     calls: float
-    draws: float
 
 
 @cache
@@ -108,20 +104,14 @@ def measure(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -
         rows: rows of a matrix of the model's experts
         columns: its columns
     """
-    on_cpu = device.type == "cpu"
     products = _product_rate(device, dtype, min(rows, MAX_MATRIX_SIZE), min(columns, MAX_MATRIX_SIZE))
     layer, x = torch.nn.Linear(16, 16, device=device), torch.randn(4, 16, device=device)
     calls = _per_second(lambda: layer(x), device)
-    samples = torch.empty(1 << (20 if on_cpu else 24), device=device)
-    draws = samples.numel() * _per_second(lambda: samples.exponential_(), device)
-    if not on_cpu:
-        gate_rate = _gate_rate(1 << 26, device)
-        return Rates(products, gate_rate, gate_rate, calls, draws)
+    if device.type != "cpu":
+        return Rates(products, _gate_rate(1 << 26, device), calls)
     # the mean of tensors whose memory is reused, and of those that get new memory from the system each time
     gate_rate = math.sqrt(_gate_rate(1 << 22, device) * _gate_rate(1 << 23, device))
-    cached = torch.randn(1 << 18)
-    in_place_rate = 2.0 * cached.nbytes * _per_second(lambda: cached.add_(1), device)
-    return Rates(products, gate_rate, in_place_rate, calls, draws)
+    return Rates(products, gate_rate, calls)
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> float:

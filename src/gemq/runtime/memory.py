@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError, short_repr
+from gemq.runtime.compat import torch_private
 from gemq.runtime.files import disk_errors
 
 DEFAULT_FRACTION = 0.9
@@ -31,7 +32,7 @@ DEFAULT_FRACTION = 0.9
 
 UNLIMITED = 1 << 62
 
-SPILL_PREFIX = ".waiting-"
+SPILL_PREFIX = ".spilled-"
 """Prefix of the files that hold what does not fit into memory. A job removes those that a killed job left."""
 
 MAX_HOST_THREADS = 8
@@ -113,7 +114,7 @@ class MemoryBudget:
 
     @classmethod
     def unlimited(cls, device: torch.device) -> MemoryBudget:
-        """Return bounds that everything fits."""
+        """Return a budget without limits."""
         bound = ByteLimit(UNLIMITED)
         return cls(device, bound, bound if device.type == "cpu" else ByteLimit(UNLIMITED))
 
@@ -126,7 +127,7 @@ class MemoryBudget:
         directory: Path | None,
         processes: int = 1,
     ) -> MemoryBudget:
-        """Return the bounds that a user asked for.
+        """Return a budget with the user's limits.
 
         Args:
             device: where the job computes
@@ -220,8 +221,8 @@ class MemoryBudget:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{gigabytes(self.on_device.limit)} of memory were not enough: give more with {self.flag}, or close "
-                "what else runs there; gemq quantize then goes on with --resume"
+                f"{gigabytes(self.on_device.limit)} of memory were not enough: give more with {self.flag}, or end "
+                "other programs on it; gemq quantize then continues with --resume"
             ) from error
         finally:
             if is_bounded_gpu:
@@ -330,7 +331,7 @@ def _use_expandable_segments(enable: bool) -> None:
     """
     settings = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
     if not any("expandable_segments" in setting for setting in settings):
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{enable}")
+        torch_private.set_allocator_settings(f"expandable_segments:{enable}")
 
 
 def pinned_bytes(count: int) -> int:

@@ -290,7 +290,7 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 def _check_layout(kernel: Any) -> None:
-    """Check that threads have their words as the assembly in ``dots`` takes them.
+    """Check that the words lie in registers in the order that the assembly in ``dots`` expects.
 
     The assembly needs the words of the last axis next to each other in the registers of one thread. Triton does not
     guarantee this layout, but has used it so far.
