@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_tiny_model
 
 import gemq
+from support.cli import make_tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "research.md"
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from compat_checks import check_complete, relies_on
 from torch import Tensor, nn
 
 from gemq.kernels.modules import PackedExperts
 from gemq.runtime.compat import torch_private
+from support.compat_checks import check_complete, relies_on
 
 for_torch = partial(relies_on, torch_private)
 torch.set_num_threads(1)
@@ -135,10 +135,10 @@ def test_a_backend_is_returned_by_name() -> None:
 def test_settings_of_dynamo_hold_inside_the_context() -> None:
     config = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit", "force_parameter_static_shapes")
-    before = [getattr(config, name) for name in names]
+    values = [getattr(config, name) for name in names]
     with torch_private.dynamo_settings(12_345):
         assert [getattr(config, name) for name in names] == [12_345, 12_345, False]
-    assert [getattr(config, name) for name in names] == before
+    assert [getattr(config, name) for name in names] == values
 
 
 @for_torch("mark_dynamic")
@@ -209,9 +209,11 @@ def _private_names(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             yield node.lineno, node.attr, ast.unparse(node.value) in ("self", "cls", "super()")
         elif isinstance(node, ast.ImportFrom) and node.module:
-            parts = node.module.split(".")
-            is_private = node.module in PRIVATE_MODULES or any(part.startswith("_") for part in parts[1:])
-            if parts[0] in ("torch", "transformers") and is_private:
+            components = node.module.split(".")
+            is_private = node.module in PRIVATE_MODULES or any(
+                component.startswith("_") for component in components[1:]
+            )
+            if components[0] in ("torch", "transformers") and is_private:
                 yield node.lineno, node.module, False
 
 

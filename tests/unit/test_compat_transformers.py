@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compat_checks import check_complete, relies_on
-from model_folders import edit_config, edit_tensors, model_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,9 +25,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from families import random_model, tiny, tiny_config, tokens
 from gemq.models.fp8 import BlockDequantize
 from gemq.runtime.compat import transformers_private
+from support.compat_checks import check_complete, relies_on
+from support.families import random_model, tiny, tiny_config, tokens
+from support.model_folders import edit_config, edit_tensors, model_folder
 
 pytestmark = pytest.mark.sample
 for_transformers = partial(relies_on, transformers_private)
@@ -361,11 +361,11 @@ def test_experts_modules_have_a_gate_or_an_activation() -> None:
 
 @for_transformers("set_default_gate")
 def test_only_modules_without_a_gate_get_one() -> None:
-    gated, other = experts_of("olmoe"), SimpleNamespace(has_gate=True)
-    for module in (gated, other):
+    gated, gateless = experts_of("olmoe"), SimpleNamespace(has_gate=True)
+    for module in (gated, gateless):
         transformers_private.set_default_gate(module, torch.neg)
     assert transformers_private.expert_activation(gated) is not torch.neg
-    assert transformers_private.expert_activation(other) is torch.neg
+    assert transformers_private.expert_activation(gateless) is torch.neg
 
 
 @for_transformers("default_gate")

@@ -42,5 +42,5 @@ def check_complete(module: ModuleType) -> None:
     for name, function in vars(module).items():
         if inspect.isfunction(function) and inspect.unwrap(function).__module__ == module.__name__:
             assert (module, name) in CHECKED, f"{name} has no test"
-            for part in ("Relies on: ", "Since ", "If "):
-                assert part in str(function.__doc__), f"the docstring of {name} does not say {part!r}"
+            for phrase in ("Relies on: ", "Since ", "If "):
+                assert phrase in str(function.__doc__), f"the docstring of {name} does not say {phrase!r}"
