@@ -294,7 +294,7 @@ class Recipe:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number (it is {short_repr(value)})")
         if self.size is not None and self.size > MAX_SIZE_BYTES:
-            raise UserError(f"size cannot be {short_repr(self.size)}: the most is {MAX_SIZE_BYTES} bytes")
+            raise UserError(f"size cannot be {short_repr(self.size)}: the maximum is {MAX_SIZE_BYTES} bytes")
 
     def _wider_advice(self, bits: float) -> str:
         """For messages: how to reach ``bits`` with one more width; empty where no width helps."""
