@@ -223,7 +223,7 @@ def test_errors_of_infeasible_budgets_name_a_feasible_one(kind, method, rule):
 @pytest.mark.parametrize("costs", [np.zeros((8, 2)), np.full((8, 3), -1.0), np.full((8, 3), np.nan)])
 def test_costs_that_cannot_be_used_are_rejected(costs):
     with pytest.raises(UserError, match=r"^costs .*: give "):
-        dataclasses.replace(make([4, 4]), costs=costs)
+        dataclasses.replace(random_problem([4, 4]), costs=costs)
 
 
 def test_other_mistakes():
