@@ -119,8 +119,8 @@ class Recipe:
     total_tokens: int = FROM_EFFORT
     """Self-generated windows are added until calibration has this many tokens. 0 adds none."""
     generator_width: float | None = None
-    """Width of the experts of a packed copy of the model that generates windows. None: the model itself generates
-    them or, where memory does not hold it, the widest copy that fits."""
+    """Generate windows with a packed copy of the model whose experts are rounded to this width. None: with the model
+    itself, or where memory does not hold it, with the widest copy that fits."""
     seed: int = 0
     """Seed of every random choice."""
 
@@ -354,7 +354,7 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all keys with plain values, for JSON and YAML."""
+        """Plain values, for JSON and YAML."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

@@ -46,7 +46,7 @@ def test_a_bound_changes_no_byte(keys, model, tmp_path, monkeypatch):
     assert bound.spilled_bytes["disk"] > 0
     assert len(read) - often > 2 * often
     assert files == expected
-    assert not list(tmp_path.rglob(".waiting*"))
+    assert not list(tmp_path.rglob(".spilled*"))
 
 
 def _counted(function: Any, seen: list[int]) -> Any:

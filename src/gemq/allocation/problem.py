@@ -28,7 +28,6 @@ from gemq.errors import UserError, short_repr
 from gemq.quant.widths import ExpertWidths, Width, nominal_bits, parse_width, plain_widths, width_name
 
 Kind = Literal["bits", "stored_bits", "bytes"]
-"""What a budget limits."""
 TWO_WIDTHS_HINT = ", or give two in brackets: that of gate and up, that of down"
 METHODS = ("global", "layerwise", "frequency", "uniform", "random")
 
@@ -65,8 +64,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         rows = len(self.layer)
-        shape = (rows, len(self.widths))
         assert rows and list(self.widths) == sorted(set(self.widths))  # noqa: PT018
+        shape = (rows, len(self.widths))
         if self.costs.shape != shape:
             raise UserError(f"costs have shape {self.costs.shape}: give one for each row and width, {shape}")
         if not (np.isfinite(self.costs).all() and self.costs.min() >= 0):

@@ -106,7 +106,7 @@ def _encode(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
             text = render(tokenizer, [{"role": "user", "content": prompt}], answer=True)
         except CannotRender as error:
             raise UserError(
-                f"the model's chat template cannot be applied ({error}): add --raw to go on from the prompt as it is"
+                f"the model's chat template cannot be applied ({error}): add --raw to continue the prompt without it"
             ) from error
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:

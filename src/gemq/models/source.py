@@ -222,7 +222,7 @@ class Source:
         files = weight_files(self.path)
         if (self.path / ADAPTER_FILE).exists():
             warnings.warn(
-                f"the adapter in {self.path} ({ADAPTER_FILE}) is not applied: only the whole model beside it is read",
+                f"the adapter in {self.path} ({ADAPTER_FILE}) is not applied: only the whole model next to it is read",
                 stacklevel=3,
             )
         with loading_from(files, ReadOptions(str(self.path), layers, dtype)) as readers, self._building():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from gemq.errors import UserError, short_repr
 
 Width = float
-"""Nominal bits of a code: 1, 1.6 (ternary), 2, 3, 4 or 8."""
 ExpertWidths = tuple[Width, Width]
 """Widths of an expert's two matrices: gate and up (or only up), and down."""
 
