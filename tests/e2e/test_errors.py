@@ -76,7 +76,7 @@ def refused(cwd: Path, *arguments: object, words: tuple[str, ...]) -> str:
         (["--stored-bits", 1.1], ("1.1 stored bits", "at least 1.125")),
         (["--stored-bits", 9], ("9 stored bits", "at most 4.125")),
         (["--seq-len", 5000], ("5000", "at most 1024")),
-        (["--seq-len", 1], ("window cannot be 1", "at least 2")),
+        (["--seq-len", 1], ("seq_len cannot be 1", "at least 2")),
         (["--num-windows", 0], ("windows cannot be 0",)),
         (["--seed", -1], ("seed cannot be -1",)),
         (["--widths", "2,5"], ("no width", "5", "1, 1.6, 2, 3, 4, 8")),
@@ -112,7 +112,7 @@ def test_no_gpu(cwd):
     [
         ("bitz: 2\n", ("unknown key 'bitz'", "did you mean 'bits'")),
         ("colour: 2\n", ("unknown key 'colour'", "known keys")),
-        ("windows: many\n", ("windows cannot be 'many'", "int")),
+        ("num_windows: many\n", ("num_windows cannot be 'many'", "int")),
         ("reconstruct: 1\n", ("reconstruct cannot be 1", "bool")),
         ("bits: [2]\n", ("bits cannot be [2]", "float")),
         ("widths: [1, 5]\n", ("no width 5",)),
