@@ -413,7 +413,7 @@ def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key)[:80], fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            hint = f"did you mean {near[0]!r}?" if near else "docs/recipe.md lists the keys"
             raise UserError(f"{origin}: unknown key {short_repr(key)}: {hint}")
         where = "--" + key.replace("_", "-") if origin == "flag" else origin
         clean[key] = convert(key, value, str(fields[key].type), where)

@@ -111,7 +111,7 @@ def test_no_gpu(cwd):
     ("text", "words"),
     [
         ("bitz: 2\n", ("unknown key 'bitz'", "did you mean 'bits'")),
-        ("colour: 2\n", ("unknown key 'colour'", "known keys")),
+        ("colour: 2\n", ("unknown key 'colour'", "docs/recipe.md lists the keys")),
         ("num_windows: many\n", ("num_windows cannot be 'many'", "int")),
         ("reconstruct: 1\n", ("reconstruct cannot be 1", "bool")),
         ("bits: [2]\n", ("bits cannot be [2]", "float")),

@@ -33,7 +33,7 @@ GpuMemory = Annotated[
 HostMemory = Annotated[
     str | None,
     typer.Option(
-        help="Upper bound of host memory, such as 60GB (default: 90 % of what is free); without a GPU, of the whole job."
+        help="Upper bound of host memory, such as 60GB (default: 90 % of what is free); without a GPU, of the job."
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
