@@ -233,7 +233,7 @@ def _short(values: dict[str, float]) -> str:
 def _counts(allocation: Iterable[list[ExpertWidths]]) -> str:
     """Matrices at each width: of experts, or of gate and up and of down apart where these differ."""
     first, down = zip(*(both for row in allocation for both in row), strict=True)
-    told = [" ".join(f"{w:g}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
+    told = [" ".join(f"{w}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
     return told[0] if first == down else " / ".join(told)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from gemq.allocation.problem import METHODS, Allocation, Budget, Problem, allocate, linear_constraint, smallest_budget
 from gemq.errors import UserError
-from gemq.quant.widths import matrix_bytes, nominal_bits, plain_widths
+from gemq.quant.widths import Width, plain_widths
 
 LADDER = (1, 1.6, 2, 3)
 
@@ -20,13 +20,14 @@ def make(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noise=0.3) ->
     layer = np.repeat(np.arange(len(sizes)), sizes)
     n = len(layer)
     drawn = [(shapes or [(64, 256)])[i] for i in draw.integers(0, len(shapes or [0]), n)]
-    quality = 4.0 ** -np.array([nominal_bits(w) for w in widths])
+    widths = tuple(map(Width, widths))
+    quality = 4.0 ** -np.array([width.bits for width in widths])
     return Problem(
-        widths=tuple(widths),
+        widths=widths,
         layer=layer,
         costs=np.exp(draw.normal(0, spread, (n, 1)) + draw.normal(0, noise, (n, len(widths)))) * quality,
         weights=np.array([r * c for r, c in drawn]),
-        bytes=np.array([[matrix_bytes(r, c, w, 128) for w in widths] for r, c in drawn]),
+        bytes=np.array([[w.matrix_bytes(r, c, 128) for w in widths] for r, c in drawn]),
         counts=draw.integers(1, 1000, n),
         layers=len(sizes),
     )
@@ -227,7 +228,7 @@ def test_figures():
     problem = make([2, 2], LADDER)
     allocation = allocate(problem, Budget("bits", 1.625), "uniform")
     assert allocation.nominal_bits == 1.625
-    assert allocation.stored_bytes == 4 * matrix_bytes(64, 256, 1.6, 128)
+    assert allocation.stored_bytes == 4 * Width.TERNARY.matrix_bytes(64, 256, 128)
     assert allocation.stored_bits == allocation.stored_bytes * 8 / (4 * 64 * 256)
     assert allocation.predicted_cost == pytest.approx(problem.costs[:, 1].sum())
 
