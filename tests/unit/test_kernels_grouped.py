@@ -109,7 +109,7 @@ def test_dequantize_equals_the_reference(group):
 def test_weights_and_gradients_of_grids_equal_the_reference(group):
     matrices = random_matrices(70, 2 * group, MIXED, group)
     packed = [matrices.matrix(e) for e in range(len(MIXED))]
-    torch_codes, kernel_codes = TorchCodes(packed, MIXED, group), KernelCodes(packed, MIXED, group)
+    torch_codes, kernel_codes = TorchCodes(packed), KernelCodes(packed)
     grids = [matrix.grids() for matrix in packed]
     scales, offsets = (torch.stack(tensors) for tensors in zip(*grids, strict=True))
     expected = torch_codes.weights(scales, offsets, FP32)
@@ -159,7 +159,7 @@ def test_combine_leaves_out_unused_slots():
 @pytest.mark.parametrize("width", Width)
 def test_one_width(width):
     module = Experts(128, 64, (width,) * 4, 32)
-    assert_close_to_truth(module, *routed(17, 4, 2, 128, FP16, seed=int(10 * width)))
+    assert_close_to_truth(module, *routed(17, 4, 2, 128, FP16, seed=int(10 * width.value)))
 
 
 @pytest.mark.parametrize(
