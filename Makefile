@@ -1,8 +1,10 @@
 # make demo   the whole job on the built-in model, in an environment of its own
 # make test   all CPU tests
+# make quick  tests of modules that need no whole job: half a minute on two free cores
 # make conformance  every family of the installed Transformers; writes docs/families.md
 # make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
+# make docs   docs/recipe.md and docs/api.md, from the docstrings
 # make check  linter, formatter, type checker, and the direction of imports
 #
 # PYTHON chooses the interpreter, VENV the environment, TRANSFORMERS the version to install. With BASE, an environment that
@@ -18,7 +20,7 @@ BIN = $(VENV)/bin
 # Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-sample test-vllm conformance check-conformance check clean
+.PHONY: demo test quick test-sample test-vllm conformance check-conformance docs check clean
 
 ifdef BASE
 $(VENV)/.ready: $(BASE)/.ready
@@ -44,6 +46,15 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm"
 
+# Files of tests/unit that take a few seconds at most. Together they take about 55 s of CPU time.
+QUICK = accuracy_report allocate config_values cpu_kernels curve data digests display docs evaluate experts gptq grid \
+        hessian kernel_fields kernels_assembly names packed_weight packing recipe recipe_values records \
+        safetensors_files served_files split stream structure tested_versions unfriendly_directories upload workdir \
+        workload
+
+quick: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(QUICK:%=tests/unit/test_%.py)
+
 # What also runs on older supported releases of Transformers, or the part of it in the files TESTS.
 test-sample: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm" $(TESTS)
@@ -64,9 +75,12 @@ conformance: $(VENV)/.ready
 check-conformance: $(VENV)/.ready
 	$(BIN)/python tests/conformance.py --check
 
+docs: $(VENV)/.ready
+	$(BIN)/python docs/generate.py
+
 check: $(VENV)/.ready
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/generate.py
+	$(BIN)/ruff format --check src tests benchmarks docs/generate.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

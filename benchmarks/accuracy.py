@@ -150,13 +150,13 @@ class Bench:
         self.structure = find_structure(self.reference.model)
         self.val = eval_windows(self.reference.tokenizer, sorted(texts.glob("val_*.txt")), WINDOW, VAL_WINDOWS)
 
-    def run(self, experiment: Experiment, more: dict[str, Any], label: str) -> None:
+    def run(self, experiment: Experiment, overrides: dict[str, Any], label: str) -> None:
         begin = time.perf_counter()
         keys = {
             "seq_len": WINDOW,
             "num_windows": PER_TEXT * len(self.calibration),
             "dtype": "float32",
-            **more,
+            **overrides,
             **experiment.keys,
         }
         calibration = tuple(str(f) for f in self.calibration) if experiment.texts else ("self",)
@@ -205,7 +205,7 @@ class Bench:
             "tokens": sum(result.windows.values()) * result.seq_len,
             "fallbacks": _short({n: c for n, c in result.fallbacks.items() if c}),
             **environment(self.device),
-            "recipe": json.dumps({**more, **experiment.keys}, sort_keys=True),
+            "recipe": json.dumps({**overrides, **experiment.keys}, sort_keys=True),
         }
         append(self.out, row)
         print({k: row[k] for k in list(row)[:16] if k != "allocation"}, flush=True)
@@ -217,13 +217,15 @@ class Bench:
 
     def inside(self, work: Path) -> Windows:
         """Windows of the calibration texts that calibration did not take."""
-        taken = {tuple(row) for row in Windows.load(work / "windows" / "windows.safetensors").tokens.tolist()}
-        parts = []
+        calibration_rows = {
+            tuple(row) for row in Windows.load(work / "windows" / "windows.safetensors").tokens.tolist()
+        }
+        windows_by_text = []
         for file in self.calibration:
             stream = torch.tensor(tokenize_text(self.reference.tokenizer, file.read_text(encoding="utf-8")))
-            free = [w for w in cut_windows(stream, WINDOW) if tuple(w.tolist()) not in taken]
-            parts.append(torch.stack(free[:INSIDE_WINDOWS]))
-        return concat_sources(parts, [f.stem for f in self.calibration], [p.numel() for p in parts])
+            free = [w for w in cut_windows(stream, WINDOW) if tuple(w.tolist()) not in calibration_rows]
+            windows_by_text.append(torch.stack(free[:INSIDE_WINDOWS]))
+        return concat_sources(windows_by_text, [f.stem for f in self.calibration], [p.numel() for p in windows_by_text])
 
 
 def _short(values: dict[str, float]) -> str:
@@ -232,9 +234,9 @@ def _short(values: dict[str, float]) -> str:
 
 def _counts(allocation: Iterable[list[ExpertWidths]]) -> str:
     """Matrices at each width: of experts, or of gate and up and of down apart where these differ."""
-    first, down = zip(*(both for row in allocation for both in row), strict=True)
-    told = [" ".join(f"{w}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
-    return told[0] if first == down else " / ".join(told)
+    first, down = zip(*(expert for row in allocation for expert in row), strict=True)
+    texts = [" ".join(f"{w}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
+    return texts[0] if first == down else " / ".join(texts)
 
 
 if __name__ == "__main__":

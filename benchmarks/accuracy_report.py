@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=DOCS)
     arguments = parser.parse_args()
-    for made in report(arguments.csv, arguments.docs):
-        print(made)
+    for path in report(arguments.csv, arguments.docs):
+        print(path)
 
 
 def report(results: Path, docs: Path) -> list[Path]:
@@ -129,7 +129,7 @@ def _table(rows: Rows) -> str:
 
 def by_text(row: Row) -> dict[str, float]:
     """KL by val text."""
-    return {name: float(kl) for name, _, kl in (part.partition("=") for part in row["kl_by_text"].split())}
+    return {name: float(kl) for name, _, kl in (pair.partition("=") for pair in row["kl_by_text"].split())}
 
 
 def _is_score_ablation(name: str) -> bool:
@@ -145,8 +145,8 @@ def _family(name: str) -> tuple[Family, str] | None:
 
 
 def _title(name: str) -> str:
-    found = _family(name)
-    return found[0].title.format(found[1]) if found else name
+    match = _family(name)
+    return match[0].title.format(match[1]) if match else name
 
 
 def _origin(rows: Rows) -> str:
@@ -204,14 +204,14 @@ def draw_curves(models: dict[str, Rows]) -> Any:
 
 
 def _series(rows: Rows) -> list[Series]:
-    found = []
+    all_series = []
     for family in FAMILIES:
-        mine = [row for name, row in rows.items() if family.label and (f := _family(name)) and f[0] is family]
+        family_rows = [row for name, row in rows.items() if family.label and (f := _family(name)) and f[0] is family]
         # "assembled 2.0" and "assembled 2.0 default" are one point.
-        points = sorted({float(row["stored_bits"]): float(row["val_kl"]) for row in mine}.items())
+        points = sorted({float(row["stored_bits"]): float(row["val_kl"]) for row in family_rows}.items())
         if points:
-            found.append(Series(family, [p[0] for p in points], [p[1] for p in points]))
-    return found
+            all_series.append(Series(family, [p[0] for p in points], [p[1] for p in points]))
+    return all_series
 
 
 def _label_lines(axes: Any, all_series: list[Series]) -> None:
@@ -219,7 +219,7 @@ def _label_lines(axes: Any, all_series: list[Series]) -> None:
     paths = [axes.transData.transform(np.column_stack([s.x, s.y])) for s in all_series]
     inked, points = np.concatenate([_along(path) for path in paths]), np.concatenate(paths)
     frame = axes.get_window_extent()
-    taken: list[Any] = []
+    label_boxes: list[Any] = []
     for series, path in sorted(zip(all_series, paths, strict=True), key=lambda pair: len(pair[1])):
         ours, colour = series.family is FAMILIES[0], series.family.colour
         font = {"color": colour, "fontsize": 14 if ours else 11, "fontweight": "bold" if ours else "normal"}
@@ -229,7 +229,7 @@ def _label_lines(axes: Any, all_series: list[Series]) -> None:
             box = label.get_window_extent().padded(3)
             label.remove()
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            cost = 1000 * (outside + sum(bool(box.overlaps(other)) for other in taken))
+            cost = 1000 * (outside + sum(bool(box.overlaps(label_box)) for label_box in label_boxes))
             cost += 100 * box.count_contains(points) + 15 * box.count_contains(inked)
             if _is_far(spot):
                 anchor = axes.transData.transform(spot["xy"])
@@ -245,7 +245,7 @@ def _label_lines(axes: Any, all_series: list[Series]) -> None:
         far = {"arrowprops": {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 4}}
         line = far if _is_far(best) else {}
         axes.annotate(series.family.label, textcoords="offset points", **best, **font, **line, zorder=5)
-        taken.append(best_box)
+        label_boxes.append(best_box)
 
 
 def _spots(series: Series) -> Iterator[dict[str, Any]]:
@@ -265,11 +265,11 @@ def _is_far(spot: dict[str, Any]) -> bool:
 
 def _along(path: np.ndarray) -> np.ndarray:
     """Points along a polyline, one every few pixels."""
-    parts = [path]
+    segments = [path]
     for a, b in itertools.pairwise(path):
         steps = np.linspace(0, 1, max(2, int(np.hypot(*(b - a)) / 4)))[:, None]
-        parts.append(a + steps * (b - a))
-    return np.concatenate(parts)
+        segments.append(a + steps * (b - a))
+    return np.concatenate(segments)
 
 
 # Widths
@@ -285,14 +285,14 @@ def draw_widths(model: str, rows: Rows) -> Any:
 
 def _gemq(rows: Rows) -> Rows:
     """gemq's rows by budget."""
-    found = {f[1]: row for name, row in rows.items() if (f := _family(name)) and f[0] is FAMILIES[0]}
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+    by_budget = {f[1]: row for name, row in rows.items() if (f := _family(name)) and f[0] is FAMILIES[0]}
+    return dict(sorted(by_budget.items(), key=lambda item: float(item[0])))
 
 
 def _counts(row: Row) -> dict[float, int]:
     counts = Counter[float]()
-    for part in row["widths"].replace("/", " ").split():
-        width, _, count = part.partition(":")
+    for field in row["widths"].replace("/", " ").split():
+        width, _, count = field.partition(":")
         counts[float(width)] += int(count)
     return dict(counts)
 
@@ -316,27 +316,27 @@ def _draw_experts(model: str, by_budget: dict[str, list[list[tuple[float, float]
         axes.spines[:].set_visible(False)
     panels[0, 0].invert_yaxis()
     panels[0, 0].set_ylabel("layer")
-    told = (
+    caption = (
         f"each layer's {experts} experts, most bits over all budgets first: gate and up, then down, of one and the next"
     )
-    figure.supxlabel(told, fontsize=10, color=DARK)
+    figure.supxlabel(caption, fontsize=10, color=DARK)
     _key(
         figure,
         f"{model}: bits of each expert",
-        {w for rows in by_budget.values() for row in rows for both in row for w in both},
+        {w for rows in by_budget.values() for row in rows for expert in row for w in expert},
     )
     return figure
 
 
 def _draw_counts(model: str, by_budget: dict[str, dict[float, int]]) -> Any:
     figure, axes = plt.subplots(figsize=(9, 1.3 + 0.62 * len(by_budget)), layout="constrained")
-    for place, counts in enumerate(by_budget.values()):
+    for y, counts in enumerate(by_budget.values()):
         left = 0
         for width, count in sorted(counts.items()):
-            axes.barh(place, count, left=left, height=0.72, color=WIDTH_COLOURS[width], edgecolor="white")
+            axes.barh(y, count, left=left, height=0.72, color=WIDTH_COLOURS[width], edgecolor="white")
             if count >= 0.025 * sum(counts.values()):
                 ink = _ink(WIDTH_COLOURS[width])
-                axes.text(left + count / 2, place, str(count), ha="center", va="center", color=ink)
+                axes.text(left + count / 2, y, str(count), ha="center", va="center", color=ink)
             left += count
     axes.set_yticks(range(len(by_budget)), [f"gemq {bits}" for bits in by_budget])
     axes.set_xlim(0, max(sum(counts.values()) for counts in by_budget.values()))
@@ -354,8 +354,8 @@ def _key(figure: Any, title: str, widths: set[float]) -> None:
     names = {w: "ternary (1.6)" if w == 1.6 else f"{w:g} bit" for w in sorted(widths)}
     patches = [Patch(color=WIDTH_COLOURS[w], label=name) for w, name in names.items()]
     look = {"frameon": False, "handlelength": 1.2, "handleheight": 1.2, "columnspacing": 1.6, "alignment": "left"}
-    place = {"loc": "outside upper left", "ncols": len(patches), "title": title, "title_fontsize": 12}
-    figure.legend(handles=patches, fontsize=10.5, labelcolor=DARK, **place, **look)
+    position = {"loc": "outside upper left", "ncols": len(patches), "title": title, "title_fontsize": 12}
+    figure.legend(handles=patches, fontsize=10.5, labelcolor=DARK, **position, **look)
 
 
 def _ink(ground: str) -> str:

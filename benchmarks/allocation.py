@@ -22,9 +22,9 @@ from gemq.quant.widths import Width
 from record import RESULTS, append, commit
 
 LADDERS: tuple[tuple[Width, ...], ...] = (
-    (Width.ONE, Width.TWO, Width.THREE),
-    (Width.ONE, Width.TERNARY, Width.TWO, Width.THREE),
-    (Width.ONE, Width.TERNARY, Width.TWO, Width.THREE, Width.FOUR),
+    (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT),
+    (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT),
+    (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT, Width.FOUR_BIT),
 )
 HIDDEN, INTERMEDIATE, GROUP = 7168, 2048, 128  # Kimi-K2
 
@@ -60,9 +60,9 @@ def main() -> None:
             for seed in range(args.runs):
                 problem = synthetic(args.layers, args.experts, widths, seed)
                 start = time.perf_counter()
-                found = allocate(problem, Budget("bits", args.bits), layer_rule=rule)
+                allocation = allocate(problem, Budget("bits", args.bits), layer_rule=rule)
                 seconds.append(time.perf_counter() - start)
-                gaps.append(found.gap or 0.0)
+                gaps.append(allocation.gap or 0.0)
             p20, p50, p80 = np.percentile(seconds, (20, 50, 80))
             row = {
                 "layers": args.layers,

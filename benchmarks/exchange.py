@@ -38,22 +38,22 @@ def _end_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(S):
         total += tl.load(shares + s * columns + column, mask=inside, other=0.0)
-    before = tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
+    residual_values = tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
     if TWO:
         count = tl.load(counts + program)
         box = (count & 1) * columns + column
         word = (total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (count.to(tl.int64) << 32)
         tl.store(theirs + box, word, mask=inside)
-        found = tl.load(ours + box, mask=inside, other=0, volatile=True)
-        missing = tl.max((inside & ((found >> 32) != count)).to(tl.int32))
+        received = tl.load(ours + box, mask=inside, other=0, volatile=True)
+        missing = tl.max((inside & ((received >> 32) != count)).to(tl.int32))
         while missing > 0:
-            found = tl.load(ours + box, mask=inside, other=0, volatile=True)
-            missing = tl.max((inside & ((found >> 32) != count)).to(tl.int32))
-        total += (found & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+            received = tl.load(ours + box, mask=inside, other=0, volatile=True)
+            missing = tl.max((inside & ((received >> 32) != count)).to(tl.int32))
+        total += (received & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
         tl.store(counts + program, count + 1)
     gdc_launch_dependents()
     y = total.to(out.dtype.element_ty).to(tl.float32)  # as the experts' output is rounded
-    tl.store(out + column, (before + y).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + column, (residual_values + y).to(out.dtype.element_ty), mask=inside)
 
 
 class End:

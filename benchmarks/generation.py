@@ -31,7 +31,7 @@ from typing import Any
 from record import RESULTS, append, environment
 
 FILE = RESULTS / "generation.csv"
-PARTS = ("olmoe-1b-7b-bf16", "olmoe-1b-7b-2.0", "start:olmoe-1b-7b-2.0", "mixtral-8x7b-2.5")
+CASES = ("olmoe-1b-7b-bf16", "olmoe-1b-7b-2.0", "start:olmoe-1b-7b-2.0", "mixtral-8x7b-2.5")
 BATCHES, PREFILLS, NEW_TOKENS = (1, 4, 16), (128, 512, 2048), 128
 SMALL = {"batches": [1, 4], "prefills": [32], "new_tokens": 8}
 """On a CPU, to try the script out."""
@@ -39,7 +39,7 @@ SMALL = {"batches": [1, 4], "prefills": [32], "new_tokens": 8}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--parts", nargs="+", default=CASES)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave decoder layers uncompiled")
@@ -54,39 +54,39 @@ def main() -> None:
     elif args.profile:
         profile(args.profile, args.batches[0], not args.no_compile)
     else:
-        for part in args.parts:
+        for case in args.parts:
             began = time.perf_counter()
-            for row in in_fresh_process(part, sys.argv[1:]):
+            for row in in_fresh_process(case, sys.argv[1:]):
                 append(args.out, with_ratio({**row, **environment()}, args.out))
                 shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v != ""}
                 print(", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-            print(f"-- {part}: {time.perf_counter() - began:.0f} s in all", flush=True)
+            print(f"-- {case}: {time.perf_counter() - began:.0f} s in all", flush=True)
 
 
-def in_fresh_process(part: str, arguments: list[str]) -> list[dict[str, Any]]:
+def in_fresh_process(case: str, arguments: list[str]) -> list[dict[str, Any]]:
     """The rows of a part. A part that fails says why and leaves the others alone."""
     with tempfile.TemporaryDirectory() as caches:
         variables = {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        command = [sys.executable, __file__, *arguments, "--child", part]
+        command = [sys.executable, __file__, *arguments, "--child", case]
         ran = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True)
     if ran.returncode:
-        print(f"-- {part} failed with exit code {ran.returncode}", flush=True)
+        print(f"-- {case} failed with exit code {ran.returncode}", flush=True)
         return []
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def run_part(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    if part.startswith("first-token:"):
-        return [first_token(Path(part.removeprefix("first-token:")))]
-    if part.startswith("start:"):
-        return start(part.removeprefix("start:"), args.starts)
-    return speed(part, args)
+def run_part(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    if case.startswith("first-token:"):
+        return [first_token(Path(case.removeprefix("first-token:")))]
+    if case.startswith("start:"):
+        return start(case.removeprefix("start:"), args.starts)
+    return speed(case, args)
 
 
 # Decode and prefill
 
 
-def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def speed(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from gemq.evaluation.bench import BenchConfig, bench
@@ -98,20 +98,20 @@ def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     full = {"batches": args.batches, "prefills": prefills, "new_tokens": NEW_TOKENS}
     sizes: dict[str, Any] = full if cuda else SMALL
     compiled = cuda and not args.no_compile
-    named = f"{args.layers}-layers-{part}" if args.layers else part
+    named = f"{args.layers}-layers-{case}" if args.layers else case
 
     def cut(shape: Shape) -> Shape:
         return replace(shape, changes={**shape.changes, "num_hidden_layers": args.layers}) if args.layers else shape
 
-    if not part.endswith("-bf16"):
-        shape = cut(SHAPES[part])
+    if not case.endswith("-bf16"):
+        shape = cut(SHAPES[case])
         values = bench(packed_model(shape, device), BenchConfig(**sizes, compiled=compiled))
         rows = to_rows(named, mean_bits(shape), "packed", values)
         if compiled:  # what `gemq generate` does unless told to compile
             plain = bench(packed_model(shape, device), BenchConfig([1], [], NEW_TOKENS, compiled=False))
             rows += to_rows(named, mean_bits(shape), "packed", plain)
         return rows
-    shape = cut(next(s for s in SHAPES.values() if s.name.startswith(part.removesuffix("bf16"))))
+    shape = cut(next(s for s in SHAPES.values() if s.name.startswith(case.removesuffix("bf16"))))
     model = dense_model(shape, device)
     rows = []
     for experts in ("batched_mm", "grouped_mm") if cuda else ("eager",):  # both loop on a CPU, and take minutes
@@ -122,16 +122,16 @@ def speed(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def to_rows(part: str, bits: float, experts: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+def to_rows(case: str, bits: float, experts: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     for line in values["fallbacks"]:
-        print(f"!! {part}: {line}", file=sys.stderr)
+        print(f"!! {case}: {line}", file=sys.stderr)
     rows = []
-    for kind, found in (("decode", values["decode"]), ("prefill", values["prefill"])):
-        for row in found:
+    for kind, measured in (("decode", values["decode"]), ("prefill", values["prefill"])):
+        for row in measured:
             speeds = row["tokens_per_second"]
             rows.append(
                 {
-                    "shape": part,
+                    "shape": case,
                     "bits": bits,
                     "what": kind,
                     "batch": row.get("batch", 1),
@@ -160,8 +160,8 @@ def with_ratio(row: dict[str, Any], file: Path) -> dict[str, Any]:
     if row["unit"] != "tokens/s" or row["shape"].endswith("-bf16") or not file.exists():
         return row
     base = row["shape"].rpartition("-")[0] + "-bf16"
-    alike = ("what", "batch", "tokens", "device", "torch", "transformers")
-    same = {"shape": base, **{key: str(row[key]) for key in alike}}
+    key_columns = ("what", "batch", "tokens", "device", "torch", "transformers")
+    same = {"shape": base, **{key: str(row[key]) for key in key_columns}}
     with file.open(encoding="utf-8") as stream:
         rows = [r for r in csv.DictReader(stream) if all(r[key] == value for key, value in same.items())]
     newest = [float(r["p50"]) for r in rows if r["commit"] == rows[-1]["commit"]]
@@ -183,10 +183,10 @@ def start(name: str, runs: int) -> list[dict[str, Any]]:
         path = Path(folder) / "packed"
         write(SHAPES[name], path, "cuda" if torch.cuda.is_available() else "cpu")
         torch.cuda.empty_cache()
-        found = [row for _ in range(runs) for row in in_fresh_process(f"first-token:{path}", [])]
+        measurements = [row for _ in range(runs) for row in in_fresh_process(f"first-token:{path}", [])]
     rows = []
-    for what in found[0] if found else ():
-        seconds = sorted(row[what] for row in found)
+    for what in measurements[0] if measurements else ():
+        seconds = sorted(row[what] for row in measurements)
         row = {"shape": name, "bits": mean_bits(SHAPES[name]), "what": f"start: {what}", "batch": 1, "unit": "seconds"}
         middle = {"p20": seconds[0], "p50": statistics.median(seconds), "p80": seconds[-1]}
         rows.append({**dict.fromkeys(COLUMNS, ""), **row, "tokens": 128, **middle})
@@ -264,11 +264,11 @@ def profile(name: str, batch: int, compiled: bool, steps: int = 20) -> None:
     for _ in decoder.decode(steps):
         pass
     wall = (time.perf_counter() - begin) / steps
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in decoder.decode(steps):
             pass
     events = []
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         total = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         events.append((total / steps, event.count / steps, event.key))
     busy, kernels = sum(e[0] for e in events), sum(e[1] for e in events)

@@ -33,7 +33,7 @@ from record import RESULTS, append, environment
 from shapes import random_codes
 
 FILE = RESULTS / "kernels_decode.csv"
-SHARES = {Width.ONE: 15, Width.TERNARY: 45, Width.TWO: 99, Width.THREE: 33}
+SHARES = {Width.ONE_BIT: 15, Width.TERNARY: 45, Width.TWO_BIT: 99, Width.THREE_BIT: 33}
 GROUP = 128
 L2_TIMES = 4
 DTYPE = torch.bfloat16
@@ -124,7 +124,7 @@ class Work:
     def down(self, i: int, cut: Any = None, h: Tensor | None = None) -> Tensor:
         return launch_down(self.h if h is None else h, self.index[i], self.weights[i], self.layers[i].down, cut)
 
-    def both(self, i: int, up: Any = None, down: Any = None) -> Tensor:
+    def up_and_down(self, i: int, up: Any = None, down: Any = None) -> Tensor:
         """[T, K, H]: the sum over K is another kernel's."""
         return self.down(i, down, self.up(i, up))
 
@@ -171,14 +171,14 @@ def build(shape: Shape, shares: dict[Width, int]) -> list[Layer]:
 def check(work: Work, call: Callable[[int], Tensor]) -> float:
     """Kernels against float64 arithmetic of the same weights on the first layer: the relative error."""
     (up, down), x = work.layers[0].packed, work.x[0].double()
-    mine = call(0).sum(1).double()
-    truth = torch.zeros_like(mine)
+    output = call(0).sum(1).double()
+    truth = torch.zeros_like(output)
     for e in work.index[0].unique().tolist():
         token, slot = torch.where(work.index[0] == e)
         h = GATE(x[token] @ up.dequantize(e, torch.float64).T).to(DTYPE).double()
         y = h @ down.dequantize(e, torch.float64).T
         truth.index_add_(0, token, y * work.weights[0][token, slot, None].double())
-    error = ((mine - truth).norm() / truth.norm()).item()
+    error = ((output - truth).norm() / truth.norm()).item()
     # One rounding of the activations between the products: 2^-9 each at most.
     assert error < 2**-8, f"kernels are wrong: relative error {error:.2e}"
     return error
@@ -204,7 +204,7 @@ def measure(work: Work, call: Callable[[int], Any], replays: int) -> tuple[list[
     return seconds, statistics.mean(reads), statistics.mean(loads)
 
 
-def row(kernel: str, name: str, batch: int, seconds: list[float], read: float, copy: float, **more: Any) -> dict:
+def row(kernel: str, name: str, batch: int, seconds: list[float], read: float, copy: float, **columns: Any) -> dict:
     quantiles = statistics.quantiles(seconds, n=5)
     median = statistics.median(seconds)
     result = {
@@ -219,7 +219,7 @@ def row(kernel: str, name: str, batch: int, seconds: list[float], read: float, c
         "copy_gb_per_s": copy / 1e9,
         "share": read / median / copy,
         "max_over_mean": "",
-        **more,
+        **columns,
         **environment(),
     }
     shown = {k: result[k] for k in ("kernel", "shape", "batch", "p50_us", "gb_per_s", "share")}
@@ -231,12 +231,12 @@ class LinearWork:
     """Distinct 4-bit matrices of attention, those of one launch together, at least four times the L2 cache in all."""
 
     def __init__(self, rows: tuple[int, ...], columns: int, batch: int) -> None:
-        self.read = sum(Width.FOUR.matrix_bytes(count, columns, GROUP) for count in rows)
+        self.read = sum(Width.FOUR_BIT.matrix_bytes(count, columns, GROUP) for count in rows)
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
         self.matrices = []
         for _ in range(-(-L2_TIMES * l2 // self.read) + 1):
-            parts = [random_matrix(count, columns, Width.FOUR) for count in rows]
-            codes, scales, offsets = zip(*(part.tensors() for part in parts), strict=True)
+            matrices = [random_matrix(count, columns, Width.FOUR_BIT) for count in rows]
+            codes, scales, offsets = zip(*(matrix.tensors() for matrix in matrices), strict=True)
             self.matrices.append(FusedLinears(codes, scales, offsets, [], 16, GROUP))
         self.x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
 
@@ -270,15 +270,15 @@ def bench(names: list[str], batches: list[int], replays: int, save: bool) -> Non
         for batch in batches:
             work = Work(shape, layers, batch)
             started = time.perf_counter()
-            work.both(0)
+            work.up_and_down(0)
             torch.cuda.synchronize()
             first = time.perf_counter() - started
-            print(f"  batch {batch}: first call {first:.2f} s, relative error {check(work, work.both):.1e}")
-            seconds, read, load = measure(work, work.both, replays)
+            print(f"  batch {batch}: first call {first:.2f} s, relative error {check(work, work.up_and_down):.1e}")
+            seconds, read, load = measure(work, work.up_and_down, replays)
             rows = [row("experts", name, batch, seconds, read, copy, max_over_mean=load)]
             rows += bench_linears(name, shape, batch, replays, copy)
-            for found in rows if save else ():
-                append(FILE, found)
+            for cells in rows if save else ():
+                append(FILE, cells)
         del layers, work
         torch.cuda.empty_cache()
 
@@ -314,13 +314,13 @@ def sweep(names: list[str], batches: list[int], replays: int) -> None:
 def sweep_work(work: Work, replays: int, copy: float) -> None:
     best: dict[str, tuple[float, VectorConfig]] = {}
     for cut in CUTS:
-        error = check(work, partial(work.both, up=cut, down=cut))
+        error = check(work, partial(work.up_and_down, up=cut, down=cut))
         cells = []
         for which, call in (("up", work.up), ("down", work.down)):
             times, _, _ = measure(work, partial(call, cut=cut), replays)
-            found = (statistics.median(times), cut)
-            cells.append(f"{found[0] * 1e6:7.2f}")
-            best[which] = min(best.get(which, found), found)
+            candidate = (statistics.median(times), cut)
+            cells.append(f"{candidate[0] * 1e6:7.2f}")
+            best[which] = min(best.get(which, candidate), candidate)
         print(
             "  " + " ".join(f"{n or 0:3d}" for n in cut[:4]) + " " + " ".join(cells) + f"  error {error:.1e}",
             flush=True,
@@ -328,13 +328,15 @@ def sweep_work(work: Work, replays: int, copy: float) -> None:
     up, down = best["up"][1], best["down"][1]
     print(f"  best: {up} {down}")
     calls: dict[str, Callable[[int], Any]] = {
-        "best": partial(work.both, up=up, down=down),
-        "best, each after the other": partial(work.both, up=up._replace(pdl=False), down=down._replace(pdl=False)),
-        "as configured": work.both,
+        "best": partial(work.up_and_down, up=up, down=down),
+        "best, each after the other": partial(
+            work.up_and_down, up=up._replace(pdl=False), down=down._replace(pdl=False)
+        ),
+        "as configured": work.up_and_down,
     }
-    for label, both in calls.items():
-        check(work, both)
-        times, read, _ = measure(work, both, replays)
+    for label, variant in calls.items():
+        check(work, variant)
+        times, read, _ = measure(work, variant, replays)
         seconds = statistics.median(times)
         print(f"  {label}: {seconds * 1e6:.2f} us, {read / seconds / copy:.1%} of copies", flush=True)
 

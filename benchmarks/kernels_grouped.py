@@ -46,9 +46,13 @@ class Shape:
 SHAPES = {
     # 15 : 45 : 99 : 33 of 192, an average of 2.0 nominal bits
     "olmoe": Shape(
-        2048, 1024, 64, 8, (Width.ONE,) * 5 + (Width.TERNARY,) * 15 + (Width.TWO,) * 33 + (Width.THREE,) * 11
+        2048,
+        1024,
+        64,
+        8,
+        (Width.ONE_BIT,) * 5 + (Width.TERNARY,) * 15 + (Width.TWO_BIT,) * 33 + (Width.THREE_BIT,) * 11,
     ),
-    "mixtral": Shape(4096, 14336, 8, 2, (Width.TWO, Width.THREE) * 4),
+    "mixtral": Shape(4096, 14336, 8, 2, (Width.TWO_BIT, Width.THREE_BIT) * 4),
 }
 CONFIGS = (  # block_m, block_n, block_k, warps, stages
     *((16, 64, 128, 4, 2), (16, 64, 128, 4, 3), (16, 64, 128, 4, 4), (16, 128, 128, 8, 3)),
@@ -91,10 +95,10 @@ def make_layers(shape: Shape) -> list[Any]:
     """Packed layers with random codes, together at least four times the L2 cache."""
     import torch
 
-    wanted = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    min_bytes = 4 * torch.cuda.get_device_properties(0).L2_cache_size
     layers: list[Any] = []
     total = 0
-    while total < wanted or len(layers) < 2:
+    while total < min_bytes or len(layers) < 2:
         layers.append(make_layer(shape))
         total += sum(b.nbytes for b in layers[-1].buffers())
     return layers
@@ -286,10 +290,10 @@ def bench_linears(args: argparse.Namespace) -> None:
 
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     for rows, columns, width in (
-        (2048, 2048, Width.FOUR),
-        (4096, 4096, Width.FOUR),
-        (4096, 4096, Width.EIGHT),
-        (14336, 4096, Width.FOUR),
+        (2048, 2048, Width.FOUR_BIT),
+        (4096, 4096, Width.FOUR_BIT),
+        (4096, 4096, Width.EIGHT_BIT),
+        (14336, 4096, Width.FOUR_BIT),
     ):
         modules, dense, total = [], [], 0
         while total < 4 * l2:
@@ -341,7 +345,7 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
         flops = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
         for config in [TileConfig(*c) for c in CONFIGS if mean / 4 <= c[0] <= max(4 * mean, 16) or c[0] >= 128 <= mean]:
             try:
-                _, p50, _ = time_steps(cycle(layers, draws, partial(parts, config=config)))
+                _, p50, _ = time_steps(cycle(layers, draws, partial(packed_experts_output, config=config)))
                 print(f"  {tuple(config)!s:28} {p50 * 1e6:9.1f} us {flops / p50 / 1e12:7.1f} TFLOP/s", flush=True)
             except triton.runtime.errors.OutOfResources as error:
                 print(f"  {tuple(config)!s:28} {error}")
@@ -352,16 +356,16 @@ def sweep(args: argparse.Namespace, name: str, shape: Shape, layers: list[Any]) 
         routing = sort_pairs(index, shape.experts, chosen.block_m)
         h = matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation)
         y = matmul(h, down, chosen, routing, scatter=True)
-        for part, step in {
+        for step_name, step in {
             "sort": lambda: sort_pairs(index, shape.experts, chosen.block_m),  # noqa: B023
             "first": lambda: matmul(hidden, first, chosen, routing, top_k=shape.top_k, activation=activation),  # noqa: B023
             "down": lambda: matmul(h, down, chosen, routing, scatter=True),  # noqa: B023
             "combine": lambda: combine(y, index, weights, shape.experts),  # noqa: B023
         }.items():
-            print(f"    {part:8} {time_steps([step] * 8)[1] * 1e6:9.1f} us, same weights each time")
+            print(f"    {step_name:8} {time_steps([step] * 8)[1] * 1e6:9.1f} us, same weights each time")
 
 
-def parts(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor, config: Any) -> Tensor:
+def packed_experts_output(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor, config: Any) -> Tensor:
     from gemq.kernels.grouped import operators
 
     first, down = (operators.packed_experts(w, None) for w in (layer.gate_up_proj, layer.down_proj))

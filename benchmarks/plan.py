@@ -40,8 +40,8 @@ def main() -> None:
     tries = len(result.guard.get("tried", []))
     seconds["all"] = sum(seconds.values())
     peak = "peak_gpu_bytes" if device.type == "cuda" else "peak_host_bytes"
-    held = max(cost[peak] for cost in result.stages.values())
-    beside = 0 if device.type == "cuda" else planned.host_bytes
+    peak_bytes = max(cost[peak] for cost in result.stages.values())
+    host_bytes = 0 if device.type == "cuda" else planned.host_bytes
     for name, measured in seconds.items():
         expected = planned.seconds.get(name, 0.0) if name != "all" else sum(planned.seconds.values())
         row = {
@@ -51,14 +51,14 @@ def main() -> None:
             "stage": name,
             "planned_s": expected,
             "measured_s": measured,
-            "planned_gb": (planned.quickest_bytes + beside) / 1e9 if name == "all" else "",
-            "measured_gb": held / 1e9 if name == "all" else "",
+            "planned_gb": (planned.quickest_bytes + host_bytes) / 1e9 if name == "all" else "",
+            "measured_gb": peak_bytes / 1e9 if name == "all" else "",
             "guard_tries": tries,
             **environment(),
         }
         append(args.csv, row)
         print(f"{name:22} planned {expected:8.1f} s, measured {measured:8.1f} s", flush=True)
-    print(f"memory: planned {(planned.quickest_bytes + beside) / 1e9:.3f} GB, measured {held / 1e9:.3f} GB")
+    print(f"memory: planned {(planned.quickest_bytes + host_bytes) / 1e9:.3f} GB, measured {peak_bytes / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

@@ -51,16 +51,16 @@ def main() -> None:
     axes.plot(
         list(lines), list(lines.values()), "--", color="gray", label="limit: measured copy bandwidth / bytes a token"
     )
-    for now in (True, False):
-        shown = [r for r in packed if (r["commit"] == newest) == now]
+    for is_newest in (True, False):
+        shown = [r for r in packed if (r["commit"] == newest) == is_newest]
         if shown:
             middle, low, high = ([float(r[p]) for r in shown] for p in ("p50", "p20", "p80"))
             spread = [[abs(m - x) for m, x in zip(middle, p, strict=True)] for p in (low, high)]
-            label = "gemq, end to end" if now else "earlier commits"
+            label = "gemq, end to end" if is_newest else "earlier commits"
             style: dict[str, Any] = {
                 "color": "tab:blue",
-                "linestyle": "-" if now else "none",
-                "mfc": None if now else "white",
+                "linestyle": "-" if is_newest else "none",
+                "mfc": None if is_newest else "white",
             }
             axes.errorbar(
                 [float(r["bits"]) for r in shown], middle, spread, marker="o", capsize=3, label=label, **style

@@ -35,10 +35,10 @@ from gemq.runtime.activation_store import ActivationStore
 from record import RESULTS, append, environment
 
 FILE = RESULTS / "quantize_speed.csv"
-PARTS = ("gptq", "moments", "scores", "candidates", "layers")
-WIDTHS = (Width.ONE, Width.TERNARY, Width.TWO, Width.THREE)
-GATE_UP_WIDTHS = (Width.TERNARY, Width.TWO, Width.TWO, Width.THREE)
-DOWN_WIDTHS = (Width.TWO, Width.THREE)
+STEPS = ("gptq", "moments", "scores", "candidates", "layers")
+WIDTHS = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
+GATE_UP_WIDTHS = (Width.TERNARY, Width.TWO_BIT, Width.TWO_BIT, Width.THREE_BIT)
+DOWN_WIDTHS = (Width.TWO_BIT, Width.THREE_BIT)
 BATCH, TRAIN_TOKENS, SCORE_TOKENS, EPOCHS = 4096, 524_288, 262_144, 2
 
 
@@ -92,7 +92,7 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["olmoe"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--batches", type=int, default=12, help="micro-batches of 4096 tokens")
     parser.add_argument("--csv", type=Path, default=FILE)
     args = parser.parse_args()
@@ -100,8 +100,8 @@ def main() -> None:
     print(f"{bench.rate / 1e12:.0f} TFLOP/s, {bench.bandwidth / 1e12:.2f} TB/s", flush=True)
     for name in args.shape:
         bench.start(name, SHAPES[name])
-        for part in args.parts:
-            getattr(bench, part)()
+        for step in args.parts:
+            getattr(bench, step)()
 
 
 class Bench:
@@ -155,12 +155,12 @@ class Bench:
         self.active = shape.top_k * self.experts.weights_per_expert
         self.dense = sum(x.rows * x.columns for x in self.layer.linears)
 
-    def row(self, part: str, seconds: float, operations: float, moved: float, **others: Any) -> None:
+    def row(self, step: str, seconds: float, operations: float, moved: float, **others: Any) -> None:
         limit = max(operations / self.rate, moved / self.bandwidth)
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         cells = {
             "shape": self.name,
-            "part": part,
+            "part": step,
             "seconds": float(seconds),
             "limit": limit,
             "times_limit": seconds / limit,
@@ -175,8 +175,8 @@ class Bench:
 
     def moments(self) -> None:
         """A layer forward with the second moments of everything; limit by the products alone, half of each."""
-        every = slice(0, self.experts.count)
-        run = lambda: layer_hessians(self.replay, 0, self.activations, self.layer.linears, every)
+        all_experts = slice(0, self.experts.count)
+        run = lambda: layer_hessians(self.replay, 0, self.activations, self.layer.linears, all_experts)
         run()
         scale = TRAIN_TOKENS / (len(self.activations.ids) * self.activations.ids[0].numel())
         first, down = self.experts.matrices
@@ -188,7 +188,7 @@ class Bench:
         moments, _ = layer_hessians(self.replay, 0, self.activations, [], slice(0, self.experts.count))
         assert moments.experts is not None
         pairs = list(zip(self.experts.matrices, moments.experts, strict=True))
-        for widths in ((Width.TWO,), (Width.ONE, Width.TWO, Width.THREE), WIDTHS):
+        for widths in ((Width.TWO_BIT,), (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT), WIDTHS):
 
             def run(widths: tuple[Width, ...] = widths) -> None:
                 for matrix, moment in pairs:
@@ -231,22 +231,22 @@ class Bench:
 
     def _steps(self) -> tuple[int, float]:
         """Training steps an epoch here, and in a whole job."""
-        here = len(self._training(1).split(len(self.activations.ids))[0])
+        measured_steps = len(self._training(1).split(len(self.activations.ids))[0])
         tokens = self.activations.ids[0].numel()
-        return here, EPOCHS * len(self._training(1).split(TRAIN_TOKENS // tokens)[0])
+        return measured_steps, EPOCHS * len(self._training(1).split(TRAIN_TOKENS // tokens)[0])
 
     def _extrapolated(self, run: Callable[[int], Any]) -> tuple[float, float]:
         """Seconds of a whole job's steps and of the rest, from runs of one epoch and of three."""
         run(1)
-        one, three = self.seconds(lambda: run(1)), self.seconds(lambda: run(3))
-        here, whole = self._steps()
-        return (three - one) / (2 * here) * whole, one - (three - one) / 2
+        seconds_1, seconds_3 = self.seconds(lambda: run(1)), self.seconds(lambda: run(3))
+        measured_steps, job_steps = self._steps()
+        return (seconds_3 - seconds_1) / (2 * measured_steps) * job_steps, seconds_1 - (seconds_3 - seconds_1) / 2
 
     def candidates(self) -> None:
         """Training only: quantizing is ``gptq``."""
-        seconds, rest = self._extrapolated(
+        seconds, fixed_seconds = self._extrapolated(
             lambda epochs: build_candidates(
-                self.replay, 0, self.activations, self.quantizer, WIDTHS, Width.FOUR, self._training(epochs)
+                self.replay, 0, self.activations, self.quantizer, WIDTHS, Width.FOUR_BIT, self._training(epochs)
             )
         )
         tokens = self.activations.ids[0].numel()
@@ -254,7 +254,7 @@ class Bench:
         operations = steps * tokens * self.active * (6.0 * len(WIDTHS) + 2)
         # soft_codes and moments in and out, weight and gradient in and out, weight for both products
         moved = steps * self.weights * len(WIDTHS) * (2 * 6.0 + 2 + 2 + 2 + 2 + 2)
-        self.row("candidates", seconds, operations, moved, note=f"rest {rest:.2f} s")
+        self.row("candidates", seconds, operations, moved, note=f"rest {fixed_seconds:.2f} s")
 
     def layers(self) -> None:
         exact = ActivationStore(self.replay.memory)
@@ -266,14 +266,14 @@ class Bench:
 
         def run(epochs: int) -> None:
             targets = Targets(exact, stored, self._training(epochs))
-            reconstruct_layer(self.replay, 0, self.activations, self.quantizer, widths, Width.FOUR, targets)
+            reconstruct_layer(self.replay, 0, self.activations, self.quantizer, widths, Width.FOUR_BIT, targets)
 
-        seconds, rest = self._extrapolated(run)
+        seconds, fixed_seconds = self._extrapolated(run)
         tokens = self.activations.ids[0].numel()
         steps = self._steps()[1]
         operations = steps * tokens * (self.active + self.dense) * 6.0
         moved = steps * (self.weights + self.dense) * (2 * 6.0 + 2 + 2 + 2 + 2 + 2)
-        self.row("layers", seconds, operations, moved, note=f"rest {rest:.2f} s")
+        self.row("layers", seconds, operations, moved, note=f"rest {fixed_seconds:.2f} s")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def commit() -> str:
     """Short hash of the checkout, ``+`` if it has changes. A copy without git takes it from ``GEMQ_COMMIT``."""
-    if given := os.environ.get("GEMQ_COMMIT"):
-        return given
+    if revision := os.environ.get("GEMQ_COMMIT"):
+        return revision
     git = ["git", "-C", str(RESULTS)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -82,9 +82,9 @@ def _header(path: Path) -> list[str]:
 
 def _write(path: Path, header: list[str], rows: list[dict[str, str]]) -> None:
     """Writes beside the file and renames, so that a kill loses no measured row."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    new_file = path.with_name(path.name + ".new")
+    with new_file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(beside, path)
+    os.replace(new_file, path)

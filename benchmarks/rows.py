@@ -12,18 +12,18 @@ from gemq.quant.widths import ExpertWidths
 
 def newest(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
     """By model and name, the last row. Names with a label in brackets are experiments on the side, and left out."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    last_rows: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         if "(" not in row["name"]:
-            found.setdefault(row["model"], {})[row["name"]] = row
-    return found
+            last_rows.setdefault(row["model"], {})[row["name"]] = row
+    return last_rows
 
 
 def allocation_text(by_layer: Sequence[Sequence[ExpertWidths]]) -> str:
     """Widths by layer and expert as one string: ``1 1.6+2 2/2 2 3`` is two layers of three experts, one of which has
     1.6 bits for gate and up and 2 for down."""
     name = lambda first, down: f"{first}" if first == down else f"{first}+{down}"
-    return "/".join(" ".join(name(*both) for both in layer) for layer in by_layer)
+    return "/".join(" ".join(name(*expert) for expert in layer) for layer in by_layer)
 
 
 def allocation_widths(text: str) -> list[list[tuple[float, float]]]:

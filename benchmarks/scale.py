@@ -105,19 +105,19 @@ def write_model(shape: str, layers: int, out: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(builtin_model() / name, partial / name)
     left = dict(model.state_dict())
-    parts = []
+    shards = []
     for layer in find_structure(model).layers:
-        parts.append({name: left.pop(name) for name in list(left) if name.startswith(f"{layer.path}.")})
+        shards.append({name: left.pop(name) for name in list(left) if name.startswith(f"{layer.path}.")})
 
     def write(numbered: tuple[int, dict[str, Tensor]]) -> dict[str, str]:
-        number, part = numbered
+        number, shard = numbered
         file = f"model-{number:05d}.safetensors"
-        shapes = {name: tensor.shape for name, tensor in hub_state(model, part).items()}
+        shapes = {name: tensor.shape for name, tensor in hub_state(model, shard).items()}
         _write_random(partial / file, shapes, number)
         return dict.fromkeys(shapes, file)
 
     with ThreadPoolExecutor(4) as pool:
-        index = {name: file for files in pool.map(write, enumerate([*parts, left])) for name, file in files.items()}
+        index = {name: file for files in pool.map(write, enumerate([*shards, left])) for name, file in files.items()}
     text = json.dumps({"metadata": {}, "weight_map": index})
     (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     partial.rename(out)
@@ -134,14 +134,14 @@ def _write_random(path: Path, shapes: dict[str, torch.Size], seed: int) -> None:
     text += b" " * (-len(text) % 8)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    most = max(shape.numel() for shape in shapes.values())
-    staging = torch.empty(most, dtype=torch.bfloat16, pin_memory=device == "cuda")
+    max_numel = max(shape.numel() for shape in shapes.values())
+    staging = torch.empty(max_numel, dtype=torch.bfloat16, pin_memory=device == "cuda")
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
-            made = torch.empty(shape.numel(), dtype=torch.bfloat16, device=device)
-            made.fill_(1.0) if len(shape) == 1 else made.normal_(std=STD, generator=generator)
-            on_host = staging[: shape.numel()].copy_(made)
+            values = torch.empty(shape.numel(), dtype=torch.bfloat16, device=device)
+            values.fill_(1.0) if len(shape) == 1 else values.normal_(std=STD, generator=generator)
+            on_host = staging[: shape.numel()].copy_(values)
             file.write(on_host.view(torch.uint8).numpy().data)
 
 
@@ -157,8 +157,8 @@ def growth(source: Source, chosen: Recipe, true_layers: int, own_windows: bool) 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seq_len = chosen.seq_len or 2048
     for count in (layers, true_layers):
-        every = dataclasses.replace(structure, layers=(structure.layers * count)[:count])
-        workload = Workload(every, chosen, model.config, seq_len, torch.bfloat16, device)
+        full_structure = dataclasses.replace(structure, layers=(structure.layers * count)[:count])
+        workload = Workload(full_structure, chosen, model.config, seq_len, torch.bfloat16, device)
         counted.append(sensitivity_work(workload).seconds(H100) if chosen.rescale else 1.0)
 
     def times(stage: str) -> float:
@@ -178,7 +178,7 @@ def extrapolate(rows: list[dict[str, str]], shape: str, job: str, depths: tuple[
     few, many = (
         {r["stage"]: r for r in rows if (r["shape"], r["job"], r["layers"]) == (shape, job, str(n))} for n in depths
     )
-    found = {}
+    seconds_by_stage = {}
     for stage in many:
         if stage in ("all", "export") or stage not in few:
             continue
@@ -187,15 +187,15 @@ def extrapolate(rows: list[dict[str, str]], shape: str, job: str, depths: tuple[
             for r in (few[stage], many[stage])
         )
         slope = (b - a) / (share_b - share_a) if share_b > share_a else 0.0
-        found[stage] = b + max(slope, 0.0) * (1 - share_b)
-    return found
+        seconds_by_stage[stage] = b + max(slope, 0.0) * (1 - share_b)
+    return seconds_by_stage
 
 
 def write_text(path: Path, words: int) -> None:
     """Shuffled words of the built-in texts."""
-    known = " ".join(file.read_text(encoding="utf-8") for file in builtin_texts()).split()
+    vocabulary = " ".join(file.read_text(encoding="utf-8") for file in builtin_texts()).split()
     draw = random.Random(0)
-    path.write_text(" ".join(draw.choice(known) for _ in range(words)), encoding="utf-8")
+    path.write_text(" ".join(draw.choice(vocabulary) for _ in range(words)), encoding="utf-8")
 
 
 def recipe(job: str, windows: int, seq_len: int, text: Path) -> Recipe:
@@ -261,8 +261,8 @@ def main() -> None:
     total = {"seconds": 0.0, "all": 0.0, "gpu": 0, "host": 0}
     for name, cost in [*result.stages.items(), ("all", None)]:
         if cost is not None:
-            every = cost["seconds"] * times(name)
-            row = (cost["seconds"], every, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
+            all_layers = cost["seconds"] * times(name)
+            row = (cost["seconds"], all_layers, cost["peak_gpu_bytes"], cost["peak_host_bytes"])
             total["seconds"] += row[0]
             total["all"] += row[1]
             total["gpu"], total["host"] = max(total["gpu"], row[2]), max(total["host"], row[3])
@@ -270,7 +270,7 @@ def main() -> None:
             row = (total["seconds"], total["all"], int(total["gpu"]), int(total["host"]))
         table.add_row(name, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{row[2] / 1e9:.2f}", f"{row[3] / 1e9:.2f}")
         names = ("seconds", "seconds_all_layers", "peak_gpu_bytes", "peak_host_bytes")
-        waited = {f"waited_{place.split()[0]}_bytes": count for place, count in result.spilled_bytes.items()}
+        waited = {f"waited_{tier.split()[0]}_bytes": count for tier, count in result.spilled_bytes.items()}
         cells = {**common, "stage": name, **dict(zip(names, row, strict=True)), **waited}
         append(args.out, {**cells, "work_bytes": result.work_bytes, **environment()})
     Console().print(table)

@@ -32,10 +32,10 @@ GROUP_SIZE = 128
 STD = 0.02
 """Standard deviation of all weights: large enough that nothing underflows, small enough that nothing overflows."""
 
-TWO_BITS = {Width.ONE: 15, Width.TERNARY: 45, Width.TWO: 99, Width.THREE: 33}
+TWO_BITS = {Width.ONE_BIT: 15, Width.TERNARY: 45, Width.TWO_BIT: 99, Width.THREE_BIT: 33}
 """Experts at each width out of 192: 2.0 nominal bits. An allocation on a real model looked like it."""
 
-TWO_AND_A_HALF_BITS = {Width.TERNARY: 16, Width.TWO: 74, Width.THREE: 102}
+TWO_AND_A_HALF_BITS = {Width.TERNARY: 16, Width.TWO_BIT: 74, Width.THREE_BIT: 102}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shape:
     kind: type[PreTrainedConfig]
     changes: dict[str, Any]
     mix: Mapping[Width, int] = field(default_factory=lambda: TWO_BITS)
-    dense_width: Width = Width.FOUR
+    dense_width: Width = Width.FOUR_BIT
 
     def dense_config(self) -> PreTrainedConfig:
         no_ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -94,7 +94,11 @@ SHAPES = {
     for shape in (
         Shape("olmoe-1b-7b-2.0", OlmoeConfig, OLMOE),
         Shape("olmoe-1b-7b-2.5", OlmoeConfig, OLMOE, TWO_AND_A_HALF_BITS),
-        *(Shape(f"olmoe-1b-7b-{width}", OlmoeConfig, OLMOE, {width: 1}) for width in Width if width is not Width.TWO),
+        *(
+            Shape(f"olmoe-1b-7b-{width}", OlmoeConfig, OLMOE, {width: 1})
+            for width in Width
+            if width is not Width.TWO_BIT
+        ),
         Shape("mixtral-8x7b-2.0", MixtralConfig, MIXTRAL),
         Shape("mixtral-8x7b-2.5", MixtralConfig, MIXTRAL, TWO_AND_A_HALF_BITS),
         Shape("small-2.0", OlmoeConfig, SMALL),  # to try a script out
@@ -155,8 +159,8 @@ def write(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int
 def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat:
     """Widths for every expert, dealt out at random in the shares of the mix, and for every attention linear."""
     counts = [layer.experts.count for _, layer in structure.moe_layers]
-    total, parts = sum(counts), sum(shape.mix.values())
-    deck = [width for width, share in shape.mix.items() for _ in range(round(total * share / parts))]
+    total, total_shares = sum(counts), sum(shape.mix.values())
+    deck = [width for width, share in shape.mix.items() for _ in range(round(total * share / total_shares))]
     deck = (deck + [max(shape.mix)] * total)[:total]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     dealt = iter([deck[i] for i in order])
@@ -176,11 +180,13 @@ def mean_bits(shape: Shape) -> float:
 
 def random_codes(rows: int, groups: int, width: Width, size: int, random: torch.Generator) -> Tensor:
     """Codes drawn evenly, uint8 [rows, groups * bytes of a group], on the generator's device."""
-    each = width.group_bytes(size)
+    group_bytes = width.group_bytes(size)
     values = 243 if width is Width.TERNARY else 256  # a byte of five ternary codes
-    codes = torch.randint(values, (rows, groups, each), dtype=torch.uint8, device=random.device, generator=random)
+    codes = torch.randint(
+        values, (rows, groups, group_bytes), dtype=torch.uint8, device=random.device, generator=random
+    )
     if width is Width.TERNARY:
-        codes[..., size - 4 * each :] %= 81  # the fifth code of these bytes is none of the group's
+        codes[..., size - 4 * group_bytes :] %= 81  # the fifth code of these bytes is none of the group's
     return codes.view(rows, -1)
 
 
@@ -209,8 +215,8 @@ def _shards(model: Any, packed_names: set[str]) -> Iterator[dict[str, Tensor]]:
     state = model.state_dict()
     by_layer: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        parts = name.split(".layers.", 1)
-        by_layer.setdefault(parts[1].split(".")[0] if len(parts) > 1 else "", {})[name] = tensor
+        components = name.split(".layers.", 1)
+        by_layer.setdefault(components[1].split(".")[0] if len(components) > 1 else "", {})[name] = tensor
     for tensors in by_layer.values():
         packed = {name: tensors[name] for name in tensors if name in packed_names}
         yield packed | hub_state(model, {name: t for name, t in tensors.items() if name not in packed})

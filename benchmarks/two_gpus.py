@@ -58,17 +58,17 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as directory:
-        kept = args.keep or Path(directory)
-        kept.mkdir(parents=True, exist_ok=True)
-        {"jobs": jobs, "quality": quality, "lost": lost}[args.part](args, kept)
+        job_directory = args.keep or Path(directory)
+        job_directory.mkdir(parents=True, exist_ok=True)
+        {"jobs": jobs, "quality": quality, "lost": lost}[args.part](args, job_directory)
 
 
-def record(args: argparse.Namespace, what: str, name: str, one: float, two: float, unit: str) -> None:
+def record(args: argparse.Namespace, what: str, name: str, value_1: float, value_2: float, unit: str) -> None:
     """A row of ``args.csv``, which is also printed."""
-    ratio = one / two if two else 0.0
-    row = {"what": what, "name": name, "one": one, "two": two, "ratio": ratio, "unit": unit, **environment()}
+    ratio = value_1 / value_2 if value_2 else 0.0
+    row = {"what": what, "name": name, "one": value_1, "two": value_2, "ratio": ratio, "unit": unit, **environment()}
     append(args.csv, row)
-    print(f"{what}, {name}: one {one:.4g} {unit}, two {two:.4g} {unit}, ratio {ratio:.3g}", flush=True)
+    print(f"{what}, {name}: one {value_1:.4g} {unit}, two {value_2:.4g} {unit}, ratio {ratio:.3g}", flush=True)
 
 
 # Whole jobs
@@ -115,15 +115,17 @@ def jobs(args: argparse.Namespace, directory: Path) -> None:
         file = written(effort, windows, seq_len, text, directory / f"{effort}.yaml")
         flags = ("--recipe", file, "--bits", 2, *device)
         results = [quantize(ranks, model, directory / f"{effort}-{ranks}", *flags) for ranks in (1, 2)]
-        (one, whole_one), (two, whole_two) = results
-        stages = [{name: cost["seconds"] for name, cost in figures["stages"].items()} for figures in (one, two)]
+        (figures_1, seconds_1), (figures_2, seconds_2) = results
+        stages = [
+            {name: cost["seconds"] for name, cost in figures["stages"].items()} for figures in (figures_1, figures_2)
+        ]
         for name in stages[0]:
             record(args, f"job {effort}", name, stages[0][name], stages[1].get(name, 0.0), "s")
-        computing = [sum(s for name, s in found.items() if name not in OUTSIDE) for found in stages]
+        computing = [sum(s for name, s in stage.items() if name not in OUTSIDE) for stage in stages]
         record(args, f"job {effort}", "computing stages", computing[0], computing[1], "s")
-        record(args, f"job {effort}", "whole process", whole_one, whole_two, "s")
-        record(args, f"job {effort}", "predicted cost", one["predicted_cost"], two["predicted_cost"], "")
-        alike(args, effort, directory, one["allocation"], two["allocation"])
+        record(args, f"job {effort}", "whole process", seconds_1, seconds_2, "s")
+        record(args, f"job {effort}", "predicted cost", figures_1["predicted_cost"], figures_2["predicted_cost"], "")
+        record_equality(args, effort, directory, figures_1["allocation"], figures_2["allocation"])
 
 
 def written(effort: str, windows: int, seq_len: int, text: Path, file: Path) -> Path:
@@ -133,13 +135,13 @@ def written(effort: str, windows: int, seq_len: int, text: Path, file: Path) -> 
     return file
 
 
-def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two: Any) -> None:
+def record_equality(args: argparse.Namespace, effort: str, directory: Path, widths_1: Any, widths_2: Any) -> None:
     """Share of matrices at the same width, and of equal codes among them."""
     pairs = [
         pair
-        for rows in zip(one, two, strict=True)
+        for rows in zip(widths_1, widths_2, strict=True)
         for expert in zip(*rows, strict=True)
-        for pair in zip(*map(both, expert), strict=True)
+        for pair in zip(*map(width_pair, expert), strict=True)
     ]
     record(args, f"job {effort}", "matrices at the same width", 1.0, sum(a == b for a, b in pairs) / len(pairs), "")
     from safetensors import safe_open
@@ -153,9 +155,9 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
         opened = [safe_open(file, "pt") for file in sorted(out.glob("*.safetensors"))]
         tensors.append({name: file for file in opened for name in file.keys()})  # noqa: SIM118
     equal = total = 0
-    for path, rows in zip(paths, zip(*([r for r in x if r] for x in (one, two)), strict=True), strict=True):
+    for path, rows in zip(paths, zip(*([r for r in x if r] for x in (widths_1, widths_2)), strict=True), strict=True):
         for e, expert in enumerate(zip(*rows, strict=True)):
-            for name, a, b in zip(("gate_up_proj", "down_proj"), *map(both, expert), strict=True):
+            for name, a, b in zip(("gate_up_proj", "down_proj"), *map(width_pair, expert), strict=True):
                 if a != b:
                     continue
                 full = f"{path}.{e}.{name}"
@@ -170,7 +172,7 @@ def alike(args: argparse.Namespace, effort: str, directory: Path, one: Any, two:
     record(args, f"job {effort}", "equal codes", 1.0, equal / max(total, 1), "")
 
 
-def both(widths: Any) -> list[float]:
+def width_pair(widths: Any) -> list[float]:
     """An expert's two widths, as they are or from the one that stands for both."""
     return list(widths) if isinstance(widths, list | tuple) else [widths, widths]
 
@@ -192,9 +194,9 @@ def lost(args: argparse.Namespace, directory: Path) -> None:
         time.sleep(0.005)
     os.kill(rank_process(process.pid, 1), signal.SIGKILL)
     begin = time.perf_counter()
-    told = process.communicate()[1]
+    stderr = process.communicate()[1]
     seconds = time.perf_counter() - begin
-    ours = [line for line in told.splitlines() if line.startswith("gemq: ")]
+    ours = [line for line in stderr.splitlines() if line.startswith("gemq: ")]
     print("\n".join(ours), flush=True)
     record(args, "lost rank", "until the other has stopped", seconds, seconds, "s")
     record(args, "lost rank", "lines of ours", 1, len(ours), "")
@@ -240,19 +242,19 @@ def quality(args: argparse.Namespace, directory: Path) -> None:
         gpu = seed % gpus if gpus else None
         keys = ("--bits", 2, "--recipe", tokens, "--seed", seed, *calibration)
         quantize(ranks, args.model, out, *keys, gpu=gpu if ranks == 1 else None)
-        told = out.with_suffix(".eval.json")
-        limits = ("--max-windows", 120, "-q", "--json", told)
+        figures = out.with_suffix(".eval.json")
+        limits = ("--max-windows", 120, "-q", "--json", figures)
         job = command(1, "-m", "gemq", "eval", out, "--reference", args.model, *texts, *limits)
         subprocess.run(job, check=True, env=seeing(gpu))
-        nats: float = json.loads(told.read_text())["mean_kl"]
+        nats: float = json.loads(figures.read_text())["mean_kl"]
         print(f"seed {seed}, {ranks} ranks: KL {nats:.5f}", flush=True)
         return nats
 
     with ThreadPoolExecutor(2 * args.seeds if gpus else 1) as pool:
-        found = {(seed, ranks): pool.submit(kl, seed, ranks) for seed in range(args.seeds) for ranks in (1, 2)}
+        futures = {(seed, ranks): pool.submit(kl, seed, ranks) for seed in range(args.seeds) for ranks in (1, 2)}
         for seed in range(args.seeds):
-            one, two = (found[seed, ranks].result() for ranks in (1, 2))
-            record(args, "quality", f"KL, seed {seed}", one, two, "nats")
+            kl_1, kl_2 = (futures[seed, ranks].result() for ranks in (1, 2))
+            record(args, "quality", f"KL, seed {seed}", kl_1, kl_2, "nats")
 
 
 if __name__ == "__main__":

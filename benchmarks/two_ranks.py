@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--csv", type=Path, default=FILE)
-    parser.add_argument("--told", type=Path, help="where a rank writes its figures")
+    parser.add_argument("--figures", type=Path, help="where a rank writes its figures")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     if args.part in RANKS:
@@ -46,14 +46,14 @@ def main() -> None:
         {"tensor-parallel": tensor_parallel, "links": links}[args.part](args, Path(directory))
 
 
-def of_ranks(
-    args: argparse.Namespace, ranks: int, part: str, told: Path, ways: dict[str, str] | None = None
+def run_ranks(
+    args: argparse.Namespace, ranks: int, task: str, figures: Path, ways: dict[str, str] | None = None
 ) -> dict[str, float]:
     """The figures that ranks of this script give. ``ways``: of their environment."""
     flags = ["--small"] if args.small else []
-    job = command(ranks, __file__, part, "--told", told, "--layers", args.layers, *flags)
+    job = command(ranks, __file__, task, "--figures", figures, "--layers", args.layers, *flags)
     subprocess.run(job, check=True, env={**os.environ, **(ways or {})})
-    return json.loads(told.read_text())
+    return json.loads(figures.read_text())
 
 
 def joined(args: argparse.Namespace) -> tuple[int, int, torch.device]:
@@ -70,25 +70,25 @@ def joined(args: argparse.Namespace) -> tuple[int, int, torch.device]:
 def shape(args: argparse.Namespace) -> Shape:
     if args.small:
         return SHAPES["small-2.0"]
-    found = SHAPES["olmoe-1b-7b-2.0"]
-    return replace(found, changes={**found.changes, "num_hidden_layers": args.layers})
+    full_shape = SHAPES["olmoe-1b-7b-2.0"]
+    return replace(full_shape, changes={**full_shape.changes, "num_hidden_layers": args.layers})
 
 
 def tensor_parallel(args: argparse.Namespace, directory: Path) -> None:
     times = []
     for ranks in (1, 2):
-        times.append(of_ranks(args, ranks, "experts-of-a-rank", directory / "times.json"))
+        times.append(run_ranks(args, ranks, "experts-of-a-rank", directory / "times.json"))
     for what in times[0]:
-        one, two = (t[what] for t in times)
-        record(args, "tensor parallel", f"experts of a layer, {what}", one, two, "us")
+        times_1, times_2 = (t[what] for t in times)
+        record(args, "tensor parallel", f"experts of a layer, {what}", times_1, times_2, "us")
 
 
 def time_experts(args: argparse.Namespace) -> None:
     """One rank of ``tensor_parallel``: microseconds of a layer's experts and the sum over ranks."""
     rank, ranks, device = joined(args)
-    found = shape(args)
-    half = {"intermediate_size": found.changes["intermediate_size"] // ranks}
-    model = packed_model(replace(found, changes={**found.changes, **half}), device)
+    full_shape = shape(args)
+    half = {"intermediate_size": full_shape.changes["intermediate_size"] // ranks}
+    model = packed_model(replace(full_shape, changes={**full_shape.changes, **half}), device)
     config = model.config
     layers = [layer.mlp.experts for layer in model.model.layers]
     draw = torch.Generator(device).manual_seed(1)  # the same on all ranks
@@ -135,7 +135,7 @@ def time_experts(args: argparse.Namespace) -> None:
     difference = max(float((r - results[0]).norm() / results[0].norm()) for r in results)
     assert difference < 0.01, f"the ways differ by {difference:.2g}"
     if rank == 0:
-        args.told.write_text(json.dumps(found_times))
+        args.figures.write_text(json.dumps(found_times))
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -183,34 +183,34 @@ SIZES = (1 << 12, 1 << 20, 1 << 24, 1 << 26)  # bytes
 
 
 def links(args: argparse.Namespace, directory: Path) -> None:
-    found = []
+    results = []
     for ways in ({}, {"NCCL_P2P_LEVEL": "SYS"}):
-        found.append(of_ranks(args, 2, "links-of-a-rank", directory / "links.json", ways))
-    for name in found[0]:
-        record(args, "links", name, found[0][name], found[1][name], "GB/s")
+        results.append(run_ranks(args, 2, "links-of-a-rank", directory / "links.json", ways))
+    for name in results[0]:
+        record(args, "links", name, results[0][name], results[1][name], "GB/s")
 
 
 def time_links(args: argparse.Namespace) -> None:
     """One rank of ``links``: gigabytes a second that it receives, by collective and size."""
     rank, _, device = joined(args)
-    found = {}
+    rates = {}
     for size in SIZES:
-        own = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        both = [torch.empty_like(own) for _ in range(2)]
+        buffer = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+        gathered = [torch.empty_like(buffer) for _ in range(2)]
         calls: dict[str, Any] = {
-            "all_reduce": lambda own=own: dist.all_reduce(own),
-            "all_gather": lambda own=own, both=both: dist.all_gather(both, own),
-            "broadcast": lambda own=own: dist.broadcast(own, 0),
+            "all_reduce": lambda buffer=buffer: dist.all_reduce(buffer),
+            "all_gather": lambda buffer=buffer, gathered=gathered: dist.all_gather(gathered, buffer),
+            "broadcast": lambda buffer=buffer: dist.broadcast(buffer, 0),
         }
         if device.type == "cuda":
-            other = torch.empty_like(own, device=f"cuda:{1 - rank}")
-            calls["copy from the other"] = lambda own=own, other=other: own.copy_(other)
+            peer_buffer = torch.empty_like(buffer, device=f"cuda:{1 - rank}")
+            calls["copy from the other"] = lambda buffer=buffer, peer_buffer=peer_buffer: buffer.copy_(peer_buffer)
         for name, call in calls.items():
             call()
             seconds = _mean_seconds(call, device, 3).min().item()
-            found[f"{name}, {size >> 10} kB"] = size / seconds / 1e9
+            rates[f"{name}, {size >> 10} kB"] = size / seconds / 1e9
     if rank == 0:
-        args.told.write_text(json.dumps(found))
+        args.figures.write_text(json.dumps(rates))
     dist.destroy_process_group()
 
 

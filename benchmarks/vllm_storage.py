@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gemq.quant.widths import Width
 
-WIDTHS = (Width.ONE, Width.TWO, Width.TERNARY, Width.THREE)
-PARTS = ("codes", "scales", "offsets")
+WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.TERNARY, Width.THREE_BIT)
+TENSORS = ("codes", "scales", "offsets")
 
 
 def random_checkpoint(out: Path, gigabytes: float) -> None:
@@ -39,7 +39,7 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
         widths = tuple(WIDTHS[e % len(WIDTHS)] for e in range(config.num_experts))
         paths = [f"model.layers.{i}" for i in range(layers)]
         experts = {f"{p}.mlp.experts": {"gate_up_proj": widths, "down_proj": widths} for p in paths}
-        linears = {f"{p}.self_attn.{x}_proj": Width.FOUR for p in paths for x in "qkvo"}
+        linears = {f"{p}.self_attn.{x}_proj": Width.FOUR_BIT for p in paths for x in "qkvo"}
         return model, PackedFormat(experts=experts, linears=linears)
 
     model, packed = build(1)
@@ -61,7 +61,7 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
     write_checkpoint(out, config=model.config, packed_format=packed, shards=shards(), source=None, model_card=card)
 
 
-def held(model: Any) -> dict[str, int]:
+def storage_bytes(model: Any) -> dict[str, int]:
     """Bytes of the distinct storages behind parameters and buffers, and of the tables of the packed experts."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
     buffers = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.buffers()}
@@ -83,25 +83,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.1)
     parser.add_argument("--dir", type=Path, required=True, help="where the random checkpoint goes, or already is")
-    given = parser.parse_args()
+    args = parser.parse_args()
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # sends a function to the worker
-    if not given.dir.exists():
-        random_checkpoint(given.dir, given.gigabytes)
+    if not args.dir.exists():
+        random_checkpoint(args.dir, args.gigabytes)
 
     from vllm import LLM, SamplingParams
 
     import vllm_storage  # this file, under a name that the worker can import
     from gemq.checkpoint.reader import CheckpointReader
 
-    reader = CheckpointReader(given.dir)
+    reader = CheckpointReader(args.dir)
     packed_bytes = reader.format.total_bytes(reader.shapes)
     itemsize = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
     dense_bytes = 0
     for name in reader.unpacked:
         spec = reader.specs[name]
         dense_bytes += torch.Size(spec.shape).numel() * itemsize[spec.dtype]
-    llm = LLM(str(given.dir), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=1, enforce_eager=True)
-    [memory] = llm.apply_model(vllm_storage.held)
+    llm = LLM(str(args.dir), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=1, enforce_eager=True)
+    [memory] = llm.apply_model(vllm_storage.storage_bytes)
     sampling = SamplingParams(max_tokens=2, detokenize=False, temperature=0)
     tokens = llm.generate({"prompt_token_ids": [5, 6, 7]}, sampling)[0].outputs[0].token_ids
     total = memory["parameters"] + memory["tables"]

@@ -50,20 +50,20 @@ def measure(name: str, device: str, dtype: str, rows: int, seq_len: int, static:
     write(seq_len=4, seed=1)
     _wait(device)
     start = time.perf_counter()
-    made = write(seq_len=seq_len, seed=0)
+    generated = write(seq_len=seq_len, seed=0)
     _wait(device)
     seconds = time.perf_counter() - start
     use_experts_forward(model)
     row = {
         "model": Path(name).name,
         "dtype": dtype,
-        "way": "static" if static and not made.eager_windows else "growing",
+        "way": "static" if static and not generated.eager_windows else "growing",
         "rows": rows,
         "seq_len": seq_len,
         "seconds": seconds,
         "ms_per_step": 1e3 * seconds / (seq_len - 1),
-        "tokens_per_second": made.tokens[0].numel() / seconds,
-        "nats": _loss(model, made.tokens[0][:64], device),
+        "tokens_per_second": generated.tokens[0].numel() / seconds,
+        "nats": _loss(model, generated.tokens[0][:64], device),
         **environment(device),
     }
     append(out, row)
@@ -73,9 +73,9 @@ def measure(name: str, device: str, dtype: str, rows: int, seq_len: int, static:
 @torch.no_grad()
 def _loss(model: torch.nn.Module, tokens: torch.Tensor, device: str) -> float:
     losses = []
-    for some in tokens.to(device).split(8):
-        logits = model(some).logits[:, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten()))
+    for batch in tokens.to(device).split(8):
+        logits = model(batch).logits[:, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
     return float(torch.stack(losses).mean())
 
 

@@ -1,24 +1,21 @@
-"""Whether gemq handles a family: a tiny random model of it goes the whole way, from hub files to written text.
+"""Checks every family with routed experts that the installed Transformers has (``make conformance``).
 
-``check`` is used by the tests for a few families. Run as a script (``make conformance``) it takes every family with
-routed experts that the installed Transformers has, keeps what came out under ``tests/conformance-results`` and
-writes ``docs/families.md`` from the results of all versions there. With ``--check`` (in CI) it writes nothing and fails
-where a result or the page differs from what a run would write.
+It writes the results to ``tests/conformance-results`` and ``docs/families.md`` from the results of all versions there.
+With ``--check`` (in CI) it writes nothing, and fails where a result or the page differs from what a run would write.
+The check itself is in ``tests/support/family_check.py``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,221 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.models.auto import modeling_auto
 
-import gemq
-from families import random_model, tiny_config
-from gemq.calibration.self_generation import WindowPlan, generate_windows
-from gemq.calibration.windows import concat_sources
-from gemq.decoding.decoder import Decoder, Unsupported
-from gemq.errors import UserError
-from gemq.evaluation.evaluate import evaluate
-from gemq.models.source import Source
-from gemq.models.structure import OTHER_MODALITIES, find_structure
-from gemq.recipe import Recipe
-from plain_reader import read_packed
+from support.family_check import Outcome, check, families
 
 RESULTS = Path(__file__).parent / "conformance-results"
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-BITS = 2.0
-TOLERANCE = 1e-5
-"""Relative difference of logits. Both sides dequantize to the same float32 and multiply in the same order."""
-
-
-@dataclass
-class Outcome:
-    """What became of one family.
-
-    status: ``works``; ``refused`` with one line and nothing left behind; ``fails`` for anything else
-    """
-
-    family: str
-    model_type: str
-    status: str
-    reason: str = ""
-    router: str = ""
-    kept: list[str] = field(default_factory=list)
-    """Kinds of weights in the layers that stay unquantized, besides router, norms and embeddings."""
-    seconds: float = 0.0
-
-
-def families() -> dict[str, list[str]]:
-    """Model types by the folder of Transformers that defines them: all language models with routed experts."""
-    folders = Path(transformers.__file__).parent / "models"
-    found: dict[str, list[str]] = {}
-    for file in sorted(folders.glob("*/modeling_*.py")):
-        text = file.read_text(encoding="utf-8")
-        decorated = re.search(r"^@use_experts_implementation", text, re.MULTILINE)
-        if not decorated and not re.search(
-            r"^class \w*Experts\w*\(|^class \w*CDMoE\(|self\.experts\b", text, re.MULTILINE
-        ):
-            continue
-        classes = set(re.findall(r"^class (\w+)\(", text, re.MULTILINE))
-        types = sorted({kind for kind, name in _language_models() if name in classes})
-        if not types and decorated:
-            types = sorted({k for k, n in modeling_auto.MODEL_MAPPING_NAMES.items() if classes & set(_names(n))})
-        if types:
-            found[file.parent.name] = types
-    return found
-
-
-def _language_models() -> Iterator[tuple[str, str]]:
-    """(model type, class). A wrapper's type counts once, with the class that sees and hears."""
-    wrapped = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    plain = {k: n for k, n in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if k not in wrapped}
-    for mapping in (wrapped, plain, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
-        for kind, names in mapping.items():
-            yield from ((kind, name) for name in _names(names))
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def check(model_type: str, folder: Path, family: str = "") -> Outcome:
-    """Builds, quantizes, reads back and runs a tiny model of a family in ``folder``. Raises AssertionError."""
-    outcome = Outcome(family or model_type, model_type, "works")
-    begin = time.perf_counter()
-    model = random_model(tiny_config(model_type))
-    source, out, work = folder / "source", folder / "out", folder / "out.work"
-    model.save_pretrained(source)
-    save_tokenizer(source)
-    generator = torch.Generator().manual_seed(5)
-    text = folder / "text.txt"
-    text.write_text("".join(map(chr, torch.randint(33, 126, (600,), generator=generator).tolist())))
-    recipe = Recipe(
-        effort="low", bits=BITS, calibration=(str(text),), num_windows=6, seq_len=24, micro_batch_tokens=72, guard=False
-    )
-    refusal = ""
-    try:
-        result = gemq.quantize(str(source), recipe, out=out, work=work, device="cpu")
-    except UserError as error:
-        refusal = str(error)
-    if refusal:
-        assert "\n" not in refusal
-        assert not out.exists(), "a refused model left an output"
-        assert not work.exists(), "a refused model left a work directory"
-        outcome.status, outcome.reason = "refused", refusal.replace(str(source), "the model")
-        outcome.seconds = round(time.perf_counter() - begin, 2)
-        return outcome
-    assert result.expert_bits_nominal <= BITS
-    weights, rest, config = read_packed(out)
-    _check_coverage(model, Source(source).skeleton(), weights, outcome)
-    loaded = gemq.load(out, dtype=torch.float32)
-    _check_rest(model, loaded, weights)
-    twin = _load_twin(model, folder / "twin", weights, rest, config)
-    ids = torch.randint(3, 256, (2, 20), generator=generator)
-    with torch.no_grad():
-        exact, packed, plain = (m(input_ids=ids, use_cache=False).logits for m in (model, loaded, twin))
-    assert packed.isfinite().all()
-    assert _difference(packed, plain) < TOLERANCE, f"logits differ from the twin's by {_difference(packed, plain):.2g}"
-    assert _difference(packed, exact) > 1e-3, "nothing was quantized"
-    written, expected = (m.generate(ids[:1], max_new_tokens=4, do_sample=False) for m in (loaded, twin))
-    assert torch.equal(written, expected), "writes other tokens than the twin"
-    assert written.shape[1] > ids.shape[1]
-    _check_commands(loaded, Source(source), ids, written[0, ids.shape[1] :].tolist())
-    outcome.seconds = round(time.perf_counter() - begin, 2)
-    return outcome
-
-
-def _check_commands(loaded: Any, source: Source, ids: torch.Tensor, written: list[int]) -> None:
-    """What ``generate``, ``eval --reference`` and calibration on the model's own text do with a family."""
-    try:
-        decoder = Decoder(loaded, 1, ids.shape[1] + len(written))
-        steps = [decoder.prefill(ids[:1]).tolist(), *decoder.decode(len(written) - 1)]
-    except Unsupported:
-        pass  # the command leaves it to ``model.generate``
-    else:
-        assert [token for (token,) in steps] == written, "gemq generate writes other tokens than model.generate"
-    windows = concat_sources([ids], ["text"], [ids.numel()])
-    reference, _ = source.load(torch.device("cpu"), torch.float32)
-    structure = find_structure(reference)
-    values = evaluate(loaded, windows, reference=reference, structure=structure)
-    assert values["mean_kl"] > 0, "eval --reference finds no difference"
-    assert len(values["layers"]) == len(structure.moe_layers)
-    for model in (reference, loaded):
-        (own,) = generate_windows(model, source.tokenizer, WindowPlan(2, 0), seq_len=6).tokens
-        assert own.shape == (2, 6)
-
-
-def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor], outcome: Outcome) -> None:
-    """Every routed expert of the language model is packed, nothing of a router is."""
-    structure = find_structure(skeleton)
-    layer = structure.moe_layers[0][1]
-    assert layer.router is not None
-    outcome.router = layer.router.rpartition(".")[2]
-    inside = f"{structure.layers_path}."
-    outcome.kept = sorted(
-        {
-            re.sub(r"\.\d+\.", ".N.", path) if not path.startswith(inside) else path[len(inside) :].partition(".")[2]
-            for path in structure.unquantized_linears
-        }
-    )
-    routed = set()
-    for path, module in model.named_modules():
-        if (
-            type(module).__name__.endswith("Experts")
-            and "shared" not in path
-            and not any(s in path for s in OTHER_MODALITIES)
-        ):
-            routed |= {f"{path}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
-    assert routed, "no experts in the model: the tiny configuration is a dense one"
-    assert routed == {name for name, w in weights.items() if w.dim() == 3}, "not all experts are quantized"
-    assert not [n for n in weights for _, x in structure.moe_layers if n.startswith(f"{x.router}.")]
-
-
-def _check_rest(model: Any, loaded: Any, weights: dict[str, torch.Tensor]) -> None:
-    """What is not packed is what it was, to the bit."""
-    mine = loaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in weights and name not in model.all_tied_weights_keys:
-            assert name in mine, f"{name} is lost"
-            assert torch.equal(mine[name], tensor), f"{name} is changed"
-
-
-def _load_twin(
-    model: Any, folder: Path, weights: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], config: Any
-) -> Any:
-    """An ordinary checkpoint with what the packed one means, loaded by Transformers alone."""
-    tensors = dict(rest)
-    for name, weight in weights.items():
-        shape = model.get_parameter(name).shape
-        if shape[-2:] != weight.shape[-2:]:  # the family keeps its experts transposed
-            weight = weight.transpose(-1, -2)
-        if shape[0] > weight.shape[0]:  # rows of experts that do nothing
-            weight = torch.cat([weight, weight.new_zeros(shape[0] - weight.shape[0], *shape[1:])])
-        assert weight.shape == shape, name
-        tensors[name] = weight.contiguous()
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    twin, report = type(model).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
-    )
-    wrong = {k: sorted(map(str, v))[:3] for k, v in report.items() if k in ("missing_keys", "unexpected_keys") and v}
-    assert not wrong, f"Transformers does not load the twin: {wrong}"
-    return twin.eval()
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer with a token for every byte."""
-    vocabulary = {t: i for i, t in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
-
-
-# The full run
 
 
 def _run(job: tuple[str, str]) -> Outcome:
@@ -261,12 +48,12 @@ def _run(job: tuple[str, str]) -> Outcome:
         shutil.rmtree(folder)
 
 
-def main(wanted: list[str], check_only: bool = False) -> int:
+def main(names: list[str], check_only: bool = False) -> int:
     """Runs all families, or those named. Returns the number that neither work nor are refused cleanly.
 
     check_only: write nothing, and count results that differ from those kept, and the page if it does
     """
-    jobs = [(f, t) for f, types in families().items() for t in types if not wanted or {f, t} & set(wanted)]
+    jobs = [(f, t) for f, types in families().items() for t in types if not names or {f, t} & set(names)]
     begin = time.perf_counter()
     with ProcessPoolExecutor(2) as pool:
         outcomes = []
@@ -276,38 +63,38 @@ def main(wanted: list[str], check_only: bool = False) -> int:
     counts = {s: sum(o.status == s for o in outcomes) for s in ("works", "refused", "fails")}
     print(f"transformers {transformers.__version__}: {counts} in {time.perf_counter() - begin:.0f} s")
     rows = [{k: v for k, v in asdict(o).items() if k != "seconds"} for o in outcomes]
-    kept = RESULTS / f"{transformers.__version__}.json"
+    results_file = RESULTS / f"{transformers.__version__}.json"
     if check_only:
-        return counts["fails"] + _differences(rows, kept)
-    if not wanted:
+        return counts["fails"] + _differences(rows, results_file)
+    if not names:
         RESULTS.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(rows, indent=1) + "\n")
+        results_file.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(page(), encoding="utf-8")
     return counts["fails"]
 
 
-def _differences(rows: list[dict[str, Any]], kept: Path) -> int:
+def _differences(rows: list[dict[str, Any]], results_file: Path) -> int:
     """Prints and counts where a run differs from what is kept of this version, and the page from all that is kept."""
-    before = {row["model_type"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
-    now = {row["model_type"]: row for row in rows}
-    found = [
-        f"{kind}: {before.get(kind, {}).get('status', 'absent')} in {kept.name}, now "
-        f"{now.get(kind, {}).get('status', 'absent')}"
-        for kind in sorted(before.keys() | now.keys())
-        if before.get(kind) != now.get(kind)
+    recorded = {row["model_type"]: row for row in json.loads(results_file.read_text())} if results_file.exists() else {}
+    current = {row["model_type"]: row for row in rows}
+    differences = [
+        f"{kind}: {recorded.get(kind, {}).get('status', 'absent')} in {results_file.name}, now "
+        f"{current.get(kind, {}).get('status', 'absent')}"
+        for kind in sorted(recorded.keys() | current.keys())
+        if recorded.get(kind) != current.get(kind)
     ]
     if PAGE.read_text(encoding="utf-8") != page():
-        found.append(f"{PAGE.name} is not what the results kept say")
-    for line in found:
+        differences.append(f"{PAGE.name} is not what the results kept say")
+    for line in differences:
         print(line)
-    if found:
+    if differences:
         print("run make conformance, with TRANSFORMERS for the version, and look at what it changes")
-    return len(found)
+    return len(differences)
 
 
 def page() -> str:
     """``docs/families.md`` from the results of every version of Transformers that was run."""
-    files = sorted(RESULTS.glob("*.json"), key=lambda f: [int(part) for part in f.stem.split(".")])
+    files = sorted(RESULTS.glob("*.json"), key=lambda f: [int(number) for number in f.stem.split(".")])
     runs = {f.stem: json.loads(f.read_text()) for f in files}
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for version, results in runs.items():
@@ -352,8 +139,8 @@ def page() -> str:
             if row and row["reason"]:
                 reasons[kind] = row["reason"]
         last = by_version[[version for version in runs if version in by_version][-1]]
-        kept = ", ".join(f"`{name}`" for name in last["kept"])
-        lines.append(f"| {kind} | {' | '.join(cells)} | {last['router']} | {kept} |")
+        unquantized = ", ".join(f"`{name}`" for name in last["unquantized"])
+        lines.append(f"| {kind} | {' | '.join(cells)} | {last['router']} | {unquantized} |")
     lines += ["", "## Why refused", "", *(f"- **{kind}**: {reason}" for kind, reason in reasons.items()), ""]
     return "\n".join(lines)
 

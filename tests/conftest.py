@@ -8,8 +8,10 @@ import os
 import pytest
 import torch
 
-SHARED = ("finished", "killer", "made")
+SHARED = ("finished", "killer", "progressive_job")
 """Fixtures that take long."""
+
+pytest.register_assert_rewrite("support")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -18,6 +18,7 @@ from gemq.errors import UserError
 
 if TYPE_CHECKING:
     from gemq.allocation.problem import Allocation, Budget, Problem, allocate
+    from gemq.checkpoint.contents import Contents
     from gemq.checkpoint.contents import inspect_checkpoint as inspect
     from gemq.checkpoint.dense_export import write_dense_checkpoint
     from gemq.checkpoint.load import load
@@ -25,20 +26,23 @@ if TYPE_CHECKING:
     from gemq.evaluation.generate import generate
     from gemq.pipeline.plan import Plan, plan
     from gemq.pipeline.quantize import Result, export, quantize
-    from gemq.pipeline.size_curve import Curve, allocation_problem, size_curve
+    from gemq.pipeline.size_curve import Curve, CurvePoint, allocation_problem, size_curve
     from gemq.recipe import Recipe
-    from gemq.runtime.progress import Monitor
+    from gemq.runtime.progress import Monitor, StageCost
 
 __version__ = "0.1.0"
 __all__ = [
     "Allocation",
     "Budget",
+    "Contents",
     "Curve",
+    "CurvePoint",
     "Monitor",
     "Plan",
     "Problem",
     "Recipe",
     "Result",
+    "StageCost",
     "UserError",
     "allocate",
     "allocation_problem",
@@ -56,12 +60,15 @@ __all__ = [
 _LAZY = {
     "Allocation": "allocation.problem:Allocation",
     "Budget": "allocation.problem:Budget",
+    "Contents": "checkpoint.contents:Contents",
     "Curve": "pipeline.size_curve:Curve",
+    "CurvePoint": "pipeline.size_curve:CurvePoint",
     "Monitor": "runtime.progress:Monitor",
     "Plan": "pipeline.plan:Plan",
     "Problem": "allocation.problem:Problem",
     "Recipe": "recipe:Recipe",
     "Result": "pipeline.quantize:Result",
+    "StageCost": "runtime.progress:StageCost",
     "allocate": "allocation.problem:allocate",
     "allocation_problem": "pipeline.size_curve:allocation_problem",
     "evaluate": "evaluation.evaluate:evaluate_paths",

@@ -5,7 +5,7 @@ MAX_SHOWN_CHARACTERS = 60
 
 
 class UserError(ValueError):
-    """An error that the user can fix.
+    """An error that the user can fix. It is a ``ValueError``.
 
     The message is one line: what is wrong, then what to do. The command line prints it without a traceback and
     exits with code 2.

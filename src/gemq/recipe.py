@@ -35,7 +35,7 @@ from gemq.recipe_values import parse_size as parse_size
 DEFAULT_BITS = 2.0
 """The budget of a recipe without one."""
 
-DEFAULT_WIDTHS = (Width.ONE, Width.TERNARY, Width.TWO, Width.THREE)
+DEFAULT_WIDTHS = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
 """The candidate widths of a recipe without any."""
 
 WIDE_BUDGET = 2.5
@@ -83,9 +83,10 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a quantization job.
+    """The settings of a quantization job: everything that decides the bytes of its result.
 
-    At most one of ``bits``, ``stored_bits`` and ``size`` sets the budget (default 2.0 bits).
+    All keys are optional. At most one of ``bits``, ``stored_bits`` and ``size`` sets the budget. A recipe does not
+    change: ``replace`` returns a changed copy.
 
     Raises:
         UserError: a value cannot be used. The message says which values can.
@@ -93,29 +94,31 @@ class Recipe:
 
     # Budget
     bits: float | None = None
-    """Average nominal bits per expert weight."""
+    """Budget: mean nominal bits per expert weight, without scales and offsets. 2.0 if no budget is given."""
     stored_bits: float | None = None
-    """Average stored bits per expert weight, scales and offsets included."""
+    """Budget: mean stored bits per expert weight, with scales and offsets."""
     size: int | None = None
-    """Bytes of all the checkpoint's tensors."""
+    """Budget: bytes of all the checkpoint's tensors. Texts such as ``12GB`` are read too (1 GB is 1e9 bytes)."""
     progressive: tuple[float, ...] = ()
-    """Budgets in bits in falling order, the last of which is ``bits``. After each but the last the model is
-    reconstructed, and scores are computed again around it."""
+    """Budgets in bits in falling order, such as 3.0, 2.5, 2.0. The last one is ``bits``. After each of the others the
+    model is reconstructed, and scores are computed again around it."""
 
+    # Effort
     effort: str = "medium"
-    """How much is computed. Sets ``total_tokens`` and epochs that are not given; ``low`` trains nothing."""
+    """How much is computed. Sets ``total_tokens`` and epochs that are not given. ``low`` trains nothing."""
 
     # Calibration
     calibration: tuple[str, ...] = ("self",)
-    """Sources: text or JSONL files, data set ids, or ``self`` for windows that the model itself generates."""
+    """Sources of calibration text: text or JSONL files, data set ids, or ``self`` (windows that the model writes)."""
     calibration_column: str | None = None
-    """Column of rows that has the text. None: text, a conversation, or a prompt with its response."""
+    """Column of rows that holds the text. None: ``text``, else a conversation, else a prompt with its response, else
+    ``content``, ``body`` or ``document``."""
     num_windows: int = 128
-    """Number of windows from all sources."""
+    """Number of windows from all sources together."""
     seq_len: int | None = None
-    """Tokens per window; None: 2048, or the longest sequence that the model supports."""
+    """Tokens per window. None: 2048, or the longest sequence that the model supports if that is shorter."""
     total_tokens: int = FROM_EFFORT
-    """Generated windows are added until calibration has this many tokens."""
+    """Self-generated windows are added until calibration has this many tokens. 0 adds none."""
     generator_width: Width | None = None
     """Generate windows with a packed copy of the model whose experts are rounded to this width. None: with the model
     itself, or where memory does not hold it, with the widest copy that fits."""
@@ -124,39 +127,43 @@ class Recipe:
 
     # Grids
     widths: tuple[Width, ...] | None = None
-    """Candidate widths of the experts; None: 1, 1.6, 2, 3, and 4 for budgets above 2.5 bits."""
+    """Candidate widths of the experts: any of 1, 1.6, 2, 3, 4 and 8. None: 1, 1.6, 2 and 3, and for budgets above
+    2.5 bits or in bytes also 4."""
     group_size: int = 128
-    """Weights that share a scale and an offset."""
+    """Weights that share a scale and an offset: a power of two from 16 up. Halved for a matrix whose number of columns
+    it does not divide."""
     dense_bits: int = 4
-    """Width of the dense linears: all quantized linears outside the routed experts; 16 leaves them unquantized."""
+    """Width of the dense linears, which are all quantized linears outside the routed experts: 2, 3, 4 or 8. 16
+    leaves them unquantized."""
     quantizer: str = "gptq"
-    """``gptq``, or ``rtn`` for round to nearest."""
+    """``gptq``, or ``rtn`` (round to nearest), which needs ``candidate_epochs`` and ``reconstruction_epochs`` of 0."""
     dampening: float = 0.01
-    """Dampening: added to the diagonal of a Hessian, as a fraction of its mean."""
+    """Added to the diagonal of a Hessian, as a fraction of its mean."""
     hessian_shrinkage: float = 0.1
     """Weight of the layer's mean Hessian in each expert's Hessian, as a fraction of an expert's mean token count."""
 
     # Scores and allocation
     score_form: str = "token"
-    """``token``: (g . D)^2 of each token; ``elementwise``: sum of (g * D)^2, as in the paper."""
+    """``token``: (g . D)^2 of each token, for its gradient g and the error D of the expert's output. ``elementwise``:
+    the sum of (g * D)^2 over dimensions, as in the paper."""
     score_labels: str = "sampled"
     """Labels of the loss: ``sampled`` from the model's own prediction, or the next tokens of the ``data``."""
     score_weights: str = "candidates"
-    """Weights whose errors are scored: ``candidates``, or ``rtn`` (rounded to nearest) as in the paper."""
+    """Weights whose errors are scored: the ``candidates``, or weights rounded to nearest (``rtn``) as in the paper."""
     score_tokens: int = 262_144
-    """Calibration tokens that are scored, the same share of each source; 0: all."""
+    """Calibration tokens that are scored, the same share of each source. 0: all."""
     smoothing: float = 2.0
-    """k of usage smoothing: a score is multiplied by (n + k mean n) / ((1 + k) n) for an expert's n tokens."""
+    """Strength k of usage smoothing, 0 for none: a score of an expert with n tokens is multiplied by
+    (n + k mean n) / ((1 + k) n)."""
     rescale: bool = True
     """Scale a layer's scores at each width to the KL measured with all of the layer's experts at that width."""
     allocate: str = "global"
-    """How widths are allocated: ``global`` or ``layerwise`` by scores, or ``uniform``, ``random``, ``frequency``."""
+    """How widths are allocated: ``global`` or ``layerwise`` by scores, or ``uniform``, ``random`` or ``frequency``."""
     allocate_by: str = "matrix"
     """What gets a width: each ``matrix`` of an expert (gate and up count as one), or the whole ``expert``, as in the
     paper. Methods other than ``global`` allocate by expert."""
     layer_rule: bool = False
     """The paper's rule: each layer has an expert at the highest and one at the second-highest width."""
-
     guard: bool = True
     """Compare the allocation with uniform widths of the same budget on held-out windows. Soften it if it is worse."""
 
@@ -166,15 +173,15 @@ class Recipe:
 
     # Training
     candidate_epochs: int = FROM_EFFORT
-    """Epochs of training each candidate on its own; 0 keeps the codes of GPTQ."""
+    """Epochs of training each candidate on its own. 0 keeps the codes of the ``quantizer``."""
     reconstruction_epochs: int = FROM_EFFORT
-    """Epochs of training each layer at the chosen widths; needs ``reconstruct``."""
+    """Epochs of training each layer at the chosen widths. Needs ``reconstruct``."""
     distill_epochs: int = FROM_EFFORT
     """Epochs of distillation of the whole quantized model."""
     distill_loss: str = "kl"
-    """``kl`` from the full-precision model, or ``next_token`` as in the paper."""
+    """Loss of distillation: ``kl`` from the full-precision model, or ``next_token`` as in the paper."""
     distill_parameters: tuple[str, ...] = TUNABLE
-    """What distillation trains: any of routers, norms and grids (scales and offsets of experts)."""
+    """What distillation trains: any of ``routers``, ``norms`` and ``grids`` (scales and offsets of experts)."""
     lr_candidates: float = 1e-2
     """Learning rate of the candidates' codes, as a share of the range between lowest and highest code."""
     lr_codes: float = 5e-3
@@ -184,13 +191,13 @@ class Recipe:
     lr_tuned: float = 1e-3
     """Learning rate of routers and norms."""
     val_fraction: float = 0.05
-    """Share of the micro-batches that are not trained on, and decide whether training helped."""
+    """Share of the micro-batches that are not trained on, and that decide whether training helped. Below 1."""
 
     # Numerics
     micro_batch_tokens: int = 4096
-    """Tokens in a micro-batch. It determines the order of sums, so that results do not depend on memory."""
+    """Tokens in a micro-batch. It fixes the order of sums, so that results do not depend on memory."""
     dtype: str = "auto"
-    """Compute type of the full-precision model: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU)."""
+    """Compute type of the full-precision model. ``auto``: ``float32`` on a CPU, ``bfloat16`` on a GPU."""
 
     def __post_init__(self) -> None:
         """Converts, completes and checks all values."""
@@ -299,11 +306,11 @@ class Recipe:
 
     @property
     def candidate_widths(self) -> tuple[Width, ...]:
-        """The candidate widths in ascending order, by default those that suit the budget."""
+        """The candidate widths in ascending order. Without ``widths``, those that suit the budget."""
         if self.widths is not None:
             return self.widths
         bits = self.bits or self.stored_bits or 0
-        return (*DEFAULT_WIDTHS, Width.FOUR) if self.size or bits > WIDE_BUDGET else DEFAULT_WIDTHS
+        return (*DEFAULT_WIDTHS, Width.FOUR_BIT) if self.size or bits > WIDE_BUDGET else DEFAULT_WIDTHS
 
     @property
     def dense_width(self) -> Width | None:
@@ -312,7 +319,7 @@ class Recipe:
 
     @property
     def units(self) -> int:
-        """Number of widths of an expert: one for each of its two matrices, or one for the expert."""
+        """Number of widths of an expert: 2, one for each of its matrices, or 1 for the whole expert."""
         return 2 if self.allocate_by == "matrix" else 1
 
     @property
@@ -330,9 +337,12 @@ class Recipe:
         return f"{self.bits if self.bits is not None else DEFAULT_BITS:g} bits"
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some keys changed.
+        """Return a copy with some keys changed.
 
         A new budget replaces the old one, whatever its kind. A new effort replaces the values that the old one had set.
+
+        Args:
+            changes: keys and their new values.
 
         Raises:
             UserError: a key is unknown, or a value cannot be used.
@@ -353,16 +363,24 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """A recipe from plain values. Raises UserError for unknown keys and values that cannot be used."""
+        """Make a recipe from plain values.
+
+        Args:
+            values: values by key. Keys that are left out get their defaults.
+            origin: where the values were written, for messages.
+
+        Raises:
+            UserError: a key is unknown, or a value cannot be used.
+        """
         return cls(**_clean(values, origin))
 
     @classmethod
     def from_yaml(cls, path: str | Path, flags: dict[str, Any] | None = None) -> Recipe:
-        """A recipe from a YAML file of ``key: value`` lines, or a built-in one.
+        """Read a recipe from a YAML file of ``key: value`` lines, or take a built-in one.
 
         Args:
-            path: of the file, or the name of a built-in recipe (``default``, ``paper``).
-            flags: values that override the file's. A budget among them replaces the file's, whatever its kind.
+            path: path of the file, or the name of a built-in recipe (``default``, ``paper``).
+            flags: values by key that override the file's. A budget among them replaces the file's, whatever its kind.
 
         Raises:
             UserError: the file cannot be read, a key is unknown, or a value cannot be used.

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, Finished, few_guard_windows, gemq, make_tiny_model
 
 from gemq.assets import builtin_model
+from support.cli import SMALL, Finished, few_guard_windows, gemq, make_tiny_model
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,16 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-from helpers import make_tiny_model
-from test_resume import Killer
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gemq.assets import builtin_texts
+from support.cli import make_tiny_model
+from support.killer import Killer
 
 RECIPE = {
     "effort": "low",

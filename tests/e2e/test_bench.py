@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import Finished, gemq
+
+from support.cli import Finished, gemq
 
 FAST = ("--prefill", "8,16", "--new-tokens", 3)
 
@@ -22,10 +23,12 @@ def test_bench(finished: Finished, tmp_path, monkeypatch):
     assert [row["tokens"] for row in values["prefill"]] == [8, 16]
     for row in values["decode"] + values["prefill"]:
         assert 0 < row["tokens_per_second"]["p20"] <= row["tokens_per_second"]["p50"] <= row["tokens_per_second"]["p80"]
-    one, three = values["decode"]
-    assert one["bytes_per_step"] < three["bytes_per_step"] < finished.figures["stored_bytes"]
-    assert one["bytes_per_second"] == pytest.approx(one["bytes_per_step"] * one["tokens_per_second"]["p50"])
-    assert three["bytes_per_second"] == pytest.approx(three["bytes_per_step"] * three["tokens_per_second"]["p50"] / 3)
+    batch_1, batch_3 = values["decode"]
+    assert batch_1["bytes_per_step"] < batch_3["bytes_per_step"] < finished.figures["stored_bytes"]
+    assert batch_1["bytes_per_second"] == pytest.approx(batch_1["bytes_per_step"] * batch_1["tokens_per_second"]["p50"])
+    assert batch_3["bytes_per_second"] == pytest.approx(
+        batch_3["bytes_per_step"] * batch_3["tokens_per_second"]["p50"] / 3
+    )
     for words in ("tokens/s", "weights a step", "CPU", "Seconds: load", "first token"):
         assert words in ran.out
     assert max(map(len, (line for line in ran.out.splitlines() if line[:1] in "│┃┏├└"))) <= 80

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BUILTIN_TOKENS, contents, gemq, least_bytes, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
 from gemq.models.reader import LayerReader
 from gemq.recipe import Recipe
+from support.cli import BUILTIN_TOKENS, contents, gemq, least_bytes, make_tiny_model
 
 LOW = {"effort": "low", "num_windows": 8, "seq_len": 32, "micro_batch_tokens": 64, "widths": (1, 2, 3), "guard": False}
 TRAINED = {**LOW, "candidate_epochs": 1, "reconstruction_epochs": 1, "distill_epochs": 1}
@@ -26,8 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(model: Path, recipe: Recipe, out: Path, **how: Any) -> tuple[Any, dict[str, bytes]]:
     result = library.quantize(str(model), recipe, out=out, device="cpu", **how)
-    made = {f"out/{n}": b for n, b in contents(out).items()}
-    return result, {**made, **{n: b for n, b in contents(out.with_name(f"{out.name}.work")).items() if n != "job.json"}}
+    output = {f"out/{n}": b for n, b in contents(out).items()}
+    return result, {
+        **output,
+        **{n: b for n, b in contents(out.with_name(f"{out.name}.work")).items() if n != "job.json"},
+    }
 
 
 @pytest.mark.parametrize("keys", [LOW, TRAINED], ids=["low", "trained"])
@@ -39,17 +42,17 @@ def test_a_bound_changes_no_byte(keys, model, tmp_path, monkeypatch):
     free, expected = job(model, recipe, tmp_path / "free")
     assert free.spilled_bytes == {"host memory": 0, "disk": 0}
     often = len(read)
-    bound, found = job(model, recipe, tmp_path / "bound", host_memory=least_bytes(model, {**keys, **TEXT}))
+    bound, files = job(model, recipe, tmp_path / "bound", host_memory=least_bytes(model, {**keys, **TEXT}))
     assert bound.spilled_bytes["disk"] > 0
     assert len(read) - often > 2 * often
-    assert found == expected
-    assert not list(tmp_path.rglob(".waiting*"))
+    assert files == expected
+    assert not list(tmp_path.rglob(".spilled*"))
 
 
 def _counted(function: Any, seen: list[int]) -> Any:
-    def call(self: Any, index: int, *rest: Any) -> Any:
+    def call(self: Any, index: int, *arguments: Any) -> Any:
         seen.append(index)
-        return function(self, index, *rest)
+        return function(self, index, *arguments)
 
     return call
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, Finished, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
 from gemq.runtime.safetensors_files import read_header
+from support.cli import SMALL, Finished, contents, gemq, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -82,7 +82,10 @@ def test_quantize_tells_what_it_did(finished: Finished):
     assert figures["stages"].keys() >= {"load", "calibration windows", "candidates", "scores", "allocate", "save"}
     assert [len(layer) for layer in figures["allocation"]] == [16] * 6
     widths = [
-        w for layer in figures["allocation"] for both in layer for w in (both if isinstance(both, list) else [both])
+        w
+        for layer in figures["allocation"]
+        for expert in layer
+        for w in (expert if isinstance(expert, list) else [expert])
     ]
     assert set(widths) <= {1, 1.6, 2, 3}
     assert len(widths) > 16 * 6  # some experts' two matrices differ
@@ -204,8 +207,8 @@ def test_inspect(finished: Finished):
     values = ok("inspect", finished.out, "--json", "-").json
     assert values["allocation"] == finished.figures["allocation"]
     assert values["stored_bytes"] == tensor_bytes(finished.out)
-    parts = values["expert_bytes"] + values["linear_bytes"] + values["other_bytes"]
-    assert parts == values["stored_bytes"]
+    total = values["expert_bytes"] + values["linear_bytes"] + values["other_bytes"]
+    assert total == values["stored_bytes"]
     assert values["expert_bits_nominal"] == pytest.approx(finished.figures["expert_bits_nominal"])
     assert values["expert_bits_stored"] == pytest.approx(finished.figures["expert_bits_stored"])
     assert values["linears"] == {"4": 24}
@@ -220,9 +223,9 @@ def test_json_on_stdout_is_alone_there(work, tmp_path, monkeypatch, capfd):
 
     libc, real, calls = ctypes.CDLL(None), knapsack.milp, []
 
-    def milp(*arguments: Any, **more: Any) -> Any:
+    def milp(*arguments: Any, **options: Any) -> Any:
         calls.append(libc.puts(b"stray"))
-        return real(*arguments, **more)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(knapsack, "milp", milp)
     for bits in (1.55, 1.65, 1.75):
@@ -237,20 +240,20 @@ def test_json_on_stdout_is_alone_there(work, tmp_path, monkeypatch, capfd):
 
 def test_export_quantizes_nothing_again(finished: Finished, work, tmp_path):
     stages = [s for name in ("windows", "candidates", "scores-*") for s in work.glob(name)]
-    before = {stage: files(stage) for stage in stages}
+    contents_before = {stage: files(stage) for stage in stages}
     assert len(stages) == 3
-    assert all(before.values())
+    assert all(contents_before.values())
     ran = ok("export", work, "-o", tmp_path / "out", "--bits", 1.5, "--json", "-")
-    assert {stage: files(stage) for stage in stages} == before
+    assert {stage: files(stage) for stage in stages} == contents_before
     assert ran.json["stages"].keys() == {"load", "allocate", "save"}
     assert 1.49 < ran.json["expert_bits_nominal"] <= 1.5
     assert ran.json["stored_bytes"] == tensor_bytes(tmp_path / "out") < tensor_bytes(finished.out)
 
 
 def test_curve_predicts_what_export_gives(work, tmp_path):
-    before = {stage: files(stage) for stage in work.iterdir() if stage.is_dir()}
+    contents_before = {stage: files(stage) for stage in work.iterdir() if stage.is_dir()}
     curve = ok("export", work, "--curve", "--json", "-").json
-    assert {stage: files(stage) for stage in work.iterdir() if stage.is_dir()} == before
+    assert {stage: files(stage) for stage in work.iterdir() if stage.is_dir()} == contents_before
     points = {p["bits"]: p for p in curve["points"]}
     assert [min(points), max(points), len(points)] == [1, 3, 17]
     for key, rising in (("stored_bytes", True), ("predicted_cost", False)):
@@ -269,10 +272,10 @@ def test_curve_predicts_what_export_gives(work, tmp_path):
 @pytest.mark.parametrize("method", ["uniform", "random", "layerwise", "frequency"])
 def test_export_of_baselines(work, tmp_path, method):
     ran = ok("export", work, "-o", tmp_path / "out", "--allocate", method, "--bits", 2, "--json", "-")
-    found = ran.json["allocation"]
+    widths = ran.json["allocation"]
     assert 1.98 < ran.json["expert_bits_nominal"] <= 2.0
-    assert ({w for layer in found for w in layer} == {2}) == (method == "uniform")
-    assert allocation(tmp_path / "out") == found
+    assert ({w for layer in widths for w in layer} == {2}) == (method == "uniform")
+    assert allocation(tmp_path / "out") == widths
     assert "candidates" not in ran.json["stages"]
 
 
@@ -293,9 +296,9 @@ def test_an_allocation_edited_by_hand(work, tmp_path):
     edited = json.loads(file.read_text())
     assert edited["widths"] == allocation(tmp_path / "before")
     edited["widths"][3][5] = [1, 3] if edited["widths"][3][5] == 1 else 1
-    mine = tmp_path / "mine.json"
-    mine.write_text(json.dumps(edited))
-    ok("export", work, "-o", tmp_path / "after", "--allocation", mine, "-q")
+    edited_file = tmp_path / "mine.json"
+    edited_file.write_text(json.dumps(edited))
+    ok("export", work, "-o", tmp_path / "after", "--allocation", edited_file, "-q")
     assert allocation(tmp_path / "after") == edited["widths"]
 
     from safetensors.torch import load_file
@@ -319,9 +322,9 @@ def test_budgets_are_never_exceeded(work, tmp_path, flag, value, method):
         assert (0.9 if method == "uniform" else 0.99) * limit < total <= limit
     else:
         key = "expert_bits_stored" if flag == "--stored-bits" else "expert_bits_nominal"
-        found = ok("inspect", tmp_path / "out", "--json", "-").json[key]
-        assert 0.9 * float(value) < found <= float(value)
-        assert found == pytest.approx(ran.json[key])
+        bits = ok("inspect", tmp_path / "out", "--json", "-").json[key]
+        assert 0.9 * float(value) < bits <= float(value)
+        assert bits == pytest.approx(ran.json[key])
 
 
 def test_dense_twin(finished: Finished, tmp_path):

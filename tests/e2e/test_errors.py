@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
 
 from gemq.assets import builtin_model, builtin_texts
 from gemq.pipeline.workdir import WorkDir
+from support.cli import BUILTIN_TOKENS, SMALL, Finished, Ran, add_tokenizer, contents, gemq, make_tiny_model
 
 LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32")
 
@@ -39,21 +39,21 @@ def check_line(ran: Ran, *words: str) -> str:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory, beside which tests keep what they need."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return here
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    return cwd
 
 
-def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
+def refused(cwd: Path, *arguments: object, words: tuple[str, ...]) -> str:
     if arguments[0] == "quantize":  # should it not be refused, it fails within seconds
         arguments = ("quantize", "--effort", "low", "--num-windows", 4, *arguments[1:])
-    before = contents(here.parent)
+    contents_before = contents(cwd.parent)
     line = check_line(gemq(*arguments), *words)
-    assert list(here.iterdir()) == []
-    assert contents(here.parent) == before
+    assert list(cwd.iterdir()) == []
+    assert contents(cwd.parent) == contents_before
     return line
 
 
@@ -97,14 +97,14 @@ def refused(here: Path, *arguments: object, words: tuple[str, ...]) -> str:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_flags(here, flags, words):
-    refused(here, "quantize", builtin_model(), "-o", "x", *flags, words=words)
+def test_flags(cwd, flags, words):
+    refused(cwd, "quantize", builtin_model(), "-o", "x", *flags, words=words)
 
 
-def test_no_gpu(here):
+def test_no_gpu(cwd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    refused(here, "quantize", builtin_model(), "-o", "x", "--device", "cuda", words=("cuda", "--device cpu"))
+    refused(cwd, "quantize", builtin_model(), "-o", "x", "--device", "cuda", words=("cuda", "--device cpu"))
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_no_gpu(here):
         (b"\xff\xfe\x00", ("not a text file", "YAML")),
     ],
 )
-def test_recipe_files(here, tmp_path, text, words):
+def test_recipe_files(cwd, tmp_path, text, words):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(here, "quantize", builtin_model(), "-o", "x", "--recipe", path, words=words)
+    refused(cwd, "quantize", builtin_model(), "-o", "x", "--recipe", path, words=words)
 
 
 @pytest.mark.parametrize(
@@ -140,21 +140,21 @@ def test_recipe_files(here, tmp_path, text, words):
         (b"far too short", ("tokens, fewer than a window of 1024", "--seq-len")),
     ],
 )
-def test_calibration_files(here, tmp_path, content, words):
+def test_calibration_files(cwd, tmp_path, content, words):
     path = tmp_path / "calib.txt"
     path.write_bytes(content)
-    refused(here, "quantize", builtin_model(), "-o", "x", "--calibration", path, words=("calib.txt", *words))
-    refused(here, "eval", builtin_model(), "--text", path, "--seq-len", 1024, words=("calib.txt", *words))
+    refused(cwd, "quantize", builtin_model(), "-o", "x", "--calibration", path, words=("calib.txt", *words))
+    refused(cwd, "eval", builtin_model(), "--text", path, "--seq-len", 1024, words=("calib.txt", *words))
 
 
-def test_other_calibration_sources(here, tmp_path, monkeypatch):
+def test_other_calibration_sources(cwd, tmp_path, monkeypatch):
     lines = tmp_path / "calib.jsonl"
     lines.write_text('{"text": "good"}\n{"text": bad}\n')
     arguments = ("quantize", builtin_model(), "-o", "x", "--calibration")
-    refused(here, *arguments, lines, words=("calib.jsonl line 2 is not JSON",))
-    refused(here, *arguments, tmp_path, words=("is a directory",))
+    refused(cwd, *arguments, lines, words=("calib.jsonl line 2 is not JSON",))
+    refused(cwd, *arguments, tmp_path, words=("is a directory",))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(here, *arguments, "owner/texts", words=("owner/texts", "pip install datasets"))
+    refused(cwd, *arguments, "owner/texts", words=("owner/texts", "pip install datasets"))
 
 
 def edited(change: Callable[[list[list[Any]]], None]) -> str:
@@ -176,10 +176,10 @@ def edited(change: Callable[[list[list[Any]]], None]) -> str:
         ("{", ("not valid JSON",)),
     ],
 )
-def test_allocation_files(here, tmp_path, text, words):
+def test_allocation_files(cwd, tmp_path, text, words):
     path = tmp_path / "allocation.json"
     path.write_text(text)
-    refused(here, "quantize", builtin_model(), "-o", "x", "--allocation", path, words=("allocation.json", *words))
+    refused(cwd, "quantize", builtin_model(), "-o", "x", "--allocation", path, words=("allocation.json", *words))
 
 
 # Models
@@ -250,13 +250,13 @@ def _without_tokenizer(path: Path) -> None:
     ],
     ids=lambda value: "" if callable(value) else value[0],
 )
-def test_models(here, tmp_path, make, words):
+def test_models(cwd, tmp_path, make, words):
     model = tmp_path / "model"
     make(model)
-    refused(here, "quantize", model, "-o", "x", *LOW, words=words)
+    refused(cwd, "quantize", model, "-o", "x", *LOW, words=words)
 
 
-def test_missing_tensors(here, tmp_path):
+def test_missing_tensors(cwd, tmp_path):
     """Transformers would make random ones up. It takes loading to know, so a lock has been taken by then."""
     from safetensors.torch import load_file, save_file
 
@@ -265,13 +265,13 @@ def test_missing_tensors(here, tmp_path):
     tensors.pop("model.layers.1.mlp.gate.weight")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     refused(
-        here,
+        cwd,
         *("quantize", model, "-o", "x", *LOW, "-q"),
         words=("lacks 1 of the model's tensors", "layers.1.mlp.gate", "copy"),
     )
 
 
-def test_experts_that_are_not_understood(here, tmp_path, monkeypatch):
+def test_experts_that_are_not_understood(cwd, tmp_path, monkeypatch):
     """They are named, rather than left unquantized in silence."""
     from transformers.models.olmoe import modeling_olmoe
 
@@ -284,85 +284,85 @@ def test_experts_that_are_not_understood(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(modeling_olmoe, "OlmoeExperts", StrangeExperts)
     refused(
-        here, "quantize", model, "-o", "x", *LOW, words=("model.layers.0.mlp.experts", "StrangeExperts", "supported")
+        cwd, "quantize", model, "-o", "x", *LOW, words=("model.layers.0.mlp.experts", "StrangeExperts", "supported")
     )
 
 
-def test_packed_checkpoints_are_no_models_to_quantize(here, finished: Finished):
-    refused(here, "quantize", finished.out, "-o", "x", words=("quantized already (gemq)", "full-precision"))
+def test_packed_checkpoints_are_no_models_to_quantize(cwd, finished: Finished):
+    refused(cwd, "quantize", finished.out, "-o", "x", words=("quantized already (gemq)", "full-precision"))
 
 
 # Outputs and work directories
 
 
-def test_output_that_exists(here, tmp_path, finished: Finished):
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "precious.txt").write_text("mine")
+def test_output_that_exists(cwd, tmp_path, finished: Finished):
+    existing = tmp_path / "taken"
+    existing.mkdir()
+    (existing / "precious.txt").write_text("mine")
     words = ("exists", "name another output")
-    for out in (taken, taken / "precious.txt", finished.model):
-        refused(here, "quantize", builtin_model(), "-o", out, words=words)
-        refused(here, "export", finished.work, "-o", out, "--bits", 2, words=words)
-        refused(here, "quantize", builtin_model(), "-o", out, "--resume", words=words)
-    refused(here, "export", finished.out, "--dense", taken, words=("exists",))
-    refused(here, "demo", "-o", taken, words=("exists",))
+    for out in (existing, existing / "precious.txt", finished.model):
+        refused(cwd, "quantize", builtin_model(), "-o", out, words=words)
+        refused(cwd, "export", finished.work, "-o", out, "--bits", 2, words=words)
+        refused(cwd, "quantize", builtin_model(), "-o", out, "--resume", words=words)
+    refused(cwd, "export", finished.out, "--dense", existing, words=("exists",))
+    refused(cwd, "demo", "-o", existing, words=("exists",))
 
 
 @pytest.mark.parametrize("out", ["/proc/gemq/x", "/sys/gemq-x"])
-def test_read_only_output(here, finished: Finished, out):
-    refused(here, "quantize", builtin_model(), "-o", out, words=("cannot write", "name a"))
-    refused(here, "quantize", builtin_model(), "-o", out, "--work", "w", words=("cannot write", "name a"))
-    refused(here, "quantize", builtin_model(), "-o", "x", "--work", out, words=("cannot write", "name a"))
-    refused(here, "export", finished.work, "-o", out, "--bits", 1.5, words=("cannot write", "name a"))
-    refused(here, "inspect", finished.out, "--json", f"{out}.json", words=("cannot write", "name a"))
-    refused(here, "quantize", builtin_model(), "-o", "x", "--json", f"{out}.json", words=("cannot write", "name a"))
+def test_read_only_output(cwd, finished: Finished, out):
+    refused(cwd, "quantize", builtin_model(), "-o", out, words=("cannot write", "name a"))
+    refused(cwd, "quantize", builtin_model(), "-o", out, "--work", "w", words=("cannot write", "name a"))
+    refused(cwd, "quantize", builtin_model(), "-o", "x", "--work", out, words=("cannot write", "name a"))
+    refused(cwd, "export", finished.work, "-o", out, "--bits", 1.5, words=("cannot write", "name a"))
+    refused(cwd, "inspect", finished.out, "--json", f"{out}.json", words=("cannot write", "name a"))
+    refused(cwd, "quantize", builtin_model(), "-o", "x", "--json", f"{out}.json", words=("cannot write", "name a"))
 
 
-def test_wrong_work_directories(here, tmp_path, finished: Finished, work):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "thesis.txt").write_text("mine")
+def test_wrong_work_directories(cwd, tmp_path, finished: Finished, work):
+    directory = tmp_path / "other"
+    directory.mkdir()
+    (directory / "thesis.txt").write_text("mine")
     quantize = ("quantize", builtin_model(), "-o", "x", "--work")
-    refused(here, *quantize, other, words=("not a work directory", "--work"))
-    refused(here, *quantize, other, "--resume", words=("not a work directory", "--work"))
-    refused(here, *quantize, other / "thesis.txt", words=("not a directory", "--work"))
-    refused(here, *quantize, work, words=("exists", "--resume", "delete it", "--work"))
-    for path in (other, tmp_path / "nowhere", finished.out):
-        refused(here, "export", path, "-o", "x", words=("not a work directory", "OUT.work"))
-    refused(here, "export", work, words=("-o OUT",))
-    refused(here, "export", work, "-o", "x", "--dense", "y", words=("--dense", "leave -o out"))
-    refused(here, "export", finished.out, "--dense", "y", "--bits", 2, words=("--dense", "--bits"))
-    refused(here, "export", work, "--dense", "y", words=("no readable config.json", "gemq wrote"))
+    refused(cwd, *quantize, directory, words=("not a work directory", "--work"))
+    refused(cwd, *quantize, directory, "--resume", words=("not a work directory", "--work"))
+    refused(cwd, *quantize, directory / "thesis.txt", words=("not a directory", "--work"))
+    refused(cwd, *quantize, work, words=("exists", "--resume", "delete it", "--work"))
+    for path in (directory, tmp_path / "nowhere", finished.out):
+        refused(cwd, "export", path, "-o", "x", words=("not a work directory", "OUT.work"))
+    refused(cwd, "export", work, words=("-o OUT",))
+    refused(cwd, "export", work, "-o", "x", "--dense", "y", words=("--dense", "leave -o out"))
+    refused(cwd, "export", finished.out, "--dense", "y", "--bits", 2, words=("--dense", "--bits"))
+    refused(cwd, "export", work, "--dense", "y", words=("no readable config.json", "gemq wrote"))
 
 
-def test_export_beyond_the_ladder(here, finished: Finished, work):
-    refused(here, "export", work, "--curve", "-o", "x", words=("--curve", "leave -o"))
-    refused(here, "export", work, "--curve", "--allocate", "random", words=("random", "layerwise"))
-    refused(here, "export", work, "-o", "x", "--bits", 3.5, words=("3.5 bits", "from 1 to 3"))
-    refused(here, "export", work, "-o", "x", "--bits", 0.9, words=("0.9 bits", "from 1 to 3"))
-    refused(here, "export", work, "-o", "x", "--size", "1MB", words=("--size 1MB is too small", "1.9"))
+def test_export_beyond_the_ladder(cwd, finished: Finished, work):
+    refused(cwd, "export", work, "--curve", "-o", "x", words=("--curve", "leave -o"))
+    refused(cwd, "export", work, "--curve", "--allocate", "random", words=("random", "layerwise"))
+    refused(cwd, "export", work, "-o", "x", "--bits", 3.5, words=("3.5 bits", "from 1 to 3"))
+    refused(cwd, "export", work, "-o", "x", "--bits", 0.9, words=("0.9 bits", "from 1 to 3"))
+    refused(cwd, "export", work, "-o", "x", "--size", "1MB", words=("--size 1MB is too small", "1.9"))
     job = json.loads((work / "job.json").read_text())
     (work / "job.json").write_text(json.dumps({**job, "model": "/gone"}))
-    refused(here, "export", work, "-o", "x", "--bits", 2, words=("/gone", "is gone", "put it back"))
+    refused(cwd, "export", work, "-o", "x", "--bits", 2, words=("/gone", "is gone", "put it back"))
 
 
-def test_a_work_directory_in_use(here, tmp_path, tiny_model):
+def test_a_work_directory_in_use(cwd, tmp_path, tiny_model):
     path = tmp_path / "w"
     with WorkDir(path, resume=False):
         arguments = ("quantize", tiny_model, "-o", "x", "--work", path, *LOW, "-q")
-        refused(here, *arguments, "--resume", words=("in use by another", "wait", "--work"))
+        refused(cwd, *arguments, "--resume", words=("in use by another", "wait", "--work"))
     assert gemq(*arguments, "--resume").code == 0
 
 
-def test_full_disk_is_noticed_before_anything_is_computed(here, finished: Finished, work, monkeypatch):
+def test_full_disk_is_noticed_before_anything_is_computed(cwd, finished: Finished, work, monkeypatch):
     full = shutil.disk_usage("/")._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     words = ("GB free", "free some space")
-    refused(here, "quantize", builtin_model(), "-o", "x", *SMALL, words=words)
-    refused(here, "export", work, "-o", "x", "--bits", 2, words=words)
+    refused(cwd, "quantize", builtin_model(), "-o", "x", *SMALL, words=words)
+    refused(cwd, "export", work, "-o", "x", "--bits", 2, words=words)
 
 
-def test_disk_that_fills_up(here, tmp_path, tiny_model, monkeypatch):
+def test_disk_that_fills_up(cwd, tmp_path, tiny_model, monkeypatch):
     """At any write: one line, no half-written file, and with space again ``--resume`` gives the same bytes."""
     import safetensors.torch
 
@@ -370,12 +370,12 @@ def test_disk_that_fills_up(here, tmp_path, tiny_model, monkeypatch):
     arguments = ("quantize", tiny_model, *LOW, "-q", "--work", tmp_path / "work")
     assert gemq("quantize", tiny_model, *LOW, "-q", "-o", tmp_path / "expected").code == 0
 
-    def save_file(tensors: Any, path: Path, **more: Any) -> None:
+    def save_file(tensors: Any, path: Path, **options: Any) -> None:
         calls.append(path)
         if len(calls) % 2:
-            real({name: t[:1] for name, t in tensors.items() if t.dim()}, path, **more)  # some of it arrived
+            real({name: t[:1] for name, t in tensors.items() if t.dim()}, path, **options)  # some of it arrived
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(tensors, path, **more)
+        real(tensors, path, **options)
 
     monkeypatch.setattr("safetensors.torch.save_file", save_file)
     monkeypatch.setattr("gemq.checkpoint.save.save_file", save_file)
@@ -387,10 +387,10 @@ def test_disk_that_fills_up(here, tmp_path, tiny_model, monkeypatch):
         assert not [p for p in [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.partial")] if p]
         assert not Path("x").exists()
     assert attempt >= 4
-    assert contents(here / "x") == contents(tmp_path / "expected")
+    assert contents(cwd / "x") == contents(tmp_path / "expected")
 
 
-def test_a_write_that_the_system_refuses(here, tiny_model):
+def test_a_write_that_the_system_refuses(cwd, tiny_model):
     """The real thing, through safetensors' own writer: files may not grow beyond 20 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -400,90 +400,90 @@ def test_a_write_that_the_system_refuses(here, tiny_model):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     check_line(ran, "cannot write", "File too large")
     assert not Path("x").exists()
-    assert not list(here.rglob("*.tmp"))
+    assert not list(cwd.rglob("*.tmp"))
 
 
 # eval, generate, inspect
 
 
-def test_eval_and_generate(here, tmp_path, finished: Finished):
+def test_eval_and_generate(cwd, tmp_path, finished: Finished):
     a, b = tmp_path / "a" / "text.txt", tmp_path / "b" / "text.md"
     for path in (a, b):
         path.parent.mkdir()
         shutil.copy(builtin_texts()[0], path)
     model = finished.out
-    refused(here, "eval", model, "--text", a, "--text", b, words=("share the stem 'text'", "rename"))
-    refused(here, "eval", a.parent, words=("no config.json", "directory"))
-    refused(here, "eval", tmp_path / "nothing", words=("does not exist",))
-    refused(here, "eval", model, "--seq-len", 2000, words=("2000", "at most 1024"))
-    refused(here, "eval", model, "--seq-len", 1, words=("1", "at least 2"))
-    refused(here, "eval", model, "--max-windows", 0, words=("--max-windows 0", "at least 1"))
-    refused(here, "eval", model, "--dtype", "int8", words=("'int8'", "float32"))
-    refused(here, "eval", model, "--text", "missing.txt", words=("missing.txt does not exist",))
-    refused(here, "eval", model, "--reference", model, words=("packed checkpoint", "full-precision"))
-    refused(here, "generate", model, "-p", "a", "--max-new-tokens", 0, words=("--max-new-tokens", "least is 1"))
-    refused(here, "generate", model, "-p", "a", "--temperature", -1, words=("--temperature", "0 or more"))
-    refused(here, "generate", model, words=("-p", "gemq generate --help"))
-    refused(here, "generate", tmp_path / "nothing", "-p", "a", words=("does not exist",))
+    refused(cwd, "eval", model, "--text", a, "--text", b, words=("share the stem 'text'", "rename"))
+    refused(cwd, "eval", a.parent, words=("no config.json", "directory"))
+    refused(cwd, "eval", tmp_path / "nothing", words=("does not exist",))
+    refused(cwd, "eval", model, "--seq-len", 2000, words=("2000", "at most 1024"))
+    refused(cwd, "eval", model, "--seq-len", 1, words=("1", "at least 2"))
+    refused(cwd, "eval", model, "--max-windows", 0, words=("--max-windows 0", "at least 1"))
+    refused(cwd, "eval", model, "--dtype", "int8", words=("'int8'", "float32"))
+    refused(cwd, "eval", model, "--text", "missing.txt", words=("missing.txt does not exist",))
+    refused(cwd, "eval", model, "--reference", model, words=("packed checkpoint", "full-precision"))
+    refused(cwd, "generate", model, "-p", "a", "--max-new-tokens", 0, words=("--max-new-tokens", "least is 1"))
+    refused(cwd, "generate", model, "-p", "a", "--temperature", -1, words=("--temperature", "0 or more"))
+    refused(cwd, "generate", model, words=("-p", "gemq generate --help"))
+    refused(cwd, "generate", tmp_path / "nothing", "-p", "a", words=("does not exist",))
     for path in (finished.model, tmp_path / "nothing", a):
-        refused(here, "inspect", path, words=("gemq",))
-    refused(here, "plan", tmp_path / "nothing", words=("does not exist",))
+        refused(cwd, "inspect", path, words=("gemq",))
+    refused(cwd, "plan", tmp_path / "nothing", words=("does not exist",))
 
 
-def test_reference_with_another_vocabulary(here, tmp_path, finished: Finished):
-    other = make_tiny_model(tmp_path / "other", vocab_size=BUILTIN_TOKENS)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
+def test_reference_with_another_vocabulary(cwd, tmp_path, finished: Finished):
+    reference = make_tiny_model(tmp_path / "other", vocab_size=BUILTIN_TOKENS)
+    tokenizer = json.loads((reference / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[tokens[0]], vocabulary[tokens[1]] = vocabulary[tokens[1]], vocabulary[tokens[0]]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (reference / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused(
-        here,
+        cwd,
         "eval",
         finished.out,
         "--reference",
-        other,
+        reference,
         words=("another vocabulary", "the model that it was made from"),
     )
 
 
-def test_reference_of_another_shape(here, tmp_path, finished: Finished):
-    other = make_tiny_model(tmp_path / "other", vocab_size=BUILTIN_TOKENS)
+def test_reference_of_another_shape(cwd, tmp_path, finished: Finished):
+    reference = make_tiny_model(tmp_path / "other", vocab_size=BUILTIN_TOKENS)
     refused(
-        here,
+        cwd,
         "eval",
         finished.out,
         "--reference",
-        other,
+        reference,
         words=("other experts", "the model that it was made from"),
     )
 
 
-def test_damaged_checkpoints(here, tmp_path, finished: Finished):
+def test_damaged_checkpoints(cwd, tmp_path, finished: Finished):
     broken = Path(shutil.copytree(finished.out, tmp_path / "broken"))
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     for command in (["eval", broken], ["generate", broken, "-p", "a"], ["inspect", broken]):
-        refused(here, *command, words=("model.safetensors", "copy the checkpoint again"))
+        refused(cwd, *command, words=("model.safetensors", "copy the checkpoint again"))
     weights.unlink()
     for command in (["eval", broken], ["generate", broken, "-p", "a"], ["inspect", broken]):
-        refused(here, *command, words=("safetensors", "copy the checkpoint again"))
+        refused(cwd, *command, words=("safetensors", "copy the checkpoint again"))
 
 
 # In a process of its own
 
 
 @pytest.mark.sample
-def test_stderr_of_a_real_process_holds_one_line(here, tiny_model, tmp_path):
+def test_stderr_of_a_real_process_holds_one_line(cwd, tiny_model, tmp_path):
     model = tmp_path / "model"
     _dense(model)
     command = [sys.executable, "-m", "gemq", "quantize", model, "-o", "x", *LOW]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     check_line(Ran(ran.returncode, ran.stdout, ran.stderr), "no experts")
-    assert list(here.iterdir()) == []
+    assert list(cwd.iterdir()) == []
 
 
-def test_ctrl_c(here, tmp_path):
+def test_ctrl_c(cwd, tmp_path):
     """Interrupted during a stage: exit code 1, a line that says how to go on, and going on works."""
     # enough layers for the job to be running when the signal arrives
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=16)
@@ -497,11 +497,11 @@ def test_ctrl_c(here, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 1
-    told = Path("log").read_text()
-    last = told.splitlines()[-1]
+    output = Path("log").read_text()
+    last = output.splitlines()[-1]
     for words in ("Interrupted", "--resume", "x.work"):
-        assert words in last, told
-    assert "Traceback" not in told
+        assert words in last, output
+    assert "Traceback" not in output
     assert not Path("x").exists()
     layer = first.stat().st_mtime_ns
     ran = gemq(*job, "--resume", "--json", "-")

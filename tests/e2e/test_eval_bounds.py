@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.calibration.windows import eval_windows
 from gemq.evaluation.evaluate import evaluate, evaluate_paths, open_model
-from gemq.models.layer_cache import LayerCache
+from gemq.models.layer_loader import LayerLoader, LayerSlot
 from gemq.models.structure import find_structure
 from gemq.runtime.activation_store import ActivationStore
+from support.cli import BUILTIN_TOKENS, add_tokenizer, gemq, make_tiny_model
 
 LAYERS = 6
 HOW: dict[str, Any] = {"texts": builtin_texts()[:2], "seq_len": 64, "max_windows": 40, "device": "cpu"}
@@ -65,25 +65,32 @@ def test_the_least_bound_gives_the_figures_of_whole_models(what, model, packed):
     assert ran.json["stored_bytes"] == opened.stored_bytes
 
 
-def test_two_layers_are_held_at_most_and_none_twice(model, monkeypatch):
-    layers_in_memory, read = [0], []
-    original_place, read_layer = LayerCache._place, LayerCache._read
+def test_at_most_two_layers_are_in_memory_and_each_is_read_once(model, monkeypatch):
+    filled_slots: set[int] = set()
+    counts: list[int] = []
+    loaded: list[int] = []
+    fill, clear, load = LayerSlot.fill, LayerSlot.clear, LayerLoader._load
 
-    def placed(self: LayerCache, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        original_place(self, index, tensors)
-        layers = [self.model.get_submodule(prefix[:-1]).parameters() for prefix in self._prefixes]
-        layers_in_memory.append(sum(not any(p.is_meta for p in parameters) for parameters in layers))
+    def counted_fill(self: LayerSlot, tensors: dict[str, torch.Tensor]) -> None:
+        fill(self, tensors)
+        filled_slots.add(id(self))
+        counts.append(len(filled_slots))
 
-    def reading(self: LayerCache, index: int) -> Any:
-        read.append(index)
-        return read_layer(self, index)
+    def counted_clear(self: LayerSlot) -> None:
+        clear(self)
+        filled_slots.discard(id(self))
+
+    def counted_load(self: LayerLoader, index: int) -> Any:
+        loaded.append(index)
+        return load(self, index)
 
     monkeypatch.setattr("gemq.models.replay.Replay.verify", lambda self, ids: None)  # it reads a layer as well
-    monkeypatch.setattr(LayerCache, "_place", placed)
-    monkeypatch.setattr(LayerCache, "_read", reading)
+    monkeypatch.setattr(LayerSlot, "fill", counted_fill)
+    monkeypatch.setattr(LayerSlot, "clear", counted_clear)
+    monkeypatch.setattr(LayerLoader, "_load", counted_load)
     evaluate_paths(str(model), **HOW)  # with all of the machine's memory
-    assert max(layers_in_memory) <= 2
-    assert sorted(read) == list(range(LAYERS))
+    assert 0 < max(counts) <= 2
+    assert sorted(loaded) == list(range(LAYERS))
 
 
 def test_activations_wait_on_the_disk_under_the_least_bound(model, monkeypatch):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Ran, contents, gemq, make_tiny_model
 
 import gemq as library
 from gemq.assets import builtin_texts
@@ -23,6 +22,7 @@ from gemq.layers.training import Optimizer
 from gemq.pipeline.job_record import read_job
 from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
+from support.cli import Ran, contents, gemq, make_tiny_model
 
 LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32", "--device", "cpu")
 
@@ -145,10 +145,10 @@ def test_a_changed_number_of_the_recorded_recipe_is_noticed(job):
 )
 def test_a_damaged_output_is_not_complete(job, damage: Callable[[Path], object], words):
     damage(job / "out")
-    before = contents(job / "out")
+    contents_before = contents(job / "out")
     resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume")
     line(resumed, "out is no longer complete", *words, "delete it")
-    assert contents(job / "out") == before
+    assert contents(job / "out") == contents_before
     shutil.rmtree(job / "out")
     assert gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume", "-q").code == 0
 
@@ -168,14 +168,14 @@ def test_another_output_is_refused_at_once(job):
 
 def test_two_jobs_with_one_output(job):
     (job / "mine").mkdir()
-    before = contents(job)
+    contents_before = contents(job)
     with lock_output(Path("mine")):
         words = ("another gemq process writes mine", "name another output")
         line(gemq("export", "out.work", "-o", "mine", "--bits", "1.5"), *words)
         line(gemq("export", "out", "--dense", "mine"), *words)
         line(gemq("quantize", "../m1", "-o", "mine", *LOW, "--work", "w"), *words)
         assert not (job / "w").exists()
-    assert contents(job) == before
+    assert contents(job) == contents_before
     assert gemq("export", "out.work", "-o", "mine", "--bits", "1.5", "-q").code == 0
 
 
@@ -228,8 +228,8 @@ def test_a_model_that_was_moved(job, tmp_path):
     line(gemq("export", "out.work", "--curve"), "is gone", "--model")
     assert gemq("export", "out.work", "-o", "x", "--bits", "1.5", "--model", "../m2", "-q").code == 0
     assert gemq("export", "out.work", "--curve", "--model", "../m2", "-q").code == 0
-    other = make_tiny_model(tmp_path / "m3", seed=1, num_hidden_layers=3)
-    line(gemq("export", "out.work", "--curve", "--model", other), "is not the model")
+    different_model = make_tiny_model(tmp_path / "m3", seed=1, num_hidden_layers=3)
+    line(gemq("export", "out.work", "--curve", "--model", different_model), "is not the model")
     line(gemq("export", "out.work", "-o", "y", "--model", make_tiny_model(tmp_path / "m4", seed=1)), "is not the model")
     assert gemq("quantize", "../m2", "-o", "out", *LOW, "--calibration", "my.txt", "--resume", "-q").code == 0
     assert gemq("export", "out.work", "-o", "z", "--bits", "1.5", "-q").code == 0  # which knows its new place

@@ -7,9 +7,9 @@ import shlex
 import shutil
 
 import pytest
-from helpers import SMALL, gemq
 
-from packed_checkpoints import write_packed
+from support.cli import SMALL, gemq
+from support.packed_checkpoints import write_packed
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Finished, gemq
 
 from gemq.cli.report import short_names
+from support.cli import Finished, gemq
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -23,10 +23,10 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("name", ["m[/a]", "ck[v2]", "[red]", "a:smile:b"])
 def test_names_are_no_markup(name, finished: Finished, tmp_path):
-    place = Path(shutil.copytree(finished.out, tmp_path / name.replace("/", os.sep)))
-    ran = gemq("inspect", place)
+    checkpoint = Path(shutil.copytree(finished.out, tmp_path / name.replace("/", os.sep)))
+    ran = gemq("inspect", checkpoint)
     assert ran.code == 0, ran.err
-    assert str(place) in ran.out.replace("\n", "")
+    assert str(checkpoint) in ran.out.replace("\n", "")
     text = tmp_path / f"{name.replace('/', '_')}.txt"
     text.write_text("Once upon a time there was a file.\n" * 200)
     ran = gemq("eval", finished.out, "--text", text, "--seq-len", 64, "--max-windows", 2)

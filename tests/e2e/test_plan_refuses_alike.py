@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import gemq
 
 from gemq.assets import builtin_model
+from support.cli import gemq
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,10 @@ def test_a_plan_needs_no_weights_but_checks_those_that_are_there(tmp_path):
 
 def test_a_size_buys_bits(tmp_path):
     """Those at which the plan's own table has that size."""
-    at = {bits: gemq("plan", builtin_model(), "--bits", bits, "--json", "-").json for bits in ("1.6", "2", "2.25", "3")}
-    for bits, planned in at.items():
+    plans = {
+        bits: gemq("plan", builtin_model(), "--bits", bits, "--json", "-").json for bits in ("1.6", "2", "2.25", "3")
+    }
+    for bits, planned in plans.items():
         size = planned["sizes"][bits]
         bought = gemq("plan", builtin_model(), "--size", f"{size}B", "--json", "-").json
         assert bought["bits"] == pytest.approx(float(bits), abs=1e-3)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import typer
-from helpers import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.cli import app
+from support.cli import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("quantize", "budget", "transformers", "serve", "evaluate", "several-gpus", "troubleshooting")
@@ -35,7 +35,7 @@ SMALL = ("--effort", "low", "--num-windows", "4", "--seq-len", "32")
 
 def commands_in(text: str) -> list[list[str]]:
     """The commands of a summary, each after a colon or at the beginning of a line."""
-    return [shlex.split(found) for found in re.findall(r"(?:^|: )(gemq .*)$", text, re.MULTILINE)]
+    return [shlex.split(command) for command in re.findall(r"(?:^|: )(gemq .*)$", text, re.MULTILINE)]
 
 
 def options_of(command: str) -> set[str]:
@@ -77,9 +77,9 @@ def test_the_command_that_makes_scores_runs_as_printed(tiny_model, tmp_path, mon
     assert gemq("quantize", tiny_model, "-o", "out", *SMALL, "--allocate", "uniform", "-q").code == 0
     ran = gemq("export", "out.work", "--curve")
     assert ran.code == 2
-    found = re.search(r"with (gemq export .*)$", ran.err)
-    assert found
-    command = shlex.split(found.group(1).replace("OUT", "scored"))
+    match = re.search(r"with (gemq export .*)$", ran.err)
+    assert match
+    command = shlex.split(match.group(1).replace("OUT", "scored"))
     assert gemq(*command[1:]).code == 0
     assert gemq("export", "out.work", "--curve").code == 0
 
@@ -118,9 +118,9 @@ def test_errors_name_flags_that_the_command_has(tiny_model, tmp_path, monkeypatc
     for command in failing:
         ran = gemq(*command)
         assert ran.code == 2, (command, ran.out, ran.err)
-        own, *others = re.split(r"quantize (?=with|then|goes)", ran.err)
-        assert flags_in(own) <= options_of(command[0]), ran.err
-        assert all(flags_in(other) <= options_of("quantize") for other in others), ran.err
+        message, *quantize_messages = re.split(r"quantize (?=with|then|goes)", ran.err)
+        assert flags_in(message) <= options_of(command[0]), ran.err
+        assert all(flags_in(text) <= options_of("quantize") for text in quantize_messages), ran.err
 
 
 def test_a_wider_width_is_offered_where_it_can_be_had(tiny_model, tmp_path, monkeypatch):
@@ -140,8 +140,8 @@ def test_a_wider_width_is_offered_where_it_can_be_had(tiny_model, tmp_path, monk
 
 def test_help_names_flags_that_the_command_has():
     for command in (*VERBS, "demo"):
-        told = gemq(command, "--help").out or _help(command)
-        assert flags_in(told) <= options_of(command), command
+        help_text = gemq(command, "--help").out or _help(command)
+        assert flags_in(help_text) <= options_of(command), command
 
 
 def _help(command: str) -> str:
@@ -161,7 +161,7 @@ def test_the_code_of_a_model_card_runs_as_printed(finished: Finished):
 
 
 @pytest.fixture(scope="module")
-def place(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def documents_directory(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with what the documents name: a model, its results, and a text."""
     path = tmp_path_factory.mktemp("documents")
     for name in ("olmoe-2bit", "OUT"):
@@ -183,9 +183,9 @@ def documented(language: str) -> list[tuple[str, str]]:
     ]
 
 
-def test_documented_commands_run_as_printed(place, monkeypatch):
+def test_documented_commands_run_as_printed(documents_directory, monkeypatch):
     """All but those that take long are run; those must name options that there are."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(documents_directory)
     lines = [line for _, block in documented("") for line in block.splitlines()]
     split_lines = (tuple(shlex.split(line, comments=True)) for line in lines if line.startswith("gemq "))
     commands = list(dict.fromkeys(split_lines))  # each once
@@ -201,13 +201,13 @@ def test_documented_commands_run_as_printed(place, monkeypatch):
 
 def test_flags_in_documents_exist():
     """In running text as well."""
-    known = {flag for verb in VERBS for flag in options_of(verb)} | OTHER_FLAGS
+    known_flags = {flag for verb in VERBS for flag in options_of(verb)} | OTHER_FLAGS
     for document in DOCUMENTS:
         text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
-        assert flags_in(text) <= known, document.name
+        assert flags_in(text) <= known_flags, document.name
 
 
-def test_documented_python_runs_as_printed(place):
+def test_documented_python_runs_as_printed(documents_directory):
     """In one process, since Python and torch take seconds to start; each piece of code with its own names.
 
     What needs vLLM or lm-eval is in ``test_vllm`` and ``test_round_trips``.
@@ -218,9 +218,9 @@ def test_documented_python_runs_as_printed(place):
         if name != "serve.md" and "lm_eval" not in code:
             code = code.replace('device="cuda"', 'device="cpu"')
             code = code.replace(
-                "gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", num_windows=2, window=16)'
+                "gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", num_windows=2, seq_len=16)'
             )
             script += f"exec({code!r}, {{'__name__': '__main__'}})\n"
     assert script.count("exec(") > 2
-    ran = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", script], cwd=documents_directory, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

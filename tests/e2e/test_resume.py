@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Finished, contents, gemq, least_bytes, make_tiny_model
 
 from gemq.assets import builtin_texts
 from gemq.models import file_hashes
 from gemq.models.source import Source
 from gemq.pipeline.workdir import WorkDir
+from support.cli import Finished, contents, gemq, least_bytes, make_tiny_model
+from support.killer import Killer
 
 TINY = {"effort": "low", "num_windows": 4, "seq_len": 8, "micro_batch_tokens": 16}
 TRAINED = {
@@ -33,60 +34,6 @@ TRAINED = {
     "total_tokens": 64,
 }
 FLAGS = ("--effort", "low", "--num-windows", "4", "--seq-len", "8", "--quiet")
-
-
-class Killer:
-    """Jobs in children that can be killed: see ``killer.py``."""
-
-    def __init__(self, model: Path, base: Path, recipe: dict[str, Any], host_memory: int | None = None):
-        self.model, self.base, self.recipe, self.host_memory = model, base, recipe, host_memory
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killer.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.expected = self.run("expected", resume=False)
-        assert self.expected["code"] == 0, self.expected
-        begin, again = time.perf_counter(), self.run("timed", resume=False)
-        self.seconds = time.perf_counter() - begin
-        assert again["calls"] == self.expected["calls"]
-        self.bytes = contents(base / "expected")
-        assert contents(base / "timed") == self.bytes
-
-    def run(self, name: str, *, resume: bool, **death: Any) -> dict[str, Any]:
-        out, work = str(self.base / name), str(self.base / f"{name}.work")
-        request = {"model": str(self.model), "recipe": self.recipe, "out": out, "work": work, "resume": resume}
-        request |= {"host_memory": self.host_memory}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps({**request, **death}), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def finish(self, name: str, why: str) -> dict[str, Any]:
-        """Resumes to the end, compares every byte, and removes it all."""
-        done = self.run(name, resume=True)
-        assert done["code"] == 0, (why, done)
-        assert contents(self.base / name) == self.bytes, why
-        work = self.base / f"{name}.work"
-        left = [f for pattern in ("**/*.tmp", ".*.partial", ".*.gemq-lock") for f in self.base.glob(pattern)]
-        assert not left, (why, left)
-        assert_same_work(work, self.base / "expected.work", why)
-        shutil.rmtree(work)
-        shutil.rmtree(self.base / name)
-        return done
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(10)
-
-
-def assert_same_work(a: Path, b: Path, why: str) -> None:
-    found, expected = contents(a), contents(b)
-    assert found.keys() == expected.keys(), why
-    assert {n for n in found if found[n] != expected[n]} == set(), why
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +85,15 @@ def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, tim
         rounds += 1
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_killed_at_every_write(killer: Killer, part: int):
+@pytest.mark.parametrize("offset", range(4))
+def test_killed_at_every_write(killer: Killer, offset: int):
     """With every file that a job writes cut in half; when it goes on, before that file's rename, when it is whole
     under its passing name. Flushes change nothing that a killed process could leave; the last one is behind the last
     rename."""
     names = killer.expected["calls"]
     calls = [n for n, name in enumerate(names, start=1) if name.startswith(("write_", "save_"))]
     assert len(calls) > 15
-    for call in calls[part::4]:
+    for call in calls[offset::4]:
         name = f"call-{call}"
         halved = killer.run(name, resume=False, call=call, half=True)
         assert halved["code"] == -signal.SIGKILL, (call, halved)
@@ -185,14 +132,14 @@ def job(tiny_model: Path, tmp_path: Path) -> tuple[object, ...]:
 
 
 def test_resume_of_a_finished_job(job, tmp_path):
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    mtimes = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
     ran = gemq(*job, "--resume", "--json", tmp_path / "figures.json")
     assert ran.code == 0
     loud = gemq(*(a for a in job if a != "--quiet"), "--resume")
     assert loud.code == 0
     assert "was complete already" in loud.out
     assert "Saved" not in loud.out
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == before
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == mtimes
     assert json.loads((tmp_path / "figures.json").read_text())["complete_before"] is True
 
 
@@ -216,9 +163,9 @@ def refused(job: tuple[object, ...], *words: str) -> None:
     ],
 )
 def test_another_recipe_is_refused(job, flags, words):
-    before = contents(Path(str(job[3])))
+    contents_before = contents(Path(str(job[3])))
     refused((*job, *flags), *words)
-    assert contents(Path(str(job[3]))) == before
+    assert contents(Path(str(job[3]))) == contents_before
     assert gemq(*job, "--resume").code == 0  # and did no harm
 
 
@@ -254,8 +201,8 @@ def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, mo
 
 
 def test_another_model_is_refused(job, tmp_path):
-    other = make_tiny_model(tmp_path / "other", seed=1)
-    refused((job[0], other, *job[2:]), "another model")
+    other_model = make_tiny_model(tmp_path / "other", seed=1)
+    refused((job[0], other_model, *job[2:]), "another model")
 
 
 def test_a_changed_calibration_text_is_refused(job, tmp_path):

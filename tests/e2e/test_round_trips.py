@@ -11,12 +11,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import Finished
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import hub
 
 import gemq
+from support.cli import Finished
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -56,17 +56,17 @@ def test_files_of_push_to_hub(finished, expected, tmp_path, monkeypatch):
     AutoTokenizer.from_pretrained(finished.out).push_to_hub("someone/packed")
     names = {file.name for file in (tmp_path / "pushed").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
-    kept = load_file(tmp_path / "pushed" / "model.safetensors")
+    pushed = load_file(tmp_path / "pushed" / "model.safetensors")
     original = load_file(finished.out / "model.safetensors")
-    assert kept.keys() == original.keys()
-    assert all(torch.equal(kept[name], original[name]) for name in original)
+    assert pushed.keys() == original.keys()
+    assert all(torch.equal(pushed[name], original[name]) for name in original)
     assert torch.equal(logits(gemq.load(tmp_path / "pushed")), expected)
 
 
 def test_layers_on_disk(finished, expected, tmp_path):
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places |= {f"model.layers.{i}": "disk" if i > 2 else "cpu" for i in range(6)}
-    model = AutoModelForCausalLM.from_pretrained(finished.out, device_map=places, offload_folder=tmp_path)
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    device_map |= {f"model.layers.{i}": "disk" if i > 2 else "cpu" for i in range(6)}
+    model = AutoModelForCausalLM.from_pretrained(finished.out, device_map=device_map, offload_folder=tmp_path)
     assert torch.equal(logits(model), expected)
 
 
@@ -83,9 +83,11 @@ def test_lora_trains(finished, tmp_path):
     """Adapters on packed attention: the loss falls, nothing packed changes, the adapter loads again."""
     peft = pytest.importorskip("peft")
     model = gemq.load(finished.out, dtype=torch.float32)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(("codes", "scales"))}
-    wanted = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=wanted, task_type="CAUSAL_LM"))
+    packed_tensors = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(("codes", "scales"))
+    }
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(3):
@@ -98,8 +100,8 @@ def test_lora_trains(finished, tmp_path):
     adapted.save_pretrained(tmp_path)
     trained = logits(adapted.eval())
     plain = adapted.unload()
-    after = plain.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    state = plain.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in packed_tensors.items())
     again = peft.PeftModel.from_pretrained(gemq.load(finished.out, dtype=torch.float32), tmp_path)
     assert torch.equal(logits(again.eval()), trained)
     with pytest.raises(RuntimeError):  # packed weights cannot take an adapter up

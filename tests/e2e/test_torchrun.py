@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import contents, gemq
 from safetensors.torch import load_file
+
+from support.cli import contents, gemq
 
 RECIPE = """
 effort: low
@@ -27,30 +28,39 @@ distill_epochs: 1
 """
 
 
-def launched(*arguments: object, ranks: int = 2, of: tuple[object, ...] = ("-m", "gemq")) -> subprocess.Popen[str]:
+def launched(*arguments: object, ranks: int = 2, program: tuple[object, ...] = ("-m", "gemq")) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node 2 -m gemq ARGUMENTS`` on the CPU."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *of, *arguments]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        ranks,
+        *program,
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(list(map(str, run)), stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def ours(told: str) -> list[str]:
+def ours(stderr: str) -> list[str]:
     """What gemq wrote among torchrun's own lines."""
-    return [line for line in told.splitlines() if line.startswith("gemq: ")]
+    return [line for line in stderr.splitlines() if line.startswith("gemq: ")]
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """Process ids of the ranks that a launcher has started."""
-    found = {}
+    pids = {}
     for directory in Path("/proc").iterdir():
         try:
             parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == launcher:
                 environment = dict(e.partition("=")[::2] for e in (directory / "environ").read_text().split("\0"))
-                found[int(environment["RANK"])] = int(directory.name)
+                pids[int(environment["RANK"])] = int(directory.name)
         except (KeyError, OSError, ValueError, IndexError):
             continue
-    return found
+    return pids
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
@@ -58,39 +68,39 @@ def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_p
     monkeypatch.undo()  # the guard takes as many windows here as in the other processes
     (tmp_path / "r.yaml").write_text(RECIPE)
     job = ("quantize", tiny_model, "--bits", 2, "--recipe", tmp_path / "r.yaml", "--device", "cpu", "-q")
-    one, two = tmp_path / "one", tmp_path / "two"
-    ran = gemq(*job, "-o", one)
+    out_1, out_2 = tmp_path / "one", tmp_path / "two"
+    ran = gemq(*job, "-o", out_1)
     assert ran.code == 0, ran.err
 
-    process = launched(*job, "-o", two)
+    process = launched(*job, "-o", out_2)
     first = tmp_path / "two.work" / "candidates" / "layer-000.safetensors"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     begin = time.monotonic()
-    told = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=60)[1]
     assert time.monotonic() - begin < 30
     assert process.returncode != 0
-    assert len(ours(told)) == 1, told
-    assert "process" in ours(told)[0]
-    assert "--resume" in ours(told)[0]
-    assert not two.exists()
+    assert len(ours(stderr)) == 1, stderr
+    assert "process" in ours(stderr)[0]
+    assert "--resume" in ours(stderr)[0]
+    assert not out_2.exists()
 
-    process = launched(*job, "-o", two, "--resume")
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, told
-    assert contents(two) == contents(one)
-    works = [contents(out.with_name(out.name + ".work")) for out in (one, two)]
+    process = launched(*job, "-o", out_2, "--resume")
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, stderr
+    assert contents(out_2) == contents(out_1)
+    works = [contents(out.with_name(out.name + ".work")) for out in (out_1, out_2)]
     assert works[0] == works[1]
 
     # what two began, one can end
-    shutil.rmtree(two)
+    shutil.rmtree(out_2)
     for directory in (tmp_path / "two.work").glob("reconstructed-*"):
         (directory / "layer-001.safetensors").unlink()
-    ran = gemq(*job, "-o", two, "--resume")
+    ran = gemq(*job, "-o", out_2, "--resume")
     assert ran.code == 0, ran.err
-    assert contents(two) == contents(one)
+    assert contents(out_2) == contents(out_1)
 
 
 AS_ON_A_GPU = """
@@ -112,26 +122,26 @@ def test_two_ranks_that_divide_the_work_as_on_gpus(tiny_model, tmp_path):
     works, distilled = [], []
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
-        process = launched("quantize", tiny_model, "-o", out, *keys, ranks=ranks, of=(script,))
-        told = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, told
+        process = launched("quantize", tiny_model, "-o", out, *keys, ranks=ranks, program=(script,))
+        stderr = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, stderr
         (last,) = out.with_name(f"{out.name}.work").glob("distilled-*/distilled.safetensors")
         distilled.append(load_file(last))
         last.rename(tmp_path / f"distilled{ranks}.safetensors")
         works.append(contents(out.with_name(f"{out.name}.work")))
     assert works[0] == works[1]
-    one, two = distilled
-    assert all(found["notes"][1] < found["notes"][0] for found in distilled)
-    for name, tensor in one.items():  # moved by 5e-3
+    tensors_1, tensors_2 = distilled
+    assert all(result["notes"][1] < result["notes"][0] for result in distilled)
+    for name, tensor in tensors_1.items():  # moved by 5e-3
         if name != "notes":
-            torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+            torch.testing.assert_close(tensors_2[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_a_mistake_is_told_once(tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     process = launched("quantize", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
-    told = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=60)[1]
     assert process.returncode != 0
-    assert len(ours(told)) == 1, told
-    assert "exists" in ours(told)[0]
+    assert len(ours(stderr)) == 1, stderr
+    assert "exists" in ours(stderr)[0]

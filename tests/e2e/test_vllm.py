@@ -27,7 +27,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 import shutil
 
 import torch
-from helpers import Finished, add_tokenizer, gemq
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +40,7 @@ from transformers import (
 
 from gemq import UserError, load
 from gemq.checkpoint.reader import CheckpointReader
+from support.cli import Finished, add_tokenizer, gemq
 
 pytestmark = pytest.mark.vllm
 
@@ -125,10 +125,10 @@ def environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The packed checkpoint of a tiny random model of a family, widths 1 to 4 mixed within its layers."""
-    made: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
 
     def make(family: str) -> Path:
-        if family not in made:
+        if family not in paths:
             base = tmp_path_factory.mktemp(family)
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
@@ -147,8 +147,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             assert ran.code == 0, ran.err
             config = json.loads((base / "packed" / "config.json").read_text())["quantization_config"]
             assert all(len(set(experts["down_proj"])) > 1 for experts in config["experts"].values())
-            made[family] = base / "packed"
-        return made[family]
+            paths[family] = base / "packed"
+        return paths[family]
 
     return make
 
@@ -178,10 +178,10 @@ def expected_tokens(path: Path) -> list[list[int]]:
     model = load(path, dtype=torch.float32)
     result = []
     for ids in PROMPTS:
-        given = torch.tensor([ids])
+        input_ids = torch.tensor([ids])
         out = model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=None,
@@ -233,11 +233,11 @@ def test_packed_in_memory(finished: Finished):
 
     reader = CheckpointReader(finished.out)
     with engine(finished.out) as llm:  # its worker finds this module: multiprocessing hands sys.path on
-        [held] = llm.apply_model(sizes)
+        [nbytes] = llm.apply_model(sizes)
     ours = ("_codes", "_scales", "_offsets", ".qweight", ".scales", ".offsets")
     packed_bytes = reader.format.total_bytes(reader.shapes)
-    assert packed_bytes <= sum(n for name, n in held.items() if name.endswith(ours)) <= 1.01 * packed_bytes
-    assert not [n for n in held if ("experts" in n or "_proj" in n) and not n.endswith(ours)]
+    assert packed_bytes <= sum(n for name, n in nbytes.items() if name.endswith(ours)) <= 1.01 * packed_bytes
+    assert not [n for n in nbytes if ("experts" in n or "_proj" in n) and not n.endswith(ours)]
 
 
 def test_a_cut_group_is_refused(packed, capfd):
@@ -333,7 +333,7 @@ def test_http_server(finished: Finished, tmp_path):
         assert alone[0] == transformers_text(finished.out, prompts[0], 24)
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda p: complete(p).choices[0].text, prompts)) == alone
-        assert "".join(part.choices[0].text for part in complete(prompts[0], stream=True)) == alone[0]
+        assert "".join(chunk.choices[0].text for chunk in complete(prompts[0], stream=True)) == alone[0]
         server.send_signal(signal.SIGINT)
         server.wait(60)
         assert not answers(f"http://127.0.0.1:{port}/health")

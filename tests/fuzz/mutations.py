@@ -68,10 +68,10 @@ def change_json(rng: random.Random, values: Any, below: tuple[Any, ...] = ()) ->
     elif what == "rename" and isinstance(holder, dict):
         holder[rng.choice((f"{key}_", key[:-1], key.upper(), "\x1b]0;x\x07", ""))] = holder.pop(key)
     elif what == "swap":
-        other = rng.choice(paths)
-        other_holder = parent_of(values, other)
-        other_value = json.loads(json.dumps(other_holder[other[-1]]))
-        holder[key], other_holder[other[-1]] = other_value, json.loads(json.dumps(old))
+        swap_path = rng.choice(paths)
+        swap_holder = parent_of(values, swap_path)
+        swap_value = json.loads(json.dumps(swap_holder[swap_path[-1]]))
+        holder[key], swap_holder[swap_path[-1]] = swap_value, json.loads(json.dumps(old))
     else:
         holder[key] = rng.choice(ODD_VALUES)
     return f"{what} {'.'.join(map(str, path))}"
@@ -94,8 +94,8 @@ def spoil_text(rng: random.Random, file: Path) -> str:
         for _ in range(rng.choice((1, 1, 3, 20))):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif what == "insert":
-        at = rng.randrange(len(data))
-        data[at:at] = rng.choice((b"\x00", b"}", b"\xff\xfe", b'"', b",,", b"NaN", b"9" * 5000))
+        position = rng.randrange(len(data))
+        data[position:position] = rng.choice((b"\x00", b"}", b"\xff\xfe", b'"', b",,", b"NaN", b"9" * 5000))
     elif what == "twice" and data.startswith(b"{"):
         data = data.rstrip()[:-1] + b"," + data.lstrip()[1:]  # every key twice
     else:
@@ -158,7 +158,7 @@ def spoil_header(rng: random.Random, file: Path) -> str:
     header, data = read_header(file)
     what = rng.choice(HEADER_DAMAGE)
     names = [name for name in header if name != "__metadata__"]
-    one, two = rng.sample(names, 2) if len(names) > 1 else names * 2
+    first, second = rng.sample(names, 2) if len(names) > 1 else names * 2
     if what == "json":
         change_json(rng, header)
     elif what == "metadata":
@@ -169,7 +169,7 @@ def spoil_header(rng: random.Random, file: Path) -> str:
         header[name] = {"dtype": "U8", "shape": [8], "data_offsets": [end, end + 8]}
         data += bytes(8)
     else:
-        change_entry(rng, header, one, two, what)
+        change_entry(rng, header, first, second, what)
     write_header(file, header, data)
     raw = bytearray(file.read_bytes())
     if what == "length":
@@ -177,19 +177,21 @@ def spoil_header(rng: random.Random, file: Path) -> str:
     elif what == "text":
         raw[8 + rng.randrange(struct.unpack("<Q", raw[:8])[0])] ^= 1 << rng.randrange(8)
     file.write_bytes(raw)
-    return f"{file.name} header: {what} ({one}, {two})"
+    return f"{file.name} header: {what} ({first}, {second})"
 
 
-def change_entry(rng: random.Random, header: dict[str, Any], one: str, two: str, what: str) -> None:
+def change_entry(rng: random.Random, header: dict[str, Any], first: str, second: str, what: str) -> None:
     """Changes the entry ``one`` of a header, or swaps it with ``two``, or with another of the same type and shape."""
-    entry = header[one]
+    entry = header[first]
     shape = entry["shape"]
     if what == "offsets swapped":
-        alike = [n for n, e in header.items() if n != one and {**e, "data_offsets": 0} == {**entry, "data_offsets": 0}]
-        other = header[rng.choice(alike or [two])]
-        entry["data_offsets"], other["data_offsets"] = other["data_offsets"], entry["data_offsets"]
+        same_spec = [
+            n for n, e in header.items() if n != first and {**e, "data_offsets": 0} == {**entry, "data_offsets": 0}
+        ]
+        partner = header[rng.choice(same_spec or [second])]
+        entry["data_offsets"], partner["data_offsets"] = partner["data_offsets"], entry["data_offsets"]
     elif what == "entries swapped":
-        header[one], header[two] = header[two], entry
+        header[first], header[second] = header[second], entry
     elif what == "type":
         entry["dtype"] = rng.choice(TYPES)
     elif what == "shape":
@@ -198,12 +200,12 @@ def change_entry(rng: random.Random, header: dict[str, Any], one: str, two: str,
         size = math.prod(shape)
         entry["shape"] = rng.choice(([size], [1, size], [size, 1], [2, size // 2]))
     elif what == "drop":
-        del header[one]
+        del header[first]
     elif what == "add":
-        name = rng.choice(("x", f"{one}_", "\x1b[2J", "", "model.layers.99.mlp.experts.0.down_proj.codes"))
+        name = rng.choice(("x", f"{first}_", "\x1b[2J", "", "model.layers.99.mlp.experts.0.down_proj.codes"))
         header[name] = entry
     elif what == "overlap":
-        entry["data_offsets"] = header[two]["data_offsets"]
+        entry["data_offsets"] = header[second]["data_offsets"]
 
 
 def huge_header(rng: random.Random, file: Path) -> str:
@@ -224,8 +226,8 @@ def spoil_data(rng: random.Random, file: Path) -> str:
         for _ in range(rng.choice((1, 1, 1, 8))):
             raw[rng.randrange(start, len(raw))] ^= 1 << rng.randrange(8)
     elif what == "zeros":
-        at = rng.randrange(start, len(raw) - 64)
-        raw[at : at + 64] = b"\xff" * 64 if raw[at : at + 64] == bytes(64) else bytes(64)
+        position = rng.randrange(start, len(raw) - 64)
+        raw[position : position + 64] = b"\xff" * 64 if raw[position : position + 64] == bytes(64) else bytes(64)
     elif what == "swap":
         a, b = (rng.randrange(start, len(raw) - 64) // 64 * 64 for _ in range(2))
         raw[a : a + 64], raw[b : b + 64] = raw[b : b + 64], raw[a : a + 64]

@@ -22,7 +22,7 @@ from fuzz import mutations as m
 from fuzz import worker
 from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.reader import check_checkpoint
-from packed_checkpoints import olmoe_config, write_packed
+from support.packed_checkpoints import olmoe_config, write_packed
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -138,8 +138,8 @@ def figures(file: Path) -> dict[str, Any]:
     return values
 
 
-def same_file(one: Path, two: Path) -> bool:
-    return one.is_file() and one.read_bytes() == two.read_bytes()
+def same_file(file: Path, reference: Path) -> bool:
+    return file.is_file() and file.read_bytes() == reference.read_bytes()
 
 
 ACTIONS: dict[Callable[[Packed, Path], str], int] = {
@@ -174,14 +174,14 @@ def widths(rng: random.Random, directory: Path) -> str:
     path = rng.choice(sorted(experts))
     what = rng.choice(("longer", "shorter", "other width", "swap", "path", "projection"))
     if what == "longer":
-        for each in experts[path].values():
-            each.append(2)
+        for expert_widths in experts[path].values():
+            expert_widths.append(2)
     elif what == "shorter":
-        for each in experts[path].values():
-            each.pop()
+        for expert_widths in experts[path].values():
+            expert_widths.pop()
     elif what == "other width":
-        each = experts[path][rng.choice(("down_proj", "gate_up_proj"))]
-        each[rng.randrange(len(each))] = rng.choice((1, 1.6, 2, 3, 4, 8, 1.0, True, "2"))
+        expert_widths = experts[path][rng.choice(("down_proj", "gate_up_proj"))]
+        expert_widths[rng.randrange(len(expert_widths))] = rng.choice((1, 1.6, 2, 3, 4, 8, 1.0, True, "2"))
     elif what == "swap":
         experts[path]["down_proj"], experts[path]["gate_up_proj"] = (
             *(experts[path]["gate_up_proj"], experts[path]["down_proj"]),

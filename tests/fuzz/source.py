@@ -17,7 +17,7 @@ from fuzz import mutations as m
 from fuzz import worker
 from fuzz.packed import TOKENIZER, config, config_text, data, header, huge, index, large_number, path, tokenizer
 from gemq.assets import builtin_model, builtin_texts
-from packed_checkpoints import olmoe_config
+from support.packed_checkpoints import olmoe_config
 
 
 class Sources:

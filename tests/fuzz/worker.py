@@ -101,10 +101,10 @@ def _read(descriptor: int, pid: int) -> tuple[bytes, bool]:
     """What the child reports, and whether it had to be ended."""
     text, deadline = b"", time.monotonic() + WALL_SECONDS
     while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        part = os.read(descriptor, 1 << 16)
-        if not part:
+        chunk = os.read(descriptor, 1 << 16)
+        if not chunk:
             return text, False
-        text += part
+        text += chunk
     os.kill(pid, signal.SIGKILL)
     return text, True
 

@@ -10,7 +10,7 @@ from record import append, read
 from rows import allocation_text, allocation_widths
 
 
-def row(name: str, kl: float, bits: float = 2.0, **more: str) -> dict[str, str]:
+def row(name: str, kl: float, bits: float = 2.0, **columns: str) -> dict[str, str]:
     return {
         "name": name,
         "model": "small",
@@ -25,7 +25,7 @@ def row(name: str, kl: float, bits: float = 2.0, **more: str) -> dict[str, str]:
         "device": "a GPU",
         "torch": "2",
         "transformers": "5",
-        **more,
+        **columns,
     }
 
 
@@ -44,8 +44,13 @@ def test_a_new_column_leaves_older_rows_whole(tmp_path: Path) -> None:
 
 def test_report(tmp_path: Path) -> None:
     file, page = tmp_path / "rows.csv", tmp_path / "accuracy.md"
-    for each in (row("gemq 2.0", 0.9), row("plain uniform 2", 0.2), row("gemq 2.0", 0.1), row("gemq 2.0 (tried)", 0.3)):
-        append(file, each)
+    for cells in (
+        row("gemq 2.0", 0.9),
+        row("plain uniform 2", 0.2),
+        row("gemq 2.0", 0.1),
+        row("gemq 2.0 (tried)", 0.3),
+    ):
+        append(file, cells)
     append(file, row("gemq 1.5", 0.4, bits=1.5))
     append(file, row("assembled 2.0 smoothing 8", 0.7))
     page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")

@@ -10,35 +10,9 @@ import pytest
 from gemq.allocation.problem import METHODS, Allocation, Budget, Problem, allocate, linear_constraint, smallest_budget
 from gemq.errors import UserError
 from gemq.quant.widths import Width, plain_widths
+from support.allocation_problems import matrix_problem, random_problem
 
 LADDER = (1, 1.6, 2, 3)
-
-
-def make(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noise=0.3) -> Problem:
-    """A problem with ``sizes`` experts per layer and log-normal costs. ``shapes``: (rows, columns) to draw from."""
-    draw = np.random.default_rng(seed)
-    layer = np.repeat(np.arange(len(sizes)), sizes)
-    n = len(layer)
-    drawn = [(shapes or [(64, 256)])[i] for i in draw.integers(0, len(shapes or [0]), n)]
-    widths = tuple(map(Width, widths))
-    quality = 4.0 ** -np.array([width.bits for width in widths])
-    return Problem(
-        widths=widths,
-        layer=layer,
-        costs=np.exp(draw.normal(0, spread, (n, 1)) + draw.normal(0, noise, (n, len(widths)))) * quality,
-        weights=np.array([r * c for r, c in drawn]),
-        bytes=np.array([[w.matrix_bytes(r, c, 128) for w in widths] for r, c in drawn]),
-        counts=draw.integers(1, 1000, n),
-        layers=len(sizes),
-    )
-
-
-def of_matrices(sizes, seed=0) -> Problem:
-    """A row for each matrix of every expert: gate and up with twice the weights of down."""
-    rows = make([2 * n for n in sizes], seed=seed)
-    weights = np.tile([32_768, 16_384], sum(sizes))
-    sizes_of = rows.bytes * 2 // np.tile([[1], [2]], (sum(sizes), 1))
-    return dataclasses.replace(rows, weights=weights, bytes=sizes_of, units=2)
 
 
 def amount(problem: Problem, budget: Budget, allocation: Allocation) -> tuple[int, int]:
@@ -69,7 +43,7 @@ def brute_force(problem: Problem, budget: Budget, rule: bool) -> float:
 @pytest.mark.parametrize("shapes", [[(64, 256)], [(64, 256), (40, 128), (24, 384)]])
 def test_global_is_the_optimum(kind, rule, shapes):
     for seed, share in itertools.product(range(3), (0.2, 0.55, 0.9)):
-        problem = make([3, 0, 3], (1, 2, 3) if seed else LADDER, seed, shapes=shapes)
+        problem = random_problem([3, 0, 3], (1, 2, 3) if seed else LADDER, seed, shapes=shapes)
         low = smallest_budget(problem, kind, layer_rule=rule).value
         high = {"bits": 3, "stored_bits": 3.25, "bytes": int(problem.bytes[:, -1].sum())}[kind]
         value = low + share * (high - low)
@@ -82,7 +56,7 @@ def test_global_is_the_optimum(kind, rule, shapes):
 
 
 def test_the_gap_is_proven():
-    problem = make([64] * 4, LADDER, spread=1)
+    problem = random_problem([64] * 4, LADDER, spread=1)
     loose, tight = (allocate(problem, Budget("bits", 2.1), gap=gap) for gap in (1e-2, 1e-7))
     assert loose.gap is not None and loose.gap <= 1e-2  # noqa: PT018
     assert tight.gap is not None and tight.gap <= 1e-7  # noqa: PT018
@@ -91,14 +65,14 @@ def test_the_gap_is_proven():
 
 
 def test_more_budget_never_costs_more():
-    problem = make([16, 0, 24, 8], LADDER)
+    problem = random_problem([16, 0, 24, 8], LADDER)
     budgets = [Budget("bits", b) for b in np.linspace(1, 3, 21).round(2)]
     costs = [allocate(problem, b, gap=0).predicted_cost for b in budgets]
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(costs))
 
 
 def test_whole_range_of_each_budget():
-    problem = make([4, 4], LADDER)
+    problem = random_problem([4, 4], LADDER)
     assert set(allocate(problem, Budget("bits", 1)).widths) == {1}
     top = dataclasses.replace(problem, costs=np.sort(problem.costs, axis=1)[:, ::-1])
     for budget in (Budget("bits", 3), Budget("stored_bits", 9), Budget("bytes", 10**9)):
@@ -109,7 +83,7 @@ def test_whole_range_of_each_budget():
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
 def test_units_of_cost_do_not_matter(factor):
     """HiGHS compares with absolute tolerances near 1e-7; these costs span 1e-12 to 1e6."""
-    problem = make([16] * 4, LADDER, spread=6)
+    problem = random_problem([16] * 4, LADDER, spread=6)
     assert problem.costs.max() / problem.costs.min() > 1e12
     scaled = dataclasses.replace(problem, costs=problem.costs * factor)
     for rule, gap in itertools.product((False, True), (1e-4, 0)):
@@ -127,14 +101,14 @@ def test_differences_of_tiny_costs_count_next_to_huge_costs():
 
 def test_unused_experts_and_equal_experts():
     """Zero costs everywhere, or the same costs everywhere: the budget is still spent."""
-    problem = make([8, 8])
+    problem = random_problem([8, 8])
     for costs in (np.zeros((16, 3)), np.tile([4.0, 2.0, 1.0], (16, 1))):
         allocation = allocate(dataclasses.replace(problem, costs=costs), Budget("bits", 2))
         assert allocation.nominal_bits == 2
 
 
 def test_layer_rule():
-    problem = make([6, 0, 6, 6])
+    problem = random_problem([6, 0, 6, 6])
     problem.costs[:6] *= 1e-6  # without the rule, layer 0 gets 1 bit throughout
     plain, ruled = (allocate(problem, Budget("bits", 1.7), layer_rule=rule) for rule in (False, True))
     assert set(plain.by_layer[0]) == {(1, 1)}
@@ -142,11 +116,11 @@ def test_layer_rule():
     assert ruled.by_layer[1] == []
     assert ruled.predicted_cost >= plain.predicted_cost
     with pytest.raises(UserError, match="layer 1 has one expert"):
-        allocate(make([4, 1]), Budget("bits", 2), layer_rule=True)
+        allocate(random_problem([4, 1]), Budget("bits", 2), layer_rule=True)
 
 
 def test_layerwise_gives_each_layer_the_same_budget():
-    problem = make([16, 0, 16, 16], spread=1)
+    problem = random_problem([16, 0, 16, 16], spread=1)
     problem.costs[:16] *= 1e6
     allocation = allocate(problem, Budget("bits", 1.5), "layerwise")
     assert allocation.layer_bits == (1.5, 0, 1.5, 1.5)
@@ -155,7 +129,7 @@ def test_layerwise_gives_each_layer_the_same_budget():
 
 def test_matrices_get_widths_of_their_own():
     """Only by the global program, at no higher cost than by expert. All other methods keep experts whole."""
-    problem = of_matrices([8, 0, 8])
+    problem = matrix_problem([8, 0, 8])
     by_expert = problem.per_expert()
     assert len(by_expert.weights) == 16
     np.testing.assert_allclose(by_expert.costs[3], problem.costs[6] + problem.costs[7])
@@ -176,7 +150,7 @@ def test_matrices_get_widths_of_their_own():
 
 
 def test_frequency_prefers_frequent_experts():
-    problem = make([8, 8])
+    problem = random_problem([8, 8])
     allocation = allocate(problem, Budget("bits", 1.5), "frequency")
     for rows in problem.by_layer:
         widths = allocation.widths[rows]
@@ -187,7 +161,7 @@ def test_frequency_prefers_frequent_experts():
 
 
 def test_uniform():
-    problem = make([8, 0, 8], LADDER)
+    problem = random_problem([8, 0, 8], LADDER)
     assert set(allocate(problem, Budget("bits", 2), "uniform").widths) == {2}
     assert set(allocate(problem, Budget("stored_bits", 2.125), "uniform").widths) == {2}
     assert set(allocate(problem, Budget("bits", 1.625), "uniform").widths) == {1.6}
@@ -195,12 +169,12 @@ def test_uniform():
     assert [sorted(row) for row in mixed.by_layer] == [[(2, 2)] * 4 + [(3, 3)] * 4, [], [(2, 2)] * 4 + [(3, 3)] * 4]
     assert mixed == allocate(problem, Budget("bits", 2.5), "uniform")
     assert mixed.widths != allocate(problem, Budget("bits", 2.5), "uniform", seed=1).widths
-    only_ternary_below = make([8], (1.6, 2, 3))
+    only_ternary_below = random_problem([8], (1.6, 2, 3))
     assert set(allocate(only_ternary_below, Budget("bits", 1.9), "uniform").widths) == {1.6, 2}
 
 
 def test_random():
-    problem = make([9, 0, 9, 12], LADDER)
+    problem = random_problem([9, 0, 9, 12], LADDER)
     shares = {1.5: {1: 15, 2: 15}, 2.0: {1: 10, 2: 10, 3: 10}, 2.5: {2: 15, 3: 15}, 1.625: {1.6: 30}}
     for bits, expected in shares.items():
         allocation = allocate(problem, Budget("bits", bits), "random")
@@ -215,7 +189,7 @@ def test_random():
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_exceeds_a_budget(method):
     """Experts of different sizes: random and uniform are fair baselines at equal bytes."""
-    problem = make([40, 0, 56], (1, 1.6, 2, 3, 4), shapes=[(64, 256), (40, 128), (24, 384)])
+    problem = random_problem([40, 0, 56], (1, 1.6, 2, 3, 4), shapes=[(64, 256), (40, 128), (24, 384)])
     total = int(problem.bytes[:, 2].sum())
     budgets = [Budget("bits", b) for b in (1.3, 2, 2.1, 3)]
     budgets += [Budget("stored_bits", 2.3), Budget("stored_bits", 3.25), Budget("bytes", total)]
@@ -225,7 +199,7 @@ def test_no_method_exceeds_a_budget(method):
 
 
 def test_figures():
-    problem = make([2, 2], LADDER)
+    problem = random_problem([2, 2], LADDER)
     allocation = allocate(problem, Budget("bits", 1.625), "uniform")
     assert allocation.nominal_bits == 1.625
     assert allocation.stored_bytes == 4 * Width.TERNARY.matrix_bytes(64, 256, 128)
@@ -237,7 +211,7 @@ def test_figures():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["bits", "stored_bits", "bytes"])
 def test_errors_of_infeasible_budgets_name_a_feasible_one(kind, method, rule):
-    problem = make([5, 0, 3], shapes=[(64, 256), (40, 128)], seed=3)
+    problem = random_problem([5, 0, 3], shapes=[(64, 256), (40, 128)], seed=3)
     smallest = smallest_budget(problem, kind, method, layer_rule=rule and method not in ("uniform", "random"))
     allocate(problem, smallest, method, layer_rule=rule)
     with pytest.raises(UserError, match="give at least") as caught:
@@ -246,8 +220,14 @@ def test_errors_of_infeasible_budgets_name_a_feasible_one(kind, method, rule):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("costs", [np.zeros((8, 2)), np.full((8, 3), -1.0), np.full((8, 3), np.nan)])
+def test_costs_that_cannot_be_used_are_rejected(costs):
+    with pytest.raises(UserError, match=r"^costs .*: give "):
+        dataclasses.replace(random_problem([4, 4]), costs=costs)
+
+
 def test_other_mistakes():
-    problem = make([4])
+    problem = random_problem([4])
     with pytest.raises(UserError, match="has 4 bits: give at most 3"):
         allocate(problem, Budget("bits", 4))
     with pytest.raises(UserError, match="no allocation method 'best'"):
@@ -257,7 +237,7 @@ def test_other_mistakes():
 
 
 def test_json_round_trip():
-    problem = make([3, 0, 2, 0], LADDER)
+    problem = random_problem([3, 0, 2, 0], LADDER)
     for budget in (Budget("bits", 2.0), Budget("bytes", 20_000)):
         allocation = allocate(problem, budget)
         text = allocation.to_json()
@@ -267,7 +247,7 @@ def test_json_round_trip():
         '{\n  "budget": {"bits": 1.625},\n  "method": "uniform",\n'
         '  "widths": [\n    [1.6, 1.6, 1.6],\n    [],\n    [1.6, 1.6],\n    []\n  ]\n}\n'
     )
-    apart = of_matrices([3, 0, 2])
+    apart = matrix_problem([3, 0, 2])
     allocation = allocate(apart, Budget("bits", 2.0))
     assert len(set(allocation.by_layer[0])) > 1
     assert Allocation.from_json(allocation.to_json(), apart) == allocation
@@ -298,6 +278,6 @@ def test_json_round_trip():
 )
 def test_bad_files(text, message):
     with pytest.raises(UserError) as caught:
-        Allocation.from_json(text, make([2, 0]), origin="a.json")
+        Allocation.from_json(text, random_problem([2, 0]), origin="a.json")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_folders import edit_tensors, model_folder, quantize
 
 import gemq
-from families import tiny, tokens
 from gemq import UserError
 from gemq.models.balance import MAX_LARGEST_WEIGHT, MIN_LARGEST_WEIGHT, balance
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.structure import find_structure
 from gemq.quant.grid import below_scales, largest_weights
+from support.families import tiny, tokens
+from support.model_folders import edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibration.activations import Activations, layer_hessians
 from gemq.calibration.input_recorder import RecordedExpertCalls
 from gemq.calibration.windows import Windows
@@ -16,6 +15,7 @@ from gemq.errors import UserError
 from gemq.models.replay import Replay
 from gemq.models.structure import Layer, find_structure
 from gemq.runtime.ranks import Ranks
+from support.families import FAMILIES, MAIN_FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
 IDS = tokens(7, 10)
@@ -54,7 +54,7 @@ def test_the_order_of_windows_leaves_the_global_generator_alone():
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_moments_are_those_of_the_whole_model(family):
     """Every linear's and every expert's input over all windows, gathered by hooks on one forward of the model."""
     replay, activations = start(family)
@@ -75,7 +75,7 @@ def test_moments_are_those_of_the_whole_model(family):
         handle.remove()
 
     for i, layer in enumerate(structure.layers):
-        moments, outputs = layer_hessians(replay, i, activations, layer.linears, every(layer))
+        moments, outputs = layer_hessians(replay, i, activations, layer.linears, all_experts(layer))
         assert set(moments.linears) == {x.path for x in layer.linears}
         for linear in layer.linears:
             x = seen[linear.path].reshape(-1, linear.columns).double()
@@ -122,12 +122,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-9)
 
 
-def every(layer: Layer) -> slice | None:
+def all_experts(layer: Layer) -> slice | None:
     """All experts of a layer."""
     return slice(0, layer.experts.count) if layer.experts else None
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_recorded_inputs_are_the_same_if_a_layer_stops_after_them(family):
     """No outputs are returned. The first micro-batch runs to the end and shows how often each module is called."""
     replay, activations = start(family, 10)
@@ -135,7 +135,7 @@ def test_recorded_inputs_are_the_same_if_a_layer_stops_after_them(family):
     for i in range(index):
         activations.advance(replay, i)
     attention = [x for x in layer.linears if x.kind == "attention"]
-    for linears, expert_slice in ((attention, None), (layer.linears, every(layer)), ([], slice(1, 3))):
+    for linears, expert_slice in ((attention, None), (layer.linears, all_experts(layer)), ([], slice(1, 3))):
         full_moments, _ = layer_hessians(replay, index, activations, linears, expert_slice)
         moments, outputs = layer_hessians(replay, index, activations, linears, expert_slice, with_outputs=False)
         assert not len(outputs)
@@ -147,7 +147,7 @@ def test_recorded_inputs_are_the_same_if_a_layer_stops_after_them(family):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_micro_batches_in_one_forward(family, monkeypatch):
     """As on a GPU: the moments, outputs and recorded calls are those of single micro-batches, but for rounding."""
     results = []
@@ -166,7 +166,7 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
             activations.advance(replay, i)
             activations.advance_all(replay, i, states)
         recorded_calls = RecordedExpertCalls(replay.memory)
-        moments, outputs = layer_hessians(replay, index, activations, layer.linears, every(layer), recorded_calls)
+        moments, outputs = layer_hessians(replay, index, activations, layer.linears, all_experts(layer), recorded_calls)
         activations.advance_all(replay, index, states)
         assert moments.experts is not None
         sums = [m.sums for m in (*moments.linears.values(), *moments.experts)]
@@ -179,11 +179,11 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
 
 def test_moments_of_some_experts_equal_theirs_among_all():
     replay, activations = start("olmoe", 10)
-    all_experts, _ = layer_hessians(replay, 0, activations, [], slice(0, 4))
+    four_experts, _ = layer_hessians(replay, 0, activations, [], slice(0, 4))
     two_experts, _ = layer_hessians(replay, 0, activations, [], slice(1, 3))
-    assert all_experts.experts is not None
+    assert four_experts.experts is not None
     assert two_experts.experts is not None
-    for a, b in zip(all_experts.experts, two_experts.experts, strict=True):
+    for a, b in zip(four_experts.experts, two_experts.experts, strict=True):
         assert torch.equal(a.sums[1:3], b.sums)
         assert torch.equal(a.counts[1:3], b.counts)
 
@@ -213,7 +213,7 @@ def test_two_branches_of_one_linear_are_both_counted():
 
     linears = replay.structure.layers[0].linears
     replay.layers[0] = Twice(replay.layers[0])
-    moments, _ = layer_hessians(replay, 0, activations, linears, every(replay.structure.layers[0]))
+    moments, _ = layer_hessians(replay, 0, activations, linears, all_experts(replay.structure.layers[0]))
     assert all(moments.linears[x.path].counts.tolist() == [140] for x in linears)
     assert moments.experts is not None
     assert int(moments.experts[0].counts.sum()) == 280
@@ -239,12 +239,12 @@ def test_only_requested_inputs_are_recorded():
     moments, _ = layer_hessians(replay, 0, activations, shared, None)
     assert set(moments.linears) == {x.path for x in shared}
     recorded_calls = RecordedExpertCalls(replay.memory)
-    moments, _ = layer_hessians(replay, 0, activations, [], every(replay.structure.layers[0]), recorded_calls)
+    moments, _ = layer_hessians(replay, 0, activations, [], all_experts(replay.structure.layers[0]), recorded_calls)
     assert moments.linears == {}
     assert len(recorded_calls) == len(activations.ids)
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_micro_batches_change_sums_only_in_rounding(family):
     """Routing and counts are equal."""
     results = []
@@ -253,7 +253,7 @@ def test_micro_batches_change_sums_only_in_rounding(family):
         index = replay.structure.moe_layers[0][0]
         for i in range(index):
             activations.advance(replay, i)
-        moments, _ = layer_hessians(replay, index, activations, [], every(replay.structure.layers[index]))
+        moments, _ = layer_hessians(replay, index, activations, [], all_experts(replay.structure.layers[index]))
         assert moments.experts is not None
         results.append(moments.experts)
     for small_batches, single_batch in zip(*results, strict=True):
@@ -264,5 +264,5 @@ def test_micro_batches_change_sums_only_in_rounding(family):
 def test_hooks_are_gone_afterwards():
     replay, activations = start("mixtral")
     layer = replay.structure.layers[0]
-    layer_hessians(replay, 0, activations, layer.linears, every(layer))
+    layer_hessians(replay, 0, activations, layer.linears, all_experts(layer))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in replay.model.modules())

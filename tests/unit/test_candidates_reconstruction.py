@@ -11,7 +11,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import gemq
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.calibration.activations import Activations, LayerHessians
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
@@ -28,6 +27,7 @@ from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import ExpertWidths, Width
+from support.families import FAMILIES, MAIN_FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
 WIDTHS = tuple(Width)
@@ -47,7 +47,7 @@ def replay_of(family: str, dtype: torch.dtype = torch.float32) -> Replay:
 
 
 def build(
-    replay: Replay, w: Windows, quantizer: Quantizer = GPTQ, dense_width: Width | None = Width.FOUR, widths=WIDTHS
+    replay: Replay, w: Windows, quantizer: Quantizer = GPTQ, dense_width: Width | None = Width.FOUR_BIT, widths=WIDTHS
 ) -> list[LayerCandidates]:
     activations = Activations.start(replay, w, 24, 0)
     candidates = []
@@ -62,7 +62,7 @@ def reconstruct(
     w: Windows,
     widths: list[list[ExpertWidths]],
     quantizer: Quantizer = GPTQ,
-    dense_width: Width | None = Width.FOUR,
+    dense_width: Width | None = Width.FOUR_BIT,
 ):
     activations = Activations.start(replay, w, 24, 0)
     layers = []
@@ -92,7 +92,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_ladder_holds_every_matrix_at_every_width(family):
     replay = replay_of(family)
     for candidates, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
@@ -119,7 +119,7 @@ def test_round_trip_through_a_file(family):
     replay = replay_of(family)
     for candidates, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
         candidates.retries, candidates.not_improved = 3, 2
-        back = LayerCandidates.from_tensors(load(save(candidates.to_tensors())), layer, WIDTHS, Width.FOUR)
+        back = LayerCandidates.from_tensors(load(save(candidates.to_tensors())), layer, WIDTHS, Width.FOUR_BIT)
         assert same(back.to_tensors(), candidates.to_tensors())
         assert (back.retries, back.not_improved) == (3, 2)
         assert back.linears.keys() == candidates.linears.keys()
@@ -137,7 +137,7 @@ def test_ladder_leaves_the_model_alone():
 def test_widths_do_not_influence_each_other(family):
     """Candidates of fewer widths are a part of those of more: the same codes to the bit."""
     replay = replay_of(family)
-    all_widths, two_widths = build(replay, windows()), build(replay, windows(), widths=(Width.TERNARY, Width.THREE))
+    all_widths, two_widths = build(replay, windows()), build(replay, windows(), widths=(Width.TERNARY, Width.THREE_BIT))
     for a, b in zip(all_widths, two_widths, strict=True):
         tensors = a.to_tensors()
         assert all(torch.equal(tensors[name], t) for name, t in b.to_tensors().items())
@@ -163,7 +163,7 @@ def test_rounding_needs_no_calibration():
     assert torch.equal(candidate_weight(candidates[0], "gate_up_proj", 2, 64), dequantize(expected))
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 @pytest.mark.parametrize("length", [1, 2])
 def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
     """Most experts see no token; the result is coarse, never NaN."""
@@ -180,10 +180,10 @@ def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
 def test_a_linear_that_no_token_reached_is_rounded():
     replay = replay_of("olmoe")
     linear = replay.structure.layers[0].linears[0]
-    quantized = quantize_linears(replay, [linear], LayerHessians({}, None), GPTQ, Width.FOUR)
+    quantized = quantize_linears(replay, [linear], LayerHessians({}, None), GPTQ, Width.FOUR_BIT)
     weight = replay.model.get_submodule(linear.path).weight.detach().unsqueeze(0)
-    expected = round_to_nearest(weight, (Width.FOUR,), GROUP)
-    packed = PackedMatrix.pack(expected.select(0), Width.FOUR)
+    expected = round_to_nearest(weight, (Width.FOUR_BIT,), GROUP)
+    packed = PackedMatrix.pack(expected.select(0), Width.FOUR_BIT)
     assert same(quantized.packed[linear.path].named("q"), packed.named("q"))
 
 
@@ -210,7 +210,7 @@ def test_assembling_picks_rows():
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ, RTN], ids=["gptq", "rtn"])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", OWN])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", TOY])
 def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     """In the first layer with the rest unquantized nothing upstream differs: the same codes to the bit."""
     replay = replay_of(family)
@@ -219,7 +219,7 @@ def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     assert same(reconstruct(replay, windows(), widths, quantizer, dense_width=None)[0].tensors, expected)
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_refine_equals_the_ladder_in_the_first_attention(family):
     """Quantized attention then changes what the experts behind it see, so that their codes differ."""
     replay = replay_of(family)
@@ -236,8 +236,8 @@ def test_refine_equals_the_ladder_in_the_first_attention(family):
 
 def test_refine_of_one_expert_does_not_depend_on_the_others_widths():
     replay, other_replay = replay_of("olmoe"), replay_of("olmoe")
-    widths = [[(Width.TWO, Width.TWO)] * 6 for _ in range(3)]
-    changed = [[(Width.FOUR, Width.THREE), *widths[0][1:]], *widths[1:]]
+    widths = [[(Width.TWO_BIT, Width.TWO_BIT)] * 6 for _ in range(3)]
+    changed = [[(Width.FOUR_BIT, Width.THREE_BIT), *widths[0][1:]], *widths[1:]]
     tensors = reconstruct(replay, windows(), widths, dense_width=None)[0].tensors
     changed_tensors = reconstruct(other_replay, windows(), changed, dense_width=None)[0].tensors
     path = replay.structure.layers[0].experts.path
@@ -251,7 +251,7 @@ def test_refine_leaves_the_quantized_weights_in_the_model():
     layers = reconstruct(replay, windows(), widths)
     twin = replay_of("qwen2_moe")
     for layer, reconstructed, chosen in zip(twin.structure.layers, layers, widths, strict=True):
-        install_layer(twin.model, layer, reconstructed, QuantizationScheme(chosen, Width.FOUR))
+        install_layer(twin.model, layer, reconstructed, QuantizationScheme(chosen, Width.FOUR_BIT))
     assert same(replay.model.state_dict(), twin.model.state_dict())
 
 
@@ -274,7 +274,7 @@ def test_refined_layer_round_trip():
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_installed_weights_are_what_the_codes_mean(family):
     replay = replay_of(family)
     widths = mixed(replay.structure)
@@ -282,7 +282,7 @@ def test_installed_weights_are_what_the_codes_mean(family):
     originals = copy.deepcopy(replay.model.state_dict())
     touched = set()
     for layer_candidates, layer, chosen in zip(candidates, replay.structure.layers, widths, strict=True):
-        scheme = QuantizationScheme(chosen, Width.FOUR)
+        scheme = QuantizationScheme(chosen, Width.FOUR_BIT)
         install_layer(replay.model, layer, assemble_layer(layer_candidates, layer, chosen), scheme)
         for linear in layer.linears:
             expected = dequantize(layer_candidates.linears[linear.path].unpack())[0]
@@ -300,7 +300,7 @@ def test_installed_weights_are_what_the_codes_mean(family):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", [*FIVE, "gpt_oss"])
+@pytest.mark.parametrize("family", [*MAIN_FAMILIES, "gpt_oss"])
 def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtype, tmp_path):
     replay = replay_of(family, dtype)
     widths = mixed(replay.structure)
@@ -308,7 +308,7 @@ def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtyp
     structure = replay.structure
     packed = PackedFormat(
         experts={x.experts.path: matrix_widths(x, widths[i]) for i, x in structure.moe_layers},
-        linears={x.path: Width.FOUR for layer in structure.layers for x in layer.linears},
+        linears={x.path: Width.FOUR_BIT for layer in structure.layers for x in layer.linears},
         group_size=GROUP,
     )
     write_checkpoint(

@@ -15,8 +15,8 @@ from gemq.evaluation.generate import generate
 from gemq.models.chat_template import FIXED_DATE, CannotRender, chat_opening, render
 
 torch.set_num_threads(1)
-STRINGS = "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}\n{% endfor %}"
-PARTS = (
+STRINGS_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}\n{% endfor %}"
+PARTS_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
     "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -31,16 +31,16 @@ def builtin() -> tuple[Any, Any]:
 
 @pytest.fixture
 def tokenizer(builtin, monkeypatch):
-    monkeypatch.setattr(builtin[1], "chat_template", STRINGS)
+    monkeypatch.setattr(builtin[1], "chat_template", STRINGS_TEMPLATE)
     return builtin[1]
 
 
 def test_messages_are_strings_or_parts_as_the_template_takes_them(tokenizer):
     assert render(tokenizer, TALK) == "<user> Hello there.\n<assistant> Hi.\n"
-    tokenizer.chat_template = PARTS
+    tokenizer.chat_template = PARTS_TEMPLATE
     assert render(tokenizer, TALK, answer=True) == "<user>  Hello there. <assistant> Hi.<assistant>"
     assert chat_opening(tokenizer).answer
-    tokenizer.chat_template = {"tool_use": STRINGS, "default": PARTS}
+    tokenizer.chat_template = {"tool_use": STRINGS_TEMPLATE, "default": PARTS_TEMPLATE}
     assert render(tokenizer, TALK).startswith("<user>  Hello")
 
 
@@ -50,7 +50,7 @@ def test_what_users_say_may_be_written_in_another_form(tokenizer):
 
 
 def test_calibration_does_not_depend_on_the_date(tokenizer):
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + STRINGS
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + STRINGS_TEMPLATE
     assert render(tokenizer, TALK, fixed_date=True).startswith("01 Jan 2024 ")
     assert not render(tokenizer, TALK).startswith("01 Jan 2024 ")
     assert "strftime_now" in FIXED_DATE
@@ -58,7 +58,10 @@ def test_calibration_does_not_depend_on_the_date(tokenizer):
 
 UNUSABLE = {
     "raises": ("{{ raise_exception('a system message is needed') }}", "a system message is needed"),
-    "named": ({"tool_use": STRINGS, "rag": STRINGS}, "none of its templates is the default: rag, tool_use"),
+    "named": (
+        {"tool_use": STRINGS_TEMPLATE, "rag": STRINGS_TEMPLATE},
+        "none of its templates is the default: rag, tool_use",
+    ),
     "asks for more": ("{{ tools[0].name }}{{ messages[0].content }}", "UndefinedError"),
     "bad syntax": ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"),
     "fixed text": ("Hello.", "leaves out what the user says"),
@@ -81,7 +84,7 @@ def test_templates_that_cannot_be_applied_are_refused_in_one_line(builtin, token
 
 def test_the_answer_depends_on_the_prompt(builtin, tokenizer):
     """Also where the template takes parts, as those of models that see do."""
-    tokenizer.chat_template = PARTS.replace("<{{ m.role }}> ", "")
+    tokenizer.chat_template = PARTS_TEMPLATE.replace("<{{ m.role }}> ", "")
     answers = [generate(builtin[0], tokenizer, prompt, max_new_tokens=8) for prompt in ("The file is", "int main(")]
     assert answers[0] != answers[1]
 

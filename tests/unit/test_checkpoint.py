@@ -97,16 +97,17 @@ def format_of(model: PreTrainedModel) -> PackedFormat:
             widths = WIDTHS[turn:] + WIDTHS[:turn]
             experts[path] = {"gate_up_proj": widths, "down_proj": widths[::-1]}
         elif isinstance(module, torch.nn.Linear) and not path.endswith(("lm_head", "gate", "router")):
-            linears[path] = Width.FOUR
+            linears[path] = Width.FOUR_BIT
     return PackedFormat(experts=experts, linears=linears, group_size=64)
 
 
 def test_layers_are_read_in_the_models_order():
     """config.json sorts its keys: layer 10 stands before layer 2 there, and would in ``gemq inspect``."""
     experts = {
-        f"model.layers.{i}.mlp.experts": {"down_proj": (Width(i % 3 + 1),), "up_proj": (Width.TWO,)} for i in range(12)
+        f"model.layers.{i}.mlp.experts": {"down_proj": (Width(i % 3 + 1),), "up_proj": (Width.TWO_BIT,)}
+        for i in range(12)
     }
-    linears = {f"model.layers.{i}.self_attn.{name}_proj": Width.FOUR for i in range(12) for name in "qk"}
+    linears = {f"model.layers.{i}.self_attn.{name}_proj": Width.FOUR_BIT for i in range(12) for name in "qk"}
     packed = PackedFormat(experts=experts, linears=linears, group_size=64)
     read = PackedFormat.from_dict(json.loads(json.dumps(packed.to_dict(), sort_keys=True)))
     assert list(read.experts) == list(experts)

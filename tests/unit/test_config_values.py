@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, OlmoeConfig, PhimoeConfig
 
-from families import tiny_config, tokens
 from gemq.calibration.generation_steps import Stepper
 from gemq.calibration.self_generation import batch_size, cache_bytes
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.models.config_values import embedding_rows, layer_configs, rotary_limit
 from gemq.planning.memory_model import experts_per_token
+from support.families import tiny_config, tokens
 
 torch.set_num_threads(1)
 LIMIT = 12
@@ -132,9 +132,9 @@ def test_windows_are_written_as_by_a_model_without_cache():
         logits = step(ids[:, n - 1 : n])
         exact = model(input_ids=ids[:, :n], use_cache=False).logits[:, -1]
         assert torch.allclose(logits, exact, atol=1e-4), n
-    kept = Stepper(model, 20, static=True)
-    kept.begin(2)
-    assert "rotary factors change" in kept.eager_reason
+    static_step = Stepper(model, 20, static=True)
+    static_step.begin(2)
+    assert "rotary factors change" in static_step.eager_reason
 
 
 def test_embedding_rows_are_those_of_the_model():

@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 import gemq
 from gemq import UserError
@@ -17,6 +16,7 @@ from gemq.models.configuration import suspicious_fields
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)
@@ -136,12 +136,12 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     source = model_folder(tmp_path / "model", vocab_size=256, pad_token_id=0)
     with pytest.raises(UserError, match=r"has 259 tokens and the model has embeddings for 256 \(vocab_size\)"):
         quantize(source)
-    other = model_folder(tmp_path / "other", vocab_size=259)
+    bigger = model_folder(tmp_path / "other", vocab_size=259)
     added = {"id": 259, "content": "<more>", "special": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokens = json.loads((other / "tokenizer.json").read_text())["added_tokens"]
-    edit_json(other / "tokenizer.json", added_tokens=[*tokens, {**added, **flags}])
-    assert len(Source(other).tokenizer) == 260
+    tokens = json.loads((bigger / "tokenizer.json").read_text())["added_tokens"]
+    edit_json(bigger / "tokenizer.json", added_tokens=[*tokens, {**added, **flags}])
+    assert len(Source(bigger).tokenizer) == 260
 
 
 def test_code_that_lacks_a_package_is_refused(tmp_path):
@@ -173,11 +173,11 @@ def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path):
 
 def test_an_adapter_beside_a_whole_model_is_said_and_left_alone(tmp_path):
     """With peft installed, Transformers would put it on the model, or load the model that the adapter names."""
-    source, other = model_folder(tmp_path / "model"), model_folder(tmp_path / "other")
+    source, base = model_folder(tmp_path / "model"), model_folder(tmp_path / "other")
     shutil.copy(source / "model.safetensors", source / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(other)}
+    described = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(base)}
     (source / "adapter_config.json").write_text(json.dumps(described))
-    edit_tensors(other, lambda t: {name: tensor * 0 for name, tensor in t.items()})
+    edit_tensors(base, lambda t: {name: tensor * 0 for name, tensor in t.items()})
     with pytest.warns(UserWarning, match=r"the adapter in \S+ \(adapter_config\.json\) is not applied"):
         quantize(source)
     assert not [file.name for file in (tmp_path / "out").iterdir() if "adapter" in file.name]

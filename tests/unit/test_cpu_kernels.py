@@ -91,7 +91,7 @@ def test_experts_of_mixed_widths():
 
 @torch.no_grad()
 def test_changed_weights_are_converted_again():
-    module = linear(random_matrix(32, 64, Width.TWO, 32))
+    module = linear(random_matrix(32, 64, Width.TWO_BIT, 32))
     x = torch.randn(1, 64).bfloat16()
     expected = 2 * cpu_int4.linear_forward(module, x)
     module.scales.add_(8)  # doubles scales, and with them offsets
@@ -99,11 +99,11 @@ def test_changed_weights_are_converted_again():
 
 
 def test_unsupported_inputs():
-    module = linear(random_matrix(32, 64, Width.TWO, 32))
+    module = linear(random_matrix(32, 64, Width.TWO_BIT, 32))
     x = torch.randn(1, 64).bfloat16()
     assert cpu_int4.covers(module, x)
     assert not cpu_int4.covers(module, x.float())
     assert not cpu_int4.covers(module, torch.randn(17, 64).bfloat16())
     assert not cpu_int4.covers(module, x.clone().requires_grad_())
-    assert not cpu_int4.covers(linear(random_matrix(40, 64, Width.TWO, 32)), x)  # rows
-    assert not cpu_int4.covers(linear(random_matrix(32, 64, Width.TWO, 16)), x)  # groups
+    assert not cpu_int4.covers(linear(random_matrix(40, 64, Width.TWO_BIT, 32)), x)  # rows
+    assert not cpu_int4.covers(linear(random_matrix(32, 64, Width.TWO_BIT, 16)), x)  # groups

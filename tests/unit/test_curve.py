@@ -60,9 +60,9 @@ def test_figure_and_table_show_the_same_numbers(tmp_path, monkeypatch):
     drawn: list[list[float]] = []
     plot = Axes.plot
 
-    def seen(self: Axes, x: list[float], y: list[float], *rest: Any, **how: Any) -> Any:
+    def seen(self: Axes, x: list[float], y: list[float], *arguments: Any, **options: Any) -> Any:
         drawn.append(list(y))
-        return plot(self, x, y, *rest, **how)
+        return plot(self, x, y, *arguments, **options)
 
     monkeypatch.setattr(Axes, "plot", seen)
     console = Console(file=io.StringIO(), width=200)
@@ -78,10 +78,10 @@ def test_figure_and_table_show_the_same_numbers(tmp_path, monkeypatch):
 def test_without_matplotlib_the_summary_says_why_there_is_no_figure(tmp_path, monkeypatch):
     original = builtins.__import__
 
-    def absent(name: str, *rest: Any) -> Any:
+    def absent(name: str, *arguments: Any) -> Any:
         if name.startswith("matplotlib"):
             raise ImportError(name)
-        return original(name, *rest)
+        return original(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", absent)
     written = write_curve(CURVE, tmp_path)

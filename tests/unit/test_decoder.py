@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from families import MORE, OWN, tiny, tokens
 from gemq.assets import builtin_model
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.decoding.regional_compile import MAX_LAYER_KINDS, LayerCompiler
 from gemq.evaluation.generate import generate, warn_once
+from support.families import FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
 NEW = 20
@@ -34,7 +34,7 @@ def by_decoder(decoder: Decoder, ids: torch.Tensor, count: int = NEW) -> list[li
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [f for f in MORE if f != "nemotron_h"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "nemotron_h"])
 def test_greedy_tokens_are_those_of_transformers(family):
     """Among them sliding windows that are left behind (gpt_oss: 5 tokens), and one decoder for several prompts."""
     model = tiny(family)
@@ -44,7 +44,7 @@ def test_greedy_tokens_are_those_of_transformers(family):
         assert by_decoder(decoder, ids) == by_transformers(model, ids)
 
 
-@pytest.mark.parametrize("family", ["nemotron_h", OWN])
+@pytest.mark.parametrize("family", ["nemotron_h", TOY])
 def test_families_that_a_static_step_cannot_serve_are_refused(family):
     with pytest.raises(Unsupported):
         Decoder(tiny(family), 1, 20)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import MORE, OWN, tiny, tokens
 from gemq.models.experts import (
     all_pairs_forward,
     apply_down,
@@ -17,6 +16,7 @@ from gemq.models.experts import (
     route,
 )
 from gemq.models.structure import find_structure
+from support.families import FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,7 @@ def first_call(family: str, dtype: torch.dtype = torch.float32):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_steps_reproduce_the_modules_output(family):
     module, experts, call = first_call(family)
     assert call.top_k_index.dtype == torch.int64
@@ -52,7 +52,7 @@ def test_steps_reproduce_the_modules_output(family):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_every_expert_on_every_token_gives_the_same_output(family):
     module, _, call = first_call(family)
     if getattr(module, "batched_rows", False):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from families import tiny, tokens
 from gemq import cli
 from gemq.assets import builtin_model
 from gemq.calibration.generation_steps import Stepper
@@ -23,6 +22,7 @@ from gemq.evaluation.generate import generate, warn_once
 from gemq.models import fused_norms
 from gemq.models.cache_names import cache_argument, cache_name
 from gemq.runtime import fallbacks
+from support.families import tiny, tokens
 
 torch.set_num_threads(1)
 ERRORS = [TypeError, AttributeError, KeyError, ImportError, NotImplementedError, RuntimeError, AssertionError]

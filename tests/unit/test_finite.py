@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 from gemq import UserError
 from gemq.evaluation.evaluate import evaluate_paths
 from gemq.models.finite import not_finite
 from gemq.models.source import Source
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
-PLACES = [
+TENSORS = [
     "model.layers.2.mlp.experts.3.up_proj.weight",
     "model.layers.0.mlp.experts.5.down_proj.weight",
     "model.layers.1.self_attn.q_proj.weight",
@@ -34,7 +34,7 @@ def put(name, value):
     return change
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", TENSORS)
 def test_a_value_that_is_not_finite_is_refused_by_its_tensors_name(name, tmp_path):
     source = model_folder(tmp_path / "model")
     edit_tensors(source, put(name, float("nan") if "experts" in name else float("inf")))

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 
 import gemq
 from gemq import UserError
 from gemq.models.fp8 import BlockDequantize
 from gemq.models.source import Source
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)
@@ -26,10 +26,10 @@ def to_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, 
     scales, meant = torch.zeros(-(-rows // height), -(-columns // width)), torch.zeros(rows, columns)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            at = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
-            scales[i, j] = weight[at].float().abs().max() / 448
-            codes[at] = (weight[at].float() / scales[i, j]).to(torch.float8_e4m3fn)
-            meant[at] = codes[at].float() * scales[i, j]
+            block_slice = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
+            scales[i, j] = weight[block_slice].float().abs().max() / 448
+            codes[block_slice] = (weight[block_slice].float() / scales[i, j]).to(torch.float8_e4m3fn)
+            meant[block_slice] = codes[block_slice].float() * scales[i, j]
     return codes, scales, meant
 
 

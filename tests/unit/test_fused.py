@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import pytest
 import torch
-from interpreted import DEVICE
 from torch import Tensor
 
 from gemq.layers.training import Optimizer
@@ -15,7 +18,7 @@ from gemq.quant.trainable_gpu import INT16_STEPS, FusedMatrices, StepSchedule, d
 from gemq.quant.widths import Width
 
 torch.set_num_threads(1)
-WIDTHS = (Width.ONE, Width.TWO, Width.THREE)
+WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT)
 STEPS = 12
 ROWS, COLUMNS, GROUP = 6, 96, 32
 

@@ -10,36 +10,9 @@ from gemq.quant.gptq import LLOYD_ROUNDS, WIDER, fit_grid, gptq, gptq_mixed, rou
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.hessian import factorize
 from gemq.quant.widths import Width
+from support.gptq_problems import ALL, DAMPENING, inputs, objective, pick, problem
 
 torch.set_num_threads(1)
-ALL = tuple(Width)
-DAMPENING = 0.01
-
-
-def inputs(experts: int, tokens: int, columns: int, seed: int = 0) -> Tensor:
-    """Correlated inputs [E, T, C] with columns of uneven size, as activations are."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(experts, tokens, columns, generator=generator, dtype=torch.float64)
-    mix = torch.randn(experts, columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
-    return (x + x @ mix) * torch.rand(columns, generator=generator, dtype=torch.float64).add(0.1)
-
-
-def problem(experts: int = 2, rows: int = 12, columns: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights [E, R, C] float32 and Hessians [E, C, C] float64."""
-    x = inputs(experts, 4 * columns, columns, seed)
-    weight = torch.randn(experts, rows, columns, generator=torch.Generator().manual_seed(seed + 99)) * 0.05
-    return weight, x.mT @ x / x.shape[1]
-
-
-def objective(weight: Tensor, q: Tensor, hessian: Tensor) -> Tensor:
-    """tr((W - Q) H (W - Q)^T) in float64, summed over leading dimensions."""
-    error = weight.double() - q.double()
-    return ((error @ hessian.double()) * error).sum((-1, -2))
-
-
-def pick(q: Quantized, width: int, expert: int | None = None) -> Quantized:
-    return Quantized(*(t[width] if expert is None else t[width, expert] for t in q))
-
 
 # The reference: one matrix, float64, an explicit inverse that shrinks by one column at a time.
 
@@ -148,7 +121,7 @@ def test_shapes_types_and_inputs_untouched(dtype):
     weight, hessian = problem()
     weight = weight.to(dtype)
     original = weight.clone()
-    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (Width.ONE, Width.THREE), 16)
+    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (Width.ONE_BIT, Width.THREE_BIT), 16)
     assert torch.equal(weight, original)
     assert (q.codes.shape, q.codes.dtype) == ((2, 2, 12, 64), torch.uint8)
     assert q.scales.shape == q.offsets.shape == (2, 2, 12, 4)
@@ -256,7 +229,7 @@ def test_one_bit_has_two_free_levels():
     generator = torch.Generator().manual_seed(0)
     high = torch.rand(64, generator=generator) < 0.3
     row = torch.where(high, 2.0, 0.5) + 0.05 * torch.randn(64, generator=generator)
-    q = round_to_nearest(row.view(1, 1, 64), (Width.ONE,), 64)
+    q = round_to_nearest(row.view(1, 1, 64), (Width.ONE_BIT,), 64)
     scale, offset = q.scales.float().item(), q.offsets.float().item()
     assert torch.equal(q.codes.flatten().bool(), high)
     # the best two levels are the means of the two modes; their distance has eight steps an octave
@@ -269,7 +242,7 @@ def test_one_bit_is_a_local_optimum_of_k_means():
     """On any row: levels are the means of their members and members are nearest to their level."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(1, 50, 32, generator=generator)
-    q = round_to_nearest(rows, (Width.ONE,), 32)
+    q = round_to_nearest(rows, (Width.ONE_BIT,), 32)
     settled = 0
     for row, code, scale, offset in zip(
         rows[0], q.codes[0, 0].bool(), q.scales.flatten(), q.offsets.flatten(), strict=True

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import pytest
 import torch
-from interpreted import DEVICE
 
 from gemq.quant import gram_kernel
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
+
+# isort: split
+
 import pytest
 import torch
-from interpreted import DEVICE
 from torch import Tensor
 
-from families import tiny
 from gemq.kernels.training.expert_ops import RankPairs, combine, gather, projection, residual_gradient, silu_gate
 from gemq.layers.candidate_training import _residuals
 from gemq.models import experts, grouped
 from gemq.models.experts import RoutedPairs, route, route_local, route_without_sync
 from gemq.models.structure import find_structure
+from support.families import tiny
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 from scipy import stats
 
-from conformance import save_tokenizer
-from families import tiny, tokens
 from gemq.allocation.guard import SOFTENING, decide, describe, judge, paired_p, soften
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.assets import builtin_model, builtin_texts
@@ -33,9 +31,11 @@ from gemq.pipeline.guard_stage import allocations_kl
 from gemq.pipeline.quantize import export, quantize
 from gemq.quant.widths import Width
 from gemq.recipe import Recipe
+from support.families import tiny, tokens
+from support.tokenizer import save_tokenizer
 
 torch.set_num_threads(1)
-WIDTHS = (Width.ONE, Width.TWO, Width.THREE)
+WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT)
 BITS = np.array([1, 2, 3])
 NAMES = ("docs", "prose")
 SOURCE = np.repeat([0, 1], 8)
@@ -244,22 +244,22 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
     candidates: list[LayerCandidates] = []
     for i in range(len(replay.structure.layers)):
         layer_candidates, activations.hidden = build_candidates(
-            replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, Width.FOUR
+            replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, Width.FOUR_BIT
         )
         candidates.append(layer_candidates)
     counts = [x.experts.count if x.experts else 0 for x in replay.structure.layers]
     mixed = [[(WIDTHS[(e + i) % 3], WIDTHS[e % 3]) for e in range(n)] for i, n in enumerate(counts)]
-    three = [[(Width.THREE, Width.THREE)] * n for n in counts]
+    three = [[(Width.THREE_BIT, Width.THREE_BIT)] * n for n in counts]
     start = Activations.start(replay, windows, 24, 0)
-    kls = allocations_kl(replay, start, candidates.__getitem__, [mixed, three], Width.FOUR, lambda *_: None)
+    kls = allocations_kl(replay, start, candidates.__getitem__, [mixed, three], Width.FOUR_BIT, lambda *_: None)
     assert all(torch.equal(t, weights_before[n]) for n, t in model.state_dict().items())
-    (single_kl,) = allocations_kl(replay, start, candidates.__getitem__, [three], Width.FOUR, lambda *_: None)
+    (single_kl,) = allocations_kl(replay, start, candidates.__getitem__, [three], Width.FOUR_BIT, lambda *_: None)
     assert torch.equal(single_kl, kls[1])  # independent of other candidates, so that a resumed job finds the same
     ids = windows.tokens
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
         for i, layer in enumerate(replay.structure.layers):
-            scheme = QuantizationScheme(mixed[i], Width.FOUR)
+            scheme = QuantizationScheme(mixed[i], Width.FOUR_BIT)
             install_layer(model, layer, assemble_layer(candidates[i], layer, mixed[i]), scheme)
         got = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].mean(1)

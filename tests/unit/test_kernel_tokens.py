@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_cases import few_programs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gemq
 from gemq.assets import builtin_model
 from gemq.kernels import dispatch
 from gemq.recipe import Recipe
+from support.packed_cases import few_programs
 
 pytest.importorskip("triton", reason="torch for CPUs comes without it")
 from gemq.kernels.decode import launch

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from ptx import run, signed
 
 from gemq.quant.packing import pack_codes
+from support.ptx import run, signed
 
 pytest.importorskip("triton")
 from gemq.kernels.decode.dots import fields_of, plane_asm, ternary_asm, three_bit_asm

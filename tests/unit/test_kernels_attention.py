@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from families import tiny, tokens
 from gemq.decoding import step_attention
 from gemq.decoding.decoder import Decoder
 from gemq.kernels import dispatch
+from support.families import tiny, tokens
 
 pytest.importorskip("triton")
 from gemq.kernels.decode import attention

@@ -5,16 +5,13 @@ Without a GPU they run in Triton's interpreter, which truncates bfloat16 instead
 
 from __future__ import annotations
 
-from interpreted import DEVICE  # first: triton must not be imported before
+from support.interpreted import DEVICE  # first: skips the module where triton is missing
 
 # isort: split
-
-
 import pytest
 import torch
 from torch import nn
 
-from families import OWN, tiny
 from gemq.kernels import reference
 from gemq.kernels.activation import CLAMP_BEFORE, GELU, GELU_TANH, RELU_SQUARED, SILU, Activation, activation_of
 from gemq.kernels.grouped import operators
@@ -26,12 +23,13 @@ from gemq.models.structure import find_structure
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width, group_size_for
+from support.families import TOY, tiny
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MIXED = (*Width, Width.TWO)
+MIXED = (*Width, Width.TWO_BIT)
 
 
 def random_matrix(rows: int, columns: int, width: Width, group: int) -> PackedMatrix:
@@ -215,7 +213,7 @@ def packed_family(family: str) -> PackedExperts:
     ("family", "activation"),
     [
         ("mixtral", Activation(SILU, gated=True)),
-        (OWN, Activation(GELU, gated=True)),
+        (TOY, Activation(GELU, gated=True)),
         ("gpt_oss", Activation(SILU, True, True, CLAMP_BEFORE, limit=7.0, alpha=1.702, shift=1.0)),
         ("nemotron_h", Activation(RELU_SQUARED, gated=False)),
     ],

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 import gemq
-from conformance import save_tokenizer
-from families import random_model, tiny_config, tokens
 from gemq import UserError
 from gemq.models.source import Source, configured_types
 from gemq.recipe import Recipe
-from plain_reader import read_files
+from support.families import random_model, tiny_config, tokens
+from support.plain_reader import read_files
+from support.tokenizer import save_tokenizer
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)
@@ -103,8 +103,8 @@ def fp8(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_fp8_originals_are_dequantized_on_reading(fp8):
     source, meant = fp8
     model, stored = Source(source).load(CPU, None)
-    own = AutoModelForCausalLM.from_pretrained(source, quantization_config=FineGrainedFP8Config(dequantize=True))
-    for name, tensor in own.state_dict().items():
+    expected = AutoModelForCausalLM.from_pretrained(source, quantization_config=FineGrainedFP8Config(dequantize=True))
+    for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     layer = "model.layers.1.mlp"
     gate_up = torch.stack(
@@ -156,8 +156,8 @@ def mxfp4(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_mxfp4_originals_are_dequantized_on_reading(mxfp4):
     source, meant = mxfp4
     model, stored = Source(source).load(CPU, None)
-    own = AutoModelForCausalLM.from_pretrained(source, quantization_config=Mxfp4Config(dequantize=True))
-    for name, tensor in own.state_dict().items():
+    expected = AutoModelForCausalLM.from_pretrained(source, quantization_config=Mxfp4Config(dequantize=True))
+    for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert len(meant) == 4
     for name, tensor in meant.items():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from families import MORE, random_model, tiny_config, tokens
 from gemq import UserError
 from gemq.layers.candidate_training import TRAIN_BYTES
 from gemq.models.layer_cache import LayerCache
@@ -23,6 +22,7 @@ from gemq.pipeline.stages import Footprint
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore, HiddenStates
 from gemq.runtime.memory import ByteLimit, MemoryBudget, MemoryTier, OffloadedTensors, gigabytes
+from support.families import FAMILIES, random_model, tiny_config, tokens
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def memory(device: int, host: int, directory: Path | None) -> MemoryBudget:
     return MemoryBudget(CPU, ByteLimit(device), ByteLimit(host), directory)
 
 
-def some(*shape: int) -> Tensor:
+def ramp(*shape: int) -> Tensor:
     return torch.arange(float(torch.Size(shape).numel())).view(shape)
 
 
@@ -42,7 +42,7 @@ def some(*shape: int) -> Tensor:
 
 def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
     m = memory(40, 64, tmp_path)
-    tensors = [some(10), some(2, 5) + 1, some(10).to(torch.int64), some(3)]
+    tensors = [ramp(10), ramp(2, 5) + 1, ramp(10).to(torch.int64), ramp(3)]
     batches = ActivationStore(m, tensors)
     assert [entry._tensor.location for entry in batches._entries] == [
         MemoryTier.DEVICE,
@@ -69,11 +69,11 @@ def test_tensors_wait_where_there_is_room_and_come_back_the_same(tmp_path):
 @pytest.mark.parametrize("room", [1000, 0])
 def test_extra_outputs_are_stored_with_hidden_states(room, tmp_path):
     positions = torch.tensor([1, 2])
-    states = HiddenStates.with_extras(some(2, 3), {1: positions, 2: "word"})
+    states = HiddenStates.with_extras(ramp(2, 3), {1: positions, 2: "word"})
     batches = ActivationStore(memory(room, 0, tmp_path), [states])
     for _ in range(2):
         loaded = batches[0]
-        assert torch.equal(loaded, some(2, 3))
+        assert torch.equal(loaded, ramp(2, 3))
         assert torch.equal(loaded.extras[1], positions)
         assert loaded.extras[2] == "word"
         batches[0] = HiddenStates.with_extras(loaded + 0, loaded.extras)
@@ -81,13 +81,13 @@ def test_extra_outputs_are_stored_with_hidden_states(room, tmp_path):
 
 def test_without_a_directory_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="give more with --host-memory"):
-        ActivationStore(memory(10, 10, None), [some(10)])
+        ActivationStore(memory(10, 10, None), [ramp(10)])
 
 
 @pytest.mark.parametrize(("device", "host"), [(10**6, 0), (0, 10**6), (0, 0)])
 def test_an_optimizers_state_waits_with_its_parameters(device, host, tmp_path):
     """The same numbers wherever they wait."""
-    fixed, parameter = some(4) + 1, torch.zeros(4, requires_grad=True)
+    fixed, parameter = ramp(4) + 1, torch.zeros(4, requires_grad=True)
     expected = torch.zeros(4, requires_grad=True)
     optimizers = [torch.optim.AdamW([p], lr=0.1) for p in (parameter, expected)]
 
@@ -98,7 +98,7 @@ def test_an_optimizers_state_waits_with_its_parameters(device, host, tmp_path):
     waiting = OffloadedTensors(m, tensors, 40)
     for _ in range(3):
         waiting.load()
-        parameter.grad, expected.grad = fixed.clone(), some(4) + 1
+        parameter.grad, expected.grad = fixed.clone(), ramp(4) + 1
         for optimizer in optimizers:
             optimizer.step()
         parameter.grad = None
@@ -124,19 +124,19 @@ def source_of(family: str, directory: Path) -> Source:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layers_read_alone_are_those_of_the_whole_model(family, tmp_path):
     source = source_of(family, tmp_path)
-    whole, stored = source.load(CPU, torch.float32)
+    full_model, stored = source.load(CPU, torch.float32)
     model, reader = source.open(CPU, torch.float32)
     assert {name: reader.types[name] for name in stored} == stored
     layer_cache = LayerCache(model, find_structure(model), reader, MemoryBudget.unlimited(CPU), torch.float32)
     with layer_cache.all_layers():
-        found = model.state_dict()
-        assert found.keys() == whole.state_dict().keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
+        state = model.state_dict()
+        assert state.keys() == full_model.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in full_model.state_dict().items())
         buffers = dict(model.named_buffers())
-        assert all(torch.equal(buffers[name], tensor) for name, tensor in whole.named_buffers())
+        assert all(torch.equal(buffers[name], tensor) for name, tensor in full_model.named_buffers())
     layer_cache.close()
 
 
@@ -146,9 +146,9 @@ def test_rest_of_a_layer_is_read_without_what_is_packed(tmp_path):
     packed = {f"{layer.experts.path}.{m.name}" for m in layer.experts.matrices} | {
         f"{x.path}.weight" for x in layer.linears
     }
-    rest = reader.read(0, packed)
-    assert rest.keys() == reader.names_by_layer[0] - packed
-    assert all(torch.equal(t, reader.read(0)[n]) for n, t in rest.items())
+    unpacked = reader.read(0, packed)
+    assert unpacked.keys() == reader.names_by_layer[0] - packed
+    assert all(torch.equal(t, reader.read(0)[n]) for n, t in unpacked.items())
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
@@ -157,9 +157,9 @@ def test_a_layer_may_be_put_together_on_its_device(family, tmp_path):
     assert reader.has_uniform_type
     last = len(reader.names_by_layer) - 1
     for index in (last, last, last - 1):  # put together, and from then on read into place
-        alone, there = reader.read(index), reader.read_to_device(CPU, index)
-        assert alone.keys() == there.keys()
-        assert all(torch.equal(tensor, there[name]) for name, tensor in alone.items())
+        on_host, on_device = reader.read(index), reader.read_to_device(CPU, index)
+        assert on_host.keys() == on_device.keys()
+        assert all(torch.equal(tensor, on_device[name]) for name, tensor in on_host.items())
         assert reader.knows_layout(index)
     _, reader = source_of(family, tmp_path).open(CPU, torch.float32)
     reader.learn_layout(last, reader.read(last))  # where memory had no room for its parts
@@ -201,12 +201,12 @@ def test_a_changed_layer_is_read_anew(tmp_path):
     ids = tokens()
     with torch.no_grad():
         hidden, calls = replay.inputs(ids)
-        before = replay.run(1, hidden, calls[1])
+        output = replay.run(1, hidden, calls[1])
         name = f"{structure.layers[1].linears[0].path}.weight"
         model.get_parameter(name).zero_()
-        assert not torch.equal(replay.run(1, hidden, calls[1]), before)
+        assert not torch.equal(replay.run(1, hidden, calls[1]), output)
         replay.restore(1)
-        assert torch.equal(replay.run(1, hidden, calls[1]), before)
+        assert torch.equal(replay.run(1, hidden, calls[1]), output)
 
 
 # The reverse pass
@@ -216,14 +216,14 @@ def test_a_changed_layer_is_read_anew(tmp_path):
 def test_every_layer_goes_backward_once_after_its_input_is_there(layers):
     for k in range(1, layers + 1):
         last = (layers - 1) // k * k
-        known = {i for i in range(layers) if i % k == 0 or i > last}
+        available_inputs = {i for i in range(layers) if i % k == 0 or i > last}
         done = []
         for index, backward in reverse_order(layers, k):
-            assert index in known
+            assert index in available_inputs
             if backward:
                 done.append(index)
             else:
-                known.add(index + 1)
+                available_inputs.add(index + 1)
         assert done == list(reversed(range(layers)))
 
 
@@ -242,7 +242,7 @@ def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, mon
 
     source = tmp_path / "model"
     source_of("deepseek_v2", source)
-    from conformance import save_tokenizer
+    from support.tokenizer import save_tokenizer
 
     save_tokenizer(source)
     recipe = Recipe(
@@ -253,14 +253,14 @@ def test_scores_are_the_same_bytes_however_many_are_computed_again(tmp_path, mon
         calibration=(str(builtin_texts()[0]),),
         guard=False,
     )
-    found: list[Any] = []
+    scores: list[Any] = []
     for k in (1, 2, 3):
         monkeypatch.setattr(scores_stage, "segment_length", lambda *_, k=k: k)
         work = tmp_path / f"out{k}.work"
         gemq.quantize(str(source), recipe, out=tmp_path / f"out{k}", work=work, device="cpu")
-        found.append({f.name: f.read_bytes() for f in sorted(work.glob("scores-*/*.safetensors"))})
-    assert found[0]
-    assert found[0] == found[1] == found[2]
+        scores.append({f.name: f.read_bytes() for f in sorted(work.glob("scores-*/*.safetensors"))})
+    assert scores[0]
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_fewer_experts_are_trained_at_once_where_memory_is_short():
@@ -269,9 +269,9 @@ def test_fewer_experts_are_trained_at_once_where_memory_is_short():
     with torch.device("meta"):
         structure = find_structure(OlmoeForCausalLM(config))
     footprint = Footprint(structure, Recipe(), config, torch.bfloat16, torch.device("cuda"))
-    least = footprint.min_working_bytes
-    rooms = [footprint.training_bytes(left) for left in (1 << 40, 10_000_000_000, least, 0)]
+    min_bytes = footprint.min_working_bytes
+    rooms = [footprint.training_bytes(left) for left in (1 << 40, 10_000_000_000, min_bytes, 0)]
     assert rooms[0] == TRAIN_BYTES[0] > rooms[2] >= rooms[3] == TRAIN_BYTES[-1]
     assert rooms == sorted(rooms, reverse=True)
     assert footprint.working_bytes(rooms[1]) <= 10_000_000_000
-    assert footprint.working_bytes(rooms[2]) == least < footprint.working_bytes(rooms[0])
+    assert footprint.working_bytes(rooms[2]) == min_bytes < footprint.working_bytes(rooms[0])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from gemq import UserError
 from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.source import Source
-from packed_checkpoints import olmoe_config
+from support.packed_checkpoints import olmoe_config
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Names in the package are nouns or verbs, not pronouns and fillers. See "Style" in ``CONTRIBUTING.md``."""
+"""Names in the code are nouns or verbs, not pronouns and fillers. See "Style" in ``CONTRIBUTING.md``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import gemq
+import pytest
 
+ROOT = Path(__file__).parents[2]
 FILLERS = frozenset(
     [
         "after",
@@ -66,15 +67,16 @@ def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def is_filler(name: str) -> bool:
+    """Return whether a name says nothing about its value."""
     word = name.strip("_").lower()
     return word in FILLERS or word.startswith("of_")
 
 
-def test_no_name_is_a_filler():
-    root = Path(gemq.__file__).parent
+@pytest.mark.parametrize("folder", ["src", "tests", "benchmarks"])
+def test_no_name_is_a_filler(folder: str):
     offenders = [
-        f"{path.relative_to(root)}:{line}: {name}"
-        for path in sorted(root.rglob("*.py"))
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
         for name, line in names(ast.parse(path.read_text(encoding="utf-8")))
         if is_filler(name)
     ]

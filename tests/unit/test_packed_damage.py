@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import gemq
-import plain_reader
 from gemq import UserError
 from gemq.checkpoint.contents import inspect_checkpoint
 from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.reader import check_checkpoint
-from packed_checkpoints import write_packed
+from support import plain_reader
+from support.packed_checkpoints import write_packed
 
 IDS = torch.arange(3, 23).reshape(1, 20)
 CODES = "model.layers.1.mlp.experts.2.down_proj.codes"
@@ -102,9 +102,9 @@ def test_a_flipped_bit_is_noticed(copy, tmp_path, position, bit):
 
 def test_swapped_entries_of_the_header_are_noticed(copy, tmp_path):
     def swap(header):
-        one, two = (header[f"model.layers.1.mlp.experts.{expert}.down_proj.scales"] for expert in (0, 2))
-        assert one["shape"] == two["shape"]
-        one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
+        entry_0, entry_2 = (header[f"model.layers.1.mlp.experts.{expert}.down_proj.scales"] for expert in (0, 2))
+        assert entry_0["shape"] == entry_2["shape"]
+        entry_0["data_offsets"], entry_2["data_offsets"] = entry_2["data_offsets"], entry_0["data_offsets"]
 
     edit_header(copy, swap)
     assert "first: model.layers.1:" in refused(copy, tmp_path, "not what gemq wrote")
@@ -192,15 +192,17 @@ def test_what_save_pretrained_renamed_is_read_by_all(tmp_path):
     model = gemq.load(packed)
     model.save_pretrained(tmp_path / "saved")
     assert any("block_sparse_moe.experts.0" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
-    one, two = inspect_checkpoint(packed).to_dict(), inspect_checkpoint(tmp_path / "saved").to_dict()
-    assert {**one, "model": ""} == {**two, "model": ""}
+    facts, saved_facts = inspect_checkpoint(packed).to_dict(), inspect_checkpoint(tmp_path / "saved").to_dict()
+    assert {**facts, "model": ""} == {**saved_facts, "model": ""}
     assert torch.equal(logits(gemq.load(tmp_path / "saved")), logits(model))
     check_checkpoint(tmp_path / "saved")
     for name in ("mixtral", "saved"):
         write_dense_checkpoint(tmp_path / name, tmp_path / f"{name}-twin")
-    one, two = (load_file(tmp_path / f"{name}-twin" / "model.safetensors") for name in ("mixtral", "saved"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    weights, saved_weights = (
+        load_file(tmp_path / f"{name}-twin" / "model.safetensors") for name in ("mixtral", "saved")
+    )
+    assert weights.keys() == saved_weights.keys()
+    assert all(torch.equal(weights[name], saved_weights[name]) for name in weights)
 
 
 def test_a_stale_file_is_not_read_by_anything(packed, copy, tmp_path):
@@ -225,12 +227,12 @@ def test_the_same_tensor_in_two_files_is_refused(sharded, tmp_path):
     refused(directory, tmp_path, f"and {names[1]} both hold")
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_pickled_files_are_never_read(copy, tmp_path, monkeypatch, kept):
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_pickled_files_are_never_read(copy, tmp_path, monkeypatch, has_safetensors):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     edit_config(copy, lambda values: (values.pop("dtype"), values.pop("gemq_checksums")))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickled file is read"))
-    if kept:
+    if has_safetensors:
         gemq.load(copy)
         check_checkpoint(copy)
         return

@@ -22,7 +22,7 @@ def packed(width: Width) -> PackedLinear:
     return PackedLinear.from_linear(linear, PackedMatrix.pack(quantized.select((0, 0)), width))
 
 
-@pytest.mark.parametrize("width", [Width.TWO, Width.FOUR, Width.EIGHT])
+@pytest.mark.parametrize("width", [Width.TWO_BIT, Width.FOUR_BIT, Width.EIGHT_BIT])
 def test_reads_as_the_dequantized_weight(width):
     linear = packed(width)
     exact = linear.dequantize(torch.float32)
@@ -57,14 +57,14 @@ def test_reads_as_the_dequantized_weight(width):
     ],
 )
 def test_writing_raises(write):
-    linear = packed(Width.EIGHT)
+    linear = packed(Width.EIGHT_BIT)
     codes = linear.codes.clone()
     with pytest.raises(RuntimeError, match="gemq export --dense"):
         write(linear)
     assert torch.equal(linear.codes, codes)
 
 
-@pytest.mark.parametrize("width", [Width.FOUR, Width.EIGHT])
+@pytest.mark.parametrize("width", [Width.FOUR_BIT, Width.EIGHT_BIT])
 @pytest.mark.parametrize("safe", [False, True])
 def test_an_adapter_is_never_lost_by_merging(width, safe):
     """At 8 bits, codes have the shape of weights, and merging once added the adapter to the codes."""
@@ -83,7 +83,7 @@ def test_adapters_can_read_the_weights():
     """DoRA scales by the norms of the weights. At 8 bits, it once used the norms of the codes."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q"], use_dora=True)
-    linear = packed(Width.EIGHT)
+    linear = packed(Width.EIGHT_BIT)
     model = peft.get_peft_model(nn.ModuleDict({"q": linear, "norm": nn.LayerNorm(4)}), config)
     layer = model.base_model.model["q"]
     norms = linear.dequantize(torch.float32).norm(dim=1)

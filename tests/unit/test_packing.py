@@ -33,7 +33,7 @@ def test_ternary_bytes_per_group():
     assert [Width.TERNARY.group_bytes(g) for g in (16, 32, 64, 128)] == [4, 7, 13, 26]
 
 
-@pytest.mark.parametrize("width", [Width.ONE, Width.TWO, Width.FOUR])
+@pytest.mark.parametrize("width", [Width.ONE_BIT, Width.TWO_BIT, Width.FOUR_BIT])
 def test_planes_are_planar(width):
     """Byte j holds the codes j + i * n at bits i * b."""
     group_size, bits = 64, int(width.bits)
@@ -45,10 +45,10 @@ def test_planes_are_planar(width):
 
 
 def test_three_bits_are_two_planes():
-    codes = random_codes(Width.THREE, 1, 64)
-    packed = pack_codes(codes, Width.THREE, 64)
-    assert torch.equal(packed[:, :16], pack_codes(codes & 3, Width.TWO, 64))
-    assert torch.equal(packed[:, 16:], pack_codes(codes >> 2, Width.ONE, 64))
+    codes = random_codes(Width.THREE_BIT, 1, 64)
+    packed = pack_codes(codes, Width.THREE_BIT, 64)
+    assert torch.equal(packed[:, :16], pack_codes(codes & 3, Width.TWO_BIT, 64))
+    assert torch.equal(packed[:, 16:], pack_codes(codes >> 2, Width.ONE_BIT, 64))
 
 
 def test_ternary_is_base_three():

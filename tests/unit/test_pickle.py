@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gemq
-from packed_checkpoints import write_packed
+from support.packed_checkpoints import write_packed
 
 IDS = torch.arange(3, 23).reshape(1, 20)
 
@@ -40,11 +40,11 @@ def by_torch(model):
 
 @pytest.mark.parametrize("copied", [by_pickle, by_torch, copy.deepcopy])
 def test_a_copy_computes_the_same(model, copied):
-    other = copied(model)
-    experts = other.model.layers[0].mlp.experts
+    model_copy = copied(model)
+    experts = model_copy.model.layers[0].mlp.experts
     assert type(experts) is type(model.model.layers[0].mlp.experts)
     assert experts.down_proj.codes.data_ptr() != model.model.layers[0].mlp.experts.down_proj.codes.data_ptr()
-    assert torch.equal(logits(other), logits(model))
+    assert torch.equal(logits(model_copy), logits(model))
 
 
 def test_another_process_unpickles_it(model, tmp_path):

@@ -23,13 +23,13 @@ def job(folder: Path, **keys: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def progressive_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("progressive")
     return folder, job(folder, progressive=[2.5, 2.0], distill_epochs=1)
 
 
-def test_every_step_has_its_scores_and_its_finished_model(made):
-    folder, result = made
+def test_every_step_has_its_scores_and_its_finished_model(progressive_job):
+    folder, result = progressive_job
     work = folder / "work"
     assert result.expert_bits_nominal == pytest.approx(2.0, abs=0.02)
     around = [json.loads((s / "stage.json").read_text())["around"] for s in work.glob("scores-*")]
@@ -39,11 +39,11 @@ def test_every_step_has_its_scores_and_its_finished_model(made):
     assert logits.isfinite().all()
 
 
-def test_scores_around_a_quantized_model_differ_and_costs_stay_those_of_the_full_weights(made):
+def test_scores_around_a_quantized_model_differ_and_costs_stay_those_of_the_full_weights(progressive_job):
     """The gradients and inputs are others; a width that loses nothing against full precision would still cost 0."""
     from safetensors.torch import load_file
 
-    work = made[0] / "work"
+    work = progressive_job[0] / "work"
     by_kind = {}
     for stage in work.glob("scores-*"):
         kind = bool(json.loads((stage / "stage.json").read_text())["around"])
@@ -55,8 +55,8 @@ def test_scores_around_a_quantized_model_differ_and_costs_stay_those_of_the_full
     torch.testing.assert_close(around, full, rtol=0.35, atol=0)
 
 
-def test_a_second_run_computes_nothing(made):
-    folder, result = made
+def test_a_second_run_computes_nothing(progressive_job):
+    folder, result = progressive_job
     recipe = Recipe.from_dict(
         {**KEYS, "calibration": [str(builtin_texts()[0])], "progressive": [2.5, 2.0], "distill_epochs": 1}
     )
@@ -66,6 +66,6 @@ def test_a_second_run_computes_nothing(made):
     assert again.stages.keys() == {"load", "allocate"}
 
 
-def test_a_plain_export_takes_no_steps(made, tmp_path):
-    exported = export(made[0] / "work", out=tmp_path / "out", changes={"bits": 1.5})
+def test_a_plain_export_takes_no_steps(progressive_job, tmp_path):
+    exported = export(progressive_job[0] / "work", out=tmp_path / "out", changes={"bits": 1.5})
     assert exported.stages.keys() == {"load", "allocate", "save"}

@@ -306,7 +306,7 @@ def test_widths():
         assert copy.deepcopy(width) is width
         assert type(width.value) is (float if width is Width.TERNARY else int)  # JSON writes 2, not 2.0
     assert sorted(reversed(Width)) == list(Width)
-    assert max(Width) is Width.EIGHT
+    assert max(Width) is Width.EIGHT_BIT
     assert [width.bits for width in Width] == [1, 1.625, 2, 3, 4, 8]
     assert [width.levels for width in Width] == [2, 3, 4, 8, 16, 256]
     for bad in (0, 7, 1.625, None, [], "x", float("nan"), float("inf")):
@@ -317,19 +317,19 @@ def test_widths():
 def test_a_width_equals_its_number():
     assert Width.TERNARY == 1.6
     assert Width.TERNARY != 1.625
-    assert {Width.TWO: "a", Width.TERNARY: "b"} == {2: "a", 1.6: "b"}
-    assert Width.TWO != "2"
+    assert {Width.TWO_BIT: "a", Width.TERNARY: "b"} == {2: "a", 1.6: "b"}
+    assert Width.TWO_BIT != "2"
     with pytest.raises(TypeError):  # the number of ternary is not its bits
         Width.TERNARY * 128
     with pytest.raises(TypeError):
-        json.dumps(Width.TWO)
+        json.dumps(Width.TWO_BIT)
 
 
 def test_bytes():
     """Ternary: 26 bytes a group of 128, 13 of 64. Everything else without waste."""
     assert [w.group_bytes(128) for w in Width] == [16, 26, 32, 48, 64, 128]
     assert [Width.TERNARY.group_bytes(g) for g in (64, 32, 16)] == [13, 7, 4]
-    assert Width.THREE.matrix_bytes(10, 256, 128) == 10 * 2 * (48 + 2)
+    assert Width.THREE_BIT.matrix_bytes(10, 256, 128) == 10 * 2 * (48 + 2)
     for width, group_size in itertools.product(Width, (16, 32, 64, 128, 256, 1 << 16)):
         assert width.group_size(width.group_bytes(group_size)) == group_size
     assert [group_size_for(c, 128) for c in (256, 192, 96, 80, 1408)] == [128, 64, 32, 16, 128]

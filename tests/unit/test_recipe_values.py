@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_allocate import make
 
 from gemq import UserError
 from gemq.allocation.problem import Allocation
 from gemq.recipe import Recipe
 from gemq.recipe_values import INTEGER_RANGES, MAX_NUMBER, MAX_SEED, NON_NEGATIVE_KEYS, convert, parse_size
+from support.allocation_problems import random_problem
 
 NEVER = [float("nan"), float("inf"), -1.0, 1e300, 1e308, 2 * MAX_NUMBER]
 
@@ -196,5 +196,5 @@ def test_a_recipe_that_is_a_pipe_is_refused_at_once(tmp_path):
 )
 def test_allocations_that_are_none(text):
     with pytest.raises(UserError) as caught:
-        Allocation.from_json(text, make((1,)))
+        Allocation.from_json(text, random_problem((1,)))
     assert len(str(caught.value)) < 400

@@ -45,9 +45,9 @@ def test_what_was_saved_comes_back(stage):
         assert saved.load_json("notes.json") == {"count": 3}
 
 
-def flip(path: Path, at: int) -> None:
+def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[at] ^= 8
+    data[offset] ^= 8
     path.write_bytes(data)
 
 
@@ -103,10 +103,10 @@ def test_damage_is_refused_with_the_name_of_the_file(stage, damage: Callable[[Pa
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("at", range(0, 480, 7))
-def test_no_flipped_bit_of_a_file_goes_unnoticed(stage, at):
+@pytest.mark.parametrize("offset", range(0, 480, 7))
+def test_no_flipped_bit_of_a_file_goes_unnoticed(stage, offset):
     size = (stage / FIRST).stat().st_size
-    flip(stage / FIRST, at % size)
+    flip(stage / FIRST, offset % size)
     with pytest.raises(UserError, match="is damaged"):
         resume(stage)
 

@@ -9,8 +9,6 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import gemq
-from conformance import save_tokenizer
-from families import tiny
 from gemq.assets import builtin_model
 from gemq.calibration.rows import RowReader, RowStats, row_texts
 from gemq.calibration.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
@@ -18,6 +16,8 @@ from gemq.calibration.windows import eval_windows
 from gemq.cli.report import print_result
 from gemq.errors import UserError
 from gemq.recipe import Recipe
+from support.families import tiny
+from support.tokenizer import save_tokenizer
 
 WINDOW = 16
 TEMPLATE = (

@@ -40,9 +40,9 @@ def test_shards_are_those_of_the_index_also_in_a_folder(tmp_path):
 
 def test_config_may_name_the_file(tmp_path):
     write(tmp_path / "model.safetensors")
-    other = write(tmp_path / "other.safetensors")
+    named_file = write(tmp_path / "other.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "other.safetensors"}))
-    assert weight_files(tmp_path) == [other]
+    assert weight_files(tmp_path) == [named_file]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from families import FIVE, MORE, OWN, tiny, tokens
 from gemq.allocation.scores import LayerScores, loss_gradients, pair_costs, reverse_layer, smooth_usage
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
@@ -18,6 +17,7 @@ from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.runtime.device import FixedOrder
 from gemq.runtime.ranks import SINGLE
+from support.families import FAMILIES, MAIN_FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
 IDS = tokens(6, 10)
@@ -91,7 +91,7 @@ def next_token_loss(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_reverse_pass_equals_whole_model_autograd(family):
     """At the output of every layer's experts. One batch, in order, so that rows correspond."""
     model = tiny(family)
@@ -168,7 +168,7 @@ def expert_output(module: Any, weights: Any, e: int, x: Tensor) -> Tensor:
     return out + module.down_proj_bias[e].double() if module.has_bias else out
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_scores_do_not_depend_on_micro_batches(family):
     single_batch, small_batches = scores_of(family, "token", 60), scores_of(family, "token", 10)
     for i, scores in single_batch.items():

@@ -11,7 +11,6 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
-from families import tiny
 from gemq.calibration.self_generation import (
     Openings,
     WindowPlan,
@@ -21,6 +20,7 @@ from gemq.calibration.self_generation import (
     sample,
 )
 from gemq.errors import UserError
+from support.families import tiny
 
 BOS, EOS, PAD, TURN = 0, 1, 2, 3
 WORDS = 16

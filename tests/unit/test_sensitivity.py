@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from families import tiny, tokens
 from gemq.allocation.scores import rescale_to_kl
 from gemq.allocation.sensitivity import MAX_TOKENS, measured_tokens, measured_windows
 from gemq.calibration.activations import Activations
@@ -16,6 +15,7 @@ from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
 from gemq.pipeline.sensitivity_stage import layer_kl
+from support.families import tiny, tokens
 
 torch.set_num_threads(1)
 WINDOWS = Windows(tokens(6, 10), torch.tensor([0, 0, 1, 1, 1, 2]), ("a", "b", "c"), (20, 30, 10))

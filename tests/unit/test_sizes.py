@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from families import FIVE, MORE, OWN, OwnConfig, tiny, tiny_config, tokens
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
@@ -26,6 +25,7 @@ from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
 from gemq.quant.widths import Width
 from gemq.recipe import Recipe
+from support.families import FAMILIES, MAIN_FAMILIES, TOY, ToyConfig, tiny, tiny_config, tokens
 
 torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ def build_layers(family: str, recipe: Recipe):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("group_size", [16, 64, 128])
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_bytes_are_those_of_the_tensors(family, group_size):
     recipe = recipe_of(group_size)
     structure = find_structure(tiny(family))
@@ -57,32 +57,33 @@ def test_bytes_are_those_of_the_tensors(family, group_size):
     for layer, candidates in build_layers(family, recipe):
         linears += sum(x.nbytes for x in candidates.linears.values())
         for width in recipe.candidate_widths if layer.experts else ():
-            found = sum(versions[width].nbytes for versions in candidates.experts.values())
-            assert found == layer.experts.count * expert_bytes(layer.experts, width, group_size)
-            total += found
+            layer_bytes = sum(versions[width].nbytes for versions in candidates.experts.values())
+            assert layer_bytes == layer.experts.count * expert_bytes(layer.experts, width, group_size)
+            total += layer_bytes
             tensors = assemble_layer(candidates, layer, [(width, width)] * layer.experts.count).tensors
-            mine = [t for n, t in tensors.items() if n.startswith(f"{layer.experts.path}.0.")]
-            assert sum(t.nbytes for t in mine) == expert_bytes(layer.experts, width, group_size)
+            first_expert = [t for n, t in tensors.items() if n.startswith(f"{layer.experts.path}.0.")]
+            assert sum(t.nbytes for t in first_expert) == expert_bytes(layer.experts, width, group_size)
     assert linear_bytes(structure, recipe) == linears
     assert candidate_bytes(structure, recipe) == total + linears
 
 
 @pytest.mark.parametrize("dense_bits", [4, 16])
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_the_rest_of_a_checkpoint(family, dense_bits):
     recipe = recipe_of(dense_bits=dense_bits)
     model = tiny(family)
     structure = find_structure(model)
     packed = PackedFormat(
         experts={
-            x.experts.path: {m.name: (Width.TWO,) * x.experts.count for m in x.experts.matrices}
+            x.experts.path: {m.name: (Width.TWO_BIT,) * x.experts.count for m in x.experts.matrices}
             for _, x in structure.moe_layers
         },
-        linears={x.path: Width.FOUR for layer in structure.layers for x in layer.linears} if dense_bits < 16 else {},
+        linears={x.path: Width.FOUR_BIT for layer in structure.layers for x in layer.linears}
+        if dense_bits < 16
+        else {},
         group_size=32,
     )
-    rest = dense_state(model, packed)
-    floats = sum(t.nbytes for t in rest.values())
+    floats = sum(t.nbytes for t in dense_state(model, packed).values())
     assert unquantized_bytes(model, structure, recipe, {}) == floats
     stored = {name: torch.bfloat16 for name, _ in model.named_parameters()}
     buffers = sum(t.nbytes for n, t in model.named_buffers() if n in model.state_dict())
@@ -90,7 +91,7 @@ def test_the_rest_of_a_checkpoint(family, dense_bits):
     assert linear_bytes(structure, recipe) == (0 if dense_bits == 16 else linear_bytes(structure, recipe_of()))
 
 
-@pytest.mark.parametrize("family", FIVE)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_plain_sizes_need_no_weights(family):
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(tiny_config(family))
@@ -112,7 +113,7 @@ def test_smaller_groups_are_counted():
     assert count_smaller_groups(structure, 128) == linears + 24
 
 
-@pytest.mark.parametrize("family", [*FIVE, OWN])
+@pytest.mark.parametrize("family", [*MAIN_FAMILIES, TOY])
 def test_quantized_share(family):
     model = tiny(family)
     structure = find_structure(model)
@@ -125,7 +126,7 @@ def test_quantized_share(family):
 
 def test_one_expert_by_hand():
     """2 x 32 by 64 and 64 by 32 at 3 bits in groups of 32: 12 bytes of codes and 4 of grid a group."""
-    config = OwnConfig()
+    config = ToyConfig()
     structure = find_structure(AutoModelForCausalLM.from_config(config))
     experts = structure.layers[0].experts
-    assert expert_bytes(experts, Width.THREE, 32) == (64 * 2 + 64 * 1) * (12 + 2)
+    assert expert_bytes(experts, Width.THREE_BIT, 32) == (64 * 2 + 64 * 1) * (12 + 2)

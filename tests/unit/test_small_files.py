@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import model_folder, quantize
 
 import gemq
 from gemq import UserError
 from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.small_files import small_files
+from support.model_folders import model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from gemq.quant.widths import Width
 
 
 def test_ranks_share_all_groups():
-    parts = [groups_of_rank("down_proj", 768, 64, rank, 4, ()) for rank in range(4)]
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(12))
+    ranges = [groups_of_rank("down_proj", 768, 64, rank, 4, ()) for rank in range(4)]
+    assert [i for groups in ranges for i in range(groups.start, groups.stop)] == list(range(12))
 
 
 def test_a_cut_group_is_refused_with_the_sizes_that_work():
@@ -23,8 +23,8 @@ def test_a_cut_group_is_refused_with_the_sizes_that_work():
 
 def test_groups_of_what_is_divided():
     packed = PackedFormat(
-        experts={"layers.0.mlp.experts": {"gate_up_proj": (Width.TWO,), "down_proj": (Width.TWO,)}},
-        linears={"layers.0.self_attn.o_proj": Width.FOUR, "layers.0.self_attn.q_proj": Width.FOUR},
+        experts={"layers.0.mlp.experts": {"gate_up_proj": (Width.TWO_BIT,), "down_proj": (Width.TWO_BIT,)}},
+        linears={"layers.0.self_attn.o_proj": Width.FOUR_BIT, "layers.0.self_attn.q_proj": Width.FOUR_BIT},
         group_size=128,
     )
     shapes = {

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from model_folders import edit_tensors, model_folder, quantize
 
 from gemq import UserError
 from gemq.models.source import Source
+from support.model_folders import edit_tensors, model_folder, quantize
 
 pytestmark = pytest.mark.sample
 torch.set_num_threads(1)

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import edit_config, edit_tensors, model_folder, quantize
 from transformers import AutoModelForCausalLM
 
 import gemq
-from conformance import families, save_tokenizer
-from families import MORE, random_model, tiny_config
 from gemq import UserError
 from gemq.checkpoint.load import GemqQuantizer
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
-from plain_reader import read_files
+from support.families import FAMILIES, random_model, tiny_config
+from support.family_check import families
+from support.model_folders import edit_config, edit_tensors, model_folder, quantize
+from support.plain_reader import read_files
+from support.tokenizer import save_tokenizer
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -26,8 +27,8 @@ CPU = torch.device("cpu")
 
 def unpacked(source: Path, out: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Tensors that both have by the same name."""
-    before, after = read_files(source), read_files(out)
-    return {name: (before[name], after[name]) for name in before.keys() & after.keys()}
+    source_tensors, out_tensors = read_files(source), read_files(out)
+    return {name: (source_tensors[name], out_tensors[name]) for name in source_tensors.keys() & out_tensors.keys()}
 
 
 @pytest.mark.sample
@@ -66,7 +67,7 @@ def test_types_may_differ_from_each_other_and_from_what_config_json_says(tmp_pat
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_read_without_a_type_is_as_transformers_loads_it(family, tmp_path):
     source = model_folder(tmp_path / "model", family, torch.bfloat16)
     expected = AutoModelForCausalLM.from_pretrained(source)
@@ -79,7 +80,7 @@ def test_a_model_read_without_a_type_is_as_transformers_loads_it(family, tmp_pat
     assert loaded.name_or_path == str(source)
 
 
-KEPT = sorted(
+FLOAT32_FAMILIES = sorted(
     kind
     for kinds in families().values()
     for kind in kinds
@@ -91,7 +92,8 @@ KEPT = sorted(
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, torch.bfloat16) for family in KEPT), (KEPT[0], torch.float16)]
+    ("family", "dtype"),
+    [*((family, torch.bfloat16) for family in FLOAT32_FAMILIES), (FLOAT32_FAMILIES[0], torch.float16)],
 )
 def test_parameters_that_a_family_keeps_in_float32_stay_so(family, dtype, tmp_path):
     """Compared with the twin, which Transformers loads alone: types of all parameters, values of those not packed."""

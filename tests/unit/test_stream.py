@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from families import MORE, OWN, OwnLayer, OwnModel, tiny, tokens
 from gemq import UserError
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
+from support.families import FAMILIES, TOY, ToyLayer, ToyModel, tiny, tokens
 
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ def replayed(replay: Replay, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_logits_equal_the_models_own(family):
     """The same operations on the same numbers: equal to the bit."""
     model = tiny(family)
@@ -59,8 +59,8 @@ def test_masks_are_kept_once():
     replay = Replay(model, find_structure(model))
     _, first = replay.inputs(tokens(2, 12))
     _, second = replay.inputs(tokens(2, 12, seed=5))
-    before = {id(x) for call in first for x in tensors_of(call.kwargs)}
-    assert {id(x) for call in second for x in tensors_of(call.kwargs)} <= before
+    seen_ids = {id(x) for call in first for x in tensors_of(call.kwargs)}
+    assert {id(x) for call in second for x in tensors_of(call.kwargs)} <= seen_ids
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -70,7 +70,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for item in items for t in tensors_of(item)]
 
 
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_gradients_equal_whole_model_autograd(family):
     """At the inputs of every layer, from a random direction at the logits."""
     model = tiny(family)
@@ -106,15 +106,15 @@ def test_gradients_equal_whole_model_autograd(family):
 # Toy models: our own family with other layers, which is replayed or refused.
 
 
-def toy(layer: type[OwnLayer], model: type[OwnModel] | None = None) -> OwnModel:
-    made = tiny(OWN)
-    for old in made.stack:
+def toy(layer: type[ToyLayer], model: type[ToyModel] | None = None) -> ToyModel:
+    toy_model = tiny(TOY)
+    for old in toy_model.stack:
         old.__class__ = layer
-    made.__class__ = model or OwnModel
-    return made
+    toy_model.__class__ = model or ToyModel
+    return toy_model
 
 
-class _Loop(OwnModel):
+class _Loop(ToyModel):
     """The model's forward, with a method ``between`` that runs the layers."""
 
     def forward(self, input_ids: Any = None, use_cache: Any = None, **kwargs: Any) -> CausalLMOutput:
@@ -127,7 +127,7 @@ class _Loop(OwnModel):
         raise NotImplementedError
 
 
-class _TupleLayer(OwnLayer):
+class _TupleLayer(ToyLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (super().forward(*args, **kwargs),)
 
@@ -158,9 +158,9 @@ def test_extra_outputs_are_passed_with_hidden_states(kind):
     replay.verify(tokens())
     ids = tokens(2, 10)
     hidden, calls = replay.inputs(ids)
-    other = hidden + 1.0
+    shifted = hidden + 1.0
     for i, call in enumerate(calls):
-        hidden, other = replay.run(i, hidden, call), replay.run(i, other, call)
+        hidden, shifted = replay.run(i, hidden, call), replay.run(i, shifted, call)
     with torch.no_grad():
         assert torch.equal(replay.logits(ids, hidden), model(ids).logits)
     leaf = replay.leaf(hidden)
@@ -180,7 +180,7 @@ def _named(layer: nn.Module, **kwargs: Any) -> Any:
     return layer(**kwargs)
 
 
-class _KeywordLayer(OwnLayer):
+class _KeywordLayer(ToyLayer):
     def forward(self, hidden_states: Tensor, decay: Tensor) -> Any:  # type: ignore[override]
         return super().forward(hidden_states, decay, scale=1.0)
 
@@ -199,7 +199,7 @@ class _Scaled(_Loop):
         return hidden
 
 
-class _TwoStreamsLayer(OwnLayer):
+class _TwoStreamsLayer(ToyLayer):
     def forward(self, hidden: Tensor, decay: Tensor, memory: Any = None) -> Any:  # type: ignore[override]
         out = super().forward(hidden, decay, scale=1.0)
         if memory is not None:
@@ -253,9 +253,9 @@ class _SkipModel(_Loop):
 @pytest.mark.parametrize(
     ("layer", "model", "message"),
     [
-        (OwnLayer, _Scaled, r"between its decoder layers.*before layer 1"),
+        (ToyLayer, _Scaled, r"between its decoder layers.*before layer 1"),
         (_TwoStreamsLayer, _ChangedStream, r"between its decoder layers"),
-        (OwnLayer, _EarlyExit, r"has 3 decoder layers and calls 2"),
+        (ToyLayer, _EarlyExit, r"has 3 decoder layers and calls 2"),
     ],
 )
 def test_models_that_cannot_be_cut_are_refused_by_the_constructor(layer, model, message):
@@ -269,11 +269,11 @@ def test_models_that_cannot_be_cut_are_refused_by_the_constructor(layer, model, 
 
 def test_a_skip_around_all_layers_is_replayed():
     """It belongs to the head and the tail of the model, which are not replaced."""
-    model = toy(OwnLayer, _SkipModel)
+    model = toy(ToyLayer, _SkipModel)
     Replay(model, find_structure(model)).verify(tokens())
 
 
-class _SharedDictLayer(OwnLayer):
+class _SharedDictLayer(ToyLayer):
     """Like models whose later layers reuse keys and values of earlier ones."""
 
     def forward(self, hidden: Tensor, decay: Tensor, shared: dict[str, Tensor]) -> Any:  # type: ignore[override]
@@ -290,7 +290,7 @@ class _SharedDict(_Loop):
         return hidden
 
 
-class _MemoryLayer(OwnLayer):
+class _MemoryLayer(ToyLayer):
     """The first layer stores state on the class for later layers, which works only if batches do not alternate."""
 
     memory: Any = None
@@ -302,7 +302,7 @@ class _MemoryLayer(OwnLayer):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize(("layer", "model"), [(_SharedDictLayer, _SharedDict), (_MemoryLayer, OwnModel)])
+@pytest.mark.parametrize(("layer", "model"), [(_SharedDictLayer, _SharedDict), (_MemoryLayer, ToyModel)])
 def test_layers_that_share_state_are_refused(layer, model):
     toy_model = toy(layer, model)
     replay = Replay(toy_model, find_structure(toy_model))

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gemq
-from families import MORE, OWN, OwnBlock, OwnConfig, OwnModel, tiny, tiny_config, tokens
 from gemq import UserError
 from gemq.allocation.scores import loss_gradients, reverse_layer
 from gemq.calibration.activations import Activations
@@ -25,6 +24,7 @@ from gemq.layers.scheme import matrix_widths
 from gemq.models.replay import Replay
 from gemq.models.structure import MIN_LINEAR_ROWS, Structure, find_structure
 from gemq.quant.widths import ExpertWidths, Width
+from support.families import FAMILIES, TOY, ToyBlock, ToyConfig, ToyModel, tiny, tiny_config, tokens
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ def test_families(family):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_every_parameter_is_counted_once(family):
     model = tiny(family)
     structure = find_structure(model)
@@ -91,7 +91,7 @@ def test_every_parameter_is_counted_once(family):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("family", [*MORE, OWN])
+@pytest.mark.parametrize("family", [*FAMILIES, TOY])
 def test_same_on_the_meta_device(family):
     config = tiny_config(family)
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def test_subclasses_of_linear_stay_unquantized_and_are_reported():
     class Grouped(nn.Linear):
         pass
 
-    model = tiny(OWN)
+    model = tiny(TOY)
     model.stack[0].mix_attention.__class__ = Grouped
     structure = find_structure(model)
     assert structure.unquantized_linears == ("stack.0.mix_attention",)
@@ -149,16 +149,16 @@ def test_dense_model_is_refused():
     refused(AutoModelForCausalLM.from_config(config), "LlamaForCausalLM has no experts.*dense model")
 
 
-def own_family_with(change) -> OwnModel:
+def own_family_with(change) -> ToyModel:
     """Builds our own family and applies ``change`` to every layer's block."""
-    model = tiny(OWN)
+    model = tiny(TOY)
     for layer in model.stack:
         change(layer.block)
     return model
 
 
 def test_list_of_expert_modules_is_refused():
-    def change(block: OwnBlock) -> None:
+    def change(block: ToyBlock) -> None:
         del block.pool
         block.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(5))
 
@@ -166,7 +166,7 @@ def test_list_of_expert_modules_is_refused():
 
 
 def test_unknown_three_dimensional_weights_are_refused():
-    def other_names(block: OwnBlock) -> None:
+    def other_names(block: ToyBlock) -> None:
         del block.pool
 
         class StrangeExperts(nn.Module):
@@ -179,12 +179,12 @@ def test_unknown_three_dimensional_weights_are_refused():
 
     refused(own_family_with(other_names), r"stack\.0\.block\.moe_weights \(StrangeExperts\)")
 
-    def one_more(block: OwnBlock) -> None:
+    def one_more(block: ToyBlock) -> None:
         block.pool.low_rank = nn.Parameter(torch.zeros(5, 64, 8))
 
     refused(own_family_with(one_more), r"stack\.0\.block\.pool: unknown weights low_rank")
 
-    def no_first(block: OwnBlock) -> None:
+    def no_first(block: ToyBlock) -> None:
         block.pool.first = block.pool.gate_up_proj
         del block.pool.gate_up_proj
 
@@ -193,7 +193,7 @@ def test_unknown_three_dimensional_weights_are_refused():
 
 def test_unnamed_three_dimensional_weights_are_refused():
     """Routed experts with meaningless names in a single layer."""
-    model = tiny(OWN)
+    model = tiny(TOY)
 
     class Mystery(nn.Module):
         def __init__(self) -> None:
@@ -205,19 +205,19 @@ def test_unnamed_three_dimensional_weights_are_refused():
 
 
 def test_ambiguous_router_is_refused():
-    def change(block: OwnBlock) -> None:
+    def change(block: ToyBlock) -> None:
         block.other_chooser = nn.Linear(64, 5)
 
     refused(own_family_with(change), r"routes to stack\.0\.block\.pool .*chooser.*other_chooser")
 
-    def none(block: OwnBlock) -> None:
+    def none(block: ToyBlock) -> None:
         block.chooser = nn.Identity()
 
     refused(own_family_with(none), r"routes to stack\.0\.block\.pool \(candidates: none\)")
 
 
 def test_router_by_name_wins():
-    def change(block: OwnBlock) -> None:
+    def change(block: ToyBlock) -> None:
         block.router, block.chooser = block.chooser, nn.Linear(64, 5)
 
     assert find_structure(own_family_with(change)).layers[0].router == "stack.0.block.router"
@@ -225,19 +225,19 @@ def test_router_by_name_wins():
 
 @pytest.mark.parametrize(("inner", "hidden", "name"), [(24, 64, "down_proj"), (32, 40, "gate_up_proj")])
 def test_columns_that_no_group_divides_are_refused(inner, hidden, name):
-    config = OwnConfig(inner=inner, hidden_size=hidden)
+    config = ToyConfig(inner=inner, hidden_size=hidden)
     refused(AutoModelForCausalLM.from_config(config), rf"stack\.0\.block\.pool\.{name}.*multiple of 16")
 
 
 def test_two_experts_modules_in_a_layer_are_refused():
-    model = tiny(OWN)
-    model.stack[1].second = OwnBlock(OwnConfig())
+    model = tiny(TOY)
+    model.stack[1].second = ToyBlock(ToyConfig())
     refused(model, r"layer stack\.1 has several experts modules")
 
 
 def test_experts_outside_the_layers_are_refused():
-    model = tiny(OWN)
-    model.extra = OwnBlock(OwnConfig())
+    model = tiny(TOY)
+    model.extra = ToyBlock(ToyConfig())
     refused(model, r"outside one list of decoder layers")
 
 
@@ -246,7 +246,7 @@ def test_experts_outside_the_layers_are_refused():
 
 @pytest.mark.sample
 def test_own_family_end_to_end(tmp_path):
-    model = tiny(OWN)
+    model = tiny(TOY)
     source = tmp_path / "source"
     model.save_pretrained(source)
     structure = find_structure(model)
@@ -260,7 +260,7 @@ def test_own_family_end_to_end(tmp_path):
     for i in range(3):
         inputs.append(activations.hidden.copy())
         candidates, activations.hidden = build_candidates(
-            replay, i, activations, quantizer, (Width.ONE, Width.TWO, Width.FOUR), Width.FOUR
+            replay, i, activations, quantizer, (Width.ONE_BIT, Width.TWO_BIT, Width.FOUR_BIT), Width.FOUR_BIT
         )
         assert candidates.counts.sum() == 6 * 12 * 2
         assert set(candidates.linears) == {f"stack.{i}.mix_attention"}
@@ -276,7 +276,7 @@ def test_own_family_end_to_end(tmp_path):
     shards = []
     activations = Activations.start(replay, windows, 24, 0)
     for i in range(3):
-        shards.append(reconstruct_layer(replay, i, activations, quantizer, widths, Width.FOUR).tensors)
+        shards.append(reconstruct_layer(replay, i, activations, quantizer, widths, Width.FOUR_BIT).tensors)
         activations.advance(replay, i)
     packed = packed_format(structure, widths)
     write_checkpoint(
@@ -296,7 +296,7 @@ def test_own_family_end_to_end(tmp_path):
 def packed_format(structure: Structure, widths: list[ExpertWidths]) -> PackedFormat:
     return PackedFormat(
         experts={x.experts.path: matrix_widths(x, widths) for _, x in structure.moe_layers},
-        linears={linear.path: Width.FOUR for layer in structure.layers for linear in layer.linears},
+        linears={linear.path: Width.FOUR_BIT for layer in structure.layers for linear in layer.linears},
         group_size=32,
     )
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import gemq
-from families import tiny, tokens
 from gemq.checkpoint.contents import inspect_checkpoint
 from gemq.decoding.decoder import Decoder
 from gemq.evaluation.weight_traffic import bytes_per_step, dense_bytes, expert_bytes
+from support.families import tiny, tokens
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import shapes

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from families import tiny, tokens
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.distillation.distill import distill
@@ -25,10 +24,11 @@ from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
 from gemq.quant.widths import ExpertWidths, Width
+from support.families import tiny, tokens
 
 torch.set_num_threads(1)
-THREE_WIDTHS = (Width.ONE, Width.TWO, Width.THREE)
-CANDIDATES = (Width.ONE, Width.TWO)
+THREE_WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT)
+CANDIDATES = (Width.ONE_BIT, Width.TWO_BIT)
 WINDOWS = 120
 QUANTIZER = Quantizer("gptq", 32, 0.01, 0.1)
 TRAINING = Training(epochs=6, lr_codes=1e-2, lr_grids=2e-3, lr_tuned=3e-3, val_fraction=0.2, seed=0)
@@ -49,7 +49,9 @@ def trainable(soft_codes: bool = True) -> TrainableMatrices:
     grid = torch.rand(2, 6, 2) + 0.5
     q = Quantized(codes, *nearest(grid, -grid, 3))
     jitter = (torch.rand(codes.shape) - 0.5) * 0.9
-    return TrainableMatrices(q, max_codes([Width.TWO, Width.TWO], codes.device), codes + jitter if soft_codes else None)
+    return TrainableMatrices(
+        q, max_codes([Width.TWO_BIT, Width.TWO_BIT], codes.device), codes + jitter if soft_codes else None
+    )
 
 
 def test_training_starts_at_the_codes_it_is_given():
@@ -74,7 +76,7 @@ def test_a_step_is_the_same_share_of_the_range_at_every_width():
     codes = torch.randint(0, 2, (2, 4, 32), dtype=torch.uint8)
     q = Quantized(codes, torch.ones(2, 4, 2), torch.zeros(2, 4, 2))
     matrices = TrainableMatrices(
-        q, max_codes([Width.ONE, Width.THREE], codes.device), codes.float(), scale_by_max_code=True
+        q, max_codes([Width.ONE_BIT, Width.THREE_BIT], codes.device), codes.float(), scale_by_max_code=True
     )
     optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer(1, [matrices.soft_codes], matrices.grids())
     initial = matrices.soft_codes.detach().clone()
@@ -118,7 +120,7 @@ def ladder_of(training: Training | None, family: str = "olmoe") -> LayerCandidat
     index = replay.structure.moe_layers[0][0]
     for i in range(index):
         activations.advance(replay, i)
-    candidates, _ = build_candidates(replay, index, activations, QUANTIZER, CANDIDATES, Width.FOUR, training)
+    candidates, _ = build_candidates(replay, index, activations, QUANTIZER, CANDIDATES, Width.FOUR_BIT, training)
     return candidates
 
 
@@ -145,9 +147,11 @@ def test_experts_that_training_does_not_help_keep_gptqs_codes():
 
 def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
     replay, activations = start("deepseek_v2")
-    plain, outputs = build_candidates(replay, 0, activations, QUANTIZER, CANDIDATES, Width.FOUR)
+    plain, outputs = build_candidates(replay, 0, activations, QUANTIZER, CANDIDATES, Width.FOUR_BIT)
     training = replace(TRAINING, lr_codes=5e-3, lr_tuned=0.0)
-    trained, _ = build_candidates(replay, 0, activations, QUANTIZER, CANDIDATES, Width.FOUR, linear_training=training)
+    trained, _ = build_candidates(
+        replay, 0, activations, QUANTIZER, CANDIDATES, Width.FOUR_BIT, linear_training=training
+    )
 
     def error(candidates: LayerCandidates) -> float:
         linears = replay.structure.layers[0].linears
@@ -174,7 +178,7 @@ def reconstructed(training: Training | None) -> tuple[Replay, Activations, list[
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
         widths = mixed(layer.experts.count)
-        layers.append(reconstruct_layer(replay, i, activations, QUANTIZER, widths, Width.FOUR, targets))
+        layers.append(reconstruct_layer(replay, i, activations, QUANTIZER, widths, Width.FOUR_BIT, targets))
         activations.advance(replay, i)
     return replay, activations, layers, exact
 
@@ -215,7 +219,7 @@ def run_distill(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
     activations = Activations.start(replay, windows, 128, 0)
-    schemes = [QuantizationScheme(mixed(x.experts.count), Width.FOUR) for x in replay.structure.layers if x.experts]
+    schemes = [QuantizationScheme(mixed(x.experts.count), Width.FOUR_BIT) for x in replay.structure.layers if x.experts]
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     steps: list[int] = []
 

@@ -33,17 +33,17 @@ def test_tensors_arrive_as_they_were_written(tmp_path, small):
     for number, tensors in enumerate(written):
         save_file(tensors, tmp_path / f"{number}.safetensors")
         spans.update(read_spans(tmp_path / f"{number}.safetensors"))
-    found = Upload(CPU).tensors(spans)
+    tensors_read = Upload(CPU).tensors(spans)
     expected = written[0] | written[1]
-    assert found.keys() == expected.keys()
-    assert all(t.dtype == expected[n].dtype and torch.equal(t, expected[n]) for n, t in found.items())
+    assert tensors_read.keys() == expected.keys()
+    assert all(t.dtype == expected[n].dtype and torch.equal(t, expected[n]) for n, t in tensors_read.items())
 
 
 def test_some_rows_are_read_alone(tmp_path, small):
-    whole = torch.arange(60.0).view(6, 5, 2)
-    save_file({"x": whole}, tmp_path / "x.safetensors")
+    tensor = torch.arange(60.0).view(6, 5, 2)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
     span = read_spans(tmp_path / "x.safetensors")["x"].rows(slice(2, 5))
-    assert torch.equal(Upload(CPU).tensors({"x": span})["x"], whole[2:5])
+    assert torch.equal(Upload(CPU).tensors({"x": span})["x"], tensor[2:5])
 
 
 def test_files_that_are_gone_or_cut_short_are_told_in_one_line(tmp_path):

@@ -36,15 +36,21 @@ METHODS = ("global", "layerwise", "frequency", "uniform", "random")
 class Problem:
     """What each matrix of each expert, or each expert, costs at each width, in error and in memory.
 
+    N rows, each of which gets one of W widths: the matrices of all experts, or the experts, ordered by layer and
+    expert. A matrix is gate and up together, or down. ``dataclasses.replace`` returns a copy with other costs.
+
     Attributes:
-        widths: the candidate widths, ascending. Numbers become widths.
-        layer: [N] layer of each row, ascending. Dense layers have no rows.
-        costs: [N, W] predicted increase of the loss, finite and >= 0, in any unit.
-        weights: [N] weight parameters.
-        bytes: [N, W] stored bytes, including scales and offsets.
-        counts: [N] calibration tokens routed to the expert.
+        widths: the W candidate widths, ascending. Numbers become widths.
+        layer: layer of each row, int64 [N], ascending. Dense layers have no rows.
+        costs: predicted increase of the loss, float64 [N, W], finite and at least 0, in any unit.
+        weights: number of weights, int64 [N].
+        bytes: stored bytes with scales and offsets, int64 [N, W].
+        counts: calibration tokens that were routed to the expert, int64 [N]. Only method ``frequency`` uses them.
         layers: number of the model's layers, including dense ones. 0: up to the last one with experts.
-        units: rows of an expert: 2 for its matrices, which are consecutive, or 1.
+        units: rows of an expert: 2, gate and up before down, or 1 for the whole expert.
+
+    Raises:
+        UserError: ``costs`` have another shape, are negative or are not finite.
     """
 
     widths: tuple[Width, ...]
@@ -60,16 +66,19 @@ class Problem:
         object.__setattr__(self, "widths", tuple(map(Width, self.widths)))
         rows = len(self.layer)
         assert rows and list(self.widths) == sorted(set(self.widths))  # noqa: PT018
-        assert self.costs.shape == self.bytes.shape == (rows, len(self.widths))
+        shape = (rows, len(self.widths))
+        if self.costs.shape != shape:
+            raise UserError(f"costs have shape {self.costs.shape}: give one for each row and width, {shape}")
+        if not (np.isfinite(self.costs).all() and self.costs.min() >= 0):
+            raise UserError("costs are negative or not finite: give numbers from 0 up")
+        assert self.bytes.shape == shape
         assert len(self.weights) == len(self.counts) == rows
-        assert np.isfinite(self.costs).all(), "costs must be finite"
-        assert self.costs.min() >= 0, "costs must not be negative"
         assert (np.diff(self.layer) >= 0).all(), "rows must be ordered by layer"
         object.__setattr__(self, "layers", self.layers or int(self.layer[-1]) + 1)
         assert self.layers > self.layer[-1]
 
     def per_expert(self) -> Problem:
-        """The same problem with one row for each expert."""
+        """Return the same problem with one row for each expert: costs, weights and bytes are summed."""
         return replace(
             self,
             layer=self.layer[:: self.units],
@@ -86,7 +95,7 @@ class Problem:
 
     @property
     def by_layer(self) -> list[slice]:
-        """The rows of each layer, an empty slice for a dense one."""
+        """The rows of each layer as slices, an empty one for a dense layer."""
         edges = np.searchsorted(self.layer, np.arange(self.layers + 1)).tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
@@ -98,7 +107,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit: ``bits`` or ``stored_bits``, the mean per expert weight without or with scales, or ``bytes`` in all."""
+    """The limit of an allocation.
+
+    Attributes:
+        kind: ``bits`` and ``stored_bits`` are means per expert weight, without and with scales and offsets. ``bytes``
+            are those of all experts, while ``size`` of a recipe counts the whole checkpoint.
+        value: the limit, a positive number of bits or bytes.
+
+    Raises:
+        UserError: there is no such kind, or the value is not positive.
+    """
 
     kind: Kind
     value: float
@@ -117,20 +135,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A width for every row, and the predicted cost and size. Means are per expert weight.
+    """A width for every row of a problem, and the predicted cost and size. ``allocate`` returns it.
 
     Attributes:
-        widths: [N], in the order of the problem's rows.
-        units: as in ``Problem``.
+        widths: N widths, in the order of the problem's rows.
+        units: rows of an expert, as in ``Problem``.
         layer_sizes: rows of each layer, 0 for a dense one.
-        layer_bits: mean nominal bits of each layer, 0 for a dense one.
-        method: one of METHODS, or ``file``.
+        layer_bits: mean nominal bits per expert weight of each layer, 0 for a dense one.
+        method: the method of ``allocate``, or ``file``.
         budget: the budget, if known.
         predicted_cost: sum of the chosen costs, in their unit.
-        nominal_bits: mean bits without scales.
-        stored_bits: mean bits with scales and offsets.
-        stored_bytes: of all experts.
-        gap: proven bound for (cost - optimum) / cost. Of method ``global`` only.
+        nominal_bits: mean bits per expert weight, without scales and offsets.
+        stored_bits: mean bits per expert weight, with scales and offsets.
+        stored_bytes: bytes of all experts, with scales and offsets.
+        gap: proven upper bound for (cost - optimum) / cost. None for methods other than ``global``.
     """
 
     widths: tuple[Width, ...]
@@ -147,7 +165,7 @@ class Allocation:
 
     @property
     def by_layer(self) -> list[list[ExpertWidths]]:
-        """Widths of the experts of each layer, an empty list for a dense one."""
+        """Widths by layer and expert, of gate and up and of down. An empty list for a dense layer."""
         layers, start = [], 0
         for size in self.layer_sizes:
             widths = self.widths[start : start + size]
@@ -157,9 +175,9 @@ class Allocation:
         return layers
 
     def to_json(self) -> str:
-        """A file that users can read, edit and pass back, with one line for each layer.
+        """Return the text of a file for the argument ``allocation`` of ``quantize`` and ``export``.
 
-        A line holds for each expert its width, or a list of the widths of its gate and up matrix and its down matrix.
+        Each layer has a line with a width for each expert, or a list of two: that of gate and up, and that of down.
         """
         budget = json.dumps({self.budget.kind: self.budget.value} if self.budget else None)
         rows = ",\n".join(f"    {json.dumps(row)}" for row in plain_widths(self.by_layer))
@@ -168,15 +186,15 @@ class Allocation:
 
     @classmethod
     def from_json(cls, text: str, problem: Problem, origin: str = "allocation") -> Allocation:
-        """Reads a file of ``to_json``.
+        """Read the text of a file that ``to_json`` or a user wrote.
 
         Args:
-            text: the file's contents. Only ``widths`` is required. A budget is not enforced.
-            problem: to compute cost and size from.
+            text: the file's contents. Only its key ``widths`` is required. A budget is not enforced.
+            problem: the problem, from which cost and size are computed.
             origin: name of the file, for messages.
 
         Raises:
-            UserError: the widths do not fit the problem.
+            UserError: the text is no such JSON, or its widths do not fit the problem.
         """
         try:
             data = json.loads(text)
@@ -201,29 +219,34 @@ def allocate(
     seed: int = 0,
     gap: float = 1e-4,
 ) -> Allocation:
-    """Chooses a width for every row within ``budget``, which no method ever exceeds.
+    """Choose a width for every row within a budget, which no method ever exceeds.
 
-    Methods:
-        global: the paper's program over all rows, to a relative ``gap`` of the optimum. All other methods give both
-            matrices of an expert one width.
-        layerwise: a separate program for every layer, each with the same mean budget (PMQ style).
-        frequency: the global program with cost = fraction of the layer's tokens * 4^-bits.
-        uniform: one width. Between two widths, the same fractions of them in every layer, drawn by ``seed``.
-        random: drawn by ``seed`` over all experts. The budget of a width b gives equal fractions of b - 1, b and b + 1
-            if these are candidates (otherwise uniform), any other budget the two widths around it.
+    The methods:
 
-    uniform and random mix integer widths, unless the budget is that of ternary or integer widths cannot bracket it.
+    - ``global``: the paper's program over all rows (GEMQ, arXiv:2605.23078), to a relative ``gap`` of the optimum.
+    - ``layerwise``: a separate program for every layer, each with the same mean budget (PMQ style).
+    - ``frequency``: the global program with cost = fraction of the layer's tokens * 4^-bits.
+    - ``uniform``: one width. Between two widths, the same fractions of them in every layer, drawn by ``seed``.
+    - ``random``: drawn by ``seed`` over all experts. The budget of a width b gives equal fractions of b - 1, b and
+      b + 1 if these are candidates (otherwise ``uniform``), any other budget the two widths around it.
+
+    All methods but ``global`` give both matrices of an expert one width. ``uniform`` and ``random`` mix integer widths,
+    unless the budget is that of ternary or integer widths cannot bracket it.
 
     Args:
-        problem: costs and sizes.
+        problem: costs and sizes. Only ``global`` and ``layerwise`` use the costs.
         budget: the limit.
-        method: one of METHODS.
-        layer_rule: requires an expert at each of the two highest widths in every layer. Ignored by uniform and random.
-        seed: of the methods that draw.
-        gap: requested relative gap of the programs.
+        method: ``global``, ``layerwise``, ``frequency``, ``uniform`` or ``random``.
+        layer_rule: require an expert at each of the two highest widths in every layer, as the paper does. ``uniform``
+            and ``random`` ignore it.
+        seed: seed of ``uniform`` and ``random``.
+        gap: requested relative gap between the cost and the optimum, for ``global``, ``layerwise`` and ``frequency``.
+
+    Returns:
+        The allocation. Equal arguments give equal allocations.
 
     Raises:
-        UserError: the budget is out of reach; names one that works.
+        UserError: the budget is out of reach. The message names one that works.
     """
     if method not in METHODS:
         raise UserError(f"there is no allocation method {method!r}: choose from {', '.join(METHODS)}")

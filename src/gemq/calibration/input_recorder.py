@@ -19,6 +19,7 @@ from gemq.errors import UserError
 from gemq.models.experts import ExpertsCall, parse_experts_call
 from gemq.models.structure import Linear
 from gemq.runtime.activation_store import ActivationStore
+from gemq.runtime.compat import torch_private
 from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.ranks import Ranks
 
@@ -112,7 +113,7 @@ class InputRecorder:
             def record_linear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
                 self._inputs[index].append(x)
-                self._versions.append((x, x._version))
+                self._versions.append((x, torch_private.write_count(x)))
                 stop_if_complete()
 
             return record_linear
@@ -145,7 +146,7 @@ class InputRecorder:
 
     def _check_not_overwritten(self) -> None:
         """Raises UserError if a recorded tensor was modified in place: it was kept without a copy."""
-        if any(x._version != version for x, version in self._versions):
+        if any(torch_private.write_count(x) != version for x, version in self._versions):
             raise UserError(
                 "a layer overwrites what one of its linears has received: gemq cannot calibrate it; this family is not "
                 "supported yet"

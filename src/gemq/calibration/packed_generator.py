@@ -32,7 +32,7 @@ from gemq.quant.widths import Width, group_size_for
 from gemq.runtime.fallbacks import optional
 from gemq.runtime.memory import MemoryBudget, gigabytes
 
-LINEAR_WIDTH = Width.EIGHT
+LINEAR_WIDTH = Width.EIGHT_BIT
 GROUP_SIZE = 128
 ROUNDING_CHUNK = 1 << 26
 """Upper bound for the weights that are rounded in one call, which holds several float32 copies of them."""

@@ -168,7 +168,7 @@ def _is_array(beginning: str) -> bool:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
-        return True  # the array goes on in the next line
+        return True  # the array continues in the next line
     return bool(values) and all(isinstance(value, dict) for value in values)
 
 

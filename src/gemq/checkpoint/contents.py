@@ -18,20 +18,21 @@ from gemq.runtime.safetensors_files import TensorSpec
 
 @dataclass(frozen=True)
 class Contents:
-    """Widths and sizes of a packed checkpoint.
+    """Widths and sizes of a packed checkpoint. ``inspect`` returns it.
 
     Attributes:
         path: directory of the checkpoint
-        model_type: in config.json
-        group_size: requested for all matrices
-        layers: path, widths of the experts, and mean bits of each experts module
+        model_type: type of the model, from config.json
+        group_size: weights that share a scale and an offset; smaller for matrices whose columns it does not divide
+        layers: for each experts module its path in the model, the widths of its experts (of gate and up, and of down),
+            and their mean nominal bits
         linears: number of packed dense linears by width
-        expert_bytes: of packed experts
-        linear_bytes: of packed dense linears
-        other_bytes: of tensors that are not packed
-        other_elements: of tensors that are not packed
+        expert_bytes: bytes of packed experts, with scales and offsets
+        linear_bytes: bytes of packed dense linears, with scales and offsets
+        other_bytes: bytes of tensors that are not packed
+        other_elements: number of elements of tensors that are not packed
         expert_weights: number of weights in packed experts
-        expert_bits_nominal: mean bits of the codes of packed experts
+        expert_bits_nominal: mean bits per weight of packed experts, without scales and offsets
     """
 
     path: Path
@@ -48,20 +49,24 @@ class Contents:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all the checkpoint's tensors."""
         return self.expert_bytes + self.linear_bytes + self.other_bytes
 
     @property
     def expert_bits_stored(self) -> float:
-        """Mean bits per weight of packed experts, including scales and offsets."""
+        """Mean bits per weight of packed experts, with scales and offsets."""
         return self.expert_bytes * 8 / self.expert_weights
 
     def loaded_bytes(self, itemsize: int) -> int:
-        """Returns the bytes of the loaded model, whose unpacked tensors take ``itemsize`` bytes per element."""
+        """Return the bytes that the tensors of the loaded model take.
+
+        Args:
+            itemsize: bytes per element of the tensors that are not packed, such as 2 for bfloat16
+        """
         return self.expert_bytes + self.linear_bytes + self.other_elements * itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what ``gemq inspect`` prints as JSON."""
+        """Return plain values, as ``gemq inspect --json`` writes them."""
         return {
             "model": str(self.path),
             "model_type": self.model_type,
@@ -78,14 +83,17 @@ class Contents:
 
 
 def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Contents:
-    """Reads a packed checkpoint's configuration and tensor headers.
+    """Summarize a packed checkpoint from its configuration and tensor headers, without reading weights.
 
     Args:
         path: the checkpoint's directory
         verify: also read all weights and compare them with the checksums
 
+    Returns:
+        The widths of all experts, and sizes.
+
     Raises:
-        UserError: it is not a packed checkpoint, or it is damaged; with ``verify`` also when it has no checksums.
+        UserError: it is not a packed checkpoint, or it is damaged. With ``verify`` also if it has no checksums.
     """
     path = Path(path)
     stored = StoredCheckpoint.open(path)

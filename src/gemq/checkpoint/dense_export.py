@@ -21,24 +21,26 @@ from gemq.quant.grid import dequantize
 
 
 def write_dense_checkpoint(
-    packed: Path,
-    out: Path,
+    packed: str | Path,
+    out: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     *,
     trust_remote_code: bool = False,
     shard_bytes: float = SHARD_BYTES,
 ) -> None:
-    """Writes the dequantized model of a packed checkpoint.
+    """Write the model of a packed checkpoint as a plain Transformers model, which loads without gemq.
 
     Args:
         packed: directory of the packed checkpoint
-        out: directory to write, which must not exist
-        dtype: of the weights that were packed; all others keep theirs
-        shard_bytes: approximate size of a file
+        out: directory to write, which must not exist or be empty
+        dtype: type of the weights that were packed; all others keep theirs
+        trust_remote_code: allow Python code that comes with the model to run
+        shard_bytes: approximate size of a file in bytes
 
     Raises:
-        UserError: ``packed`` is damaged, or ``out`` exists.
+        UserError: ``packed`` is not a packed checkpoint or damaged, or ``out`` exists.
     """
+    packed, out = Path(packed), Path(out)
     check_output(out, resume=False)
     reader = CheckpointReader(packed, trust_remote_code=trust_remote_code)
     reader.verify_unpacked()

@@ -16,12 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers.core_model_loading import build_glob_alternation
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -37,6 +31,7 @@ from gemq.models.experts_adapter import adopt_experts
 from gemq.models.size_limits import bounded_construction
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width, group_size_for
+from gemq.runtime.compat import transformers_private
 from gemq.runtime.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
 
 if TYPE_CHECKING:
@@ -49,16 +44,19 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py"]
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any
 ) -> PreTrainedModel:
-    """Loads the model of a packed checkpoint, in eval mode.
+    """Load the model of a packed checkpoint.
 
     Args:
         path: a directory that gemq wrote, or the hub id of one
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the GPU if there is one
-        dtype: of activations and unquantized weights; ``auto`` takes the checkpoint's
+        dtype: type of activations and unquantized weights, such as ``float32``; ``auto`` takes the checkpoint's
         kwargs: passed to ``from_pretrained`` (``revision``, ``device_map``, ``trust_remote_code`` ...)
 
+    Returns:
+        The model of Transformers, in eval mode. Its packed weights stay packed.
+
     Raises:
-        UserError: it is not a gemq checkpoint, or anything is missing or damaged.
+        UserError: it is not a gemq checkpoint, or something is missing or damaged. Checksums are verified.
     """
     register()
     device = str(device) if isinstance(device, torch.device) else device
@@ -162,7 +160,7 @@ class GemqQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Called by ``save_pretrained``, which writes a config.json without checksums."""
-        if not getattr(model, "_hf_peft_config_loaded", False):  # with an adapter, only the adapter is saved
+        if not transformers_private.has_adapter(model):  # with an adapter, only the adapter is saved
             logging.getLogger("gemq").warning(
                 "save_pretrained writes no checksums: inspect --verify needs gemq's own files"
             )
@@ -203,7 +201,7 @@ class GemqQuantizer(HfQuantizer):
             group_size = group_size_for(columns, packed.group_size)
             bias = cast(nn.Linear, model.get_submodule(path)).bias
             linear = PackedLinear(rows, columns, width, group_size, bias, device="meta")
-            _skip_initialization(linear)
+            transformers_private.mark_initialized(linear)
             model.set_submodule(path, linear)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -222,8 +220,8 @@ class GemqQuantizer(HfQuantizer):
 
     def _correct_dtypes(self, model: PreTrainedModel) -> None:
         """Casts renamed tensors, which Transformers 5.17 leaves in the dtype of the file."""
-        float32_modules = model._get_dtype_plan(self._dtype)  # modules that the family requires in float32
-        float32_pattern = build_glob_alternation(list(float32_modules))[0] if float32_modules else None
+        float32_plan = transformers_private.dtype_plan(model, self._dtype)
+        float32_pattern = transformers_private.compile_globs(float32_plan)[0] if float32_plan else None
         for name, parameter in model.named_parameters():
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype and not (float32_pattern and float32_pattern.search(name)):
@@ -243,11 +241,6 @@ class _Placeholder(nn.Module):
             self.register_buffer(suffix, torch.empty(spec.shape, dtype=torch.uint8, device="meta"))
 
 
-def _skip_initialization(module: nn.Module | torch.Tensor) -> None:
-    """Marks a module or tensor as initialized, so that Transformers does not initialize it."""
-    module._is_hf_initialized = True  # type: ignore[union-attr]
-
-
 def _add_placeholders(
     experts: nn.Module,
     path: str,
@@ -264,10 +257,10 @@ def _add_placeholders(
     """
     make_packed(experts, list(projections))
     # The family's initialization of the experts module or of its parent accesses the 3-D parameters.
-    _skip_initialization(experts)
+    transformers_private.mark_initialized(experts)
     for projection in projections:
         empty = torch.empty(0)
-        _skip_initialization(empty)
+        transformers_private.mark_initialized(empty)
         vars(experts)[projection] = empty  # an attribute, not a parameter, until the packed matrices replace it
     for expert in range(len(projections["down_proj"])):
         module = nn.Module()
@@ -282,7 +275,7 @@ def _pop_placeholder(experts: nn.Module, expert: int, projection: str, width: Wi
     module = experts.get_submodule(str(expert))
     placeholder = module.get_submodule(projection)
     delattr(module, projection)
-    if not module._modules:
+    if next(module.children(), None) is None:
         delattr(experts, str(expert))
     codes, scales, offsets = (placeholder.get_buffer(suffix) for suffix in PACKED_FIELDS)
     if codes.is_meta:
@@ -308,9 +301,7 @@ def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat)
 
 def register() -> None:
     """Registers gemq checkpoints with Transformers. Further calls have no effect."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(GemqConfig)
-        register_quantizer(QUANT_METHOD)(GemqQuantizer)
+    transformers_private.register_quantizer(QUANT_METHOD, GemqConfig, GemqQuantizer)
 
 
 register()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gemq.checkpoint.format import PackedFormat, UnpackedTensor
 from gemq.checkpoint.save import dense_state
 from gemq.errors import UserError
+from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,9 +74,10 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 def unpacked_tensors(model: PreTrainedModel, packed_format: PackedFormat) -> dict[str, UnpackedTensor]:
     """Returns the tensors that are not packed, by name in the files. ``model`` may be on the meta device."""
     required = dense_state(model, packed_format)
+    tied = transformers_private.tied_weights(model)
     expected = {}
     for name, tensor in model.state_dict().items():
-        if name in model.all_tied_weights_keys and name not in required:
+        if name in tied and name not in required:
             expected[name] = UnpackedTensor(tuple(tensor.shape), tensor.is_floating_point(), is_required=False)
     for name, tensor in required.items():
         expected[name] = UnpackedTensor(tuple(tensor.shape), tensor.is_floating_point())

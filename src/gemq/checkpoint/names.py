@@ -1,6 +1,6 @@
 """Conversion between tensor names in the Transformers model and the names that a family uses on the hub.
 
-Loading in Transformers converts hub names to model names, and ``revert_weight_conversion`` converts back. Packed
+Loading in Transformers converts hub names to model names, and ``revert_conversion`` converts back. Packed
 tensors are stored under model names. All others are stored under hub names, so that other programs find them.
 """
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
+
+from gemq.runtime.compat.transformers_private import revert_conversion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REVERT_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
-"""What ``revert_weight_conversion`` raises if a conversion needs packed tensors. Its operations differ by family."""
+"""What ``revert_conversion`` raises if a conversion needs packed tensors. Its operations differ by family."""
 
 
 def hub_state(model: PreTrainedModel, tensors: Mapping[str, Tensor], packed: Collection[str] = ()) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def hub_state(model: PreTrainedModel, tensors: Mapping[str, Tensor], packed: Col
         The tensors by name in the files.
     """
     try:
-        converted = revert_weight_conversion(model, dict(tensors))
+        converted = revert_conversion(model, tensors)
     except _REVERT_ERRORS:
         return dict(tensors)
     # If a packed tensor is missing, a conversion may drop or repeat others.
@@ -65,7 +66,7 @@ def _fused_with_packed(
     matrices = {name: p for name, p in model.named_parameters() if name in packed and p.dim() == 2}
     complete = {name: torch.empty(t.shape, device="meta") for name, t in {**tensors, **matrices}.items()}
     try:
-        shapes = {name: tensor.shape for name, tensor in revert_weight_conversion(model, complete).items()}
+        shapes = {name: tensor.shape for name, tensor in revert_conversion(model, complete).items()}
     except _REVERT_ERRORS:
         shapes = {}
     differing = {name for name, tensor in converted.items() if shapes.get(name) != tensor.shape}
@@ -73,7 +74,7 @@ def _fused_with_packed(
         return {}
     fused = {}
     for name, tensor in tensors.items():
-        hub_names = revert_weight_conversion(model, {name: tensor}).keys()
+        hub_names = revert_conversion(model, {name: tensor}).keys()
         if differing & hub_names:
             fused[name] = tensor
     return fused
@@ -98,6 +99,6 @@ def stored_names(model: PreTrainedModel, packed: Collection[str], stored: Collec
     probes = {name: torch.empty(0, device="meta") for name in packed}
     name_by_probe = {id(probe): name for name, probe in probes.items()}
     model_names = {}
-    for hub_name, probe in revert_weight_conversion(model, probes).items():
+    for hub_name, probe in revert_conversion(model, probes).items():
         model_names[hub_name] = name_by_probe[id(probe)]
     return {model_names.get(name, name): name for name in stored}

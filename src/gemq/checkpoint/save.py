@@ -22,6 +22,7 @@ from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.outputs import partial_directory, remove_partial
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
+from gemq.runtime.compat import transformers_private
 from gemq.runtime.files import disk_errors, flush_to_disk
 from gemq.runtime.safetensors_files import stored_tensors, weight_files
 
@@ -98,7 +99,7 @@ def dense_state(
         tensors: by name in the model, for part of the model (complete layers); None: ``model.state_dict()``
     """
     packed = packed_format.replaced_names()
-    skipped = packed | set(model.all_tied_weights_keys)
+    skipped = packed | set(transformers_private.tied_weights(model))
     state = model.state_dict() if tensors is None else tensors
     unpacked = {name: tensor.detach() for name, tensor in state.items() if name not in skipped}
     return hub_state(model, unpacked, packed)

@@ -124,7 +124,7 @@ def quantize(
     except KeyboardInterrupt:
         work_directory = work or default_work_directory(out)
         print(
-            f"\nInterrupted. Nothing is lost: the same command with --resume goes on from {work_directory}",
+            f"\nInterrupted. Nothing is lost: the same command with --resume continues from {work_directory}",
             file=sys.stderr,
         )
         raise typer.Exit(1) from None

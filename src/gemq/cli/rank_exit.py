@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from gemq.runtime.processes import is_first, ranks_started
 
-RESUME_HINT = "nothing is lost, gemq quantize goes on with --resume, gemq export when it is run again"
+RESUME_HINT = "nothing is lost, gemq quantize continues with --resume, and gemq export can be run again"
 
 MAX_REASON_CHARACTERS = 120
 

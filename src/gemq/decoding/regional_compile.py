@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.models.cache_names import cache_name
+from gemq.runtime.compat import torch_private
 
 MAX_LAYER_KINDS = 6
 """Models with more kinds of decoder layers are refused, since compiling them would take minutes."""
@@ -50,7 +51,7 @@ class LayerCompiler:
     ) -> None:
         self.kinds = 0
         self._rewrite = rewrite
-        self._backend = _inductor if backend == "inductor" else torch._dynamo.lookup_backend(backend)
+        self._backend = _inductor if backend == "inductor" else torch_private.compile_backend(backend)
         self._layer_forward = torch.compile(_class_forward, backend=self._compile_layer, fullgraph=True, dynamic=False)
         self._module_forward = self.compile_function(_class_forward)
 
@@ -77,11 +78,7 @@ class LayerCompiler:
         for module in modules:
             module.forward = partial(self._module_forward, module)
         try:
-            with torch._dynamo.config.patch(
-                recompile_limit=MAX_RECOMPILATIONS,
-                accumulated_recompile_limit=MAX_RECOMPILATIONS,
-                force_parameter_static_shapes=False,
-            ):
+            with torch_private.dynamo_settings(MAX_RECOMPILATIONS):
                 yield
         finally:
             for module in (*layers, *modules):
@@ -128,18 +125,16 @@ def _mark_differing_sizes(layers: Sequence[nn.Module]) -> None:
             sizes = {buffer.shape[dim] for buffer in buffers}
             if len(sizes) > 1:
                 for buffer in buffers:
-                    torch._dynamo.maybe_mark_dynamic(buffer, dim)
+                    torch_private.mark_dynamic(buffer, dim)
 
 
 def _inductor(graph: Any, inputs: Any) -> Any:
     """Compiles a graph with Inductor and the decompositions below."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
-
-    decompositions: dict[Any, Any] = dict(select_decomp_table())
-    decompositions[torch.ops.aten.topk.default] = _topk_by_sort
-    decompositions[torch.ops.aten.mm.default] = _mm_by_sum
-    return compile_fx(graph, inputs, config_patches=INDUCTOR_OPTIONS, decompositions=decompositions)
+    decompositions: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.topk.default: _topk_by_sort,
+        torch.ops.aten.mm.default: _mm_by_sum,
+    }
+    return torch_private.compile_with_inductor(graph, inputs, INDUCTOR_OPTIONS, decompositions)
 
 
 def _mm_by_sum(a: Tensor, b: Tensor) -> Any:

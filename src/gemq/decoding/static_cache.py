@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from gemq.models.config_values import layer_configs, rotary_limit
+from gemq.runtime.compat import transformers_private
 from gemq.runtime.fallbacks import first_line
 
 MASKED_ATTENTION = ("eager", "sdpa")
@@ -59,10 +60,11 @@ def attention_windows(model: Any, config: Any) -> dict[str, int | None]:
     Raises:
         Unsupported: the attention needs more than these masks.
     """
-    if not model._can_compile_fullgraph:  # the attribute by which Transformers declares support for static shapes
+    if not transformers_private.supports_static_cache(model):
         raise Unsupported(f"Transformers does not run {type(model).__name__} with a static cache")
-    if config._attn_implementation not in MASKED_ATTENTION:
-        raise Unsupported(f"its attention ({config._attn_implementation}) takes no additive mask")
+    attention = transformers_private.attention_implementation(config)
+    if attention not in MASKED_ATTENTION:
+        raise Unsupported(f"its attention ({attention}) takes no additive mask")
     layers = layer_configs(config)
     sliding_windows = [getattr(layer, "sliding_window", None) for layer in layers]
     windows: set[tuple[str, int | None]] = set()

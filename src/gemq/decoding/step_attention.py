@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemq.kernels import dispatch
+from gemq.runtime.compat import transformers_private
 
 NAME = "gemq_decode"
 """Name of the attention implementation in Transformers."""
@@ -23,7 +24,8 @@ NAME = "gemq_decode"
 
 def usable(model: Any, config: Any) -> bool:
     """Whether the model's attention is ``sdpa`` and the kernel runs on its device."""
-    if config._attn_implementation != "sdpa" or dispatch.mode == "reference" or find_spec("triton") is None:
+    attention = transformers_private.attention_implementation(config)
+    if attention != "sdpa" or dispatch.mode == "reference" or find_spec("triton") is None:
         return False
     return model.device.type == "cuda" or dispatch.mode == "triton"
 
@@ -79,9 +81,5 @@ def use_decode_attention(config: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
-    original = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
+    with transformers_private.select_attention(config, NAME):
         yield
-    finally:
-        config._attn_implementation = original

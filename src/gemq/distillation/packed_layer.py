@@ -155,7 +155,7 @@ class PackedLayer:
             self.optimizer = distillation.training.optimizer(steps, (), grids, list(tuned.values()))
         self.trained = [tensor for tensor in (*grids, *tuned.values()) if tensor.requires_grad]
         num_trained = sum(tensor.numel() for tensor in self.trained)
-        self.waiting = OffloadedTensors(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
+        self.offloaded = OffloadedTensors(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
 
     @staticmethod
     def _pack_experts(layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme) -> list[PackedExperts]:
@@ -220,9 +220,9 @@ class PackedLayer:
     @contextmanager
     def _loaded(self, changes: bool = False) -> Iterator[None]:
         """Load the layer's tensors to the device, then offload them, with what was written if it ``changes``."""
-        self.waiting.load()
+        self.offloaded.load()
         yield
-        self.waiting.offload(changed=changes)
+        self.offloaded.offload(changed=changes)
 
     @torch.no_grad()
     def output(self, hidden: Tensor, call: Call) -> Tensor:
@@ -256,7 +256,7 @@ class PackedLayer:
         """Free graphs and memory."""
         self._output_graph.close()
         self._step_graph.close()
-        self.waiting.close()
+        self.offloaded.close()
 
     def _step(self, call: Call, hidden: Tensor, gradient: Tensor) -> Tensor:
         """Run forward and backward, update what is trained, and return the gradient of ``hidden``."""

@@ -66,7 +66,7 @@ class Student:
 
     def _capture(self, graph_bytes: int, on_failure: Callable[[], None]) -> None:
         """Prepare the layers' CUDA graphs if their memory can be reserved."""
-        on_device = all(layer.waiting.tier is MemoryTier.DEVICE for layer in self.layers)
+        on_device = all(layer.offloaded.tier is MemoryTier.DEVICE for layer in self.layers)
         # an offloaded tensor has another address after each load
         usable = self.replay.device.type == "cuda" and on_device and not self.replay.has_extra_outputs
         self._graph_bytes = graph_bytes if usable and self.replay.memory.try_reserve(graph_bytes) else 0

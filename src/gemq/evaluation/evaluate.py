@@ -274,10 +274,10 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
 
 
 def evaluate_paths(
-    model: str,
+    model: str | Path,
     *,
-    reference: str | None = None,
-    texts: Sequence[Path] | None = None,
+    reference: str | Path | None = None,
+    texts: Sequence[str | Path] | None = None,
     text_column: str | None = None,
     seq_len: int = 512,
     max_windows: int | None = None,
@@ -288,29 +288,48 @@ def evaluate_paths(
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a model on disk in bounded memory.
+    """Measure the quality of a model on disk: perplexity, and KL to a full-precision reference.
 
-    The memory limits decide where layers and activations are stored. They do not change the result.
+    Windows do not overlap. The first token of each is not scored. Memory limits decide where layers and activations
+    lie. They do not change the result.
 
     Args:
-        model: a packed checkpoint or any Transformers model
-        reference: the full-precision model to compare with
-        texts: files; None: the built-in texts
-        text_column: see ``eval_windows``
+        model: directory or hub id of a packed checkpoint or any Transformers model
+        reference: directory or hub id of the full-precision model to compare with; None: only perplexity is computed
+        texts: text or JSONL files with different stems; None: the built-in texts
+        text_column: column of rows that holds the text; None: as ``calibration_column`` of a recipe
         seq_len: tokens per window
         max_windows: number of windows to take from the start of each text; None: all
-        dtype: ``float32``, ``bfloat16``, or ``auto``
-        device: ``cpu``, ``cuda``, or ``auto``
+        dtype: compute type: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
+        device: ``auto``, ``cpu`` or ``cuda``
         gpu_memory: limit in bytes; None: 90 % of the free memory
         host_memory: limit in bytes; None: 90 % of the free memory
+        trust_remote_code: allow Python code that comes with the models to run
+        monitor: shows progress and collects seconds and memory of the stages; None: nothing is shown
 
     Returns:
-        What ``gemq eval`` prints as JSON: the values of ``evaluate``, properties of the model, and ``rows`` (see
-        ``RowStats.to_dict``) where a text has rows.
+        The values that ``gemq eval --json`` writes. A standard error is that of the mean over windows.
+
+        - ``model``, ``stored_bytes``: the model, and bytes of its tensors
+        - ``expert_bits_nominal``, ``expert_bits_stored``: mean bits per expert weight without and with scales and
+          offsets, None for a model that is not packed
+        - ``windows``, ``tokens``: number of windows and of scored tokens
+        - ``perplexity``, ``perplexity_stderr``: of the model
+        - ``texts``: windows, tokens and all metrics of each text, by the stem of its file
+        - ``layers``: routing agreement of each layer with experts, empty without a reference
+        - ``rows``: the columns that were read, if a text has rows
+
+        With a reference also, and by text too:
+
+        - ``mean_kl``, ``mean_kl_stderr``: KL(reference || model) in nats per token
+        - ``top1_agreement``, ``top1_agreement_stderr``: share of tokens whose most likely next token is the same
+        - ``routing_agreement``: share of the reference's chosen experts that the model chose as well
 
     Raises:
         UserError: the model cannot be evaluated. Most causes are detected before any weight is read.
     """
+    model = str(model)
+    reference = None if reference is None else str(reference)
     target = pick_device(device)
     subject = ModelFiles.open(model, dtype, trust_remote_code)
     _check_window(subject, seq_len)

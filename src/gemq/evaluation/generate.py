@@ -45,13 +45,15 @@ def generate(
     stream: bool = False,
     compile_layers: bool = False,
 ) -> str:
-    """Writes text with a model.
+    """Write text with a model, with a static cache and on a GPU in a CUDA graph.
 
     Args:
+        model: a loaded causal language model, such as that of ``load``
+        tokenizer: the tokenizer of the model, from Transformers
         prompt: text to continue, or to answer where the tokenizer has a chat template
-        max_new_tokens: upper bound for the number of new tokens
+        max_new_tokens: upper bound for the number of new tokens, at least 1
         temperature: 0 chooses the most likely token; otherwise tokens are sampled from the whole distribution
-        seed: of the sampling
+        seed: seed of the sampling
         raw: do not apply the chat template
         stream: print the text while it is written
         compile_layers: on a GPU, compile the decoder layers after the first token. This takes seconds and makes the
@@ -61,7 +63,8 @@ def generate(
         The new text, without the prompt.
 
     Raises:
-        UserError: the chat template cannot be applied, or the prompt has tokens that the model does not have.
+        UserError: an argument is out of range, the chat template cannot be applied, or the prompt has tokens that the
+            model does not have.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the least is 1")
@@ -103,7 +106,7 @@ def _encode(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
             text = render(tokenizer, [{"role": "user", "content": prompt}], answer=True)
         except CannotRender as error:
             raise UserError(
-                f"the model's chat template cannot be applied ({error}): add --raw to go on from the prompt as it is"
+                f"the model's chat template cannot be applied ({error}): add --raw to continue the prompt without it"
             ) from error
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:

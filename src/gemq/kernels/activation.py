@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemq.runtime.compat import transformers_private
+
 NONE, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = range(6)
 """Codes of the functions in the kernels' arguments."""
 
@@ -100,7 +102,7 @@ def _recognize(module: Any) -> Activation | None:
         return None  # learned: its values may change
     device = next(itertools.chain(module.parameters(), module.buffers())).device
     probe = _probe_values()
-    function = module._apply_gate if module.has_gate else module.act_fn
+    function = transformers_private.expert_activation(module)
     with torch.no_grad():
         expected = function(probe.to(device)).cpu()
     for form in _candidate_forms(module.has_gate, _numeric_attributes(module)):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gemq.kernels import reference
 from gemq.quant.packing import PackedMatrix
+from gemq.runtime.compat import torch_private
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear, PackedMatrices
@@ -49,7 +50,7 @@ class _Int4Matrix(NamedTuple):
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply x [T, columns] with the matrix: [T, rows]."""
-        return torch._weight_int4pack_mm_for_cpu(x, self.codes, self.group_size, self.grid)
+        return torch_private.int4_matmul(x, self.codes, self.group_size, self.grid)
 
 
 class _Converted(NamedTuple):
@@ -108,7 +109,7 @@ def _sum_of_products(terms: tuple[_Int4Matrix, ...], x: Tensor) -> Tensor:
 
 def _converted_terms(module: nn.Module, expert: int, matrix: PackedMatrix) -> tuple[_Int4Matrix, ...]:
     """Return the matrix in PyTorch's layout from the cache. Convert it if it is new or its weights have changed."""
-    version = tuple(0 if t.is_inference() else t._version for t in matrix.tensors())
+    version = tuple(0 if t.is_inference() else torch_private.write_count(t) for t in matrix.tensors())
     converted = _cache.setdefault(module, {})
     if expert not in converted or converted[expert].version != version:
         converted[expert] = _Converted(version, _convert(matrix))
@@ -135,4 +136,4 @@ def _convert(matrix: PackedMatrix) -> tuple[_Int4Matrix, ...]:
 def _int4_matrix(nibbles: Tensor, scales: Tensor, midpoints: Tensor, group_size: int) -> _Int4Matrix:
     """Pack nibbles [rows, columns] int32 with float32 scales and midpoints [rows, groups]."""
     grid = torch.stack([scales, midpoints], -1).transpose(0, 1).contiguous().bfloat16()
-    return _Int4Matrix(torch._convert_weight_to_int4pack_for_cpu(nibbles, 1), grid, group_size)
+    return _Int4Matrix(torch_private.pack_int4(nibbles), grid, group_size)

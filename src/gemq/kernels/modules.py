@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from gemq.kernels import dispatch
 from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width
+from gemq.runtime.compat import torch_private
 
 ALIGNMENT = 16
 """Each expert's codes start at a multiple of this many bytes: the widest load of a GPU thread."""
@@ -238,7 +238,7 @@ class PackedWeight(Tensor):
         """Call ``func`` with the dequantized weights, or raise RuntimeError if it would change them."""
         kwargs = kwargs or {}
         if func in _METADATA_FUNCTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch_private.without_torch_function():
                 return func(*args, **kwargs)
         if func in _IDENTITY_FUNCTIONS:
             return args[0]
@@ -250,9 +250,14 @@ class PackedWeight(Tensor):
                 "a packed weight is read-only, so no adapter can be merged into it: keep the adapter separate, "
                 "or merge it into the plain model that gemq export --dense writes"
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = tree_map_only(cls, lambda weight: weight.linear.dequantize(torch.float32), (args, kwargs))
+        with torch_private.without_torch_function():
+            args, kwargs = torch_private.map_instances(cls, _dequantized, (args, kwargs))
             return func(*args, **kwargs)
+
+
+def _dequantized(weight: PackedWeight) -> Tensor:
+    """Return the values of a packed weight: float32 [rows, columns]."""
+    return weight.linear.dequantize(torch.float32)
 
 
 _METADATA_FUNCTIONS = {

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gemq.runtime.compat import transformers_private
+
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
 
@@ -89,7 +91,7 @@ def experts_forward(
         y = product(up_name, expert, hidden[token])
         if up_bias is not None:
             y = y + up_bias[expert]
-        y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = transformers_private.expert_activation(module)(y)
         y = product("down_proj", expert, y)
         if module.has_bias:
             y = y + module.down_proj_bias[expert]

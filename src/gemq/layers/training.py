@@ -119,9 +119,7 @@ class Optimizer:
         for parameters, rate in zip(trained_groups, self.rates, strict=True):
             options.append({"params": parameters, "lr": torch.tensor(rate, device=self.device)})
         on_gpu = self.device.type == "cuda"
-        adamw = torch.optim.AdamW(options, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True, capturable=on_gpu)
-        adamw._warned_capturable_if_run_uncaptured = True  # steps also run without a graph, and that is correct
-        return adamw
+        return torch.optim.AdamW(options, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True, capturable=on_gpu)
 
     def add_fused(self, fused: Sequence[FusedMatrices], lr_codes: float, lr_grids: float) -> None:
         """Register matrices with a fused optimizer step, and their learning rates."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from gemq.runtime.compat import transformers_private
+
 
 def auto_class(config: Any) -> Any:
     """Returns the Auto class for a configuration.
@@ -19,19 +21,9 @@ def auto_class(config: Any) -> Any:
     architectures = set(getattr(config, "architectures", None) or ())
     default = None
     for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
-        names = _model_classes(auto, config)
+        names = transformers_private.model_classes(auto, config)
         if names & architectures:
             return auto
         if names and default is None:
             default = auto
     return default or AutoModelForCausalLM
-
-
-def _model_classes(auto: Any, config: Any) -> set[str]:
-    """Returns the names of the model classes that an Auto class has for a configuration."""
-    if type(config) not in auto._model_mapping:
-        return set()
-    classes = auto._model_mapping[type(config)]
-    if not isinstance(classes, list | tuple):
-        classes = (classes,)
-    return {model_class.__name__ for model_class in classes}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemq.quant.grid import largest_weights
+from gemq.runtime.compat import transformers_private
 
 MIN_LARGEST_WEIGHT = 2.0**-14
 MAX_LARGEST_WEIGHT = 2.0**6
@@ -77,6 +78,7 @@ def _scales_with_up(module: Any) -> bool:
     scaled = gate_up.clone()
     scaled[:, up_columns] *= TEST_FACTOR
     try:
-        return torch.equal(module._apply_gate(scaled), module._apply_gate(gate_up) * TEST_FACTOR)
+        gate = transformers_private.expert_activation(module)
+        return torch.equal(gate(scaled), gate(gate_up) * TEST_FACTOR)
     except (RuntimeError, NotImplementedError):  # an activation with parameters on another device
         return False

@@ -10,6 +10,7 @@ import torch
 from gemq.models.structure import Experts, Matrix, Structure
 from gemq.quant.widths import Width, group_size_for
 from gemq.recipe import Recipe
+from gemq.runtime.compat import transformers_private
 
 
 def matrix_sizes(matrix: Matrix, widths: Sequence[Width], group_size: int) -> list[int]:
@@ -74,7 +75,7 @@ def unquantized_bytes(model: Any, structure: Structure, recipe: Recipe, stored: 
         recipe: says which matrices are quantized
         stored: stored types by parameter name
     """
-    excluded = set(model.all_tied_weights_keys)
+    excluded = set(transformers_private.tied_weights(model))
     for layer in structure.layers:
         if recipe.dense_width is not None:
             excluded.update(f"{linear.path}.weight" for linear in layer.linears)

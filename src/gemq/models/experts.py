@@ -11,14 +11,13 @@ I intermediate size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gemq.errors import UserError
 from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
@@ -26,6 +25,7 @@ from gemq.models import grouped
 from gemq.models.expert_parallel import ExpertSharding, sharding_of
 from gemq.models.expert_routing import RoutedPairs, route, route_local, route_without_sync
 from gemq.models.structure import first_matrix_name
+from gemq.runtime.compat import transformers_private
 
 PAIRWISE_IMPLEMENTATION = "gemq_calibration"
 """Name of ``experts_forward`` in Transformers' table of experts implementations."""
@@ -142,9 +142,9 @@ def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: Routed
         [P, I].
     """
     output = _expert_linear(x, weight, _bias(module, name, pairs), pairs)
-    if not module.has_gate:
-        return module.act_fn(output)
-    return grouped.gate(module, output) if grouped.usable(x, weight) else module._apply_gate(output)
+    if module.has_gate and grouped.usable(x, weight):
+        return grouped.gate(module, output)
+    return transformers_private.expert_activation(module)(output)
 
 
 def apply_down(module: Any, weight: Tensor, h: Tensor, pairs: RoutedPairs) -> Tensor:
@@ -294,15 +294,9 @@ def all_pairs_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_we
 def _class_forward(module: Any) -> Iterator[None]:
     """Makes an experts module run the forward of its class, whichever implementation is selected."""
     config = getattr(module, "config", None)
-    if config is None:  # the family offers no choice of implementations
+    # without a config the family offers no choice of implementations
+    with nullcontext() if config is None else transformers_private.select_experts(config, "eager"):
         yield
-        return
-    implementation = config._experts_implementation
-    config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation = implementation
 
 
 def check_arithmetic(model: Any, paths: Sequence[str], ids: Tensor) -> None:
@@ -347,8 +341,7 @@ def _arithmetic_error(module: Any, call: ExpertsCall) -> float:
 
 def use_experts_forward(model: Any) -> None:
     """Makes a model's experts modules run ``experts_forward``. Families without the interface keep their own."""
-    if PAIRWISE_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(PAIRWISE_IMPLEMENTATION, experts_forward)
+    transformers_private.register_experts(PAIRWISE_IMPLEMENTATION, experts_forward)
     model.set_experts_implementation(PAIRWISE_IMPLEMENTATION)
 
 
@@ -360,6 +353,5 @@ def use_fast_experts(model: Any) -> None:
     parameter = next(model.parameters())
     if not parameter.is_cuda:
         return
-    if ALL_PAIRS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(ALL_PAIRS_IMPLEMENTATION, all_pairs_forward)
+    transformers_private.register_experts(ALL_PAIRS_IMPLEMENTATION, all_pairs_forward)
     model.set_experts_implementation("grouped_mm" if parameter.dtype == torch.bfloat16 else ALL_PAIRS_IMPLEMENTATION)

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gemq.runtime.compat import transformers_private
+
 
 def adopt_experts(model: nn.Module) -> None:
     """Sets ``is_transposed``, ``has_gate`` and similar attributes on experts modules of ``model`` that lack them.
@@ -43,8 +45,7 @@ def _adopt(module: Any) -> None:
         module.passes_on = True
     module.is_transposed, module.has_gate, module.has_bias, module.is_concatenated = is_transposed, True, False, True
     module.batched_rows = num_arguments == 1
-    if not hasattr(module, "_apply_gate"):
-        module._apply_gate = partial(_apply_gate, module.act_fn)
+    transformers_private.set_default_gate(module, partial(_apply_gate, module.act_fn))
 
 
 def _is_transposed(gate_up: Tensor, down: Tensor) -> bool | None:

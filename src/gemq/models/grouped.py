@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemq.kernels.activation import SILU, Activation, activation_of
+from gemq.runtime.compat import transformers_private
 
 ALIGNMENT = 8
 """Rows and columns must be multiples of this, which is 16 bytes."""
@@ -131,4 +132,4 @@ def gate(module: Any, x: Tensor) -> Tensor:
     from gemq.kernels.training.expert_ops import silu_gate  # triton comes with torch for CUDA, not for CPUs
 
     is_silu_gate = activation_of(module) == Activation(SILU, gated=True)
-    return silu_gate(x) if is_silu_gate else module._apply_gate(x)
+    return silu_gate(x) if is_silu_gate else transformers_private.expert_activation(module)(x)

@@ -18,6 +18,7 @@ from gemq.models.balance import balance
 from gemq.models.experts_adapter import as_adopted
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Layer
+from gemq.runtime.compat import torch_private
 from gemq.runtime.fallbacks import optional
 from gemq.runtime.memory import MemoryBudget
 
@@ -82,8 +83,7 @@ class LayerSlot:
 def _owner_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Returns the dictionary of parameters or buffers that holds a tensor, and the tensor's key there."""
     path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    return (module._parameters if key in module._parameters else module._buffers), key
+    return torch_private.tensor_dict(model.get_submodule(path), key), key
 
 
 @dataclass

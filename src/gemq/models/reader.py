@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging
 
 from gemq.errors import UserError
@@ -36,6 +35,7 @@ from gemq.models.stored import (
     transformers_types,
 )
 from gemq.models.stored_layout import LayerNames, SourceSpan, find_layout
+from gemq.runtime.compat import torch_private, transformers_private
 from gemq.runtime.upload import Fragment, Span, read_spans, upload_to
 
 
@@ -91,7 +91,7 @@ class LayerReader:
         targets = find_targets(self._handles, state, load_config.weight_mapping, model.base_model_prefix)
         self._stored = StoredTensors(self._origin, self._spans, targets, state)
         depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        self.left_out = self._stored.check(model._keys_to_ignore_on_load_unexpected or (), depth)
+        self.left_out = self._stored.check(transformers_private.ignored_patterns(model), depth)
         self.loaded_types = transformers_types(state, load_config.dtype_plan)
         self._config = load_config
         self._stored_types: dict[str, torch.dtype] = {}
@@ -158,7 +158,7 @@ class LayerReader:
         """
         retype(model, self._stored_types)
         report = self._convert(model, self._slices(self._outside.targets))
-        model._weight_conversions = self._model._weight_conversions  # includes those of the layers
+        transformers_private.copy_conversions(self._model, model)  # includes those of the layers
         self._raise_conversion_errors(report)
         filled = {name: model.get_parameter_or_buffer(name) for name in self._outside.available}
         self._check_finite(filled)
@@ -168,7 +168,7 @@ class LayerReader:
         for names in self.names_by_layer:
             report.missing_keys -= names
             for name in names:
-                model.get_parameter_or_buffer(name)._is_hf_initialized = True  # Transformers must not initialize it
+                transformers_private.mark_initialized(model.get_parameter_or_buffer(name))
         return report
 
     @cached_property
@@ -330,16 +330,13 @@ class LayerReader:
         """Runs Transformers' conversion of stored tensors into a model. Returns its report."""
         config = self._config if device is None else dataclasses.replace(self._config, device_map={"": device})
         with _without_progress_bars():
-            report, _ = convert_and_load_state_dict_in_model(model=model, state_dict=dict(tensors), load_config=config)
-        return report
+            return transformers_private.convert_into(model, tensors, config)
 
     def _restore_placeholders(self, placeholders: dict[str, Any]) -> None:
         """Puts tensors without contents back into the model."""
         for name, tensor in placeholders.items():
             path, _, key = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            owner = module._parameters if key in module._parameters else module._buffers
-            owner[key] = tensor
+            torch_private.tensor_dict(self._model.get_submodule(path), key)[key] = tensor
 
 
 @contextmanager
@@ -357,16 +354,12 @@ def loading_from(files: Sequence[Path], options: ReadOptions) -> Iterator[list[L
     """
     readers: list[LayerReader] = []
 
-    def fill(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any, **__: Any) -> Any:
+    def fill(model: Any, load_config: Any) -> Any:
         readers.append(LayerReader(model, files, load_config, options))
-        return readers[-1].fill_outside(model), None
+        return readers[-1].fill_outside(model)
 
-    original: Callable[..., Any] = vars(PreTrainedModel)["_load_pretrained_model"]
-    PreTrainedModel._load_pretrained_model = staticmethod(fill)  # type: ignore[method-assign]
-    try:
+    with transformers_private.weights_loaded_by(fill):
         yield readers
-    finally:
-        PreTrainedModel._load_pretrained_model = original  # type: ignore[method-assign]
 
 
 @contextmanager

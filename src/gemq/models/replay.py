@@ -75,7 +75,7 @@ class Replay:
 
         Raises:
             UserError: the model does more between its layers than passing on what they return, or it does not support
-                so many processes
+                this number of processes
         """
         self.model: Any = model.eval().requires_grad_(False)
         self.structure = structure

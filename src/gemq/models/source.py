@@ -35,6 +35,7 @@ from gemq.models.reader import LayerReader, ReadOptions, loading_from
 from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.stored import FLOATS
 from gemq.models.structure import find_structure
+from gemq.runtime.compat import torch_private, transformers_private
 from gemq.runtime.safetensors_files import read_header, weight_files
 from gemq.runtime.upload import TORCH_DTYPES
 
@@ -221,7 +222,7 @@ class Source:
         files = weight_files(self.path)
         if (self.path / ADAPTER_FILE).exists():
             warnings.warn(
-                f"the adapter in {self.path} ({ADAPTER_FILE}) is not applied: only the whole model beside it is read",
+                f"the adapter in {self.path} ({ADAPTER_FILE}) is not applied: only the whole model next to it is read",
                 stacklevel=3,
             )
         with loading_from(files, ReadOptions(str(self.path), layers, dtype)) as readers, self._building():
@@ -268,13 +269,14 @@ class Source:
         """
         adopt_experts(model)
         for module in model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and not parameter.is_meta:
+            for parameter in module.parameters(recurse=False):
+                if not parameter.is_meta:
                     kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                     parameter.data = parameter.data.to(device, kind)
-            for name, buffer in module._buffers.items():  # not converted: rotary frequencies stay in float32
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(device)
+            # buffers are not converted: rotary frequencies stay in float32
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                if not buffer.is_meta:
+                    torch_private.tensor_dict(module, name)[name] = buffer.to(device)
         use_experts_forward(model)
         if device.type == "cuda":
             use_fused_kernels(model, device)
@@ -314,11 +316,10 @@ class Source:
 
     def _generation_config(self) -> GenerationConfig:
         """Reads the defaults of generation from generation_config.json, or else from config.json."""
-        options: dict[str, Any] = {}
-        if not (self.path / "generation_config.json").is_file():
-            options = {"config_file_name": "config.json", "_from_model_config": True}
         with one_line_errors(f"cannot read the generation_config.json of {self.path}", "correct or delete it"):
-            return GenerationConfig.from_pretrained(self.path, **options)
+            if (self.path / "generation_config.json").is_file():
+                return GenerationConfig.from_pretrained(self.path)
+            return transformers_private.generation_config_of_model(self.path)
 
     def fingerprint(self, previous: Mapping[str, Sequence[Any]] | None = None) -> tuple[str, dict[str, list[Any]]]:
         """Hashes the configuration, the tokenizer and every byte of the weights.
@@ -386,8 +387,7 @@ def _delete_quantization(config: Any) -> None:
 def _forget_quantization(model: Any) -> None:
     """Makes a dequantized model an ordinary one, so that it is not quantized again when it is saved."""
     _delete_quantization(model.config)
-    model.hf_quantizer = None
-    model._weight_conversions = None  # they include dequantization; saving uses the family's own
+    transformers_private.forget_quantizer(model)
 
 
 def _first_float_type(files: Sequence[Path]) -> torch.dtype:

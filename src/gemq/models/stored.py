@@ -9,20 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    rename_source_key,
-)
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from gemq.errors import UserError
+from gemq.runtime.compat import transformers_private
 from gemq.runtime.upload import Span
+
+if TYPE_CHECKING:
+    from transformers import WeightConverter
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types in which weights are stored as they are. Floats of 8 bits are codes, which need scales."""
@@ -76,7 +73,8 @@ class Target(NamedTuple):
     @property
     def is_fp8(self) -> bool:
         """Whether the stored tensor holds FP8 codes or their scales."""
-        return any(isinstance(x, Fp8Dequantize) for x in getattr(self.converter, "operations", ()))
+        operations = getattr(self.converter, "operations", ())
+        return any(transformers_private.is_fp8_dequantization(operation) for operation in operations)
 
 
 def find_targets(
@@ -90,16 +88,15 @@ def find_targets(
         weight_mapping: the model's renamings and converters
         prefix: the model's ``base_model_prefix``
     """
-    renamings = [x for x in weight_mapping or () if isinstance(x, WeightRenaming)]
-    converters = [x for x in weight_mapping or () if isinstance(x, WeightConverter)]
+    renamings, converters = transformers_private.split_mapping(weight_mapping)
     by_pattern: dict[str, WeightConverter] = {}
     for converter in converters:
         by_pattern.update(dict.fromkeys(converter.source_patterns, converter))
     targets = {}
     for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, placeholders)
+        target, pattern = transformers_private.rename_stored(name, renamings, converters, prefix, placeholders)
         if target not in placeholders and name in placeholders:
-            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=placeholders)
+            target, pattern = transformers_private.rename_stored(name, [], [], prefix, placeholders)
         renamed = name
         for renaming in renamings:
             renamed, _ = renaming.rename_source_key(renamed)
@@ -314,7 +311,7 @@ def transformers_types(
     """
     types = {name: tensor.dtype for name, tensor in state.items()}
     if dtype_plan:
-        pattern, by_group = build_glob_alternation(list(dtype_plan))[:2]
+        pattern, by_group = transformers_private.compile_globs(dtype_plan)
         for name, kind in types.items():
             match = pattern.search(name)
             if match and match.lastgroup and kind.is_floating_point:

@@ -38,17 +38,33 @@ TABLE_BUDGETS = (1.5, 2.0, 2.5, 3.0)
 
 @dataclass
 class Plan:
-    """What ``quantize`` would need and produce.
+    """What ``quantize`` would need and produce. ``plan`` returns it.
+
+    Checkpoint sizes are exact except for the rounding of the budget. Memory, disk and time are estimates. Times count
+    neither files nor compilation.
 
     Attributes:
-        sizes: bytes of the checkpoint's tensors, by nominal bits per expert weight.
+        model: directory of the model's files.
+        parameters: number of parameters by kind, as in ``Result``.
+        quantized_share: share of the parameters that are quantized, from 0 to 1.
+        linears_not_quantized: paths of large weights in decoder layers that stay unquantized.
+        moe_layers: number of layers with routed experts.
+        layers: number of decoder layers.
+        experts: number of routed experts in all layers.
+        original_bytes: bytes of the full-precision model's tensors.
+        sizes: bytes of the checkpoint's tensors by nominal bits per expert weight, such as ``"2.5"``.
+        budget: the budget, such as ``2 bits``.
         bits: nominal bits per expert weight that the budget buys.
-        tokens: calibration tokens, those that the effort adds included.
-        least_bytes: of memory on ``device`` with which the job runs at all.
-        quickest_bytes: of memory on ``device`` with which nothing is offloaded or read again.
-        host_bytes: of host memory in addition. On a GPU layers are read through it.
-        available_bytes: of memory on ``device`` that a job started now would take at most.
-        seconds: expected time of each stage on ``device``.
+        seq_len: tokens per calibration window.
+        num_windows: number of calibration windows of the recipe, without those that the effort adds.
+        tokens: calibration tokens, with those that the effort adds.
+        work_bytes: bytes of the work directory on disk.
+        least_bytes: bytes of memory on ``device`` with which the job runs at all.
+        quickest_bytes: bytes of memory on ``device`` with which nothing is offloaded or read again.
+        host_bytes: bytes of host memory in addition. On a GPU layers are read through it.
+        available_bytes: bytes of memory on ``device`` that a job started now would take at most.
+        device: the device, such as ``cpu``.
+        seconds: expected seconds of each stage on ``device``.
     """
 
     model: str
@@ -74,7 +90,7 @@ class Plan:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the command line writes them to JSON."""
+        """Return plain values, as ``gemq plan --json`` writes them."""
         return asdict(self)
 
 
@@ -89,20 +105,23 @@ def plan(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plans a job from the model's configuration. The weights of a hub id are not downloaded.
+    """Plan a job from the model's configuration. No weights are read, and none of a hub id are downloaded.
 
     Args:
-        model: local directory or hub id.
+        model: as for ``quantize``.
         recipe: as for ``quantize``.
-        allocation: JSON file with the widths of every expert, as for ``quantize``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        gpu_memory: bound in bytes, as for ``quantize``.
-        host_memory: bound in bytes, as for ``quantize``.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: allow code of the model to run.
+        allocation: as for ``quantize``.
+        device: the device to plan for: ``auto``, ``cpu`` or ``cuda``. Its speed is measured for a second.
+        gpu_memory: limit in bytes, as for ``quantize``.
+        host_memory: limit in bytes, as for ``quantize``.
+        revision: as for ``quantize``.
+        trust_remote_code: as for ``quantize``.
+
+    Returns:
+        Sizes, memory, disk and time of the job.
 
     Raises:
-        UserError: the model, the recipe, the calibration texts or the bounds cannot be used. Without bounds a model may
+        UserError: the model, the recipe, the calibration texts or the limits cannot be used. Without limits a model may
             be too large for this machine: a plan may be for another one.
     """
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code, weights=False)

@@ -58,25 +58,31 @@ def quantize(
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
-    """Quantizes a model into a packed checkpoint.
+    """Quantize a model into a packed checkpoint.
+
+    The work directory keeps every matrix at every width. ``export`` makes other checkpoints from it in seconds.
 
     Args:
-        model: local directory or hub id.
-        recipe: what decides the bytes of the result; by default the default recipe.
-        out: directory of the checkpoint.
-        work: directory of intermediate results, by default ``out`` with ``.work`` added.
-        resume: continue an interrupted job instead of refusing its work directory.
-        allocation: JSON file with the widths of every expert, instead of solving for them.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        gpu_memory: bytes that the job may take on the GPU, by default 90 % of what is free. It can change the result
+        model: local directory or hub id of the full-precision model.
+        recipe: the settings that decide the bytes of the result. None: ``Recipe()``.
+        out: directory of the checkpoint, which must not exist or be empty.
+        work: directory of intermediate results. None: next to ``out``, with ``.work`` added to its name.
+        resume: continue an interrupted job, whose work directory is rejected otherwise.
+        allocation: JSON file with the widths of every expert, see ``Allocation.to_json``. None: solve for them.
+        device: ``auto``, ``cpu`` or ``cuda``. ``auto`` is the GPU if there is one.
+        gpu_memory: bytes that the job may take on the GPU. None: 90 % of the free memory. It can change the result
             only by how a GPU rounds products of different sizes.
-        host_memory: the same for host memory.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: allow code of the model to run.
-        monitor: shows progress and collects the costs of the stages.
+        host_memory: bytes that the job may take on the host. None: 90 % of the free memory.
+        revision: branch, tag or commit on the hub. None: the default branch.
+        trust_remote_code: allow Python code that comes with the model to run.
+        monitor: shows progress and collects seconds and memory of the stages. None: nothing is shown.
+
+    Returns:
+        What was written: the widths of all experts, sizes, and seconds and memory of each stage.
 
     Raises:
-        UserError: something cannot be done. Nothing is lost or half written then.
+        UserError: the job cannot be done. Most causes are found before anything is computed. Finished stages stay in
+            the work directory, and ``out`` is never half written.
     """
     recipe = recipe or Recipe()
     if not isinstance(recipe, Recipe):
@@ -130,23 +136,32 @@ def export(
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
-    """Makes a checkpoint with another budget from a work directory of ``quantize``, in seconds.
+    """Make a checkpoint with other widths from a work directory of ``quantize``.
+
+    By default the candidates are assembled, which takes seconds: nothing is trained, and no guard runs. Stages that
+    the work directory lacks are computed.
 
     Args:
-        work: the work directory, whose candidates are assembled.
-        out: directory of the checkpoint.
-        changes: recipe keys of the budget and the allocation, such as ``{"bits": 1.5}`` or ``{"allocate": "uniform"}``.
-        reconstruct: reconstruct the model at the new widths, as ``quantize`` does.
-        allocation: JSON file with the widths of every expert, instead of solving for them.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        work: the work directory.
+        out: directory of the checkpoint, which must not exist or be empty.
+        changes: recipe keys of budget and allocation with new values, such as ``{"bits": 1.5}`` or
+            ``{"allocate": "uniform"}``. None: the recipe of ``quantize``.
+        reconstruct: run the guard, reconstruction and distillation at the new widths, which takes as long as in
+            ``quantize``.
+        allocation: JSON file with the widths of every expert, see ``Allocation.to_json``. None: solve for them.
+        device: as for ``quantize``.
         gpu_memory: as for ``quantize``.
         host_memory: as for ``quantize``.
-        model: where the full-precision model is now; by default where ``quantize`` read it.
-        trust_remote_code: allow code of the model to run. What the work directory says does not count.
-        monitor: shows progress and collects the costs of the stages.
+        model: where the full-precision model is now. None: where ``quantize`` read it.
+        trust_remote_code: allow Python code that comes with the model to run. ``quantize`` does not decide this for
+            ``export``.
+        monitor: as for ``quantize``.
+
+    Returns:
+        As for ``quantize``.
 
     Raises:
-        UserError: something cannot be done. Nothing is lost or half written then.
+        UserError: the checkpoint cannot be made. ``out`` is never half written.
     """
     out = Path(out)
     allocation = None if allocation is None else Path(allocation)

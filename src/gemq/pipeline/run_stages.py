@@ -45,45 +45,67 @@ MIN_BUDGET_DISTANCE = 0.4
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` and ``export`` return. ``to_dict`` is the JSON of the command line."""
+    """What ``quantize`` and ``export`` did and wrote. They return it."""
 
     out: Path
+    """Directory of the checkpoint."""
     work: Path
+    """Work directory."""
     complete_before: bool
-    """An earlier run of this job had already written the output."""
+    """Whether an earlier run of this job had already written the output."""
     budget: str
+    """The budget, such as ``2 bits``."""
     method: str
+    """Method of the allocation, as in ``allocate``, or ``from a file``."""
     predicted_cost: float | None
+    """Sum of the scores of the allocation. None for an allocation without scores."""
     allocation: list[list[ExpertWidths]]
-    """By layer and expert the widths of gate and up, and of down; in JSON one number where they are the same."""
+    """Widths by layer and expert, of gate and up and of down. An empty list for a dense layer."""
     layer_bits: list[float]
-    """Mean nominal bits of each layer's expert weights, 0 for a dense layer."""
+    """Mean nominal bits per expert weight of each layer, 0 for a dense layer."""
     parameters: dict[str, int]
+    """Number of parameters of the model by kind: ``experts``, ``attention``, ``shared``, ``dense``, ``router``, and
+    ``other`` for embeddings, norms and head."""
     quantized_share: float
+    """Share of the parameters that are quantized, from 0 to 1."""
     original_bytes: int
+    """Bytes of the full-precision model's tensors."""
     stored_bytes: int
+    """Bytes of the checkpoint's tensors."""
     expert_bits_nominal: float
+    """Mean bits per expert weight, without scales and offsets."""
     expert_bits_stored: float
+    """Mean bits per expert weight, with scales and offsets."""
     seq_len: int
+    """Tokens per calibration window."""
     windows: dict[str, int]
+    """Number of calibration windows by source."""
     fallbacks: dict[str, int]
+    """How often something was not done in the usual way, by name."""
     gains: dict[str, float] = field(default_factory=dict)
-    """Errors on held-out windows before and after training: of layers' outputs (relative) and of distillation (nats)"""
+    """Errors on held-out windows before and after training: ``reconstruction_before`` and ``reconstruction_after``
+    (mean relative error of layers' outputs), ``distillation_before`` and ``distillation_after`` (nats per token)."""
     calibration_rows: dict[str, Any] = field(default_factory=dict)
-    """By source with rows: the columns that its texts are from with their rows, and what was left out."""
+    """By source with rows: number of rows by column that the text is from, and of rows that were left out."""
     guard: dict[str, Any] = field(default_factory=dict)
-    """The guard's verdict on the allocation, or why it was ``skipped``."""
+    """The guard's verdict on the allocation, or under ``skipped`` why it did not run."""
     spilled_bytes: dict[str, int] = field(default_factory=dict)
-    """Most bytes of activations and packed layers in ``host memory`` and on ``disk`` that the device did not hold."""
+    """Most bytes of activations and packed layers that memory did not hold, by where they were: ``host memory`` or
+    ``disk``."""
     work_bytes: int = 0
+    """Bytes of the work directory."""
     other_bits: float | None = None
-    """A budget for another ``export``; None where there is only one candidate width."""
+    """Another budget in bits that ``export`` takes. None if there is only one candidate width."""
     trust_remote_code: bool = False
-    """Whether the model brings code, which each command has to allow."""
+    """Whether code that comes with the model was allowed to run."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    """``seconds``, ``peak_gpu_bytes`` and ``peak_host_bytes`` of each stage of this run."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the command line writes them to JSON."""
+        """Return plain values, as ``gemq quantize --json`` writes them.
+
+        ``allocation`` has one number for an expert whose matrices have the same width.
+        """
         values = {**dataclasses.asdict(self), "allocation": plain_widths(self.allocation)}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 

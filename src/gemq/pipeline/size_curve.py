@@ -39,12 +39,12 @@ class CurvePoint:
 
     Attributes:
         bits: the budget, in nominal bits per expert weight.
-        nominal_bits: of the allocation per expert weight, without scales and offsets.
-        stored_bits: the same with scales and offsets.
-        expert_bytes: of all experts.
-        stored_bytes: of all the checkpoint's tensors.
+        nominal_bits: mean bits per expert weight of the allocation, without scales and offsets.
+        stored_bits: mean bits per expert weight of the allocation, with scales and offsets.
+        expert_bytes: bytes of all experts.
+        stored_bytes: bytes of all the checkpoint's tensors.
         predicted_cost: sum of the scores of the allocation.
-        uniform_cost: the same for the best mixture of two candidate widths in equal shares of every layer, on average.
+        uniform_cost: mean cost of the best random mixture of two candidate widths at this budget.
     """
 
     bits: float
@@ -58,7 +58,14 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of a curve, in order of budget, and the bytes of the full-precision model."""
+    """Bytes and predicted cost of every budget. ``size_curve`` returns it.
+
+    Attributes:
+        model: directory of the full-precision model.
+        method: method of the allocations.
+        original_bytes: bytes of the full-precision model's tensors.
+        points: the points in ascending order of budget.
+    """
 
     model: str
     method: str
@@ -67,11 +74,11 @@ class Curve:
 
     @property
     def unit(self) -> float:
-        """The cost of uniform widths at the smallest budget. Costs are shown relative to it."""
+        """The cost of uniform widths at the smallest budget. The summary and the figure show costs relative to it."""
         return self.points[0].uniform_cost or 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the command line writes them to JSON."""
+        """Return plain values, as ``gemq export --curve --json`` writes them."""
         return asdict(self)
 
 
@@ -80,17 +87,21 @@ def size_curve(
     method: str | None = None,
     step: float = STEP_BITS,
     *,
-    model: str | None = None,
+    model: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Curve:
-    """The size curve of a work directory of ``quantize``. Takes seconds.
+    """Predict size and cost of every budget from a work directory of ``quantize``, in seconds.
 
     Args:
         work: the work directory.
-        method: ``global`` or ``layerwise``. By default the recipe's method if it uses scores, otherwise ``global``.
-        step: bits between two budgets.
-        model: where the full-precision model is now, if it was moved.
-        trust_remote_code: allow code of the model to run.
+        method: ``global`` or ``layerwise``. None: the recipe's method if it is one of them, otherwise ``global``.
+        step: nominal bits between two budgets.
+        model: where the full-precision model is now. None: where ``quantize`` read it.
+        trust_remote_code: allow Python code that comes with the model to run.
+
+    Returns:
+        A point for each budget from the lowest to the highest candidate width. Its costs are those of
+        ``allocation_problem``.
 
     Raises:
         UserError: the directory holds no complete scores, or is damaged.
@@ -120,16 +131,23 @@ def size_curve(
     return Curve(str(source.path), method, original_bytes(skeleton, stored), tuple(points))
 
 
-def allocation_problem(work: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Problem:
-    """The allocation problem of a work directory of ``quantize``: the cost of every expert matrix at each width.
+def allocation_problem(
+    work: str | Path, *, model: str | Path | None = None, trust_remote_code: bool = False
+) -> Problem:
+    """Read the allocation problem of a work directory of ``quantize``: the cost of every expert matrix at each width.
 
     Replace its ``costs`` to allocate by other scores (``dataclasses.replace``) and solve it with ``allocate``. Save
     ``Allocation.to_json`` to a file, and ``export(work, out=out, allocation=file)`` writes the checkpoint.
 
     Args:
         work: the work directory.
-        model: where the full-precision model is now, if it was moved.
-        trust_remote_code: allow code of the model to run.
+        model: where the full-precision model is now. None: where ``quantize`` read it.
+        trust_remote_code: allow Python code that comes with the model to run.
+
+    Returns:
+        The problem. ``costs`` are the scores around the full-precision model, over all calibration sources, after
+        usage smoothing and ``rescale``. With ``rescale``, which is the default, they are in nats of KL per token: those
+        of a layer at a width sum to the KL that was measured there. ``counts`` are the tokens that were scored.
 
     Raises:
         UserError: the directory holds no complete scores, or is damaged.
@@ -147,8 +165,9 @@ class _ScoredJob(NamedTuple):
     problem: Problem
 
 
-def _open_scored_job(work: str | Path, model: str | None, trust_remote_code: bool) -> _ScoredJob:
+def _open_scored_job(work: str | Path, model: str | Path | None, trust_remote_code: bool) -> _ScoredJob:
     """Reads the scores of a work directory. See ``allocation_problem``."""
+    model = None if model is None else str(model)
     with WorkDir.existing(Path(work)) as directory:
         source, recipe, record = recorded_job(directory.path, model=model, trust_remote_code=trust_remote_code)
         check_config(source, record)
@@ -218,13 +237,14 @@ def write_curve(curve: Curve, directory: Path) -> list[Path]:
 
 
 def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Problem:
-    """The allocation problem with the costs of all calibration sources. Token counts are not needed: they are 0."""
+    """The allocation problem with the costs and the scored tokens of all calibration sources."""
     problem = shape_problem(structure, recipe)
     names = [layer_file(i) for i, _ in structure.moe_layers]
     sensitivity = _finished_stage(work, SENSITIVITY, names) if recipe.rescale else None
     costs = Costs(_finished_stage(work, f"{SCORES}-*", names), sensitivity)
     cost_tables = [layer_costs(costs, i, recipe.smoothing) for i, _ in structure.moe_layers]
-    return replace(problem, costs=np.concatenate(cost_tables))
+    counts = [costs.scores.load_tensor(layer_file(i), "tokens").sum(0).numpy() for i, _ in structure.moe_layers]
+    return replace(problem, costs=np.concatenate(cost_tables), counts=np.concatenate(counts).repeat(problem.units))
 
 
 def _finished_stage(work: WorkDir, pattern: str, names: list[str]) -> Stage:

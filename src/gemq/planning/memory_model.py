@@ -21,6 +21,7 @@ from gemq.models.source import calibration_seq_len
 from gemq.models.structure import Experts, Layer, Structure
 from gemq.quant.widths import group_size_for
 from gemq.recipe import Recipe
+from gemq.runtime.compat import transformers_private
 from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.ranks import Ranks
 
@@ -283,7 +284,7 @@ def forward_bytes(
             largest_matrix = max(largest_matrix, up.rows * up.columns, down.rows * down.columns)
             pairs = tokens * experts_per_token(text)
             numbers = max(numbers, pairs * (3 * up.columns + up.rows + 2 * down.columns))
-    if getattr(text, "_attn_implementation", None) == "eager":  # it keeps scores and their softmax
+    if transformers_private.attention_implementation(text) == "eager":  # it keeps scores and their softmax
         heads = max(int(config.num_attention_heads) for config in configs)
         numbers = max(numbers, 2 * tokens * seq_len * heads)
     layer_bytes = numbers * dtype.itemsize + 3 * 4 * largest_matrix

@@ -101,9 +101,9 @@ class PackedMatrix:
 def pack_codes(codes: Tensor, width: Width, group_size: int) -> Tensor:
     """Pack codes [..., rows, columns] uint8 into [..., rows, groups * group_bytes] uint8."""
     groups = codes.reshape(*codes.shape[:-1], -1, group_size)
-    if width is Width.EIGHT:
+    if width is Width.EIGHT_BIT:
         packed = groups
-    elif width is Width.THREE:
+    elif width is Width.THREE_BIT:
         packed = torch.cat([_pack_plane(groups & 3, 2), _pack_plane(groups >> 2, 1)], dim=-1)
     elif width is Width.TERNARY:
         packed = _pack_ternary(groups)
@@ -115,9 +115,9 @@ def pack_codes(codes: Tensor, width: Width, group_size: int) -> Tensor:
 def unpack_codes(packed: Tensor, width: Width, group_size: int) -> Tensor:
     """Unpack [..., rows, groups * group_bytes] uint8 into codes [..., rows, groups * group_size] uint8."""
     groups = packed.reshape(*packed.shape[:-1], -1, width.group_bytes(group_size))
-    if width is Width.EIGHT:
+    if width is Width.EIGHT_BIT:
         codes = groups
-    elif width is Width.THREE:
+    elif width is Width.THREE_BIT:
         low, high = groups.split([group_size // 4, group_size // 8], dim=-1)
         codes = _unpack_plane(low, 2) | (_unpack_plane(high, 1) << 2)
     elif width is Width.TERNARY:

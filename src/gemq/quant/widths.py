@@ -33,12 +33,12 @@ class Width(Enum):
         UserError: There is no such width.
     """
 
-    ONE = 1
+    ONE_BIT = 1
     TERNARY = 1.6
-    TWO = 2
-    THREE = 3
-    FOUR = 4
-    EIGHT = 8
+    TWO_BIT = 2
+    THREE_BIT = 3
+    FOUR_BIT = 4
+    EIGHT_BIT = 8
 
     @classmethod
     def _missing_(cls, value: object) -> Width:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from gemq.runtime.compat import torch_private
 from gemq.runtime.memory import MemoryBudget, MemoryTier
 
 
@@ -29,7 +29,7 @@ class HiddenStates(Tensor):
     """
 
     extras: dict[int, Any]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch_private.disabled_torch_function  # type: ignore[assignment]
 
     @classmethod
     def with_extras(cls, hidden: Tensor, extras: dict[int, Any]) -> HiddenStates:

@@ -170,7 +170,7 @@ def _explain(code: int | None, path: str, text: str) -> UserError:
     if code in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"the disk is full while writing {path}: free some space or name another disk; "
-            "gemq quantize then goes on with --resume"
+            "gemq quantize then continues with --resume"
         )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write {path}: it is read-only here; name a directory that you may write to")

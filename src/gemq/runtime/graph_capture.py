@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gemq.runtime.compat import torch_private
+
 
 def capture(
     run: Callable[[], Any], device: torch.device, *, stream: torch.cuda.Stream | None = None, pool: Any = None
@@ -60,6 +62,6 @@ def _end(
         graph.capture_end()
     except RuntimeError:
         with suppress(RuntimeError):  # from torch 2.12 on, the pool is closed already
-            torch._C._cuda_endAllocateToPool(device_index(device), pool)
+            torch_private.close_graph_pool(device_index(device), pool)
         generator.graphsafe_set_state(state)
         raise

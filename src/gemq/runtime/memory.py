@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError, short_repr
+from gemq.runtime.compat import torch_private
 from gemq.runtime.files import disk_errors
 
 DEFAULT_FRACTION = 0.9
@@ -330,7 +331,7 @@ def _use_expandable_segments(enable: bool) -> None:
     """
     settings = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
     if not any("expandable_segments" in setting for setting in settings):
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{enable}")
+        torch_private.set_allocator_settings(f"expandable_segments:{enable}")
 
 
 def pinned_bytes(count: int) -> int:

@@ -41,7 +41,13 @@ class Tick(Protocol):
 
 @dataclass
 class StageCost:
-    """What a stage took. A resumed stage adds to what it took before."""
+    """What a stage took. A stage that runs again adds to it.
+
+    Attributes:
+        seconds: time of the stage
+        peak_gpu_bytes: most bytes of tensors on the GPU
+        peak_host_bytes: most bytes of anonymous and pinned memory of this process
+    """
 
     seconds: float = 0.0
     peak_gpu_bytes: int = 0
@@ -50,13 +56,16 @@ class StageCost:
 
 @dataclass
 class Monitor:
-    """Shows the progress of stages and records what they cost.
+    """Shows the progress of stages and records what they cost. Each job needs a new one.
+
+    ``Monitor(rich.console.Console())`` shows a bar for each stage on a terminal, and lines in a file or a notebook.
 
     Attributes:
         console: where stages are shown; None: nowhere
         stages: cost of each stage so far
-        expected: seconds that each stage of the whole job is expected to take, in order; only their ratios matter
-        rounds: how often each repeated stage is expected to run; such stages take turns
+        expected: seconds that each stage of the job is expected to take, in order, of which only the ratios matter. A
+            job with a console sets it
+        rounds: how often each repeated stage is expected to run; such stages take turns. A job with a console sets it
     """
 
     console: Console | None = None
@@ -68,7 +77,15 @@ class Monitor:
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[Tick]:
-        """Show and record one stage of ``steps`` steps. The block calls the yielded function after each."""
+        """Show and record a stage. A job calls it as ``with monitor.stage("scores", 16) as tick``.
+
+        Args:
+            name: the stage
+            steps: number of its steps
+
+        Yields:
+            A function to call after each step.
+        """
         cost = self.stages.setdefault(name, StageCost())
         self._runs[name] = self._runs.get(name, 0) + 1
         if torch.cuda.is_available():
@@ -90,8 +107,8 @@ class Monitor:
 
         Args:
             name: the stage that is running
-            seconds: what it has taken so far
-            share: the share of its steps that is done
+            seconds: seconds that it has taken so far
+            share: share of its steps that is done, from 0 to 1
 
         Returns:
             The estimate, or None if nothing is known about this stage.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat
@@ -20,6 +19,7 @@ from gemq.integrations.vllm.split import divided_groups, groups_of_rank
 from gemq.kernels.modules import PackedExperts, PackedMatrices
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width, group_size_for
+from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -38,7 +38,7 @@ class ServedExperts(PackedExperts):
     has_gate = True
     has_bias = False
     has_post_expert_norm = False
-    _apply_gate = _default_apply_gate
+    _apply_gate = transformers_private.default_gate()
 
     def __init__(self, activation: str, gate_up_proj: PackedMatrices, down_proj: PackedMatrices) -> None:
         super().__init__()

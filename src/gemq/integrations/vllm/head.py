@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from gemq.runtime.compat import transformers_private
+
 if TYPE_CHECKING:
     from gemq.integrations.vllm.method import Checkpoint
 
@@ -23,7 +25,7 @@ class TiedHeadMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Load the embedding into the head if the checkpoint has no other weights for it."""
         reader = self._checkpoint.reader
-        tied = reader.skeleton.all_tied_weights_keys.get(f"{self._prefix}.weight")
+        tied = transformers_private.tied_weights(reader.skeleton).get(f"{self._prefix}.weight")
         if tied in reader.specs and f"{self._prefix}.weight" not in reader.specs:
             layer.weight_loader(layer.weight, reader.tensor(tied))
         super().process_weights_after_loading(layer)

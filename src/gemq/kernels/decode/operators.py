@@ -22,6 +22,7 @@ from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import down_splits, widths_for
+from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
@@ -214,7 +215,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
         return shares.sum(1).to(hidden.dtype)
     up, down = _projections(module, share_kernels=False)
     y = decode_up(hidden, top_k_index, up.tensors, up.sizes)
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = transformers_private.expert_activation(module)(y)
     y = y.to(hidden.dtype)
     if not getattr(module, "has_post_expert_norm", False):
         return decode_down(y, top_k_index, top_k_weights, down.tensors, down.sizes).sum(1).to(hidden.dtype)

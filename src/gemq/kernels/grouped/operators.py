@@ -20,6 +20,7 @@ from gemq.kernels.grouped.dequantize import PackedWeights, dequantize
 from gemq.kernels.grouped.matmul import TileConfig, config_for, matmul
 from gemq.kernels.grouped.routing import combine, sort_pairs
 from gemq.kernels.grouped.unpack import levels_mask, width_bit
+from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear, PackedMatrices
@@ -95,7 +96,7 @@ def packed_experts(matrices: PackedMatrices, bias: Tensor | None) -> PackedWeigh
 
 def packed_linear(module: PackedLinear) -> PackedWeights:
     """Return the tensors of a packed linear."""
-    bias: Tensor | None = module._parameters["bias"]
+    bias: Tensor | None = module.bias
     return PackedWeights(
         module.codes,
         module.scales,
@@ -124,7 +125,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     routing = sort_pairs(top_k_index, num_experts, config.block_m)
     y = matmul(hidden, up, config, routing, top_k=top_k_index.shape[1], activation=activation or RAW)
     if activation is None:
-        y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = transformers_private.expert_activation(module)(y)
     y = matmul(y.contiguous(), down, config, routing, scatter=True)
     if has_norm:
         y = module.post_expert_norm(y)

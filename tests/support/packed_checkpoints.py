@@ -15,7 +15,7 @@ from gemq.quant.grid import Quantized, nearest
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width, group_size_for
 
-WIDTHS: tuple[Width, ...] = (Width.ONE, Width.TERNARY, Width.TWO, Width.THREE)
+WIDTHS: tuple[Width, ...] = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
 
 
 def olmoe_config(**changes: int) -> OlmoeConfig:
@@ -66,7 +66,7 @@ def _format(model: PreTrainedModel, widths: Sequence[Width]) -> PackedFormat:
             turned = [widths[(e + len(experts)) % len(widths)] for e in range(len(module.down_proj))]
             experts[path] = {"gate_up_proj": tuple(turned), "down_proj": tuple(turned[::-1])}
         elif isinstance(module, torch.nn.Linear) and not path.endswith(("lm_head", "gate", "router")):
-            linears[path] = Width.FOUR
+            linears[path] = Width.FOUR_BIT
     return PackedFormat(experts=experts, linears=linears, group_size=64)
 
 

@@ -35,9 +35,9 @@ def checksums(directory: Path) -> dict[str, Any]:
     types = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
     lines: dict[str, str] = {}
     for name, tensor in sorted(read_files(directory).items()):
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-        group = ".".join(parts[: numbers[0] + 1]) if numbers else "other"
+        components = name.split(".")
+        numbers = [i for i, component in enumerate(components[:-1]) if component.isdigit()]
+        group = ".".join(components[: numbers[0] + 1]) if numbers else "other"
         digest = xxhash.xxh3_64_hexdigest(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         line = f"{name} {types[tensor.dtype]} [{', '.join(map(str, tensor.shape))}] {digest}\n"
         lines[group] = lines.get(group, "") + line
@@ -51,8 +51,8 @@ def checksums(directory: Path) -> dict[str, Any]:
     }
 
 
-def group_of(columns: int, wanted: int) -> int:
-    group = wanted
+def group_of(columns: int, group_size: int) -> int:
+    group = group_size
     while group > 16 and columns % group:
         group //= 2
     assert columns % group == 0
@@ -85,16 +85,18 @@ def codes_of(stored: np.ndarray, width: float, group: int) -> np.ndarray:
     return codes.reshape(rows, -1)
 
 
-def dequantized(tensors: dict[str, torch.Tensor], path: str, width: float, wanted_group: int) -> np.ndarray:
+def dequantized(tensors: dict[str, torch.Tensor], path: str, width: float, group_size: int) -> np.ndarray:
     """[rows, columns] float32 of one packed matrix; takes its tensors out of ``tensors``."""
-    codes, scales, offsets = (tensors.pop(f"{path}.{part}").numpy() for part in ("codes", "scales", "offsets"))
+    codes, scales, offsets = (
+        tensors.pop(f"{path}.{tensor_name}").numpy() for tensor_name in ("codes", "scales", "offsets")
+    )
     assert codes.dtype == np.uint8
     assert scales.dtype == offsets.dtype == np.uint8
-    for group in (wanted_group >> i for i in range(20)):  # columns follow from the bytes; the group must agree
+    for group in (group_size >> i for i in range(20)):  # columns follow from the bytes; the group must agree
         if group < 16:
             raise AssertionError(f"{path}: no group size fits")
         columns = scales.shape[1] * group
-        if group_of(columns, wanted_group) != group:
+        if group_of(columns, group_size) != group:
             continue
         per_group = {1: group / 8, 1.6: math.ceil(group / 5), 2: group / 4, 3: 3 * group / 8, 4: group / 2, 8: group}
         if codes.shape[1] == scales.shape[1] * per_group[width]:

@@ -95,9 +95,9 @@ def add_tokenizer(path: Path, vocabulary: int = BUILTIN_TOKENS) -> Path:
         shutil.copy(builtin_model() / name, path / name)
     if vocabulary < BUILTIN_TOKENS:
         values = json.loads((path / "tokenizer.json").read_text())
-        known = {token: i for token, i in values["model"]["vocab"].items() if i < vocabulary}
-        merges = [pair for pair in values["model"]["merges"] if "".join(pair) in known]
-        values["model"] |= {"vocab": known, "merges": merges}
+        tokens = {token: i for token, i in values["model"]["vocab"].items() if i < vocabulary}
+        merges = [pair for pair in values["model"]["merges"] if "".join(pair) in tokens]
+        values["model"] |= {"vocab": tokens, "merges": merges}
         (path / "tokenizer.json").write_text(json.dumps(values))
     return path
 

@@ -1,4 +1,4 @@
-"""Runs jobs in forked children and kills them: started by ``test_resume.py``, talks JSON lines over stdin and stdout.
+"""Runs jobs in forked children and kills them: started by ``killer.py``, talks JSON lines over stdin and stdout.
 
 Everything is imported once and nothing computed, so that a child starts at once and inherits no threads.
 
@@ -27,13 +27,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers.models.olmoe.modeling_olmoe
-from helpers import few_guard_windows
 
 import gemq.checkpoint.save
 import gemq.pipeline.quantize
 import gemq.runtime.files
 from gemq.errors import UserError
 from gemq.recipe import Recipe
+from support.cli import few_guard_windows
 
 WRITES = (
     *((os, name) for name in ("fsync", "replace", "rename")),
@@ -53,17 +53,17 @@ class Writes:
             setattr(owner, name, self._watched(getattr(owner, name), name))
 
     def _watched(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **more: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             self.calls.append(name)
             path = next((a for a in arguments if isinstance(a, Path)), None)
             renamed = self.rename and name in ("replace", "rename") and Path(self.rename).is_relative_to(path)
             if renamed or len(self.calls) == self.fatal:
                 if self.half:
-                    real(*arguments, **more)
+                    real(*arguments, **options)
                     os.truncate(path, path.stat().st_size // 2)
                 os.write(self.answer, json.dumps({"code": -signal.SIGKILL, "path": str(path)}).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **more)
+            return real(*arguments, **options)
 
         return call
 
@@ -104,11 +104,11 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             pid, request.get("signal", signal.SIGKILL)
         )  # to no effect on a child that has ended, which is not waited for yet
     with os.fdopen(reader, "rb") as stream:
-        told = stream.read()
+        answer = stream.read()
     _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status) and not told:
+    if os.WIFSIGNALED(status) and not answer:
         return {"code": -os.WTERMSIG(status)}
-    return json.loads(told) if told else {"code": 1, "error": "see stderr"}
+    return json.loads(answer) if answer else {"code": 1, "error": "see stderr"}
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gemq
-from conformance import save_tokenizer
-from families import random_model, tiny_config
 from gemq.pipeline.quantize import Result
 from gemq.recipe import Recipe
+from support.families import random_model, tiny_config
+from support.tokenizer import save_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 

@@ -154,46 +154,48 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """A tiny configuration of a family: its default one with small sizes, and a layer of every kind that it has."""
-    if model_type == OWN:
-        return OwnConfig(**changes)
+    if model_type == TOY:
+        return ToyConfig(**changes)
     return _shrunk(CONFIG_MAPPING[model_type](), {**CHANGES.get(model_type, {}), **changes})
 
 
 def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
     values: dict[str, Any] = {}
-    own = {name: value for name, value in vars(default).items() if not name.startswith("_")}
-    for name, value in own.items():
+    fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
+    for name, value in fields.items():
         if name in SIZES and not isinstance(value, list | tuple | str) and (value is not None or name in NEVER_NONE):
             values[name] = SIZES[name]
-    special = [n for n in own if n.endswith(("_token_id", "_token_index")) and type(own[n]) is int and n not in SIZES]
+    special = [
+        n for n in fields if n.endswith(("_token_id", "_token_index")) and type(fields[n]) is int and n not in SIZES
+    ]
     values.update({name: SPECIAL + i for i, name in enumerate(special)})
     if "kv_lora_rank" in values:  # keys and values of every head come from one latent vector
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
-    rotary, rest = own.get("qk_rope_head_dim"), own.get("qk_nope_head_dim")
-    if rotary is not None and "head_dim" in values:  # families mean several things by it
-        if own["head_dim"] == rotary:
+    rope_dim, nope_dim = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
+    if rope_dim is not None and "head_dim" in values:  # families mean several things by it
+        if fields["head_dim"] == rope_dim:
             values["head_dim"] = SIZES["qk_rope_head_dim"]
-        elif own["head_dim"] == rotary + (rest or 0):
+        elif fields["head_dim"] == rope_dim + (nope_dim or 0):
             values["head_dim"] = SIZES["qk_rope_head_dim"] + SIZES["qk_nope_head_dim"]
-    values.update(_layers(own))
-    parts = set(getattr(type(default), "sub_configs", None) or ())
-    for name in sorted(parts):
-        part, change = own.get(name), changes.get(name)
-        if isinstance(part, PreTrainedConfig):
-            values[name] = _shrunk(part, change or {}).to_dict()
+    values.update(_layers(fields))
+    sub_configs = set(getattr(type(default), "sub_configs", None) or ())
+    for name in sorted(sub_configs):
+        sub_config, change = fields.get(name), changes.get(name)
+        if isinstance(sub_config, PreTrainedConfig):
+            values[name] = _shrunk(sub_config, change or {}).to_dict()
             for private in ("_name_or_path", "output_attentions"):  # not every part takes back what it writes
                 values[name].pop(private, None)
         elif change is not None:  # a part that is absent by default
             values[name] = change
-    own_name = type(default).attribute_map
-    values.update({own_name.get(n, n): value for n, value in changes.items() if n not in parts})
+    attribute_names = type(default).attribute_map
+    values.update({attribute_names.get(n, n): value for n, value in changes.items() if n not in sub_configs})
     return type(default)(**values)
 
 
-def _layers(own: dict[str, Any]) -> dict[str, Any]:
+def _layers(fields: dict[str, Any]) -> dict[str, Any]:
     """The first layer of every kind, by all the lists that say something of each layer."""
-    count = own.get("num_hidden_layers")
-    lists = {n: v for n, v in own.items() if isinstance(v, list | tuple) and count and len(v) == count}
+    count = fields.get("num_hidden_layers")
+    lists = {n: v for n, v in fields.items() if isinstance(v, list | tuple) and count and len(v) == count}
     kinds = list(zip(*(v for v in lists.values() if all(isinstance(x, str) for x in v)), strict=True))
     if not kinds:
         return {}
@@ -203,11 +205,11 @@ def _layers(own: dict[str, Any]) -> dict[str, Any]:
     return {"num_hidden_layers": len(chosen), **{name: [v[i] for i in chosen] for name, v in lists.items()}}
 
 
-FIVE = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
+MAIN_FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
 """The families that gemq promises to handle."""
-OWN = "gemq_test_moe"
+TOY = "gemq_test_moe"
 """A family that exists nowhere else: see below."""
-MORE = (*FIVE, "gpt_oss", "nemotron_h")
+FAMILIES = (*MAIN_FAMILIES, "gpt_oss", "nemotron_h")
 """Also transposed, biased and interleaved experts with attention sinks, and experts without a gate."""
 
 
@@ -240,8 +242,8 @@ def tokens(windows: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
 # that Transformers gives to its families and none of their names.
 
 
-class OwnConfig(PreTrainedConfig):
-    model_type = OWN
+class ToyConfig(PreTrainedConfig):
+    model_type = TOY
 
     def __init__(self, hidden_size: int = 64, inner: int = 32, experts: int = 5, layers: int = 3, **kwargs: Any):
         self.hidden_size, self.inner, self.experts, self.layers = hidden_size, inner, experts, layers
@@ -251,8 +253,8 @@ class OwnConfig(PreTrainedConfig):
 
 
 @use_experts_implementation
-class OwnFeedForwards(nn.Module):
-    def __init__(self, config: OwnConfig):
+class ToyFeedForwards(nn.Module):
+    def __init__(self, config: ToyConfig):
         super().__init__()
         self.num_experts = config.experts
         self.gate_up_proj = nn.Parameter(torch.empty(config.experts, 2 * config.inner, config.hidden_size))
@@ -269,8 +271,8 @@ class OwnFeedForwards(nn.Module):
         return out
 
 
-class OwnChooser(nn.Module):
-    def __init__(self, config: OwnConfig):
+class ToyChooser(nn.Module):
+    def __init__(self, config: ToyConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.experts, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.experts))
@@ -281,40 +283,40 @@ class OwnChooser(nn.Module):
         return indices, values / values.sum(-1, keepdim=True)  # another order than Transformers' routers
 
 
-class OwnBlock(nn.Module):
-    def __init__(self, config: OwnConfig):
+class ToyBlock(nn.Module):
+    def __init__(self, config: ToyConfig):
         super().__init__()
-        self.chooser = OwnChooser(config)
-        self.pool = OwnFeedForwards(config)
+        self.chooser = ToyChooser(config)
+        self.pool = ToyFeedForwards(config)
 
     def forward(self, x: Any) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         return self.pool(flat, *self.chooser(flat)).view_as(x)
 
 
-class OwnLayer(nn.Module):
-    def __init__(self, config: OwnConfig, number: int):
+class ToyLayer(nn.Module):
+    def __init__(self, config: ToyConfig, number: int):
         super().__init__()
         self.number = number
         self.norm = nn.LayerNorm(config.hidden_size)
         self.mix_attention = nn.Linear(config.hidden_size, config.hidden_size)
-        self.block = OwnBlock(config)
+        self.block = ToyBlock(config)
 
     def forward(self, hidden: Any, decay: Any, *, scale: float) -> Any:
         hidden = hidden + self.mix_attention(decay @ hidden) * scale  # a fixed causal mixture of earlier tokens
         return hidden + self.block(self.norm(hidden))
 
 
-class OwnModel(PreTrainedModel):
-    config: OwnConfig  # type: ignore[assignment]
-    config_class = OwnConfig
+class ToyModel(PreTrainedModel):
+    config: ToyConfig  # type: ignore[assignment]
+    config_class = ToyConfig
     base_model_prefix = "trunk"
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012
 
-    def __init__(self, config: OwnConfig):
+    def __init__(self, config: ToyConfig):
         super().__init__(config)
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.stack = nn.ModuleList(OwnLayer(config, i) for i in range(config.layers))
+        self.stack = nn.ModuleList(ToyLayer(config, i) for i in range(config.layers))
         self.final = nn.LayerNorm(config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -337,5 +339,5 @@ class OwnModel(PreTrainedModel):
         return CausalLMOutput(logits=self.out(self.final(hidden)) * 0.5)
 
 
-AutoConfig.register(OwnConfig.model_type, OwnConfig)
-AutoModelForCausalLM.register(OwnConfig, OwnModel)
+AutoConfig.register(ToyConfig.model_type, ToyConfig)
+AutoModelForCausalLM.register(ToyConfig, ToyModel)

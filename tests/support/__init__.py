@@ -1,0 +1,1 @@
+"""Code that several tests share: tiny models, checkpoints, jobs, and independent readers."""
