@@ -293,7 +293,7 @@ class Recipe:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number (it is {short_repr(value)})")
         if self.size is not None and self.size > MAX_SIZE_BYTES:
-            raise UserError(f"size cannot be {short_repr(self.size)}: the most is {MAX_SIZE_BYTES} bytes")
+            raise UserError(f"size cannot be {short_repr(self.size)}: the maximum is {MAX_SIZE_BYTES} bytes")
 
     def _wider_advice(self, bits: float) -> str:
         """For messages: how to reach ``bits`` with one more width; empty where no width helps."""
@@ -423,7 +423,7 @@ def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key)[:80], fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            hint = f"did you mean {near[0]!r}?" if near else "docs/recipe.md lists the keys"
             raise UserError(f"{origin}: unknown key {short_repr(key)}: {hint}")
         where = "--" + key.replace("_", "-") if origin == "flag" else origin
         clean[key] = convert(key, value, str(fields[key].type), where)

@@ -185,9 +185,9 @@ def check_integer(name: str, value: int) -> None:
     """Raises UserError for an integer outside its range."""
     low, high = INTEGER_RANGES[name]
     if value < low:
-        raise UserError(f"{name} cannot be {short_repr(value)}: the least is {low}")
+        raise UserError(f"{name} cannot be {short_repr(value)}: the minimum is {low}")
     if value > high:
-        raise UserError(f"{name} cannot be {short_repr(value)}: the most is {high}")
+        raise UserError(f"{name} cannot be {short_repr(value)}: the maximum is {high}")
 
 
 def check_number(name: str, value: float) -> None:
@@ -195,7 +195,7 @@ def check_number(name: str, value: float) -> None:
     if not 0 <= value < math.inf:  # refuses NaN as well
         raise UserError(f"{name} must be a number from 0 up (it is {value})")
     if value > MAX_NUMBER:
-        raise UserError(f"{name} cannot be {value:g}: the most is {MAX_NUMBER:g}")
+        raise UserError(f"{name} cannot be {value:g}: the maximum is {MAX_NUMBER:g}")
 
 
 def _boolean(value: Any) -> bool:

@@ -60,7 +60,7 @@ class Killer:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def assert_same_work(a: Path, b: Path, why: str) -> None:

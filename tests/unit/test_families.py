@@ -24,7 +24,7 @@ WORK = {
 REFUSED = {
     "jetmoe": r"layers\.0\.mlp\.input_linear \(JetMoeParallelExperts\)",
     "switch_transformers": "no encoder-decoders",
-    "diffusion_gemma": "reads with an encoder and writes with a decoder",
+    "diffusion_gemma": "is an encoder-decoder model",
 }
 
 

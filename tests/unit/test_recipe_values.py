@@ -38,7 +38,7 @@ def test_whole_numbers_beyond_use(name):
     for value in (low, high):
         assert getattr(Recipe(**{name: value}), name) == value
     for value in (high + 1, 10**30, 10**5000):
-        refused(f"{name} cannot be .*the most is {high}", **{name: value})
+        refused(f"{name} cannot be .*the maximum is {high}", **{name: value})
     refused(name, **{name: float("nan")})
     refused(name, **{name: 1.5})
 
@@ -110,7 +110,7 @@ def test_python_takes_what_yaml_takes(values, same):
         ({"distill_parameters": "all"}, "distill_parameters cannot have 'all'"),
         ({"size": "1e400"}, "is not a size"),
         ({"bits": object()}, "bits cannot be"),
-        ({"seed": 2**64}, f"seed cannot be {2**64}: the most is {MAX_SEED}"),
+        ({"seed": 2**64}, f"seed cannot be {2**64}: the maximum is {MAX_SEED}"),
     ],
 )
 def test_python_refuses_what_yaml_refuses(values, match):

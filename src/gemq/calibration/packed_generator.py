@@ -73,8 +73,8 @@ def widest_generator(structure: Structure, outside: int, reserved_bytes: int, me
             return width
     required = generator_bytes(structure, min(Width), outside) + reserved_bytes
     raise UserError(
-        f"{memory.flag} {gigabytes(memory.on_device.limit)} do not hold even a copy of the model at 1 bit, which is to "
-        f"write windows: give at least {memory.flag} {gigabytes(required)}"
+        f"{memory.flag} {gigabytes(memory.on_device.limit)} are too small even for the 1-bit copy of the model that "
+        f"generates calibration text: give at least {memory.flag} {gigabytes(required)}"
     )
 
 

@@ -44,7 +44,7 @@ def check_not_nested(out: Path, work: Path, advice: str) -> None:
     out_path = real_path(out)
     work_path = real_path(work)
     if out_path == work_path or out_path in work_path.parents or work_path in out_path.parents:
-        raise UserError(f"{out} and the work directory {work} lie in each other: {advice}")
+        raise UserError(f"one of {out} and the work directory {work} contains the other: {advice}")
 
 
 def default_work_directory(out: Path) -> Path:

@@ -17,13 +17,15 @@ from gemq.recipe import parse_size
 Model = Annotated[str, typer.Argument(help="Local directory or hub id of a Transformers MoE model.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")]
 Bits = Annotated[float | None, typer.Option(help="Budget: average bits per expert weight (default 2.0).")]
-StoredBits = Annotated[float | None, typer.Option(help="Budget with scales and offsets counted.")]
+StoredBits = Annotated[
+    float | None, typer.Option(help="Budget: average bits per expert weight, including scales and offsets.")
+]
 Size = Annotated[str | None, typer.Option(help="Budget: size of the whole checkpoint, such as 12GB.")]
 Allocate = Annotated[str | None, typer.Option(help="global (default), uniform, random, layerwise or frequency.")]
 AllocationFile = Annotated[Path | None, typer.Option("--allocation", help="JSON file with the widths of every expert.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="File for the figures as JSON; - prints them instead of tables.")
+    Path | None, typer.Option("--json", help="Write results as JSON to this file; - means standard output.")
 ]
 GpuMemory = Annotated[
     str | None, typer.Option(help="Upper bound of GPU memory, such as 20GB (default: 90 % of what is free).")
@@ -31,7 +33,7 @@ GpuMemory = Annotated[
 HostMemory = Annotated[
     str | None,
     typer.Option(
-        help="Upper bound of host memory, such as 60GB (default: 90 % of what is free); on a CPU, of all memory."
+        help="Upper bound of host memory, such as 60GB (default: 90 % of what is free); without a GPU, of the job."
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
@@ -51,7 +53,8 @@ class RecipeFlags:
     stored_bits: StoredBits = None
     size: Size = None
     progressive: Annotated[
-        str | None, typer.Option(help="Budgets in bits, such as 3.0,2.5,2.0: scores are computed again after each.")
+        str | None,
+        typer.Option(help="Budgets in bits, such as 3.0,2.5,2.0: scores are computed again after all but the last."),
     ] = None
     effort: Annotated[
         str | None, typer.Option(help="How much is computed: low (trains nothing), medium (default) or high.")
@@ -73,7 +76,8 @@ class RecipeFlags:
     ] = None
     allocate: Allocate = None
     widths: Annotated[
-        str | None, typer.Option(help="Candidate widths of experts (default 1,1.6,2,3, and 4 above 2.5 bits).")
+        str | None,
+        typer.Option(help="Candidate widths of experts (default 1,1.6,2,3, and 4 above 2.5 bits or with --size)."),
     ] = None
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale and an offset (default 128).")] = (
         None

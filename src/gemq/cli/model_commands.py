@@ -34,7 +34,7 @@ def evaluate(
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "float32",
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -80,7 +80,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="On a GPU: compile the layers after the first token; pays for long texts.")
+        bool,
+        typer.Option(
+            "--compile", help="On a GPU: compile the layers after the first token; worthwhile only for long texts."
+        ),
     ] = False,
     dtype: ComputeDtype = "auto",
     device: Device = "auto",

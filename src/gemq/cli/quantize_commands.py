@@ -145,10 +145,16 @@ def export(
         str | None, typer.Option("--model", help="Where the full-precision model is, if it was moved.")
     ] = None,
     reconstruct: Annotated[
-        bool, typer.Option("--reconstruct", help="Reconstruct layers at the new widths, as quantize does.")
+        bool,
+        typer.Option(
+            "--reconstruct", help="Run the guard, reconstruction and distillation at the new widths, as quantize does."
+        ),
     ] = False,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Predicted cost and bytes of all budgets of the candidates; no output.")
+        bool,
+        typer.Option(
+            "--curve", help="Predicted cost and bytes of all budgets, written to curve.csv in the work directory."
+        ),
     ] = False,
     dense: Annotated[
         Path | None, typer.Option(help="Write a packed checkpoint as plain bfloat16 to this directory.")
@@ -176,7 +182,7 @@ def export(
             or reconstruct
             or budget.keys() - {"allocate"}
         ):
-            raise UserError("--curve goes over all budgets and makes no checkpoint: leave -o, --bits and others out")
+            raise UserError("--curve covers all budgets and writes no checkpoint: remove -o, --bits and others")
         _export_curve(work, budget.get("allocate"), model, trust_remote_code, quiet, json_file)
         return
     if dense is not None:

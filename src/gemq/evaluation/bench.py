@@ -79,7 +79,7 @@ def bench_path(
         everything that a first call compiles.
     """
     if new_tokens is not None and new_tokens < 2:
-        raise UserError(f"--new-tokens cannot be {new_tokens}: the least is 2")
+        raise UserError(f"--new-tokens cannot be {new_tokens}: the minimum is 2")
     monitor = monitor or Monitor()
     start = time.perf_counter()
     with monitor.stage("load", 1) as tick:

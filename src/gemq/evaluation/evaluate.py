@@ -360,7 +360,9 @@ def evaluate_paths(
             with monitor.stage("score", len(windows)) as tick:
                 values = compare(windows, batches, predictions[-1], reference_predictions, tick)
     if not math.isfinite(values["perplexity"]):
-        raise UserError(f"{model} predicts no numbers: its weights hold NaN or infinity, or overflow in {dtype}")
+        raise UserError(
+            f"{model} produces non-finite predictions: its weights hold NaN or infinity, or overflow in {dtype}"
+        )
 
     contents = subject.contents
     properties = {

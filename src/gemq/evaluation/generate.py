@@ -67,7 +67,7 @@ def generate(
             model does not have.
     """
     if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the least is 1")
+        raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the minimum is 1")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature cannot be {temperature}: give 0 or more")
     if not -(2**63) <= seed < 2**64:

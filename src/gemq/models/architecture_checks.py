@@ -17,8 +17,7 @@ def refuse_other_architectures(model: nn.Module) -> None:
     """Refuses models that are not causal language models."""
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise UserError(
-            f"{type(model).__name__} reads with an encoder and writes with a decoder: gemq quantizes models that "
-            "predict each token from those before it"
+            f"{type(model).__name__} is an encoder-decoder model: gemq quantizes causal language models only"
         )
     if type(model).forward is nn.Module.forward:
         raise UserError(

@@ -147,7 +147,7 @@ def _check_recipe(work: Path, record: JobRecord, recipe: dict[str, Any], calibra
     for key, value in recipe.items():
         if record.recipe.get(key) != value and not (key == "calibration" and same_texts):
             raise UserError(
-                f"{work} was made with {key} {_value_text(record.recipe.get(key))} and is now asked for "
+                f"{work} was made with {key} {_value_text(record.recipe.get(key))} and the recipe now has "
                 f"{_value_text(value)}: resume with the same, or start again with another --work"
             )
     if not same_texts:
@@ -157,8 +157,7 @@ def _check_recipe(work: Path, record: JobRecord, recipe: dict[str, Any], calibra
 def _changed(work: Path, name: str) -> UserError:
     """The error for a model or a text that has changed."""
     return UserError(
-        f"{work} was made from another {name}, which has changed since: "
-        "start again with another --work, or delete this one"
+        f"the {name} has changed since {work} was made from it: start again with another --work, or delete this one"
     )
 
 

@@ -149,7 +149,7 @@ def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: MemoryBud
     if required > available or tokens * TOKEN_BYTES > memory.host.limit:
         raise UserError(
             f"{tokens:,} tokens of calibration do not fit: between two layers they take {gigabytes(required)}, and "
-            f"memory and the disk of {work} have {gigabytes(available)}; set windows or total_tokens lower"
+            f"memory and the disk of {work} have {gigabytes(available)}; set num_windows or total_tokens lower"
         )
 
 
