@@ -79,7 +79,7 @@ class Experts(nn.Module):
 @torch.no_grad()
 def test_experts_of_mixed_widths():
     torch.manual_seed(0)
-    module: Any = Experts((1, 1.6, 2, 3, 4, 8), 128, 64, 64)
+    module: Any = Experts(tuple(Width), 128, 64, 64)
     for tokens in (1, 2, 16):
         x = torch.randn(tokens, 128).bfloat16()
         index = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)])  # 6 marks an unused slot
