@@ -235,7 +235,7 @@ def _short(values: dict[str, float]) -> str:
 def _counts(allocation: Iterable[list[ExpertWidths]]) -> str:
     """Matrices at each width: of experts, or of gate and up and of down apart where these differ."""
     first, down = zip(*(expert for row in allocation for expert in row), strict=True)
-    texts = [" ".join(f"{w:g}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
+    texts = [" ".join(f"{w}:{widths.count(w)}" for w in sorted(set(widths))) for widths in (first, down)]
     return texts[0] if first == down else " / ".join(texts)
 
 

@@ -18,10 +18,14 @@ import scipy
 
 import gemq
 from gemq.allocation.problem import Budget, Problem, allocate
-from gemq.quant.widths import Width, matrix_bytes, nominal_bits
+from gemq.quant.widths import Width
 from record import RESULTS, append, commit
 
-LADDERS: tuple[tuple[Width, ...], ...] = ((1, 2, 3), (1, 1.6, 2, 3), (1, 1.6, 2, 3, 4))
+LADDERS: tuple[tuple[Width, ...], ...] = (
+    (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT),
+    (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT),
+    (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT, Width.FOUR_BIT),
+)
 HIDDEN, INTERMEDIATE, GROUP = 7168, 2048, 128  # Kimi-K2
 
 
@@ -29,9 +33,9 @@ def synthetic(layers: int, experts: int, widths: tuple[Width, ...], seed: int) -
     draw = np.random.default_rng(seed)
     n = layers * experts
     importance = draw.normal(0, 2, n) + draw.normal(0, 1, layers).repeat(experts)
-    errors = 4.0 ** -np.array([nominal_bits(w) for w in widths])
+    errors = 4.0 ** -np.array([w.bits for w in widths])
     stored = [
-        2 * matrix_bytes(INTERMEDIATE, HIDDEN, w, GROUP) + matrix_bytes(HIDDEN, INTERMEDIATE, w, GROUP) for w in widths
+        2 * w.matrix_bytes(INTERMEDIATE, HIDDEN, GROUP) + w.matrix_bytes(HIDDEN, INTERMEDIATE, GROUP) for w in widths
     ]
     return Problem(
         widths=widths,
@@ -63,7 +67,7 @@ def main() -> None:
             row = {
                 "layers": args.layers,
                 "experts": args.experts,
-                "widths": "/".join(f"{w:g}" for w in widths),
+                "widths": "/".join(map(str, widths)),
                 "bits": args.bits,
                 "layer_rule": int(rule),
                 "runs": args.runs,

@@ -28,12 +28,12 @@ from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import TensorCoreConfig, VectorConfig
 from gemq.kernels.modules import PackedMatrices, PackedMatrix
 from gemq.quant.grid import encode
-from gemq.quant.widths import LEVELS, matrix_bytes
+from gemq.quant.widths import Width
 from record import RESULTS, append, environment
 from shapes import random_codes
 
 FILE = RESULTS / "kernels_decode.csv"
-SHARES: dict[float, int] = {1: 15, 1.6: 45, 2: 99, 3: 33}
+SHARES = {Width.ONE_BIT: 15, Width.TERNARY: 45, Width.TWO_BIT: 99, Width.THREE_BIT: 33}
 GROUP = 128
 L2_TIMES = 4
 DTYPE = torch.bfloat16
@@ -68,7 +68,7 @@ LINEAR_CUTS = (
 )
 
 
-def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
+def random_matrix(rows: int, columns: int, width: Width) -> PackedMatrix:
     """Random codes on the GPU; weights of about 1 / sqrt(columns)."""
     codes = random_codes(
         rows, columns // GROUP, width, GROUP, torch.Generator("cuda").manual_seed(random.getrandbits(32))
@@ -76,7 +76,7 @@ def random_matrix(rows: int, columns: int, width: float) -> PackedMatrix:
     grid = (rows, columns // GROUP)
     scales = (torch.rand(grid, device="cuda") + 0.5) * columns**-0.5
     offsets = torch.randn(grid, device="cuda") * columns**-0.5
-    return PackedMatrix(codes, *encode(scales, offsets, LEVELS[width] - 1))
+    return PackedMatrix(codes, *encode(scales, offsets, width.max_code), width)
 
 
 class Layer(NamedTuple):
@@ -86,15 +86,15 @@ class Layer(NamedTuple):
     bytes: Tensor  # [E] of an expert's two matrices
 
     @classmethod
-    def random(cls, shape: Shape, shares: dict[float, int]) -> Layer:
+    def random(cls, shape: Shape, shares: dict[Width, int]) -> Layer:
         widths = random.choices(list(shares), list(shares.values()), k=shape.experts)
         sizes = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
-        packed = [PackedMatrices([random_matrix(*s, w) for w in widths], widths, GROUP) for s in sizes]
+        packed = [PackedMatrices([random_matrix(*s, w) for w in widths]) for s in sizes]
         up, down = (
-            ExpertMatrices(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [LEVELS[w] for w in SHARES])
+            ExpertMatrices(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [w.levels for w in SHARES])
             for m in packed
         )
-        total = [sum(matrix_bytes(*s, w, GROUP) for s in sizes) for w in widths]
+        total = [sum(w.matrix_bytes(*s, GROUP) for s in sizes) for w in widths]
         return cls(up, down, (packed[0], packed[1]), torch.tensor(total, device="cuda"))
 
 
@@ -160,7 +160,7 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / statistics.median(timed(graph) for _ in range(20))
 
 
-def build(shape: Shape, shares: dict[float, int]) -> list[Layer]:
+def build(shape: Shape, shares: dict[Width, int]) -> list[Layer]:
     """Enough layers that batch 1 reads 4 times the L2 cache before it comes back to one."""
     layers = [Layer.random(shape, shares)]
     step = float(layers[0].bytes.float().mean()) * shape.slots
@@ -231,12 +231,12 @@ class LinearWork:
     """Distinct 4-bit matrices of attention, those of one launch together, at least four times the L2 cache in all."""
 
     def __init__(self, rows: tuple[int, ...], columns: int, batch: int) -> None:
-        self.read = sum(matrix_bytes(count, columns, 4, GROUP) for count in rows)
+        self.read = sum(Width.FOUR_BIT.matrix_bytes(count, columns, GROUP) for count in rows)
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
         self.matrices = []
         for _ in range(-(-L2_TIMES * l2 // self.read) + 1):
-            matrices = [random_matrix(count, columns, 4) for count in rows]
-            codes, scales, offsets = zip(*matrices, strict=True)
+            matrices = [random_matrix(count, columns, Width.FOUR_BIT) for count in rows]
+            codes, scales, offsets = zip(*(matrix.tensors() for matrix in matrices), strict=True)
             self.matrices.append(FusedLinears(codes, scales, offsets, [], 16, GROUP))
         self.x = torch.randn(batch, columns, dtype=DTYPE, device="cuda")
 

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemq.quant.widths import Width
 from record import RESULTS, append, environment
 
 if TYPE_CHECKING:
@@ -39,13 +40,19 @@ class Shape:
     intermediate: int
     experts: int
     top_k: int
-    widths: tuple[float, ...]
+    widths: tuple[Width, ...]
 
 
 SHAPES = {
     # 15 : 45 : 99 : 33 of 192, an average of 2.0 nominal bits
-    "olmoe": Shape(2048, 1024, 64, 8, (1.0,) * 5 + (1.6,) * 15 + (2.0,) * 33 + (3.0,) * 11),
-    "mixtral": Shape(4096, 14336, 8, 2, (2.0, 3.0) * 4),
+    "olmoe": Shape(
+        2048,
+        1024,
+        64,
+        8,
+        (Width.ONE_BIT,) * 5 + (Width.TERNARY,) * 15 + (Width.TWO_BIT,) * 33 + (Width.THREE_BIT,) * 11,
+    ),
+    "mixtral": Shape(4096, 14336, 8, 2, (Width.TWO_BIT, Width.THREE_BIT) * 4),
 }
 CONFIGS = (  # block_m, block_n, block_k, warps, stages
     *((16, 64, 128, 4, 2), (16, 64, 128, 4, 3), (16, 64, 128, 4, 4), (16, 128, 128, 8, 3)),
@@ -119,24 +126,23 @@ def make_layer(shape: Shape) -> Any:
         ("down_proj", shape.hidden, shape.intermediate),
     ):
         matrices = [random_matrix(rows, columns, width) for width in shape.widths]
-        setattr(layer, name, PackedMatrices(matrices, shape.widths, 128))
+        setattr(layer, name, PackedMatrices(matrices))
     return layer
 
 
-def random_matrix(rows: int, columns: int, width: float) -> Any:
+def random_matrix(rows: int, columns: int, width: Width) -> Any:
     """Weights of variance about 1 / columns: outputs neither grow nor vanish."""
     import torch
 
     from gemq.quant.grid import encode
     from gemq.quant.packing import PackedMatrix
-    from gemq.quant.widths import LEVELS
     from shapes import random_codes
 
-    groups, levels = columns // 128, LEVELS[width]
+    groups, levels = columns // 128, width.levels
     codes = random_codes(rows, groups, width, 128, torch.Generator("cuda").manual_seed(torch.initial_seed()))
     scales = (1 + torch.rand(rows, groups, device="cuda")) * 2.3 / (levels * columns**0.5)
     offsets = -scales * (levels - 1) / 2 * (0.8 + 0.4 * torch.rand(rows, groups, device="cuda"))
-    return PackedMatrix(codes, *encode(scales, offsets, levels - 1))
+    return PackedMatrix(codes, *encode(scales, offsets, levels - 1), width)
 
 
 def routings(shape: Shape, tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -283,11 +289,16 @@ def bench_linears(args: argparse.Namespace) -> None:
     from gemq.kernels.modules import PackedLinear
 
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    for rows, columns, width in ((2048, 2048, 4), (4096, 4096, 4), (4096, 4096, 8), (14336, 4096, 4)):
+    for rows, columns, width in (
+        (2048, 2048, Width.FOUR_BIT),
+        (4096, 4096, Width.FOUR_BIT),
+        (4096, 4096, Width.EIGHT_BIT),
+        (14336, 4096, Width.FOUR_BIT),
+    ):
         modules, dense, total = [], [], 0
         while total < 4 * l2:
             linear = nn.Linear(columns, rows, bias=False, device="meta")
-            modules.append(PackedLinear.from_linear(linear, random_matrix(rows, columns, width), width, 128))
+            modules.append(PackedLinear.from_linear(linear, random_matrix(rows, columns, width)))
             dense.append(modules[-1].dequantize(torch.bfloat16))
             total += modules[-1].codes.nbytes
 

@@ -30,12 +30,15 @@ from gemq.models.experts import expert_weight, use_experts_forward
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, find_structure
 from gemq.quant.hessian import factorize
+from gemq.quant.widths import Width
 from gemq.runtime.activation_store import ActivationStore
 from record import RESULTS, append, environment
 
 FILE = RESULTS / "quantize_speed.csv"
 STEPS = ("gptq", "moments", "scores", "candidates", "layers")
-WIDTHS = (1, 1.6, 2, 3)
+WIDTHS = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
+GATE_UP_WIDTHS = (Width.TERNARY, Width.TWO_BIT, Width.TWO_BIT, Width.THREE_BIT)
+DOWN_WIDTHS = (Width.TWO_BIT, Width.THREE_BIT)
 BATCH, TRAIN_TOKENS, SCORE_TOKENS, EPOCHS = 4096, 524_288, 262_144, 2
 
 
@@ -185,9 +188,9 @@ class Bench:
         moments, _ = layer_hessians(self.replay, 0, self.activations, [], slice(0, self.experts.count))
         assert moments.experts is not None
         pairs = list(zip(self.experts.matrices, moments.experts, strict=True))
-        for widths in ((2,), (1, 2, 3), WIDTHS):
+        for widths in ((Width.TWO_BIT,), (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT), WIDTHS):
 
-            def run(widths: tuple[float, ...] = widths) -> None:
+            def run(widths: tuple[Width, ...] = widths) -> None:
                 for matrix, moment in pairs:
                     self.quantizer.quantize_all(expert_weight(self.module, matrix.name), moment, widths)
 
@@ -243,7 +246,7 @@ class Bench:
         """Training only: quantizing is ``gptq``."""
         seconds, fixed_seconds = self._extrapolated(
             lambda epochs: build_candidates(
-                self.replay, 0, self.activations, self.quantizer, WIDTHS, 4, self._training(epochs)
+                self.replay, 0, self.activations, self.quantizer, WIDTHS, Width.FOUR_BIT, self._training(epochs)
             )
         )
         tokens = self.activations.ids[0].numel()
@@ -259,11 +262,11 @@ class Bench:
             for hidden, calls in zip(self.activations.hidden, self.activations.calls, strict=True):
                 exact.append(self.replay.run(0, hidden, calls[0]))
         stored = {name: torch.bfloat16 for name, _ in self.replay.model.named_parameters()}
-        widths = [((1.6, 2, 2, 3)[e % 4], (2, 3)[e % 2]) for e in range(self.experts.count)]
+        widths = [(GATE_UP_WIDTHS[e % 4], DOWN_WIDTHS[e % 2]) for e in range(self.experts.count)]
 
         def run(epochs: int) -> None:
             targets = Targets(exact, stored, self._training(epochs))
-            reconstruct_layer(self.replay, 0, self.activations, self.quantizer, widths, 4, targets)
+            reconstruct_layer(self.replay, 0, self.activations, self.quantizer, widths, Width.FOUR_BIT, targets)
 
         seconds, fixed_seconds = self._extrapolated(run)
         tokens = self.activations.ids[0].numel()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gemq.quant.widths import ExpertWidths
+
 
 def newest(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
     """By model and name, the last row. Names with a label in brackets are experiments on the side, and left out."""
@@ -17,10 +19,10 @@ def newest(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
     return last_rows
 
 
-def allocation_text(by_layer: Sequence[Sequence[tuple[float, float]]]) -> str:
+def allocation_text(by_layer: Sequence[Sequence[ExpertWidths]]) -> str:
     """Widths by layer and expert as one string: ``1 1.6+2 2/2 2 3`` is two layers of three experts, one of which has
     1.6 bits for gate and up and 2 for down."""
-    name = lambda first, down: f"{first:g}" if first == down else f"{first:g}+{down:g}"
+    name = lambda first, down: f"{first}" if first == down else f"{first}+{down}"
     return "/".join(" ".join(name(*expert) for expert in layer) for layer in by_layer)
 
 

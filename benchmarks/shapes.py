@@ -26,16 +26,16 @@ from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.grid import encode
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, Width, bytes_per_group, group_size_for, nominal_bits
+from gemq.quant.widths import Width, group_size_for
 
 GROUP_SIZE = 128
 STD = 0.02
 """Standard deviation of all weights: large enough that nothing underflows, small enough that nothing overflows."""
 
-TWO_BITS: dict[Width, int] = {1: 15, 1.6: 45, 2: 99, 3: 33}
+TWO_BITS = {Width.ONE_BIT: 15, Width.TERNARY: 45, Width.TWO_BIT: 99, Width.THREE_BIT: 33}
 """Experts at each width out of 192: 2.0 nominal bits. An allocation on a real model looked like it."""
 
-TWO_AND_A_HALF_BITS: dict[Width, int] = {1.6: 16, 2: 74, 3: 102}
+TWO_AND_A_HALF_BITS = {Width.TERNARY: 16, Width.TWO_BIT: 74, Width.THREE_BIT: 102}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shape:
     kind: type[PreTrainedConfig]
     changes: dict[str, Any]
     mix: Mapping[Width, int] = field(default_factory=lambda: TWO_BITS)
-    dense_bits: int = 4
+    dense_width: Width = Width.FOUR_BIT
 
     def dense_config(self) -> PreTrainedConfig:
         no_ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -94,7 +94,11 @@ SHAPES = {
     for shape in (
         Shape("olmoe-1b-7b-2.0", OlmoeConfig, OLMOE),
         Shape("olmoe-1b-7b-2.5", OlmoeConfig, OLMOE, TWO_AND_A_HALF_BITS),
-        *(Shape(f"olmoe-1b-7b-{width:g}", OlmoeConfig, OLMOE, {width: 1}) for width in (1, 1.6, 3, 4, 8)),
+        *(
+            Shape(f"olmoe-1b-7b-{width}", OlmoeConfig, OLMOE, {width: 1})
+            for width in Width
+            if width is not Width.TWO_BIT
+        ),
         Shape("mixtral-8x7b-2.0", MixtralConfig, MIXTRAL),
         Shape("mixtral-8x7b-2.5", MixtralConfig, MIXTRAL, TWO_AND_A_HALF_BITS),
         Shape("small-2.0", OlmoeConfig, SMALL),  # to try a script out
@@ -118,12 +122,12 @@ def packed_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any
             rows, columns = sizes[name]
             size = group_size_for(columns, GROUP_SIZE)
             matrices = [_random_matrix(rows, columns, width, size, random) for width in widths]
-            setattr(experts, name, PackedMatrices(matrices, widths, size))
+            setattr(experts, name, PackedMatrices(matrices))
     for path, width in packed.linears.items():
         linear: Any = model.get_submodule(path)
         size = group_size_for(linear.in_features, GROUP_SIZE)
         matrix = _random_matrix(linear.out_features, linear.in_features, width, size, random)
-        model.set_submodule(path, PackedLinear.from_linear(linear, matrix, width, size))
+        model.set_submodule(path, PackedLinear.from_linear(linear, matrix))
     _fill(model, random)
     config.quantization_config = packed.to_dict()
     return model.eval()
@@ -165,34 +169,34 @@ def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat
         assert layer.experts is not None
         widths = tuple(next(dealt) for _ in range(layer.experts.count))
         experts[layer.experts.path] = {matrix.name: widths for matrix in layer.experts.matrices}
-    linears = {linear.path: shape.dense_bits for layer in structure.layers for linear in layer.linears}
+    linears = {linear.path: shape.dense_width for layer in structure.layers for linear in layer.linears}
     return PackedFormat(experts=experts, linears=linears, group_size=GROUP_SIZE)
 
 
 def mean_bits(shape: Shape) -> float:
     """Nominal bits per expert weight."""
-    return sum(nominal_bits(w) * n for w, n in shape.mix.items()) / sum(shape.mix.values())
+    return sum(w.bits * n for w, n in shape.mix.items()) / sum(shape.mix.values())
 
 
 def random_codes(rows: int, groups: int, width: Width, size: int, random: torch.Generator) -> Tensor:
     """Codes drawn evenly, uint8 [rows, groups * bytes of a group], on the generator's device."""
-    group_bytes = bytes_per_group(width, size)
-    values = 243 if width == 1.6 else 256  # a byte of five ternary codes
+    group_bytes = width.group_bytes(size)
+    values = 243 if width is Width.TERNARY else 256  # a byte of five ternary codes
     codes = torch.randint(
         values, (rows, groups, group_bytes), dtype=torch.uint8, device=random.device, generator=random
     )
-    if width == 1.6:
+    if width is Width.TERNARY:
         codes[..., size - 4 * group_bytes :] %= 81  # the fifth code of these bytes is none of the group's
     return codes.view(rows, -1)
 
 
 def _random_matrix(rows: int, columns: int, width: Width, size: int, random: torch.Generator) -> PackedMatrix:
     """Codes drawn evenly; scales and offsets such that weights have mean 0 and standard deviation ``STD``."""
-    groups, levels = columns // size, LEVELS[width]
+    groups, levels = columns // size, width.levels
     codes = random_codes(rows, groups, width, size, random)
     step = STD / ((levels**2 - 1) / 12) ** 0.5
     spread = torch.rand(rows, groups, device=random.device, generator=random) * 0.2 + 0.9
-    return PackedMatrix(codes, *encode(step * spread, -step * spread * (levels - 1) / 2, levels - 1))
+    return PackedMatrix(codes, *encode(step * spread, -step * spread * (levels - 1) / 2, levels - 1), width)
 
 
 def _fill(model: nn.Module, random: torch.Generator) -> None:

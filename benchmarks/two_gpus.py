@@ -33,7 +33,7 @@ import yaml
 
 from gemq.assets import builtin_model
 from gemq.quant.packing import PackedMatrix, unpack_codes
-from gemq.quant.widths import group_size_for
+from gemq.quant.widths import Width
 from record import RESULTS, append, environment
 from scale import JOBS, recipe, write_model, write_text
 
@@ -161,13 +161,12 @@ def record_equality(args: argparse.Namespace, effort: str, directory: Path, widt
                 if a != b:
                     continue
                 full = f"{path}.{e}.{name}"
-                matrices = [
-                    PackedMatrix(*(files[f"{full}.{p}"].get_tensor(f"{full}.{p}") for p in PackedMatrix._fields))
-                    for files in tensors
-                ]
-                columns = matrices[0].scales.shape[1] * group_size_of(matrices[0], a)
                 device = "cpu" if args.small else "cuda"
-                codes = [unpack_codes(m.codes.to(device), a, group_size_for(columns, 128)) for m in matrices]
+                codes = []
+                for files in tensors:
+                    stored = {key: files[key].get_tensor(key) for key in files if key.startswith(f"{full}.")}
+                    matrix = PackedMatrix.from_tensors(stored, full, Width(a))
+                    codes.append(unpack_codes(matrix.codes.to(device), matrix.width, matrix.group_size))
                 equal += int((codes[0] == codes[1]).sum())
                 total += codes[0].numel()
     record(args, f"job {effort}", "equal codes", 1.0, equal / max(total, 1), "")
@@ -176,13 +175,6 @@ def record_equality(args: argparse.Namespace, effort: str, directory: Path, widt
 def width_pair(widths: Any) -> list[float]:
     """An expert's two widths, as they are or from the one that stands for both."""
     return list(widths) if isinstance(widths, list | tuple) else [widths, widths]
-
-
-def group_size_of(matrix: PackedMatrix, width: float) -> int:
-    from gemq.quant.widths import bytes_per_group
-
-    group_bytes = matrix.codes.shape[1] // matrix.scales.shape[1]
-    return next(g for g in (128, 64, 32, 16) if bytes_per_group(width, g) == group_bytes)
 
 
 # A rank that is lost

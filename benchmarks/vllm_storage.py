@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDTHS = (1, 2, 1.6, 3)
+from gemq.quant.widths import Width
+
+WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.TERNARY, Width.THREE_BIT)
 TENSORS = ("codes", "scales", "offsets")
 
 
@@ -37,7 +39,7 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
         widths = tuple(WIDTHS[e % len(WIDTHS)] for e in range(config.num_experts))
         paths = [f"model.layers.{i}" for i in range(layers)]
         experts = {f"{p}.mlp.experts": {"gate_up_proj": widths, "down_proj": widths} for p in paths}
-        linears = {f"{p}.self_attn.{x}_proj": 4.0 for p in paths for x in "qkvo"}
+        linears = {f"{p}.self_attn.{x}_proj": Width.FOUR_BIT for p in paths for x in "qkvo"}
         return model, PackedFormat(experts=experts, linears=linears)
 
     model, packed = build(1)

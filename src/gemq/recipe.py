@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import LEVELS, SMALLEST_GROUP, Width, nominal_bits, parse_width, width_name
+from gemq.quant.widths import SMALLEST_GROUP, Width
 from gemq.recipe_values import (
     CHOICES,
     DENSE_BITS,
@@ -24,6 +24,7 @@ from gemq.recipe_values import (
     MAX_GROUP_SIZE,
     MAX_SIZE_BYTES,
     NON_NEGATIVE_KEYS,
+    UNQUANTIZED_BITS,
     check_integer,
     check_number,
     convert,
@@ -34,7 +35,7 @@ from gemq.recipe_values import parse_size as parse_size
 DEFAULT_BITS = 2.0
 """The budget of a recipe without one."""
 
-DEFAULT_WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)
+DEFAULT_WIDTHS = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
 """The candidate widths of a recipe without any."""
 
 WIDE_BUDGET = 2.5
@@ -118,7 +119,7 @@ class Recipe:
     """Tokens per window. None: 2048, or the longest sequence that the model supports if that is shorter."""
     total_tokens: int = FROM_EFFORT
     """Self-generated windows are added until calibration has this many tokens. 0 adds none."""
-    generator_width: float | None = None
+    generator_width: Width | None = None
     """Generate windows with a packed copy of the model whose experts are rounded to this width. None: with the model
     itself, or where memory does not hold it, with the widest copy that fits."""
     seed: int = 0
@@ -233,8 +234,6 @@ class Recipe:
 
     def _check_widths(self) -> None:
         """Sorts the candidate widths, and raises UserError for widths and group sizes that do not exist."""
-        if self.generator_width is not None:
-            self._set("generator_width", parse_width(self.generator_width))
         if self.widths is not None:
             if not self.widths:
                 raise UserError("widths is empty: name at least one, such as 2")
@@ -281,7 +280,7 @@ class Recipe:
 
     def _check_budget(self) -> None:
         """Checks that nominal budgets lie within the candidate widths. Other budgets are checked with the model."""
-        low, high = nominal_bits(min(self.candidate_widths)), nominal_bits(max(self.candidate_widths))
+        low, high = min(self.candidate_widths).bits, max(self.candidate_widths).bits
         budgets = self.progressive
         if not budgets and self.bits is not None:
             budgets = (self.bits,)
@@ -298,10 +297,10 @@ class Recipe:
 
     def _wider_advice(self, bits: float) -> str:
         """For messages: how to reach ``bits`` with one more width; empty where no width helps."""
-        wider = [width for width in LEVELS if nominal_bits(width) >= bits]
-        if bits < nominal_bits(max(self.candidate_widths)) or not wider:
+        wider = [width for width in Width if width.bits >= bits]
+        if bits < max(self.candidate_widths).bits or not wider:
             return ""
-        names = ",".join(width_name(width) for width in (*self.candidate_widths, wider[0]))
+        names = ",".join(str(width) for width in (*self.candidate_widths, wider[0]))
         command = " with" if self.widths is None else ": quantize with"  # an export cannot add widths
         return f", or allow a wider width{command} --widths {names}"
 
@@ -311,7 +310,12 @@ class Recipe:
         if self.widths is not None:
             return self.widths
         bits = self.bits or self.stored_bits or 0
-        return (*DEFAULT_WIDTHS, 4) if self.size or bits > WIDE_BUDGET else DEFAULT_WIDTHS
+        return (*DEFAULT_WIDTHS, Width.FOUR_BIT) if self.size or bits > WIDE_BUDGET else DEFAULT_WIDTHS
+
+    @property
+    def dense_width(self) -> Width | None:
+        """The width of the dense linears; None leaves them unquantized."""
+        return Width(self.dense_bits) if self.dense_bits < UNQUANTIZED_BITS else None
 
     @property
     def units(self) -> int:
@@ -321,7 +325,7 @@ class Recipe:
     @property
     def width_names(self) -> str:
         """The candidate widths for messages."""
-        return ", ".join(width_name(w) for w in self.candidate_widths)
+        return ", ".join(str(w) for w in self.candidate_widths)
 
     @property
     def budget_text(self) -> str:
@@ -355,8 +359,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -390,6 +393,13 @@ class Recipe:
             if values.get("progressive"):
                 values["progressive"] = steps_to(_clean(flags, "flag").get("bits"), values["progressive"])
         return cls(**{**values, **_clean(flags, origin="flag")})
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON and YAML contain it."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Width) else value
 
 
 def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:

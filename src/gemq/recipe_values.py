@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import parse_width
+from gemq.quant.widths import Width
 from gemq.runtime.files import read_input
 
 MAX_YAML_BYTES = 1 << 17
@@ -45,7 +45,10 @@ CHOICES = {
 }
 """Keys with a fixed set of values."""
 
-DENSE_BITS = (2, 3, 4, 8, 16)
+UNQUANTIZED_BITS = 16
+"""``dense_bits`` that leaves the dense linears in the model's own type."""
+
+DENSE_BITS = (2, 3, 4, 8, UNQUANTIZED_BITS)
 """Widths of the dense linears."""
 
 INTEGER_RANGES = {
@@ -219,6 +222,13 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _width(value: Any) -> Width:
+    """A width, by its number or a text that holds it."""
+    if isinstance(value, bool):
+        raise TypeError
+    return Width(value)
+
+
 def _integer(value: Any) -> int:
     """An exact integer, written as 64, 64.0 or "64"."""
     if isinstance(value, bool):
@@ -247,6 +257,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "str": _text,
     "tuple[str, ...]": lambda value: tuple(_text(item) for item in _items(value)),
     "tuple[float, ...]": lambda value: tuple(_number(item) for item in _split_items(value)),
-    "tuple[Width, ...]": lambda value: tuple(parse_width(item) for item in _split_items(value)),
+    "Width": _width,
+    "tuple[Width, ...]": lambda value: tuple(Width(item) for item in _split_items(value)),
 }
 """By type of a field."""

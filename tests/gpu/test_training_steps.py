@@ -18,6 +18,7 @@ from gemq.pipeline.quantize import quantize
 from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, nearest
 from gemq.quant.trainable_gpu import trainable
+from gemq.quant.widths import Width
 from gemq.recipe import Recipe
 from gemq.runtime.cuda_graph import CudaGraphReplay
 
@@ -36,7 +37,7 @@ def nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(from_graph: bool, compute: torch.dtype) -> tuple[Quantized, Tensor, int]:
     """Matrices and a vector beside them after ``STEPS`` steps, and how often no graph was to be had."""
     torch.manual_seed(0)
-    max_code = max_codes((1, 2, 3), torch.device("cuda"))
+    max_code = max_codes((Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT), torch.device("cuda"))
     scales, offsets = nearest(0.3 + torch.rand(3, 64, 2).cuda(), torch.randn(3, 64, 2).cuda(), max_code.view(-1, 1, 1))
     soft_codes = torch.rand(3, 64, 128).cuda() * max_code.view(-1, 1, 1)
     q = Quantized(soft_codes.round().to(torch.uint8), scales, offsets)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from gemq.allocation.problem import Problem
-from gemq.quant.widths import matrix_bytes, nominal_bits
+from gemq.quant.widths import Width
 
 
 def random_problem(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noise=0.3) -> Problem:
@@ -16,13 +16,14 @@ def random_problem(sizes, widths=(1, 2, 3), seed=0, spread=2.0, shapes=None, noi
     layer = np.repeat(np.arange(len(sizes)), sizes)
     n = len(layer)
     drawn = [(shapes or [(64, 256)])[i] for i in draw.integers(0, len(shapes or [0]), n)]
-    quality = 4.0 ** -np.array([nominal_bits(w) for w in widths])
+    widths = tuple(map(Width, widths))
+    quality = 4.0 ** -np.array([width.bits for width in widths])
     return Problem(
-        widths=tuple(widths),
+        widths=widths,
         layer=layer,
         costs=np.exp(draw.normal(0, spread, (n, 1)) + draw.normal(0, noise, (n, len(widths)))) * quality,
         weights=np.array([r * c for r, c in drawn]),
-        bytes=np.array([[matrix_bytes(r, c, w, 128) for w in widths] for r, c in drawn]),
+        bytes=np.array([[w.matrix_bytes(r, c, 128) for w in widths] for r, c in drawn]),
         counts=draw.integers(1, 1000, n),
         layers=len(sizes),
     )

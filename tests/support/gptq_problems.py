@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gemq.quant.grid import Quantized
-from gemq.quant.widths import LEVELS
+from gemq.quant.widths import Width
 
-ALL = tuple(LEVELS)
+ALL = tuple(Width)
 DAMPENING = 0.01
 
 

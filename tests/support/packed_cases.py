@@ -11,36 +11,34 @@ from torch import Tensor, nn
 from gemq.kernels.modules import PackedExperts, PackedLinear, PackedMatrices
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS
+from gemq.quant.widths import Width
 
 
-def random_matrix(rows: int, columns: int, width: float, group_size: int, generator: torch.Generator) -> PackedMatrix:
+def random_matrix(rows: int, columns: int, width: Width, group_size: int, generator: torch.Generator) -> PackedMatrix:
     """Return a matrix with every code value. Weights spread by about 0.3 around a random offset in each group."""
-    codes = torch.randint(0, LEVELS[width], (rows, columns), generator=generator).to(torch.uint8)
+    codes = torch.randint(0, width.levels, (rows, columns), generator=generator).to(torch.uint8)
     shape = (rows, columns // group_size)
-    scales = (torch.rand(shape, generator=generator) + 0.5) / LEVELS[width]
-    offsets = -scales * (LEVELS[width] - 1) * (0.2 + 0.6 * torch.rand(shape, generator=generator))
-    return PackedMatrix.pack(Quantized(codes, scales, offsets), width, group_size)
+    scales = (torch.rand(shape, generator=generator) + 0.5) / width.levels
+    offsets = -scales * width.max_code * (0.2 + 0.6 * torch.rand(shape, generator=generator))
+    return PackedMatrix.pack(Quantized(codes, scales, offsets), width)
 
 
 def random_matrices(
-    rows: int, columns: int, widths: Sequence[float], group_size: int, generator: torch.Generator
+    rows: int, columns: int, widths: Sequence[Width], group_size: int, generator: torch.Generator
 ) -> PackedMatrices:
     """Return the same projection of several experts."""
     matrices = [random_matrix(rows, columns, width, group_size, generator) for width in widths]
-    return PackedMatrices(matrices, widths, group_size)
+    return PackedMatrices(matrices)
 
 
 def random_linear(
-    rows: int, columns: int, width: float, group_size: int, generator: torch.Generator, bias: bool = False
+    rows: int, columns: int, width: Width, group_size: int, generator: torch.Generator, bias: bool = False
 ) -> PackedLinear:
     """Return a packed linear, optionally with a random bias."""
     linear = nn.Linear(columns, rows, bias=bias, device="meta")
     if bias:
         linear.bias = nn.Parameter(torch.randn(rows, generator=generator))
-    return PackedLinear.from_linear(
-        linear, random_matrix(rows, columns, width, group_size, generator), width, group_size
-    )
+    return PackedLinear.from_linear(linear, random_matrix(rows, columns, width, group_size, generator))
 
 
 class Experts(PackedExperts):
@@ -50,7 +48,7 @@ class Experts(PackedExperts):
         self,
         hidden: int,
         inner: int,
-        widths: Sequence[float],
+        widths: Sequence[Width],
         generator: torch.Generator,
         gate: Callable[[Tensor], Tensor] | None = None,
         group_sizes: tuple[int, int] = (32, 32),

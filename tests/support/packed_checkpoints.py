@@ -13,9 +13,9 @@ from gemq.checkpoint.model_shapes import matrix_shapes
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.quant.grid import Quantized, nearest
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, Width, group_size_for
+from gemq.quant.widths import Width, group_size_for
 
-WIDTHS: tuple[Width, ...] = (1, 1.6, 2, 3)
+WIDTHS: tuple[Width, ...] = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
 
 
 def olmoe_config(**changes: int) -> OlmoeConfig:
@@ -66,7 +66,7 @@ def _format(model: PreTrainedModel, widths: Sequence[Width]) -> PackedFormat:
             turned = [widths[(e + len(experts)) % len(widths)] for e in range(len(module.down_proj))]
             experts[path] = {"gate_up_proj": tuple(turned), "down_proj": tuple(turned[::-1])}
         elif isinstance(module, torch.nn.Linear) and not path.endswith(("lm_head", "gate", "router")):
-            linears[path] = 4
+            linears[path] = Width.FOUR_BIT
     return PackedFormat(experts=experts, linears=linears, group_size=64)
 
 
@@ -82,13 +82,13 @@ def _packed_tensors(model: PreTrainedModel, packed_format: PackedFormat) -> dict
             if model.get_submodule(kind.rpartition(".")[0]).is_transposed:
                 weight = weight.T
         group_size = group_size_for(shapes[kind][1], packed_format.group_size)
-        tensors.update(PackedMatrix.pack(_rounded(weight, width, group_size), width, group_size).named(name))
+        tensors.update(PackedMatrix.pack(_rounded(weight, width, group_size), width).named(name))
     return tensors
 
 
 def _rounded(weight: torch.Tensor, width: Width, group_size: int) -> Quantized:
     """Codes of the nearest levels between the smallest and largest weight of each group."""
-    groups, highest = weight.float().unflatten(-1, (-1, group_size)), LEVELS[width] - 1
+    groups, highest = weight.float().unflatten(-1, (-1, group_size)), width.max_code
     scales, offsets = nearest((groups.amax(-1) - groups.amin(-1)) / highest, groups.amin(-1), highest)
     codes = ((groups - offsets[..., None]) / scales[..., None]).round().clamp(0, highest)
     return Quantized(codes.to(torch.uint8).flatten(-2), scales, offsets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import accuracy_report
+from gemq.quant.widths import Width
 from record import append, read
 from rows import allocation_text, allocation_widths
 
@@ -31,7 +32,8 @@ def row(name: str, kl: float, bits: float = 2.0, **columns: str) -> dict[str, st
 def test_a_new_column_leaves_older_rows_whole(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     append(file, {"name": "old", "note": 'with, comma and "quotes"', "dropped": "1"})
-    layers = [[(1, 1), (1.6, 3), (2, 2)], [(3, 3), (2, 1.6), (2, 2)]]
+    numbers = [[(1, 1), (1.6, 3), (2, 2)], [(3, 3), (2, 1.6), (2, 2)]]
+    layers = [[(Width(gate_up), Width(down)) for gate_up, down in layer] for layer in numbers]
     append(file, {"name": "new", "allocation": allocation_text(layers), "note": ""})
     append(file, {"name": "newer", "note": "x"})
     old, new, newer = read(file)

@@ -9,7 +9,7 @@ import pytest
 
 from gemq.allocation.problem import METHODS, Allocation, Budget, Problem, allocate, linear_constraint, smallest_budget
 from gemq.errors import UserError
-from gemq.quant.widths import matrix_bytes, plain_widths
+from gemq.quant.widths import Width, plain_widths
 from support.allocation_problems import matrix_problem, random_problem
 
 LADDER = (1, 1.6, 2, 3)
@@ -202,7 +202,7 @@ def test_figures():
     problem = random_problem([2, 2], LADDER)
     allocation = allocate(problem, Budget("bits", 1.625), "uniform")
     assert allocation.nominal_bits == 1.625
-    assert allocation.stored_bytes == 4 * matrix_bytes(64, 256, 1.6, 128)
+    assert allocation.stored_bytes == 4 * Width.TERNARY.matrix_bytes(64, 256, 128)
     assert allocation.stored_bits == allocation.stored_bytes * 8 / (4 * 64 * 256)
     assert allocation.predicted_cost == pytest.approx(problem.costs[:, 1].sum())
 

@@ -24,13 +24,13 @@ from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.gptq import round_to_nearest
-from gemq.quant.grid import Quantized, dequantize
+from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import ExpertWidths, group_size_for
+from gemq.quant.widths import ExpertWidths, Width
 from support.families import FAMILIES, MAIN_FAMILIES, TOY, tiny, tokens
 
 torch.set_num_threads(1)
-WIDTHS = (1, 1.6, 2, 3, 4, 8)
+WIDTHS = tuple(Width)
 GROUP = 32
 GPTQ = Quantizer("gptq", GROUP, 0.01, 0.1)
 RTN = Quantizer("rtn", GROUP, 0.01, 0.1)
@@ -47,30 +47,34 @@ def replay_of(family: str, dtype: torch.dtype = torch.float32) -> Replay:
 
 
 def build(
-    replay: Replay, w: Windows, quantizer: Quantizer = GPTQ, dense_bits: int = 4, widths=WIDTHS
+    replay: Replay, w: Windows, quantizer: Quantizer = GPTQ, dense_width: Width | None = Width.FOUR_BIT, widths=WIDTHS
 ) -> list[LayerCandidates]:
     activations = Activations.start(replay, w, 24, 0)
     candidates = []
     for i in range(len(replay.structure.layers)):
-        layer_candidates, activations.hidden = build_candidates(replay, i, activations, quantizer, widths, dense_bits)
+        layer_candidates, activations.hidden = build_candidates(replay, i, activations, quantizer, widths, dense_width)
         candidates.append(layer_candidates)
     return candidates
 
 
 def reconstruct(
-    replay: Replay, w: Windows, widths: list[list[ExpertWidths]], quantizer: Quantizer = GPTQ, dense_bits: int = 4
+    replay: Replay,
+    w: Windows,
+    widths: list[list[ExpertWidths]],
+    quantizer: Quantizer = GPTQ,
+    dense_width: Width | None = Width.FOUR_BIT,
 ):
     activations = Activations.start(replay, w, 24, 0)
     layers = []
     for i in range(len(replay.structure.layers)):
-        layers.append(reconstruct_layer(replay, i, activations, quantizer, widths[i], dense_bits))
+        layers.append(reconstruct_layer(replay, i, activations, quantizer, widths[i], dense_width))
         activations.advance(replay, i)
     return layers
 
 
-def candidate_weight(candidates: LayerCandidates, name: str, width: float, columns: int) -> Tensor:
+def candidate_weight(candidates: LayerCandidates, name: str, width: Width, columns: int) -> Tensor:
     """All experts' weights of one matrix at one width: [E, rows, columns] float32."""
-    return dequantize(candidates.experts[name][width].unpack(width, group_size_for(columns, GROUP)))
+    return dequantize(candidates.experts[name][width].unpack())
 
 
 def mixed(structure: Structure) -> list[list[ExpertWidths]]:
@@ -115,7 +119,7 @@ def test_round_trip_through_a_file(family):
     replay = replay_of(family)
     for candidates, layer in zip(build(replay, windows()), replay.structure.layers, strict=True):
         candidates.retries, candidates.not_improved = 3, 2
-        back = LayerCandidates.from_tensors(load(save(candidates.to_tensors())), layer, WIDTHS)
+        back = LayerCandidates.from_tensors(load(save(candidates.to_tensors())), layer, WIDTHS, Width.FOUR_BIT)
         assert same(back.to_tensors(), candidates.to_tensors())
         assert (back.retries, back.not_improved) == (3, 2)
         assert back.linears.keys() == candidates.linears.keys()
@@ -133,7 +137,7 @@ def test_ladder_leaves_the_model_alone():
 def test_widths_do_not_influence_each_other(family):
     """Candidates of fewer widths are a part of those of more: the same codes to the bit."""
     replay = replay_of(family)
-    all_widths, two_widths = build(replay, windows()), build(replay, windows(), widths=(1.6, 3))
+    all_widths, two_widths = build(replay, windows()), build(replay, windows(), widths=(Width.TERNARY, Width.THREE_BIT))
     for a, b in zip(all_widths, two_widths, strict=True):
         tensors = a.to_tensors()
         assert all(torch.equal(tensors[name], t) for name, t in b.to_tensors().items())
@@ -141,8 +145,8 @@ def test_widths_do_not_influence_each_other(family):
 
 def test_unquantized_linears():
     replay = replay_of("qwen2_moe")
-    assert all(not x.linears for x in build(replay, windows(), dense_bits=16))
-    for layer in reconstruct(replay, windows(), mixed(replay.structure), dense_bits=16):
+    assert all(not x.linears for x in build(replay, windows(), dense_width=None))
+    for layer in reconstruct(replay, windows(), mixed(replay.structure), dense_width=None):
         assert not [name for name in layer.tensors if ".experts." not in name]
 
 
@@ -155,7 +159,7 @@ def test_rounding_needs_no_calibration():
         assert same(tensors, other_tensors)
     layer = replay.structure.layers[0]
     weight = expert_weight(replay.model.get_submodule(layer.experts.path), "gate_up_proj")
-    expected = Quantized(*(t[2] for t in round_to_nearest(weight, WIDTHS, GROUP)))
+    expected = round_to_nearest(weight, WIDTHS, GROUP).select(2)
     assert torch.equal(candidate_weight(candidates[0], "gate_up_proj", 2, 64), dequantize(expected))
 
 
@@ -176,11 +180,11 @@ def test_one_or_two_tokens_are_enough_to_stay_finite(family, length):
 def test_a_linear_that_no_token_reached_is_rounded():
     replay = replay_of("olmoe")
     linear = replay.structure.layers[0].linears[0]
-    quantized = quantize_linears(replay, [linear], LayerHessians({}, None), GPTQ, 4)
+    quantized = quantize_linears(replay, [linear], LayerHessians({}, None), GPTQ, Width.FOUR_BIT)
     weight = replay.model.get_submodule(linear.path).weight.detach().unsqueeze(0)
-    expected = round_to_nearest(weight, (4,), GROUP)
-    packed = PackedMatrix.pack(Quantized(*(t[0] for t in expected)), 4, GROUP)
-    assert same(quantized.packed[linear.path]._asdict(), packed._asdict())
+    expected = round_to_nearest(weight, (Width.FOUR_BIT,), GROUP)
+    packed = PackedMatrix.pack(expected.select(0), Width.FOUR_BIT)
+    assert same(quantized.packed[linear.path].named("q"), packed.named("q"))
 
 
 # Assembling
@@ -197,7 +201,7 @@ def test_assembling_picks_rows():
             assert torch.equal(tensors[f"{path}.codes"], packed.codes[0])
         for e, expert_widths in enumerate(chosen):
             for name, width in zip(("gate_up_proj", "down_proj"), expert_widths, strict=True):
-                for field in PackedMatrix._fields:
+                for field in PackedMatrix.FIELDS:
                     expected = getattr(candidates.experts[name][width], field)[e]
                     assert torch.equal(tensors[f"{layer.experts.path}.{e}.{name}.{field}"], expected)
 
@@ -210,9 +214,9 @@ def test_assembling_picks_rows():
 def test_refine_equals_assembly_where_activations_are_equal(family, quantizer):
     """In the first layer with the rest unquantized nothing upstream differs: the same codes to the bit."""
     replay = replay_of(family)
-    candidates, widths = build(replay, windows(), quantizer, dense_bits=16)[0], mixed(replay.structure)
+    candidates, widths = build(replay, windows(), quantizer, dense_width=None)[0], mixed(replay.structure)
     expected = assemble_layer(candidates, replay.structure.layers[0], widths[0]).tensors
-    assert same(reconstruct(replay, windows(), widths, quantizer, dense_bits=16)[0].tensors, expected)
+    assert same(reconstruct(replay, windows(), widths, quantizer, dense_width=None)[0].tensors, expected)
 
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
@@ -232,10 +236,10 @@ def test_refine_equals_the_ladder_in_the_first_attention(family):
 
 def test_refine_of_one_expert_does_not_depend_on_the_others_widths():
     replay, other_replay = replay_of("olmoe"), replay_of("olmoe")
-    widths = [[(2, 2)] * 6 for _ in range(3)]
-    changed = [[(4, 3), *widths[0][1:]], *widths[1:]]
-    tensors = reconstruct(replay, windows(), widths, dense_bits=16)[0].tensors
-    changed_tensors = reconstruct(other_replay, windows(), changed, dense_bits=16)[0].tensors
+    widths = [[(Width.TWO_BIT, Width.TWO_BIT)] * 6 for _ in range(3)]
+    changed = [[(Width.FOUR_BIT, Width.THREE_BIT), *widths[0][1:]], *widths[1:]]
+    tensors = reconstruct(replay, windows(), widths, dense_width=None)[0].tensors
+    changed_tensors = reconstruct(other_replay, windows(), changed, dense_width=None)[0].tensors
     path = replay.structure.layers[0].experts.path
     for name, tensor in tensors.items():
         assert torch.equal(tensor, changed_tensors[name]) == (not name.startswith(f"{path}.0."))
@@ -247,7 +251,7 @@ def test_refine_leaves_the_quantized_weights_in_the_model():
     layers = reconstruct(replay, windows(), widths)
     twin = replay_of("qwen2_moe")
     for layer, reconstructed, chosen in zip(twin.structure.layers, layers, widths, strict=True):
-        install_layer(twin.model, layer, reconstructed, QuantizationScheme(chosen, 4, GROUP))
+        install_layer(twin.model, layer, reconstructed, QuantizationScheme(chosen, Width.FOUR_BIT))
     assert same(replay.model.state_dict(), twin.model.state_dict())
 
 
@@ -278,11 +282,10 @@ def test_installed_weights_are_what_the_codes_mean(family):
     originals = copy.deepcopy(replay.model.state_dict())
     touched = set()
     for layer_candidates, layer, chosen in zip(candidates, replay.structure.layers, widths, strict=True):
-        scheme = QuantizationScheme(chosen, 4, GROUP)
+        scheme = QuantizationScheme(chosen, Width.FOUR_BIT)
         install_layer(replay.model, layer, assemble_layer(layer_candidates, layer, chosen), scheme)
         for linear in layer.linears:
-            group = group_size_for(linear.columns, GROUP)
-            expected = dequantize(layer_candidates.linears[linear.path].unpack(4, group))[0]
+            expected = dequantize(layer_candidates.linears[linear.path].unpack())[0]
             assert torch.equal(replay.model.get_submodule(linear.path).weight, expected)
             touched.add(f"{linear.path}.weight")
         for m, matrix in enumerate(layer.experts.matrices if layer.experts else ()):
@@ -305,7 +308,7 @@ def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtyp
     structure = replay.structure
     packed = PackedFormat(
         experts={x.experts.path: matrix_widths(x, widths[i]) for i, x in structure.moe_layers},
-        linears={x.path: 4 for layer in structure.layers for x in layer.linears},
+        linears={x.path: Width.FOUR_BIT for layer in structure.layers for x in layer.linears},
         group_size=GROUP,
     )
     write_checkpoint(

@@ -36,14 +36,14 @@ from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.kernels import modules as packed_modules
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, group_size_for, matrix_bytes
+from gemq.quant.widths import Width, group_size_for
 from gemq.runtime.files import disk_errors
 from gemq.runtime.safetensors_files import read_header
 
 pytestmark = pytest.mark.sample  # loading differs most between versions of Transformers
 torch.set_num_threads(1)
 
-WIDTHS = (1, 1.6, 2, 3, 4, 8)  # one expert of each in every layer
+WIDTHS = tuple(Width)  # one expert of each in every layer
 COMMON = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -80,12 +80,12 @@ class Written:
     shapes: dict[str, tuple[int, int]]
 
 
-def round_to_nearest(weight: torch.Tensor, width: float, group_size: int) -> Quantized:
+def round_to_nearest(weight: torch.Tensor, width: Width, group_size: int) -> Quantized:
     groups = weight.float().unflatten(-1, (-1, group_size))
-    scales, offsets = (groups.amax(-1) - groups.amin(-1)) / (LEVELS[width] - 1), groups.amin(-1)
-    scales, offsets = nearest(scales, offsets, LEVELS[width] - 1)
+    scales, offsets = (groups.amax(-1) - groups.amin(-1)) / (width.max_code), groups.amin(-1)
+    scales, offsets = nearest(scales, offsets, width.max_code)
     codes = ((groups - offsets[..., None]) / scales[..., None]).round()
-    return Quantized(codes.clamp(0, LEVELS[width] - 1).to(torch.uint8).flatten(-2), scales, offsets)
+    return Quantized(codes.clamp(0, width.max_code).to(torch.uint8).flatten(-2), scales, offsets)
 
 
 def format_of(model: PreTrainedModel) -> PackedFormat:
@@ -97,14 +97,17 @@ def format_of(model: PreTrainedModel) -> PackedFormat:
             widths = WIDTHS[turn:] + WIDTHS[:turn]
             experts[path] = {"gate_up_proj": widths, "down_proj": widths[::-1]}
         elif isinstance(module, torch.nn.Linear) and not path.endswith(("lm_head", "gate", "router")):
-            linears[path] = 4
+            linears[path] = Width.FOUR_BIT
     return PackedFormat(experts=experts, linears=linears, group_size=64)
 
 
 def test_layers_are_read_in_the_models_order():
     """config.json sorts its keys: layer 10 stands before layer 2 there, and would in ``gemq inspect``."""
-    experts = {f"model.layers.{i}.mlp.experts": {"down_proj": (i % 3 + 1.0,), "up_proj": (2.0,)} for i in range(12)}
-    linears = {f"model.layers.{i}.self_attn.{name}_proj": 4.0 for i in range(12) for name in "qk"}
+    experts = {
+        f"model.layers.{i}.mlp.experts": {"down_proj": (Width(i % 3 + 1),), "up_proj": (Width.TWO_BIT,)}
+        for i in range(12)
+    }
+    linears = {f"model.layers.{i}.self_attn.{name}_proj": Width.FOUR_BIT for i in range(12) for name in "qk"}
     packed = PackedFormat(experts=experts, linears=linears, group_size=64)
     read = PackedFormat.from_dict(json.loads(json.dumps(packed.to_dict(), sort_keys=True)))
     assert list(read.experts) == list(experts)
@@ -127,7 +130,7 @@ def quantize_in_place(model: PreTrainedModel, packed_format: PackedFormat) -> di
         group_size = group_size_for(shapes[kind][1], packed_format.group_size)
         q = round_to_nearest(target, width, group_size)
         target.copy_(dequantize(q, target.dtype))
-        tensors.update(PackedMatrix.pack(q, width, group_size).named(name))
+        tensors.update(PackedMatrix.pack(q, width).named(name))
     return tensors
 
 
@@ -267,7 +270,7 @@ def test_stored_bytes_and_files(written):
     stored = sum(t.nbytes for f in w.packed.glob("*.safetensors") for n, t in load_file(f).items() if n in expected)
     assert stored == w.format.total_bytes(w.shapes)
     assert stored == sum(
-        matrix_bytes(*w.shapes[m.kind], m.width, group_size_for(w.shapes[m.kind][1], 64)) for m in w.format.matrices()
+        m.width.matrix_bytes(*w.shapes[m.kind], group_size_for(w.shapes[m.kind][1], 64)) for m in w.format.matrices()
     )
     # The dense rest carries hub names; nothing is stored twice.
     assert not any("experts.gate_up_proj" in name for name in headers)

@@ -12,7 +12,7 @@ from gemq.kernels import cpu_int4, reference
 from gemq.kernels.modules import PackedLinear, PackedMatrices
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, Width
+from gemq.quant.widths import Width
 
 torch.set_num_threads(1)
 
@@ -20,17 +20,17 @@ torch.set_num_threads(1)
 def random_matrix(rows: int, columns: int, width: Width, group_size: int) -> PackedMatrix:
     """Return a matrix with offsets anywhere in the range, as fitted grids have."""
     groups = columns // group_size
-    codes = torch.randint(LEVELS[width], (rows, columns), dtype=torch.uint8)
+    codes = torch.randint(width.levels, (rows, columns), dtype=torch.uint8)
     scales = torch.rand(rows, groups) + 0.2
-    offsets = scales * -(LEVELS[width] - 1) * torch.rand(rows, groups)
-    return PackedMatrix.pack(Quantized(codes, scales, offsets), width, group_size)
+    offsets = scales * -width.max_code * torch.rand(rows, groups)
+    return PackedMatrix.pack(Quantized(codes, scales, offsets), width)
 
 
-def linear(matrix: PackedMatrix, width: Width, group_size: int, bias: bool = False) -> PackedLinear:
+def linear(matrix: PackedMatrix, bias: bool = False) -> PackedLinear:
     """Return a packed linear with the matrix."""
     rows, groups = matrix.scales.shape
-    plain = nn.Linear(groups * group_size, rows, bias=bias, dtype=torch.bfloat16)
-    return PackedLinear.from_linear(plain, matrix, width, group_size)
+    plain = nn.Linear(groups * matrix.group_size, rows, bias=bias, dtype=torch.bfloat16)
+    return PackedLinear.from_linear(plain, matrix)
 
 
 def error(result: Tensor, truth: Tensor) -> float:
@@ -38,12 +38,12 @@ def error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth).norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("width", LEVELS)
+@pytest.mark.parametrize("width", Width)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), [(48, 96, 32), (272, 192, 64), (256, 512, 128)])
 @torch.no_grad()
 def test_products_are_as_exact_as_the_reference(width, rows, columns, group_size):
-    torch.manual_seed(int(width * 10) + rows)
-    module = linear(random_matrix(rows, columns, width, group_size), width, group_size, bias=rows == 48)
+    torch.manual_seed(int(width.value * 10) + rows)
+    module = linear(random_matrix(rows, columns, width, group_size), bias=rows == 48)
     for tokens in (1, 5, 16):
         x = torch.randn(2, tokens // 2 or 1, columns).bfloat16()[: 1 if tokens == 1 else 2]
         assert cpu_int4.covers(module, x)
@@ -64,7 +64,7 @@ class Experts(nn.Module):
         super().__init__()
         for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             matrices = [random_matrix(rows, columns, width, group_size) for width in widths]
-            setattr(self, name, PackedMatrices(matrices, widths, group_size))
+            setattr(self, name, PackedMatrices(matrices))
         self.gate_up_proj_bias = nn.Parameter(torch.randn(len(widths), 2 * inner).bfloat16())
         self.down_proj_bias = nn.Parameter(torch.randn(len(widths), hidden).bfloat16())
 
@@ -79,7 +79,7 @@ class Experts(nn.Module):
 @torch.no_grad()
 def test_experts_of_mixed_widths():
     torch.manual_seed(0)
-    module: Any = Experts((1, 1.6, 2, 3, 4, 8), 128, 64, 64)
+    module: Any = Experts(tuple(Width), 128, 64, 64)
     for tokens in (1, 2, 16):
         x = torch.randn(tokens, 128).bfloat16()
         index = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)])  # 6 marks an unused slot
@@ -91,7 +91,7 @@ def test_experts_of_mixed_widths():
 
 @torch.no_grad()
 def test_changed_weights_are_converted_again():
-    module = linear(random_matrix(32, 64, 2, 32), 2, 32)
+    module = linear(random_matrix(32, 64, Width.TWO_BIT, 32))
     x = torch.randn(1, 64).bfloat16()
     expected = 2 * cpu_int4.linear_forward(module, x)
     module.scales.add_(8)  # doubles scales, and with them offsets
@@ -99,11 +99,11 @@ def test_changed_weights_are_converted_again():
 
 
 def test_unsupported_inputs():
-    module = linear(random_matrix(32, 64, 2, 32), 2, 32)
+    module = linear(random_matrix(32, 64, Width.TWO_BIT, 32))
     x = torch.randn(1, 64).bfloat16()
     assert cpu_int4.covers(module, x)
     assert not cpu_int4.covers(module, x.float())
     assert not cpu_int4.covers(module, torch.randn(17, 64).bfloat16())
     assert not cpu_int4.covers(module, x.clone().requires_grad_())
-    assert not cpu_int4.covers(linear(random_matrix(40, 64, 2, 32), 2, 32), x)  # rows
-    assert not cpu_int4.covers(linear(random_matrix(32, 64, 2, 16), 2, 16), x)  # groups
+    assert not cpu_int4.covers(linear(random_matrix(40, 64, Width.TWO_BIT, 32)), x)  # rows
+    assert not cpu_int4.covers(linear(random_matrix(32, 64, Width.TWO_BIT, 16)), x)  # groups

@@ -15,9 +15,10 @@ from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices
 from gemq.quant.trainable_gpu import INT16_STEPS, FusedMatrices, StepSchedule, decode_soft_codes
+from gemq.quant.widths import Width
 
 torch.set_num_threads(1)
-WIDTHS = (1, 2, 3)
+WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT)
 STEPS = 12
 ROWS, COLUMNS, GROUP = 6, 96, 32
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from gemq.quant.gptq import LLOYD_ROUNDS, WIDER, fit_grid, gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.hessian import factorize
-from gemq.quant.widths import LEVELS
+from gemq.quant.widths import Width
 from support.gptq_problems import ALL, DAMPENING, inputs, objective, pick, problem
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def test_against_float64_reference(columns, group_size):
         equal = total = 0
         ours = theirs = 0.0
         for e in range(len(weight)):
-            codes, values = reference_gptq(weight[e], hessian[e], LEVELS[width], group_size)
+            codes, values = reference_gptq(weight[e], hessian[e], width.levels, group_size)
             equal += int((codes == q.codes[i, e]).sum())
             total += codes.numel()
             ours += objective(weight[e], dequantize(pick(q, i, e)), hessian[e]).item()
@@ -121,7 +121,7 @@ def test_shapes_types_and_inputs_untouched(dtype):
     weight, hessian = problem()
     weight = weight.to(dtype)
     original = weight.clone()
-    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (1, 3), 16)
+    q = gptq(weight, factorize(hessian.float(), DAMPENING).upper, (Width.ONE_BIT, Width.THREE_BIT), 16)
     assert torch.equal(weight, original)
     assert (q.codes.shape, q.codes.dtype) == ((2, 2, 12, 64), torch.uint8)
     assert q.scales.shape == q.offsets.shape == (2, 2, 12, 4)
@@ -136,8 +136,8 @@ def assert_sane(q: Quantized) -> None:
         assert torch.isfinite(q.scales[i]).all()
         assert torch.isfinite(q.offsets[i]).all()
         assert (q.scales[i] > 0).all()
-        assert all(map(torch.equal, nearest(q.scales[i], q.offsets[i], LEVELS[width] - 1), pick(q, i)[1:]))
-        assert q.codes[i].max().item() < LEVELS[width]
+        assert all(map(torch.equal, nearest(q.scales[i], q.offsets[i], width.max_code), pick(q, i)[1:]))
+        assert q.codes[i].max().item() < width.levels
         assert torch.isfinite(dequantize(pick(q, i))).all()
         assert torch.isfinite(dequantize(pick(q, i), torch.bfloat16)).all()
 
@@ -229,7 +229,7 @@ def test_one_bit_has_two_free_levels():
     generator = torch.Generator().manual_seed(0)
     high = torch.rand(64, generator=generator) < 0.3
     row = torch.where(high, 2.0, 0.5) + 0.05 * torch.randn(64, generator=generator)
-    q = round_to_nearest(row.view(1, 1, 64), (1,), 64)
+    q = round_to_nearest(row.view(1, 1, 64), (Width.ONE_BIT,), 64)
     scale, offset = q.scales.float().item(), q.offsets.float().item()
     assert torch.equal(q.codes.flatten().bool(), high)
     # the best two levels are the means of the two modes; their distance has eight steps an octave
@@ -242,7 +242,7 @@ def test_one_bit_is_a_local_optimum_of_k_means():
     """On any row: levels are the means of their members and members are nearest to their level."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(1, 50, 32, generator=generator)
-    q = round_to_nearest(rows, (1,), 32)
+    q = round_to_nearest(rows, (Width.ONE_BIT,), 32)
     settled = 0
     for row, code, scale, offset in zip(
         rows[0], q.codes[0, 0].bool(), q.scales.flatten(), q.offsets.flatten(), strict=True
@@ -254,13 +254,13 @@ def test_one_bit_is_a_local_optimum_of_k_means():
     assert settled >= 45  # six rounds leave a few rows one member away
 
 
-@pytest.mark.parametrize("width", [1, 1.6, 2, 3, 4])
+@pytest.mark.parametrize("width", ALL[:-1])
 def test_fit_uses_importance(width):
     """Weights that matter more are fitted better than without importance."""
     generator = torch.Generator().manual_seed(2)
     w = torch.randn(1, 3, 40, 32, generator=generator)
     importance = torch.rand(3, 1, 32, generator=generator).pow(4) + 1e-3
-    max_code = torch.tensor([LEVELS[width] - 1.0])
+    max_code = torch.tensor([float(width.max_code)])
 
     def weighted_error(scale: Tensor, offset: Tensor) -> Tensor:
         code = ((w - offset[..., None]) / scale[..., None]).round().clamp(0, max_code.item())
@@ -277,7 +277,7 @@ def test_fit_is_never_worse_than_min_max(kind, width):
 
     That rounding alone decides where the smallest and largest weight fit exactly, or where groups are far from zero.
     """
-    generator = torch.Generator().manual_seed(int(10 * width))
+    generator = torch.Generator().manual_seed(int(10 * width.value))
     w = torch.randn(1, 1, 400, 32, generator=generator, dtype=torch.float32)
     w = {
         "normal": w,
@@ -288,7 +288,7 @@ def test_fit_is_never_worse_than_min_max(kind, width):
         "shifted": w * 0.1 + 1,
     }[kind]
     importance = torch.rand(1, 1, 32, generator=generator) + 0.01
-    max_code = torch.tensor([LEVELS[width] - 1.0])
+    max_code = torch.tensor([float(width.max_code)])
 
     def weighted_error(scale: Tensor, offset: Tensor) -> Tensor:
         scale, offset = scale[..., None], offset[..., None]
@@ -320,4 +320,4 @@ def test_soft_codes_are_codes_before_rounding():
     for a, b in zip(q, gptq(weight, upper, ALL, 32), strict=True):
         assert torch.equal(a, b)
     for i, width in enumerate(ALL):
-        assert torch.equal(soft_codes[i].round().clamp(0, LEVELS[width] - 1), q.codes[i].float())
+        assert torch.equal(soft_codes[i].round().clamp(0, width.max_code), q.codes[i].float())

@@ -14,6 +14,7 @@ from gemq.quant.gptq import _column_loop, max_codes
 from gemq.quant.gptq_kernel import quantize
 from gemq.quant.grid import dequantize
 from gemq.quant.hessian import factorize
+from gemq.quant.widths import Width
 from support.gptq_problems import ALL, DAMPENING, objective, pick, problem
 
 torch.set_num_threads(1)
@@ -49,7 +50,7 @@ def test_kernel_against_plain_loop(rows, columns, group_size, widths):
 def test_a_width_for_each_expert():
     weight, h = problem(3, 10, 64)
     upper = factorize(h.float(), DAMPENING).upper
-    max_code = max_codes((1, 3, 8), weight.device).unsqueeze(0)
+    max_code = max_codes((Width.ONE_BIT, Width.THREE_BIT, Width.EIGHT_BIT), weight.device).unsqueeze(0)
     expected = _column_loop(weight, upper, max_code.unsqueeze(2), 32, None)
     result = quantize(weight.to(DEVICE), upper.to(DEVICE), max_code.to(DEVICE), 32, None)
     assert (result.codes.cpu() == expected.codes).float().mean() >= 0.99

@@ -14,11 +14,11 @@ import triton.language as tl
 from gemq.quant import grid_kernel
 from gemq.quant.gptq import max_codes
 from gemq.quant.grid import decode, encode, nearest
-from gemq.quant.widths import LEVELS
+from gemq.quant.widths import Width
 
 BYTES = torch.arange(256, dtype=torch.uint8)
 ALL_BYTE_PAIRS = torch.meshgrid(BYTES, BYTES, indexing="ij")
-MAX_CODES = [levels - 1 for levels in LEVELS.values()]
+MAX_CODES = [width.max_code for width in Width]
 
 
 @pytest.mark.parametrize("max_code", MAX_CODES)
@@ -82,7 +82,7 @@ def test_changes_in_one_pass():
     generator = torch.Generator().manual_seed(2)
     base = [torch.rand(3, 5, 7, generator=generator) + 0.5, -torch.rand(3, 5, 7, generator=generator)]
     changes = [0.2 * torch.randn(3, 5, 7, generator=generator) for _ in range(2)]
-    max_code = max_codes((1, 2, 3), torch.device("cpu")).view(-1, 1, 1)
+    max_code = max_codes((Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT), torch.device("cpu")).view(-1, 1, 1)
     expected = nearest(base[0] * (1 + changes[0]), base[1] + base[0] * changes[1], max_code)
     results = grid_kernel.changed(*(t.to(DEVICE) for t in (*changes, *base, max_code)))
     for result, reference in zip(results, expected, strict=True):

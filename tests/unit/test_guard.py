@@ -29,12 +29,14 @@ from gemq.models.source import Source
 from gemq.models.structure import find_structure
 from gemq.pipeline.guard_stage import allocations_kl
 from gemq.pipeline.quantize import export, quantize
+from gemq.quant.widths import Width
 from gemq.recipe import Recipe
 from support.families import tiny, tokens
 from support.tokenizer import save_tokenizer
 
 torch.set_num_threads(1)
-WIDTHS = (1, 2, 3)
+WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT)
+BITS = np.array([1, 2, 3])
 NAMES = ("docs", "prose")
 SOURCE = np.repeat([0, 1], 8)
 
@@ -95,9 +97,9 @@ def test_every_source_counts_once_and_an_empty_one_not_at_all():
 
 def problem(seed: int = 0) -> Problem:
     """Two layers of four experts and a dense one between them."""
-    costs = np.random.default_rng(seed).uniform(0.5, 8, (8, 1)) * 4.0 ** -np.array(WIDTHS)
+    costs = np.random.default_rng(seed).uniform(0.5, 8, (8, 1)) * 4.0**-BITS
     layer, weights = np.repeat([0, 2], 4), np.full(8, 100)
-    return Problem(WIDTHS, layer, costs, weights, weights[:, None] * np.array(WIDTHS), np.ones(8, np.int64))
+    return Problem(WIDTHS, layer, costs, weights, weights[:, None] * BITS, np.ones(8, np.int64))
 
 
 def test_soften():
@@ -117,7 +119,7 @@ class Truth:
 
     def __call__(self, candidates, only=None):
         self.measured += len(candidates)
-        sums = [float((self.harm * 4.0 ** -np.array(c.widths)).sum()) for c in candidates]
+        sums = [float((self.harm * 4.0 ** -np.array([width.bits for width in c.widths])).sum()) for c in candidates]
         return [kl_of(x, x, 1e-6)[slice(None) if only is None else only == SOURCE] for x in sums]
 
 
@@ -139,7 +141,7 @@ def test_a_good_allocation_is_kept():
 def test_a_bad_allocation_is_refused_and_softened():
     """Scores are reversed within the first layer, and right between layers."""
     p = problem()
-    costs = np.array([1.0, 2, 8, 9, 20, 20, 20, 20])[:, None] * 4.0 ** -np.array(WIDTHS)
+    costs = np.array([1.0, 2, 8, 9, 20, 20, 20, 20])[:, None] * 4.0**-BITS
     p = dataclasses.replace(p, costs=costs)
     harm = np.array([40.0, 30, 1, 1, 80, 80, 80, 80])
     unsoftened = allocate(p, Budget("bits", 2.0))
@@ -158,7 +160,7 @@ def test_a_bad_allocation_is_refused_and_softened():
 def test_uniform_is_the_last_resort():
     """Scores are wrong about layers too, so that no softening helps."""
     p = problem()
-    p = dataclasses.replace(p, costs=np.repeat([1.0, 20], 4)[:, None] * 4.0 ** -np.array(WIDTHS))
+    p = dataclasses.replace(p, costs=np.repeat([1.0, 20], 4)[:, None] * 4.0**-BITS)
     chosen, verdict = run(p, 2.0, np.repeat([20.0, 1], 4))
     assert set(chosen.widths) == {2}
     assert chosen.method == "uniform"
@@ -242,22 +244,22 @@ def test_kl_of_a_candidate_is_that_of_the_model_with_its_weights(family):
     candidates: list[LayerCandidates] = []
     for i in range(len(replay.structure.layers)):
         layer_candidates, activations.hidden = build_candidates(
-            replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, 4
+            replay, i, activations, Quantizer("gptq", group, 0.01, 0.1), WIDTHS, Width.FOUR_BIT
         )
         candidates.append(layer_candidates)
     counts = [x.experts.count if x.experts else 0 for x in replay.structure.layers]
     mixed = [[(WIDTHS[(e + i) % 3], WIDTHS[e % 3]) for e in range(n)] for i, n in enumerate(counts)]
-    three = [[(3, 3)] * n for n in counts]
+    three = [[(Width.THREE_BIT, Width.THREE_BIT)] * n for n in counts]
     start = Activations.start(replay, windows, 24, 0)
-    kls = allocations_kl(replay, start, candidates.__getitem__, [mixed, three], 4, group, lambda *_: None)
+    kls = allocations_kl(replay, start, candidates.__getitem__, [mixed, three], Width.FOUR_BIT, lambda *_: None)
     assert all(torch.equal(t, weights_before[n]) for n, t in model.state_dict().items())
-    (single_kl,) = allocations_kl(replay, start, candidates.__getitem__, [three], 4, group, lambda *_: None)
+    (single_kl,) = allocations_kl(replay, start, candidates.__getitem__, [three], Width.FOUR_BIT, lambda *_: None)
     assert torch.equal(single_kl, kls[1])  # independent of other candidates, so that a resumed job finds the same
     ids = windows.tokens
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
         for i, layer in enumerate(replay.structure.layers):
-            scheme = QuantizationScheme(mixed[i], 4, group)
+            scheme = QuantizationScheme(mixed[i], Width.FOUR_BIT)
             install_layer(model, layer, assemble_layer(candidates[i], layer, mixed[i]), scheme)
         got = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].mean(1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gemq.kernels import dispatch, reference
+from gemq.quant.widths import Width
 from support.packed_cases import Experts, random_linear, random_routing
 
 
@@ -37,7 +38,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> BrokenKernel:
 
 def test_experts_fall_back_to_the_reference_and_are_counted(broken: BrokenKernel) -> None:
     generator = torch.Generator().manual_seed(0)
-    module = Experts(64, 64, (2, 3, 1), generator)
+    module = Experts(64, 64, (Width.TWO_BIT, Width.THREE_BIT, Width.ONE_BIT), generator)
     hidden = torch.randn(4, 64, generator=generator)
     index, weights = random_routing(4, 2, 3, generator, torch.float32, "cpu")
     with torch.no_grad():
@@ -51,7 +52,7 @@ def test_experts_fall_back_to_the_reference_and_are_counted(broken: BrokenKernel
 
 
 def test_gradients_pass_through_the_fallback(broken: BrokenKernel) -> None:
-    linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
+    linear = random_linear(32, 64, Width.FOUR_BIT, 32, torch.Generator().manual_seed(0))
     x = torch.randn(3, 64, requires_grad=True)
     with pytest.warns(UserWarning, match="slow reference"):
         dispatch.linear_forward(linear, x).sum().backward()
@@ -61,7 +62,7 @@ def test_gradients_pass_through_the_fallback(broken: BrokenKernel) -> None:
 
 def test_errors_of_the_device_are_raised(broken: BrokenKernel) -> None:
     broken.error = torch.OutOfMemoryError("out of memory")
-    linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
+    linear = random_linear(32, 64, Width.FOUR_BIT, 32, torch.Generator().manual_seed(0))
     with pytest.raises(torch.OutOfMemoryError):
         dispatch.linear_forward(linear, torch.randn(3, 64))
     assert not dispatch.fallbacks
@@ -69,7 +70,7 @@ def test_errors_of_the_device_are_raised(broken: BrokenKernel) -> None:
 
 def test_errors_are_raised_if_kernels_are_forced(broken: BrokenKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "mode", "triton")
-    linear = random_linear(32, 64, 4, 32, torch.Generator().manual_seed(0))
+    linear = random_linear(32, 64, Width.FOUR_BIT, 32, torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="PassManager"):
         dispatch.linear_forward(linear, torch.randn(3, 64))
 

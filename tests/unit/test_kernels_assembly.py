@@ -13,7 +13,7 @@ from support.ptx import run, signed
 pytest.importorskip("triton")
 from gemq.kernels.decode.dots import fields_of, plane_asm, ternary_asm, three_bit_asm
 from gemq.kernels.decode.fixed_point import plane_words, words_per_load
-from gemq.quant.widths import LEVELS
+from gemq.quant.widths import Width
 
 G = 128
 
@@ -40,7 +40,7 @@ def tiles(high: list[int], low: list[int], load_words: int) -> list[int]:
 def draw(levels: int, limit: int, seed: int) -> tuple[list[int], bytes, list[int]]:
     """Return codes of a group, the packed codes, and activations."""
     source = random.Random(seed)
-    width = next(w for w, count in LEVELS.items() if count == levels)
+    width = next(w for w in Width if w.levels == levels)
     codes = [source.randrange(levels) for _ in range(G)]
     packed = pack_codes(torch.tensor([codes], dtype=torch.uint8), width, G)
     return codes, bytes(packed.flatten().tolist()), [source.randint(-limit, limit) for _ in range(G)]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.decode.linear_fusion import merge_linears
+from gemq.quant.widths import Width
 from support.packed_cases import (
     Experts,
     assert_as_close,
@@ -33,7 +34,7 @@ pytest.importorskip("triton")
 from gemq.kernels.decode import launch, operators, tuning
 
 torch.set_num_threads(1)
-WIDTHS = (1, 1.6, 2, 3, 4, 8)
+WIDTHS = tuple(Width)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,7 +90,7 @@ def test_linear_of_each_width(width, group_size, device, generator):
 
 
 def test_linear_takes_any_leading_dimensions(device, generator):
-    linear = random_linear(40, 64, 4, 64, generator).to(device)
+    linear = random_linear(40, 64, Width.FOUR_BIT, 64, generator).to(device)
     x = torch.randn(2, 3, 64, generator=generator).to(device)
     y = dispatch.linear_forward(linear, x)
     assert y.shape == (2, 3, 40)
@@ -118,12 +119,12 @@ def test_experts_of_mixed_widths(tokens, slots, dtype, unused, device, generator
 def test_many_blocks_and_the_real_configuration(device, generator, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(dispatch, "mode", "triton")
-    module = Experts(80, 48, (1.6, 3), generator, group_sizes=(16, 16))
+    module = Experts(80, 48, (Width.TERNARY, Width.THREE_BIT), generator, group_sizes=(16, 16))
     check_experts(module, 2, 1, torch.float32, device, generator)
 
 
 def test_an_expert_in_two_slots_of_a_token(device, generator):
-    module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16)).to(device)
+    module = Experts(32, 16, (Width.TWO_BIT, Width.THREE_BIT), generator, group_sizes=(32, 16)).to(device)
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index = torch.tensor([[1, 1], [0, 1]], device=device)
     weights = torch.rand(2, 2, generator=generator).to(device)
@@ -163,7 +164,7 @@ GATES = {
 
 @pytest.mark.parametrize("name", GATES)
 def test_gates(name, device, generator):
-    module = Experts(32, 16, (4, 8), generator, GATES[name], group_sizes=(32, 16), bias=True)
+    module = Experts(32, 16, (Width.FOUR_BIT, Width.EIGHT_BIT), generator, GATES[name], group_sizes=(32, 16), bias=True)
     module.limit, module.alpha = (1.25 if name == "clamped_after" else 1.5), 1.702
     check_experts(module, 2, 1, torch.float32, device, generator)
     assert (activation_of(module) is None) == (name == "unknown")
@@ -171,12 +172,12 @@ def test_gates(name, device, generator):
 
 @pytest.mark.parametrize("act", [lambda x: F.relu(x).square(), torch.tanh])
 def test_experts_without_a_gate(act, device, generator):
-    module = Experts(32, 16, (2, 1), generator, act, group_sizes=(32, 16), gated=False)
+    module = Experts(32, 16, (Width.TWO_BIT, Width.ONE_BIT), generator, act, group_sizes=(32, 16), gated=False)
     check_experts(module, 3, 2, torch.bfloat16, device, generator)
 
 
 def test_norm_after_each_expert(device, generator):
-    module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16))
+    module = Experts(32, 16, (Width.TWO_BIT, Width.THREE_BIT), generator, group_sizes=(32, 16))
     module.has_post_expert_norm = True
     module.post_expert_norm = lambda y: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
     check_experts(module, 3, 2, torch.float32, device, generator, unused=True)
@@ -201,14 +202,14 @@ def test_families_activations_are_recognized():
 
 
 def test_learned_activation_is_left_to_the_module(generator):
-    module = Experts(32, 32, (2,), generator)
+    module = Experts(32, 32, (Width.TWO_BIT,), generator)
     module.act_fn = nn.PReLU()
     assert activation_of(module) is None
 
 
 def test_gradients_equal_the_references(device, generator):
-    module = Experts(32, 16, (2, 1.6), generator, group_sizes=(32, 16), bias=True).to(device)
-    linear = random_linear(32, 32, 4, 32, generator, bias=True).to(device)
+    module = Experts(32, 16, (Width.TWO_BIT, Width.TERNARY), generator, group_sizes=(32, 16), bias=True).to(device)
+    linear = random_linear(32, 32, Width.FOUR_BIT, 32, generator, bias=True).to(device)
     hidden = torch.randn(3, 32, generator=generator).to(device)
     index, weights = random_routing(3, 2, 2, generator, torch.float32, device)
     gradients = []
@@ -226,8 +227,8 @@ def test_gradients_equal_the_references(device, generator):
 
 def test_operators_trace(device, generator):
     """Fake implementations and schemas are correct, and a compiled module has no graph break."""
-    module = Experts(32, 16, (2, 3), generator, group_sizes=(32, 16)).to(device)
-    linear = random_linear(32, 32, 4, 32, generator).to(device)
+    module = Experts(32, 16, (Width.TWO_BIT, Width.THREE_BIT), generator, group_sizes=(32, 16)).to(device)
+    linear = random_linear(32, 32, Width.FOUR_BIT, 32, generator).to(device)
     hidden = torch.randn(2, 32, generator=generator).to(device)
     index, weights = random_routing(2, 1, 2, generator, torch.float32, device)
     tests = ("test_schema", "test_faketensor")
@@ -257,14 +258,14 @@ def test_operators_trace(device, generator):
 def test_a_cpu_takes_the_reference(generator, monkeypatch):
     monkeypatch.setattr(dispatch, "mode", "")
     monkeypatch.setattr(dispatch, "_load", lambda name: pytest.fail("loaded a kernel"))
-    linear = random_linear(8, 32, 2, 32, generator)
+    linear = random_linear(8, 32, Width.TWO_BIT, 32, generator)
     x = torch.randn(1, 32, generator=generator)
     assert torch.equal(dispatch.linear_forward(linear, x), reference.linear_forward(linear, x))
 
 
 def test_fallbacks_are_counted_and_warned_about_once(device, generator, monkeypatch):
     monkeypatch.setattr(dispatch, "fallbacks", type(dispatch.fallbacks)())
-    linear = random_linear(8, 32, 2, 32, generator).to(device)
+    linear = random_linear(8, 32, Width.TWO_BIT, 32, generator).to(device)
     x = torch.randn(3, 32, generator=generator).to(device).double()
     with pytest.warns(UserWarning, match="float64"):
         dispatch.linear_forward(linear, x)
@@ -275,7 +276,7 @@ def test_fallbacks_are_counted_and_warned_about_once(device, generator, monkeypa
 
 
 def test_no_tokens(device, generator):
-    module = Experts(32, 16, (2,), generator, group_sizes=(32, 16)).to(device)
+    module = Experts(32, 16, (Width.TWO_BIT,), generator, group_sizes=(32, 16)).to(device)
     empty = torch.empty(0, 1, device=device)
     assert dispatch.experts_forward(module, torch.empty(0, 32, device=device), empty.long(), empty).shape == (0, 32)
 
@@ -295,7 +296,9 @@ for mode in ("reference", "triton"):
 def test_linears_of_one_launch(device, generator):
     """Rows that do not fill a block, with and without biases, one row of x and several."""
     for tokens, bias, dtype in ((1, True, torch.bfloat16), (3, False, torch.float16), (9, True, torch.float32)):
-        linears = [random_linear(rows, 256, 4, 64, generator, bias=bias).to(device) for rows in (70, 20, 33)]
+        linears = [
+            random_linear(rows, 256, Width.FOUR_BIT, 64, generator, bias=bias).to(device) for rows in (70, 20, 33)
+        ]
         x = torch.randn(tokens, 256, generator=generator).to(device, dtype)
         tensors = [[getattr(linear, name) for linear in linears] for name in ("codes", "scales", "offsets")]
         biases = [linear.bias for linear in linears] if bias else []
@@ -312,14 +315,14 @@ def test_linears_of_one_launch(device, generator):
 
 def test_rows_that_several_programs_share(device, generator):
     """Mixtral's down projection has 112 groups. All splits of an unused slot are zero, and a bias is added once."""
-    module = Experts(32, 35 * 16, (2, 4), generator, group_sizes=(32, 16), bias=True)
+    module = Experts(32, 35 * 16, (Width.TWO_BIT, Width.FOUR_BIT), generator, group_sizes=(32, 16), bias=True)
     check_experts(module, 2, 2, torch.bfloat16, device, generator, unused=True)
     assert tuning.down_splits(torch.bfloat16, 35 * 16, 16, [4]) == 3
     assert tuning.down_splits(torch.float32, 35 * 16, 16, [4]) == 1
 
 
 def test_a_row_of_many_groups_in_one_program(device, generator):
-    linear = random_linear(20, 70 * 32, 2, 32, generator).to(device)
+    linear = random_linear(20, 70 * 32, Width.TWO_BIT, 32, generator).to(device)
     x = torch.randn(1, 70 * 32, generator=generator).to(device, torch.bfloat16)
     truth = F.linear(x.double(), linear.dequantize(torch.float64))
     assert_as_close(dispatch.linear_forward(linear, x), reference.linear_forward(linear, x), truth)
@@ -329,7 +332,10 @@ def test_a_row_of_many_groups_in_one_program(device, generator):
 def test_linears_of_one_input_are_merged_when_compiled(bias, generator, monkeypatch):
     """Three linears of one input become one launch. Others keep their own, for another width or another input."""
     monkeypatch.setattr(dispatch, "mode", "triton")
-    widths, rows = (4, 4, 4, 8, 4), (32, 16, 16, 16, 128)
+    widths, rows = (
+        (Width.FOUR_BIT, Width.FOUR_BIT, Width.FOUR_BIT, Width.EIGHT_BIT, Width.FOUR_BIT),
+        (32, 16, 16, 16, 128),
+    )
     linears = (random_linear(n, 128, w, 64, generator, bias) for n, w in zip(rows, widths, strict=True))
     q, k, v, wide, out = (linear.to(DEVICE) for linear in linears)
     counts = []
@@ -361,7 +367,7 @@ def test_one_vector_of_16_bit_floats(width, device, generator):
     """Every width in groups of 128, the size that models have, with few and many groups."""
     for groups, dtype in ((4, torch.bfloat16), (16, torch.float16)):
         linear = random_linear(40, groups * 128, width, 128, generator).to(device)
-        assert tuning.vectors_cover(dtype, groups * 128, 128, [{1: 2, 1.6: 3}.get(width, 2**width)])
+        assert tuning.vectors_cover(dtype, groups * 128, 128, [width.levels])
         x = torch.randn(1, groups * 128, generator=generator).to(device, dtype)
         result, expected = dispatch.linear_forward(linear, x), reference.linear_forward(linear, x)
         assert_as_close(result, expected, F.linear(x.double(), linear.dequantize(torch.float64)))

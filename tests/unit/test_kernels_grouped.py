@@ -22,25 +22,25 @@ from gemq.kernels.training.differentiable_dequantize import KernelCodes, TorchCo
 from gemq.models.structure import find_structure
 from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, group_size_for
+from gemq.quant.widths import Width, group_size_for
 from support.families import TOY, tiny
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MIXED = (1, 1.6, 2, 3, 4, 8, 2)
+MIXED = (*Width, Width.TWO_BIT)
 
 
-def random_matrix(rows: int, columns: int, width: float, group: int) -> PackedMatrix:
-    codes = torch.randint(0, LEVELS[width], (rows, columns), dtype=torch.uint8)
-    scales = (0.5 + torch.rand(rows, columns // group)) / LEVELS[width]
+def random_matrix(rows: int, columns: int, width: Width, group: int) -> PackedMatrix:
+    codes = torch.randint(0, width.levels, (rows, columns), dtype=torch.uint8)
+    scales = (0.5 + torch.rand(rows, columns // group)) / width.levels
     offsets = -0.5 + 0.2 * torch.randn(rows, columns // group)
-    return PackedMatrix(*(t.to(DEVICE) for t in PackedMatrix.pack(Quantized(codes, scales, offsets), width, group)))
+    return PackedMatrix.pack(Quantized(codes, scales, offsets), width).map(lambda t: t.to(DEVICE))
 
 
-def random_matrices(rows: int, columns: int, widths: tuple[float, ...], group: int) -> PackedMatrices:
-    return PackedMatrices([random_matrix(rows, columns, w, group) for w in widths], widths, group)
+def random_matrices(rows: int, columns: int, widths: tuple[Width, ...], group: int) -> PackedMatrices:
+    return PackedMatrices([random_matrix(rows, columns, w, group) for w in widths])
 
 
 class Experts(PackedExperts):
@@ -48,7 +48,7 @@ class Experts(PackedExperts):
 
     has_gate, has_bias = True, False
 
-    def __init__(self, hidden: int, inner: int, widths: tuple[float, ...], group: int, down_group: int = 0):
+    def __init__(self, hidden: int, inner: int, widths: tuple[Width, ...], group: int, down_group: int = 0):
         super().__init__()
         self.act_fn = nn.SiLU()
         self.gate_up_proj = random_matrices(2 * inner, hidden, widths, group)
@@ -107,8 +107,8 @@ def test_dequantize_equals_the_reference(group):
 def test_weights_and_gradients_of_grids_equal_the_reference(group):
     matrices = random_matrices(70, 2 * group, MIXED, group)
     packed = [matrices.matrix(e) for e in range(len(MIXED))]
-    torch_codes, kernel_codes = TorchCodes(packed, MIXED, group), KernelCodes(packed, MIXED, group)
-    grids = [matrix.grids(width) for matrix, width in zip(packed, MIXED, strict=True)]
+    torch_codes, kernel_codes = TorchCodes(packed), KernelCodes(packed)
+    grids = [matrix.grids() for matrix in packed]
     scales, offsets = (torch.stack(tensors) for tensors in zip(*grids, strict=True))
     expected = torch_codes.weights(scales, offsets, FP32)
     assert torch.equal(kernel_codes.weights(scales, offsets, FP32), expected)
@@ -154,10 +154,10 @@ def test_combine_leaves_out_unused_slots():
     torch.testing.assert_close(combine(y, index, weights, 5), expected.sum(1))
 
 
-@pytest.mark.parametrize("width", LEVELS)
+@pytest.mark.parametrize("width", Width)
 def test_one_width(width):
     module = Experts(128, 64, (width,) * 4, 32)
-    assert_close_to_truth(module, *routed(17, 4, 2, 128, FP16, seed=int(10 * width)))
+    assert_close_to_truth(module, *routed(17, 4, 2, 128, FP16, seed=int(10 * width.value)))
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_a_norm_after_the_experts_and_an_approximate_gelu():
     assert_close_to_truth(module, *routed(20, 7, 2, 64, FP16))
 
 
-@pytest.mark.parametrize("width", LEVELS)
+@pytest.mark.parametrize("width", Width)
 @pytest.mark.parametrize(
     ("dtype", "tokens"), [(FP32, 17), (FP16, 33), (BF16, 17), (FP16, operators.LINEAR_DEQUANTIZE_ROWS)]
 )
 def test_linears(width, dtype, tokens):
     linear = nn.Linear(128, 50, bias=width != 4, device=DEVICE)
-    module = PackedLinear.from_linear(linear, random_matrix(50, 128, width, 64), width, 64)
+    module = PackedLinear.from_linear(linear, random_matrix(50, 128, width, 64))
     x = torch.randn(1, tokens, 128, device=DEVICE).to(dtype)
     with torch.no_grad():
         y, plain, truth = operators.linear_forward(module, x), module(x), reference.linear_forward(module, x.double())

@@ -8,24 +8,23 @@ from torch import nn
 
 from gemq.kernels.modules import PackedLinear
 from gemq.quant.gptq import round_to_nearest
-from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
+from gemq.quant.widths import Width
 
 torch.set_num_threads(1)
 
 
-def packed(bits: float) -> PackedLinear:
+def packed(width: Width) -> PackedLinear:
     """Return a packed linear with random weights."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 32, bias=False)
-    quantized = round_to_nearest(linear.weight.detach()[None], (bits,), 32)
-    matrix = PackedMatrix.pack(Quantized(*(t[0] for t in quantized)), bits, 32)
-    return PackedLinear.from_linear(linear, PackedMatrix(*(t[0] for t in matrix)), bits, 32)
+    quantized = round_to_nearest(linear.weight.detach()[None], (width,), 32)
+    return PackedLinear.from_linear(linear, PackedMatrix.pack(quantized.select((0, 0)), width))
 
 
-@pytest.mark.parametrize("bits", [2.0, 4.0, 8.0])
-def test_reads_as_the_dequantized_weight(bits):
-    linear = packed(bits)
+@pytest.mark.parametrize("width", [Width.TWO_BIT, Width.FOUR_BIT, Width.EIGHT_BIT])
+def test_reads_as_the_dequantized_weight(width):
+    linear = packed(width)
     exact = linear.dequantize(torch.float32)
     weight = linear.weight
     assert (weight.device, weight.dtype, tuple(weight.shape)) == (exact.device, torch.float32, (32, 64))
@@ -58,20 +57,20 @@ def test_reads_as_the_dequantized_weight(bits):
     ],
 )
 def test_writing_raises(write):
-    linear = packed(8.0)
+    linear = packed(Width.EIGHT_BIT)
     codes = linear.codes.clone()
     with pytest.raises(RuntimeError, match="gemq export --dense"):
         write(linear)
     assert torch.equal(linear.codes, codes)
 
 
-@pytest.mark.parametrize("bits", [4.0, 8.0])
+@pytest.mark.parametrize("width", [Width.FOUR_BIT, Width.EIGHT_BIT])
 @pytest.mark.parametrize("safe", [False, True])
-def test_an_adapter_is_never_lost_by_merging(bits, safe):
+def test_an_adapter_is_never_lost_by_merging(width, safe):
     """At 8 bits, codes have the shape of weights, and merging once added the adapter to the codes."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
-    model = peft.get_peft_model(nn.ModuleDict({"q": packed(bits), "norm": nn.LayerNorm(4)}), config)
+    model = peft.get_peft_model(nn.ModuleDict({"q": packed(width), "norm": nn.LayerNorm(4)}), config)
     layer = model.base_model.model["q"]
     x = torch.randn(3, 64)
     expected = layer(x)
@@ -84,7 +83,7 @@ def test_adapters_can_read_the_weights():
     """DoRA scales by the norms of the weights. At 8 bits, it once used the norms of the codes."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q"], use_dora=True)
-    linear = packed(8.0)
+    linear = packed(Width.EIGHT_BIT)
     model = peft.get_peft_model(nn.ModuleDict({"q": linear, "norm": nn.LayerNorm(4)}), config)
     layer = model.base_model.model["q"]
     norms = linear.dequantize(torch.float32).norm(dim=1)

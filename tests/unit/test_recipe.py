@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -11,15 +13,7 @@ import pytest
 import yaml
 
 from gemq import UserError
-from gemq.quant.widths import (
-    LEVELS,
-    bytes_per_group,
-    group_size_for,
-    matrix_bytes,
-    nominal_bits,
-    parse_width,
-    width_name,
-)
+from gemq.quant.widths import Width, group_size_for
 from gemq.recipe import EFFORTS, Recipe
 from gemq.recipe_values import CHOICES, parse_size
 
@@ -306,23 +300,38 @@ def test_what_is_no_size(text):
 
 
 def test_widths():
-    assert [width_name(w) for w in LEVELS] == ["1", "1.6", "2", "3", "4", "8"]
-    for width in LEVELS:
-        assert parse_width(width_name(width)) == width
-        assert parse_width(float(width)) == width
-        assert type(parse_width(str(width))) is (float if width == 1.6 else int)
-    assert nominal_bits(1.6) == 1.625
-    assert nominal_bits(3) == 3.0
+    assert [f"{width}" for width in Width] == ["1", "1.6", "2", "3", "4", "8"]
+    for width in Width:
+        assert Width(str(width)) is Width(width.value) is Width(float(width.value)) is Width(width) is width
+        assert copy.deepcopy(width) is width
+        assert type(width.value) is (float if width is Width.TERNARY else int)  # JSON writes 2, not 2.0
+    assert sorted(reversed(Width)) == list(Width)
+    assert max(Width) is Width.EIGHT_BIT
+    assert [width.bits for width in Width] == [1, 1.625, 2, 3, 4, 8]
+    assert [width.levels for width in Width] == [2, 3, 4, 8, 16, 256]
     for bad in (0, 7, 1.625, None, [], "x", float("nan"), float("inf")):
         with pytest.raises(UserError, match="there is no width"):
-            parse_width(bad)
+            Width(bad)
+
+
+def test_a_width_equals_its_number():
+    assert Width.TERNARY == 1.6
+    assert Width.TERNARY != 1.625
+    assert {Width.TWO_BIT: "a", Width.TERNARY: "b"} == {2: "a", 1.6: "b"}
+    assert Width.TWO_BIT != "2"
+    with pytest.raises(TypeError):  # the number of ternary is not its bits
+        Width.TERNARY * 128
+    with pytest.raises(TypeError):
+        json.dumps(Width.TWO_BIT)
 
 
 def test_bytes():
     """Ternary: 26 bytes a group of 128, 13 of 64. Everything else without waste."""
-    assert [bytes_per_group(w, 128) for w in LEVELS] == [16, 26, 32, 48, 64, 128]
-    assert [bytes_per_group(1.6, g) for g in (64, 32, 16)] == [13, 7, 4]
-    assert matrix_bytes(10, 256, 3, 128) == 10 * 2 * (48 + 2)
+    assert [w.group_bytes(128) for w in Width] == [16, 26, 32, 48, 64, 128]
+    assert [Width.TERNARY.group_bytes(g) for g in (64, 32, 16)] == [13, 7, 4]
+    assert Width.THREE_BIT.matrix_bytes(10, 256, 128) == 10 * 2 * (48 + 2)
+    for width, group_size in itertools.product(Width, (16, 32, 64, 128, 256, 1 << 16)):
+        assert width.group_size(width.group_bytes(group_size)) == group_size
     assert [group_size_for(c, 128) for c in (256, 192, 96, 80, 1408)] == [128, 64, 32, 16, 128]
     assert group_size_for(256, 32) == 32
     for columns in (24, 8, 1407):

@@ -23,6 +23,7 @@ from gemq.models.byte_sizes import (
 )
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
+from gemq.quant.widths import Width
 from gemq.recipe import Recipe
 from support.families import FAMILIES, MAIN_FAMILIES, TOY, ToyConfig, tiny, tiny_config, tokens
 
@@ -41,13 +42,9 @@ def build_layers(family: str, recipe: Recipe):
     rtn = Quantizer("rtn", recipe.group_size, 0.01, 0.1)
     for i in range(len(replay.structure.layers)):
         candidates, activations.hidden = build_candidates(
-            replay, i, activations, rtn, recipe.candidate_widths, recipe.dense_bits
+            replay, i, activations, rtn, recipe.candidate_widths, recipe.dense_width
         )
         yield replay.structure.layers[i], candidates
-
-
-def nbytes(packed) -> int:
-    return sum(t.nbytes for t in packed)
 
 
 @pytest.mark.sample
@@ -58,14 +55,14 @@ def test_bytes_are_those_of_the_tensors(family, group_size):
     structure = find_structure(tiny(family))
     total = linears = 0
     for layer, candidates in build_layers(family, recipe):
-        linears += sum(nbytes(x) for x in candidates.linears.values())
+        linears += sum(x.nbytes for x in candidates.linears.values())
         for width in recipe.candidate_widths if layer.experts else ():
-            layer_bytes = sum(nbytes(versions[width]) for versions in candidates.experts.values())
+            layer_bytes = sum(versions[width].nbytes for versions in candidates.experts.values())
             assert layer_bytes == layer.experts.count * expert_bytes(layer.experts, width, group_size)
             total += layer_bytes
             tensors = assemble_layer(candidates, layer, [(width, width)] * layer.experts.count).tensors
             first_expert = [t for n, t in tensors.items() if n.startswith(f"{layer.experts.path}.0.")]
-            assert nbytes(first_expert) == expert_bytes(layer.experts, width, group_size)
+            assert sum(t.nbytes for t in first_expert) == expert_bytes(layer.experts, width, group_size)
     assert linear_bytes(structure, recipe) == linears
     assert candidate_bytes(structure, recipe) == total + linears
 
@@ -78,16 +75,17 @@ def test_the_rest_of_a_checkpoint(family, dense_bits):
     structure = find_structure(model)
     packed = PackedFormat(
         experts={
-            x.experts.path: {m.name: (2,) * x.experts.count for m in x.experts.matrices}
+            x.experts.path: {m.name: (Width.TWO_BIT,) * x.experts.count for m in x.experts.matrices}
             for _, x in structure.moe_layers
         },
-        linears={x.path: 4 for layer in structure.layers for x in layer.linears} if dense_bits < 16 else {},
+        linears={x.path: Width.FOUR_BIT for layer in structure.layers for x in layer.linears}
+        if dense_bits < 16
+        else {},
         group_size=32,
     )
-    unpacked = dense_state(model, packed)
-    assert unquantized_bytes(model, structure, recipe, {}) == nbytes(unpacked.values())
+    floats = sum(t.nbytes for t in dense_state(model, packed).values())
+    assert unquantized_bytes(model, structure, recipe, {}) == floats
     stored = {name: torch.bfloat16 for name, _ in model.named_parameters()}
-    floats = nbytes(unpacked.values())
     buffers = sum(t.nbytes for n, t in model.named_buffers() if n in model.state_dict())
     assert unquantized_bytes(model, structure, recipe, stored) == (floats - buffers) // 2 + buffers
     assert linear_bytes(structure, recipe) == (0 if dense_bits == 16 else linear_bytes(structure, recipe_of()))
@@ -131,4 +129,4 @@ def test_one_expert_by_hand():
     config = ToyConfig()
     structure = find_structure(AutoModelForCausalLM.from_config(config))
     experts = structure.layers[0].experts
-    assert expert_bytes(experts, 3, 32) == (64 * 2 + 64 * 1) * (12 + 2)
+    assert expert_bytes(experts, Width.THREE_BIT, 32) == (64 * 2 + 64 * 1) * (12 + 2)

@@ -7,6 +7,7 @@ import pytest
 from gemq import UserError
 from gemq.checkpoint.format import PackedFormat
 from gemq.integrations.vllm.split import divided_groups, groups_of_rank
+from gemq.quant.widths import Width
 
 
 def test_ranks_share_all_groups():
@@ -22,8 +23,8 @@ def test_a_cut_group_is_refused_with_the_sizes_that_work():
 
 def test_groups_of_what_is_divided():
     packed = PackedFormat(
-        experts={"layers.0.mlp.experts": {"gate_up_proj": (2,), "down_proj": (2,)}},
-        linears={"layers.0.self_attn.o_proj": 4, "layers.0.self_attn.q_proj": 4},
+        experts={"layers.0.mlp.experts": {"gate_up_proj": (Width.TWO_BIT,), "down_proj": (Width.TWO_BIT,)}},
+        linears={"layers.0.self_attn.o_proj": Width.FOUR_BIT, "layers.0.self_attn.q_proj": Width.FOUR_BIT},
         group_size=128,
     )
     shapes = {

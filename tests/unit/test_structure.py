@@ -23,7 +23,7 @@ from gemq.layers.reconstruction import reconstruct_layer
 from gemq.layers.scheme import matrix_widths
 from gemq.models.replay import Replay
 from gemq.models.structure import MIN_LINEAR_ROWS, Structure, find_structure
-from gemq.quant.widths import ExpertWidths
+from gemq.quant.widths import ExpertWidths, Width
 from support.families import FAMILIES, TOY, ToyBlock, ToyConfig, ToyModel, tiny, tiny_config, tokens
 
 torch.set_num_threads(1)
@@ -259,7 +259,9 @@ def test_own_family_end_to_end(tmp_path):
     inputs = []
     for i in range(3):
         inputs.append(activations.hidden.copy())
-        candidates, activations.hidden = build_candidates(replay, i, activations, quantizer, (1, 2, 4), 4)
+        candidates, activations.hidden = build_candidates(
+            replay, i, activations, quantizer, (Width.ONE_BIT, Width.TWO_BIT, Width.FOUR_BIT), Width.FOUR_BIT
+        )
         assert candidates.counts.sum() == 6 * 12 * 2
         assert set(candidates.linears) == {f"stack.{i}.mix_attention"}
     gradients = loss_gradients(replay, activations, "sampled", 0)
@@ -269,11 +271,12 @@ def test_own_family_end_to_end(tmp_path):
             assert call is not None
             assert gradient is not None
             assert gradient.abs().sum() > 0
-    widths: list[ExpertWidths] = [(1, 1), (2, 4), (4, 4), (2, 1), (1, 2)]
+    numbers = [(1, 1), (2, 4), (4, 4), (2, 1), (1, 2)]
+    widths: list[ExpertWidths] = [(Width(gate_up), Width(down)) for gate_up, down in numbers]
     shards = []
     activations = Activations.start(replay, windows, 24, 0)
     for i in range(3):
-        shards.append(reconstruct_layer(replay, i, activations, quantizer, widths, 4).tensors)
+        shards.append(reconstruct_layer(replay, i, activations, quantizer, widths, Width.FOUR_BIT).tensors)
         activations.advance(replay, i)
     packed = packed_format(structure, widths)
     write_checkpoint(
@@ -293,7 +296,7 @@ def test_own_family_end_to_end(tmp_path):
 def packed_format(structure: Structure, widths: list[ExpertWidths]) -> PackedFormat:
     return PackedFormat(
         experts={x.experts.path: matrix_widths(x, widths) for _, x in structure.moe_layers},
-        linears={linear.path: 4 for layer in structure.layers for linear in layer.linears},
+        linears={linear.path: Width.FOUR_BIT for layer in structure.layers for linear in layer.linears},
         group_size=32,
     )
 

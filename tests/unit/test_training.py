@@ -23,10 +23,12 @@ from gemq.models.structure import find_structure
 from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.trainable import MARGIN, TrainableMatrices, cosine_with_warmup, epochs, rounded_to
-from gemq.quant.widths import ExpertWidths
+from gemq.quant.widths import ExpertWidths, Width
 from support.families import tiny, tokens
 
 torch.set_num_threads(1)
+THREE_WIDTHS = (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT)
+CANDIDATES = (Width.ONE_BIT, Width.TWO_BIT)
 WINDOWS = 120
 QUANTIZER = Quantizer("gptq", 32, 0.01, 0.1)
 TRAINING = Training(epochs=6, lr_codes=1e-2, lr_grids=2e-3, lr_tuned=3e-3, val_fraction=0.2, seed=0)
@@ -47,7 +49,9 @@ def trainable(soft_codes: bool = True) -> TrainableMatrices:
     grid = torch.rand(2, 6, 2) + 0.5
     q = Quantized(codes, *nearest(grid, -grid, 3))
     jitter = (torch.rand(codes.shape) - 0.5) * 0.9
-    return TrainableMatrices(q, max_codes([2, 2], codes.device), codes + jitter if soft_codes else None)
+    return TrainableMatrices(
+        q, max_codes([Width.TWO_BIT, Width.TWO_BIT], codes.device), codes + jitter if soft_codes else None
+    )
 
 
 def test_training_starts_at_the_codes_it_is_given():
@@ -71,7 +75,9 @@ def test_a_step_is_the_same_share_of_the_range_at_every_width():
     """By range, a step of Adam moves one-bit codes seven times as far, in codes, as three-bit codes."""
     codes = torch.randint(0, 2, (2, 4, 32), dtype=torch.uint8)
     q = Quantized(codes, torch.ones(2, 4, 2), torch.zeros(2, 4, 2))
-    matrices = TrainableMatrices(q, max_codes([1, 3], codes.device), codes.float(), scale_by_max_code=True)
+    matrices = TrainableMatrices(
+        q, max_codes([Width.ONE_BIT, Width.THREE_BIT], codes.device), codes.float(), scale_by_max_code=True
+    )
     optimizer = Training(1, 0.01, 0.0, 0.0, 0.1, 0).optimizer(1, [matrices.soft_codes], matrices.grids())
     initial = matrices.soft_codes.detach().clone()
     optimizer.step(matrices.weight().sum())
@@ -114,14 +120,14 @@ def ladder_of(training: Training | None, family: str = "olmoe") -> LayerCandidat
     index = replay.structure.moe_layers[0][0]
     for i in range(index):
         activations.advance(replay, i)
-    candidates, _ = build_candidates(replay, index, activations, QUANTIZER, (1, 2), 4, training)
+    candidates, _ = build_candidates(replay, index, activations, QUANTIZER, CANDIDATES, Width.FOUR_BIT, training)
     return candidates
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_trained_ladder_differs_and_is_repeatable(family):
     plain, trained, again = ladder_of(None, family), ladder_of(TRAINING, family), ladder_of(TRAINING, family)
-    plain_weight, trained_weight = (dequantize(x.experts["gate_up_proj"][1].unpack(1, 32)) for x in (plain, trained))
+    plain_weight, trained_weight = (dequantize(x.experts["gate_up_proj"][1].unpack()) for x in (plain, trained))
     assert not torch.equal(plain_weight, trained_weight)
     assert plain.not_improved == 0
     assert trained.not_improved < 2 * len(trained.counts)
@@ -134,22 +140,23 @@ def test_experts_that_training_does_not_help_keep_gptqs_codes():
     assert still.not_improved == 2 * len(plain.counts)
     for name, candidates in plain.experts.items():
         for width, packed in candidates.items():
-            assert all(torch.equal(a, b) for a, b in zip(packed, still.experts[name][width], strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(packed.tensors(), still.experts[name][width].tensors(), strict=True)
+            )
 
 
 def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
     replay, activations = start("deepseek_v2")
-    plain, outputs = build_candidates(replay, 0, activations, QUANTIZER, (1, 2), 4)
+    plain, outputs = build_candidates(replay, 0, activations, QUANTIZER, CANDIDATES, Width.FOUR_BIT)
     training = replace(TRAINING, lr_codes=5e-3, lr_tuned=0.0)
-    trained, _ = build_candidates(replay, 0, activations, QUANTIZER, (1, 2), 4, linear_training=training)
+    trained, _ = build_candidates(
+        replay, 0, activations, QUANTIZER, CANDIDATES, Width.FOUR_BIT, linear_training=training
+    )
 
     def error(candidates: LayerCandidates) -> float:
         linears = replay.structure.layers[0].linears
         names = {x.path: f"{x.path}.weight" for x in linears}
-        weights = {
-            names[x.path]: dequantize(candidates.linears[x.path].unpack(4, QUANTIZER.group(x.columns)))[0]
-            for x in linears
-        }
+        weights = {names[x.path]: dequantize(candidates.linears[x.path].unpack())[0] for x in linears}
         pairs = zip(activations.hidden, activations.calls, outputs, strict=True)
         return sum((replay.run(0, h, c[0], weights) - exact).square().sum().item() for h, c, exact in pairs)
 
@@ -157,7 +164,7 @@ def test_dense_linears_of_the_ladder_are_trained_with_their_layer():
 
 
 def mixed(count: int) -> list[ExpertWidths]:
-    return [((1, 2, 3)[e % 3], (2, 3)[e % 2]) for e in range(count)]
+    return [(THREE_WIDTHS[e % 3], THREE_WIDTHS[1 + e % 2]) for e in range(count)]
 
 
 def reconstructed(training: Training | None) -> tuple[Replay, Activations, list[QuantizedLayer], list[torch.Tensor]]:
@@ -171,7 +178,7 @@ def reconstructed(training: Training | None) -> tuple[Replay, Activations, list[
         targets = Targets(exact, stored, training) if training else None
         assert layer.experts is not None
         widths = mixed(layer.experts.count)
-        layers.append(reconstruct_layer(replay, i, activations, QUANTIZER, widths, 4, targets))
+        layers.append(reconstruct_layer(replay, i, activations, QUANTIZER, widths, Width.FOUR_BIT, targets))
         activations.advance(replay, i)
     return replay, activations, layers, exact
 
@@ -212,7 +219,7 @@ def run_distill(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("
     ids = tokens(WINDOWS, 16)
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
     activations = Activations.start(replay, windows, 128, 0)
-    schemes = [QuantizationScheme(mixed(x.experts.count), 4, 32) for x in replay.structure.layers if x.experts]
+    schemes = [QuantizationScheme(mixed(x.experts.count), Width.FOUR_BIT) for x in replay.structure.layers if x.experts]
     stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     steps: list[int] = []
 
@@ -264,9 +271,9 @@ def test_packed_experts_mean_what_their_codes_say():
     replay, _, layers, _ = reconstructed(None)
     experts = replay.structure.layers[0].experts
     assert experts is not None
-    widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
+    widths = [THREE_WIDTHS[e % 3] for e in range(experts.count)]
     original = copy.deepcopy(layers[0].tensors)
-    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
+    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths)
     module = replay.model.get_submodule(experts.path)  # holds what reconstruct_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
     assert all(torch.equal(original[name], tensor) for name, tensor in packed.result().items())
@@ -277,8 +284,8 @@ def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
     replay, _, layers, _ = reconstructed(None)
     experts = replay.structure.layers[0].experts
     assert experts is not None
-    widths = [(1, 2, 3)[e % 3] for e in range(experts.count)]
-    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths, 32)
+    widths = [THREE_WIDTHS[e % 3] for e in range(experts.count)]
+    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths)
     all_codes = torch.zeros(packed.weight().shape, dtype=torch.uint8)
     for experts_index, codes in packed.codes.unpacked_chunks(all_codes.shape[-1]):
         all_codes[experts_index] = codes

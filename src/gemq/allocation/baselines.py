@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemq.allocation.knapsack import Ints, select
+from gemq.quant.widths import Width
 
 if TYPE_CHECKING:
     from gemq.allocation.problem import Problem
@@ -19,7 +20,7 @@ def _bracketing_widths(problem: Problem, amounts: Ints, limit: int) -> tuple[int
     """Indices of the widest width that all rows can have and of the next one. Twice the same if nothing is left."""
     totals = amounts.sum(axis=0)
     candidates = list(range(len(totals)))
-    integers = [index for index in candidates if problem.widths[index] == int(problem.widths[index])]
+    integers = [index for index in candidates if problem.widths[index] is not Width.TERNARY]
     if limit not in totals and integers and totals[integers[0]] <= limit < totals[integers[-1]]:
         candidates = integers
     low = max(index for index in candidates if totals[index] <= limit)
@@ -57,10 +58,11 @@ def random_choice(problem: Problem, amounts: Ints, limit: int, seed: int) -> Int
     choice = np.full(len(amounts), low, np.int64)
     candidates = [low, high]
     if low == high:
-        three_widths = [problem.widths[low] + difference for difference in (-1, 0, 1)]
-        if not set(three_widths) <= set(problem.widths):
+        index_by_bits = {width.bits: index for index, width in enumerate(problem.widths)}
+        bits = problem.widths[low].bits
+        if not {bits - 1, bits + 1} <= index_by_bits.keys():
             return choice
-        candidates = [problem.widths.index(width) for width in three_widths]
+        candidates = [index_by_bits[bits - 1], low, index_by_bits[bits + 1]]
         third = len(order) // 3
         choice[order[:third]] = candidates[0]
         choice[order[third : 2 * third]] = candidates[2]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from gemq.allocation.baselines import random_choice, uniform_choice
 from gemq.allocation.knapsack import Floats, Ints, cheapest, select, solve
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import ExpertWidths, Width, nominal_bits, parse_width, plain_widths, width_name
+from gemq.quant.widths import ExpertWidths, Width, plain_widths
 
 Kind = Literal["bits", "stored_bits", "bytes"]
 TWO_WIDTHS_HINT = ", or give two in brackets: that of gate and up, that of down"
@@ -40,7 +40,7 @@ class Problem:
     expert. A matrix is gate and up together, or down. ``dataclasses.replace`` returns a copy with other costs.
 
     Attributes:
-        widths: the W candidate widths, ascending.
+        widths: the W candidate widths, ascending. Numbers become widths.
         layer: layer of each row, int64 [N], ascending. Dense layers have no rows.
         costs: predicted increase of the loss, float64 [N, W], finite and at least 0, in any unit.
         weights: number of weights, int64 [N].
@@ -63,6 +63,7 @@ class Problem:
     units: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(map(Width, self.widths)))
         rows = len(self.layer)
         assert rows and list(self.widths) == sorted(set(self.widths))  # noqa: PT018
         shape = (rows, len(self.widths))
@@ -101,7 +102,7 @@ class Problem:
     @property
     def width_names(self) -> str:
         """The candidate widths for a message."""
-        return ", ".join(width_name(width) for width in self.widths)
+        return ", ".join(str(width) for width in self.widths)
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def linear_constraint(problem: Problem, budget: Budget) -> tuple[Ints, int]:
     value = Fraction(str(budget.value))  # the decimal that the user typed: 2.1 is not 2.0999999999999996
     total = int(problem.weights.sum())
     if budget.kind == "bits":
-        eighths = np.array([8 * nominal_bits(width) for width in problem.widths]).astype(np.int64)
+        eighths = np.array([8 * width.bits for width in problem.widths]).astype(np.int64)
         return problem.weights[:, None] * eighths, math.floor(value * total * 8)
     return problem.bytes, math.floor(value if budget.kind == "bytes" else value * total / 8)
 
@@ -310,7 +311,7 @@ def _check_reachable(problem: Problem, budget: Budget, method: str, layer_rule: 
     """Raises UserError if no allocation fits into the budget, or if all fit into a smaller one."""
     names = problem.width_names + (" under layer_rule" if layer_rule else "")
     smallest = smallest_budget(problem, budget.kind, method, layer_rule=layer_rule)
-    highest = nominal_bits(problem.widths[-1])
+    highest = problem.widths[-1].bits
     if budget.value < smallest.value:
         raise UserError(f"no allocation of widths {names} fits into {budget}: give at least {smallest}")
     if budget.kind == "bits" and budget.value > highest:
@@ -337,7 +338,7 @@ def _make_allocation(
 ) -> Allocation:
     """The allocation of a choice, with its cost and size."""
     total = int(problem.weights.sum())
-    row_bits = np.array([nominal_bits(width) for width in problem.widths])[choice] * problem.weights
+    row_bits = np.array([width.bits for width in problem.widths])[choice] * problem.weights
     layer_weights = np.bincount(problem.layer, problem.weights, problem.layers)
     layer_bits = np.bincount(problem.layer, row_bits, problem.layers) / np.maximum(layer_weights, 1)
     stored = int(select(problem.bytes, choice).sum())
@@ -369,7 +370,7 @@ def _layerwise(problem: Problem, amounts: Ints, limit: int, layer_rule: bool, ga
 def _frequency_costs(problem: Problem) -> Floats:
     """[N, W]: an expert's fraction of its layer's tokens, so that layers weigh equally, times 4^-bits."""
     tokens = np.bincount(problem.layer, weights=problem.counts)[problem.layer]
-    errors = 4.0 ** -np.array([nominal_bits(width) for width in problem.widths])
+    errors = 4.0 ** -np.array([width.bits for width in problem.widths])
     return (problem.counts / np.maximum(tokens, 1))[:, None] * errors
 
 
@@ -411,4 +412,4 @@ def _read_expert(value: Any, problem: Problem) -> list[int]:
     widths = value if isinstance(value, list) else [value] * problem.units
     if len(widths) != problem.units:
         raise ValueError
-    return [problem.widths.index(parse_width(width)) for width in widths]
+    return [problem.widths.index(Width(width)) for width in widths]

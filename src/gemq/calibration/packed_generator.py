@@ -27,13 +27,12 @@ from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import Structure
 from gemq.quant.gptq import round_to_nearest
-from gemq.quant.grid import Quantized
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, Width, group_size_for, matrix_bytes
+from gemq.quant.widths import Width, group_size_for
 from gemq.runtime.fallbacks import optional
 from gemq.runtime.memory import MemoryBudget, gigabytes
 
-LINEAR_BITS = 8
+LINEAR_WIDTH = Width.EIGHT_BIT
 GROUP_SIZE = 128
 ROUNDING_CHUNK = 1 << 26
 """Upper bound for the weights that are rounded in one call, which holds several float32 copies of them."""
@@ -51,7 +50,7 @@ def generator_bytes(structure: Structure, width: Width, outside: int) -> int:
     for layer in structure.layers:
         for linear in layer.linears:
             group_size = group_size_for(linear.columns, GROUP_SIZE)
-            total += matrix_bytes(linear.rows, linear.columns, LINEAR_BITS, group_size)
+            total += LINEAR_WIDTH.matrix_bytes(linear.rows, linear.columns, group_size)
         if layer.experts:
             total += layer.experts.count * expert_bytes(layer.experts, width, GROUP_SIZE)
     return total
@@ -69,10 +68,10 @@ def widest_generator(structure: Structure, outside: int, reserved_bytes: int, me
     Raises:
         UserError: no copy fits.
     """
-    for width in sorted(LEVELS, reverse=True):
+    for width in sorted(Width, reverse=True):
         if generator_bytes(structure, width, outside) + reserved_bytes <= memory.on_device.limit:
             return width
-    required = generator_bytes(structure, min(LEVELS), outside) + reserved_bytes
+    required = generator_bytes(structure, min(Width), outside) + reserved_bytes
     raise UserError(
         f"{memory.flag} {gigabytes(memory.on_device.limit)} are too small even for the 1-bit copy of the model that "
         f"generates calibration text: give at least {memory.flag} {gigabytes(required)}"
@@ -108,9 +107,9 @@ def _write_copy(replay: Replay, source: Source, width: Width, directory: Path) -
     """Writes the checkpoint of the generator copy."""
     structure = replay.structure
     experts: dict[str, dict[str, tuple[Width, ...]]] = {}
-    linears: dict[str, float] = {}
+    linears: dict[str, Width] = {}
     for layer in structure.layers:
-        linears.update((linear.path, float(LINEAR_BITS)) for linear in layer.linears)
+        linears.update((linear.path, LINEAR_WIDTH) for linear in layer.linears)
         if layer.experts:
             widths = (width,) * layer.experts.count
             experts[layer.experts.path] = {matrix.name: widths for matrix in layer.experts.matrices}
@@ -140,7 +139,7 @@ def _pack_layer(replay: Replay, index: int, width: Width) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for linear in layer.linears:
         weight = replay.model.get_submodule(linear.path).weight.unsqueeze(0)
-        (packed,) = _round_and_pack(weight, float(LINEAR_BITS))
+        (packed,) = _round_and_pack(weight, LINEAR_WIDTH)
         tensors.update(packed.named(linear.path))
     if layer.experts is not None:
         module = replay.model.get_submodule(layer.experts.path)
@@ -155,8 +154,7 @@ def _round_and_pack(weight: Tensor, width: Width) -> Iterator[PackedMatrix]:
     group_size = group_size_for(weight.shape[-1], GROUP_SIZE)
     matrices_per_chunk = max(1, ROUNDING_CHUNK // weight[0].numel())
     for chunk in weight.split(matrices_per_chunk):
-        all_widths = round_to_nearest(chunk, (width,), group_size)
-        quantized = Quantized(*(tensor[0] for tensor in all_widths))
-        packed = [tensor.cpu() for tensor in PackedMatrix.pack(quantized, width, group_size)]
+        quantized = round_to_nearest(chunk, (width,), group_size).select(0)
+        packed = PackedMatrix.pack(quantized, width).map(Tensor.cpu)
         for expert in range(len(chunk)):
-            yield PackedMatrix(*(tensor[expert].clone() for tensor in packed))
+            yield packed.select(expert).map(Tensor.clone)

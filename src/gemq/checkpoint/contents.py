@@ -12,15 +12,7 @@ from typing import Any
 from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat, PackedTensor, Shapes
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.errors import UserError
-from gemq.quant.widths import (
-    SMALLEST_GROUP,
-    ExpertWidths,
-    Width,
-    bytes_per_group,
-    nominal_bits,
-    plain_widths,
-    width_name,
-)
+from gemq.quant.widths import SMALLEST_GROUP, ExpertWidths, Width, plain_widths
 from gemq.runtime.safetensors_files import TensorSpec
 
 
@@ -136,7 +128,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
             num_weights = math.prod(shapes[matrix.kind])
             expert_bytes += matrix_bytes
             weights[module] += num_weights
-            bits[module] += nominal_bits(matrix.width) * num_weights
+            bits[module] += matrix.width.bits * num_weights
         else:
             linear_bytes += matrix_bytes
     layers = []
@@ -148,7 +140,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
         model_type=str(stored.config.get("model_type")),
         group_size=packed.group_size,
         layers=tuple(layers),
-        linears=dict(Counter(width_name(width) for width in packed.linears.values())),
+        linears=dict(Counter(str(width) for width in packed.linears.values())),
         expert_bytes=expert_bytes,
         linear_bytes=linear_bytes,
         other_bytes=sum(spec.bytes for spec in unpacked),
@@ -188,7 +180,7 @@ def _matrix_shape(matrix: PackedTensor, specs: Mapping[str, TensorSpec], group_s
         return None
     rows, groups = scales.shape
     while group_size >= SMALLEST_GROUP:
-        if groups * bytes_per_group(matrix.width, group_size) == codes.shape[1]:
+        if groups * matrix.width.group_bytes(group_size) == codes.shape[1]:
             return rows, groups * group_size
         group_size //= 2
     return None

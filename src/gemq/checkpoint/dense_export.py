@@ -18,7 +18,6 @@ from gemq.checkpoint.outputs import check_output, lock_output
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_directory
 from gemq.quant.grid import dequantize
-from gemq.quant.widths import Width, group_size_for
 
 
 def write_dense_checkpoint(
@@ -61,7 +60,7 @@ def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict
         tensors: dict[str, Tensor] = {}
         for path in paths:
             if path in reader.format.linears:
-                tensors[f"{path}.weight"] = _dense_matrix(reader, path, path, reader.format.linears[path], dtype)
+                tensors[f"{path}.weight"] = dequantize(reader.matrix(path).unpack(), dtype)
             else:
                 tensors.update(_dense_experts(reader, path, dtype))
         yield hub_state(reader.skeleton, tensors)
@@ -74,17 +73,9 @@ def _dense_experts(reader: CheckpointReader, path: str, dtype: torch.dtype) -> d
     is_transposed = getattr(reader.skeleton.get_submodule(path), "is_transposed", False)
     tensors = {}
     for projection, widths in reader.format.experts[path].items():
-        kind = f"{path}.{projection}"
         matrices = []
-        for expert, width in enumerate(widths):
-            matrices.append(_dense_matrix(reader, f"{path}.{expert}.{projection}", kind, width, dtype))
+        for expert in range(len(widths)):
+            matrices.append(dequantize(reader.matrix(f"{path}.{expert}.{projection}").unpack(), dtype))
         stacked = torch.stack(matrices)
-        tensors[kind] = stacked.transpose(-1, -2).contiguous() if is_transposed else stacked
+        tensors[f"{path}.{projection}"] = stacked.transpose(-1, -2).contiguous() if is_transposed else stacked
     return tensors
-
-
-def _dense_matrix(reader: CheckpointReader, name: str, kind: str, width: Width, dtype: torch.dtype) -> Tensor:
-    """Reads and dequantizes a packed matrix. See ``PackedTensor`` for its name, kind and width."""
-    columns = reader.shapes[kind][1]
-    group_size = group_size_for(columns, reader.format.group_size)
-    return dequantize(reader.matrix(name).unpack(width, group_size), dtype)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError
-from gemq.quant.widths import SMALLEST_GROUP, Width, bytes_per_group, group_size_for, parse_width
+from gemq.quant.widths import SMALLEST_GROUP, Width, group_size_for
 from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
@@ -111,14 +111,16 @@ class PackedFormat:
         """Returns the ``quantization_config`` for config.json."""
         experts = {}
         for path, projections in self.experts.items():
-            experts[path] = {projection: list(widths) for projection, widths in projections.items()}
+            experts[path] = {
+                projection: [width.value for width in widths] for projection, widths in projections.items()
+            }
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "group_size": self.group_size,
             "fingerprint": self.fingerprint,
             "experts": experts,
-            "linears": dict(self.linears),
+            "linears": {path: width.value for path, width in self.linears.items()},
         }
 
     def matrices(self) -> Iterator[PackedTensor]:
@@ -148,7 +150,7 @@ class PackedFormat:
             rows, columns = shapes[matrix.kind]
             group_size = group_size_for(columns, self.group_size)
             groups = columns // group_size
-            specs[f"{matrix.name}.codes"] = TensorSpec("U8", (rows, groups * bytes_per_group(matrix.width, group_size)))
+            specs[f"{matrix.name}.codes"] = TensorSpec("U8", (rows, groups * matrix.width.group_bytes(group_size)))
             specs[f"{matrix.name}.scales"] = TensorSpec("U8", (rows, groups))
             specs[f"{matrix.name}.offsets"] = TensorSpec("U8", (rows, groups))
         return specs
@@ -290,7 +292,7 @@ def _width(value: object, path: str) -> Width:
     """Parses a width in config.json. Raises UserError for anything but a known number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _damaged(f"{path} has the width {reprlib.repr(value)}, which is not a number")
-    return parse_width(value)
+    return Width(value)
 
 
 def _damaged(reason: str) -> UserError:

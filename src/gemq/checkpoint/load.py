@@ -198,8 +198,9 @@ class GemqQuantizer(HfQuantizer):
             _add_placeholders(model.get_submodule(path), path, projections, expected)
         for path, width in packed.linears.items():
             rows, columns = self._shapes[path]
+            group_size = group_size_for(columns, packed.group_size)
             bias = cast(nn.Linear, model.get_submodule(path)).bias
-            linear = PackedLinear(rows, columns, width, self._group_size(path), bias, device="meta")
+            linear = PackedLinear(rows, columns, width, group_size, bias, device="meta")
             transformers_private.mark_initialized(linear)
             model.set_submodule(path, linear)
 
@@ -208,17 +209,14 @@ class GemqQuantizer(HfQuantizer):
         for path, projections in self._format.experts.items():
             experts = model.get_submodule(path)
             for projection, widths in projections.items():
-                matrices = [_pop_placeholder(experts, expert, projection) for expert in range(len(widths))]
-                group_size = self._group_size(f"{path}.{projection}")
-                setattr(experts, projection, PackedMatrices(matrices, widths, group_size))
+                matrices = []
+                for expert, width in enumerate(widths):
+                    matrices.append(_pop_placeholder(experts, expert, projection, width))
+                setattr(experts, projection, PackedMatrices(matrices))
         self._correct_dtypes(model)
         if self._data_check is not None:
             self._data_check.result()
         self._data_check = None
-
-    def _group_size(self, kind: str) -> int:
-        """Returns the group size of a packed matrix kind."""
-        return group_size_for(self._shapes[kind][1], self._format.group_size)
 
     def _correct_dtypes(self, model: PreTrainedModel) -> None:
         """Casts renamed tensors, which Transformers 5.17 leaves in the dtype of the file."""
@@ -272,7 +270,7 @@ def _add_placeholders(
         experts.add_module(str(expert), module)
 
 
-def _pop_placeholder(experts: nn.Module, expert: int, projection: str) -> PackedMatrix:
+def _pop_placeholder(experts: nn.Module, expert: int, projection: str, width: Width) -> PackedMatrix:
     """Removes the placeholder of one expert's matrix. Returns the loaded matrix."""
     module = experts.get_submodule(str(expert))
     placeholder = module.get_submodule(projection)
@@ -282,7 +280,7 @@ def _pop_placeholder(experts: nn.Module, expert: int, projection: str) -> Packed
     codes, scales, offsets = (placeholder.get_buffer(suffix) for suffix in PACKED_FIELDS)
     if codes.is_meta:
         raise UserError("packed experts cannot be offloaded: load without offload_buffers, or on device='cpu'")
-    return PackedMatrix(codes, scales, offsets)
+    return PackedMatrix(codes, scales, offsets, width)
 
 
 def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat) -> StoredCheckpoint:

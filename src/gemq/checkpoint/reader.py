@@ -49,6 +49,7 @@ class CheckpointReader:
         self.expected = self.format.expected(self.shapes)
         self._stored_names = stored_names(self.skeleton, self.expected, self.stored.tensors)
         self.specs = {name: self.stored.tensors[stored].spec for name, stored in self._stored_names.items()}
+        self._widths = {matrix.name: matrix.width for matrix in self.format.matrices()}
         self._files: dict[Path, Any] = {}
         verify_packed(self.expected, self.specs)
         self.stored.check_config()
@@ -74,7 +75,7 @@ class CheckpointReader:
     def matrix(self, name: str) -> PackedMatrix:
         """Reads a packed matrix. ``name`` is that of its tensors without the suffix."""
         codes, scales, offsets = (self.tensor(f"{name}.{suffix}") for suffix in PACKED_FIELDS)
-        return PackedMatrix(codes, scales, offsets)
+        return PackedMatrix(codes, scales, offsets, self._widths[name])
 
     def matrix_slice(self, name: str, rows: slice, groups: slice) -> PackedMatrix:
         """Reads some rows and groups of columns of a packed matrix, and nothing else.
@@ -92,7 +93,7 @@ class CheckpointReader:
             columns = slice(columns_per_group * groups.start, columns_per_group * groups.stop)
             tensors.append(file.get_slice(stored_name)[rows, columns])
         codes, scales, offsets = tensors
-        return PackedMatrix(codes, scales, offsets)
+        return PackedMatrix(codes, scales, offsets, self._widths[name])
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Returns the open file that holds a tensor, and the tensor's name in it."""

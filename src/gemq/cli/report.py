@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemq.cli.fallback_texts import FALLBACKS
-from gemq.quant.widths import ExpertWidths, width_name
+from gemq.quant.widths import ExpertWidths, Width
 from gemq.runtime.display import styled
 from gemq.runtime.tested_versions import untested_transformers
 
@@ -129,7 +129,7 @@ def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths
     table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right", overflow="fold")
     for width in widths:
-        table.add_column(f"{width_name(width)} bit", justify="right", overflow="fold")
+        table.add_column(f"{width} bit", justify="right", overflow="fold")
     table.add_column("mean bits", justify="right", overflow="fold")
     for name, (_, layer_widths, bits) in zip(names, layers, strict=True):
         table.add_row(name, *_width_counts(layer_widths, widths, by_matrix), f"{bits:.2f}")
@@ -138,7 +138,7 @@ def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths
     console.print(table)
 
 
-def _width_counts(experts: Sequence[ExpertWidths], widths: Sequence[float], by_matrix: bool) -> list[str]:
+def _width_counts(experts: Sequence[ExpertWidths], widths: Sequence[Width], by_matrix: bool) -> list[str]:
     """Return for each width how many experts have it, as ``3``, or as ``3 / 2`` for the two matrices."""
     counts = [Counter(matrix_widths) for matrix_widths in zip(*experts, strict=True)]
     if not by_matrix:

@@ -61,7 +61,7 @@ def distill(
     Args:
         replay: The model. Only what is not quantized is used of its layers.
         load_layer: Loads a layer as it is stored.
-        schemes: Widths and group size of each layer.
+        schemes: Widths of each layer.
         activations: Inputs of the first layer.
         teacher: Last hidden states [B, S, H] of the full-precision model, one for each micro-batch.
         distillation: Settings.

@@ -27,7 +27,7 @@ from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, encode
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable import TrainableMatrices, rounded_to
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import Width
 from gemq.runtime.cuda_graph import CudaGraphReplay
 from gemq.runtime.memory import OffloadedTensors
 from gemq.runtime.ranks import Ranks
@@ -39,22 +39,21 @@ STATE_BYTES = 12
 class PackedExperts:
     """One matrix of a layer's experts, packed, with trainable scales and offsets."""
 
-    def __init__(
-        self, quantized: QuantizedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width], group_size: int
-    ):
+    def __init__(self, quantized: QuantizedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width]):
         """
         Args:
             quantized: The layer as it is stored.
             experts: Structure of its experts.
             matrix: Which of their matrices.
             widths: Width of each expert.
-            group_size: Group size of the recipe.
         """
         self.matrix, self.widths = matrix, widths
         self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
-        packed = [PackedMatrix.from_tensors(quantized.tensors, name) for name in self.names]
-        self.codes = copy_codes(packed, self.widths, group_size_for(matrix.columns, group_size))
-        grids = [one_matrix.grids(width) for one_matrix, width in zip(packed, self.widths, strict=True)]
+        packed = []
+        for name, width in zip(self.names, self.widths, strict=True):
+            packed.append(PackedMatrix.from_tensors(quantized.tensors, name, width))
+        self.codes = copy_codes(packed)
+        grids = [one_matrix.grids() for one_matrix in packed]
         scales = torch.stack([expert_scales for expert_scales, _ in grids])
         offsets = torch.stack([expert_offsets for _, expert_offsets in grids])
         # the codes stay packed in ``codes``: ``TrainableMatrices`` only trains scales and offsets here
@@ -166,7 +165,7 @@ class PackedLayer:
         matrices = []
         for matrix in layer.experts.matrices:
             widths = scheme.matrix_widths(layer)[matrix.name]
-            matrices.append(PackedExperts(quantized, layer.experts, matrix, widths, scheme.group_size))
+            matrices.append(PackedExperts(quantized, layer.experts, matrix, widths))
         return matrices
 
     @staticmethod
@@ -175,11 +174,10 @@ class PackedLayer:
     ) -> dict[str, tuple[Any, Tensor, Tensor]]:
         """Return codes, scales and offsets of the dense linears as batches of one matrix."""
         linears = {}
-        for linear in scheme.linears(layer):
-            packed = PackedMatrix.from_tensors(quantized.tensors, linear.path)
-            codes = copy_codes([packed], [scheme.dense_bits], scheme.group(linear.columns))
-            scales, offsets = packed.grids(scheme.dense_bits)
-            linears[f"{linear.path}.weight"] = codes, scales[None], offsets[None]
+        for linear, width in scheme.linear_widths(layer):
+            packed = PackedMatrix.from_tensors(quantized.tensors, linear.path, width)
+            scales, offsets = packed.grids()
+            linears[f"{linear.path}.weight"] = copy_codes([packed]), scales[None], offsets[None]
         return linears
 
     def _unquantized(self, layer: Layer, quantized: QuantizedLayer) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ class Student:
         Args:
             replay: The model.
             load_layer: Loads a layer as it is stored.
-            schemes: Widths and group size of each layer.
+            schemes: Widths of each layer.
             distillation: Settings.
             steps: Number of training steps.
             windows_sharded: Whether other ranks train on other windows.

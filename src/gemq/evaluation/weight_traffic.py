@@ -54,7 +54,7 @@ def expert_bytes(experts: Any) -> list[int]:
     for matrices in experts.children():
         if isinstance(matrices, PackedMatrices):
             for expert in range(count):
-                sizes[expert] += sum(tensor.nbytes for tensor in matrices.matrix(expert))
+                sizes[expert] += matrices.matrix(expert).nbytes
     return sizes
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from gemq.kernels import reference
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, Width
 from gemq.runtime.compat import torch_private
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
 
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     """As ``reference.linear_forward``, for up to ``MAX_TOKENS`` rows of x."""
-    terms = _converted_terms(module, 0, module.matrix(), module.width, module.group_size)
+    terms = _converted_terms(module, 0, module.matrix())
     y = _sum_of_products(terms, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
     bias: Tensor | None = module.bias
     return y if bias is None else y + bias
@@ -97,8 +96,7 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
 def _expert_product(module: PackedExperts, projection: str, expert: int, x: Tensor) -> Tensor:
     """Multiply x [T, columns] with one expert's matrix."""
     matrices: PackedMatrices = getattr(module, projection)
-    matrix, width = matrices.matrix(expert), matrices.widths[expert]
-    return _sum_of_products(_converted_terms(matrices, expert, matrix, width, matrices.group_size), x)
+    return _sum_of_products(_converted_terms(matrices, expert, matrices.matrix(expert)), x)
 
 
 def _sum_of_products(terms: tuple[_Int4Matrix, ...], x: Tensor) -> Tensor:
@@ -109,24 +107,22 @@ def _sum_of_products(terms: tuple[_Int4Matrix, ...], x: Tensor) -> Tensor:
     return y
 
 
-def _converted_terms(
-    module: nn.Module, expert: int, matrix: PackedMatrix, width: Width, group_size: int
-) -> tuple[_Int4Matrix, ...]:
+def _converted_terms(module: nn.Module, expert: int, matrix: PackedMatrix) -> tuple[_Int4Matrix, ...]:
     """Return the matrix in PyTorch's layout from the cache. Convert it if it is new or its weights have changed."""
-    version = tuple(0 if t.is_inference() else torch_private.write_count(t) for t in matrix)
+    version = tuple(0 if t.is_inference() else torch_private.write_count(t) for t in matrix.tensors())
     converted = _cache.setdefault(module, {})
     if expert not in converted or converted[expert].version != version:
-        converted[expert] = _Converted(version, _convert(matrix, width, group_size))
+        converted[expert] = _Converted(version, _convert(matrix))
     return converted[expert].terms
 
 
-def _convert(matrix: PackedMatrix, width: Width, group_size: int) -> tuple[_Int4Matrix, ...]:
+def _convert(matrix: PackedMatrix) -> tuple[_Int4Matrix, ...]:
     """Write ``scale * code + offset`` as one or two matrices ``scale * (nibble - 8) + midpoint``.
 
     PyTorch rounds the midpoint to bfloat16, so it is chosen where values are small: in the middle of the grid.
     """
-    codes, scales, offsets = matrix.unpack(width, group_size)
-    codes, levels = codes.int(), LEVELS[width]
+    codes, scales, offsets = matrix.unpack()
+    codes, levels, group_size = codes.int(), matrix.width.levels, matrix.group_size
     if levels <= 8:  # on a grid twice as fine, the midpoint is a code, and gets nibble 8
         midpoints = offsets + scales * ((levels - 1) / 2)
         return (_int4_matrix(2 * codes + (9 - levels), scales / 2, midpoints, group_size),)

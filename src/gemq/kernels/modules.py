@@ -19,7 +19,7 @@ from gemq.kernels import dispatch
 from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import LEVELS, Width, bytes_per_group
+from gemq.quant.widths import Width
 from gemq.runtime.compat import torch_private
 
 ALIGNMENT = 16
@@ -32,7 +32,7 @@ class PackedMatrices(nn.Module):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
     Attributes:
-        codes: uint8, the experts' codes in order, each [rows, groups * bytes_per_group] and aligned
+        codes: uint8, the experts' codes in order, each [rows, groups * group_bytes] and aligned
         scales: uint8, [experts, rows, groups] flat
         offsets: uint8, [experts, rows, groups] flat
         table: [experts, 3] int64: levels of the width (2, 3, 4, 8, 16, 256), first byte in codes, first byte in scales
@@ -43,14 +43,14 @@ class PackedMatrices(nn.Module):
     offsets: Tensor
     table: Tensor
 
-    def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> None:
+    def __init__(self, matrices: Sequence[PackedMatrix]) -> None:
         """Copy the experts' matrices, all on one device, into flat buffers."""
         super().__init__()
-        self.widths = tuple(widths)
-        self.levels = sorted({LEVELS[width] for width in self.widths})
-        self.group_size = group_size
+        self.widths = tuple(matrix.width for matrix in matrices)
+        self.levels = sorted({width.levels for width in self.widths})
+        self.group_size = matrices[0].group_size
         self.rows, self.groups = matrices[0].scales.shape
-        self.columns = self.groups * group_size
+        self.columns = self.groups * self.group_size
         device = matrices[0].codes.device
         scales_per_expert = self.rows * self.groups
 
@@ -59,8 +59,8 @@ class PackedMatrices(nn.Module):
         end = 0
         for expert, width in enumerate(self.widths):
             self._starts.append(end)
-            table.append([LEVELS[width], end, expert * scales_per_expert])
-            code_bytes = scales_per_expert * bytes_per_group(width, group_size)
+            table.append([width.levels, end, expert * scales_per_expert])
+            code_bytes = scales_per_expert * width.group_bytes(self.group_size)
             end += -(-code_bytes // ALIGNMENT) * ALIGNMENT
         self.register_buffer("codes", torch.zeros(end, dtype=torch.uint8, device=device), persistent=False)
         for name in ("scales", "offsets"):
@@ -78,18 +78,19 @@ class PackedMatrices(nn.Module):
     def matrix(self, expert: int) -> PackedMatrix:
         """Return views of one expert's tensors, in the layout of the checkpoint."""
         groups = self.rows * self.groups
-        code_bytes = groups * bytes_per_group(self.widths[expert], self.group_size)
+        code_bytes = groups * self.widths[expert].group_bytes(self.group_size)
         code_slice = slice(self._starts[expert], self._starts[expert] + code_bytes)
         grid_slice = slice(expert * groups, (expert + 1) * groups)
         return PackedMatrix(
             self.codes[code_slice].view(self.rows, -1),
             self.scales[grid_slice].view(self.rows, self.groups),
             self.offsets[grid_slice].view(self.rows, self.groups),
+            self.widths[expert],
         )
 
     def set_matrix(self, expert: int, matrix: PackedMatrix) -> None:
         """Copy one expert's tensors into the buffers. Raises ValueError if a shape or dtype differs."""
-        for target, source in zip(self.matrix(expert), matrix, strict=True):
+        for target, source in zip(self.matrix(expert).tensors(), matrix.tensors(), strict=True):
             if target.shape != source.shape or target.dtype != source.dtype:
                 raise ValueError(
                     f"expert {expert}: {source.dtype} {list(source.shape)}, not {target.dtype} {list(target.shape)}"
@@ -98,7 +99,7 @@ class PackedMatrices(nn.Module):
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return the weights of one expert: [rows, columns] in ``dtype``."""
-        return dequantize(self.matrix(expert).unpack(self.widths[expert], self.group_size), dtype)
+        return dequantize(self.matrix(expert).unpack(), dtype)
 
     def extra_repr(self) -> str:
         """Describe the sizes when the module is printed."""
@@ -174,7 +175,7 @@ class PackedExperts(nn.Module):
                 if absent:
                     continue
                 try:
-                    matrices.set_matrix(expert, PackedMatrix(*tensors.values()))
+                    matrices.set_matrix(expert, PackedMatrix.from_tensors(tensors, name, matrices.widths[expert]))
                 except ValueError as error:
                     error_msgs.append(f"{name}: {error}")
         super()._load_from_state_dict(
@@ -288,7 +289,7 @@ class PackedLinear(nn.Linear):
     read-only: merging an adapter into it raises RuntimeError.
 
     Attributes:
-        codes: [rows, groups * bytes_per_group] uint8
+        codes: [rows, groups * group_bytes] uint8
         scales: [rows, groups] uint8
         offsets: [rows, groups] uint8
     """
@@ -309,19 +310,20 @@ class PackedLinear(nn.Linear):
         """Create uninitialized buffers for the caller to fill."""
         nn.Module.__init__(self)  # nn.Linear's own would create the weight
         self.in_features, self.out_features = columns, rows
-        self.width, self.group_size = width, group_size
+        self.width, self.levels, self.group_size = width, width.levels, group_size
         groups = columns // group_size
-        code_bytes = groups * bytes_per_group(width, group_size)
+        code_bytes = groups * width.group_bytes(group_size)
         self.register_buffer("codes", torch.empty(rows, code_bytes, dtype=torch.uint8, device=device))
         for name in ("scales", "offsets"):
             self.register_buffer(name, torch.empty(rows, groups, dtype=torch.uint8, device=device))
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, matrix: PackedMatrix, width: Width, group_size: int) -> PackedLinear:
+    def from_linear(cls, linear: nn.Linear, matrix: PackedMatrix) -> PackedLinear:
         """Create the packed replacement of ``linear`` with its bias and the packed ``matrix``."""
-        packed = cls(linear.out_features, linear.in_features, width, group_size, linear.bias, device="meta")
-        packed.codes, packed.scales, packed.offsets = matrix
+        rows, columns = linear.out_features, linear.in_features
+        packed = cls(rows, columns, matrix.width, matrix.group_size, linear.bias, device="meta")
+        packed.codes, packed.scales, packed.offsets = matrix.tensors()
         return packed
 
     @property
@@ -335,11 +337,11 @@ class PackedLinear(nn.Linear):
 
     def matrix(self) -> PackedMatrix:
         """Return the packed tensors."""
-        return PackedMatrix(self.codes, self.scales, self.offsets)
+        return PackedMatrix(self.codes, self.scales, self.offsets, self.width)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weights: [rows, columns] in ``dtype``."""
-        return dequantize(self.matrix().unpack(self.width, self.group_size), dtype)
+        return dequantize(self.matrix().unpack(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the linear: [..., columns] -> [..., rows]."""
@@ -349,5 +351,5 @@ class PackedLinear(nn.Linear):
         """Describe the sizes when the module is printed."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, width={self.width:g}, group_size={self.group_size}"
+            f"bias={self.bias is not None}, width={self.width}, group_size={self.group_size}"
         )

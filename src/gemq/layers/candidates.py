@@ -30,7 +30,7 @@ from gemq.quant.grid import Quantized, below_scales
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
-from gemq.quant.widths import Width, width_name
+from gemq.quant.widths import Width
 from gemq.runtime.activation_store import ActivationStore
 
 LINEAR_TOKENS = 262_144
@@ -65,23 +65,24 @@ class LayerCandidates:
             tensors.update(packed.named(f"linear:{path}"))
         for name, packed_by_width in self.experts.items():
             for width, packed in packed_by_width.items():
-                tensors.update(packed.named(f"expert:{name}:{width_name(width)}"))
+                tensors.update(packed.named(f"expert:{name}:{width}"))
         return tensors
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], layer: Layer, widths: tuple[Width, ...]) -> LayerCandidates:
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], layer: Layer, widths: tuple[Width, ...], dense_width: Width | None
+    ) -> LayerCandidates:
         """Read what ``to_tensors`` has returned."""
         linears = {}
-        for linear in layer.linears:
-            prefix = f"linear:{linear.path}"
-            if f"{prefix}.codes" in tensors:
-                linears[linear.path] = PackedMatrix.from_tensors(tensors, prefix)
+        if dense_width is not None:
+            for linear in layer.linears:
+                linears[linear.path] = PackedMatrix.from_tensors(tensors, f"linear:{linear.path}", dense_width)
         experts: dict[str, dict[Width, PackedMatrix]] = {}
         for matrix in layer.experts.matrices if layer.experts else ():
             experts[matrix.name] = {}
             for width in widths:
-                prefix = f"expert:{matrix.name}:{width_name(width)}"
-                experts[matrix.name][width] = PackedMatrix.from_tensors(tensors, prefix)
+                prefix = f"expert:{matrix.name}:{width}"
+                experts[matrix.name][width] = PackedMatrix.from_tensors(tensors, prefix, width)
         retries, not_improved, small = tensors["notes"].tolist()
         return cls(linears, experts, tensors["counts"], retries, not_improved, small)
 
@@ -92,7 +93,7 @@ def build_candidates(
     activations: Activations,
     quantizer: Quantizer,
     widths: tuple[Width, ...],
-    dense_bits: int,
+    dense_width: Width | None,
     training: Training | None = None,
     linear_training: Training | None = None,
     with_outputs: bool = True,
@@ -105,7 +106,7 @@ def build_candidates(
         activations: Inputs of the layer.
         quantizer: Settings.
         widths: Candidate widths of the experts.
-        dense_bits: Width of the dense linears; 16 leaves them unquantized.
+        dense_width: Width of the dense linears; None leaves them unquantized.
         training: Trains every expert at every width on its own, after GPTQ.
         linear_training: Trains the dense linears together, towards the output of the layer.
         with_outputs: Whether the caller needs the outputs of the layer.
@@ -115,25 +116,25 @@ def build_candidates(
     """
     layer = replay.structure.layers[index]
     experts = layer.experts
-    linears = quantized_linears(layer, dense_bits)
+    linears = quantized_linears(layer, dense_width)
     all_experts = slice(0, experts.count) if experts is not None else None
     calls = RecordedExpertCalls(replay.memory) if training is not None and experts is not None else None
     trains_linears = linear_training is not None
     moments, outputs = layer_hessians(
         replay, index, activations, linears, all_experts, calls, with_outputs or trains_linears
     )
-    quantized = quantize_linears(replay, linears, moments, quantizer, dense_bits, with_soft_codes=trains_linears)
+    quantized = quantize_linears(replay, linears, moments, quantizer, dense_width, with_soft_codes=trains_linears)
     candidates = LayerCandidates(quantized.packed, retries=quantized.retries, small=quantized.small)
     if training is not None:  # training needs the memory of the Hessians
         for expert_hessians in moments.experts or ():
             expert_hessians.offload(lambda sums: ActivationStore(replay.memory, sums))
     if linear_training is not None and linears:
-        parameters = linear_parameters(linears, quantized, quantizer, dense_bits)
+        parameters = linear_parameters(linears, quantized)
         max_batches = max(2, LINEAR_TOKENS // activations.ids[0].numel())
         trainer = LayerTrainer(
             replay, index, activations, outputs, parameters, linear_training, {}, max_batches=max_batches
         )
-        _pack_trained_linears(trainer.run(), candidates, quantizer)
+        _pack_trained_linears(trainer.run(), candidates)
     if experts is not None and moments.experts is not None:
         module = replay.model.get_submodule(experts.path)
         inputs = ExpertInputs(module, experts, calls) if calls is not None else None
@@ -142,12 +143,11 @@ def build_candidates(
     return candidates, outputs
 
 
-def _pack_trained_linears(result: LayerResult, candidates: LayerCandidates, quantizer: Quantizer) -> None:
+def _pack_trained_linears(result: LayerResult, candidates: LayerCandidates) -> None:
     """Replace the dense linears of ``candidates`` by trained ones."""
     for parameter in result.parameters:
-        group = quantizer.group(parameter.q.codes.shape[-1])
         path = parameter.name.removesuffix(".weight")
-        candidates.linears[path] = PackedMatrix.pack(parameter.q, parameter.widths[0], group)
+        candidates.linears[path] = PackedMatrix.pack(parameter.q, parameter.widths[0])
     if result.error_after >= result.error_before:
         candidates.not_improved += len(result.parameters)
 
@@ -182,8 +182,7 @@ class _ExpertCandidates:
         for chunk in self._chunks():
             grids = self._quantize_chunk(chunk, candidates)
             for matrix, q in zip(self.experts.matrices, grids, strict=True):
-                group = self.quantizer.group(matrix.columns)
-                packed = [PackedMatrix.pack(q.select(i), width, group) for i, width in enumerate(self.widths)]
+                packed = [PackedMatrix.pack(q.select(i), width) for i, width in enumerate(self.widths)]
                 chunks_by_name[matrix.name].append(packed)
             del grids, q  # frees as much memory as the next chunk needs
         for name, chunks in chunks_by_name.items():

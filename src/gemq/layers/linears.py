@@ -13,13 +13,13 @@ from gemq.calibration.activations import LayerHessians
 from gemq.errors import UserError
 from gemq.layers.layer_training import QuantizedParameter
 from gemq.layers.quantizer import Quantizer
-from gemq.layers.scheme import QuantizationScheme
 from gemq.models.replay import Replay
 from gemq.models.structure import Linear
 from gemq.quant.grid import LARGEST_SCALE, LAST_SCALE, below_scales, dequantize
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
+from gemq.quant.widths import Width
 from gemq.runtime.ranks import Ranks
 
 
@@ -52,7 +52,7 @@ def quantize_linears(
     linears: Sequence[Linear],
     moments: LayerHessians,
     quantizer: Quantizer,
-    bits: int,
+    width: Width | None,
     with_soft_codes: bool = False,
 ) -> QuantizedLinears:
     """Quantize dense linears. Linears with the same input are one batch, and ranks take turns with the batches.
@@ -62,18 +62,22 @@ def quantize_linears(
         linears: Linears of one layer.
         moments: Hessians of their inputs.
         quantizer: Settings.
-        bits: Width of all of them.
+        width: Width of all of them. None leaves them unquantized.
         with_soft_codes: Also return the codes before rounding, from which training starts.
     """
     ranks = replay.ranks
     result = QuantizedLinears()
+    if width is None:
+        return result
     for linear in linears:
         result.small += below_scales(_weight(replay, linear).unsqueeze(0))
     for index, batch in enumerate(_linears_by_input(linears, moments, replay.device)):
         if index % ranks.count == ranks.rank:
-            quantized = _quantize_batch(replay, batch, moments.linears[batch[0].path], quantizer, bits, with_soft_codes)
+            quantized = _quantize_batch(
+                replay, batch, moments.linears[batch[0].path], quantizer, width, with_soft_codes
+            )
             result.update(quantized)
-    return _all_gather(ranks, linears, result)
+    return _all_gather(ranks, linears, width, result)
 
 
 def _linears_by_input(linears: Sequence[Linear], moments: LayerHessians, device: torch.device) -> list[list[Linear]]:
@@ -91,7 +95,7 @@ def _quantize_batch(
     batch: list[Linear],
     hessian: HessianAccumulator,
     quantizer: Quantizer,
-    bits: int,
+    width: Width,
     with_soft_codes: bool,
 ) -> QuantizedLinears:
     """Quantize linears with one input as one matrix, since rows do not depend on each other."""
@@ -101,13 +105,13 @@ def _quantize_batch(
     if with_soft_codes:
         dtype = soft_code_dtype(weight.device, weight.dtype)
         soft_codes = weight.new_empty(1, *weight.shape, dtype=dtype)
-    q, retries = quantizer.quantize_all(weight, hessian, (bits,), soft_codes, shrinkage=0.0)
+    q, retries = quantizer.quantize_all(weight, hessian, (width,), soft_codes, shrinkage=0.0)
     result = QuantizedLinears(retries=retries)
     start = 0
     for linear, rows in zip(batch, map(len, weights), strict=True):
         stop = start + rows
         matrix = q.select((0, slice(None), slice(start, stop)))
-        packed = PackedMatrix.pack(matrix, bits, quantizer.group(linear.columns))
+        packed = PackedMatrix.pack(matrix, width)
         refuse_clipped([linear.path], [packed])
         result.packed[linear.path] = packed
         if soft_codes is not None:
@@ -122,11 +126,11 @@ def _weight(replay: Replay, linear: Linear) -> Tensor:
     return weight.detach()
 
 
-_FIELDS = (*PackedMatrix._fields, "soft_codes")
+_FIELDS = (*PackedMatrix.FIELDS, "soft_codes")
 """Names of a quantized linear's tensors when ranks exchange them."""
 
 
-def _all_gather(ranks: Ranks, linears: Sequence[Linear], local: QuantizedLinears) -> QuantizedLinears:
+def _all_gather(ranks: Ranks, linears: Sequence[Linear], width: Width, local: QuantizedLinears) -> QuantizedLinears:
     """Combine the linears that each rank has quantized, in one exchange of tensors by name."""
     if ranks.count == 1:
         return local
@@ -142,31 +146,26 @@ def _all_gather(ranks: Ranks, linears: Sequence[Linear], local: QuantizedLinears
             if tensor is not None:
                 tensors[name] = tensor.clone()  # the exchange's buffer is one tensor
     for linear in linears:
-        result.packed[linear.path] = PackedMatrix.from_tensors(tensors, linear.path)
+        result.packed[linear.path] = PackedMatrix.from_tensors(tensors, linear.path, width)
         if f"{linear.path}.soft_codes" in tensors:
             result.soft_codes[linear.path] = tensors[f"{linear.path}.soft_codes"]
     return result
 
 
-def linear_parameters(
-    linears: Sequence[Linear], quantized: QuantizedLinears, quantizer: Quantizer, bits: int
-) -> list[QuantizedParameter]:
+def linear_parameters(linears: Sequence[Linear], quantized: QuantizedLinears) -> list[QuantizedParameter]:
     """Return quantized dense linears as parameters to train. They need their soft codes."""
     parameters = []
     for linear in linears:
-        q = quantized.packed[linear.path].unpack(bits, quantizer.group(linear.columns))
-        parameters.append(QuantizedParameter(f"{linear.path}.weight", (bits,), q, quantized.soft_codes[linear.path]))
+        packed, soft_codes = quantized.packed[linear.path], quantized.soft_codes[linear.path]
+        parameters.append(QuantizedParameter(f"{linear.path}.weight", (packed.width,), packed.unpack(), soft_codes))
     return parameters
 
 
-def install_linears(
-    model: Any, linears: Sequence[Linear], packed: dict[str, PackedMatrix], scheme: QuantizationScheme
-) -> None:
+def install_linears(model: Any, linears: Sequence[Linear], packed: dict[str, PackedMatrix]) -> None:
     """Overwrite the weights of dense linears with their dequantized codes."""
     for linear in linears:
-        q = packed[linear.path].unpack(scheme.dense_bits, scheme.group(linear.columns))
         weight = model.get_submodule(linear.path).weight
-        weight.data.copy_(dequantize(q).reshape(weight.shape))
+        weight.data.copy_(dequantize(packed[linear.path].unpack()).reshape(weight.shape))
 
 
 def refuse_clipped(names: Sequence[str], packed: Iterable[PackedMatrix]) -> None:

@@ -114,7 +114,7 @@ def reconstruct_layer(
     activations: Activations,
     quantizer: Quantizer,
     widths: Sequence[ExpertWidths],
-    dense_bits: int,
+    dense_width: Width | None,
     targets: Targets | None = None,
 ) -> QuantizedLayer:
     """Quantize a layer at its chosen widths on the activations of the quantized layers before it.
@@ -128,10 +128,10 @@ def reconstruct_layer(
         activations: Outputs of the quantized layers before.
         quantizer: Settings.
         widths: Widths of the two matrices of each expert.
-        dense_bits: Width of the dense linears; 16 leaves them unquantized.
+        dense_width: Width of the dense linears; None leaves them unquantized.
         targets: If present, the quantized layer is trained.
     """
-    scheme = QuantizationScheme(widths, dense_bits, quantizer.group_size)
+    scheme = QuantizationScheme(widths, dense_width)
     reconstruction = _LayerReconstruction(replay, index, activations, quantizer, scheme, targets)
     reconstruction.quantize_attention()
     reconstruction.quantize_other_matrices()
@@ -188,7 +188,7 @@ class _LayerReconstruction:
             return
         replay, activations, experts = self.replay, self.activations, self.layer.experts
         linears = self.scheme.linears(self.layer)
-        self.parameters += linear_parameters(linears, self.linears, self.quantizer, self.scheme.dense_bits)
+        self.parameters += linear_parameters(linears, self.linears)
         sharded = activations.can_shard_windows(replay.ranks)
         if experts is not None and not can_shard_windows(replay.model, experts, replay.ranks):
             sharded = False
@@ -215,7 +215,7 @@ class _LayerReconstruction:
             packed = self.linears.packed[linear.path]
             name = f"{linear.path}.weight"
             if name in grids:
-                packed = PackedMatrix.pack(grids[name], self.scheme.dense_bits, self.scheme.group(linear.columns))
+                packed = PackedMatrix.pack(grids[name], packed.width)
             self.result.tensors.update(packed.select(0).named(linear.path))
         if self.layer.experts is not None:
             for matrix in self.layer.experts.matrices:
@@ -230,10 +230,10 @@ class _LayerReconstruction:
             The Hessians of some experts' two matrices, computed in the same forward pass; None without ``experts``.
         """
         moments, _ = layer_hessians(self.replay, self.index, self.activations, linears, experts, with_outputs=False)
-        bits = self.scheme.dense_bits
+        width = self.scheme.dense_width
         with_soft_codes = self.targets is not None
-        quantized = quantize_linears(self.replay, linears, moments, self.quantizer, bits, with_soft_codes)
-        install_linears(self.replay.model, linears, quantized.packed, self.scheme)
+        quantized = quantize_linears(self.replay, linears, moments, self.quantizer, width, with_soft_codes)
+        install_linears(self.replay.model, linears, quantized.packed)
         self.linears.update(quantized)
         return moments.experts
 
@@ -266,9 +266,8 @@ class _LayerReconstruction:
 
     def _pack_experts(self, experts: Experts, matrix: Matrix, q: Quantized) -> None:
         """Pack one matrix of all experts, those of one width in batches."""
-        group = self.scheme.group(matrix.columns)
         for width, chunk in _width_chunks(matrix, self.scheme.matrix_widths(self.layer)[matrix.name]):
-            packed = PackedMatrix.pack(q.select(chunk), width, group)
+            packed = PackedMatrix.pack(q.select(chunk), width)
             for row, expert in enumerate(chunk):
                 self.result.tensors.update(packed.select(row).named(_expert_name(experts, expert, matrix.name)))
 
@@ -288,9 +287,8 @@ def layer_overrides(
         Tensors by the parameters' names inside the model, in their layout and dtype.
     """
     overrides = {}
-    for linear in scheme.linears(layer):
-        packed = PackedMatrix.from_tensors(quantized.tensors, linear.path)
-        q = packed.unpack(scheme.dense_bits, scheme.group(linear.columns))
+    for linear, width in scheme.linear_widths(layer):
+        q = PackedMatrix.from_tensors(quantized.tensors, linear.path, width).unpack()
         name = f"{linear.path}.weight"
         overrides[name] = as_parameter(model, name, dequantize(q).unsqueeze(0))
     if layer.experts is not None:
@@ -313,8 +311,8 @@ def _dequantize_experts(
     weight = torch.empty(experts.count, matrix.rows, matrix.columns, dtype=dtype, device=device)
     for width, chunk in _width_chunks(matrix, scheme.matrix_widths(layer)[matrix.name]):
         names = [_expert_name(experts, expert, matrix.name) for expert in chunk]
-        packed = PackedMatrix.stack([PackedMatrix.from_tensors(quantized.tensors, name) for name in names])
-        weight[chunk] = dequantize_each(packed.unpack(width, scheme.group(matrix.columns)), dtype)
+        packed = PackedMatrix.stack([PackedMatrix.from_tensors(quantized.tensors, name, width) for name in names])
+        weight[chunk] = dequantize_each(packed.unpack(), dtype)
     return weight
 
 

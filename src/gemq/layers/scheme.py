@@ -1,4 +1,4 @@
-"""The scheme of a layer's quantization: the widths and the group size that give packed tensors their meaning."""
+"""The scheme of a layer's quantization: the widths that give packed tensors their meaning."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemq.models.structure import Layer, Linear
-from gemq.quant.widths import ExpertWidths, Width, group_size_for
-
-UNQUANTIZED_BITS = 16
-"""``dense_bits`` from which on dense linears stay in the model's own type."""
+from gemq.quant.widths import ExpertWidths, Width
 
 
 @dataclass(frozen=True)
@@ -18,30 +15,28 @@ class QuantizationScheme:
 
     Attributes:
         expert_widths: Widths of the two matrices of every expert; empty for a dense layer.
-        dense_bits: Width of the dense linears. 16 leaves them unquantized.
-        group_size: Group size of the recipe. ``group`` returns that of a matrix.
+        dense_width: Width of the dense linears. None leaves them unquantized.
     """
 
     expert_widths: Sequence[ExpertWidths]
-    dense_bits: int
-    group_size: int
-
-    def group(self, columns: int) -> int:
-        """Return the group size of a matrix with ``columns`` inputs."""
-        return group_size_for(columns, self.group_size)
+    dense_width: Width | None
 
     def linears(self, layer: Layer) -> tuple[Linear, ...]:
         """Return the dense linears of ``layer`` that are quantized."""
-        return quantized_linears(layer, self.dense_bits)
+        return quantized_linears(layer, self.dense_width)
+
+    def linear_widths(self, layer: Layer) -> list[tuple[Linear, Width]]:
+        """Return the dense linears of ``layer`` that are quantized, each with its width."""
+        return [] if self.dense_width is None else [(linear, self.dense_width) for linear in layer.linears]
 
     def matrix_widths(self, layer: Layer) -> dict[str, tuple[Width, ...]]:
         """Return the width of every expert of ``layer`` by the name of the matrix."""
         return matrix_widths(layer, self.expert_widths)
 
 
-def quantized_linears(layer: Layer, dense_bits: int) -> tuple[Linear, ...]:
-    """Return the dense linears of ``layer`` that are quantized: all of them, or none at 16 bits."""
-    return layer.linears if dense_bits < UNQUANTIZED_BITS else ()
+def quantized_linears(layer: Layer, dense_width: Width | None) -> tuple[Linear, ...]:
+    """Return the dense linears of ``layer`` that are quantized: all of them, or none without a width."""
+    return () if dense_width is None else layer.linears
 
 
 def matrix_widths(layer: Layer, expert_widths: Sequence[ExpertWidths]) -> dict[str, tuple[Width, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gemq.models.structure import Experts, Matrix, Structure
-from gemq.quant.widths import Width, group_size_for, matrix_bytes
+from gemq.quant.widths import Width, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
 
@@ -16,7 +16,7 @@ from gemq.runtime.compat import transformers_private
 def matrix_sizes(matrix: Matrix, widths: Sequence[Width], group_size: int) -> list[int]:
     """Returns the stored bytes of one expert's matrix at each width, scales and offsets included."""
     group = group_size_for(matrix.columns, group_size)
-    return [matrix_bytes(matrix.rows, matrix.columns, width, group) for width in widths]
+    return [width.matrix_bytes(matrix.rows, matrix.columns, group) for width in widths]
 
 
 def expert_bytes(experts: Experts, width: Width, group_size: int) -> int:
@@ -26,13 +26,13 @@ def expert_bytes(experts: Experts, width: Width, group_size: int) -> int:
 
 def linear_bytes(structure: Structure, recipe: Recipe) -> int:
     """Returns the stored bytes of the quantized dense linears; 0 if the recipe does not quantize them."""
-    if recipe.dense_bits == 16:
+    if recipe.dense_width is None:
         return 0
     total = 0
     for layer in structure.layers:
         for linear in layer.linears:
             group = group_size_for(linear.columns, recipe.group_size)
-            total += matrix_bytes(linear.rows, linear.columns, recipe.dense_bits, group)
+            total += recipe.dense_width.matrix_bytes(linear.rows, linear.columns, group)
     return total
 
 
@@ -61,7 +61,7 @@ def count_smaller_groups(structure: Structure, group_size: int) -> int:
 def quantized_share(structure: Structure, recipe: Recipe) -> float:
     """Returns the share of the model's parameters that the recipe quantizes."""
     quantized = structure.expert_weights
-    if recipe.dense_bits < 16:
+    if recipe.dense_width is not None:
         quantized += sum(linear.rows * linear.columns for layer in structure.layers for linear in layer.linears)
     return quantized / structure.total_parameters
 
@@ -77,7 +77,7 @@ def unquantized_bytes(model: Any, structure: Structure, recipe: Recipe, stored: 
     """
     excluded = set(transformers_private.tied_weights(model))
     for layer in structure.layers:
-        if recipe.dense_bits < 16:
+        if recipe.dense_width is not None:
             excluded.update(f"{linear.path}.weight" for linear in layer.linears)
         if layer.experts is not None:
             excluded.update(f"{layer.experts.path}.{matrix.name}" for matrix in layer.experts.matrices)

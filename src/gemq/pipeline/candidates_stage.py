@@ -28,7 +28,7 @@ from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, group_size_for, nominal_bits, width_name
+from gemq.quant.widths import Width, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.files import check_free_space
@@ -60,7 +60,10 @@ class CandidateFiles:
         """Reads all candidates of a layer to ``device``, by default the job's."""
         tensors = self.stage.load_tensors(layer_file(index), device or str(self._replay.device))
         return LayerCandidates.from_tensors(
-            tensors, self._replay.structure.layers[index], self._recipe.candidate_widths
+            tensors,
+            self._replay.structure.layers[index],
+            self._recipe.candidate_widths,
+            self._recipe.dense_width,
         )
 
     def counts(self, index: int) -> Tensor:
@@ -83,11 +86,10 @@ class CandidateFiles:
         weights = []
         for matrix in experts.matrices:
             exact = expert_weight(module, matrix.name)
-            if packed is None:
-                quantized = self._round_to_nearest(exact, matrix, width)
+            if packed is not None:
+                quantized = packed[matrix.name].unpack()
             else:
-                group_size = group_size_for(matrix.columns, self._recipe.group_size)
-                quantized = packed[matrix.name].unpack(width, group_size)
+                quantized = self._round_to_nearest(exact, matrix, width)
             weights.append(dequantize_each(quantized, exact.dtype))
         up, down = weights
         return up, down
@@ -97,22 +99,21 @@ class CandidateFiles:
         experts = self._replay.structure.layers[index].experts
         assert experts is not None
         ranks = self._replay.ranks
-        suffix = f":{width_name(width)}."
+        suffix = f":{width}."
         expert_slice = ranks.local_slice(experts.count) if ranks.count > 1 else None
         device = str(self._replay.device)
         local = self.stage.load_tensors(layer_file(index), device, lambda key: suffix in key, expert_slice)
         tensors = dict(zip(local, ranks.all_gather_cat(list(local.values())), strict=True))
         packed = {}
         for matrix in experts.matrices:
-            prefix = f"expert:{matrix.name}:{width_name(width)}"
-            fields = [tensors[f"{prefix}.{field}"] for field in PackedMatrix._fields]
-            packed[matrix.name] = PackedMatrix(*fields)
+            prefix = f"expert:{matrix.name}:{width}"
+            packed[matrix.name] = PackedMatrix.from_tensors(tensors, prefix, width)
         return packed
 
     def _round_to_nearest(self, weight: Tensor, matrix: Matrix, width: Width) -> Quantized:
         """All experts' matrices [E, rows, columns] rounded to nearest."""
         quantized = round_to_nearest(weight, (width,), group_size_for(matrix.columns, self._recipe.group_size))
-        return Quantized(*(tensor[0] for tensor in quantized))
+        return quantized.select(0)
 
 
 def run_candidates(job: Job, replay: Replay, windows: Windows) -> CandidateFiles:
@@ -159,7 +160,7 @@ def _layer_builder(job: Job, replay: Replay) -> BuildLayer:
             inputs,
             quantizer,
             recipe.candidate_widths,
-            recipe.dense_bits,
+            recipe.dense_width,
             expert_training,
             linear_training,
             with_outputs,
@@ -269,7 +270,7 @@ def candidates_work(workload: Workload) -> Work:
     work = Work()
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens) + workload.quantize(layer, widths)
-        if recipe.candidate_epochs and recipe.dense_bits < 16:
+        if recipe.candidate_epochs and recipe.dense_width is not None:
             linear_weights = sum(linear.rows * linear.columns for linear in layer.linears)
             work += workload.forward(layer, linear_tokens, linear_steps) * 3
             work += workload.train(linear_weights, linear_steps)
@@ -313,7 +314,7 @@ def _training_bytes(memory: LayerMemory, training_bytes: int) -> int:
     chunk_weights = chunk * experts.weights_per_expert * widths
     pair_share = widths * min(1.0, 2 * chunk / experts.count)  # of a micro-batch's pairs, at every width
     pairs = memory.routed_pairs(backward=True)
-    bits = sum(nominal_bits(width) for width in recipe.candidate_widths)
+    bits = sum(width.bits for width in recipe.candidate_widths)
     packed = round(memory.expert_weights * bits / 8 * PACKED_OVERHEAD)
     quantizing = 3 * chunk_weights + memory.expert_chunk(widths)  # codes and soft codes
     training = chunk_weights * memory.trained_bytes + round(max(pair_share, MIN_PAIR_SHARE) * pairs)

@@ -48,8 +48,7 @@ def allocations_kl(
     start: Activations,
     candidates: Callable[[int], LayerCandidates],
     allocations: Sequence[list[list[ExpertWidths]]],
-    dense_bits: int,
-    group_size: int,
+    dense_width: Width | None,
     tick: Tick,
 ) -> list[Tensor]:
     """Measures the KL of several allocations, assembled from the candidates, all of them layer by layer.
@@ -59,8 +58,7 @@ def allocations_kl(
         start: the windows in front of the first layer.
         candidates: from the index of a layer, its candidates.
         allocations: widths by layer and expert.
-        dense_bits: width of the dense linears.
-        group_size: of the recipe.
+        dense_width: width of the dense linears; None leaves them unquantized.
         tick: called after each layer.
 
     Returns:
@@ -74,7 +72,7 @@ def allocations_kl(
         layer_candidates = candidates(i)
         for state, widths in zip(states, allocations, strict=True):
             quantized = assemble_layer(layer_candidates, layers[i], widths[i])
-            scheme = QuantizationScheme(widths[i], dense_bits, group_size)
+            scheme = QuantizationScheme(widths[i], dense_width)
             overrides = layer_overrides(replay.model, layers[i], quantized, scheme)
             start.advance_all(replay, i, [state], overrides)
         tick()
@@ -111,8 +109,7 @@ class _Measurements:
                 job.start_activations(replay, windows),
                 self._candidates.layer,
                 list(widths_by_file.values()),
-                job.recipe.dense_bits,
-                job.recipe.group_size,
+                job.recipe.dense_width,
                 tick,
             )
             for file, kl in zip(widths_by_file, measured, strict=True):

@@ -22,7 +22,6 @@ from gemq.models.source import Source
 from gemq.pipeline.preflight import read_allocation_file
 from gemq.pipeline.records import damaged, digest, read_object
 from gemq.pipeline.workdir import JOB_FILE
-from gemq.quant.widths import width_name
 from gemq.recipe import Recipe
 from gemq.runtime.files import write_json
 
@@ -69,7 +68,7 @@ class JobRecord:
             fingerprint=fingerprint,
             files=files,
             recipe=recipe.to_dict(),
-            candidate_widths=list(recipe.candidate_widths),
+            candidate_widths=[width.value for width in recipe.candidate_widths],
             calibration=[source_digest(s) for s in recipe.calibration],
             sources=[_absolute(s) for s in recipe.calibration],
         )
@@ -218,7 +217,7 @@ def check_texts(work: Path, sources: Sequence[str], record: JobRecord) -> None:
 def _value_text(value: Any) -> str:
     """A recipe's value for a message."""
     if isinstance(value, list):
-        return ",".join(width_name(item) if isinstance(item, float) else str(item) for item in value)
+        return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
     return "unset" if value is None else f"{value}"
 
 

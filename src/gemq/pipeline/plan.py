@@ -25,7 +25,6 @@ from gemq.pipeline.scores_stage import SCORES
 from gemq.pipeline.stages import Footprint, JobStages, check_bounds, stage_seconds
 from gemq.planning.cost_model import Workload
 from gemq.planning.memory_model import held_bytes, staging_bytes
-from gemq.quant.widths import nominal_bits
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.device import pick_device
 from gemq.runtime.memory import MemoryBudget
@@ -188,7 +187,7 @@ def _plan(
 
 def _checkpoint_sizes(checked: Checked, recipe: Recipe, bits: float) -> dict[str, int]:
     """Bytes of the checkpoint at ``bits`` and at other budgets, by nominal bits."""
-    low, high = nominal_bits(min(recipe.candidate_widths)), nominal_bits(max(recipe.candidate_widths))
+    low, high = min(recipe.candidate_widths).bits, max(recipe.candidate_widths).bits
     sizes = {}
     for budget in sorted({*TABLE_BUDGETS, bits}):
         if low <= budget <= high:
@@ -249,4 +248,4 @@ def _size_curve(structure: Structure, recipe: Recipe) -> tuple[list[float], list
             for _, layer in structure.moe_layers
         ]
         sizes.append(sum(layer_sizes))
-    return [nominal_bits(width) for width in recipe.candidate_widths], sizes
+    return [width.bits for width in recipe.candidate_widths], sizes

@@ -167,7 +167,7 @@ def _reconstruct_layers(
                 activations.advance_all(replay, i, [exact])
             if i in missing:
                 targets = Targets(exact, stored, training) if training is not None else None
-                layer = reconstruct_layer(replay, i, activations, quantizer, widths[i], recipe.dense_bits, targets)
+                layer = reconstruct_layer(replay, i, activations, quantizer, widths[i], recipe.dense_width, targets)
                 save(layer_file(i), layer.to_tensors())
                 activations.advance(replay, i)
                 replay.restore(i)  # later stages use the full-precision model

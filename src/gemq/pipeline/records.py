@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError
+from gemq.quant.widths import Width
 from gemq.runtime.files import write_json
 from gemq.runtime.safetensors_files import tensor_entries
 from gemq.runtime.upload import TORCH_DTYPES
@@ -35,8 +36,17 @@ MAX_JSON_BYTES = 16 << 20
 
 
 def digest(value: Any) -> str:
-    """A shortened SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """A shortened SHA-256 of plain values and widths, which count as their numbers."""
+    text = json.dumps(value, sort_keys=True, default=_number_of_width)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _number_of_width(value: Any) -> float:
+    """What JSON writes for a width. Raises TypeError for any other value that JSON does not know."""
+    if not isinstance(value, Width):
+        raise TypeError(f"{type(value).__name__} is no plain value")
+    number: float = value.value
+    return number
 
 
 # Tensors

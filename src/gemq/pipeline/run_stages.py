@@ -32,7 +32,7 @@ from gemq.pipeline.sensitivity_stage import run_sensitivity
 from gemq.pipeline.stages import JobStages, stage_rounds, stage_seconds
 from gemq.pipeline.windows_stage import Calibration, begin_reading, run_windows
 from gemq.planning.cost_model import Workload
-from gemq.quant.widths import ExpertWidths, nominal_bits, plain_widths
+from gemq.quant.widths import ExpertWidths, plain_widths
 from gemq.recipe import Recipe
 from gemq.runtime.files import check_free_space, write_text
 
@@ -287,7 +287,7 @@ def _run_output(
 
 def _other_bits(recipe: Recipe, bits: float) -> float | None:
     """A budget within the candidate widths that is clearly different from ``bits``; None if there is none."""
-    low, high = nominal_bits(recipe.candidate_widths[0]), nominal_bits(recipe.candidate_widths[-1])
+    low, high = recipe.candidate_widths[0].bits, recipe.candidate_widths[-1].bits
     for budget in (*OTHER_BUDGETS, low, high):
         if low <= budget <= high and abs(budget - bits) > MIN_BUDGET_DISTANCE:
             return budget

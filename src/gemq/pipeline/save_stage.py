@@ -21,6 +21,7 @@ from gemq.models.structure import Structure
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
 from gemq.pipeline.stage_settings import candidate_inputs, distillation_inputs
+from gemq.quant.widths import Width
 from gemq.recipe import Recipe
 from gemq.runtime.progress import Tick
 
@@ -36,10 +37,9 @@ def make_packed_format(
     for i, layer in structure.moe_layers:
         assert layer.experts is not None
         experts[layer.experts.path] = matrix_widths(layer, allocation.by_layer[i])
-    dense_bits = job.recipe.dense_bits
-    linears: dict[str, float] = {}
-    if dense_bits < 16:
-        linears = {linear.path: dense_bits for layer in structure.layers for linear in layer.linears}
+    linears: dict[str, Width] = {}
+    if (dense_width := job.recipe.dense_width) is not None:
+        linears = {linear.path: dense_width for layer in structure.layers for linear in layer.linears}
     inputs = distillation_inputs(job, windows) if reconstructed else candidate_inputs(job, windows)
     fingerprint = digest({**inputs, "allocation": allocation.by_layer, "reconstructed": reconstructed})
     return PackedFormat(experts, linears, job.recipe.group_size, fingerprint)

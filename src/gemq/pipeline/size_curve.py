@@ -26,7 +26,6 @@ from gemq.pipeline.preflight import fixed_bytes, original_bytes
 from gemq.pipeline.scores_stage import SCORES
 from gemq.pipeline.sensitivity_stage import SENSITIVITY
 from gemq.pipeline.workdir import Stage, WorkDir, layer_file
-from gemq.quant.widths import nominal_bits
 from gemq.recipe import Recipe
 from gemq.runtime.files import replacing, write_text
 
@@ -115,7 +114,7 @@ def size_curve(
     fixed = fixed_bytes(skeleton, structure, recipe, stored)
     smallest = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
     points = []
-    for bits in budgets(nominal_bits(problem.widths[0]), nominal_bits(problem.widths[-1]), step):
+    for bits in budgets(problem.widths[0].bits, problem.widths[-1].bits, step):
         if bits < smallest:
             continue
         allocation = allocate(problem, Budget("bits", bits), method, layer_rule=recipe.layer_rule, seed=recipe.seed)
@@ -183,7 +182,7 @@ def uniform_cost(problem: Problem, bits: float) -> float:
     The cost of a mixture is the mean over all draws. So the cost never rises as budgets grow.
     """
     total_costs = problem.costs.sum(axis=0).tolist()
-    by_width = [(nominal_bits(width), cost) for width, cost in zip(problem.widths, total_costs, strict=True)]
+    by_width = [(width.bits, cost) for width, cost in zip(problem.widths, total_costs, strict=True)]
     narrower = [(width, cost) for width, cost in by_width if width <= bits]
     wider = [(width, cost) for width, cost in by_width if width > bits]
     costs = [cost for _, cost in narrower]

@@ -42,7 +42,7 @@ def quantizer_settings(recipe: Recipe) -> Quantizer:
 
 def layer_scheme(recipe: Recipe, widths: Sequence[ExpertWidths]) -> QuantizationScheme:
     """The scheme of a layer whose experts have these widths."""
-    return QuantizationScheme(widths, recipe.dense_bits, recipe.group_size)
+    return QuantizationScheme(widths, recipe.dense_width)
 
 
 def training_settings(job: Job, epochs: int, code_lr: float, train_parameters: bool = True) -> Training | None:
@@ -84,9 +84,11 @@ def window_inputs(job: Job) -> dict[str, Any]:
         "total_tokens": recipe.total_tokens,
         "seed": recipe.seed,
     }
-    for key in ("generator_width", "calibration_column"):  # absent in directories that older versions made
-        if getattr(recipe, key) is not None:
-            inputs[key] = getattr(recipe, key)
+    # both are absent in directories that older versions made
+    if recipe.generator_width is not None:
+        inputs["generator_width"] = recipe.generator_width.value
+    if recipe.calibration_column is not None:
+        inputs["calibration_column"] = recipe.calibration_column
     return inputs
 
 
@@ -103,7 +105,11 @@ def guard_inputs(job: Job, windows: Windows, guard_windows: Windows) -> dict[str
 def candidate_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What the candidates depend on."""
     training = _training_inputs(job.recipe, job.recipe.candidate_epochs)
-    return {**_quantizer_inputs(job, windows), "widths": list(job.recipe.candidate_widths), **training}
+    return {
+        **_quantizer_inputs(job, windows),
+        "widths": [width.value for width in job.recipe.candidate_widths],
+        **training,
+    }
 
 
 def sensitivity_inputs(job: Job, windows: Windows) -> dict[str, Any]:

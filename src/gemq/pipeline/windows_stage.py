@@ -28,7 +28,7 @@ from gemq.pipeline.context import Job
 from gemq.pipeline.stage_settings import window_inputs
 from gemq.pipeline.workdir import Stage
 from gemq.planning.cost_model import Work, Workload
-from gemq.quant.widths import Width, width_name
+from gemq.quant.widths import Width
 from gemq.runtime.progress import Tick
 
 CALIBRATION_WINDOWS = "calibration windows"
@@ -96,7 +96,7 @@ class WindowWriter:
             ranks=self._replay.ranks,
         )
         if self._width is not None:
-            note = f"windows_written_by_a_packed_copy_at_{width_name(self._width)}_bits"
+            note = f"windows_written_by_a_packed_copy_at_{self._width}_bits"
             self.notes[note] = self.notes.get(note, 0) + count
         self.notes["chat_template_failures"] += generated.chat_fallbacks
         self.notes["windows_launched_by_steps"] += generated.eager_windows

@@ -153,7 +153,7 @@ class Workload:
     def quantized_weights(self, layer: Layer) -> int:
         """Weights of a layer that are quantized."""
         weights = layer.experts.count * layer.experts.weights_per_expert if layer.experts else 0
-        if self.recipe.dense_bits < 16:
+        if self.recipe.dense_width is not None:
             weights += sum(linear.rows * linear.columns for linear in layer.linears)
         return weights
 
@@ -193,7 +193,7 @@ class Workload:
     def quantize(self, layer: Layer, widths: int) -> Work:
         """Hessians and GPTQ of every expert at ``widths`` widths, and of the dense linears at one."""
         hessian_products, gptq_products = 0.0, 0.0
-        for linear in layer.linears if self.recipe.dense_bits < 16 else ():
+        for linear in layer.linears if self.recipe.dense_width is not None else ():
             hessian_products += 2 * self.tokens * linear.columns**2
             gptq_products += linear.columns**2 * (linear.rows + linear.columns)  # rounding, factorization
         if layer.experts is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemq.quant.grid import Quantized, nearest
-from gemq.quant.widths import LEVELS, Width
+from gemq.quant.widths import Width
 
 LLOYD_ROUNDS = 6
 """Rounds of rounding to the grid and fitting the grid to the codes. More rounds make no measurable difference."""
@@ -163,7 +163,7 @@ def fit_grid(w: Tensor, max_code: Tensor, importance: Tensor | None) -> tuple[Te
 
 def max_codes(widths: Sequence[Width], device: torch.device) -> Tensor:
     """Return the largest code of each width: [len(widths)] float32."""
-    return torch.tensor([LEVELS[width] - 1.0 for width in widths], device=device)
+    return torch.tensor([width.max_code for width in widths], dtype=torch.float32, device=device)
 
 
 @contextmanager

@@ -58,6 +58,11 @@ class Quantized(NamedTuple):
     scales: Tensor
     offsets: Tensor
 
+    @property
+    def group_size(self) -> int:
+        """Columns of a group."""
+        return self.codes.shape[-1] // self.scales.shape[-1]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
         """Apply ``function`` to codes, scales and offsets."""
         return Quantized(function(self.codes), function(self.scales), function(self.offsets))

@@ -8,97 +8,122 @@ no shuffles. Three bits are a 2-bit plane followed by a 1-bit plane. Ternary sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gemq.quant.grid import Quantized, decode, encode
-from gemq.quant.widths import LEVELS, Width, bytes_per_group
+from gemq.quant.widths import Width
 
 
-class PackedMatrix(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
     """Matrices of one width as they are stored, with any leading dimensions such as experts.
 
     Attributes:
-        codes: [..., rows, groups * bytes_per_group] uint8
+        codes: [..., rows, groups * group_bytes] uint8
         scales: [..., rows, groups] uint8, encoded as ``quant.grid`` describes
         offsets: [..., rows, groups] uint8, likewise
+        width: Width of the codes.
     """
+
+    FIELDS: ClassVar = ("codes", "scales", "offsets")
+    """Names of the tensors."""
 
     codes: Tensor
     scales: Tensor
     offsets: Tensor
+    width: Width
 
     @classmethod
-    def pack(cls, q: Quantized, width: Width, group_size: int) -> PackedMatrix:
+    def pack(cls, q: Quantized, width: Width) -> PackedMatrix:
         """Pack matrices of one width."""
-        scale_bytes, offset_bytes = encode(q.scales, q.offsets, LEVELS[width] - 1)
-        return cls(pack_codes(q.codes, width, group_size), scale_bytes, offset_bytes)
+        scale_bytes, offset_bytes = encode(q.scales, q.offsets, width.max_code)
+        return cls(pack_codes(q.codes, width, q.group_size), scale_bytes, offset_bytes, width)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> PackedMatrix:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str, width: Width) -> PackedMatrix:
         """Look the tensors up by their names in a checkpoint; the inverse of ``named``."""
-        return cls(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scales"], tensors[f"{prefix}.offsets"])
+        codes, scales, offsets = (tensors[f"{prefix}.{field}"] for field in cls.FIELDS)
+        return cls(codes, scales, offsets, width)
 
     @classmethod
     def cat(cls, batches: Sequence[PackedMatrix]) -> PackedMatrix:
         """Concatenate batches of matrices of one width along their first dimension."""
-        codes, scales, offsets = zip(*batches, strict=True)
-        return cls(torch.cat(codes), torch.cat(scales), torch.cat(offsets))
+        codes, scales, offsets = zip(*(batch.tensors() for batch in batches), strict=True)
+        return cls(torch.cat(codes), torch.cat(scales), torch.cat(offsets), batches[0].width)
 
     @classmethod
     def stack(cls, matrices: Sequence[PackedMatrix]) -> PackedMatrix:
         """Stack single matrices of one width into a batch."""
-        codes, scales, offsets = zip(*matrices, strict=True)
-        return cls(torch.stack(codes), torch.stack(scales), torch.stack(offsets))
+        codes, scales, offsets = zip(*(matrix.tensors() for matrix in matrices), strict=True)
+        return cls(torch.stack(codes), torch.stack(scales), torch.stack(offsets), matrices[0].width)
 
-    def unpack(self, width: Width, group_size: int) -> Quantized:
+    @property
+    def group_size(self) -> int:
+        """Columns of a group."""
+        return self.width.group_size(self.codes.shape[-1] // self.scales.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, scales and offsets."""
+        return self.codes, self.scales, self.offsets
+
+    def unpack(self) -> Quantized:
         """Unpack codes and decode scales and offsets."""
-        scales, offsets = self.grids(width)
-        return Quantized(unpack_codes(self.codes, width, group_size), scales, offsets)
+        return Quantized(unpack_codes(self.codes, self.width, self.group_size), *self.grids())
 
-    def grids(self, width: Width) -> tuple[Tensor, Tensor]:
+    def grids(self) -> tuple[Tensor, Tensor]:
         """Return scales and offsets, float32."""
-        return decode(self.scales, self.offsets, LEVELS[width] - 1)
+        return decode(self.scales, self.offsets, self.width.max_code)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedMatrix:
+        """Apply ``function`` to codes, scales and offsets."""
+        return PackedMatrix(function(self.codes), function(self.scales), function(self.offsets), self.width)
 
     def select(self, index: Any) -> PackedMatrix:
         """Index the leading dimensions."""
-        return PackedMatrix(self.codes[index], self.scales[index], self.offsets[index])
+        return self.map(lambda tensor: tensor[index])
 
     def named(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors by their names in a checkpoint: ``{prefix}.codes``, ``.scales`` and ``.offsets``."""
-        return {f"{prefix}.{field}": tensor for field, tensor in self._asdict().items()}
+        return {f"{prefix}.{field}": tensor for field, tensor in zip(self.FIELDS, self.tensors(), strict=True)}
 
 
 def pack_codes(codes: Tensor, width: Width, group_size: int) -> Tensor:
-    """Pack codes [..., rows, columns] uint8 into [..., rows, columns / group_size * bytes_per_group] uint8."""
+    """Pack codes [..., rows, columns] uint8 into [..., rows, groups * group_bytes] uint8."""
     groups = codes.reshape(*codes.shape[:-1], -1, group_size)
-    if width == 8:
+    if width is Width.EIGHT_BIT:
         packed = groups
-    elif width == 3:
+    elif width is Width.THREE_BIT:
         packed = torch.cat([_pack_plane(groups & 3, 2), _pack_plane(groups >> 2, 1)], dim=-1)
-    elif width == 1.6:
+    elif width is Width.TERNARY:
         packed = _pack_ternary(groups)
     else:
-        packed = _pack_plane(groups, int(width))
+        packed = _pack_plane(groups, int(width.bits))
     return packed.reshape(*codes.shape[:-1], -1)
 
 
 def unpack_codes(packed: Tensor, width: Width, group_size: int) -> Tensor:
-    """Unpack [..., rows, groups * bytes_per_group] uint8 into codes [..., rows, groups * group_size] uint8."""
-    groups = packed.reshape(*packed.shape[:-1], -1, bytes_per_group(width, group_size))
-    if width == 8:
+    """Unpack [..., rows, groups * group_bytes] uint8 into codes [..., rows, groups * group_size] uint8."""
+    groups = packed.reshape(*packed.shape[:-1], -1, width.group_bytes(group_size))
+    if width is Width.EIGHT_BIT:
         codes = groups
-    elif width == 3:
+    elif width is Width.THREE_BIT:
         low, high = groups.split([group_size // 4, group_size // 8], dim=-1)
         codes = _unpack_plane(low, 2) | (_unpack_plane(high, 1) << 2)
-    elif width == 1.6:
+    elif width is Width.TERNARY:
         codes = _unpack_ternary(groups, group_size)
     else:
-        codes = _unpack_plane(groups, int(width))
+        codes = _unpack_plane(groups, int(width.bits))
     return codes.reshape(*packed.shape[:-1], -1)
 
 
@@ -121,7 +146,7 @@ def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
 def _pack_ternary(codes: Tensor) -> Tensor:
     """Pack codes [..., G] of 0 .. 2 into [..., ceil(G / 5)] bytes of 0 .. 242. Missing codes past G count as 0."""
     group_size = codes.shape[-1]
-    num_bytes = bytes_per_group(1.6, group_size)
+    num_bytes = Width.TERNARY.group_bytes(group_size)
     digits = F.pad(codes, (0, 5 * num_bytes - group_size)).unflatten(-1, (5, num_bytes))
     packed = digits[..., 4, :].clone()
     for i in (3, 2, 1, 0):

@@ -1,68 +1,115 @@
 """The widths that exist, their bytes, and the group size of a matrix.
 
-A *width* is named by its nominal bits: 1, 1.6 (ternary: three levels), 2, 3, 4 or 8. Must not import torch, so that
-recipes and ``--help`` stay fast.
+Must not import torch, so that recipes and ``--help`` stay fast.
 """
 
 from __future__ import annotations
 
+import functools
+from enum import Enum
+from typing import Any
+
 from gemq.errors import UserError, short_repr
-
-Width = float
-ExpertWidths = tuple[Width, Width]
-"""Widths of an expert's two matrices: gate and up (or only up), and down."""
-
-LEVELS: dict[Width, int] = {1: 2, 1.6: 3, 2: 4, 3: 8, 4: 16, 8: 256}
-"""Number of codes of each width."""
 
 SMALLEST_GROUP = 16
 """Smallest group size."""
 
-
-def width_name(width: Width) -> str:
-    """Return a width as it is written everywhere: ``1``, ``1.6``, ``2`` ..."""
-    return f"{width:g}"
+CODES_PER_TERNARY_BYTE = 5
+"""3^5 = 243 codes fit into a byte."""
 
 
-def plain_widths(by_layer: list[list[ExpertWidths]]) -> list[list[Width | list[Width]]]:
-    """Return widths by layer and expert as files contain them: one number if both matrices have the same, else both."""
-    plain: list[list[Width | list[Width]]] = []
-    for layer in by_layer:
-        plain.append([gate_up if gate_up == down else [gate_up, down] for gate_up, down in layer])
-    return plain
+@functools.total_ordering
+class Width(Enum):
+    """The width of a matrix's codes.
 
+    A width has a number, which names it in files, recipes and messages: 1, 1.6, 2, 3, 4 or 8. ``Width("1.6")`` is the
+    width of that number, and a width equals its number. To compute with it, take ``bits``: ternary is named 1.6, but
+    counts 1.625 bits. JSON takes ``value``.
 
-def parse_width(value: object) -> Width:
-    """Read a width from user input such as ``2`` or ``"1.6"``.
+    Attributes:
+        value: The number.
 
     Raises:
         UserError: There is no such width.
     """
-    try:
-        width = float(value)  # type: ignore[arg-type]
-    except (OverflowError, TypeError, ValueError):
-        width = -1.0
-    if width not in LEVELS:
-        known_widths = ", ".join(width_name(w) for w in LEVELS)
-        raise UserError(f"there is no width {short_repr(value)}: choose from {known_widths}")
-    return int(width) if width == int(width) else width
+
+    ONE_BIT = 1
+    TERNARY = 1.6
+    TWO_BIT = 2
+    THREE_BIT = 3
+    FOUR_BIT = 4
+    EIGHT_BIT = 8
+
+    @classmethod
+    def _missing_(cls, value: object) -> Width:
+        """Find the width of a number that is written as text. Called for values that are no member's number."""
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (OverflowError, TypeError, ValueError):
+            number = -1.0
+        for width in cls:
+            if width.value == number:
+                return width
+        raise UserError(f"there is no width {short_repr(value)}: choose from {', '.join(map(str, cls))}")
+
+    def __str__(self) -> str:
+        """Return the number as it is written everywhere: ``1``, ``1.6``, ``2`` ..."""
+        return f"{self.value:g}"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with a width, or with its number."""
+        return bool(self.value == (other.value if isinstance(other, Width) else other))
+
+    def __hash__(self) -> int:
+        """Return the hash of the number, which equals the width."""
+        return hash(self.value)
+
+    def __lt__(self, other: Any) -> bool:
+        """Order by bits."""
+        return self.bits < other.bits if isinstance(other, Width) else NotImplemented
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight that budgets count, without scales and offsets. Ternary: 26 bytes hold 128 codes."""
+        return 1.625 if self is Width.TERNARY else float(self.value)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 3 if self is Width.TERNARY else 1 << int(self.value)
+
+    @property
+    def max_code(self) -> int:
+        """The highest code."""
+        return self.levels - 1
+
+    def group_bytes(self, group_size: int) -> int:
+        """Return the bytes that the codes of one group take on disk and in memory."""
+        if self is Width.TERNARY:
+            return -(-group_size // CODES_PER_TERNARY_BYTE)
+        return group_size * int(self.value) // 8
+
+    def group_size(self, group_bytes: int) -> int:
+        """Return the group size whose codes take ``group_bytes`` bytes. Group sizes are powers of two."""
+        if self is Width.TERNARY:
+            return 1 << (group_bytes * CODES_PER_TERNARY_BYTE).bit_length() - 1
+        return group_bytes * 8 // int(self.value)
+
+    def matrix_bytes(self, rows: int, columns: int, group_size: int) -> int:
+        """Return the bytes of one packed matrix: codes, and one byte each for the scale and the offset of a group."""
+        return rows * (columns // group_size) * (self.group_bytes(group_size) + 2)
 
 
-def nominal_bits(width: Width) -> float:
-    """Return the bits per weight that budgets count: the width, or 1.625 for ternary (26 bytes hold 128 codes)."""
-    return 1.625 if width == 1.6 else float(width)
+ExpertWidths = tuple[Width, Width]
+"""Widths of an expert's two matrices: gate and up (or only up), and down."""
 
 
-def bytes_per_group(width: Width, group_size: int) -> int:
-    """Return the bytes that the codes of one group take on disk and in memory."""
-    if width == 1.6:
-        return -(-group_size // 5)
-    return group_size * int(width) // 8
-
-
-def matrix_bytes(rows: int, columns: int, width: Width, group_size: int) -> int:
-    """Return the bytes of one packed matrix: codes, and one byte each for the scale and the offset of a group."""
-    return rows * (columns // group_size) * (bytes_per_group(width, group_size) + 2)
+def plain_widths(by_layer: list[list[ExpertWidths]]) -> list[list[float | list[float]]]:
+    """Return widths by layer and expert as files contain them: one number if both matrices have the same, else both."""
+    plain: list[list[float | list[float]]] = []
+    for layer in by_layer:
+        plain.append([up.value if up == down else [up.value, down.value] for up, down in layer])
+    return plain
 
 
 def group_size_for(columns: int, recipe_group_size: int) -> int:

@@ -18,7 +18,7 @@ from gemq.integrations.vllm import ops
 from gemq.integrations.vllm.split import divided_groups, groups_of_rank
 from gemq.kernels.modules import PackedExperts, PackedMatrices
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, bytes_per_group, group_size_for
+from gemq.quant.widths import Width, group_size_for
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         gate = reader.matrix_slice(path, self._rows, columns)
         up_rows = slice(intermediate_size + self._rows.start, intermediate_size + self._rows.stop)
         up = reader.matrix_slice(path, up_rows, columns)
-        return PackedMatrix(*(torch.cat(pair) for pair in zip(gate, up, strict=True)))
+        return PackedMatrix.cat([gate, up])
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """Return None, since vLLM's own kernels are not used."""
@@ -175,6 +175,6 @@ def _empty_matrices(widths: tuple[Width, ...], rows: int, groups: int, group_siz
     grid = zeros(groups)
     matrices = []
     for width in widths:
-        codes = zeros(groups * bytes_per_group(width, group_size))
-        matrices.append(PackedMatrix(codes, grid, grid))
-    return PackedMatrices(matrices, widths, group_size)
+        codes = zeros(groups * width.group_bytes(group_size))
+        matrices.append(PackedMatrix(codes, grid, grid, width))
+    return PackedMatrices(matrices)

@@ -107,7 +107,7 @@ class PackedLinearMethod(LinearMethodBase):
             start = 0
             for matrix in block.ranges:
                 stored = reader.matrix_slice(matrix.name, slice(matrix.start, matrix.stop), self._groups)
-                for target, source in zip(block.packed.matrix(), stored, strict=True):
+                for target, source in zip(block.packed.matrix().tensors(), stored.tensors(), strict=True):
                     target[start : start + matrix.rows].copy_(source)
                 start += matrix.rows
 

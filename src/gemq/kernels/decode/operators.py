@@ -22,7 +22,6 @@ from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import down_splits, widths_for
-from gemq.quant.widths import LEVELS
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
@@ -234,7 +233,7 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
         [module.scales],
         [module.offsets],
         [] if module.bias is None else [module.bias],
-        LEVELS[module.width],
+        module.levels,
         module.group_size,
     )
     return y.view(*x.shape[:-1], module.out_features)

@@ -20,7 +20,6 @@ from gemq.kernels.grouped.dequantize import PackedWeights, dequantize
 from gemq.kernels.grouped.matmul import TileConfig, config_for, matmul
 from gemq.kernels.grouped.routing import combine, sort_pairs
 from gemq.kernels.grouped.unpack import levels_mask, width_bit
-from gemq.quant.widths import LEVELS
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def packed_linear(module: PackedLinear) -> PackedWeights:
         module.offsets,
         None,
         bias,
-        width_bit(LEVELS[module.width]),
+        width_bit(module.levels),
         module.out_features,
         module.group_size,
     )

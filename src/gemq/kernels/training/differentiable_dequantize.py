@@ -19,27 +19,27 @@ from torch.autograd.function import once_differentiable
 
 from gemq.kernels.modules import PackedMatrices
 from gemq.quant.packing import PackedMatrix, unpack_codes
-from gemq.quant.widths import LEVELS, Width
+from gemq.quant.widths import Width
 
 MAX_CHUNK_WEIGHTS = 1 << 26
 """Maximum number of weights that torch's operations unpack in one step. Intermediate results are float32."""
 
 
-def copy_codes(matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int) -> TorchCodes | KernelCodes:
+def copy_codes(matrices: Sequence[PackedMatrix]) -> TorchCodes | KernelCodes:
     """Copy the codes of E matrices on one device into the form that the device unpacks."""
     kind = KernelCodes if matrices[0].codes.device.type == "cuda" else TorchCodes
-    return kind(matrices, widths, group_size)
+    return kind(matrices)
 
 
 class TorchCodes:
     """Codes of E matrices, stacked by width, for torch's operations."""
 
-    def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int):
+    def __init__(self, matrices: Sequence[PackedMatrix]):
         """Stack the codes of all matrices of each width."""
-        self.group_size = group_size
+        self.group_size = matrices[0].group_size
         indices_by_width: dict[Width, list[int]] = defaultdict(list)
-        for index, width in enumerate(widths):
-            indices_by_width[width].append(index)
+        for index, matrix in enumerate(matrices):
+            indices_by_width[matrix.width].append(index)
         device = matrices[0].codes.device
         self.packed: dict[Width, Tensor] = {}
         self.indices: dict[Width, Tensor] = {}
@@ -86,11 +86,10 @@ class TorchCodes:
 class KernelCodes:
     """Codes of E matrices in one flat buffer, for Triton kernels. Methods as in ``TorchCodes``."""
 
-    def __init__(self, matrices: Sequence[PackedMatrix], widths: Sequence[Width], group_size: int):
+    def __init__(self, matrices: Sequence[PackedMatrix]):
         """Copy the codes of all matrices into a flat buffer with a table."""
-        flat = PackedMatrices(matrices, widths, group_size)
-        self.codes, self.table, self.group_size = flat.codes, flat.table, group_size
-        self.levels = [LEVELS[width] for width in set(widths)]
+        flat = PackedMatrices(matrices)
+        self.codes, self.table, self.group_size, self.levels = flat.codes, flat.table, flat.group_size, flat.levels
 
     def offloadable_tensors(self) -> list[Tensor]:
         """Return the tensors that can be offloaded between two uses."""
