@@ -336,7 +336,7 @@ def test_wrong_work_directories(cwd, tmp_path, finished: Finished, work):
 
 
 def test_export_beyond_the_ladder(cwd, finished: Finished, work):
-    refused(cwd, "export", work, "--curve", "-o", "x", words=("--curve", "leave -o"))
+    refused(cwd, "export", work, "--curve", "-o", "x", words=("--curve", "remove -o"))
     refused(cwd, "export", work, "--curve", "--allocate", "random", words=("random", "layerwise"))
     refused(cwd, "export", work, "-o", "x", "--bits", 3.5, words=("3.5 bits", "from 1 to 3"))
     refused(cwd, "export", work, "-o", "x", "--bits", 0.9, words=("0.9 bits", "from 1 to 3"))
@@ -421,7 +421,7 @@ def test_eval_and_generate(cwd, tmp_path, finished: Finished):
     refused(cwd, "eval", model, "--dtype", "int8", words=("'int8'", "float32"))
     refused(cwd, "eval", model, "--text", "missing.txt", words=("missing.txt does not exist",))
     refused(cwd, "eval", model, "--reference", model, words=("packed checkpoint", "full-precision"))
-    refused(cwd, "generate", model, "-p", "a", "--max-new-tokens", 0, words=("--max-new-tokens", "least is 1"))
+    refused(cwd, "generate", model, "-p", "a", "--max-new-tokens", 0, words=("--max-new-tokens", "minimum is 1"))
     refused(cwd, "generate", model, "-p", "a", "--temperature", -1, words=("--temperature", "0 or more"))
     refused(cwd, "generate", model, words=("-p", "gemq generate --help"))
     refused(cwd, "generate", tmp_path / "nothing", "-p", "a", words=("does not exist",))
