@@ -154,12 +154,12 @@ def refused(job: tuple[object, ...], *words: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--num-windows", 5), ("windows 4", "asked for 5")),
-        (("--bits", 1.5), ("bits unset", "asked for 1.5")),
-        (("--widths", "2,3"), ("widths unset", "asked for 2,3")),
-        (("--dense-bits", 8), ("dense_bits 4", "asked for 8")),
-        (("--seed", 1), ("seed 0", "asked for 1")),
-        (("--calibration", "self"), ("calibration", "asked for")),
+        (("--num-windows", 5), ("windows 4", "now has 5")),
+        (("--bits", 1.5), ("bits unset", "now has 1.5")),
+        (("--widths", "2,3"), ("widths unset", "now has 2,3")),
+        (("--dense-bits", 8), ("dense_bits 4", "now has 8")),
+        (("--seed", 1), ("seed 0", "now has 1")),
+        (("--calibration", "self"), ("calibration", "now has")),
     ],
 )
 def test_another_recipe_is_refused(job, flags, words):

@@ -86,7 +86,7 @@ def edit_json(rng: random.Random, file: Path, below: tuple[Any, ...] = ()) -> st
 
 def spoil_text(rng: random.Random, file: Path) -> str:
     """Damages a text file as text: cut, bytes flipped, doubled, replaced."""
-    data = bytearray(file.read_bytes())
+    data = bytearray(regular_bytes(file))
     what = rng.choice(("cut", "flip", "flip", "empty", "nested", "twice", "latin", "bom", "insert", "null", "number"))
     if what == "cut":
         data = data[: rng.randrange(len(data) + 1)]
@@ -134,9 +134,16 @@ def spoil_path(rng: random.Random, file: Path) -> str:
     return f"{file.name}: {what}"
 
 
+def regular_bytes(file: Path) -> bytes:
+    """The content of a file. Raises OSError if an earlier mutation made it a device, which may have no end."""
+    if not file.is_file():
+        raise OSError(f"{file} is not a regular file")
+    return file.read_bytes()
+
+
 def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
     """The header of a safetensors file and the data behind it."""
-    raw = file.read_bytes()
+    raw = regular_bytes(file)
     (length,) = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
@@ -171,7 +178,7 @@ def spoil_header(rng: random.Random, file: Path) -> str:
     else:
         change_entry(rng, header, first, second, what)
     write_header(file, header, data)
-    raw = bytearray(file.read_bytes())
+    raw = bytearray(regular_bytes(file))
     if what == "length":
         raw[:8] = struct.pack("<Q", rng.choice((0, 1, 7, len(raw), len(raw) - 8, 1 << 40, (1 << 64) - 1, 50_000_000)))
     elif what == "text":
@@ -219,7 +226,7 @@ def huge_header(rng: random.Random, file: Path) -> str:
 
 def spoil_data(rng: random.Random, file: Path) -> str:
     """Damages the bytes behind the header, or the end of the file."""
-    raw = bytearray(file.read_bytes())
+    raw = bytearray(regular_bytes(file))
     start = 8 + struct.unpack("<Q", raw[:8])[0]
     what = rng.choice(("flip", "flip", "flip", "zeros", "swap", "cut", "longer", "last bit"))
     if what == "flip":

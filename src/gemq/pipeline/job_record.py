@@ -157,7 +157,8 @@ def _check_recipe(work: Path, record: JobRecord, recipe: dict[str, Any], calibra
 def _changed(work: Path, name: str) -> UserError:
     """The error for a model or a text that has changed."""
     return UserError(
-        f"the {name} has changed since {work} was made from it: start again with another --work, or delete this one"
+        f"{work} was made from another {name}, or the {name} has changed since: "
+        "start again with another --work, or delete this one"
     )
 
 
