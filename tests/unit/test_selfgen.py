@@ -19,6 +19,7 @@ from gemq.calibration.self_generation import (
     gpu_batch_size,
     sample,
 )
+from gemq.calibration.vocabulary import Vocabulary
 from gemq.errors import UserError
 from support.families import tiny
 
@@ -250,6 +251,20 @@ def test_model_without_cache_is_refused(tokenizer):
     model.forward = lambda **inputs: types.SimpleNamespace(logits=torch.zeros(6, 1, ROWS), past_key_values=None)
     with pytest.raises(UserError, match="give --calibration FILE"):
         write(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"bos_token_id": "x"}, "bos_token_id of the model is 'x': give a number"),
+        ({"eos_token_id": [1, True]}, "eos_token_id of the model is True: give a number"),
+        ({"bos_token_id": ROWS}, f"bos_token_id of the model is {ROWS}, and its vocabulary has {ROWS} tokens"),
+    ],
+)
+def test_special_tokens_that_are_no_tokens_are_refused(tokens, message):
+    logits = torch.zeros(ROWS)
+    with pytest.raises(UserError, match=message):
+        Vocabulary.from_model(FixedLogits(logits, **tokens), make_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemq.errors import UserError, short_repr
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -23,10 +25,19 @@ class Vocabulary:
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any) -> Vocabulary:
-        """Reads the special tokens of a model and its tokenizer."""
+        """Reads the special tokens of a model and its tokenizer.
+
+        Raises:
+            UserError: the id of a special token is not a number, or BOS is not in the vocabulary.
+        """
         config = model.config.get_text_config()
         holders = [getattr(model, "generation_config", None), config, tokenizer]
         bos = next(iter(_token_ids(holders, "bos_token_id")), None)
+        if bos is not None and not 0 <= bos < config.vocab_size:
+            raise UserError(
+                f"bos_token_id of the model is {bos}, and its vocabulary has {config.vocab_size} tokens: correct it in "
+                "generation_config.json or config.json"
+            )
         ends = frozenset(_token_ids(holders, "eos_token_id"))
         # a pad token that also ends documents must be allowed, or no document would end
         forbidden = frozenset(_token_ids(holders, "pad_token_id")) - ends - {bos}
@@ -37,7 +48,11 @@ class Vocabulary:
 
 
 def _token_ids(holders: Iterable[Any], name: str) -> list[int]:
-    """All token ids that the holders have under ``name``, in order. A value may be missing, one id or a list."""
+    """All token ids that the holders have under ``name``, in order. A value may be missing, one id or a list.
+
+    Raises:
+        UserError: a value is not a number.
+    """
     ids: list[int] = []
     for holder in holders:
         value = getattr(holder, name, None)
@@ -45,4 +60,9 @@ def _token_ids(holders: Iterable[Any], name: str) -> list[int]:
             ids += value
         elif value is not None:
             ids.append(value)
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise UserError(
+                f"{name} of the model is {short_repr(token_id)}: give a number in generation_config.json or config.json"
+            )
     return ids
