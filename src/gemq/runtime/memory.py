@@ -184,7 +184,7 @@ class MemoryBudget:
         if self.host is not self.on_device and self.host.reserve(pinned_bytes(count)):
             tier = MemoryTier.HOST
         elif self.directory is None:
-            raise UserError(f"{gigabytes(count)} more are needed than memory has: allow more with {self.flag}")
+            raise UserError(f"{gigabytes(count)} more are needed than memory has: give more with {self.flag}")
         self._offloaded[tier] += count
         self.spilled[tier] = max(self.spilled[tier], self._offloaded[tier])
         return tier
