@@ -96,8 +96,7 @@ class StreamedModel:
         self._expert_paths: dict[int, str] = {}  # by layer
         if reports_experts:
             for index, layer in replay.structure.moe_layers:
-                if layer.experts:
-                    self._expert_paths[index] = layer.experts.path
+                self._expert_paths[index] = layer.experts.path
         self._hidden = ActivationStore(replay.memory)
         self._chosen = {index: ActivationStore(replay.memory) for index in self._expert_paths}
 
@@ -219,7 +218,7 @@ class ModelFiles:
         if self.contents is not None:
             return [path for path, _, _ in self.contents.layers]
         layers = self.structure.moe_layers if self.structure else ()
-        return [layer.experts.path for _, layer in layers if layer.experts]
+        return [layer.experts.path for _, layer in layers]
 
     @cached_property
     def _bytes(self) -> tuple[int, int]:

@@ -87,7 +87,6 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
     layers, weights, sizes = [], [], []
     for i, info in structure.moe_layers:
         experts = info.experts
-        assert experts is not None
         matrix_weights = [m.rows * m.columns for m in experts.matrices]
         matrix_bytes = [np.array(matrix_sizes(m, widths, recipe.group_size)) for m in experts.matrices]
         if recipe.units == 1:  # both matrices of an expert get the same width

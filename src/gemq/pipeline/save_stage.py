@@ -35,7 +35,6 @@ def make_packed_format(
     """The format of the checkpoint, with a fingerprint of everything that it is made from."""
     experts = {}
     for i, layer in structure.moe_layers:
-        assert layer.experts is not None
         experts[layer.experts.path] = matrix_widths(layer, allocation.by_layer[i])
     linears: dict[str, Width] = {}
     if (dense_width := job.recipe.dense_width) is not None:

@@ -102,9 +102,7 @@ def stage_work(workload: Workload, stages: JobStages) -> dict[str, Work]:
 
 def stage_seconds(workload: Workload, stages: JobStages) -> dict[str, float]:
     """The expected time of each stage on the workload's device, which is measured for a second."""
-    experts = workload.structure.moe_layers[0][1].experts
-    assert experts is not None
-    matrix = experts.matrices[0]
+    matrix = workload.structure.moe_layers[0][1].experts.matrices[0]
     rates = measure(workload.device, workload.dtype, matrix.rows, matrix.columns)
     return {name: work.seconds(rates) for name, work in stage_work(workload, stages).items()}
 

@@ -25,7 +25,7 @@ _BETA1, _BETA2 = tl.constexpr(BETAS[0]), tl.constexpr(BETAS[1])
 _INT16_STEPS = tl.constexpr(float(INT16_STEPS))
 
 BLOCK_WEIGHTS = 1024
-"""Weights of one program: 8 in each of 128 threads. 16 need so many registers that a step takes a quarter longer."""
+"""Weights of one program: 8 in each of 128 threads. With 16, register pressure makes a step a quarter slower."""
 
 
 @triton.jit
