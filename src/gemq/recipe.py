@@ -61,6 +61,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "effort": "low",
+        "equalize": False,
         "widths": [1, 2, 3],
         "hessian_shrinkage": 0.0,
         "score_weights": "rtn",
@@ -124,6 +125,11 @@ class Recipe:
     itself, or where memory does not hold it, with the widest copy that fits."""
     seed: int = 0
     """Seed of every random choice."""
+
+    # Equalization
+    equalize: bool = True
+    """Scale channels of the full-precision model by powers of two, so that they are alike. It computes the same, and
+    outlier channels cost less. Norms and up projections take up the scales, so that inference costs nothing."""
 
     # Grids
     widths: tuple[Width, ...] | None = None

@@ -24,6 +24,7 @@ from gemq.evaluation.evaluate import evaluate
 from gemq.models.source import Source
 from gemq.models.structure import OTHER_MODALITIES, find_structure
 from gemq.recipe import Recipe
+from support.equalization import equalized_model, rescaled
 from support.families import random_model, tiny_config
 from support.plain_reader import read_packed
 from support.tokenizer import save_tokenizer
@@ -113,7 +114,7 @@ def check(model_type: str, folder: Path, family: str = "") -> Outcome:
     weights, unpacked, config = read_packed(out)
     _check_coverage(model, Source(source).skeleton(), weights, outcome)
     loaded = gemq.load(out, dtype=torch.float32)
-    _check_unquantized(model, loaded, weights)
+    _check_equalization(model, source, folder, loaded, weights)
     twin = _load_twin(model, folder / "twin", weights, unpacked, config)
     ids = torch.randint(3, 256, (2, 20), generator=generator)
     with torch.no_grad():
@@ -175,13 +176,29 @@ def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor],
     assert not [n for n in weights for _, x in structure.moe_layers if n.startswith(f"{x.router}.")]
 
 
-def _check_unquantized(model: Any, loaded: Any, weights: dict[str, torch.Tensor]) -> None:
-    """What is not packed is what it was, to the bit."""
+def _check_equalization(model: Any, source: Path, folder: Path, loaded: Any, weights: dict[str, torch.Tensor]) -> None:
+    """The equalized model computes the same to the bit, and has the weights of a rescaled model.
+
+    What is not packed is as it is in the equalized model.
+    """
+    ids = torch.arange(40).view(2, 20)
+    exact, _ = Source(source).load(torch.device("cpu"), torch.float32)
     state = loaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in weights and name not in model.all_tied_weights_keys:
+    with equalized_model(source) as (equalized, folds), torch.no_grad():
+        expected = exact(input_ids=ids, use_cache=False).logits
+        assert torch.equal(equalized(input_ids=ids, use_cache=False).logits, expected), "equalization changes logits"
+        tensors = {name: tensor.clone() for name, tensor in equalized.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name in model.state_dict() and name not in weights and name not in model.all_tied_weights_keys:
             assert name in state, f"{name} is lost"
             assert torch.equal(state[name], tensor), f"{name} is changed"
+    variant = rescaled(model, folds)
+    variant.save_pretrained(folder / "rescaled")
+    save_tokenizer(folder / "rescaled")
+    with equalized_model(folder / "rescaled") as (equalized, _), torch.no_grad():
+        assert torch.equal(equalized(input_ids=ids, use_cache=False).logits, expected), "a rescaled model differs"
+        for name, tensor in equalized.state_dict().items():
+            assert torch.equal(tensor, tensors[name]), f"{name} of a rescaled model differs"
 
 
 def _load_twin(

@@ -6,6 +6,7 @@ from gemq.runtime.fallbacks import DESCRIPTIONS as ACCELERATIONS
 
 FALLBACKS = {
     **ACCELERATIONS,
+    "inputs_not_equalized": "inputs of matrices keep their outlier channels: nothing before them can take up scales",
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
     "hessians_damped_more": "Hessians were singular and got more dampening",

@@ -36,6 +36,9 @@ ALL_PAIRS_IMPLEMENTATION = "gemq_every_expert"
 MAX_ALL_PAIRS_BYTES = 1 << 28
 """Upper bound for the intermediates of ``all_pairs_forward``."""
 
+SCALE_PROBE = 2.0**10
+"""Factor with which ``scales_with_up`` tests an activation."""
+
 MAX_ARITHMETIC_ERROR = 2e-2
 """Allowed relative difference from the module's own class. Other orders of sums, and bfloat16, stay below 4e-3."""
 
@@ -126,6 +129,38 @@ def oriented(module: Any, name: str) -> Tensor:
 def expert_weight(module: Any, name: str) -> Tensor:
     """Returns ``oriented`` outside autograd."""
     return oriented(module, name).detach()
+
+
+def up_rows(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:
+    """Returns a view of the rows of an experts module's first matrix that are multiplied with the gate.
+
+    Args:
+        module: has a gate
+        weight: [E, 2 I, C], or [E, C, 2 I] if transposed
+        transposed: by default as the module's weights are
+
+    Returns:
+        [E, I, C], or [E, C, I].
+    """
+    dim = -1 if (module.is_transposed if transposed is None else transposed) else -2
+    size = weight.shape[dim] // 2
+    if getattr(module, "is_concatenated", True):
+        return weight.narrow(dim, size, size)
+    return weight[..., 1::2] if dim == -1 else weight[..., 1::2, :]
+
+
+def scales_with_up(module: Any) -> bool:
+    """Returns whether the input of ``down_proj`` is linear in the up rows. A clamp or an addition makes it not so."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(4, 64, generator=generator) * torch.logspace(-3, 3, 4).unsqueeze(1)
+    up_columns = slice(32, None) if getattr(module, "is_concatenated", True) else slice(1, None, 2)
+    scaled = gate_up.clone()
+    scaled[:, up_columns] *= SCALE_PROBE
+    try:
+        gate = transformers_private.expert_activation(module)
+        return torch.equal(gate(scaled), gate(gate_up) * SCALE_PROBE)
+    except (RuntimeError, NotImplementedError):  # an activation with parameters on another device
+        return False
 
 
 def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: RoutedPairs) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemq.models.equalization import Equalization
 from gemq.models.layer_loader import LayerLoader, LayerSlot
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
@@ -29,6 +30,7 @@ class LayerCache:
     Attributes:
         reader: reads the layers from the model's files
         memory: the job's memory budget
+        equalization: scales the layers that are loaded
         outside_bytes: bytes of everything outside the layers
     """
 
@@ -42,11 +44,12 @@ class LayerCache:
             dtype: of parameters on the device
         """
         self.reader, self.memory = reader, memory
+        self.equalization = Equalization([f"{layer.path}." for layer in structure.layers], reader.types)
         self._slots: list[LayerSlot] = []
         for layer, names in zip(structure.layers, reader.names_by_layer, strict=True):
             types = {name: reader.loaded_types[name] for name in names}
             self._slots.append(LayerSlot(model, f"{layer.path}.", types, dtype))
-        self._loader = LayerLoader(model, structure.layers, self._slots, reader, memory)
+        self._loader = LayerLoader(self._slots, reader, memory, self.equalization)
         self.outside_bytes = sum(t.numel() * t.element_size() for t in _unique_tensors(model) if not t.is_meta)
         self._current: int | None = None
         self._cached: set[int] = set()  # layers on the device in addition to the current one
@@ -114,12 +117,20 @@ class LayerCache:
         assert len(self._cached) == len(self._slots) - 1
         yield
 
+    def first_of_kind(self) -> list[int]:
+        """Returns for each layer the index of the first layer with tensors of the same names, shapes and types."""
+        first: dict[Any, int] = {}
+        return [first.setdefault(slot.kind(), index) for index, slot in enumerate(self._slots)]
+
     @contextmanager
     def with_one_layer_per_kind(self) -> Iterator[None]:
         """Fills every layer with the weights of the first layer of its kind, so that the model runs and few are read.
 
-        Layers are of one kind if they have tensors of the same names, shapes and types.
+        Layers are of one kind if they have tensors of the same names, shapes and types. May be nested.
         """
+        if self._shares_weights:
+            yield
+            return
         first_of_kind: dict[Any, dict[str, Tensor]] = {}  # tensors by name inside the layer
         self._drop_all()
         for index, slot in enumerate(self._slots):
@@ -153,6 +164,12 @@ class LayerCache:
     def covers(self, index: int, names: Collection[str]) -> bool:
         """Returns whether ``names`` include all of a layer's tensors, so that it runs without being read."""
         return self._slots[index].covered_by(names)
+
+    def stored_layer(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
+        """Reads a layer's tensors except ``excluded`` to the CPU, in the types that the files store, equalized."""
+        if not self.equalization.is_known(index):
+            self._loader.load_now(index)
+        return self.equalization.folded(index, self.reader.read(index, excluded))
 
     def read_layer(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
         """Reads a layer's tensors except ``excluded`` to the device. The caller owns them."""

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq.models.balance import balance
+from gemq.models.equalization import Equalization
 from gemq.models.experts_adapter import as_adopted
 from gemq.models.reader import LayerReader
-from gemq.models.structure import Layer
 from gemq.runtime.compat import torch_private
 from gemq.runtime.fallbacks import optional
 from gemq.runtime.memory import MemoryBudget
@@ -99,24 +98,20 @@ class LayerLoader:
 
     def __init__(
         self,
-        model: nn.Module,
-        layers: Sequence[Layer],
         slots: Sequence[LayerSlot],
         reader: LayerReader,
         memory: MemoryBudget,
+        equalization: Equalization,
     ):
         """
         Args:
-            model: the model without its layers' contents
-            layers: structure of each layer
             slots: where each layer's tensors live inside the model
             reader: reads the layers from the model's files
             memory: names the device, and limits what is read straight to a GPU
+            equalization: scales every layer that is loaded
         """
-        self._model, self._reader, self._memory = model, reader, memory
-        self._experts = [layer.experts for layer in layers]
+        self._reader, self._memory, self._equalization = reader, memory, equalization
         self._slots = slots
-        self._needs_no_balance: set[int] = set()  # layers whose expert weights the scales can represent
         self._pending: tuple[int, Future[_LoadedLayer]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gemq-layers")
         self._stream = torch.cuda.Stream(memory.device) if memory.device.type == "cuda" else None
@@ -151,9 +146,10 @@ class LayerLoader:
         return loaded.tensors
 
     def load_without(self, index: int, excluded: Collection[str]) -> dict[str, Tensor]:
-        """Reads a layer's tensors except ``excluded`` to the device. They are not balanced."""
-        tensors = self._reader.read(index, excluded)
-        return {name: self._to_device(index, name, tensor) for name, tensor in tensors.items()}
+        """Reads a layer's tensors except ``excluded`` to the device."""
+        if not self._equalization.is_known(index):
+            self.load_now(index)
+        return self._prepare(index, self._reader.read(index, excluded))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -189,13 +185,9 @@ class LayerLoader:
                 on_device.free(extra_bytes)
 
     def _prepare(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Moves a layer to the device and balances its experts. Empties ``tensors``, to free them one by one."""
+        """Moves tensors to the device and scales them. Empties ``tensors``, to free them one by one."""
         prepared = {name: self._to_device(index, name, tensors.pop(name)) for name in list(tensors)}
-        experts = self._experts[index]
-        if experts is not None and index not in self._needs_no_balance:
-            first_matrix, down_matrix = (prepared[f"{experts.path}.{matrix.name}"] for matrix in experts.matrices)
-            if not balance(self._model.get_submodule(experts.path), first_matrix, down_matrix):
-                self._needs_no_balance.add(index)
+        self._equalization.equalize_(index, prepared)
         return prepared
 
     def _to_device(self, index: int, name: str, tensor: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class Replay:
     def stored_state(self, excluded: Collection[str]) -> dict[str, Tensor]:
         """Returns the full-precision model's state except ``excluded``, in the types that the files store.
 
-        It is read from the files to the CPU, since the model holds tensors in its compute type.
+        It is read from the files to the CPU, since the model holds tensors in its compute type. Layers are equalized.
         """
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in excluded}
         if self.layer_cache is None:
@@ -188,7 +188,7 @@ class Replay:
             if name in state:
                 state[name] = as_adopted(tensor, state[name])
         for index in range(len(self.layers)):
-            state.update(reader.read(index, excluded))
+            state.update(self.layer_cache.stored_layer(index, excluded))
         return state
 
     def restore(self, index: int) -> None:

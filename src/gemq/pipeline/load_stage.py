@@ -8,6 +8,7 @@ import torch
 
 from gemq.calibration.sources import host_bytes
 from gemq.models.calls import one_line_errors
+from gemq.models.fold_search import find_folds
 from gemq.models.layer_cache import LayerCache
 from gemq.models.replay import Replay
 from gemq.models.source import pick_dtype
@@ -42,11 +43,24 @@ def run_load(job: Job, verify: bool = True) -> tuple[Replay, dict[str, torch.dty
         _reserve_memory(job, model, structure, dtype)
         with one_line_errors(f"{job.source.path} cannot be run", "correct its config.json, or copy the model again"):
             replay = Replay(model, structure, layer_cache, job.work.ranks)
-            if verify:
-                vocabulary = model.config.get_text_config().vocab_size
-                replay.verify(torch.arange(PROBE_TOKENS, device=job.device).unsqueeze(0) % vocabulary)
+            vocabulary = model.config.get_text_config().vocab_size
+            probe = torch.arange(PROBE_TOKENS, device=job.device).unsqueeze(0) % vocabulary
+            with layer_cache.with_one_layer_per_kind():
+                if verify:
+                    replay.verify(probe)
+                if job.recipe.equalize:
+                    _equalize(job, replay, layer_cache, probe)
         tick()
     return replay, reader.types
+
+
+def _equalize(job: Job, replay: Replay, layer_cache: LayerCache, probe: torch.Tensor) -> None:
+    """Finds the folds of all layers, which are equalized from now on when they are loaded."""
+    kinds = layer_cache.first_of_kind()
+    folds_by_layer = job.work.ranks.run_on_first(lambda: find_folds(replay, kinds, probe))
+    for index, layer_folds in enumerate(folds_by_layer):
+        layer_cache.equalization.set_folds(index, layer_folds.folds)
+        job.count_fallback("inputs_not_equalized", layer_folds.not_equalized)
 
 
 def _reserve_memory(job: Job, model: Any, structure: Structure, dtype: torch.dtype) -> None:

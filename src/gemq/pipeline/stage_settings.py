@@ -20,6 +20,7 @@ from gemq.quant.widths import ExpertWidths
 from gemq.recipe import Recipe
 
 QUANTIZER_KEYS = (
+    "equalize",
     "group_size",
     "dense_bits",
     "quantizer",
@@ -83,6 +84,7 @@ def window_inputs(job: Job) -> dict[str, Any]:
         "seq_len": job.seq_len,
         "total_tokens": recipe.total_tokens,
         "seed": recipe.seed,
+        "equalize": recipe.equalize,
     }
     # both are absent in directories that older versions made
     if recipe.generator_width is not None:

@@ -1,0 +1,300 @@
+"""Equalization: powers of two that make the channels of a layer's weights alike, without changing its function.
+
+Large models have channels whose activations are hundreds of times those of others, and weights that are smaller by as
+much. In a quantized matrix such a column gets the scale of its neighbours, and its codes round to zero. So column j of
+the matrices that read an input is multiplied by 2^e[j], with
+
+    e[j] = round(level - log2(rms(W[:, j]))),
+
+and what produces the input is divided by it (a *fold*):
+
+- a norm, whose weight is divided. Everything that reads its output is multiplied, routers included
+- up projections, whose rows are divided for the down projection
+- value projections, whose rows are divided for the output projection
+
+Floating-point numbers represent powers of two exactly, so the layer computes the same to the bit. A model whose
+channels were rescaled gets the weights of the original. Activations do not enter: GPTQ weighs errors by them already,
+and scales that balance activations with weights (SmoothQuant, AWQ) made its error larger (docs/lab-log.md, entry 49).
+
+``models.fold_search`` finds the folds of a layer, and verifies them.
+
+Shapes: E experts, R rows, C columns, I inputs of the down matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROW_LEVEL = -5.0
+"""log2 of the root mean square of the columns whose inputs come from rows: near that of trained weights."""
+
+MAX_EXPONENT = 60
+"""Largest exponent: scaled weights stay far inside the range of bfloat16."""
+
+
+class Scaling(NamedTuple):
+    """Multiplies one tensor of a layer by powers of two.
+
+    Attributes:
+        name: of the tensor inside the layer
+        exponents: int8, broadcast over the tensor
+        one_plus: one plus the tensor is multiplied, since the norm that holds it multiplies by one plus its weight
+    """
+
+    name: str
+    exponents: Tensor
+    one_plus: bool = False
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Returns the scaled tensor, in its dtype and on its device."""
+        factors = torch.exp2(self.exponents.to(tensor.device, torch.float32))
+        if self.one_plus:
+            return ((1 + tensor.float()) * factors - 1).to(tensor.dtype)
+        if tensor.dtype == torch.float16:  # factors may be outside the range of the type
+            return (tensor.float() * factors).to(tensor.dtype)
+        return tensor * factors.to(tensor.dtype)
+
+    def apply_(self, tensor: Tensor) -> None:
+        """Scales a tensor in place."""
+        if self.one_plus or tensor.dtype == torch.float16:
+            tensor.copy_(self.apply(tensor))
+        else:
+            tensor.mul_(torch.exp2(self.exponents.to(tensor.device, torch.float32)).to(tensor.dtype))
+
+    def inverse(self) -> Scaling:
+        """Returns the scaling that undoes this one."""
+        return self._replace(exponents=-self.exponents)
+
+    def is_exact(self, tensor: Tensor, dtype: torch.dtype) -> bool:
+        """Returns whether ``dtype`` represents every scaled element of ``tensor``."""
+        stored = tensor.to(dtype)
+        return torch.equal(self.inverse().apply(self.apply(stored)), stored)
+
+
+@dataclass(frozen=True)
+class RowFold:
+    """Rows that are divided, and the columns of the next matrix that read them and are multiplied.
+
+    Attributes:
+        producer: name of the weight inside the layer, [R, H], or [E, R, H] of experts
+        consumer: name of the weight inside the layer, [H, C], or [E, H, C]
+        producer_bias: name of the producer's bias, [R] or [E, R]; None if it has none
+        rows: [C] int64, the producer's row that each column reads. Other rows stay as they are
+        transposed: both weights are stored with their last two dimensions exchanged
+        uniform: one exponent for all channels of a matrix, which makes producer and consumer equally large
+    """
+
+    producer: str
+    consumer: str
+    producer_bias: str | None
+    rows: Tensor
+    transposed: bool = False
+    uniform: bool = False
+
+    def choose(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Chooses the exponents of the producer's rows, [R] or [E, R] int8, from a layer's tensors by name."""
+        producer, consumer = tensors[self.producer], tensors[self.consumer]
+        if self.transposed:
+            producer, consumer = producer.mT, consumer.mT
+        rows = self.rows.to(consumer.device)
+        column_squares = mean_squares(consumer)
+        if self.uniform:
+            row_squares = mean_squares(producer.mT)[..., rows].mean(-1, keepdim=True)
+            level = (row_squares.log2() + column_squares.mean(-1, keepdim=True).log2()) / 4
+            exponents = choose_exponents(column_squares.mean(-1, keepdim=True), level)
+            return exponents.expand(*exponents.shape[:-1], producer.shape[-2])
+        sums = column_squares.new_zeros(*column_squares.shape[:-1], producer.shape[-2])
+        sums.index_add_(-1, rows, column_squares)
+        squares = sums / torch.bincount(rows, minlength=producer.shape[-2])
+        return choose_exponents(squares, squares.new_tensor(ROW_LEVEL))
+
+    def scalings(self, exponents: Tensor) -> list[Scaling]:
+        """Returns the scalings with given exponents of the producer's rows, [R] or [E, R] int8."""
+        rows = self.rows.to(exponents.device)
+        column_exponents = exponents[..., rows]
+        row_exponents = torch.zeros_like(exponents)
+        row_exponents[..., rows] = -column_exponents
+        row_dim, column_dim = (-2, -1) if self.transposed else (-1, -2)
+        scalings = [
+            Scaling(self.producer, row_exponents.unsqueeze(row_dim)),
+            Scaling(self.consumer, column_exponents.unsqueeze(column_dim)),
+        ]
+        if self.producer_bias is not None:
+            scalings.append(Scaling(self.producer_bias, row_exponents))
+        return scalings
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """A norm whose weight is divided, and everything that reads its output and is multiplied.
+
+    Attributes:
+        norm: name of the norm's weight inside the layer, [C]
+        bias: name of its bias; None if it has none
+        one_plus: the norm multiplies by one plus its weight
+        readers: names of the weights that read its output, with C inputs in their last dimension
+        transposed: readers with C inputs in the dimension before the last
+        quantized: the readers that are quantized, which decide the scaling
+    """
+
+    norm: str
+    bias: str | None
+    one_plus: bool
+    readers: tuple[str, ...]
+    transposed: tuple[str, ...]
+    quantized: tuple[str, ...]
+
+    def choose(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Chooses the exponents of the readers' columns, [C] int8, from a layer's tensors by name.
+
+        Their rows must be equalized already. The norm's median factor becomes nearly one. Training then changes norms
+        and routers at the rate for which its learning rate was chosen.
+        """
+        sums: Tensor | None = None
+        rows = 0
+        for name in self.quantized:
+            weight = tensors[name].mT if name in self.transposed else tensors[name]
+            squares = mean_squares(weight)
+            squares = squares.mean(0) if squares.dim() == 2 else squares
+            count = weight[..., 0].numel()
+            sums = squares * count if sums is None else sums + squares * count
+            rows += count
+        assert sums is not None
+        squares = sums / rows
+        factor = tensors[self.norm].double() + self.one_plus
+        sizes = squares.log2() / 2 + factor.abs().log2()  # independent of how channels are scaled
+        sizes = sizes[sizes.isfinite()]
+        level = sizes.median() if len(sizes) else squares.new_zeros(())
+        return choose_exponents(squares, level)
+
+    def scalings(self, exponents: Tensor) -> list[Scaling]:
+        """Returns the scalings with given exponents of the readers' columns, [C] int8."""
+        scalings = [Scaling(self.norm, -exponents, self.one_plus)]
+        if self.bias is not None:
+            scalings.append(Scaling(self.bias, -exponents))
+        scalings += [Scaling(name, exponents) for name in self.readers]
+        scalings += [Scaling(name, exponents.unsqueeze(-1)) for name in self.transposed]
+        return scalings
+
+
+Fold = RowFold | NormFold
+
+
+def choose_exponents(squares: Tensor, level: Tensor) -> Tensor:
+    """Returns the exponents of channels [..., C] int8 that bring their root mean squares near 2^level.
+
+    Channels without weights get none.
+
+    Args:
+        squares: [..., C] float64, mean squares of the channels' weights
+        level: log2 of the root mean square to reach
+    """
+    exponents = level - squares.log2() / 2
+    exponents = torch.where(exponents.isfinite(), exponents, torch.zeros_like(exponents)).round()
+    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8)
+
+
+def mean_squares(weight: Tensor) -> Tensor:
+    """Returns the mean square of each column of weights [R, C] or [E, R, C]: [C] or [E, C] float64."""
+    if weight.dim() == 2:
+        return weight.double().square().mean(0)
+    return torch.stack([matrix.double().square().mean(0) for matrix in weight])  # one at a time, to bound memory
+
+
+@torch.no_grad()
+def equalize_(
+    folds: Sequence[Fold], tensors: Mapping[str, Tensor], stored_types: Mapping[str, torch.dtype]
+) -> tuple[list[Scaling], int]:
+    """Chooses the scalings of a layer and scales its tensors in place.
+
+    Args:
+        folds: of the layer, in order: row folds, norm folds, uniform row folds. Rows decide the size of columns
+        tensors: the layer's tensors by name
+        stored_types: dtypes of the tensors in files, by name
+
+    Returns:
+        The scalings in the order of their application, and the number of folds that were left out since the stored
+        types do not represent their result.
+    """
+    scalings: list[Scaling] = []
+    inexact = 0
+    for fold in folds:
+        fold_scalings = fold.scalings(fold.choose(tensors))
+        if all(_is_representable(scaling, tensors, stored_types) for scaling in fold_scalings):
+            scale_(fold_scalings, tensors)
+            scalings += fold_scalings
+        else:
+            inexact += 1
+    return scalings, inexact
+
+
+def _is_representable(scaling: Scaling, tensors: Mapping[str, Tensor], stored_types: Mapping[str, torch.dtype]) -> bool:
+    """Returns whether files represent a scaled tensor. Float32 and bfloat16 represent products with powers of two."""
+    tensor = tensors[scaling.name]
+    stored = stored_types.get(scaling.name, tensor.dtype)
+    if not scaling.one_plus and stored in (torch.float32, torch.bfloat16):
+        return True
+    return scaling.is_exact(tensor, stored)
+
+
+@torch.no_grad()
+def scale_(scalings: Iterable[Scaling], tensors: Mapping[str, Tensor]) -> None:
+    """Scales those of a layer's tensors, by name, that are present, in place."""
+    for scaling in scalings:
+        if scaling.name in tensors:
+            scaling.apply_(tensors[scaling.name])
+
+
+class Equalization:
+    """The folds of a model's layers, and the scalings of the layers that were loaded.
+
+    Attributes:
+        inexact: by layer, number of folds that its stored types could not represent
+    """
+
+    def __init__(self, prefixes: Sequence[str], stored_types: Mapping[str, torch.dtype]):
+        """
+        Args:
+            prefixes: of the names of each layer's tensors, with a dot at the end
+            stored_types: dtypes of the model's tensors in files, by name inside the model
+        """
+        self._prefixes, self._stored_types = prefixes, stored_types
+        self._folds: list[Sequence[Fold]] = [()] * len(prefixes)
+        self._scalings: dict[int, list[Scaling]] = {}
+        self.inexact: dict[int, int] = {}
+
+    def set_folds(self, index: int, folds: Sequence[Fold]) -> None:
+        """Sets the folds of a layer. Call before the layer is loaded for a stage."""
+        self._folds[index] = folds
+        self._scalings.pop(index, None)
+
+    def is_known(self, index: int) -> bool:
+        """Returns whether the scalings of a layer are known, so that a part of its tensors can be scaled."""
+        return not self._folds[index] or index in self._scalings
+
+    def equalize_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Scales a layer's tensors, by name inside the model, in place. All of them, unless ``is_known``."""
+        if not self._folds[index]:
+            return
+        prefix = self._prefixes[index]
+        local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if index in self._scalings:
+            scale_(self._scalings[index], local)
+            return
+        types = {name: self._stored_types.get(prefix + name, tensor.dtype) for name, tensor in local.items()}
+        scalings, self.inexact[index] = equalize_(self._folds[index], local, types)
+        self._scalings[index] = [scaling._replace(exponents=scaling.exponents.cpu()) for scaling in scalings]
+
+    def folded(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns some of a layer's tensors, by name inside the model, scaled. Call only if ``is_known``."""
+        prefix = self._prefixes[index]
+        result = dict(tensors)
+        for scaling in self._scalings.get(index, ()):
+            if prefix + scaling.name in result:
+                result[prefix + scaling.name] = scaling.apply(result[prefix + scaling.name])
+        return result
