@@ -12,7 +12,10 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fuzz.cases import run_cases
 
-    return run_cases(sys.argv[1:])
+    try:
+        return run_cases(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
