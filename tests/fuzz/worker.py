@@ -24,7 +24,7 @@ from typing import Any
 MEMORY = 2 << 30
 """Bytes that a case may take beyond what the parent holds."""
 
-CPU_SECONDS, WALL_SECONDS = 60, 300
+CPU_SECONDS, WALL_SECONDS = 60, 120
 """Limits of a case. The second is multiplied by ``slowdown``, the first does not depend on other processes."""
 
 SLOWDOWN_CPU_SECONDS = 0.2
