@@ -21,10 +21,15 @@ import gemq
 from fuzz import mutations as m
 from fuzz import worker
 from gemq.assets import builtin_model, builtin_texts
+from gemq.checkpoint.format import QUANT_METHOD
 from gemq.checkpoint.reader import check_checkpoint
+from gemq.runtime.safetensors_files import read_json
 from support.packed_checkpoints import olmoe_config, write_packed
 
 IDS = torch.arange(3, 35).reshape(2, 16)
+LARGE_NUMBER = 1 << 16
+"""The vocabulary, which has the largest number of an intact config.json, is smaller."""
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -69,8 +74,8 @@ class Packed:
             with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
                 done += f", {m.pick(rng, DAMAGE)(rng, directory)}"  # if the first left it something to damage
         action = m.pick(rng, ACTIONS)
-        if action is Packed.from_pretrained and damage is large_number:
-            action = Packed.load  # Transformers alone has no bounds
+        if action is Packed.from_pretrained and not reaches_gemq(directory):
+            action = Packed.load
         outcome = worker.run(lambda: action(self, directory))
         if outcome.kind == worker.CHANGED and base != "unsealed":
             outcome = worker.Outcome(worker.SILENT)
@@ -140,6 +145,25 @@ def figures(file: Path) -> dict[str, Any]:
 
 def same_file(file: Path, reference: Path) -> bool:
     return file.is_file() and file.read_bytes() == reference.read_bytes()
+
+
+def reaches_gemq(directory: Path) -> bool:
+    """Whether ``from_pretrained`` of Transformers asks gemq before it can fail in a way that gemq would refuse.
+
+    Transformers chooses its quantizer by ``quant_method``. If that does not name gemq, no code of gemq runs, and
+    Transformers warns and loads the experts at random. Transformers also reads config.json first, and makes a label, a
+    layer or a rotary factor for any number there, whatever that takes. ``gemq.load`` refuses both.
+    """
+    try:
+        values = read_json(directory / "config.json")
+    except gemq.UserError:
+        return False
+    quantization = values.get("quantization_config") if isinstance(values, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        return False
+    paths = [path for path in m.leaves(values) if path[0] != "quantization_config"]
+    numbers = [m.parent_of(values, path)[path[-1]] for path in paths]
+    return all(abs(number) <= LARGE_NUMBER for number in numbers if isinstance(number, int | float))
 
 
 ACTIONS: dict[Callable[[Packed, Path], str], int] = {

@@ -33,6 +33,7 @@ from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.model_shapes import matrix_shapes
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.evaluation.evaluate import open_model
 from gemq.kernels import modules as packed_modules
 from gemq.quant.grid import Quantized, dequantize, nearest
 from gemq.quant.packing import PackedMatrix
@@ -459,6 +460,24 @@ def test_load_refuses_other_directories(written, tmp_path):
         gemq.load(written("olmoe").twin)
     with pytest.raises(UserError, match="no readable config"):
         gemq.load(tmp_path)
+
+
+@pytest.mark.parametrize("quant_method", [None, "GEMQ", "fp8"])
+def test_a_damaged_quant_method_is_named(written, tmp_path, quant_method):
+    """Other methods would be told to give the full-precision model, or the tensors that have no place."""
+
+    def damage(tensors, config):
+        config["quantization_config"]["quant_method"] = quant_method
+
+    damaged = copy_with(written("olmoe").packed, tmp_path / "damaged", damage)
+    for read in (gemq.load, gemq.inspect, gemq.evaluate, open_damaged):
+        with pytest.raises(UserError, match="settings of gemq, but its quant_method is not 'gemq'"):
+            read(damaged)
+
+
+def open_damaged(path):
+    """As ``gemq generate`` and ``gemq bench`` do."""
+    return open_model(str(path), "auto", "cpu")
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import tracemalloc
 from pathlib import Path
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemq.assets import builtin_model, builtin_texts
-from gemq.calibration import tokens
+from gemq.calibration import texts, tokens
 from gemq.calibration.sources import Streams, calibration_windows, check_sources, source_digest
 from gemq.calibration.texts import json_rows, text_chunks
 from gemq.calibration.tokens import tokenize_pieces, tokenize_text
@@ -179,6 +181,31 @@ def test_rows_come_through_a_pipe_too(tmp_path):
     streams = Streams([pipe], tokenizer, WINDOW, 8)
     calibration_windows(streams, seed=0)
     assert streams.row_stats()["pipe"].columns == {"text": 20}
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.4])
+def test_a_process_substitution_is_read(tmp_path, delay):
+    """It is a pipe without a name, whose writer may take its time before the first byte, and long after it."""
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom gemq.calibration import texts\n"
+        "texts.WRITER_SECONDS = 0.1\nprint(len(''.join(texts.text_chunks(Path(sys.argv[1])))))\n"
+    )
+    command = f"{sys.executable} {script} <(sleep {delay}; printf abc; sleep {delay}; printf %0200000d 0)"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "200003\n", done.stderr
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "WRITER_SECONDS", 0.2)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="nothing writes to the pipe"):
+        check_sources([str(tmp_path / "pipe")], builtin(), WINDOW)
+
+
+def test_a_pipe_whose_writer_wrote_nothing_is_empty(tmp_path):
+    with pytest.raises(UserError, match="is empty"):
+        check_sources([piped(tmp_path, "empty", b"")], builtin(), WINDOW)
 
 
 def test_devices_are_refused():

@@ -8,9 +8,11 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import shutil
+import os
+import select
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -24,6 +26,12 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 READ_BYTES = 1 << 20
 """Bytes that are read and decoded in one piece."""
+
+WRITER_SECONDS = 5.0
+"""How long a pipe may have no writer. A process substitution has one from the start."""
+
+POLL_SECONDS = 0.05
+"""Time between two looks for a writer."""
 
 _spooled: dict[str, IO[bytes]] = {}
 """Copies of what came through pipes, by path: a pipe can be read once, and a text is read several times."""
@@ -65,12 +73,62 @@ def _spool(pipe_path: Path) -> IO[bytes]:
     """Copies a pipe to an unnamed temporary file, which lives as long as the process."""
     copy = tempfile.TemporaryFile()  # noqa: SIM115 - stays open, see above
     try:
-        with pipe_path.open("rb") as pipe, disk_errors(Path(tempfile.gettempdir())):
-            shutil.copyfileobj(pipe, copy, READ_BYTES)
+        with disk_errors(Path(tempfile.gettempdir())):
+            for data in _pipe_chunks(pipe_path):
+                copy.write(data)
+            copy.flush()
+    except UserError:
+        copy.close()
+        raise
+    return copy
+
+
+def _pipe_chunks(pipe_path: Path) -> Iterator[bytes]:
+    """Yields what is written to a pipe, until its last writer closes it.
+
+    Opening a named pipe waits for a writer, so that a wrong path would stop the job for ever. The pipe is therefore
+    opened without waiting. A writer may take any time before and between its writes.
+
+    Raises:
+        UserError: the pipe cannot be read, or nobody opens it for writing within ``WRITER_SECONDS``.
+    """
+    try:
+        descriptor = os.open(pipe_path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise UserError(f"cannot read {pipe_path} ({_reason(error)}): write it to a file and give that") from error
-    copy.flush()
-    return copy
+    try:
+        data = _first_chunk(descriptor, pipe_path)
+        os.set_blocking(descriptor, True)
+        while data:
+            yield data
+            data = os.read(descriptor, READ_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {pipe_path} ({_reason(error)}): write it to a file and give that") from error
+    finally:
+        os.close(descriptor)
+
+
+def _first_chunk(descriptor: int, pipe_path: Path) -> bytes:
+    """The first bytes from a pipe that was opened without waiting, empty if its writers wrote none.
+
+    Raises:
+        UserError: no writer comes within ``WRITER_SECONDS``.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + WRITER_SECONDS
+    while True:
+        had_writer = bool(poll.poll(0))  # data, or the end that a writer left
+        try:
+            data = os.read(descriptor, READ_BYTES)
+        except BlockingIOError:  # there is a writer, which has not written yet
+            os.set_blocking(descriptor, True)
+            return os.read(descriptor, READ_BYTES)
+        if data or had_writer:
+            return data
+        if time.monotonic() > deadline:
+            raise UserError(f"nothing writes to the pipe {pipe_path}: start its writer first, or give a text file")
+        time.sleep(POLL_SECONDS)
 
 
 def text_bytes(path: Path) -> int:

@@ -22,12 +22,9 @@ from typing import Any
 
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
-from gemq.checkpoint.format import layer_path
+from gemq.checkpoint.format import CONFIG_KEY, layer_path
 from gemq.errors import UserError
 from gemq.runtime.safetensors_files import StoredTensor
-
-CONFIG_KEY = "gemq_checksums"
-"""Key in config.json. It is not in ``quantization_config``, which Transformers copies to other checkpoints."""
 
 ALGORITHM = "xxh3_64"
 OTHER_TENSORS = "other"

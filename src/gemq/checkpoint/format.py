@@ -20,6 +20,13 @@ from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
 FORMAT_VERSION = 2
+CONFIG_KEY = "gemq_checksums"
+"""Key of the checksums in config.json. It is not in ``quantization_config``, which Transformers copies to other
+checkpoints."""
+
+GEMQ_KEYS = {"format_version", "experts", "linears"}
+"""Keys of ``quantization_config`` that, together, no other method has."""
+
 PACKED_FIELDS = ("codes", "scales", "offsets")
 """Suffixes of the three tensors of a packed matrix."""
 
@@ -186,9 +193,14 @@ def read_packed_config(checkpoint: Path) -> dict[str, Any]:
     if not os.path.lexists(checkpoint / "config.json"):
         raise UserError(f"{checkpoint} has no readable config.json: give a directory that gemq wrote")
     config = read_json(checkpoint / "config.json", unique_keys=True)
-    if not _is_packed_config(config):
-        raise UserError(f"{checkpoint} is not a gemq checkpoint: give a directory that gemq quantize or export wrote")
-    return config
+    if _is_packed_config(config):
+        return config
+    if _has_gemq_keys(config):
+        raise UserError(
+            f"config.json of {checkpoint} has settings of gemq, but its quant_method is not {QUANT_METHOD!r}: copy the "
+            "checkpoint again, or undo the edit of config.json"
+        )
+    raise UserError(f"{checkpoint} is not a gemq checkpoint: give a directory that gemq quantize or export wrote")
 
 
 def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
@@ -198,17 +210,29 @@ def read_quantization_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a directory holds a packed checkpoint, according to its config.json."""
+    """Whether a directory holds a packed checkpoint, according to its config.json.
+
+    True also if only ``quant_method`` is damaged, so that readers reject the checkpoint as what it is.
+    """
     try:
-        return _is_packed_config(read_json(path / "config.json"))
+        config = read_json(path / "config.json")
     except UserError:
         return False
+    return _is_packed_config(config) or _has_gemq_keys(config)
 
 
 def _is_packed_config(config: Any) -> bool:
     """Whether the contents of a config.json name gemq as the quantization method."""
     values = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD
+
+
+def _has_gemq_keys(config: Any) -> bool:
+    """Whether the contents of a config.json have keys that only gemq writes."""
+    if not isinstance(config, dict):
+        return False
+    values = config.get("quantization_config")
+    return CONFIG_KEY in config or (isinstance(values, dict) and values.keys() >= GEMQ_KEYS)
 
 
 def verify_packed(expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]) -> None:

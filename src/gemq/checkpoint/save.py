@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemq.checkpoint.checksums import CONFIG_KEY, compute_checksums
-from gemq.checkpoint.format import PackedFormat
+from gemq.checkpoint.checksums import compute_checksums
+from gemq.checkpoint.format import CONFIG_KEY, PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.outputs import partial_directory, remove_partial
 from gemq.checkpoint.small_files import small_files

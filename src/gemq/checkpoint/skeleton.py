@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
-from gemq.checkpoint.checksums import CONFIG_KEY
+from gemq.checkpoint.format import CONFIG_KEY
 from gemq.errors import UserError
 from gemq.models.auto_class import auto_class
 from gemq.models.experts_adapter import adopt_experts
