@@ -2,18 +2,18 @@
 
     python benchmarks/accuracy_report.py [--csv FILE] [--docs DIR]
 
-Of rows with the same name the newest counts; a name with a label in brackets is an experiment on the side and left out.
-Equal rows give equal bytes. Figures have a white ground of their own, so that they read the same on light and dark
-pages. Measures nothing, and knows of gemq only how accuracy.py names its rows.
+Of rows with the same name the newest counts. A name with a label in brackets is an experiment on the side and left out.
+Variants of a model with outliers compute the same function, so their KL is shown as a multiple of the model's. Equal
+rows give equal bytes. Figures have a white ground of their own, so that they read the same on light and dark pages.
+Must not measure anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,55 +24,21 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
+from accuracy_tables import Row, Rows, tables
 from record import read
-from rows import allocation_widths, newest
+from row_families import DARK, FAMILIES, GREY, LIGHT, Family, family_and_budget
+from rows import allocation_widths, newest, variant_base
 
 plt.switch_backend("agg")
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
-Row = dict[str, str]
-Rows = dict[str, Row]
-"""Rows of one model by name."""
-
-ORANGE, BLUE, GREY, GREEN, PURPLE, PINK = "#c2410c", "#0f6ab4", "#6b7280", "#0d8a6f", "#7c3aed", "#be185d"
-DARK, LIGHT = "#1f2937", "#e5e7eb"
 WIDTH_COLOURS = {1: "#fde6a8", 1.6: "#a6d9a0", 2: "#48b0b5", 3: "#2a6fae", 4: "#2d2f7f", 8: "#15133f"}
 
 
-@dataclass(frozen=True)
-class Family:
-    """Rows that differ in their budget alone: ``pattern`` matches their names and holds the budget as its group.
-
-    ``title`` is their name in the table. ``label`` is their name in the figure; without one they are not drawn.
-    """
-
-    pattern: str
-    title: str
-    label: str = ""
-    colour: str = DARK
-    line: str = "-"
-
-
-def _families() -> Iterator[Family]:
-    yield Family("gemq B", "**gemq {}**", "gemq", ORANGE)
-    yield Family("self only B", "gemq {} without any text")
-    yield Family("low B", "gemq {} at `--effort low`")
-    yield Family("gemq B high", "gemq {} at `--effort high`")
-    yield Family("assembled B(?: default)?", "gemq {} assembled (`export`)")
-    for method, colour in {"uniform": BLUE, "random": GREY, "frequency": GREEN, "layerwise": PURPLE}.items():
-        for treatment, line in {"treated": "-", "plain": "--"}.items():
-            label = f"{treatment} {method}"
-            yield Family(f"{label} B", f"{label} {{}}", label, colour, line)
-        yield Family(f"assembled B {method}", f"{method} {{}} assembled")
-    yield Family("paper B", "paper's recipe {}", "paper's recipe", PINK, "-.")
-
-
-FAMILIES = tuple(_families())
-
-
 def main() -> None:
+    """Writes the tables and figures, and prints their files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=DOCS)
@@ -84,21 +50,15 @@ def main() -> None:
 def report(results: Path, docs: Path) -> list[Path]:
     """Makes the figures in ``docs`` and puts the tables into its accuracy.md. Returns the files written."""
     # The largest model, which the text is about, comes first.
-    models = dict(
+    all_models = dict(
         sorted(newest(read(results)).items(), key=lambda item: -max(int(r["bytes"]) for r in item[1].values()))
     )
+    models = {model: rows for model, rows in all_models.items() if variant_base(model) is None}
     page, curves, widths = docs / "accuracy.md", docs / "accuracy-kl.svg", docs / "accuracy-widths.svg"
-    page.write_text(between_markers(page.read_text(encoding="utf-8"), tables(models)), encoding="utf-8")
+    page.write_text(between_markers(page.read_text(encoding="utf-8"), tables(all_models)), encoding="utf-8")
     save(draw_curves(models), curves)
     save(draw_widths(*next(item for item in models.items() if _gemq(item[1]))), widths)
     return [page, curves, widths]
-
-
-# The tables
-
-
-def tables(models: dict[str, Rows]) -> str:
-    return "\n\n".join(f"### {model}\n\n{_origin(rows)}\n\n{_table(rows)}" for model, rows in models.items())
 
 
 def between_markers(text: str, content: str) -> str:
@@ -108,63 +68,13 @@ def between_markers(text: str, content: str) -> str:
     return text[: text.index(BEGIN)] + f"{BEGIN}\n{content}\n{END}" + text[text.index(END) + len(END) :]
 
 
-def _table(rows: Rows) -> str:
-    again = {name for name in rows if name.removesuffix(" default") in rows.keys() - {name}}  # "assembled 2.0 default"
-    shown = {name: row for name, row in rows.items() if name not in again and not _is_score_ablation(name)}
-    texts = sorted({text for row in shown.values() for text in by_text(row)})
-    lines = [_line(["", "stored bits", "val KL", "inside KL", *texts, "perplexity", "seconds"])]
-    lines.append("|---" * (len(texts) + 6) + "|")
-    for name, row in sorted(shown.items(), key=lambda item: (-float(item[1]["stored_bits"]), float(item[1]["val_kl"]))):
-        title, kl = _title(name), f"{float(row['val_kl']):.4f}"
-        lines.append(
-            _line(
-                [title, f"{float(row['stored_bits']):.3f}", f"**{kl}**" if title.startswith("**") else kl]
-                + [f"{float(row['inside_kl']):.4f}"]
-                + [f"{by_text(row)[text]:.3f}".removeprefix("0") for text in texts]
-                + [f"{float(row['val_perplexity']):.3f}", f"{float(row['seconds']):.0f}"]
-            )
-        )
-    return "\n".join(lines)
-
-
-def by_text(row: Row) -> dict[str, float]:
-    """KL by val text."""
-    return {name: float(kl) for name, _, kl in (pair.partition("=") for pair in row["kl_by_text"].split())}
-
-
-def _is_score_ablation(name: str) -> bool:
-    """The ``scores`` set compares ways to score among themselves, in the lab log; its methods count here."""
-    return name.startswith("assembled ") and _family(name) is None
-
-
-def _family(name: str) -> tuple[Family, str] | None:
-    for family in FAMILIES:
-        if match := re.fullmatch(family.pattern.replace("B", r"(\d(?:\.\d+)?)"), name):
-            return family, match[1]
-    return None
-
-
-def _title(name: str) -> str:
-    match = _family(name)
-    return match[0].title.format(match[1]) if match else name
-
-
-def _origin(rows: Rows) -> str:
-    def distinct(column: str) -> str:
-        return " and ".join(dict.fromkeys(row[column] for row in rows.values()))
-
-    return f"{distinct('device')}, torch {distinct('torch')}, Transformers {distinct('transformers')}."
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 # KL against size
 
 
 @dataclass
 class Series:
+    """The points of a family: stored bits and KL."""
+
     family: Family
     x: list[float]
     y: list[float]
@@ -181,7 +91,7 @@ def draw_curves(models: dict[str, Rows]) -> Any:
             ours = series.family is FAMILIES[0]
             look = {"color": series.family.colour, "linestyle": series.family.line, "zorder": 4 if ours else 3}
             axes.plot(series.x, series.y, marker="o", ms=7 if ours else 5, lw=2.8 if ours else 1.5, **look)
-        shown = [row for row in rows.values() if _family(row["name"])]
+        shown = [row for row in rows.values() if family_and_budget(row["name"])]
         sizes = {round(float(row["stored_bits"]), 3): int(row["bytes"]) / 1e6 for row in shown}  # some use up not quite
         axes.set_xlim(min(sizes) - 0.2, max(sizes) + 0.3)
         low, high = min(min(s.y) for s in all_series), max(max(s.y) for s in all_series)
@@ -204,9 +114,13 @@ def draw_curves(models: dict[str, Rows]) -> Any:
 
 
 def _series(rows: Rows) -> list[Series]:
+    """The series of all families that are drawn and have rows."""
     all_series = []
     for family in FAMILIES:
-        family_rows = [row for name, row in rows.items() if family.label and (f := _family(name)) and f[0] is family]
+        if not family.label:
+            continue
+        matches = {name: family_and_budget(name) for name in rows}
+        family_rows = [rows[name] for name, match in matches.items() if match is not None and match[0] is family]
         # "assembled 2.0" and "assembled 2.0 default" are one point.
         points = sorted({float(row["stored_bits"]): float(row["val_kl"]) for row in family_rows}.items())
         if points:
@@ -285,7 +199,7 @@ def draw_widths(model: str, rows: Rows) -> Any:
 
 def _gemq(rows: Rows) -> Rows:
     """gemq's rows by budget."""
-    by_budget = {f[1]: row for name, row in rows.items() if (f := _family(name)) and f[0] is FAMILIES[0]}
+    by_budget = {f[1]: row for name, row in rows.items() if (f := family_and_budget(name)) and f[0] is FAMILIES[0]}
     return dict(sorted(by_budget.items(), key=lambda item: float(item[0])))
 
 

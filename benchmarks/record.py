@@ -1,19 +1,25 @@
 """Rows of a benchmark's CSV: what a machine and a checkout are called, appending and reading.
 
-Knows nothing of what is measured.
+Several processes may append to one file. Must not import what is measured.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+import gemq
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,22 +55,52 @@ def environment(device: str = "auto") -> dict[str, str]:
     }
 
 
+def code_digest() -> str:
+    """Short digest of the Python files of gemq. Unlike a commit it knows every change, and needs no git."""
+    sources = Path(gemq.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(sources.rglob("*.py")):
+        digest.update(f"{file.relative_to(sources)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[Path]:
+    """Holds the lock of a directory, or of a file that is created if it is absent. Waits for other processes.
+
+    The kernel releases the lock when the process ends, even if it is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that holds {path}", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
+    finally:
+        os.close(descriptor)
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row, floats with four significant digits.
+    """Adds a row, floats with four significant digits. Several processes may append to one file.
 
     A file that lacks one of its columns is first written anew, with that column empty in older rows.
     """
     cells = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = _header(path)
-    if missing := [column for column in cells if column not in header]:
-        old = read(path) if header else []
-        header = list(cells) + [column for column in header if column not in cells]
-        _write(path, header, old)
-        if old:
-            print(f"{path}: new columns {', '.join(missing)}, empty in {len(old)} older rows", flush=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, header, restval="", lineterminator="\n").writerow(cells)
+    # The lock is the directory's: the file itself may be replaced, and no lock file stays next to it.
+    with locked(path.parent):
+        header = _header(path)
+        if missing := [column for column in cells if column not in header]:
+            old = read(path) if header else []
+            header = list(cells) + [column for column in header if column not in cells]
+            _write(path, header, old)
+            if old:
+                print(f"{path}: new columns {', '.join(missing)}, empty in {len(old)} older rows", flush=True)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, header, restval="", lineterminator="\n").writerow(cells)
 
 
 def read(path: Path) -> list[dict[str, str]]:

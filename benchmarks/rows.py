@@ -1,10 +1,11 @@
 """Rows of ``results/accuracy.csv``: which row of a name counts, and the text form of an allocation.
 
-Knows nothing of models or of what another column means.
+Must not import what measures.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from gemq.quant.widths import ExpertWidths
@@ -30,3 +31,19 @@ def allocation_widths(text: str) -> list[list[tuple[float, float]]]:
     """What ``allocation_text`` wrote."""
     pairs = [[[float(w) for w in expert.split("+")] for expert in layer.split()] for layer in text.split("/")]
     return [[(widths[0], widths[-1]) for widths in layer] for layer in pairs]
+
+
+def labelled(name: str, label: str) -> str:
+    """The name of a row with a label in brackets, which ``newest`` leaves out. An empty label changes nothing."""
+    return f"{name} ({label})" if label else name
+
+
+def variant_name(model: str, seed: int, values: int) -> str:
+    """The name of a model's variant with outliers: the model's with the seed, and the number of values if any."""
+    return f"{model}-outliers{seed}" + (f"-values{values}" if values else "")
+
+
+def variant_base(name: str) -> str | None:
+    """The name of the model of which ``name`` is a variant with outliers; None for other models."""
+    match = re.fullmatch(r"(.+)-outliers\d+(?:-values\d+)?", name)
+    return match[1] if match else None

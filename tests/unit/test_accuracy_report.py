@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import accuracy_report
 from gemq.quant.widths import Width
 from record import append, read
-from rows import allocation_text, allocation_widths
+from rows import allocation_text, allocation_widths, variant_name
 
 
 def row(name: str, kl: float, bits: float = 2.0, **columns: str) -> dict[str, str]:
@@ -72,3 +75,40 @@ def test_report(tmp_path: Path) -> None:
     assert by_expert[1] != figures[1]
     accuracy_report.report(file, tmp_path)
     assert [path.read_bytes() for path in written[1:]] == by_expert
+
+
+def test_report_shows_how_many_times_kl_is_that_of_the_model_without_outliers(tmp_path: Path) -> None:
+    file, page = tmp_path / "rows.csv", tmp_path / "accuracy.md"
+    append(file, row("gemq 2.0", 0.1) | {"val_top1": "0.91"})
+    append(file, row("plain uniform 2", 0.2) | {"seconds": ""})  # of a resumed job
+    append(file, row("plain uniform 3", 0.05, bits=3))
+    for seed, kl in ((0, 0.3), (1, 0.5)):
+        append(file, row("gemq 2.0", kl) | {"model": variant_name("small", seed, 0)})
+    append(file, row("plain uniform 2", 0.8) | {"model": variant_name("small", 1, 0)})
+    page.write_text("<!-- table -->\n<!-- /table -->\n")
+    accuracy_report.report(file, tmp_path)
+    originals, _, outliers = page.read_text().partition("### small with outliers\n\n")
+    assert [line for line in originals.splitlines() if "2.125" in line] == [
+        "| **gemq 2.0** | 2.125 | **0.1000** | 0.910 | 0.1000 | .250 | .500 | 10.000 | 7 |",
+        "| plain uniform 2 | 2.125 | 0.2000 |  | 0.1000 | .250 | .500 | 10.000 |  |",
+    ]
+    assert outliers.splitlines()[:4] == [
+        "|  | val KL | outliers 0 | outliers 1 | ratio |",
+        "|---|---|---|---|---|",
+        "| **gemq 2.0** | 0.1000 | 0.3000 | 0.5000 | 4.00 |",
+        "| plain uniform 2 | 0.2000 |  | 0.8000 | 4.00 |",
+    ]
+
+
+def test_processes_append_to_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    code = "import sys, record, pathlib\nfor i in range(50): record.append(pathlib.Path(sys.argv[1]), {sys.argv[2]: i})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code, str(file)]
+    processes = [subprocess.Popen([*command, f"column {i}"], env=environment) for i in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    rows = read(file)
+    for i in range(3):
+        cells = [cells[f"column {i}"] for cells in rows if cells[f"column {i}"]]
+        assert cells == [str(number) for number in range(50)]
+    assert len(rows) == 150
