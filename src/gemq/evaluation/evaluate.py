@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gemq.assets import builtin_texts
@@ -23,18 +23,21 @@ from gemq.checkpoint.contents import Contents, inspect_checkpoint
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.errors import UserError
-from gemq.evaluation.predictions import (
+from gemq.evaluation.generation_check import GenerationCheck
+from gemq.evaluation.model_files import (
     ModelFiles,
-    WholeModel,
     check_dtype,
+    check_memory,
     max_tokens_per_batch,
     predict_all,
     stored_bytes,
 )
+from gemq.evaluation.predictions import WholeModel
 from gemq.evaluation.scoring import compare
 from gemq.models.source import DTYPES, Source, max_seq_len
 from gemq.models.structure import Structure, find_structure
 from gemq.runtime.device import pick_device
+from gemq.runtime.fallbacks import pop_messages
 from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.progress import Monitor
 
@@ -125,6 +128,8 @@ def evaluate_paths(
     text_column: str | None = None,
     seq_len: int = 512,
     max_windows: int | None = None,
+    generate: bool = False,
+    max_new_tokens: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
     gpu_memory: int | None = None,
@@ -135,7 +140,7 @@ def evaluate_paths(
     """Measure the quality of a model on disk: perplexity, and KL to a full-precision reference.
 
     Windows do not overlap. The first token of each is not scored. Memory limits decide where layers and activations
-    lie. They do not change the result.
+    lie. They do not change the result, except that a model writes texts only if memory holds all of its layers.
 
     Args:
         model: directory or hub id of a packed checkpoint or any Transformers model
@@ -144,6 +149,8 @@ def evaluate_paths(
         text_column: column of rows that holds the text; None: as ``calibration_column`` of a recipe
         seq_len: tokens per window
         max_windows: number of windows to take from the start of each text; None: all
+        generate: let both models continue 32 prompts from the texts, greedily and sampled, and compare what they write
+        max_new_tokens: upper bound for the tokens of each continuation; None: 512, on a CPU 128
         dtype: compute type: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
         device: ``auto``, ``cpu`` or ``cuda``
         gpu_memory: limit in bytes; None: 90 % of the free memory
@@ -162,6 +169,7 @@ def evaluate_paths(
         - ``texts``: windows, tokens and all metrics of each text, by the stem of its file
         - ``layers``: routing agreement of each layer with experts, empty without a reference
         - ``rows``: the columns that were read, if a text has rows
+        - ``fallbacks``: what was not done in the usual way, a line each
 
         With a reference also, and by text too:
 
@@ -170,15 +178,29 @@ def evaluate_paths(
         - ``top1_agreement``, ``top1_agreement_stderr``: share of tokens whose most likely next token is the same
         - ``routing_agreement``: share of the reference's chosen experts that the model chose as well
 
+        With ``generate``, under ``generation``:
+
+        - ``prompts``, ``prompts_in_chat_template``, ``max_new_tokens``, ``seed``: what was continued, and how
+        - ``model``, ``reference``: by ``greedy`` and ``sampled``, the figures of what each wrote, if memory held it:
+          ``repetition_rate`` (share of repeated 4-grams), ``loops`` and ``loop_share`` (continuations that end in a
+          loop), ``ended``, ``ended_share`` and ``ended_mean_tokens`` (continuations with an end token, and their
+          length). With a reference also ``mean_kl`` and ``mean_kl_stderr``: the KL along the model's continuations
+        - ``texts``: ``source`` and ``prompt``, and by model and mode the ``text`` that continues it, with its figures
+
     Raises:
         UserError: the model cannot be evaluated. Most causes are detected before any weight is read.
     """
+    if max_new_tokens is not None and not generate:
+        raise UserError("--max-new-tokens is the length of generated texts: add --generate")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the minimum is 1")
     model = str(model)
     reference = None if reference is None else str(reference)
     target = pick_device(device)
     subject = ModelFiles.open(model, dtype, trust_remote_code)
     _check_window(subject, seq_len)
     models = [subject]
+    reference_files = None
     if reference is not None:
         reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
         _check_comparable(subject, reference_files)
@@ -196,14 +218,25 @@ def evaluate_paths(
     )
     batch_size = max_tokens_per_batch(models, MAX_TOKENS_PER_BATCH)
     batches = [windows.tokens[batch] for batch in windows.batches(batch_size)]
+    check = GenerationCheck.plan(subject, reference_files, windows, target, max_new_tokens) if generate else None
     monitor = monitor or Monitor()
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
         memory = MemoryBudget.bounded(target, gpu_memory, host_memory, Path(directory))
         with memory.enforced():
-            predictions, model_bytes = predict_all(models, memory, batches, monitor)
+            text_batches: list[Tensor] = []
+            if check is not None:
+                shapes = [(batches[0].shape[0], seq_len), (check.batch_rows(batch_size), check.seq_len)]
+                check_memory(models, memory, shapes)
+                check.write(memory, monitor)
+                text_batches = check.batches(batch_size)
+            predictions, model_bytes = predict_all(models, memory, [*batches, *text_batches], monitor)
             reference_predictions = predictions[0] if reference is not None else None
             with monitor.stage("score", len(windows)) as tick:
                 values = compare(windows, batches, predictions[-1], reference_predictions, tick)
+            if check is not None and reference_predictions is not None and text_batches:
+                indices = range(len(batches), len(batches) + len(text_batches))
+                with monitor.stage("score texts", check.num_texts) as tick:
+                    check.measure(predictions[-1], reference_predictions, indices, tick)
     if not math.isfinite(values["perplexity"]):
         raise UserError(
             f"{model} produces non-finite predictions: its weights hold NaN or infinity, or overflow in {dtype}"
@@ -218,6 +251,9 @@ def evaluate_paths(
     }
     if rows:
         values["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}
+    if check is not None:
+        values["generation"] = check.values()
+    values["fallbacks"] = (check.fallbacks if check else []) + pop_messages()
     return properties | values
 
 
