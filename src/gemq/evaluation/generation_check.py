@@ -129,7 +129,10 @@ class GenerationCheck:
         reserved_bytes = working_bytes + max_rows * bytes_per_text
         is_reserved = memory.try_reserve(reserved_bytes)
         assert is_reserved, "compared with what is available"
-        with files.complete_model(memory, monitor) as model, monitor.stage(title, self.num_texts) as tick:
+        with (
+            files.complete_model(memory, monitor) as model,
+            monitor.stage(title, self.num_texts * self.seq_len) as tick,
+        ):
             texts = write_texts(
                 model,
                 self.subject.source.tokenizer,
