@@ -32,13 +32,17 @@ EVAL_KEYS = {
     "perplexity_stderr",
     "mean_kl",
     "mean_kl_stderr",
+    "kl_p99",
+    "kl_p999",
     "top1_agreement",
     "top1_agreement_stderr",
     "routing_agreement",
     "texts",
     "layers",
+    "fallbacks",
 }
-COMPARED = {"mean_kl", "mean_kl_stderr", "top1_agreement", "top1_agreement_stderr", "routing_agreement"}
+COMPARED = {"mean_kl", "mean_kl_stderr", "kl_p99", "kl_p999", "top1_agreement", "top1_agreement_stderr"}
+COMPARED |= {"routing_agreement"}
 TEXT_KEYS = {"windows", "tokens", "perplexity", "perplexity_stderr", *COMPARED}
 
 
@@ -169,6 +173,8 @@ def test_eval_against_the_reference(finished: Finished, tmp_path):
     assert values["stored_bytes"] == tensor_bytes(finished.out)
     assert values["expert_bits_stored"] == pytest.approx(finished.figures["expert_bits_stored"])
     assert 0.1 < values["mean_kl"] < 2
+    assert values["mean_kl"] < values["kl_p99"] < values["kl_p999"] < 20
+    assert values["fallbacks"] == []
     assert 0.3 < values["top1_agreement"] < 1
     assert len(values["layers"]) == 6
     assert all(0.5 < share <= 1 for share in values["layers"])
@@ -184,7 +190,7 @@ def test_eval_of_the_reference_itself(finished: Finished, tmp_path):
     ran = ok("eval", finished.model, "--reference", finished.model, *arguments, "--json", figures)
     values = json.loads(figures.read_text())
     assert "perplexity" in ran.out  # a file leaves the table on the terminal
-    assert values["mean_kl"] == 0
+    assert values["mean_kl"] == values["kl_p999"] == 0
     assert values["top1_agreement"] == values["routing_agreement"] == 1
     assert values["expert_bits_stored"] is None
     assert list(values["texts"]) == [text.stem]
@@ -192,6 +198,27 @@ def test_eval_of_the_reference_itself(finished: Finished, tmp_path):
     assert alone.keys() == EVAL_KEYS - COMPARED
     assert alone["perplexity"] == values["perplexity"]
     assert alone["layers"] == []
+
+
+def test_eval_compares_what_the_models_write(finished: Finished, tmp_path):
+    figures = tmp_path / "figures.json"
+    arguments = ("--text", builtin_texts()[0], "--max-windows", 1, "--generate", "--max-new-tokens", 40)
+    ran = ok("eval", finished.out, "--reference", finished.model, *arguments, "--json", figures)
+    generation = json.loads(figures.read_text())["generation"]
+    assert len(generation["texts"]) == generation["prompts"] == 8  # a window of 512 tokens
+    for mode in ("greedy", "sampled"):
+        written = [row["model"][mode]["text"] for row in generation["texts"]]
+        assert written != [row["reference"][mode]["text"] for row in generation["texts"]]
+        assert all(written)
+        assert 0.1 < generation["model"][mode]["mean_kl"] < 3
+    for role in ("model", "reference"):  # a small model repeats itself unless tokens are sampled
+        assert generation[role]["greedy"]["repetition_rate"] > 0.3 > generation[role]["sampled"]["repetition_rate"]
+        assert generation[role]["greedy"]["loops"] > 0
+    for words in ("8 prompts, up to 40 tokens", "repeated 4-grams", "run into a loop", "end early", "KL on its own"):
+        assert words in ran.out
+    ran = gemq("eval", finished.out, "--max-new-tokens", 40)
+    assert ran.code == 2
+    assert ran.err.endswith("add --generate\n")
 
 
 def test_generate(finished: Finished):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def smallest_limit(*arguments: object) -> str:
     """The bound that a refusal asks for."""
-    ran = gemq("eval", *arguments, *FLAGS, "--host-memory", "1MB")
+    ran = gemq("eval", *FLAGS, *arguments, "--host-memory", "1MB")
     assert ran.code == 2
     assert ran.err.count("\n") == 1
     assert "give at least --host-memory" in ran.err
@@ -122,6 +123,32 @@ def test_a_dense_model_is_evaluated_whole_where_it_fits(tmp_path):
     assert ran.json["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
 
 
+def test_texts_need_all_layers_in_memory_and_their_kl_does_not(model, packed, monkeypatch):
+    monkeypatch.setattr("gemq.evaluation.model_files.forward_bytes", lambda *_: 0)  # layers decide, not logits
+    few = [*FLAGS, "--max-windows", 2]
+    arguments = (packed, "--reference", model, "--generate", "--max-new-tokens", 8)
+    ran = gemq("eval", *arguments, *few, "--host-memory", "3MB")
+    assert ran.code == 0, ran.err
+    bounded, free = ran.json, gemq("eval", *arguments, *few).json
+    assert free["fallbacks"] == []
+    (line,) = bounded["fallbacks"]
+    assert re.match(re.escape(f"{model} wrote no texts: this takes ") + r"\d\.\d+MB", line)
+    assert "reference" not in bounded["generation"]
+    assert free["generation"]["reference"]["greedy"]["repetition_rate"] is not None
+    assert bounded["mean_kl"] == pytest.approx(free["mean_kl"], rel=1e-6)
+    for mode in ("greedy", "sampled"):
+        assert bounded["generation"]["model"][mode] == pytest.approx(free["generation"]["model"][mode], rel=1e-5)
+    (line,) = gemq("eval", *arguments, *few, "--host-memory", smallest_limit(*arguments)).json["fallbacks"]
+    assert line.startswith(f"{packed} wrote no texts")
+
+
+def test_texts_are_written_without_a_reference(packed):
+    generation = gemq("eval", packed, "--generate", *FLAGS, "--max-windows", 1).json["generation"]
+    assert generation.keys() >= {"model", "texts"}
+    assert generation["max_new_tokens"] == 64  # of 128 tokens, prompts have 64
+    assert "mean_kl" not in generation["model"]["greedy"]
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packed, tmp_path, monkeypatch):
     other_model = make_tiny_model(tmp_path / "other", num_hidden_layers=2, vocab_size=BUILTIN_TOKENS)
     small = make_tiny_model(tmp_path / "small", num_hidden_layers=LAYERS, vocab_size=512)
@@ -133,6 +160,8 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_read(model, packe
         ((packed, "--seq-len", 1000), "--seq-len 1000 is longer"),
         ((packed, "--gpu-memory", "1GB"), "--gpu-memory bounds a GPU"),
         ((packed, "--host-memory", "much"), "--host-memory: "),
+        ((packed, "--generate", "--max-new-tokens", 65), "give at most 64"),
+        ((packed, "--generate", "--max-new-tokens", 0), "--max-new-tokens cannot be 0"),
     ):
         ran = gemq("eval", "--seq-len", 64, "--device", "cpu", *arguments)
         assert ran.code == 2

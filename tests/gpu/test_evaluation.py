@@ -42,6 +42,23 @@ def test_memory_bounds_do_not_change_the_results(tmp_path: Path):
         assert result["layers"] == pytest.approx(expected["layers"], abs=1e-3)
 
 
+def test_texts_are_written_by_captured_steps(tmp_path: Path):
+    model = str(builtin_model())
+    recipe = Recipe(effort="low", num_windows=4, seq_len=64, guard=False, calibration=(str(builtin_texts()[0]),))
+    gemq.quantize(model, recipe, out=tmp_path / "out", device="cuda")
+    texts = {"generate": True, "max_new_tokens": 32, **OPTIONS}
+    values = evaluate_paths(tmp_path / "out", reference=model, **texts)
+    assert values["fallbacks"] == []  # both models write with CUDA graphs
+    on_cpu = evaluate_paths(tmp_path / "out", reference=model, **{**texts, "device": "cpu"})
+    for role in ("model", "reference"):
+        rows, cpu_rows = values["generation"]["texts"], on_cpu["generation"]["texts"]
+        same = sum(a[role]["greedy"] == b[role]["greedy"] for a, b in zip(rows, cpu_rows, strict=True))
+        assert same > len(rows) / 2  # a rounding changes a few texts
+    for mode in ("greedy", "sampled"):
+        kl, cpu_kl = (v["generation"]["model"][mode]["mean_kl"] for v in (values, on_cpu))
+        assert kl == pytest.approx(cpu_kl, rel=0.3)
+
+
 def test_a_callers_tensors_do_not_count_towards_the_bound(tmp_path: Path):
     """A notebook that holds a model quantizes another one in little memory."""
     tensor = torch.empty(3_000_000_000, dtype=torch.uint8, device="cuda")

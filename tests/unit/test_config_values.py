@@ -122,14 +122,15 @@ def test_a_sequence_that_may_pass_the_change_is_left_to_transformers(make):
         Decoder(make(), 1, LIMIT + 1)
 
 
+@pytest.mark.parametrize("prompt", [1, 5, 15])
 @torch.no_grad()
-def test_windows_are_written_as_by_a_model_without_cache():
-    """Past the change, all keys are turned by the other factors."""
+def test_texts_are_written_as_by_a_model_without_cache(prompt):
+    """Past the change, all keys are turned by the other factors. A prompt may be longer than that."""
     model = phimoe()
     ids = tokens(2, 20)
     step = Stepper(model, 20, static=False).begin(2)
-    for n in range(1, 20):
-        logits = step(ids[:, n - 1 : n])
+    for n in range(prompt, 20):
+        logits = step(ids[:, :n] if n == prompt else ids[:, n - 1 : n])
         exact = model(input_ids=ids[:, :n], use_cache=False).logits[:, -1]
         assert torch.allclose(logits, exact, atol=1e-4), n
     static_step = Stepper(model, 20, static=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gemq.calibration.windows import concat_sources
-from gemq.evaluation.evaluate import compare
 from gemq.evaluation.predictions import UNUSED_SLOT, chosen_experts
+from gemq.evaluation.scoring import compare
 from gemq.models.experts import ExpertsCall
 
 
@@ -37,13 +37,16 @@ def test_figures_are_means_over_windows_with_their_standard_errors():
     values = compare(windows, list(tokens.split(2)), model, reference)
 
     log_p, log_q = (x.double().log_softmax(-1)[:, :-1] for x in (p, q))
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = token_kl.mean(1)
     nll = -log_q.gather(2, tokens[:, 1:, None]).squeeze(-1).mean(1)
     top1 = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1)
     assert values["windows"] == 5
     assert values["tokens"] == 25
     assert values["mean_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
     assert values["mean_kl_stderr"] == pytest.approx(kl.std().item() / math.sqrt(5), rel=1e-5)
+    assert values["kl_p99"] == pytest.approx(token_kl.flatten().quantile(0.99).item(), rel=1e-5)
+    assert values["kl_p999"] == pytest.approx(token_kl.flatten().quantile(0.999).item(), rel=1e-5)
     assert values["top1_agreement"] == pytest.approx(top1.mean().item())
     assert values["top1_agreement_stderr"] == pytest.approx(top1.std().item() / math.sqrt(5))
     assert values["perplexity"] == pytest.approx(math.exp(nll.mean()), rel=1e-5)
@@ -53,6 +56,7 @@ def test_figures_are_means_over_windows_with_their_standard_errors():
     second = values["texts"]["b"]
     assert second["mean_kl"] == pytest.approx(kl[3:].mean().item(), rel=1e-5)
     assert second["mean_kl_stderr"] == pytest.approx(kl[3:].std().item() / math.sqrt(2), rel=1e-5)
+    assert second["kl_p99"] == pytest.approx(token_kl[3:].flatten().quantile(0.99).item(), rel=1e-5)
     assert second["routing_agreement"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Next-token logits of windows that are written in parallel, one token a step.
+"""Next-token logits of texts that are written in parallel, one token a step.
 
 On a GPU a step is captured in a CUDA graph over a static cache, since launching the kernels of a step of few tokens
 takes longer than running them. Where the model or memory does not allow a graph, and on a CPU, the model is called as
@@ -16,13 +16,17 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gemq.decoding.decoder import Decoder, Unsupported
+from gemq.decoding.static_cache import last_logits_argument
 from gemq.errors import UserError
 from gemq.models.cache_names import cache_argument, output_cache
 from gemq.models.config_values import rotary_limit
 from gemq.runtime.fallbacks import optional
 
 Step = Callable[[Tensor], Tensor]
-"""Newest tokens int64 [rows, 1] -> logits of the next ones, float32 [rows, V], valid until the next step."""
+"""Newest tokens int64 [rows, n] -> logits of the next ones, float32 [rows, V], valid until the next step.
+
+The first step takes a token or a prompt of each row, every later one a token.
+"""
 
 
 class Stepper:
@@ -121,10 +125,11 @@ class _DynamicStep:
         """One step, see ``Step``."""
         if self._rotary_limit is not None:
             self._tokens.append(tokens.clone())
-            if len(self._tokens) > self._rotary_limit:
+            if sum(step_tokens.shape[1] for step_tokens in self._tokens) > self._rotary_limit:
                 tokens = torch.cat(self._tokens, dim=1)
                 self._cache = self._rotary_limit = None
-        out = self.model(input_ids=tokens, use_cache=True, **cache_argument(self.model, self._cache))
+        arguments = cache_argument(self.model, self._cache) | last_logits_argument(self.model)
+        out = self.model(input_ids=tokens, use_cache=True, **arguments)
         if self._cache is None:
             self._cache = _preallocate(output_cache(out), self.seq_len, self.model)
         logits: Tensor = out.logits[:, -1]

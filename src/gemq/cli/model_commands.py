@@ -34,6 +34,15 @@ def evaluate(
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate", help="Also continue 32 prompts with each model: repetition, loops, early ends, KL on the way."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each continuation (default 512; CPU: 128).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "float32",
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
@@ -49,7 +58,7 @@ def evaluate(
     if max_windows is not None and max_windows < 1:
         raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
     with importing():
-        from gemq.cli.report import print_evaluation
+        from gemq.cli.evaluation_report import print_evaluation
         from gemq.evaluation.evaluate import evaluate_paths
 
     values = evaluate_paths(
@@ -59,6 +68,8 @@ def evaluate(
         text_column=text_column,
         seq_len=seq_len,
         max_windows=max_windows,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
         dtype=dtype,
         device=device,
         gpu_memory=parse_memory("--gpu-memory", gpu_memory),

@@ -182,50 +182,6 @@ def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
     console.print(table)
 
 
-def print_evaluation(console: Console, values: dict[str, Any]) -> None:
-    """Print the summary of ``eval``: one row per text."""
-    has_reference = "mean_kl" in values
-    table = Table(title=str(values["model"]), title_justify="left")
-    table.add_column("text", overflow="fold")
-    columns = ["perplexity", "KL", "top-1", "routing"] if has_reference else ["perplexity"]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, row in values["texts"].items():
-        table.add_row(name, *_evaluation_cells(row, has_reference))
-    table.add_section()
-    table.add_row("all", *_evaluation_cells(values, has_reference), style="bold")
-    console.print(table)
-    console.print(f"{values['tokens']:,} tokens in {values['windows']} windows; ± is the standard error over windows.")
-    if values["stored_bytes"]:
-        bits = values["expert_bits_stored"]
-        stored_bits = f", {bits:.3f} stored bits per expert weight" if bits else ""
-        console.print(f"{_size(values['stored_bytes'])}{stored_bits}")
-    for name, rows in values.get("rows", {}).items():
-        empty_rows = f", {rows['empty_rows']} rows without text left out" if rows["empty_rows"] else ""
-        console.print(f"{name}: text of its rows is from column {', '.join(rows['columns'])}{empty_rows}")
-    if values["layers"]:
-        console.print("Routing agreement by layer: " + " ".join(f"{x:.3f}" for x in values["layers"]))
-
-
-def _evaluation_cells(row: dict[str, Any], has_reference: bool) -> list[str]:
-    """Return the figures of one text."""
-    cells = [_with_error(row, "perplexity", ".3f")]
-    if has_reference:
-        routing = row["routing_agreement"]
-        cells.append(_with_error(row, "mean_kl", ".4f"))
-        cells.append(_with_error(row, "top1_agreement", ".1%"))
-        cells.append("-" if routing is None else f"{routing:.1%}")
-    return cells
-
-
-def _with_error(row: dict[str, Any], key: str, form: str) -> str:
-    """Format a figure and its standard error as ``10.656 ±0.123``."""
-    value, error = format(row[key], form), row[f"{key}_stderr"]
-    if error is None:
-        return value
-    return f"{value.removesuffix('%')} ±{format(error, form)}"
-
-
 def print_plan(console: Console, plan: Plan) -> None:
     """Print the summary of ``plan``."""
     _print_parameters(console, plan)
@@ -271,7 +227,11 @@ def _print_parameters(console: Console, plan: Plan) -> None:
 
 def _print_job(console: Console, plan: Plan) -> None:
     """Print budget, calibration, and the disk and memory that the job takes."""
-    minimum, fastest, host = _size(plan.least_bytes), _size(plan.quickest_bytes), _size(plan.host_bytes)
+    minimum, fastest, host = (
+        _size(plan.least_bytes),
+        _size(plan.quickest_bytes),
+        _size(plan.host_bytes),
+    )
     if plan.device == "cpu":
         memory = f"at least {minimum} of memory (--host-memory), {fastest} to be fastest, plus {host} for libraries"
     else:
@@ -339,7 +299,11 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
     for row in values["decode"]:
         traffic = ["-", "-", "-"]
         if "bytes_per_step" in row:
-            traffic = [_size(row["bytes_per_step"]), _rate(row["bytes_per_second"]), f"{row['share_of_copy']:.1%}"]
+            traffic = [
+                _size(row["bytes_per_step"]),
+                _rate(row["bytes_per_second"]),
+                f"{row['share_of_copy']:.1%}",
+            ]
         decode.add_row(str(row["batch"]), *_speed_cells(row), *traffic)
     console.print(decode)
     prefill = Table(title="Prefill, batch 1, median of runs", title_justify="left")

@@ -1,10 +1,6 @@
-"""Model quality: perplexity and, against a full-precision reference, KL divergence, top-1 and routing agreement.
+"""``gemq eval``: the quality of a model on disk or in memory, alone or against a full-precision reference.
 
-Windows do not overlap, the first token of a window is not scored, and no BOS token is added. Logits are compared in
-float32. All windows have the same length, so a mean over windows is also the mean over all scored tokens. Standard
-errors are those of the mean over windows.
-
-Shapes: N windows, B windows in a batch, S tokens in a window, L layers with experts, K chosen experts, V vocabulary.
+``evaluation.scoring`` defines the figures on windows, ``evaluation.generation_check`` those of written texts.
 """
 
 from __future__ import annotations
@@ -15,13 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gemq.allocation.divergence import kl_divergence, position_chunks
 from gemq.assets import builtin_texts
 from gemq.calibration.rows import RowStats
 from gemq.calibration.windows import Windows, eval_windows
@@ -29,75 +23,26 @@ from gemq.checkpoint.contents import Contents, inspect_checkpoint
 from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.errors import UserError
-from gemq.evaluation.predictions import (
-    UNUSED_SLOT,
+from gemq.evaluation.generation_check import GenerationCheck
+from gemq.evaluation.model_files import (
     ModelFiles,
-    Predictions,
-    WholeModel,
     check_dtype,
+    check_memory,
     max_tokens_per_batch,
     predict_all,
     stored_bytes,
 )
+from gemq.evaluation.predictions import WholeModel
+from gemq.evaluation.scoring import compare
 from gemq.models.source import DTYPES, Source, max_seq_len
 from gemq.models.structure import Structure, find_structure
 from gemq.runtime.device import pick_device
+from gemq.runtime.fallbacks import pop_messages
 from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.progress import Monitor
 
 MAX_TOKENS_PER_BATCH = 4096
 """Upper bound for the tokens of a batch of windows. A batch has at least one window."""
-
-MAX_LOG_PERPLEXITY = 700.0
-"""Larger values overflow ``math.exp``."""
-
-
-@dataclass(frozen=True)
-class WindowMetrics:
-    """Metrics of every window as float64. Each value is a mean over the window's scored tokens, in nats.
-
-    Without a reference the last three are None.
-
-    Attributes:
-        nll: negative log likelihood, [N]
-        kl: KL(reference || model), [N]
-        top1: share of tokens whose most likely next token is the reference's, [N]
-        routing: share of the reference's chosen experts that the model chose as well, over all tokens, [N, L]
-    """
-
-    nll: Tensor
-    kl: Tensor | None = None
-    top1: Tensor | None = None
-    routing: Tensor | None = None
-
-    def summary(self, selected: Tensor, scored_tokens: int) -> dict[str, Any]:
-        """Returns means and standard errors over the selected windows.
-
-        Args:
-            selected: which windows to include, bool [N]
-            scored_tokens: number of scored tokens per window
-        """
-        num_windows = int(selected.sum())
-        nll, error = _mean_and_stderr(self.nll[selected])
-        perplexity = math.exp(min(nll, MAX_LOG_PERPLEXITY))
-        values: dict[str, Any] = {
-            "windows": num_windows,
-            "tokens": num_windows * scored_tokens,
-            "perplexity": perplexity,
-            "perplexity_stderr": None if error is None else perplexity * error,
-        }
-        if self.kl is not None and self.top1 is not None and self.routing is not None:
-            values["mean_kl"], values["mean_kl_stderr"] = _mean_and_stderr(self.kl[selected])
-            values["top1_agreement"], values["top1_agreement_stderr"] = _mean_and_stderr(self.top1[selected])
-            routing = self.routing[selected]
-            values["routing_agreement"] = routing.mean().item() if routing.shape[1] else None
-        return values
-
-
-def _mean_and_stderr(values: Tensor) -> tuple[float, float | None]:
-    """Returns the mean of [n] values and its standard error, which is None for a single value."""
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return values.mean().item(), error
 
 
 def evaluate(
@@ -118,9 +63,9 @@ def evaluate(
         micro_batch_tokens: upper bound for the tokens of a batch of windows
 
     Returns:
-        The values that ``gemq eval --json`` prints: ``windows``, ``tokens``, ``perplexity``, ``mean_kl``,
-        ``top1_agreement``, ``routing_agreement``, the standard errors of the first three figures, ``texts`` (the same
-        by source) and ``layers`` (routing agreement of each layer with experts).
+        The values that ``gemq eval --json`` prints: ``windows``, ``tokens``, ``perplexity``, ``mean_kl``, ``kl_p99``,
+        ``kl_p999``, ``top1_agreement``, ``routing_agreement``, the standard errors of perplexity, KL and top-1,
+        ``texts`` (the same by source) and ``layers`` (routing agreement of each layer with experts).
     """
     batches = [windows.tokens[batch] for batch in windows.batches(micro_batch_tokens)]
     expert_paths: list[str] = []
@@ -128,104 +73,6 @@ def evaluate(
         expert_paths = [layer.experts.path for _, layer in structure.moe_layers]
     reference_predictions = None if reference is None else WholeModel(reference, batches, expert_paths)
     return compare(windows, batches, WholeModel(model, batches, expert_paths), reference_predictions, progress)
-
-
-def compare(
-    windows: Windows,
-    batches: Sequence[Tensor],
-    model: Predictions,
-    reference: Predictions | None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Scores the predictions of ``batches`` and returns the values that ``evaluate`` documents.
-
-    Args:
-        windows: all windows
-        batches: token ids [B, S] of consecutive windows
-        model: predictions to score
-        reference: predictions to compare with
-    """
-    scores: list[_Score] = []
-    agreements: list[list[float]] = []
-    for index, ids in enumerate(batches):
-        # The model comes first: it may run layers now, and then no logits of the reference are in memory yet.
-        logits, experts = model.predict(index)
-        if reference is None:
-            scores += _score_batch(logits, None, ids)
-        else:
-            reference_logits, reference_experts = reference.predict(index)
-            scores += _score_batch(logits, reference_logits, ids)
-            agreements += _routing_agreements(experts, reference_experts)
-        if progress:
-            progress(len(scores), len(windows))
-
-    metrics = _collect_metrics(scores, agreements if reference is not None else None)
-    scored_tokens = windows.seq_len - 1
-    all_windows = torch.ones(len(windows), dtype=torch.bool)
-    values = metrics.summary(all_windows, scored_tokens)
-    values["texts"] = {
-        name: metrics.summary(windows.source == source, scored_tokens) for source, name in enumerate(windows.names)
-    }
-    values["layers"] = [] if metrics.routing is None else metrics.routing.mean(0).tolist()
-    return values
-
-
-class _Score(NamedTuple):
-    """Means over the scored tokens of one window. ``kl`` and ``top1`` are 0 without a reference."""
-
-    nll: float
-    kl: float
-    top1: float
-
-
-def _score_batch(logits: Tensor, reference: Tensor | None, ids: Tensor) -> list[_Score]:
-    """Scores the windows ``ids`` [B, S] from the logits [B, S, V] of the model and of the reference."""
-    ids = ids.to(logits.device)
-    scores = []
-    for row, seq_len in enumerate(ids):
-        window_reference = None if reference is None else reference[row]
-        scores.append(_score_window(logits[row], window_reference, seq_len))
-    return scores
-
-
-def _score_window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> _Score:
-    """Scores the window ``ids`` [S] from the logits [S, V] of the model and of the reference."""
-    nll = kl = top1 = 0.0
-    scored = len(ids) - 1
-    for rows in position_chunks(scored):
-        log_q = logits[rows].float().log_softmax(-1)
-        next_tokens = ids[rows.start + 1 : rows.stop + 1, None]
-        nll -= log_q.gather(1, next_tokens).sum().item()
-        if reference is not None:
-            log_p = reference[rows].float().log_softmax(-1)
-            kl += kl_divergence(log_p, log_q).item()
-            top1 += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    return _Score(nll / scored, kl / scored, top1 / scored)
-
-
-def _routing_agreements(experts: Sequence[Tensor], reference: Sequence[Tensor]) -> list[list[float]]:
-    """Returns the routing agreement of each window and layer, from the experts [B, S, K] that each layer chose."""
-    by_layer = []
-    for layer_experts, layer_reference in zip(experts, reference, strict=True):
-        windows = zip(layer_experts, layer_reference, strict=True)
-        by_layer.append([_routing_agreement(chosen, expected) for chosen, expected in windows])
-    return [list(seq_len) for seq_len in zip(*by_layer, strict=True)]
-
-
-def _routing_agreement(chosen: Tensor, expected: Tensor) -> float:
-    """Mean over tokens of the share of the ``expected`` experts [S, K] that are in ``chosen``, in any order."""
-    is_used = expected != UNUSED_SLOT
-    is_chosen = (expected.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1) & is_used
-    return (is_chosen.sum(-1) / is_used.sum(-1).clamp_min(1)).mean().item()
-
-
-def _collect_metrics(scores: Sequence[_Score], agreements: Sequence[Sequence[float]] | None) -> WindowMetrics:
-    """Stacks the scores and agreements of all windows. ``agreements`` is None without a reference."""
-    nll, kl, top1 = torch.tensor(scores, dtype=torch.float64).unbind(1)
-    if agreements is None:
-        return WindowMetrics(nll)
-    routing = torch.tensor(agreements, dtype=torch.float64).view(len(scores), -1)
-    return WindowMetrics(nll, kl, top1, routing)
 
 
 @dataclass(frozen=True)
@@ -281,6 +128,8 @@ def evaluate_paths(
     text_column: str | None = None,
     seq_len: int = 512,
     max_windows: int | None = None,
+    generate: bool = False,
+    max_new_tokens: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
     gpu_memory: int | None = None,
@@ -291,7 +140,7 @@ def evaluate_paths(
     """Measure the quality of a model on disk: perplexity, and KL to a full-precision reference.
 
     Windows do not overlap. The first token of each is not scored. Memory limits decide where layers and activations
-    lie. They do not change the result.
+    lie. They do not change the result, except that a model writes texts only if memory holds all of its layers.
 
     Args:
         model: directory or hub id of a packed checkpoint or any Transformers model
@@ -300,6 +149,8 @@ def evaluate_paths(
         text_column: column of rows that holds the text; None: as ``calibration_column`` of a recipe
         seq_len: tokens per window
         max_windows: number of windows to take from the start of each text; None: all
+        generate: let both models continue 32 prompts from the texts, greedily and sampled, and compare what they write
+        max_new_tokens: upper bound for the tokens of each continuation; None: 512, on a CPU 128
         dtype: compute type: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
         device: ``auto``, ``cpu`` or ``cuda``
         gpu_memory: limit in bytes; None: 90 % of the free memory
@@ -318,22 +169,38 @@ def evaluate_paths(
         - ``texts``: windows, tokens and all metrics of each text, by the stem of its file
         - ``layers``: routing agreement of each layer with experts, empty without a reference
         - ``rows``: the columns that were read, if a text has rows
+        - ``fallbacks``: what was not done in the usual way, a line each
 
         With a reference also, and by text too:
 
         - ``mean_kl``, ``mean_kl_stderr``: KL(reference || model) in nats per token
+        - ``kl_p99``, ``kl_p999``: the KL that 99 % and 99.9 % of the tokens stay below, exact
         - ``top1_agreement``, ``top1_agreement_stderr``: share of tokens whose most likely next token is the same
         - ``routing_agreement``: share of the reference's chosen experts that the model chose as well
+
+        With ``generate``, under ``generation``:
+
+        - ``prompts``, ``prompts_in_chat_template``, ``max_new_tokens``, ``seed``: what was continued, and how
+        - ``model``, ``reference``: by ``greedy`` and ``sampled``, the figures of what each wrote, if memory held it:
+          ``repetition_rate`` (share of repeated 4-grams), ``loops`` and ``loop_share`` (continuations that end in a
+          loop), ``ended``, ``ended_share`` and ``ended_mean_tokens`` (continuations with an end token, and their
+          length). With a reference also ``mean_kl`` and ``mean_kl_stderr``: the KL along the model's continuations
+        - ``texts``: ``source`` and ``prompt``, and by model and mode the ``text`` that continues it, with its figures
 
     Raises:
         UserError: the model cannot be evaluated. Most causes are detected before any weight is read.
     """
+    if max_new_tokens is not None and not generate:
+        raise UserError("--max-new-tokens is the length of generated texts: add --generate")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens cannot be {max_new_tokens}: the minimum is 1")
     model = str(model)
     reference = None if reference is None else str(reference)
     target = pick_device(device)
     subject = ModelFiles.open(model, dtype, trust_remote_code)
     _check_window(subject, seq_len)
     models = [subject]
+    reference_files = None
     if reference is not None:
         reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
         _check_comparable(subject, reference_files)
@@ -351,14 +218,25 @@ def evaluate_paths(
     )
     batch_size = max_tokens_per_batch(models, MAX_TOKENS_PER_BATCH)
     batches = [windows.tokens[batch] for batch in windows.batches(batch_size)]
+    check = GenerationCheck.plan(subject, reference_files, windows, target, max_new_tokens) if generate else None
     monitor = monitor or Monitor()
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
         memory = MemoryBudget.bounded(target, gpu_memory, host_memory, Path(directory))
         with memory.enforced():
-            predictions, model_bytes = predict_all(models, memory, batches, monitor)
+            text_batches: list[Tensor] = []
+            if check is not None:
+                shapes = [(batches[0].shape[0], seq_len), (check.batch_rows(batch_size), check.seq_len)]
+                check_memory(models, memory, shapes)
+                check.write(memory, monitor)
+                text_batches = check.batches(batch_size)
+            predictions, model_bytes = predict_all(models, memory, [*batches, *text_batches], monitor)
             reference_predictions = predictions[0] if reference is not None else None
             with monitor.stage("score", len(windows)) as tick:
                 values = compare(windows, batches, predictions[-1], reference_predictions, tick)
+            if check is not None and reference_predictions is not None and text_batches:
+                indices = range(len(batches), len(batches) + len(text_batches))
+                with monitor.stage("score texts", check.num_texts) as tick:
+                    check.measure(predictions[-1], reference_predictions, indices, tick)
     if not math.isfinite(values["perplexity"]):
         raise UserError(
             f"{model} produces non-finite predictions: its weights hold NaN or infinity, or overflow in {dtype}"
@@ -373,6 +251,9 @@ def evaluate_paths(
     }
     if rows:
         values["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}
+    if check is not None:
+        values["generation"] = check.values()
+    values["fallbacks"] = (check.fallbacks if check else []) + pop_messages()
     return properties | values
 
 
