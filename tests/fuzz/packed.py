@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -71,7 +72,7 @@ class Packed:
         damage = m.pick(rng, DAMAGE)
         done = damage(rng, directory)
         if rng.random() < 0.1:
-            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, SafetensorError):
                 done += f", {m.pick(rng, DAMAGE)(rng, directory)}"  # if the first left it something to damage
         action = m.pick(rng, ACTIONS)
         if action is Packed.from_pretrained and not reaches_gemq(directory):

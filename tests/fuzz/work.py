@@ -29,11 +29,10 @@ class WorkDirectories:
         self.text.write_text(builtin_texts()[0].read_text()[:3000])
         self.base = folder / "base.work"
         self.case_directory = folder / "case"
-        assert (
-            worker.cli(["quantize", self.model, "-o", folder / "base", "--work", self.base, *self._job()])
-            == worker.SAME
-        )
-        assert worker.cli(["export", self.base, "-o", folder / "export", "--bits", "1.5", "-q"]) == worker.SAME
+        quantize = ["quantize", self.model, "-o", folder / "base", "--work", self.base, *self._job()]
+        export = ["export", self.base, "-o", folder / "export", "--bits", "1.5", "-q"]
+        for command in (quantize, export):
+            assert worker.prepare(lambda command=command: worker.cli(command)) == worker.SAME
         self.quantized = (folder / "base" / "model.safetensors").read_bytes()
         self.exported = (folder / "export" / "model.safetensors").read_bytes()
 

@@ -80,6 +80,16 @@ def run(action: Callable[[], Any]) -> Outcome:
     return _sorted_out(text, hung, status, usage.ru_maxrss << 10, printed)
 
 
+def prepare(action: Callable[[], Any]) -> Any:
+    """Runs ``action`` in a fork and returns its result. For jobs that cases start from.
+
+    A job in this process would leave threads (HiGHS has a pool of them), for which cases in a fork would wait.
+    """
+    outcome = run(action)
+    assert outcome.kind not in FAILURES, outcome
+    return outcome.kind
+
+
 def slowdown() -> float:
     """How many times as long as alone a process takes now, since others use the same cores."""
     begin, cpu_begin = time.monotonic(), time.process_time()

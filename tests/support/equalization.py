@@ -32,7 +32,9 @@ def equalized_model(folder: Path, dtype: torch.dtype = torch.float32) -> Iterato
         replay = Replay(model, structure, cache)
         with cache.with_one_layer_per_kind():
             ids = torch.arange(16).unsqueeze(0)
-            folds_by_layer = find_folds(replay, cache.first_of_kind(), ids)
+            first_of_kind = cache.first_of_kind()
+            found = find_folds(replay, first_of_kind, ids, reader.types)
+        folds_by_layer = [found[first] for first in first_of_kind]
         for index, layer_folds in enumerate(folds_by_layer):
             cache.equalization.set_folds(index, layer_folds.folds)
         with cache.all_layers():
@@ -52,6 +54,8 @@ def rescaled(model: Any, folds_by_layer: list[LayerFolds], seed: int = 0, larges
             tensor = variant.get_parameter(f"{layer.path}.{name}").data
             tensors[name] = tensor[: len(parameter)]  # families may have experts that do nothing at the end
         for fold in layer_folds.folds:
+            if getattr(fold, "one_plus", False):
+                continue  # stored types cannot represent other weights of these norms
             scale_(fold.scalings(_draw(fold.choose(tensors).shape, generator, largest)), tensors)
     return variant
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,6 +185,24 @@ class NormFold:
 Fold = RowFold | NormFold
 
 
+def fold_to_dict(fold: Fold) -> dict[str, Any]:
+    """Returns a fold as plain values."""
+    values = vars(fold).copy()
+    if isinstance(fold, RowFold):
+        values["rows"] = fold.rows.tolist()
+    return values
+
+
+def fold_from_dict(values: Mapping[str, Any]) -> Fold:
+    """Reads what ``fold_to_dict`` has returned, possibly after a detour through JSON."""
+    if "rows" in values:
+        return RowFold(**{**values, "rows": torch.tensor(values["rows"])})
+    arguments: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    return NormFold(**arguments)
+
+
 def choose_exponents(squares: Tensor, level: Tensor) -> Tensor:
     """Returns the exponents of channels [..., C] int8 that bring their root mean squares near 2^level.
 
@@ -209,7 +227,7 @@ def mean_squares(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def equalize_(
     folds: Sequence[Fold], tensors: Mapping[str, Tensor], stored_types: Mapping[str, torch.dtype]
-) -> tuple[list[Scaling], int]:
+) -> list[Scaling]:
     """Chooses the scalings of a layer and scales its tensors in place.
 
     Args:
@@ -218,28 +236,28 @@ def equalize_(
         stored_types: dtypes of the tensors in files, by name
 
     Returns:
-        The scalings in the order of their application, and the number of folds that were left out since the stored
-        types do not represent their result.
+        The scalings in the order of their application. Folds whose result the stored types do not represent have none.
     """
     scalings: list[Scaling] = []
-    inexact = 0
     for fold in folds:
         fold_scalings = fold.scalings(fold.choose(tensors))
-        if all(_is_representable(scaling, tensors, stored_types) for scaling in fold_scalings):
+        if are_representable(fold_scalings, tensors, stored_types):
             scale_(fold_scalings, tensors)
             scalings += fold_scalings
-        else:
-            inexact += 1
-    return scalings, inexact
+    return scalings
 
 
-def _is_representable(scaling: Scaling, tensors: Mapping[str, Tensor], stored_types: Mapping[str, torch.dtype]) -> bool:
-    """Returns whether files represent a scaled tensor. Float32 and bfloat16 represent products with powers of two."""
-    tensor = tensors[scaling.name]
-    stored = stored_types.get(scaling.name, tensor.dtype)
-    if not scaling.one_plus and stored in (torch.float32, torch.bfloat16):
-        return True
-    return scaling.is_exact(tensor, stored)
+def are_representable(
+    scalings: Iterable[Scaling], tensors: Mapping[str, Tensor], stored_types: Mapping[str, torch.dtype]
+) -> bool:
+    """Returns whether files represent scaled tensors. Float32 and bfloat16 represent products with powers of two."""
+    for scaling in scalings:
+        tensor = tensors[scaling.name]
+        stored = stored_types.get(scaling.name, tensor.dtype)
+        always_exact = not scaling.one_plus and stored in (torch.float32, torch.bfloat16)
+        if not always_exact and not scaling.is_exact(tensor, stored):
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -251,11 +269,7 @@ def scale_(scalings: Iterable[Scaling], tensors: Mapping[str, Tensor]) -> None:
 
 
 class Equalization:
-    """The folds of a model's layers, and the scalings of the layers that were loaded.
-
-    Attributes:
-        inexact: by layer, number of folds that its stored types could not represent
-    """
+    """The folds of a model's layers, and the scalings of the layers that were loaded."""
 
     def __init__(self, prefixes: Sequence[str], stored_types: Mapping[str, torch.dtype]):
         """
@@ -266,7 +280,6 @@ class Equalization:
         self._prefixes, self._stored_types = prefixes, stored_types
         self._folds: list[Sequence[Fold]] = [()] * len(prefixes)
         self._scalings: dict[int, list[Scaling]] = {}
-        self.inexact: dict[int, int] = {}
 
     def set_folds(self, index: int, folds: Sequence[Fold]) -> None:
         """Sets the folds of a layer. Call before the layer is loaded for a stage."""
@@ -287,7 +300,7 @@ class Equalization:
             scale_(self._scalings[index], local)
             return
         types = {name: self._stored_types.get(prefix + name, tensor.dtype) for name, tensor in local.items()}
-        scalings, self.inexact[index] = equalize_(self._folds[index], local, types)
+        scalings = equalize_(self._folds[index], local, types)
         self._scalings[index] = [scaling._replace(exponents=scaling.exponents.cpu()) for scaling in scalings]
 
     def folded(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

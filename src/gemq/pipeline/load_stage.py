@@ -8,12 +8,12 @@ import torch
 
 from gemq.calibration.sources import host_bytes
 from gemq.models.calls import one_line_errors
-from gemq.models.fold_search import find_folds
 from gemq.models.layer_cache import LayerCache
 from gemq.models.replay import Replay
 from gemq.models.source import pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.context import Job
+from gemq.pipeline.equalization_stage import run_equalization
 from gemq.pipeline.stages import Footprint
 from gemq.planning.memory_model import held_bytes, staging_bytes
 
@@ -48,19 +48,9 @@ def run_load(job: Job, verify: bool = True) -> tuple[Replay, dict[str, torch.dty
             with layer_cache.with_one_layer_per_kind():
                 if verify:
                     replay.verify(probe)
-                if job.recipe.equalize:
-                    _equalize(job, replay, layer_cache, probe)
+                run_equalization(job, replay, layer_cache, probe)
         tick()
     return replay, reader.types
-
-
-def _equalize(job: Job, replay: Replay, layer_cache: LayerCache, probe: torch.Tensor) -> None:
-    """Finds the folds of all layers, which are equalized from now on when they are loaded."""
-    kinds = layer_cache.first_of_kind()
-    folds_by_layer = job.work.ranks.run_on_first(lambda: find_folds(replay, kinds, probe))
-    for index, layer_folds in enumerate(folds_by_layer):
-        layer_cache.equalization.set_folds(index, layer_folds.folds)
-        job.count_fallback("inputs_not_equalized", layer_folds.not_equalized)
 
 
 def _reserve_memory(job: Job, model: Any, structure: Structure, dtype: torch.dtype) -> None:
