@@ -6,15 +6,21 @@ floor((t + 1) * b), and its value is a function of that state. Neighbours share 
 tail-biting: Tseng et al., "QTIP", arXiv:2406.11235, sections 3.1 and 3.2). The width is any multiple of 1/8 bit from 1
 to 4. It enters the decoder as a number, so that one decoder serves all widths.
 
-Widths are passed as ``eighths``, the number of eighths of a bit. A ring then has ``eighths`` words of 32 bits.
+A width is passed as its number of eighths of a bit. The ring of a tile then has as many words of 32 bits.
 
-Shapes: T tiles, N weights of a tile (256; any multiple of 8 in tests), S = 2^L states.
+``quantize_ldlq`` encodes whole matrices, whose entries ``incoherence`` and ``rotate_weight`` have made Gaussian before.
+
+Must not import models or files. ``trellis_kernel`` implements the search for Triton.
+
+Shapes: T tiles, N weights of a tile (256, or a smaller multiple of 8), S = 2^L states, E matrices, R rows, C columns.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Protocol
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +43,21 @@ OVERLAP_WEIGHTS = 64
 """Weights on either side of the ring's start that the first pass of the encoder looks at."""
 
 WORD_BITS = 32
+
+MULTIPLIER = 0xC5E2486D
+"""Spreads the bits of a state over four bytes. Of some hundred random odd numbers the best from L = 12 to 16."""
+
+BYTES_MEAN, BYTES_DEVIATION = 510, 147.8
+"""Of the sum of four random bytes."""
+
+LDLQ_GAIN = 0.92
+"""Factor of weights of unit variance before they are encoded with error feedback. Feedback adds to their variance."""
+
+MAX_HADAMARD = 128
+"""Largest block of the Hadamard transform."""
+
+MARGIN_ROUNDS = 8
+"""Rounds that normalize rows and columns of blocks in turn."""
 
 UNREACHABLE = 1e30
 """Cost of a state that a path must not start or end in."""
@@ -61,6 +82,17 @@ def new_bits(width_eighths: int) -> list[int]:
     """Return how many bits each weight of a period adds to the ring. They sum to ``width_eighths``."""
     ends = [index * width_eighths // PERIOD for index in range(PERIOD + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def byte_sum_table(state_bits: int) -> Tensor:
+    """Return the values of all states of L bits: [2^L] float32, roughly a unit Gaussian.
+
+    A value is the sum of the four bytes of state * MULTIPLIER mod 2^32, shifted and scaled. A GPU computes it in two
+    integer instructions, a product and dp4a, without a table.
+    """
+    product = torch.arange(1 << state_bits) * MULTIPLIER & 0xFFFFFFFF
+    product_bytes = torch.stack([(product >> shift) & 0xFF for shift in (0, 8, 16, 24)])
+    return ((product_bytes.sum(0) - BYTES_MEAN) / BYTES_DEVIATION).float()
 
 
 def _bit_ends(width_eighths: int, weights: int, device: torch.device) -> Tensor:
@@ -131,12 +163,8 @@ def state_bits(table: Tensor) -> int:
     return len(table).bit_length() - 1
 
 
-class Viterbi(Protocol):
-    """An implementation of the search: ``viterbi`` of this module, or of ``trellis_kernel``."""
-
-    def __call__(
-        self, x: Tensor, width_eighths: int, table: Tensor, overlap: Tensor | None
-    ) -> tuple[Tensor, Tensor]: ...
+Viterbi = Callable[[Tensor, int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""An implementation of the search: ``viterbi`` of this module or of ``trellis_kernel``."""
 
 
 def viterbi(x: Tensor, width_eighths: int, table: Tensor, overlap: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,3 +232,167 @@ def encode_states(x: Tensor, width_eighths: int, table: Tensor, search: Viterbi 
 def encode(x: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viterbi) -> Tensor:
     """Encode tiles as rings of bits. Arguments as for ``encode_states``, result as of ``pack``."""
     return pack(encode_states(x, width_eighths, table, search), width_eighths)
+
+
+# Incoherence: matrices whose entries look like unit Gaussians
+
+
+class Incoherence(NamedTuple):
+    """Vectors that turn E matrices W into matrices V of unit Gaussian entries (QTIP, section 2.2).
+
+    With a block Hadamard matrix B, W = diag(outputs) B V B diag(inputs). A product W x is computed as
+    outputs * B (V (B (inputs * x))).
+
+    Attributes:
+        inputs: [E, C] float32, sign times scale of each column.
+        outputs: [E, R] float32, sign times scale of each row.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def hadamard_block(size: int) -> int:
+    """Return the size of the Hadamard blocks for a dimension: the largest power of two up to 128 that divides it."""
+    return math.gcd(size, MAX_HADAMARD)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply blocks of the last dimension of ``x`` by a normalized Hadamard matrix. It is its own inverse."""
+    block = hadamard_block(x.shape[-1])
+    matrix = x.new_ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.unflatten(-1, (-1, block)) @ (matrix / block**0.5)).flatten(-2)
+
+
+def random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return random signs, 1 or -1 as float32, on the generator's device."""
+    return torch.randint(0, 2, shape, generator=generator, device=generator.device).float() * 2 - 1
+
+
+def incoherence(weight: Tensor, hessian_diagonal: Tensor, generator: torch.Generator) -> Incoherence:
+    """Choose signs and scales of matrices.
+
+    Inside a Hadamard block the rounding error is spread evenly. With scales s, columns of mean square w^2 and inputs of
+    mean square h, its cost is sum(s^2 h) * sum(w^2 / s^2), which is smallest for s^2 = w / sqrt(h). For rows h is 1.
+    The mean square of the rotated matrix is then one in each row and each column of blocks.
+
+    Args:
+        weight: [E, R, C], any float dtype.
+        hessian_diagonal: [E, C], mean square of each input.
+        generator: Draws the signs.
+
+    Returns:
+        Vectors for ``rotate_weight`` and ``rotate_hessian``.
+    """
+    experts, rows, columns = weight.shape
+    square = weight.float().square()
+    column_scale = _balanced(square.mean(1), hessian_diagonal.float())
+    square = square / column_scale.square().unsqueeze(1)
+    row_scale = _balanced(square.mean(2), torch.ones_like(square[:, :, 0]))
+    square = square / row_scale.square().unsqueeze(2)
+    row_block, column_block = hadamard_block(rows), hadamard_block(columns)
+    block_square = square.unflatten(2, (-1, column_block)).mean(3).unflatten(1, (-1, row_block)).mean(2)
+    row_factor, column_factor = _equal_margins(block_square)
+    row_scale = row_scale * row_factor.sqrt().repeat_interleave(row_block, 1)
+    column_scale = column_scale * column_factor.sqrt().repeat_interleave(column_block, 1)
+    signs = random_signs((experts, rows + columns), generator).to(weight.device)
+    return Incoherence(column_scale * signs[:, rows:], row_scale * signs[:, :rows])
+
+
+def _balanced(weight_square: Tensor, input_square: Tensor) -> Tensor:
+    """Return (weight_square / input_square)^(1/4), limited so that zeros give no extreme scales."""
+    weight_square, input_square = (
+        square.clamp_min(1e-6 * square.mean(-1, keepdim=True) + 1e-24) for square in (weight_square, input_square)
+    )
+    return (weight_square / input_square) ** 0.25
+
+
+def _equal_margins(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors [E, I] and [E, J] that divide ``square`` [E, I, J] to rows and columns of mean 1."""
+    row_factor, column_factor = torch.ones_like(square[:, :, 0]), torch.ones_like(square[:, 0])
+    for _ in range(MARGIN_ROUNDS):
+        row_factor = (square / column_factor.unsqueeze(1)).mean(2).clamp_min(1e-30)
+        column_factor = (square / row_factor.unsqueeze(2)).mean(1).clamp_min(1e-30)
+    return row_factor, column_factor
+
+
+def rotate_weight(weight: Tensor, vectors: Incoherence) -> Tensor:
+    """Return V [E, R, C] float32 for W = diag(outputs) B V B diag(inputs)."""
+    scaled = weight.float() / vectors.outputs.unsqueeze(2) / vectors.inputs.unsqueeze(1)
+    return hadamard(hadamard(scaled).mT).mT
+
+
+def restore_weight(rotated: Tensor, vectors: Incoherence) -> Tensor:
+    """Return W = diag(outputs) B V B diag(inputs), [E, R, C]: the inverse of ``rotate_weight``."""
+    scaled = hadamard(hadamard(rotated).mT).mT
+    return scaled * vectors.outputs.unsqueeze(2) * vectors.inputs.unsqueeze(1)
+
+
+def rotate_hessian(hessian: Tensor, vectors: Incoherence) -> Tensor:
+    """Return the Hessians [E, C, C] of the inputs B (inputs * x) that the rotated matrices get."""
+    scaled = hessian * vectors.inputs.unsqueeze(1) * vectors.inputs.unsqueeze(2)
+    return hadamard(hadamard(scaled).mT).mT
+
+
+# LDLQ: error feedback between blocks of columns
+
+
+def quantize_ldlq(
+    weight: Tensor, upper: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viterbi
+) -> tuple[Tensor, Tensor]:
+    """Quantize rotated matrices with error feedback between blocks of 16 columns.
+
+    With the inverse of the Hessian U^T U, the error D of a matrix costs |D U^-1|^2. Blocks are encoded from first to
+    last. Each is corrected for the errors of the blocks before it (QTIP, section 2.1, with the factor of
+    ``hessian.factorize``).
+
+    Args:
+        weight: [E, R, C] float32 from ``rotate_weight``. 16 divides R and C.
+        upper: [E, C, C] float32, from ``hessian.factorize`` for Hessians from ``rotate_hessian``.
+        width_eighths: Width in eighths of a bit.
+        table: [S] float32.
+        search: Implementation of the Viterbi algorithm.
+
+    Returns:
+        Rings [E, R / 16, C / 16, width_eighths] int32, and their values [E, R, C] float32.
+
+    Raises:
+        UserError: 16 does not divide R or C.
+    """
+    experts, rows, columns = weight.shape
+    if rows % TILE_SIDE or columns % TILE_SIDE:
+        raise UserError(
+            f"a matrix of {rows} x {columns} weights cannot be cut into tiles of {TILE_SIDE} x {TILE_SIDE}: such a "
+            "matrix has no trellis codes"
+        )
+    shape = (experts, rows // TILE_SIDE, columns // TILE_SIDE, width_eighths)
+    words = torch.empty(shape, dtype=torch.int32, device=weight.device)
+    values = torch.empty_like(weight)
+    errors = torch.empty_like(weight)  # D U^-1
+    for start in range(0, columns, TILE_SIDE):
+        stop = start + TILE_SIDE
+        block = weight[:, :, start:stop]
+        if start:
+            block = torch.baddbmm(block, errors[:, :, :start], upper[:, :start, start:stop], alpha=-1)
+        rings = encode(block.reshape(-1, TILE_WEIGHTS) * LDLQ_GAIN, width_eighths, table, search)
+        words[:, :, start // TILE_SIDE] = rings.view(experts, -1, width_eighths)
+        decoded = (decode(rings, width_eighths, table) / LDLQ_GAIN).view(experts, rows, TILE_SIDE)
+        values[:, :, start:stop] = decoded
+        triangle = upper[:, start:stop, start:stop]
+        errors[:, :, start:stop] = torch.linalg.solve_triangular(triangle, block - decoded, upper=True, left=False)
+    return words, values
+
+
+def refit_outputs(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
+    """Return the factors [E, R] of the rows of ``restored`` that are best by the Hessian. ``outputs`` absorbs them.
+
+    Args:
+        weight: [E, R, C] float32.
+        restored: [E, R, C] float32, its quantized version.
+        hessian: [E, C, C] float32, of the inputs of both.
+    """
+    product = restored @ hessian
+    norm = (product * restored).sum(2)
+    return torch.where(norm > 0, (product * weight).sum(2) / norm.clamp_min(1e-30), torch.ones_like(norm))

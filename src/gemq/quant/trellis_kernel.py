@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.quant.trellis import PERIOD, UNREACHABLE, new_bits, state_bits
+from gemq.quant.trellis import PERIOD, UNREACHABLE
 
 MAX_BUFFER_BYTES = 2 << 30
 """Upper bound for the buffer of winners. More tiles than fit are encoded in several launches."""
