@@ -85,11 +85,10 @@ def _forward_kernel(
     tile = tl.program_id(0).to(tl.int64)
     state = tl.arange(0, S)
     values = tl.load(table + state)
-    mismatch = tl.zeros([S], tl.float32)
+    cost = tl.zeros([S], tl.float32)
     if CONSTRAINED:
         shared_bits = state & ((S >> EIGHTHS // 8) - 1)
-        mismatch = tl.where(shared_bits == tl.load(overlaps + tile), 0.0, _UNREACHABLE)
-    cost = mismatch
+        cost = tl.where(shared_bits == tl.load(overlaps + tile), 0.0, _UNREACHABLE)
     x += tile * (periods * _PERIOD)
     winners += tile * (periods * _PERIOD) * WORDS
     for _ in range(periods):
@@ -106,10 +105,20 @@ def _forward_kernel(
         x += _PERIOD
         winners += _PERIOD * WORDS
     if CONSTRAINED:
-        cost += tl.where(state & ((S >> EIGHTHS // 8) - 1) == tl.load(overlaps + tile), 0.0, _UNREACHABLE)
-    total = tl.min(cost, 0)
+        # the predecessors of the first weight, as in ``_advance``, of which only those with the right bits count
+        STEP: tl.constexpr = EIGHTHS // 8
+        Q: tl.constexpr = S >> STEP
+        ranked = tl.reshape(cost.to(tl.int32, bitcast=True), [1 << STEP, Q])
+        minimum = tl.min((ranked & predecessor_mask) | tl.arange(0, 1 << STEP)[:, None], 0)
+        overlap = tl.load(overlaps + tile)
+        best = tl.min(tl.where(tl.arange(0, Q) == overlap, minimum, 0x7FFFFFFF), 0)
+        total = (best & predecessor_mask).to(tl.float32, bitcast=True)
+        last_state = (best & ((1 << STEP) - 1)) * Q + overlap
+    else:
+        total = tl.min(cost, 0)
+        last_state = tl.min(tl.where(cost == total, state, S), 0)
     tl.store(totals + tile, total)
-    tl.store(last_states + tile, tl.min(tl.where(cost == total, state, S), 0))
+    tl.store(last_states + tile, last_state)
 
 
 @triton.jit
