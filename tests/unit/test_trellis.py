@@ -172,7 +172,7 @@ def test_feedback_and_rotation_beat_scalar_codes():
     h = hessian.float()
     scalar = dequantize(pick(gptq(weight, factorize(h, DAMPENING).upper, (Width.TWO_BIT,), 32), 0))
     eighths, table = 16, trellis.byte_sum_table(10)
-    vectors = trellis.incoherence(weight, h.diagonal(dim1=1, dim2=2), torch.Generator().manual_seed(0))
+    vectors = trellis.incoherence(weight, hessian.diagonal(dim1=1, dim2=2), torch.Generator().manual_seed(0))
     rotated, rotated_h = trellis.rotate_weight(weight, vectors), trellis.rotate_hessian(h, vectors)
     words, values = trellis.quantize_ldlq(rotated, factorize(rotated_h, DAMPENING).upper, eighths, table)
     assert words.shape == (2, 6, 10, eighths)

@@ -37,7 +37,6 @@ PERIOD = 8
 """Weights after which the pattern of new bits repeats."""
 
 MIN_EIGHTHS, MAX_EIGHTHS = 8, 32
-"""Narrowest and widest code, in eighths of a bit per weight."""
 
 OVERLAP_WEIGHTS = 64
 """Weights on either side of the ring's start that the first pass of the encoder looks at."""
@@ -55,6 +54,9 @@ LDLQ_GAIN = 0.92
 
 MAX_HADAMARD = 128
 """Largest block of the Hadamard transform."""
+
+FEEDBACK_POWER = 0.25
+"""0 is best for the scales of columns with perfect error feedback, 0.5 without."""
 
 MARGIN_ROUNDS = 8
 """Rounds that normalize rows and columns of blocks in turn."""
@@ -274,9 +276,10 @@ def random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def incoherence(weight: Tensor, hessian_diagonal: Tensor, generator: torch.Generator) -> Incoherence:
     """Choose signs and scales of matrices.
 
-    Inside a Hadamard block the rounding error is spread evenly. With scales s, columns of mean square w^2 and inputs of
-    mean square h, its cost is sum(s^2 h) * sum(w^2 / s^2), which is smallest for s^2 = w / sqrt(h). For rows h is 1.
-    The mean square of the rotated matrix is then one in each row and each column of blocks.
+    With scales s, columns of mean square w and inputs of mean square h, a Hadamard block costs the mean of w / s^2
+    times a mean of s^2 h: the arithmetic one without error feedback, the geometric one with perfect feedback. The best
+    s^2 is w (w h)^-1/2 without and w with it. Columns get the value between, rows w^1/2, since they have no feedback.
+    Blocks of the rotated matrix are then scaled to a mean square of one in each row and each column of blocks.
 
     Args:
         weight: [E, R, C], any float dtype.
@@ -288,25 +291,24 @@ def incoherence(weight: Tensor, hessian_diagonal: Tensor, generator: torch.Gener
     """
     experts, rows, columns = weight.shape
     square = weight.float().square()
-    column_scale = _balanced(square.mean(1), hessian_diagonal.float())
-    square = square / column_scale.square().unsqueeze(1)
-    row_scale = _balanced(square.mean(2), torch.ones_like(square[:, :, 0]))
-    square = square / row_scale.square().unsqueeze(2)
+    column_square = _limited(square.mean(1))
+    column_cost = _limited(column_square * _limited(hessian_diagonal.float()))
+    column_square = column_square * (column_cost / column_cost.mean(1, keepdim=True)) ** -FEEDBACK_POWER
+    square = square / column_square.unsqueeze(1)
+    row_square = _limited(square.mean(2)).sqrt()
+    square = square / row_square.unsqueeze(2)
     row_block, column_block = hadamard_block(rows), hadamard_block(columns)
     block_square = square.unflatten(2, (-1, column_block)).mean(3).unflatten(1, (-1, row_block)).mean(2)
     row_factor, column_factor = _equal_margins(block_square)
-    row_scale = row_scale * row_factor.sqrt().repeat_interleave(row_block, 1)
-    column_scale = column_scale * column_factor.sqrt().repeat_interleave(column_block, 1)
+    row_scale = (row_square * row_factor.repeat_interleave(row_block, 1)).sqrt()
+    column_scale = (column_square * column_factor.repeat_interleave(column_block, 1)).sqrt()
     signs = random_signs((experts, rows + columns), generator).to(weight.device)
     return Incoherence(column_scale * signs[:, rows:], row_scale * signs[:, :rows])
 
 
-def _balanced(weight_square: Tensor, input_square: Tensor) -> Tensor:
-    """Return (weight_square / input_square)^(1/4), limited so that zeros give no extreme scales."""
-    weight_square, input_square = (
-        square.clamp_min(1e-6 * square.mean(-1, keepdim=True) + 1e-24) for square in (weight_square, input_square)
-    )
-    return (weight_square / input_square) ** 0.25
+def _limited(square: Tensor) -> Tensor:
+    """Raise the smallest of ``square`` [E, C] to a millionth of their mean, since zeros would give extreme scales."""
+    return square.clamp_min(1e-6 * square.mean(-1, keepdim=True) + 1e-24)
 
 
 def _equal_margins(square: Tensor) -> tuple[Tensor, Tensor]:
