@@ -68,11 +68,8 @@ UNREACHABLE = 1e30
 def eighths(bits: float) -> int:
     """Return the eighths of a bit of a width.
 
-    Args:
-        bits: Bits per weight.
-
     Raises:
-        UserError: The width is no multiple of 1/8 from 1 to 4.
+        UserError: ``bits`` is no multiple of 1/8 from 1 to 4.
     """
     count = round(bits * PERIOD) if -1e3 < bits < 1e3 else 0
     if count != bits * PERIOD or not MIN_EIGHTHS <= count <= MAX_EIGHTHS:
