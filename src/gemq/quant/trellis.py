@@ -1,0 +1,397 @@
+"""Trellis codes: tiles of 256 weights whose codes overlap in a ring of bits. Plain PyTorch reference.
+
+A tile is a ring of 256 * b bits, where b is the width. The state of weight t is the L bits of the ring that end at bit
+floor((t + 1) * b), and its value is a function of that state. Neighbours share most of their bits, so each weight has
+2^L values to choose from while it adds only b bits. The Viterbi algorithm finds the best ring (bitshift trellis and
+tail-biting: Tseng et al., "QTIP", arXiv:2406.11235, sections 3.1 and 3.2). The width is any multiple of 1/8 bit from 1
+to 4. It enters the decoder as a number, so that one decoder serves all widths.
+
+A width is passed as its number of eighths of a bit. The ring of a tile then has as many words of 32 bits.
+
+``quantize_ldlq`` encodes whole matrices, whose entries ``incoherence`` and ``rotate_weight`` have made Gaussian before.
+
+Must not import models or files. ``trellis_kernel`` implements the search for Triton.
+
+Shapes: T tiles, N weights of a tile (256, or a smaller multiple of 8), S = 2^L states, E matrices, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemq.errors import UserError, short_repr
+
+TILE_SIDE = 16
+"""Rows and columns of a tile."""
+
+TILE_WEIGHTS = TILE_SIDE * TILE_SIDE
+"""Weights of a tile. They are numbered row by row."""
+
+PERIOD = 8
+"""Weights after which the pattern of new bits repeats."""
+
+MIN_EIGHTHS, MAX_EIGHTHS = 8, 32
+
+OVERLAP_WEIGHTS = 64
+"""Weights on either side of the ring's start that the first pass of the encoder looks at."""
+
+WORD_BITS = 32
+
+MULTIPLIER = 0xC5E2486D
+"""Spreads the bits of a state over four bytes. Of some hundred random odd numbers the best from L = 12 to 16."""
+
+BYTES_MEAN, BYTES_DEVIATION = 510, 147.8
+"""Of the sum of four random bytes."""
+
+LDLQ_GAIN = 0.92
+"""Factor of weights of unit variance before they are encoded with error feedback. Feedback adds to their variance."""
+
+MAX_HADAMARD = 128
+"""Largest block of the Hadamard transform."""
+
+FEEDBACK_POWER = 0.25
+"""0 is best for the scales of columns with perfect error feedback, 0.5 without."""
+
+MARGIN_ROUNDS = 8
+"""Rounds that normalize rows and columns of blocks in turn."""
+
+UNREACHABLE = 1e30
+"""Cost of a state that a path must not start or end in."""
+
+
+def eighths(bits: float) -> int:
+    """Return the eighths of a bit of a width.
+
+    Raises:
+        UserError: ``bits`` is no multiple of 1/8 from 1 to 4.
+    """
+    count = round(bits * PERIOD) if -1e3 < bits < 1e3 else 0
+    if count != bits * PERIOD or not MIN_EIGHTHS <= count <= MAX_EIGHTHS:
+        raise UserError(f"there is no trellis width {short_repr(bits)}: choose a multiple of 0.125 from 1 to 4")
+    return count
+
+
+def new_bits(width_eighths: int) -> list[int]:
+    """Return how many bits each weight of a period adds to the ring. They sum to ``width_eighths``."""
+    ends = [index * width_eighths // PERIOD for index in range(PERIOD + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def byte_sum_table(state_bits: int) -> Tensor:
+    """Return the values of all states of L bits: [2^L] float32, roughly a unit Gaussian.
+
+    A value is the sum of the four bytes of state * MULTIPLIER mod 2^32, shifted and scaled. A GPU computes it in two
+    integer instructions, a product and dp4a, without a table.
+    """
+    product = torch.arange(1 << state_bits) * MULTIPLIER & 0xFFFFFFFF
+    product_bytes = torch.stack([(product >> shift) & 0xFF for shift in (0, 8, 16, 24)])
+    return ((product_bytes.sum(0) - BYTES_MEAN) / BYTES_DEVIATION).float()
+
+
+def _bit_ends(width_eighths: int, weights: int, device: torch.device) -> Tensor:
+    """Return where the state of each weight ends in the ring, exclusive: [N] int64."""
+    return torch.arange(1, weights + 1, device=device) * width_eighths // PERIOD
+
+
+def pack(states: Tensor, width_eighths: int) -> Tensor:
+    """Pack the states of tiles into rings of bits.
+
+    Bit 0 of a ring is the most significant bit of its first word.
+
+    Args:
+        states: [T, N] integers, consistent: each is the previous one shifted by its new bits.
+        width_eighths: Width in eighths of a bit.
+
+    Returns:
+        [T, N * width_eighths / 256] int32.
+    """
+    tiles, weights = states.shape
+    ends = _bit_ends(width_eighths, weights, states.device)
+    bit = torch.arange(weights * width_eighths // PERIOD, device=states.device)
+    weight = torch.searchsorted(ends, bit, right=True)  # the first weight whose state has this bit
+    shift = (ends[weight] - 1 - bit).to(torch.int32)
+    bits = (states.to(torch.int32)[:, weight] >> shift) & 1
+    place_values = torch.arange(WORD_BITS - 1, -1, -1, dtype=torch.int32, device=states.device)
+    return (bits.view(tiles, -1, WORD_BITS) << place_values).sum(-1, dtype=torch.int32)
+
+
+def unpack(words: Tensor, width_eighths: int, state_bits: int) -> Tensor:
+    """Return the states of tiles.
+
+    Args:
+        words: [..., W] int32, from ``pack``.
+        width_eighths: Width in eighths of a bit.
+        state_bits: L, at most 16.
+
+    Returns:
+        [..., N] int64 with N = 256 * W / width_eighths.
+    """
+    count = words.shape[-1]
+    weights = count * WORD_BITS * PERIOD // width_eighths
+    last_bit = _bit_ends(width_eighths, weights, words.device) - 1
+    word = last_bit // WORD_BITS
+    shift = WORD_BITS - 1 - last_bit % WORD_BITS
+    unsigned = words.to(torch.int64) & 0xFFFFFFFF
+    low, high = unsigned[..., word], unsigned[..., (word - 1) % count]
+    # the funnel shift of a GPU: 64 bits of two neighbouring words, shifted right
+    return (((high << WORD_BITS) | low) >> shift) & ((1 << state_bits) - 1)
+
+
+def decode(words: Tensor, width_eighths: int, table: Tensor) -> Tensor:
+    """Decode tiles.
+
+    Args:
+        words: [..., W] int32, from ``pack``.
+        width_eighths: Width in eighths of a bit.
+        table: [S] float, value of each state.
+
+    Returns:
+        [..., N], dtype of the table.
+    """
+    return table[unpack(words, width_eighths, state_bits(table))]
+
+
+def state_bits(table: Tensor) -> int:
+    """Return L of a table with 2^L values."""
+    return len(table).bit_length() - 1
+
+
+Viterbi = Callable[[Tensor, int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""An implementation of the search: ``viterbi`` of this module or of ``trellis_kernel``."""
+
+
+def viterbi(x: Tensor, width_eighths: int, table: Tensor, overlap: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Find the sequence of states with the smallest squared error.
+
+    Args:
+        x: [T, N] float32, weights in units of the table.
+        width_eighths: Width in eighths of a bit.
+        table: [S] float32.
+        overlap: [T] integers, the bits of the ring before its start that the first state has. The last state then ends
+            with them, so that the path closes a ring. None leaves start and end free.
+
+    Returns:
+        States [T, N] int32 and the sum of squared errors [T] float32.
+    """
+    tiles, weights = x.shape
+    size = len(table)
+    pattern = new_bits(width_eighths)
+    cost = x.new_zeros(tiles, size)
+    mismatch = cost
+    if overlap is not None:
+        ending = torch.arange(size, device=x.device) & ((size >> pattern[0]) - 1)
+        mismatch = (ending != overlap.unsqueeze(1)) * UNREACHABLE
+        cost = mismatch
+    best_predecessors = []
+    for t in range(weights):
+        step = pattern[t % PERIOD]
+        # state s follows the 2^step states whose lower bits are the upper bits of s
+        cost, predecessor = cost.view(tiles, 1 << step, size >> step).min(1)
+        best_predecessors.append(predecessor.to(torch.uint8))
+        cost = cost.repeat_interleave(1 << step, 1) + (x[:, t, None] - table).square()
+    total, state = (cost + mismatch).min(1)
+    states = torch.empty(tiles, weights, dtype=torch.int32, device=x.device)
+    for t in reversed(range(weights)):
+        states[:, t] = state
+        step = pattern[t % PERIOD]
+        shared_bits = state >> step  # with the previous state
+        predecessor = best_predecessors[t].gather(1, shared_bits.unsqueeze(1)).squeeze(1)
+        state = predecessor.long() * (size >> step) + shared_bits
+    return states, total
+
+
+def encode_states(x: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viterbi) -> Tensor:
+    """Find states that form a ring and whose values are close to the weights of a tile.
+
+    The first pass runs over the weights around the start of the ring, without constraints. The bits that its path has
+    at the start are fixed in the second pass, which runs over the whole ring (QTIP, algorithm 4).
+
+    Args:
+        x: [T, N] float32, weights in units of the table.
+        width_eighths: Width in eighths of a bit.
+        table: [S] float32.
+        search: Implementation of the Viterbi algorithm.
+
+    Returns:
+        [T, N] int32.
+    """
+    margin = min(OVERLAP_WEIGHTS, x.shape[1])
+    around_start = torch.cat([x[:, -margin:], x[:, :margin]], 1)
+    states, _ = search(around_start, width_eighths, table, None)
+    overlap = states[:, margin - 1] & ((len(table) >> new_bits(width_eighths)[0]) - 1)
+    return search(x, width_eighths, table, overlap)[0]
+
+
+def encode(x: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viterbi) -> Tensor:
+    """Encode tiles as rings of bits. Arguments as for ``encode_states``, result as of ``pack``."""
+    return pack(encode_states(x, width_eighths, table, search), width_eighths)
+
+
+# Incoherence: matrices whose entries look like unit Gaussians
+
+
+class Incoherence(NamedTuple):
+    """Vectors that turn E matrices W into matrices V of unit Gaussian entries (QTIP, section 2.2).
+
+    With a block Hadamard matrix B, W = diag(outputs) B V B diag(inputs). A product W x is computed as
+    outputs * B (V (B (inputs * x))).
+
+    Attributes:
+        inputs: [E, C] float32, sign times scale of each column.
+        outputs: [E, R] float32, sign times scale of each row.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def hadamard_block(size: int) -> int:
+    """Return the size of the Hadamard blocks for a dimension: the largest power of two up to 128 that divides it."""
+    return math.gcd(size, MAX_HADAMARD)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply blocks of the last dimension of ``x`` by a normalized Hadamard matrix. It is its own inverse."""
+    block = hadamard_block(x.shape[-1])
+    matrix = x.new_ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.unflatten(-1, (-1, block)) @ (matrix / block**0.5)).flatten(-2)
+
+
+def random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return random signs, 1 or -1 as float32, on the generator's device."""
+    return torch.randint(0, 2, shape, generator=generator, device=generator.device).float() * 2 - 1
+
+
+def incoherence(weight: Tensor, hessian_diagonal: Tensor, generator: torch.Generator) -> Incoherence:
+    """Choose signs and scales of matrices.
+
+    With scales s, columns of mean square w and inputs of mean square h, a Hadamard block costs the mean of w / s^2
+    times a mean of s^2 h: the arithmetic one without error feedback, the geometric one with perfect feedback. The best
+    s^2 is w (w h)^-1/2 without and w with it. Columns get the value between, rows w^1/2, since they have no feedback.
+    Blocks of the rotated matrix are then scaled to a mean square of one in each row and each column of blocks.
+
+    Args:
+        weight: [E, R, C], any float dtype.
+        hessian_diagonal: [E, C], mean square of each input.
+        generator: Draws the signs.
+
+    Returns:
+        Vectors for ``rotate_weight`` and ``rotate_hessian``.
+    """
+    experts, rows, columns = weight.shape
+    square = weight.float().square()
+    column_square = _limited(square.mean(1))
+    column_cost = _limited(column_square * _limited(hessian_diagonal.float()))
+    column_square = column_square * (column_cost / column_cost.mean(1, keepdim=True)) ** -FEEDBACK_POWER
+    square = square / column_square.unsqueeze(1)
+    row_square = _limited(square.mean(2)).sqrt()
+    square = square / row_square.unsqueeze(2)
+    row_block, column_block = hadamard_block(rows), hadamard_block(columns)
+    block_square = square.unflatten(2, (-1, column_block)).mean(3).unflatten(1, (-1, row_block)).mean(2)
+    row_factor, column_factor = _equal_margins(block_square)
+    row_scale = (row_square * row_factor.repeat_interleave(row_block, 1)).sqrt()
+    column_scale = (column_square * column_factor.repeat_interleave(column_block, 1)).sqrt()
+    signs = random_signs((experts, rows + columns), generator).to(weight.device)
+    return Incoherence(column_scale * signs[:, rows:], row_scale * signs[:, :rows])
+
+
+def _limited(square: Tensor) -> Tensor:
+    """Raise the smallest of ``square`` [E, C] to a millionth of their mean, since zeros would give extreme scales."""
+    return square.clamp_min(1e-6 * square.mean(-1, keepdim=True) + 1e-24)
+
+
+def _equal_margins(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors [E, I] and [E, J] that divide ``square`` [E, I, J] to rows and columns of mean 1."""
+    row_factor, column_factor = torch.ones_like(square[:, :, 0]), torch.ones_like(square[:, 0])
+    for _ in range(MARGIN_ROUNDS):
+        row_factor = (square / column_factor.unsqueeze(1)).mean(2).clamp_min(1e-30)
+        column_factor = (square / row_factor.unsqueeze(2)).mean(1).clamp_min(1e-30)
+    return row_factor, column_factor
+
+
+def rotate_weight(weight: Tensor, vectors: Incoherence) -> Tensor:
+    """Return V [E, R, C] float32 for W = diag(outputs) B V B diag(inputs)."""
+    scaled = weight.float() / vectors.outputs.unsqueeze(2) / vectors.inputs.unsqueeze(1)
+    return hadamard(hadamard(scaled).mT).mT
+
+
+def restore_weight(rotated: Tensor, vectors: Incoherence) -> Tensor:
+    """Return W = diag(outputs) B V B diag(inputs), [E, R, C]: the inverse of ``rotate_weight``."""
+    scaled = hadamard(hadamard(rotated).mT).mT
+    return scaled * vectors.outputs.unsqueeze(2) * vectors.inputs.unsqueeze(1)
+
+
+def rotate_hessian(hessian: Tensor, vectors: Incoherence) -> Tensor:
+    """Return the Hessians [E, C, C] of the inputs B (inputs * x) that the rotated matrices get."""
+    scaled = hessian * vectors.inputs.unsqueeze(1) * vectors.inputs.unsqueeze(2)
+    return hadamard(hadamard(scaled).mT).mT
+
+
+# LDLQ: error feedback between blocks of columns
+
+
+def quantize_ldlq(
+    weight: Tensor, upper: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viterbi
+) -> tuple[Tensor, Tensor]:
+    """Quantize rotated matrices with error feedback between blocks of 16 columns.
+
+    With the inverse of the Hessian U^T U, the error D of a matrix costs |D U^-1|^2. Blocks are encoded from first to
+    last. Each is corrected for the errors of the blocks before it (QTIP, section 2.1, with the factor of
+    ``hessian.factorize``).
+
+    Args:
+        weight: [E, R, C] float32 from ``rotate_weight``. 16 divides R and C.
+        upper: [E, C, C] float32, from ``hessian.factorize`` for Hessians from ``rotate_hessian``.
+        width_eighths: Width in eighths of a bit.
+        table: [S] float32.
+        search: Implementation of the Viterbi algorithm.
+
+    Returns:
+        Rings [E, R / 16, C / 16, width_eighths] int32, and their values [E, R, C] float32.
+
+    Raises:
+        UserError: 16 does not divide R or C.
+    """
+    experts, rows, columns = weight.shape
+    if rows % TILE_SIDE or columns % TILE_SIDE:
+        raise UserError(
+            f"a matrix of {rows} x {columns} weights cannot be cut into tiles of {TILE_SIDE} x {TILE_SIDE}: such a "
+            "matrix has no trellis codes"
+        )
+    shape = (experts, rows // TILE_SIDE, columns // TILE_SIDE, width_eighths)
+    words = torch.empty(shape, dtype=torch.int32, device=weight.device)
+    values = torch.empty_like(weight)
+    errors = torch.empty_like(weight)  # D U^-1
+    for start in range(0, columns, TILE_SIDE):
+        stop = start + TILE_SIDE
+        block = weight[:, :, start:stop]
+        if start:
+            block = torch.baddbmm(block, errors[:, :, :start], upper[:, :start, start:stop], alpha=-1)
+        rings = encode(block.reshape(-1, TILE_WEIGHTS) * LDLQ_GAIN, width_eighths, table, search)
+        words[:, :, start // TILE_SIDE] = rings.view(experts, -1, width_eighths)
+        decoded = (decode(rings, width_eighths, table) / LDLQ_GAIN).view(experts, rows, TILE_SIDE)
+        values[:, :, start:stop] = decoded
+        triangle = upper[:, start:stop, start:stop]
+        errors[:, :, start:stop] = torch.linalg.solve_triangular(triangle, block - decoded, upper=True, left=False)
+    return words, values
+
+
+def refit_outputs(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
+    """Return the factors [E, R] of the rows of ``restored`` that are best by the Hessian. ``outputs`` absorbs them.
+
+    Args:
+        weight: [E, R, C] float32.
+        restored: [E, R, C] float32, its quantized version.
+        hessian: [E, C, C] float32, of the inputs of both.
+    """
+    product = restored @ hessian
+    norm = (product * restored).sum(2)
+    return torch.where(norm > 0, (product * weight).sum(2) / norm.clamp_min(1e-30), torch.ones_like(norm))
