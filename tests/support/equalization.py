@@ -33,8 +33,8 @@ def equalized_model(folder: Path, dtype: torch.dtype = torch.float32) -> Iterato
         with cache.with_one_layer_per_kind():
             ids = torch.arange(16).unsqueeze(0)
             first_of_kind = cache.first_of_kind()
-            found = find_folds(replay, first_of_kind, ids, reader.types)
-        folds_by_layer = [found[first] for first in first_of_kind]
+            folds_by_kind = find_folds(replay, first_of_kind, ids, reader.types)
+        folds_by_layer = [folds_by_kind[first] for first in first_of_kind]
         for index, layer_folds in enumerate(folds_by_layer):
             cache.equalization.set_folds(index, layer_folds.folds)
         with cache.all_layers():

@@ -38,9 +38,9 @@ def run_equalization(job: Job, replay: Replay, layer_cache: LayerCache, probe: t
     if not stage.has(FOLDS_FILE):
         with layer_cache.with_one_layer_per_kind():
             stage.save_json(FOLDS_FILE, replay.ranks.run_on_first(lambda: _find(replay, layer_cache, probe)))
-    found: dict[str, Any] = stage.load_json(FOLDS_FILE)
-    for index, first in enumerate(found["first_of_kind"]):
-        layer = found["layers"][str(first)]
+    stored_folds: dict[str, Any] = stage.load_json(FOLDS_FILE)
+    for index, first in enumerate(stored_folds["first_of_kind"]):
+        layer = stored_folds["layers"][str(first)]
         layer_cache.equalization.set_folds(index, [fold_from_dict(fold) for fold in layer["folds"]])
         job.count_fallback("inputs_not_equalized", layer["not_equalized"])
 
