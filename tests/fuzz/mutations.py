@@ -233,10 +233,10 @@ def spoil_data(rng: random.Random, file: Path) -> str:
         for _ in range(rng.choice((1, 1, 1, 8))):
             raw[rng.randrange(start, len(raw))] ^= 1 << rng.randrange(8)
     elif what == "zeros":
-        position = rng.randrange(start, len(raw) - 64)
+        position = rng.randrange(start, max(start + 1, len(raw) - 64))
         raw[position : position + 64] = b"\xff" * 64 if raw[position : position + 64] == bytes(64) else bytes(64)
     elif what == "swap":
-        a, b = (rng.randrange(start, len(raw) - 64) // 64 * 64 for _ in range(2))
+        a, b = (rng.randrange(start, max(start + 1, len(raw) - 64)) // 64 * 64 for _ in range(2))
         raw[a : a + 64], raw[b : b + 64] = raw[b : b + 64], raw[a : a + 64]
     elif what == "cut":
         raw = raw[: rng.randrange(len(raw))]
@@ -250,10 +250,16 @@ def spoil_data(rng: random.Random, file: Path) -> str:
 
 def copied(base: Path, to: Path) -> Path:
     """A fresh copy of a directory."""
-    if to.is_symlink() or to.is_file():
-        to.unlink()
-    shutil.rmtree(to, ignore_errors=True)
+    remove(to)
     return Path(shutil.copytree(base, to, symlinks=True))
+
+
+def remove(path: Path) -> None:
+    """Removes whatever damage has put at a path."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def pick(rng: random.Random, choices: dict[Callable[..., str], int]) -> Callable[..., str]:

@@ -107,6 +107,7 @@ class WorkDirectories:
         """A damaged allocation."""
         file = self.folder / "allocation.json"
         original = next(self.base.rglob("allocation*.json"))
+        m.remove(file)
         shutil.copyfile(original, file)
         done = rng.choice((m.edit_json, m.edit_json, m.edit_json, m.spoil_text, m.spoil_path))(rng, file)
         command = ["export", self.case_directory, "-o", self.folder / "out", "--allocation", file, "-q"]
@@ -115,9 +116,7 @@ class WorkDirectories:
     def calibration(self, rng: random.Random) -> tuple[str, list[Any], bytes]:
         """A damaged calibration text, plain or as JSONL."""
         file = self.folder / rng.choice(("calib.txt", "calib.jsonl"))
-        if file.is_dir() and not file.is_symlink():
-            file.rmdir()
-        file.unlink(missing_ok=True)
+        m.remove(file)
         text = self.text.read_text()
         if file.suffix == ".jsonl":
             rows = [{"text": line, "id": str(number)} for number, line in enumerate(text.splitlines())]

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,8 @@ def _limit(stderr: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 10))  # at the second, the signal is SIGKILL
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # the driver's count of GPUs needs more addresses than a case has; torch warns, and says that there are none
+    warnings.filterwarnings("ignore", message="CUDA initialization")
 
 
 def _read(descriptor: int, pid: int) -> tuple[bytes, bool]:
