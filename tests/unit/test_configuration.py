@@ -11,8 +11,8 @@ import torch
 
 import gemq
 from gemq import UserError
-from gemq.models.calls import one_line_errors, summary
 from gemq.models.configuration import suspicious_fields
+from gemq.models.library_errors import one_line_errors, summary
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe

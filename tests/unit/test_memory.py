@@ -18,7 +18,7 @@ from gemq.models.source import Source
 from gemq.models.structure import find_structure
 from gemq.pipeline import scores_stage
 from gemq.pipeline.scores_stage import reverse_order, segment_length
-from gemq.pipeline.stages import Footprint
+from gemq.pipeline.stage_costs import Footprint
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore, HiddenStates
 from gemq.runtime.memory import ByteLimit, MemoryBudget, MemoryTier, OffloadedTensors, gigabytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemq.errors import UserError
-from gemq.models.calls import summary
+from gemq.models.library_errors import summary
 
 
 def download_model(model: str, revision: str | None, weights: bool) -> Path:

@@ -22,7 +22,7 @@ from gemq.pipeline.candidates_stage import CANDIDATES
 from gemq.pipeline.preflight import Checked, check_model, original_bytes
 from gemq.pipeline.reconstruction_stage import DISTILL, RECONSTRUCTION
 from gemq.pipeline.scores_stage import SCORES
-from gemq.pipeline.stages import Footprint, JobStages, check_bounds, stage_seconds
+from gemq.pipeline.stage_costs import Footprint, JobStages, check_bounds, stage_seconds
 from gemq.planning.cost_model import Workload
 from gemq.planning.memory_model import held_bytes, staging_bytes
 from gemq.recipe import DEFAULT_BITS, Recipe

@@ -22,7 +22,7 @@ from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_seq_len, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.allocation_stage import shape_problem
-from gemq.pipeline.stages import Footprint, check_bounds
+from gemq.pipeline.stage_costs import Footprint, check_bounds
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
 from gemq.runtime.memory import MemoryBudget, gigabytes

@@ -29,7 +29,7 @@ from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_lay
 from gemq.pipeline.save_stage import card_facts, is_complete, make_packed_format, run_save
 from gemq.pipeline.scores_stage import FULL_PRECISION, run_scores
 from gemq.pipeline.sensitivity_stage import run_sensitivity
-from gemq.pipeline.stages import JobStages, stage_rounds, stage_seconds
+from gemq.pipeline.stage_costs import JobStages, stage_rounds, stage_seconds
 from gemq.pipeline.windows_stage import Calibration, begin_reading, run_windows
 from gemq.planning.cost_model import Workload
 from gemq.quant.widths import ExpertWidths, plain_widths

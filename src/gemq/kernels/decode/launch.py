@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
-from gemq.kernels.decode import bit_fields, dp4a, tensor_core
+from gemq.kernels.decode import bit_fields, tensor_core, vector_kernels
 from gemq.kernels.decode.fixed_point import num_lanes
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import (
@@ -150,7 +150,7 @@ def launch_linears(x: Tensor, w: FusedLinears, config: LaunchConfig | None = Non
         config = linear_vector_config(tokens)
     if isinstance(config, VectorConfig):
         with _device_of(x):
-            kernel = dp4a.linears_vectors_kernel[(tokens, w.num_blocks(config.block_rows))](
+            kernel = vector_kernels.linears_vectors_kernel[(tokens, w.num_blocks(config.block_rows))](
                 x,
                 *w.kernel_pointers(x),
                 out,
@@ -190,8 +190,9 @@ def _launch_vectors(
     tokens, slots = index.shape
     splits = out.shape[1] // slots
     numbers, constants = kernel_arguments(activation)
+    grid = (tokens * slots, triton.cdiv(w.rows, config.block_rows), splits)
     with _device_of(x):
-        kernel = dp4a.experts_vectors_kernel[(tokens * slots, triton.cdiv(w.rows, config.block_rows), splits)](
+        kernel = vector_kernels.experts_vectors_kernel[grid](
             x,
             index,
             x if weights is None else weights,
