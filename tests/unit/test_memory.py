@@ -194,6 +194,22 @@ def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
     assert bound.used == bound.limit
 
 
+def test_layers_are_evicted_only_for_what_then_fits(tmp_path):
+    """Otherwise what goes to host memory anyway would cost reading every layer again."""
+    model, reader = source_of("olmoe", tmp_path).open(CPU, torch.float32)
+    structure = find_structure(model)
+    bound = ByteLimit(10**9)
+    m = MemoryBudget(CPU, bound, bound)
+    layer_cache = LayerCache(model, structure, reader, m, torch.float32)
+    with layer_cache.all_layers():
+        cached_bytes = layer_cache.evictable_bytes()
+    assert cached_bytes > 0
+    assert not m.try_reserve(m.max_device_bytes + 1)
+    assert layer_cache.evictable_bytes() == cached_bytes
+    assert m.try_reserve(m.max_device_bytes)
+    assert (layer_cache.evictable_bytes(), bound.available) == (0, 0)
+
+
 def test_a_changed_layer_is_read_anew(tmp_path):
     model, reader = source_of("olmoe", tmp_path).open(CPU, torch.float32)
     structure = find_structure(model)
