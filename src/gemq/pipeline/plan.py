@@ -149,7 +149,7 @@ def _plan(
         check_bounds(memory, footprint, model)
     limit = memory.on_device.limit
     resident_bytes = held_bytes(model, structure, dtype)
-    working_bytes = footprint.stages(footprint.training_bytes(limit - resident_bytes))
+    working_bytes = footprint.peak_bytes_by_stage(footprint.training_bytes(limit - resident_bytes))
     free_bytes = limit - max(working_bytes.values())
     workload = Workload(structure, recipe, model.config, checked.seq_len, dtype, device, free_bytes)
     stages = JobStages.of(recipe, allocation, reconstruct=recipe.reconstruct)

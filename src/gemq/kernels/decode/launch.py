@@ -82,7 +82,7 @@ def launch_up(
             **_routing_constants(index, up.num_experts),
             **_tensor_core_constants(hidden, up.group_size, config),
             HAS_BIAS=up.bias is not None,
-            WIDTHS=tuple(up.levels),
+            COMPILED_LEVELS=tuple(up.levels),
         )
     return out
 
@@ -135,7 +135,7 @@ def launch_down(
             **_tensor_core_constants(h, down.group_size, config),
             HAS_BIAS=down.bias is not None,
             WEIGHTED=weights is not None,
-            WIDTHS=tuple(down.levels),
+            COMPILED_LEVELS=tuple(down.levels),
         )
     return out
 
@@ -206,7 +206,7 @@ def _launch_vectors(
             PER_PAIR=x.dim() == 3,
             HAS_BIAS=w.bias is not None,
             WEIGHTED=weights is not None,
-            WIDTHS=tuple(w.levels),
+            COMPILED_LEVELS=tuple(w.levels),
             SPLITS=splits,
             **_vector_constants(x, w.group_size, w.levels, splits, config),
         )
@@ -221,7 +221,7 @@ def _vector_constants(
     split_groups = triton.cdiv(groups, splits)
     lanes = min(num_lanes(count, group_size, split_groups, config.columns_per_lane) for count in levels)
     constants: dict[str, Any] = {
-        "PLAIN": _operand(x) == int(bit_fields.PLAIN),
+        "PORTABLE": _operand(x) == int(bit_fields.PORTABLE),
         "GROUP_SIZE": group_size,
         "NUM_GROUPS": groups,
         "BLOCK_ROWS": config.block_rows,
@@ -269,10 +269,10 @@ def _padded_tokens(tokens: int) -> int:
 def _operand(x: Tensor) -> int:
     """Return the format of tensor core operands (see ``bit_fields``) for x's device and dtype.
 
-    PLAIN is for the interpreter and for GPUs that cannot run NVIDIA's assembly.
+    PORTABLE is for the interpreter and for GPUs that cannot run NVIDIA's assembly.
     """
     if x.device.type != "cuda" or torch.version.hip is not None:
-        return int(bit_fields.PLAIN)
+        return int(bit_fields.PORTABLE)
     operands = {torch.bfloat16: bit_fields.BF16, torch.float16: bit_fields.FP16, torch.float32: bit_fields.SPLIT}
     return int(operands[x.dtype])
 
