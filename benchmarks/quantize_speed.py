@@ -261,11 +261,11 @@ class Bench:
         with torch.no_grad():
             for hidden, calls in zip(self.activations.hidden, self.activations.calls, strict=True):
                 exact.append(self.replay.run(0, hidden, calls[0]))
-        stored = {name: torch.bfloat16 for name, _ in self.replay.model.named_parameters()}
+        stored_dtypes = {name: torch.bfloat16 for name, _ in self.replay.model.named_parameters()}
         widths = [(GATE_UP_WIDTHS[e % 4], DOWN_WIDTHS[e % 2]) for e in range(self.experts.count)]
 
         def run(epochs: int) -> None:
-            targets = Targets(exact, stored, self._training(epochs))
+            targets = Targets(exact, stored_dtypes, self._training(epochs))
             reconstruct_layer(self.replay, 0, self.activations, self.quantizer, widths, Width.FOUR_BIT, targets)
 
         seconds, fixed_seconds = self._extrapolated(run)

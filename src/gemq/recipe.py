@@ -324,7 +324,7 @@ class Recipe:
         return Width(self.dense_bits) if self.dense_bits < UNQUANTIZED_BITS else None
 
     @property
-    def units(self) -> int:
+    def units_per_expert(self) -> int:
         """Number of widths of an expert: 2, one for each of its matrices, or 1 for the whole expert."""
         return 2 if self.allocate_by == "matrix" else 1
 

@@ -42,4 +42,4 @@ def test_counts_of_the_problem_are_the_scored_tokens(tmp_path: Path) -> None:
     result = gemq.quantize(model, recipe, out=tmp_path / "out")
     problem = gemq.allocation_problem(result.work)
     for rows in problem.by_layer:
-        assert problem.counts[rows].sum() == 4 * 32 * 2 * problem.units
+        assert problem.counts[rows].sum() == 4 * 32 * 2 * problem.units_per_expert

@@ -34,4 +34,4 @@ def matrix_problem(sizes, seed=0) -> Problem:
     rows = random_problem([2 * n for n in sizes], seed=seed)
     weights = np.tile([32_768, 16_384], sum(sizes))
     sizes_of = rows.bytes * 2 // np.tile([[1], [2]], (sum(sizes), 1))
-    return dataclasses.replace(rows, weights=weights, bytes=sizes_of, units=2)
+    return dataclasses.replace(rows, weights=weights, bytes=sizes_of, units_per_expert=2)

@@ -109,7 +109,7 @@ def least_bytes(model: Path, recipe: dict[str, Any]) -> int:
     from gemq.calibration.sources import host_bytes
     from gemq.models.source import Source
     from gemq.models.structure import find_structure
-    from gemq.pipeline.stages import Footprint
+    from gemq.pipeline.stage_costs import Footprint
     from gemq.planning.memory_model import held_bytes
     from gemq.recipe import Recipe
 

@@ -11,8 +11,8 @@ import torch
 
 import gemq
 from gemq import UserError
-from gemq.models.calls import one_line_errors, summary
 from gemq.models.configuration import suspicious_fields
+from gemq.models.library_errors import one_line_errors, summary
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan
 from gemq.recipe import Recipe
@@ -85,6 +85,19 @@ def test_sizes_that_do_not_fit_the_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.json says that it has 2 layers"):
         quantize(source)
     assert not (tmp_path / "out.work").exists()
+
+
+def test_a_gated_model_is_named_as_such(monkeypatch):
+    """A name that is right is not called wrong."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)  # its arguments differ between releases
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"org/model is gated: accept its terms .* HF_TOKEN"):
+        plan("org/model", Recipe(), device="cpu")
 
 
 def test_outputs_are_read_by_name_whatever_config_json_says(tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gemq.cli.fallback_texts import FALLBACKS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"```.*?```", re.DOTALL)
@@ -36,6 +38,13 @@ def test_paths_of_modules_exist(page: Path) -> None:
     """Of files in backquotes, below the repository or below src/gemq."""
     for path in re.findall(r"`((?:\w[\w.-]*/)+[\w-]+\.(?:py|csv))`", page.read_text(encoding="utf-8")):
         assert (ROOT / path).exists() or (ROOT / "src" / "gemq" / path).exists(), path
+
+
+def test_all_fallbacks_are_explained_in_their_own_words() -> None:
+    """A user searches the page for the words of the summary."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    explained = tuple(re.findall(r"`([^`]+)`", CODE.sub("", page)))
+    assert not [text for text in FALLBACKS.values() if not text.startswith(explained)]
 
 
 def test_all_pages_are_in_the_index() -> None:

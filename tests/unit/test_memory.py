@@ -18,7 +18,7 @@ from gemq.models.source import Source
 from gemq.models.structure import find_structure
 from gemq.pipeline import scores_stage
 from gemq.pipeline.scores_stage import reverse_order, segment_length
-from gemq.pipeline.stages import Footprint
+from gemq.pipeline.stage_costs import Footprint
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore, HiddenStates
 from gemq.runtime.memory import ByteLimit, MemoryBudget, MemoryTier, OffloadedTensors, gigabytes
@@ -192,6 +192,22 @@ def test_two_layers_at_a_time_compute_what_all_do(family, tmp_path):
                 hidden = replay.run(index, hidden, calls[index])
             assert torch.equal(replay.logits(ids, hidden), expected)
     assert bound.used == bound.limit
+
+
+def test_layers_are_evicted_only_for_what_then_fits(tmp_path):
+    """Otherwise what goes to host memory anyway would cost reading every layer again."""
+    model, reader = source_of("olmoe", tmp_path).open(CPU, torch.float32)
+    structure = find_structure(model)
+    bound = ByteLimit(10**9)
+    m = MemoryBudget(CPU, bound, bound)
+    layer_cache = LayerCache(model, structure, reader, m, torch.float32)
+    with layer_cache.all_layers():
+        cached_bytes = layer_cache.evictable_bytes()
+    assert cached_bytes > 0
+    assert not m.try_reserve(m.max_device_bytes + 1)
+    assert layer_cache.evictable_bytes() == cached_bytes
+    assert m.try_reserve(m.max_device_bytes)
+    assert (layer_cache.evictable_bytes(), bound.available) == (0, 0)
 
 
 def test_a_changed_layer_is_read_anew(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemq.runtime.processes import RankLostError
 from gemq.runtime.ranks import Ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -35,6 +36,27 @@ def test_every_micro_batch_and_expert_has_one_rank(total, count, device):
 def test_a_single_process_gathers_its_input():
     tensors = [torch.ones(2), None]
     assert Ranks().all_gather_tensors(tensors, [3, -1]) == [(tensors, [3, -1])]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (
+            RuntimeError("NCCL error, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+            torch.OutOfMemoryError,
+        ),
+        (RuntimeError("Connection closed by peer"), RankLostError),
+    ],
+)
+def test_missing_memory_in_a_collective_is_no_lost_rank(error, expected):
+    """The two have different remedies: more memory, or just ``--resume``."""
+
+    def collective() -> None:
+        raise error
+
+    with pytest.raises(expected):
+        Ranks._run(collective)
 
 
 FORK_RANKS = """

@@ -54,7 +54,7 @@ class Totals(NamedTuple):
     tokens: Tensor
 
 
-def scores_of(family: str, form: str, micro_batch_tokens: int = 20, units: int = 1) -> dict[int, Totals]:
+def scores_of(family: str, form: str, micro_batch_tokens: int = 20, units_per_expert: int = 1) -> dict[int, Totals]:
     replay, activations, inputs = start(family, micro_batch_tokens)
     gradients = loss_gradients(replay, activations, "data", 0)
     scores_by_layer: dict[int, LayerScores] = {}
@@ -67,7 +67,9 @@ def scores_of(family: str, form: str, micro_batch_tokens: int = 20, units: int =
                 continue
             module = replay.model.get_submodule(experts.path)
             scores = scores_by_layer.setdefault(i, LayerScores(3, experts.count, replay.device))
-            routed, costs = pair_costs(module, experts, call, gradient, candidates_of(module, experts, i), form, units)
+            routed, costs = pair_costs(
+                module, experts, call, gradient, candidates_of(module, experts, i), form, units_per_expert
+            )
             scores.add(routed, costs, activations.source[batch].repeat_interleave(10))
     return {i: Totals(*scores.total(SINGLE, activations.total)) for i, scores in scores_by_layer.items()}
 
@@ -123,21 +125,23 @@ def test_reverse_pass_equals_whole_model_autograd(family):
     assert seen == set(expected)
 
 
-@pytest.mark.parametrize(("form", "units"), [("token", 1), ("token", 2), ("elementwise", 1), ("elementwise", 2)])
+@pytest.mark.parametrize(
+    ("form", "units_per_expert"), [("token", 1), ("token", 2), ("elementwise", 1), ("elementwise", 2)]
+)
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2", "gpt_oss", "nemotron_h"])
-def test_costs_equal_the_definition(family, form, units):
+def test_costs_equal_the_definition(family, form, units_per_expert):
     """Loops over tokens, experts and widths in float64, with gradients from plain autograd."""
     model = tiny(family)
     structure = find_structure(model)
     expected = whole_model_gradients(model, structure, next_token_loss)
-    scores = scores_of(family, form, units=units)
+    scores = scores_of(family, form, units_per_expert=units_per_expert)
     for i, layer in structure.moe_layers:
         experts = layer.experts
         module = model.get_submodule(experts.path)
         call, gradient = expected[i]
         candidates = candidates_of(module, experts, i)
         exact = [expert_weight(module, m.name) for m in experts.matrices]
-        costs = torch.zeros(3, experts.count, units, 2, dtype=torch.float64)
+        costs = torch.zeros(3, experts.count, units_per_expert, 2, dtype=torch.float64)
         counts = torch.zeros(3, experts.count, dtype=torch.int64)
         for t in range(60):
             source = int(WINDOWS.source[t // 10])
@@ -145,7 +149,9 @@ def test_costs_equal_the_definition(family, form, units):
                 counts[source, e] += 1
                 exact_output = expert_output(module, exact, e, call.hidden[t])
                 for b, candidate in enumerate(candidates):
-                    changed = [candidate] if units == 1 else [(candidate[0], exact[1]), (exact[0], candidate[1])]
+                    changed = (
+                        [candidate] if units_per_expert == 1 else [(candidate[0], exact[1]), (exact[0], candidate[1])]
+                    )
                     for unit, pair in enumerate(changed):
                         change = expert_output(module, pair, e, call.hidden[t]) - exact_output
                         change = change * call.top_k_weights[t, slot].double()
@@ -186,9 +192,9 @@ def test_exact_weights_cost_nothing():
     module = replay.model.get_submodule(experts.path)
     for _, call, gradient in reverse_layer(replay, 2, activations, gradients):
         exact = tuple(expert_weight(module, m.name) for m in experts.matrices)
-        for units in (1, 2):
-            _, costs = pair_costs(module, experts, call, gradient, [exact], "token", units)
-            assert costs.shape == (40, units, 1)
+        for units_per_expert in (1, 2):
+            _, costs = pair_costs(module, experts, call, gradient, [exact], "token", units_per_expert)
+            assert costs.shape == (40, units_per_expert, 1)
             assert not costs.any()
 
 

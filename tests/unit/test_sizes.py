@@ -85,9 +85,9 @@ def test_the_rest_of_a_checkpoint(family, dense_bits):
     )
     floats = sum(t.nbytes for t in dense_state(model, packed).values())
     assert unquantized_bytes(model, structure, recipe, {}) == floats
-    stored = {name: torch.bfloat16 for name, _ in model.named_parameters()}
+    stored_dtypes = {name: torch.bfloat16 for name, _ in model.named_parameters()}
     buffers = sum(t.nbytes for n, t in model.named_buffers() if n in model.state_dict())
-    assert unquantized_bytes(model, structure, recipe, stored) == (floats - buffers) // 2 + buffers
+    assert unquantized_bytes(model, structure, recipe, stored_dtypes) == (floats - buffers) // 2 + buffers
     assert linear_bytes(structure, recipe) == (0 if dense_bits == 16 else linear_bytes(structure, recipe_of()))
 
 

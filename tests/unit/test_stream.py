@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -188,6 +188,29 @@ class _KeywordLayer(ToyLayer):
 def test_layers_called_by_keyword():
     """The replay passes hidden states as the first argument, however the model passes them."""
     model = toy(_KeywordLayer, _KeywordModel)
+    replay = Replay(model, find_structure(model))
+    replay.verify(tokens())
+
+
+class _Mask(NamedTuple):
+    decay: Tensor
+    scale: float
+
+
+class _NamedTupleLayer(ToyLayer):
+    def forward(self, hidden: Tensor, mask: _Mask) -> Any:  # type: ignore[override]
+        return super().forward(hidden, mask.decay, scale=mask.scale)
+
+
+class _NamedTupleModel(_Loop):
+    def between(self, hidden: Tensor, decay: Tensor) -> Tensor:
+        for layer in self.stack:
+            hidden = layer(hidden, _Mask(decay, scale=1.0))
+        return hidden
+
+
+def test_layers_called_with_named_tuples():
+    model = toy(_NamedTupleLayer, _NamedTupleModel)
     replay = Replay(model, find_structure(model))
     replay.verify(tokens())
 

@@ -170,12 +170,12 @@ def mixed(count: int) -> list[ExpertWidths]:
 def reconstructed(training: Training | None) -> tuple[Replay, Activations, list[QuantizedLayer], list[torch.Tensor]]:
     """A whole model reconstructed at mixed widths, and the full-precision model's last hidden states."""
     replay, activations = start()
-    stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
+    stored_dtypes = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     exact = activations.hidden.copy()
     layers = []
     for i, layer in enumerate(replay.structure.layers):
         activations.advance_all(replay, i, [exact])
-        targets = Targets(exact, stored, training) if training else None
+        targets = Targets(exact, stored_dtypes, training) if training else None
         assert layer.experts is not None
         widths = mixed(layer.experts.count)
         layers.append(reconstruct_layer(replay, i, activations, QUANTIZER, widths, Width.FOUR_BIT, targets))
@@ -220,13 +220,13 @@ def run_distill(training: Training, loss: str = "kl", sets: tuple[str, ...] = ("
     windows = Windows(ids, torch.zeros(WINDOWS, dtype=torch.int64), ("text",), (ids.numel(),))
     activations = Activations.start(replay, windows, 128, 0)
     schemes = [QuantizationScheme(mixed(x.experts.count), Width.FOUR_BIT) for x in replay.structure.layers if x.experts]
-    stored = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
+    stored_dtypes = {name: torch.bfloat16 for name, _ in replay.model.named_parameters()}
     steps: list[int] = []
 
     def tick(done: int | None = None, total: int | None = None) -> None:
         steps.append(done or 0)
 
-    distillation = Distillation(training, loss, sets, stored)
+    distillation = Distillation(training, loss, sets, stored_dtypes)
     result = distill(replay, layers.__getitem__, schemes, activations, teacher, distillation, tick)
     assert steps
     return result, layers, replay

@@ -12,7 +12,7 @@ from gemq.assets import builtin_model
 from gemq.models.replay import Replay
 from gemq.models.source import Source
 from gemq.models.structure import find_structure
-from gemq.pipeline.stages import JobStages, stage_rounds, stage_work
+from gemq.pipeline.stage_costs import JobStages, stage_rounds, stage_work
 from gemq.planning.cost_model import Work, Workload
 from gemq.recipe import Recipe
 from gemq.runtime.device import Rates, measure

@@ -94,7 +94,7 @@ def soften(problem: Problem, m: float) -> Problem:
     num_widths = costs.shape[1]
     for rows in problem.by_layer:
         if rows.stop > rows.start:
-            layer_costs = costs[rows].reshape(-1, problem.units, num_widths)
+            layer_costs = costs[rows].reshape(-1, problem.units_per_expert, num_widths)
             softened = (1 - m) * layer_costs + m * layer_costs.mean(axis=0)
             costs[rows] = softened.reshape(-1, num_widths)
     return dataclasses.replace(problem, costs=costs)

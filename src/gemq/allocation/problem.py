@@ -1,13 +1,15 @@
 """The allocation program: which width does each matrix of each expert get? (GEMQ, arXiv:2605.23078)
 
 Minimise ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if requested, to
-the paper's layer rule: every layer has an expert at each of the two highest widths. ``allocation.knapsack`` solves it.
+the paper's layer rule: every layer has a row (an expert, or one of its matrices) at each of the two highest widths.
+``allocation.knapsack`` solves it. Another constraint belongs there too: an infinite cost is rejected, and a large
+finite one only makes a choice unlikely.
 
 Amounts are exact integers, so that no budget is exceeded by rounding. Deterministic. Must not deal with tensors, models
 or files.
 
-Shapes: N rows, each of which gets a width: the matrices of all experts, or the experts, ordered by layer and expert.
-W candidate widths, ascending. A *choice* is int64 [N], indices into the widths.
+Shapes: N rows, each of which gets a width: the matrices of all experts, or the experts, ordered by layer and expert. A
+row is a *unit* of the glossary. W candidate widths, ascending. A *choice* is int64 [N], indices into the widths.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ class Problem:
     Attributes:
         widths: the W candidate widths, ascending. Numbers become widths.
         layer: layer of each row, int64 [N], ascending. Dense layers have no rows.
-        costs: predicted increase of the loss, float64 [N, W], finite and at least 0, in any unit.
+        costs: predicted increase of the loss, float64 [N, W], finite and at least 0, on any scale.
         weights: number of weights, int64 [N].
         bytes: stored bytes with scales and offsets, int64 [N, W].
         counts: calibration tokens that were routed to the expert, int64 [N]. Only method ``frequency`` uses them.
         layers: number of the model's layers, including dense ones. 0: up to the last one with experts.
-        units: rows of an expert: 2, gate and up before down, or 1 for the whole expert.
+        units_per_expert: number of rows of an expert: 2, gate and up before down, or 1 for the whole expert.
 
     Raises:
         UserError: ``costs`` have another shape, are negative or are not finite.
@@ -60,7 +62,7 @@ class Problem:
     bytes: Ints
     counts: Ints
     layers: int = 0
-    units: int = 1
+    units_per_expert: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(map(Width, self.widths)))
@@ -81,17 +83,17 @@ class Problem:
         """Return the same problem with one row for each expert: costs, weights and bytes are summed."""
         return replace(
             self,
-            layer=self.layer[:: self.units],
-            costs=self._sum_units(self.costs),
-            weights=self._sum_units(self.weights),
-            bytes=self._sum_units(self.bytes),
-            counts=self.counts[:: self.units],
-            units=1,
+            layer=self.layer[:: self.units_per_expert],
+            costs=self._sum_per_expert(self.costs),
+            weights=self._sum_per_expert(self.weights),
+            bytes=self._sum_per_expert(self.bytes),
+            counts=self.counts[:: self.units_per_expert],
+            units_per_expert=1,
         )
 
-    def _sum_units(self, table: NDArray[Any]) -> NDArray[Any]:
+    def _sum_per_expert(self, table: NDArray[Any]) -> NDArray[Any]:
         """Sums a table [N, ...] over the rows of each expert."""
-        return table.reshape(-1, self.units, *table.shape[1:]).sum(1)
+        return table.reshape(-1, self.units_per_expert, *table.shape[1:]).sum(1)
 
     @property
     def by_layer(self) -> list[slice]:
@@ -139,7 +141,7 @@ class Allocation:
 
     Attributes:
         widths: N widths, in the order of the problem's rows.
-        units: rows of an expert, as in ``Problem``.
+        units_per_expert: number of rows of an expert, as in ``Problem``.
         layer_sizes: rows of each layer, 0 for a dense one.
         layer_bits: mean nominal bits per expert weight of each layer, 0 for a dense one.
         method: the method of ``allocate``, or ``file``.
@@ -152,7 +154,7 @@ class Allocation:
     """
 
     widths: tuple[Width, ...]
-    units: int
+    units_per_expert: int
     layer_sizes: tuple[int, ...]
     layer_bits: tuple[float, ...]
     method: str
@@ -169,7 +171,8 @@ class Allocation:
         layers, start = [], 0
         for size in self.layer_sizes:
             widths = self.widths[start : start + size]
-            first_widths, down_widths = widths[:: self.units], widths[self.units - 1 :: self.units]
+            first_widths = widths[:: self.units_per_expert]
+            down_widths = widths[self.units_per_expert - 1 :: self.units_per_expert]
             layers.append(list(zip(first_widths, down_widths, strict=True)))
             start += size
         return layers
@@ -237,8 +240,8 @@ def allocate(
         problem: costs and sizes. Only ``global`` and ``layerwise`` use the costs.
         budget: the limit.
         method: ``global``, ``layerwise``, ``frequency``, ``uniform`` or ``random``.
-        layer_rule: require an expert at each of the two highest widths in every layer, as the paper does. ``uniform``
-            and ``random`` ignore it.
+        layer_rule: require a row (an expert, or one of its matrices) at each of the two highest widths in every layer,
+            as the paper does for experts. ``uniform`` and ``random`` ignore it.
         seed: seed of ``uniform`` and ``random``.
         gap: requested relative gap between the cost and the optimum, for ``global``, ``layerwise`` and ``frequency``.
 
@@ -251,10 +254,10 @@ def allocate(
     if method not in METHODS:
         raise UserError(f"there is no allocation method {method!r}: choose from {', '.join(METHODS)}")
     layer_rule = layer_rule and method not in ("uniform", "random")
-    if method != "global" and problem.units > 1:
+    if method != "global" and problem.units_per_expert > 1:
         by_expert = allocate(problem.per_expert(), budget, method, layer_rule=layer_rule, seed=seed, gap=gap)
         expert_choice = np.array([problem.widths.index(width) for width in by_expert.widths])
-        return _make_allocation(problem, budget, method, expert_choice.repeat(problem.units))
+        return _make_allocation(problem, budget, method, expert_choice.repeat(problem.units_per_expert))
     _check_reachable(problem, budget, method, layer_rule)
     amounts, limit = linear_constraint(problem, budget)
     rule = _rule_layers(problem, layer_rule)
@@ -344,7 +347,7 @@ def _make_allocation(
     stored = int(select(problem.bytes, choice).sum())
     return Allocation(
         widths=tuple(problem.widths[index] for index in choice),
-        units=problem.units,
+        units_per_expert=problem.units_per_expert,
         layer_sizes=tuple(rows.stop - rows.start for rows in problem.by_layer),
         layer_bits=tuple(layer_bits.tolist()),
         method=method,
@@ -392,7 +395,7 @@ def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
         raise UserError(f"{origin} has {count}: give each a list, [] for a dense one")
     choice: list[int] = []
     for index, (values, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
-        experts = (rows.stop - rows.start) // problem.units
+        experts = (rows.stop - rows.start) // problem.units_per_expert
         if not isinstance(values, list) or len(values) != experts:
             actual = f"{len(values)} widths" if isinstance(values, list) else short_repr(values)
             raise UserError(f"{origin}: layer {index} has {experts} experts, not {actual}: give one for each")
@@ -402,14 +405,14 @@ def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
             except ValueError as error:  # not a width (UserError), or not one of the candidates
                 raise UserError(
                     f"{origin}: layer {index}, expert {expert} cannot have width {short_repr(value)}: "
-                    f"choose from {problem.width_names}{TWO_WIDTHS_HINT if problem.units > 1 else ''}"
+                    f"choose from {problem.width_names}{TWO_WIDTHS_HINT if problem.units_per_expert > 1 else ''}"
                 ) from error
     return np.array(choice, np.int64)
 
 
 def _read_expert(value: Any, problem: Problem) -> list[int]:
     """The choice of one expert's rows from a width or a list of widths. Raises ValueError."""
-    widths = value if isinstance(value, list) else [value] * problem.units
-    if len(widths) != problem.units:
+    widths = value if isinstance(value, list) else [value] * problem.units_per_expert
+    if len(widths) != problem.units_per_expert:
         raise ValueError
     return [problem.widths.index(Width(width)) for width in widths]

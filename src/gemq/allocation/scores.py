@@ -9,7 +9,7 @@ matrices of an expert get separate widths, each has its own D, with the other ma
 The reverse pass runs the layers from the last to the first, and stores the gradient of one layer at a time. Must not
 import files.
 
-Shapes: B windows, S tokens, T = B * S, P routed pairs, E experts, W widths, N calibration sources, U units of an expert
+Shapes: B windows, S tokens, T = B * S, P routed pairs, E experts, W widths, N calibration sources, U units per expert
 that get separate widths: 2 for its matrices, or 1 for the whole expert.
 """
 
@@ -189,7 +189,7 @@ def pair_costs(
     gradient: Tensor,
     candidates: Sequence[ExpertWeights],
     form: str,
-    units: int,
+    units_per_expert: int,
 ) -> tuple[RoutedPairs, Tensor]:
     """The cost of each routed pair at each width.
 
@@ -200,7 +200,7 @@ def pair_costs(
         gradient: [T, H] at the output of that call.
         candidates: weights of all experts at each of the W widths.
         form: ``elementwise`` or ``token``, see the module's docstring.
-        units: 2 for the cost of each matrix, 1 for that of both together.
+        units_per_expert: 2 for the cost of each matrix, 1 for that of both together.
 
     Returns:
         The routed pairs, and their costs float64 [P, U, W].
@@ -218,7 +218,7 @@ def pair_costs(
 
     h = run_first(exact_first)
     grad_h = None
-    if units == 2 and form == "token":
+    if units_per_expert == 2 and form == "token":
         # g . (change of h, passed through the exact down matrix) equals (g, passed backward through it) . (change of
         # h), which takes one product for all widths. It is a first-order approximation if a norm follows.
         with torch.enable_grad():
@@ -231,7 +231,7 @@ def pair_costs(
     costs_by_width = []
     for first_weight, down_weight in candidates:
         quantized_h = run_first(first_weight)
-        if units == 1:
+        if units_per_expert == 1:
             unit_costs = [_change_cost(grad_pair, run_down(down_weight, quantized_h), out, form)]
         else:
             if grad_h is None:

@@ -30,8 +30,8 @@ from gemq.runtime.ranks import SINGLE, Ranks
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
 """Limits for the float32 keys and values of a batch of windows: see ``batch_size``."""
 
-MIN_BATCH_SIZE = 32
-"""Windows of a batch if ``CACHE_BYTES`` hold as many."""
+LARGE_MODEL_BATCH_SIZE = 32
+"""Windows of a batch of a model for which ``SMALL_CACHE_BYTES`` hold fewer, if ``CACHE_BYTES`` hold as many."""
 
 MAX_BATCH_SIZE = 512
 
@@ -365,7 +365,7 @@ def batch_size(config: Any, seq_len: int) -> int:
     """
     bytes_per_window = len(layer_configs(config)) * config.hidden_size * seq_len * 2 * 4
     rows = SMALL_CACHE_BYTES // bytes_per_window
-    large_model_rows = min(MIN_BATCH_SIZE, CACHE_BYTES // cache_bytes(config, seq_len, 4))
+    large_model_rows = min(LARGE_MODEL_BATCH_SIZE, CACHE_BYTES // cache_bytes(config, seq_len, 4))
     return max(1, min(MAX_BATCH_SIZE, max(rows, large_model_rows)))
 
 
@@ -379,7 +379,7 @@ def gpu_batch_size(count: int, min_size: int, max_size: int) -> int:
     """Upper bound for the windows of a batch on a GPU.
 
     A step of twice as many windows takes a fifth longer, so that a batch takes what memory allows. There are at least
-    two batches, for two GPUs to share.
+    two batches, for two GPUs to share, if ``count`` exceeds ``min_size``. Otherwise there is one.
 
     Args:
         count: number of windows.

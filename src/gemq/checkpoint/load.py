@@ -1,9 +1,10 @@
 """Loads packed checkpoints into Transformers.
 
-Transformers asks the quantizer registered as ``gemq`` to prepare the empty model, fills tensors by name, and calls the
-quantizer again at the end. The quantizer compares all packed tensors with the headers of the files, since Transformers
-would leave missing ones uninitialized. It then adds placeholders to the model for Transformers to fill. At the end it
-moves the experts of each layer into contiguous buffers.
+Importing this module registers the quantizer. ``import gemq`` does so after Transformers' registry has been imported
+(``gemq._RegisterAfterImport``). Transformers asks the quantizer registered as ``gemq`` to prepare the empty model,
+fills tensors by name, and calls the quantizer again at the end. The quantizer compares all packed tensors with the
+headers of the files, since Transformers would leave missing ones uninitialized. It then adds placeholders to the model
+for Transformers to fill. At the end it moves the experts of each layer into contiguous buffers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Tables and summaries on the terminal, from plain results. Must not import torch."""
+"""Tables and summaries on the terminal, from plain results. Must not import torch.
+
+Some sentences of a job's summary are elsewhere: those of fallbacks in ``cli.fallback_texts`` and ``runtime.fallbacks``,
+the guard's verdict in ``allocation.guard.describe``. ``pipeline.run_stages`` chooses the other budget that is
+suggested.
+"""
 
 from __future__ import annotations
 

@@ -84,22 +84,22 @@ class PackedExperts:
 class TunedParameters:
     """Routers and norms in training, float32, by their names inside the model."""
 
-    def __init__(self, replay: Replay, parameters: dict[str, Tensor], stored: dict[str, torch.dtype]):
-        self.replay, self.parameters, self.stored = replay, parameters, stored
+    def __init__(self, replay: Replay, parameters: dict[str, Tensor], stored_dtypes: dict[str, torch.dtype]):
+        self.replay, self.parameters, self.stored_dtypes = replay, parameters, stored_dtypes
 
     def overrides(self) -> dict[str, Tensor]:
         """Return the parameters rounded to the dtype that stores them, in the dtype of the model; differentiable."""
         overrides = {}
         for name, parameter in self.parameters.items():
             dtype = self.replay.model.get_parameter(name).dtype
-            overrides[name] = rounded_to(parameter, self.stored[name]).to(dtype)
+            overrides[name] = rounded_to(parameter, self.stored_dtypes[name]).to(dtype)
         return overrides
 
     def result(self) -> dict[str, Tensor]:
         """Return the parameters of rank 0 as they are stored, float32 on the CPU."""
         result = {}
         for name, parameter in self.parameters.items():
-            rounded = rounded_to(parameter.detach(), self.stored[name])
+            rounded = rounded_to(parameter.detach(), self.stored_dtypes[name])
             result[name] = self.replay.ranks.broadcast(rounded, 0).to("cpu", copy=True)
         return result
 
@@ -144,7 +144,7 @@ class PackedLayer:
         tuned = {}
         for name in _tuned_names(replay, layer, distillation.parameters):
             tuned[name] = self.unquantized[name].float().clone()
-        self.tuned = TunedParameters(replay, tuned, distillation.stored)
+        self.tuned = TunedParameters(replay, tuned, distillation.stored_dtypes)
         grids: list[Tensor] = []
         if "grids" in distillation.parameters:
             for matrices in self.experts:

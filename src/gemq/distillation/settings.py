@@ -17,10 +17,10 @@ class Distillation:
         training: Settings of training.
         loss: ``kl`` for the KL divergence from the full-precision model, or ``next_token``.
         parameters: Any of ``routers``, ``norms`` and ``grids`` (scales and offsets of the experts).
-        stored: Dtype in which each parameter of the model is stored. Routers and norms are trained for this dtype.
+        stored_dtypes: Dtype in which each parameter of the model is stored, for which routers and norms are trained.
     """
 
     training: Training
     loss: str
     parameters: tuple[str, ...]
-    stored: dict[str, torch.dtype]
+    stored_dtypes: dict[str, torch.dtype]

@@ -61,7 +61,7 @@ class Student:
         if "norms" in distillation.parameters:
             for name in _tail_norms(replay):
                 tail[name] = replay.model.get_parameter(name).detach().float().clone()
-        self.tail = TunedParameters(replay, tail, distillation.stored)
+        self.tail = TunedParameters(replay, tail, distillation.stored_dtypes)
         self.optimizer = distillation.training.optimizer(steps, (), (), list(tail.values())) if tail else None
 
     def _capture(self, graph_bytes: int, on_failure: Callable[[], None]) -> None:

@@ -43,12 +43,12 @@ class Targets:
 
     Attributes:
         hidden: Outputs [B, S, H] of the full-precision layer, one for each micro-batch of this rank.
-        stored: Dtype in which each parameter of the model is stored.
+        stored_dtypes: Dtype in which each parameter of the model is stored.
         training: Settings.
     """
 
     hidden: ActivationStore
-    stored: dict[str, torch.dtype]
+    stored_dtypes: dict[str, torch.dtype]
     training: Training
 
 
@@ -170,20 +170,24 @@ class _LayerReconstruction:
         """Quantize the linears of attention and install them in the model."""
         attention = [linear for linear in self.scheme.linears(self.layer) if linear.kind == "attention"]
         if attention:
-            self._quantize(attention, None)
+            self._quantize_linears(attention, None)
 
     def quantize_other_matrices(self) -> None:
         """Quantize all other linears and install them, and quantize this rank's experts."""
         others = [linear for linear in self.scheme.linears(self.layer) if linear.kind != "attention"]
         experts = self.layer.experts
         local_experts = None if experts is None else local_expert_slice(self.replay.model, experts, self.replay.ranks)
-        expert_hessians = self._quantize(others, local_experts)
+        expert_hessians = self._quantize_linears(others, local_experts)
         self.result.retries = self.linears.retries
         if experts is not None and local_experts is not None and expert_hessians is not None:
             self._quantize_experts(experts, local_experts, expert_hessians)
 
     def train(self) -> None:
-        """Train all quantized matrices, router and norms towards the targets, if there are any."""
+        """Train all quantized matrices, router and norms towards the targets, if there are any.
+
+        ``layers.training.Training`` has the learning rates: one for all codes and one for all grids, whether of routed
+        experts, shared experts or attention.
+        """
         if self.targets is None:
             return
         replay, activations, experts = self.replay, self.activations, self.layer.experts
@@ -199,7 +203,7 @@ class _LayerReconstruction:
             activations.gather(replay, self.targets.hidden, sharded),
             self.parameters,
             self.targets.training,
-            self.targets.stored,
+            self.targets.stored_dtypes,
             windows_sharded=sharded,
         )
         trained = trainer.run()
@@ -210,7 +214,7 @@ class _LayerReconstruction:
 
     def pack(self) -> None:
         """Pack all matrices into the tensors of the result."""
-        grids = {parameter.name: self._all_ranks(parameter) for parameter in self.parameters}
+        grids = {parameter.name: self._gather_grids(parameter) for parameter in self.parameters}
         for linear in self.scheme.linears(self.layer):
             packed = self.linears.packed[linear.path]
             name = f"{linear.path}.weight"
@@ -221,13 +225,17 @@ class _LayerReconstruction:
             for matrix in self.layer.experts.matrices:
                 self._pack_experts(self.layer.experts, matrix, grids[f"{self.layer.experts.path}.{matrix.name}"])
 
-    def _quantize(
+    def _quantize_linears(
         self, linears: Sequence[Linear], experts: slice | None
     ) -> tuple[HessianAccumulator, HessianAccumulator] | None:
-        """Quantize and install dense linears.
+        """Quantize and install dense linears. Also returns the Hessians of experts.
+
+        Args:
+            linears: The dense linears.
+            experts: Range of experts, if Hessians of experts are computed in the same forward pass.
 
         Returns:
-            The Hessians of some experts' two matrices, computed in the same forward pass; None without ``experts``.
+            The Hessians of the experts' two matrices; None without ``experts``.
         """
         moments, _ = layer_hessians(self.replay, self.index, self.activations, linears, experts, with_outputs=False)
         width = self.scheme.dense_width
@@ -256,8 +264,8 @@ class _LayerReconstruction:
         holds_all_experts = local_experts.stop - local_experts.start == experts.count
         self.result.retries += retries if holds_all_experts else self.replay.ranks.all_reduce_int(retries)
 
-    def _all_ranks(self, parameter: QuantizedParameter) -> Quantized:
-        """Return the grids of a parameter, concatenated over the experts of all ranks."""
+    def _gather_grids(self, parameter: QuantizedParameter) -> Quantized:
+        """Return the grids of a parameter on every rank: experts are concatenated, a linear comes from rank 0."""
         ranks, experts = self.replay.ranks, self.layer.experts
         if experts is not None and parameter.name.startswith(f"{experts.path}."):
             codes, scales, offsets = gather_experts(self.replay.model, experts, ranks, parameter.q)

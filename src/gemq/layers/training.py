@@ -29,6 +29,8 @@ class Training:
     The optimizer is AdamW with betas (0.9, 0.95) and no weight decay. After a short warm-up, learning rates decay to
     zero along a cosine. A learning rate of 0 freezes the parameters of that kind.
 
+    ``matrix_optimizer`` assigns the rates to tensors. ``pipeline.stage_settings`` reads them from the recipe.
+
     Attributes:
         epochs: Passes over the training micro-batches.
         lr_codes: Learning rate of soft codes.

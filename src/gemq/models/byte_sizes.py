@@ -66,14 +66,14 @@ def quantized_share(structure: Structure, recipe: Recipe) -> float:
     return quantized / structure.total_parameters
 
 
-def unquantized_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[str, torch.dtype]) -> int:
+def unquantized_bytes(model: Any, structure: Structure, recipe: Recipe, stored_dtypes: dict[str, torch.dtype]) -> int:
     """Returns the bytes of everything that stays unquantized. Tied weights count once.
 
     Args:
         model: the model, which may be on the meta device
         structure: of the model
         recipe: says which matrices are quantized
-        stored: stored types by parameter name
+        stored_dtypes: stored types by parameter name
     """
     excluded = set(transformers_private.tied_weights(model))
     for layer in structure.layers:
@@ -84,5 +84,5 @@ def unquantized_bytes(model: Any, structure: Structure, recipe: Recipe, stored: 
     total = 0
     for name, tensor in model.state_dict().items():
         if name not in excluded:
-            total += tensor.numel() * stored.get(name, tensor.dtype).itemsize
+            total += tensor.numel() * stored_dtypes.get(name, tensor.dtype).itemsize
     return total

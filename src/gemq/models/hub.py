@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemq.errors import UserError
-from gemq.models.calls import summary
+from gemq.models.library_errors import summary
 
 
 def download_model(model: str, revision: str | None, weights: bool) -> Path:
@@ -23,13 +23,18 @@ def download_model(model: str, revision: str | None, weights: bool) -> Path:
         UserError: the hub cannot be reached, or refuses the model
     """
     from huggingface_hub import snapshot_download  # not needed for local models
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
     if weights:
         patterns.append("*.safetensors")
     try:
         path = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*"])
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {model} is gated: accept its terms on https://huggingface.co/{model}, then run hf auth login, or "
+            "set HF_TOKEN"
+        ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model {model} is not a local directory and cannot be downloaded from the hub: check the name and the "

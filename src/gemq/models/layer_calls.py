@@ -94,7 +94,9 @@ class SharedTensors:
                 replaced[id(value)] = value, self._earlier(value)
             return replaced[id(value)][1]
         if isinstance(value, tuple | list):
-            return type(value)(self.share(item, replaced) for item in value)
+            items = [self.share(item, replaced) for item in value]
+            is_named = hasattr(value, "_fields")  # a NamedTuple takes its items as arguments
+            return type(value)(*items) if is_named else type(value)(items)
         if isinstance(value, dict):
             return {key: self.share(item, replaced) for key, item in value.items()}
         return value

@@ -1,8 +1,9 @@
 """Runs a causal LM layer by layer, by replaying the calls that the model itself makes to its decoder layers.
 
-Masks, positions and other arguments that a family passes to a layer are captured once and passed again. They are never
-rebuilt. The tail (final norm, head, logit scaling) also runs through the model's own forward, with its layers replaced.
-``models.layer_cache`` decides which layers are in memory. Must not import quantization.
+Masks, positions and all other arguments that a family passes to a layer, by position or by name, are captured once and
+passed again. They are never rebuilt. The tail (final norm, head, logit scaling) also runs through the model's own
+forward, with its layers replaced. ``models.layer_cache`` decides which layers are in memory. Must not import
+quantization.
 
 Shapes: B windows, S tokens in a window, H hidden size, V vocabulary.
 """
@@ -252,7 +253,7 @@ class Replay:
         call = self._with_extra_arguments(index, hidden, call)
         prefix_length = len(self.structure.layers[index].path) + 1
         layer_overrides = {name[prefix_length:]: tensor for name, tensor in (overrides or {}).items()}
-        with self._attention():
+        with self._attention_backends():
             if layer_overrides:
                 output = functional_call(layer, layer_overrides, (hidden, *call.args), call.kwargs)
             else:
@@ -280,7 +281,7 @@ class Replay:
                 kwargs[argument] = hidden.extras[position]
         return Call(tuple(args), kwargs)
 
-    def _attention(self) -> AbstractContextManager[None]:
+    def _attention_backends(self) -> AbstractContextManager[None]:
         """Prefers attention kernels that are compiled already, where no gradients are needed.
 
         PyTorch would try cuDNN first, which compiles a kernel for every shape in half a second or more. This pays off
@@ -336,7 +337,7 @@ class Replay:
             UserError: they differ, or gemq's arithmetic of the experts differs from the model's
         """
         weights = nullcontext() if self.layer_cache is None else self.layer_cache.with_one_layer_per_kind()
-        with weights, torch.no_grad(), self._attention():
+        with weights, torch.no_grad(), self._attention_backends():
             self._verify(ids)
 
     def _verify(self, ids: Tensor) -> None:

@@ -24,13 +24,13 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from gemq.errors import UserError
 from gemq.models.auto_class import auto_class
-from gemq.models.calls import one_line_errors
 from gemq.models.configuration import read_configuration, suspicious_fields
 from gemq.models.experts import use_experts_forward
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.file_hashes import file_digests
 from gemq.models.fused_norms import use_fused_kernels
 from gemq.models.hub import download_model
+from gemq.models.library_errors import one_line_errors
 from gemq.models.reader import LayerReader, ReadOptions, loading_from
 from gemq.models.size_limits import bounded_construction, check_source_sizes
 from gemq.models.stored import FLOATS

@@ -51,7 +51,7 @@ def make_problem(
     problem = shape_problem(structure, recipe)
     counts = [candidates.counts(i).numpy() for i, _ in structure.moe_layers]
     expert_counts = np.concatenate(counts).astype(np.int64)
-    problem = dataclasses.replace(problem, counts=expert_counts.repeat(problem.units))
+    problem = dataclasses.replace(problem, counts=expert_counts.repeat(problem.units_per_expert))
     if costs is None:
         return problem
     cost_tables = [layer_costs(costs, i, recipe.smoothing, sources) for i, _ in structure.moe_layers]
@@ -89,7 +89,7 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
         experts = info.experts
         matrix_weights = [m.rows * m.columns for m in experts.matrices]
         matrix_bytes = [np.array(matrix_sizes(m, widths, recipe.group_size)) for m in experts.matrices]
-        if recipe.units == 1:  # both matrices of an expert get the same width
+        if recipe.units_per_expert == 1:  # both matrices of an expert get the same width
             matrix_weights = [sum(matrix_weights)]
             matrix_bytes = [sum(matrix_bytes[1:], start=matrix_bytes[0])]
         layers += [i] * (len(matrix_weights) * experts.count)
@@ -103,7 +103,7 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
         np.array(sizes, np.int64),
         np.zeros(len(layers), np.int64),
         layers=len(structure.layers),
-        units=recipe.units,
+        units_per_expert=recipe.units_per_expert,
     )
 
 

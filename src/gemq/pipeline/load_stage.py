@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from gemq.calibration.sources import host_bytes
-from gemq.models.calls import one_line_errors
 from gemq.models.layer_cache import LayerCache
+from gemq.models.library_errors import one_line_errors
 from gemq.models.replay import Replay
 from gemq.models.source import pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.context import Job
 from gemq.pipeline.equalization_stage import run_equalization
-from gemq.pipeline.stages import Footprint
+from gemq.pipeline.stage_costs import Footprint
 from gemq.planning.memory_model import held_bytes, staging_bytes
 
 LOAD = "load"

@@ -22,7 +22,7 @@ from gemq.pipeline.candidates_stage import CANDIDATES
 from gemq.pipeline.preflight import Checked, check_model, original_bytes
 from gemq.pipeline.reconstruction_stage import DISTILL, RECONSTRUCTION
 from gemq.pipeline.scores_stage import SCORES
-from gemq.pipeline.stages import Footprint, JobStages, check_bounds, stage_seconds
+from gemq.pipeline.stage_costs import Footprint, JobStages, check_bounds, stage_seconds
 from gemq.planning.cost_model import Workload
 from gemq.planning.memory_model import held_bytes, staging_bytes
 from gemq.recipe import DEFAULT_BITS, Recipe
@@ -149,7 +149,7 @@ def _plan(
         check_bounds(memory, footprint, model)
     limit = memory.on_device.limit
     resident_bytes = held_bytes(model, structure, dtype)
-    working_bytes = footprint.stages(footprint.training_bytes(limit - resident_bytes))
+    working_bytes = footprint.peak_bytes_by_stage(footprint.training_bytes(limit - resident_bytes))
     free_bytes = limit - max(working_bytes.values())
     workload = Workload(structure, recipe, model.config, checked.seq_len, dtype, device, free_bytes)
     stages = JobStages.of(recipe, allocation, reconstruct=recipe.reconstruct)

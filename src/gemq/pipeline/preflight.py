@@ -22,7 +22,7 @@ from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_seq_len, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.allocation_stage import shape_problem
-from gemq.pipeline.stages import Footprint, check_bounds
+from gemq.pipeline.stage_costs import Footprint, check_bounds
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
 from gemq.runtime.memory import MemoryBudget, gigabytes
@@ -216,14 +216,14 @@ def read_allocation_file(path: Path) -> str:
         raise UserError(f"cannot read {path} ({reason}): give the allocation.json of a work directory") from error
 
 
-def fixed_bytes(model: Any, structure: Structure, recipe: Recipe, stored: dict[str, torch.dtype]) -> int:
-    """Bytes of the checkpoint's tensors outside the experts. ``stored``: the type of each parameter in its file."""
-    return unquantized_bytes(model, structure, recipe, stored) + linear_bytes(structure, recipe)
+def fixed_bytes(model: Any, structure: Structure, recipe: Recipe, stored_dtypes: dict[str, torch.dtype]) -> int:
+    """Bytes of the checkpoint's tensors outside the experts. ``stored_dtypes``: type of each parameter in its file."""
+    return unquantized_bytes(model, structure, recipe, stored_dtypes) + linear_bytes(structure, recipe)
 
 
-def original_bytes(model: Any, stored: dict[str, torch.dtype]) -> int:
-    """Bytes of the full-precision model's parameters. ``stored``: the type of each parameter in its file."""
-    return sum(parameter.numel() * stored[name].itemsize for name, parameter in model.named_parameters())
+def original_bytes(model: Any, stored_dtypes: dict[str, torch.dtype]) -> int:
+    """Bytes of the full-precision model's parameters. ``stored_dtypes``: the type of each parameter in its file."""
+    return sum(parameter.numel() * stored_dtypes[name].itemsize for name, parameter in model.named_parameters())
 
 
 def _size(count: float, round_up: bool = False) -> str:

@@ -32,7 +32,7 @@ from gemq.pipeline.job_record import (
 )
 from gemq.pipeline.preflight import check_job
 from gemq.pipeline.run_stages import Result, run_stages
-from gemq.pipeline.stages import JobStages
+from gemq.pipeline.stage_costs import JobStages
 from gemq.pipeline.windows_stage import needs_texts
 from gemq.pipeline.workdir import WorkDir
 from gemq.recipe import Recipe

@@ -105,14 +105,14 @@ def assembled_layers(replay: Replay, candidates: CandidateFiles, allocation: All
 
 
 def run_reconstruction(
-    job: Job, replay: Replay, stored: dict[str, torch.dtype], windows: Windows, allocation: Allocation
+    job: Job, replay: Replay, stored_dtypes: dict[str, torch.dtype], windows: Windows, allocation: Allocation
 ) -> ReconstructedModel:
     """Reconstructs every layer at the chosen widths, then distills the model.
 
     Args:
         job: the job.
         replay: the full-precision model. It has its weights again afterwards.
-        stored: the type in which each parameter is stored.
+        stored_dtypes: the type in which each parameter is stored.
         windows: the calibration windows.
         allocation: the chosen widths.
     """
@@ -126,9 +126,9 @@ def run_reconstruction(
     distills = bool(job.recipe.distill_epochs) and not distillation_stage.has(DISTILLED_FILE)
     if missing or distills:
         end = layer_count if distills else missing[-1] + 1
-        teacher = _reconstruct_layers(job, replay, stored, windows, stage, widths, missing, end)
+        teacher = _reconstruct_layers(job, replay, stored_dtypes, windows, stage, widths, missing, end)
         if distills:
-            _distill(job, replay, stored, windows, stage, distillation_stage, widths, teacher)
+            _distill(job, replay, stored_dtypes, windows, stage, distillation_stage, widths, teacher)
     distilled = _load_distilled(distillation_stage) if job.recipe.distill_epochs else Distilled()
     model = ReconstructedModel(stage, layer_count, distilled, inputs)
     _summarize(job, model)
@@ -138,7 +138,7 @@ def run_reconstruction(
 def _reconstruct_layers(
     job: Job,
     replay: Replay,
-    stored: dict[str, torch.dtype],
+    stored_dtypes: dict[str, torch.dtype],
     windows: Windows,
     stage: Stage,
     widths: list[list[ExpertWidths]],
@@ -166,7 +166,7 @@ def _reconstruct_layers(
             if with_teacher:
                 activations.advance_all(replay, i, [exact])
             if i in missing:
-                targets = Targets(exact, stored, training) if training is not None else None
+                targets = Targets(exact, stored_dtypes, training) if training is not None else None
                 layer = reconstruct_layer(replay, i, activations, quantizer, widths[i], recipe.dense_width, targets)
                 save(layer_file(i), layer.to_tensors())
                 activations.advance(replay, i)
@@ -183,7 +183,7 @@ def _reconstruct_layers(
 def _distill(
     job: Job,
     replay: Replay,
-    stored: dict[str, torch.dtype],
+    stored_dtypes: dict[str, torch.dtype],
     windows: Windows,
     layers: Stage,
     stage: Stage,
@@ -207,7 +207,7 @@ def _distill(
             [layer_scheme(recipe, layer_widths) for layer_widths in widths],
             job.start_activations(replay, windows),
             teacher,
-            Distillation(training, recipe.distill_loss, recipe.distill_parameters, stored),
+            Distillation(training, recipe.distill_loss, recipe.distill_parameters, stored_dtypes),
             tick,
             distillation_peak_bytes(memory),
         )

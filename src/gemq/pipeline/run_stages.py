@@ -3,6 +3,10 @@
 Calibration windows, candidates, sensitivity, scores, allocation, guard, reconstruction, distillation, save. Each stage
 takes the results of earlier stages as arguments and keeps its own in the work directory, so that a job can be resumed,
 and another budget computes only the stages that depend on it.
+
+A new stage has a module ``*_stage.py``, with what it computes and what it costs. It is called here. Its inputs are in
+``stage_settings``, and also become inputs of the stages that use its results. ``stage_costs`` counts its time and
+memory.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_lay
 from gemq.pipeline.save_stage import card_facts, is_complete, make_packed_format, run_save
 from gemq.pipeline.scores_stage import FULL_PRECISION, run_scores
 from gemq.pipeline.sensitivity_stage import run_sensitivity
-from gemq.pipeline.stages import JobStages, stage_rounds, stage_seconds
+from gemq.pipeline.stage_costs import JobStages, stage_rounds, stage_seconds
 from gemq.pipeline.windows_stage import Calibration, begin_reading, run_windows
 from gemq.planning.cost_model import Workload
 from gemq.quant.widths import ExpertWidths, plain_widths
@@ -118,7 +122,7 @@ class _Prepared:
         job: the job.
         stages: which of the optional stages run.
         replay: the full-precision model.
-        stored: the type in which each parameter is stored.
+        stored_dtypes: the type in which each parameter is stored.
         calibration: the calibration windows.
         candidates: of all layers.
     """
@@ -126,7 +130,7 @@ class _Prepared:
     job: Job
     stages: JobStages
     replay: Replay
-    stored: dict[str, torch.dtype]
+    stored_dtypes: dict[str, torch.dtype]
     calibration: Calibration
     candidates: CandidateFiles
 
@@ -137,7 +141,7 @@ class _Prepared:
 
     def reconstruct(self, allocation: Allocation) -> ReconstructedModel:
         """The model reconstructed at the widths of an allocation."""
-        return run_reconstruction(self.job, self.replay, self.stored, self.calibration.windows, allocation)
+        return run_reconstruction(self.job, self.replay, self.stored_dtypes, self.calibration.windows, allocation)
 
 
 def run_stages(
@@ -159,16 +163,16 @@ def run_stages(
         verify: compare the replay with the model's own forward.
     """
     begin_reading(job)
-    replay, stored = run_load(job, verify)
+    replay, stored_dtypes = run_load(job, verify)
     structure, ranks, recipe = replay.structure, replay.ranks, job.recipe
     # The budget was checked with the types of the configuration. Files may hold wider ones.
-    unquantized_bytes = fixed_bytes(replay.model, structure, recipe, stored)
+    unquantized_bytes = fixed_bytes(replay.model, structure, recipe, stored_dtypes)
     check_allocation(structure, recipe, unquantized_bytes, allocation_file)
-    _expect_stages(job, replay, stages)
+    _set_expected_times(job, replay, stages)
     calibration = run_windows(job, replay, lambda windows: guard_plans(recipe, windows) if stages.guard else ())
     candidates = run_candidates(job, replay, calibration.windows)
     count_candidate_fallbacks(job, replay, candidates)
-    prepared = _Prepared(job, stages, replay, stored, calibration, candidates)
+    prepared = _Prepared(job, stages, replay, stored_dtypes, calibration, candidates)
     costs = _compute_costs(prepared) if stages.scores else None
     allocation, verdict = _run_allocation(prepared, costs, unquantized_bytes, allocation_file)
     method = "from a file" if allocation_file else allocation.method
@@ -193,7 +197,7 @@ def run_stages(
         layer_bits=list(allocation.layer_bits),
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, recipe),
-        original_bytes=original_bytes(replay.model, stored),
+        original_bytes=original_bytes(replay.model, stored_dtypes),
         stored_bytes=stored_bytes,
         expert_bits_nominal=allocation.nominal_bits,
         expert_bits_stored=allocation.stored_bits,
@@ -211,7 +215,7 @@ def run_stages(
     )
 
 
-def _expect_stages(job: Job, replay: Replay, stages: JobStages) -> None:
+def _set_expected_times(job: Job, replay: Replay, stages: JobStages) -> None:
     """Sets the expected times of the stages for the progress bar, if one is shown."""
     if job.monitor.console is None:
         return
@@ -281,7 +285,7 @@ def _run_output(
     else:
         layers, tuned, gains = assembled_layers(replay, prepared.candidates, allocation), {}, {}
     facts = card_facts(replay.structure, job.recipe, allocation, method)
-    run_save(job, replay, prepared.stored, out, packed_format, layers, tuned, facts)
+    run_save(job, replay, prepared.stored_dtypes, out, packed_format, layers, tuned, facts)
     return gains
 
 

@@ -64,7 +64,7 @@ def is_complete(out: Path, packed_format: PackedFormat) -> bool:
 def run_save(
     job: Job,
     replay: Replay,
-    stored: dict[str, torch.dtype],
+    stored_dtypes: dict[str, torch.dtype],
     out: Path,
     packed_format: PackedFormat,
     layers: Iterable[QuantizedLayer],
@@ -76,7 +76,7 @@ def run_save(
     Args:
         job: the job.
         replay: the full-precision model.
-        stored: the type in which each parameter is stored.
+        stored_dtypes: the type in which each parameter is stored.
         out: directory of the checkpoint.
         packed_format: of the checkpoint.
         layers: the quantized layers.
@@ -89,7 +89,7 @@ def run_save(
             yield layer.tensors
             tick()
         state = {**replay.stored_state(packed_format.replaced_names()), **tuned}
-        stored_state = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
+        stored_state = {name: tensor.to(stored_dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
         yield dense_state(replay.model, packed_format, stored_state)
 
     def write(tick: Tick) -> None:

@@ -97,7 +97,7 @@ def _score_layer(
     for number, call, gradient in micro_batches:
         assert call is not None
         assert gradient is not None
-        routed, costs = pair_costs(module, experts, call, gradient, weights, recipe.score_form, recipe.units)
+        routed, costs = pair_costs(module, experts, call, gradient, weights, recipe.score_form, recipe.units_per_expert)
         seq_len = activations.ids[number].shape[1]
         token_sources = activations.source[number].repeat_interleave(seq_len)
         scores.add(routed, costs, token_sources)

@@ -110,8 +110,8 @@ def size_curve(
     method = method or (recipe.allocate if recipe.allocate == "layerwise" else "global")
     if method not in ("global", "layerwise"):
         raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
-    stored = configured_types(skeleton)
-    fixed = fixed_bytes(skeleton, structure, recipe, stored)
+    stored_dtypes = configured_types(skeleton)
+    fixed = fixed_bytes(skeleton, structure, recipe, stored_dtypes)
     smallest = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
     points = []
     for bits in budgets(problem.widths[0].bits, problem.widths[-1].bits, step):
@@ -128,7 +128,7 @@ def size_curve(
             uniform_cost=uniform_cost(problem, bits),
         )
         points.append(point)
-    return Curve(str(source.path), method, original_bytes(skeleton, stored), tuple(points))
+    return Curve(str(source.path), method, original_bytes(skeleton, stored_dtypes), tuple(points))
 
 
 def allocation_problem(
@@ -244,7 +244,9 @@ def _scored_problem(work: WorkDir, structure: Structure, recipe: Recipe) -> Prob
     costs = Costs(_finished_stage(work, f"{SCORES}-*", names), sensitivity)
     cost_tables = [layer_costs(costs, i, recipe.smoothing) for i, _ in structure.moe_layers]
     counts = [costs.scores.load_tensor(layer_file(i), "tokens").sum(0).numpy() for i, _ in structure.moe_layers]
-    return replace(problem, costs=np.concatenate(cost_tables), counts=np.concatenate(counts).repeat(problem.units))
+    return replace(
+        problem, costs=np.concatenate(cost_tables), counts=np.concatenate(counts).repeat(problem.units_per_expert)
+    )
 
 
 def _finished_stage(work: WorkDir, pattern: str, names: list[str]) -> Stage:

@@ -1,7 +1,9 @@
-"""How the recipe's keys reach the stages: settings of quantizer and training, and fingerprints of each stage's inputs.
+"""How the recipe's keys reach the stages: settings of quantizer and training, and the inputs of each stage.
 
-A fingerprint (``*_inputs``) names everything that a stage's results depend on, and nothing else. The work directory
-compares it with the recorded one, so that results are reused exactly as long as they are still valid.
+The inputs of a stage (``*_inputs``) are plain values that name everything that its results depend on, and nothing else.
+The work directory compares them with the recorded ones, so that results are reused exactly as long as they are valid.
+They include the results of earlier stages, as digests or as the inputs of those stages. If one is left out, outdated
+results are reused: candidates, for example, would not notice that a new stage before them has changed its result.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def training_settings(job: Job, epochs: int, code_lr: float, train_parameters: b
     )
 
 
-# Fingerprints
+# Inputs
 
 
 def window_inputs(job: Job) -> dict[str, Any]:
@@ -160,5 +162,5 @@ def _values(recipe: Recipe, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _short_digest(windows: Windows) -> str:
-    """A digest of calibration windows, as fingerprints hold it."""
+    """A digest of calibration windows, as inputs hold it."""
     return windows.digest()[:16]

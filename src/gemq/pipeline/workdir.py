@@ -180,7 +180,7 @@ class WorkDir:
             inputs = read_object(stage_file)
             stage = Stage(stage_file.parent, self.ranks, digest(inputs))
             if all(stage.has(name) for name in names):
-                verify_stage(stage.directory, stage.identity)
+                verify_stage(stage.directory, stage.inputs_digest)
                 yield stage, inputs
 
     def size(self) -> int:
@@ -194,9 +194,9 @@ class Stage:
     All ranks must make the same calls. Machines share the directory, so that every rank sees the files of all others.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks = SINGLE, identity: str = ""):
-        """``identity``: digest of the stage's inputs, which its files carry."""
-        self.directory, self.ranks, self.identity = directory, ranks, identity
+    def __init__(self, directory: Path, ranks: Ranks = SINGLE, inputs_digest: str = ""):
+        """``inputs_digest``: digest of the stage's inputs, which its files carry."""
+        self.directory, self.ranks, self.inputs_digest = directory, ranks, inputs_digest
 
     def has(self, name: str) -> bool:
         """Whether the file ``name`` exists. Files are never partial."""
@@ -209,7 +209,7 @@ class Stage:
     def _write(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
         """Writes a set of tensors on this rank."""
         on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-        write_tensors(self.directory / name, on_host, tensor_metadata(name, on_host, self.identity, about or {}))
+        write_tensors(self.directory / name, on_host, tensor_metadata(name, on_host, self.inputs_digest, about or {}))
 
     @contextmanager
     def background_writer(self, every_rank: bool = False) -> Iterator[Callable[[str, dict[str, Tensor] | None], None]]:
@@ -275,11 +275,11 @@ class Stage:
 
     def save_json(self, name: str, value: Any) -> None:
         """Writes plain values."""
-        self.ranks.run_on_first(lambda: write_json_record(self.directory / name, value, self.identity))
+        self.ranks.run_on_first(lambda: write_json_record(self.directory / name, value, self.inputs_digest))
 
     def load_json(self, name: str) -> Any:
         """Reads plain values. Raises UserError when the file is damaged."""
-        return read_json_record(self.directory / name, self.identity)
+        return read_json_record(self.directory / name, self.inputs_digest)
 
 
 def host_copier(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -306,7 +306,7 @@ def host_copier(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     return copy
 
 
-def verify_stage(directory: Path, identity: str) -> None:
+def verify_stage(directory: Path, inputs_digest: str) -> None:
     """Reads all results of a stage. Raises UserError for one that is damaged or belongs to another stage.
 
     Several threads read files at the same time, so that the disk limits the speed.
@@ -314,7 +314,7 @@ def verify_stage(directory: Path, identity: str) -> None:
     files = sorted(path for path in directory.iterdir() if path.name != STAGE_FILE and not path.name.startswith("."))
     threads = min(MAX_VERIFY_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="gemq-verify") as pool:
-        checks = [pool.submit(check_record, path, identity) for path in files]
+        checks = [pool.submit(check_record, path, inputs_digest) for path in files]
         for check in checks:
             check.result()
 

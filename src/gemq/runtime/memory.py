@@ -1,8 +1,8 @@
 """How many bytes a job may hold, and where: on its device, in host memory, in files of the work directory.
 
 All large allocations of a job are reserved here first, within the bounds of ``--gpu-memory`` and ``--host-memory``.
-Layers that are cached only for speed are evicted when the device has no room left. On a CPU the device is the host,
-and one bound counts for both. Must not import models.
+Layers that are cached only for speed are evicted when the device has no room left. On a CPU the device is the host, and
+one bound counts for both. Each rank has its own bounds and evicts only layers of its own cache. Must not import models.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Cache(Protocol):
         ...
 
     def evict(self, count: int) -> None:
-        """Evict ``count`` bytes, or everything if there are fewer."""
+        """Evict at least ``count`` bytes, or everything if there are fewer. The cache chooses which."""
         ...
 
 
@@ -160,16 +160,26 @@ class MemoryBudget:
         return cls(device, ByteLimit(gpu_bytes), host, directory)
 
     def try_reserve(self, count: int) -> bool:
-        """Reserve ``count`` bytes on the device, evicting caches if necessary. Returns False if they do not fit."""
+        """Reserve ``count`` bytes on the device, evicting caches if necessary.
+
+        Returns False, and evicts nothing, if they do not fit even without caches.
+        """
+        if count > self.max_device_bytes:
+            return False
         if count > self.on_device.available:
             for cache in self.caches:
                 cache.evict(count - self.on_device.available)
         return self.on_device.reserve(count)
 
     @property
+    def max_device_bytes(self) -> int:
+        """Bytes that can be reserved on the device after all caches are evicted."""
+        return self.on_device.available + sum(cache.evictable_bytes() for cache in self.caches)
+
+    @property
     def fast_bytes(self) -> int:
         """Bytes that can be stored without going to the disk."""
-        device_bytes = self.on_device.available + sum(cache.evictable_bytes() for cache in self.caches)
+        device_bytes = self.max_device_bytes
         return device_bytes if self.host is self.on_device else device_bytes + self.host.available
 
     def reserve(self, count: int) -> MemoryTier:

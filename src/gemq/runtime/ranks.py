@@ -4,6 +4,9 @@ Micro-batches, experts and layers are divided among ranks. Rank 0 prints, and wr
 Sums over micro-batches are accumulated in the order of the micro-batches, so that they do not depend on the number of
 ranks. A single process is the case of one rank, in which every collective returns its input.
 
+If a process dies, torchrun sends SIGTERM to the others. A thread of each (``cli/rank_exit.py``) then prints one line
+and ends its process. A collective may notice first, and raises ``RankLostError``.
+
 Must not import models or stages.
 """
 
@@ -26,7 +29,10 @@ from gemq.runtime.device import pick_device
 from gemq.runtime.processes import RankLostError, ranks_started
 
 TIMEOUT = timedelta(hours=12)
-"""Timeout of a collective. Rank 0 may be solving, packing or writing. A process that died is noticed without it."""
+"""Timeout of a collective. Rank 0 may be solving, packing or writing.
+
+A process that died is noticed earlier: torchrun then sends SIGTERM to the others (``cli/rank_exit.py``).
+"""
 
 GPU_BATCHES_PER_FORWARD, MIN_FORWARDS = 4, 16
 """Micro-batches in one forward of a layer on a GPU, as long as at least ``MIN_FORWARDS`` forwards remain to divide."""
@@ -321,12 +327,17 @@ class Ranks:
 
         Raises:
             RankLostError: the backend reports that another process cannot be reached.
+            torch.OutOfMemoryError: this process has too little GPU memory for it.
         """
         try:
             while _warm_ups and any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
                 _warm_ups.pop().result()
             collective(*arguments)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            if "out of memory" in str(error):  # NCCL allocates outside of PyTorch, and has no error of its own for this
+                raise torch.OutOfMemoryError(str(error)) from error
             raise RankLostError(str(error)) from error
 
 

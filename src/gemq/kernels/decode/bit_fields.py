@@ -6,7 +6,7 @@ instruction per code. Products with x then contain bias times the sum of x, whic
 mantissa bits in its low byte, whose top bit is the last of the exponent. float16 has 8 there and 2 in the high byte.
 Ternary digits always have the same position in the float.
 
-The inline assembly is NVIDIA's. PLAIN uses ordinary arithmetic, for the interpreter and other GPUs. Tuples are
+The inline assembly is NVIDIA's. PORTABLE uses ordinary arithmetic, for the interpreter and other GPUs. Tuples are
 concatenated with +, since Triton does not support unpacking.
 """
 
@@ -21,7 +21,7 @@ from gemq.kernels.triton_types import Tile
 BF16 = tl.constexpr(0)
 FP16 = tl.constexpr(1)
 SPLIT = tl.constexpr(2)
-PLAIN = tl.constexpr(3)
+PORTABLE = tl.constexpr(3)
 """Operands: bfloat16, float16, float32 as a sum of three bfloat16, and float32 without tensor cores."""
 
 
@@ -133,7 +133,7 @@ def _types(operand: int, count: int):
 @triton.constexpr_function
 def factor(levels: int, operand: int):
     """Return the factor with which a code c reads as ``bias + c / factor``."""
-    if operand == PLAIN:
+    if operand == PORTABLE:
         return 1.0
     if levels == 3:
         return 4.0 if operand == FP16 else 1.0
@@ -144,7 +144,7 @@ def factor(levels: int, operand: int):
 @triton.constexpr_function
 def bias(levels: int, operand: int):
     """Return the bias with which a code c reads as ``bias + c / factor``."""
-    if operand == PLAIN:
+    if operand == PORTABLE:
         return 0.0
     if levels == 3:
         return {0: 128.0, 1: 1.0, 2: 0.0}[int(operand)]
@@ -164,18 +164,18 @@ def upper_byte(operand: int):
 
 
 @triton.jit
-def plane_fields(w: Tile, BITS: tl.constexpr, OPERAND: tl.constexpr, HIGH: tl.constexpr, PLAIN_WEIGHT: tl.constexpr):
+def plane_fields(w: Tile, BITS: tl.constexpr, OPERAND: tl.constexpr, HIGH: tl.constexpr, PORTABLE_WEIGHT: tl.constexpr):
     """Tile of bytes -> tuple of 8 / BITS tiles: field i of each byte as a float.
 
     Args:
         w: bytes
         HIGH: the floats' high byte
-        PLAIN_WEIGHT: factor of the field for PLAIN operands
+        PORTABLE_WEIGHT: factor of the field for PORTABLE operands
     """
-    if OPERAND == PLAIN:
+    if OPERAND == PORTABLE:
         fields = ()
         for i in tl.static_range(8 // BITS):
-            fields = fields + (((w >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32) * PLAIN_WEIGHT,)  # noqa: RUF005
+            fields = fields + (((w >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32) * PORTABLE_WEIGHT,)  # noqa: RUF005
         return fields
     else:
         return tl.inline_asm_elementwise(
@@ -191,7 +191,7 @@ def plane_fields(w: Tile, BITS: tl.constexpr, OPERAND: tl.constexpr, HIGH: tl.co
 @triton.jit
 def three_bit_fields(low: Tile, high: Tile, half: Tile, OPERAND: tl.constexpr):
     """Tiles of the 2-bit plane, of the matching 1-bit plane, and of its half -> tuple of 4 tiles of floats."""
-    if OPERAND == PLAIN:
+    if OPERAND == PORTABLE:
         fields = ()
         bits = high >> half
         for i in tl.static_range(4):
@@ -211,7 +211,7 @@ def three_bit_fields(low: Tile, high: Tile, half: Tile, OPERAND: tl.constexpr):
 @triton.jit
 def ternary_fields(w: Tile, OPERAND: tl.constexpr):
     """Tile of bytes below 243 -> tuple of 5 tiles: their base-3 digits as floats, least significant first."""
-    if OPERAND == PLAIN:
+    if OPERAND == PORTABLE:
         digits = ()
         quotient = w.to(tl.int32)
         for _ in tl.static_range(5):

@@ -9,7 +9,7 @@ Ternary bytes are not decoded into digits. With q_i = floor(byte / 3^i), digit i
 digit_i x_i is the sum of q_i (x_i - 3 x_(i-1)). Activations are therefore combined once (``fixed_point``), and q_i are
 the high bytes of 81 f, 27 f, 9 f and 3 f for f = ceil(256 byte / 243).
 
-The assembly is NVIDIA's. PLAIN uses ordinary arithmetic, for the interpreter and other GPUs.
+The assembly is NVIDIA's. PORTABLE uses ordinary arithmetic, for the interpreter and other GPUs.
 
 Legend: L lanes, M rows, ``load_words`` words that one load brings to a thread (the last axis of tiles).
 """
@@ -189,7 +189,7 @@ def split(t: Tile, LOAD_WORDS: tl.constexpr):
 
 @triton.jit
 def _dot_bytes(codes: Tile, high: Tile, low: Tile):
-    """Return the sum of four products of unsigned bytes of ``codes`` and activations, in plain arithmetic."""
+    """Return the sum of four products of unsigned bytes of ``codes`` and activations, in portable arithmetic."""
     total = (codes & 255) * (((high << 24) >> 24) * 256 + (low & 255))
     for b in tl.static_range(1, 4):
         total += ((codes >> (8 * b)) & 255) * (((high << (24 - 8 * b)) >> 24) * 256 + ((low >> (8 * b)) & 255))
@@ -212,22 +212,22 @@ def _unsigned_shift(w: Tile, bits: Tile):
 
 
 @triton.jit
-def _plain_planes(
+def _portable_planes(
     codes: Tile,
     upper: Tile,
-    shift: Tile,
+    code_shift: Tile,
     high: Tile,
     low: Tile,
     LEVELS: tl.constexpr,
     UPPER_WORDS: tl.constexpr,
     LOAD_WORDS: tl.constexpr,
 ):
-    """Compute ``dot`` in plain arithmetic, for all widths but ternary."""
+    """Compute ``dot`` in portable arithmetic, for all widths but ternary."""
     total = codes[0] * 0
     for k in tl.static_range(len(codes)):
         for f in tl.static_range(fields_of(LEVELS)):
             if LEVELS == 8:
-                half = _unsigned_shift(upper[k % len(upper)], shift + (2 * f + k * LOAD_WORDS // UPPER_WORDS))
+                half = _unsigned_shift(upper[k % len(upper)], code_shift + (2 * f + k * LOAD_WORDS // UPPER_WORDS))
                 field = ((codes[k] >> (2 * f)) & 0x03030303) | ((half & 0x01010101) << 2)
             elif LEVELS == 256:
                 field = codes[k]
@@ -244,9 +244,9 @@ def _element(tiles: Tile, i: tl.constexpr, LOAD_WORDS: tl.constexpr):
 
 
 @triton.jit
-def _plain_ternary(codes: Tile, shift: Tile, high: Tile, low: Tile, LOAD_WORDS: tl.constexpr):
-    """Compute ``dot`` of ternary codes in plain arithmetic."""
-    start = tl.max(shift, 2)
+def _portable_ternary(codes: Tile, code_shift: Tile, high: Tile, low: Tile, LOAD_WORDS: tl.constexpr):
+    """Compute ``dot`` of ternary codes in portable arithmetic."""
+    start = tl.max(code_shift, 2)
     total = start * 0
     for k in tl.static_range(7):
         word_0 = _element(codes, k, LOAD_WORDS)
@@ -267,13 +267,13 @@ def _plain_ternary(codes: Tile, shift: Tile, high: Tile, low: Tile, LOAD_WORDS: 
 def dot(
     codes: Tile,
     upper: Tile,
-    shift: Tile,
+    code_shift: Tile,
     high: Tile,
     low: Tile,
     LEVELS: tl.constexpr,
     UPPER_WORDS: tl.constexpr,
     LOAD_WORDS: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):
     """Multiply codes with activations: the sum over all columns of code * (256 high + low), int32 [L, M].
 
@@ -284,23 +284,23 @@ def dot(
     Args:
         codes: tuple of int32 [L, M, LOAD_WORDS], words of codes; for ternary, the window of 8 words with the group
         upper: at 3 bits, words of the high plane for the same columns, tuple of tiles as above
-        shift: int32 [L, 1, LOAD_WORDS]; at 3 bits, the half of the high plane's bits that belongs to the first word;
-            for ternary, the bit of the window at which the group starts
+        code_shift: int32 [L, 1, LOAD_WORDS]; at 3 bits, the half of the high plane's bits that belongs to the first
+            word; for ternary, the bit of the window at which the group starts
         high: high words from ``fixed_point.fixed_point``, tuple of [L, 1, LOAD_WORDS]
         low: low words, likewise
         UPPER_WORDS: words of the high plane
     """
-    if PLAIN:
+    if PORTABLE:
         if LEVELS == 3:
-            return _plain_ternary(codes, shift, high, low, LOAD_WORDS)
+            return _portable_ternary(codes, code_shift, high, low, LOAD_WORDS)
         else:
-            return tl.sum(_plain_planes(codes, upper, shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS), 2)
+            return tl.sum(_portable_planes(codes, upper, code_shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS), 2)
     else:
         arguments = codes
         if LEVELS == 8:
             arguments = arguments + upper
         if LEVELS == 3 or LEVELS == 8:
-            arguments = arguments + (shift,)  # noqa: RUF005 - Triton cannot unpack
+            arguments = arguments + (code_shift,)  # noqa: RUF005 - Triton cannot unpack
         for i in tl.static_range(len(high)):
             arguments = arguments + (high[i], low[i])  # noqa: RUF005
         asm: tl.constexpr = _assembly(LEVELS, len(codes) * LOAD_WORDS, len(upper) * LOAD_WORDS, UPPER_WORDS, LOAD_WORDS)

@@ -75,12 +75,12 @@ def _quarter(v: Tile, k: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _pack(a: Tile, b: Tile, c: Tile, d: Tile, PLAIN: tl.constexpr):
+def _pack(a: Tile, b: Tile, c: Tile, d: Tile, PORTABLE: tl.constexpr):
     """Pack four tiles of 16-bit integers into words of their high bytes and words of their low bytes.
 
     The tiles are float32, integers to which MAGIC has been added.
     """
-    if PLAIN:
+    if PORTABLE:
         a, b = (a - MAGIC).to(tl.int32), (b - MAGIC).to(tl.int32)
         c, d = (c - MAGIC).to(tl.int32), (d - MAGIC).to(tl.int32)
         low = (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | ((d & 255) << 24)
@@ -99,9 +99,9 @@ def _pack(a: Tile, b: Tile, c: Tile, d: Tile, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _two_columns_later(words: Tile, next_words: Tile, PLAIN: tl.constexpr):
+def _two_columns_later(words: Tile, next_words: Tile, PORTABLE: tl.constexpr):
     """Return the words [L, 2] that start two columns after ``words`` [L, 2], which ``next_words`` follow."""
-    if PLAIN:
+    if PORTABLE:
         following = tl.join(tl.split(words)[1], tl.split(next_words)[0])
         return ((words >> 16) & 0xFFFF) | (following << 16)
     else:
@@ -122,7 +122,7 @@ def fixed_point(
     end_group: Scalar,
     ALL_INSIDE: tl.constexpr,
     LEVELS: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PORTABLE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     STEP_GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -166,7 +166,7 @@ def fixed_point(
         x1 -= 3.0 * (_quarter(first_pair, 1, type) * inverse_scale + MAGIC - MAGIC)
         x2 -= 3.0 * (_quarter(second_pair, 0, type) * inverse_scale + MAGIC - MAGIC)
         x3 -= 3.0 * (_quarter(second_pair, 1, type) * inverse_scale + MAGIC - MAGIC)
-    high, low = _pack(x0, x1, x2, x3, PLAIN)
+    high, low = _pack(x0, x1, x2, x3, PORTABLE)
     # High and low words in one number, since a lane gets them through shared memory, and each trip costs time.
     packed = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     if LEVELS != 3:
@@ -181,8 +181,8 @@ def fixed_point(
         lows = lows + (words[i].to(tl.int32),)  # noqa: RUF005
     if LEVELS == 3:
         for i in tl.static_range(len(words)):
-            highs = highs + (_two_columns_later(highs[i], highs[min(i + 1, 15)], PLAIN),)  # noqa: RUF005
-            lows = lows + (_two_columns_later(lows[i], lows[min(i + 1, 15)], PLAIN),)  # noqa: RUF005
+            highs = highs + (_two_columns_later(highs[i], highs[min(i + 1, 15)], PORTABLE),)  # noqa: RUF005
+            lows = lows + (_two_columns_later(lows[i], lows[min(i + 1, 15)], PORTABLE),)  # noqa: RUF005
     high, low = (), ()
     for i in tl.static_range(len(highs)):
         high = high + (highs[i][:, None, :],)  # noqa: RUF005

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
-from gemq.kernels.decode import bit_fields, dp4a, tensor_core
+from gemq.kernels.decode import bit_fields, tensor_core, vector_kernels
 from gemq.kernels.decode.fixed_point import num_lanes
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import (
@@ -82,7 +82,7 @@ def launch_up(
             **_routing_constants(index, up.num_experts),
             **_tensor_core_constants(hidden, up.group_size, config),
             HAS_BIAS=up.bias is not None,
-            WIDTHS=tuple(up.levels),
+            COMPILED_LEVELS=tuple(up.levels),
         )
     return out
 
@@ -135,7 +135,7 @@ def launch_down(
             **_tensor_core_constants(h, down.group_size, config),
             HAS_BIAS=down.bias is not None,
             WEIGHTED=weights is not None,
-            WIDTHS=tuple(down.levels),
+            COMPILED_LEVELS=tuple(down.levels),
         )
     return out
 
@@ -150,7 +150,7 @@ def launch_linears(x: Tensor, w: FusedLinears, config: LaunchConfig | None = Non
         config = linear_vector_config(tokens)
     if isinstance(config, VectorConfig):
         with _device_of(x):
-            kernel = dp4a.linears_vectors_kernel[(tokens, w.num_blocks(config.block_rows))](
+            kernel = vector_kernels.linears_vectors_kernel[(tokens, w.num_blocks(config.block_rows))](
                 x,
                 *w.kernel_pointers(x),
                 out,
@@ -190,8 +190,9 @@ def _launch_vectors(
     tokens, slots = index.shape
     splits = out.shape[1] // slots
     numbers, constants = kernel_arguments(activation)
+    grid = (tokens * slots, triton.cdiv(w.rows, config.block_rows), splits)
     with _device_of(x):
-        kernel = dp4a.experts_vectors_kernel[(tokens * slots, triton.cdiv(w.rows, config.block_rows), splits)](
+        kernel = vector_kernels.experts_vectors_kernel[grid](
             x,
             index,
             x if weights is None else weights,
@@ -205,7 +206,7 @@ def _launch_vectors(
             PER_PAIR=x.dim() == 3,
             HAS_BIAS=w.bias is not None,
             WEIGHTED=weights is not None,
-            WIDTHS=tuple(w.levels),
+            COMPILED_LEVELS=tuple(w.levels),
             SPLITS=splits,
             **_vector_constants(x, w.group_size, w.levels, splits, config),
         )
@@ -220,7 +221,7 @@ def _vector_constants(
     split_groups = triton.cdiv(groups, splits)
     lanes = min(num_lanes(count, group_size, split_groups, config.columns_per_lane) for count in levels)
     constants: dict[str, Any] = {
-        "PLAIN": _operand(x) == int(bit_fields.PLAIN),
+        "PORTABLE": _operand(x) == int(bit_fields.PORTABLE),
         "GROUP_SIZE": group_size,
         "NUM_GROUPS": groups,
         "BLOCK_ROWS": config.block_rows,
@@ -268,10 +269,10 @@ def _padded_tokens(tokens: int) -> int:
 def _operand(x: Tensor) -> int:
     """Return the format of tensor core operands (see ``bit_fields``) for x's device and dtype.
 
-    PLAIN is for the interpreter and for GPUs that cannot run NVIDIA's assembly.
+    PORTABLE is for the interpreter and for GPUs that cannot run NVIDIA's assembly.
     """
     if x.device.type != "cuda" or torch.version.hip is not None:
-        return int(bit_fields.PLAIN)
+        return int(bit_fields.PORTABLE)
     operands = {torch.bfloat16: bit_fields.BF16, torch.float16: bit_fields.FP16, torch.float32: bit_fields.SPLIT}
     return int(operands[x.dtype])
 

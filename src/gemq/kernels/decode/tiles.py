@@ -194,7 +194,7 @@ def any_width(
     row: Tile,
     x: Pointer,
     x_mask: Tile,
-    WIDTHS: tl.constexpr,  # tuple of the levels to compile for
+    COMPILED_LEVELS: tl.constexpr,  # tuple: levels of the widths to compile for
     OPERAND: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -202,9 +202,9 @@ def any_width(
 ):
     """Run ``rows_times_columns`` for the width with ``levels``, in a branch for each width."""
     y = tl.zeros([row.shape[0], x.shape[0]], tl.float32)
-    for i in tl.static_range(len(WIDTHS)):
-        if levels == WIDTHS[i]:
+    for i in tl.static_range(len(COMPILED_LEVELS)):
+        if levels == COMPILED_LEVELS[i]:
             y = rows_times_columns(
-                codes, scales, offsets, row, x, x_mask, WIDTHS[i], OPERAND, GROUP_SIZE, NUM_GROUPS, STEP_GROUPS
+                codes, scales, offsets, row, x, x_mask, COMPILED_LEVELS[i], OPERAND, GROUP_SIZE, NUM_GROUPS, STEP_GROUPS
             )
     return y

@@ -1,9 +1,9 @@
 """Block sizes of the decode kernels, and which of the two designs computes a product.
 
-In 16-bit floats, the vector kernels (``dp4a``) compute one token at a time without tensor cores. float32, and groups
-whose bytes do not fill words, go through the tensor cores, 8 or 16 tokens at a time (``tensor_core``). Block sizes are
-fixed rules instead of a search at run time, since compiling is part of the time to the first token. They were measured
-on an H100 for the experts of OLMoE and Mixtral (docs/kernels.md).
+In 16-bit floats, ``vector_kernels`` compute one token at a time without tensor cores. float32, and groups whose bytes
+do not fill words, go through the tensor cores, 8 or 16 tokens at a time (``tensor_core``). Block sizes are fixed rules
+instead of a search at run time, since compiling is part of the time to the first token. They were measured on an H100
+for the experts of OLMoE and Mixtral (docs/kernels.md).
 """
 
 from __future__ import annotations

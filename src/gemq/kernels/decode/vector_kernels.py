@@ -9,6 +9,9 @@ point; then it multiplies (``dots``). A lane's sums become floats and are multip
 added. Lanes are summed once, at the end of a row. Pairs that share an expert read its weights from the cache.
 
 Results do not depend on the order in which programs run.
+
+How codes of a width are unpacked and multiplied is in ``dots`` and ``fixed_point``. Only the loads of its planes are
+here. docs/add-a-width.md lists all places.
 """
 
 # mypy: disable-error-code="assignment"
@@ -54,7 +57,7 @@ def _groups_times_vector(
     end_group: Scalar,
     runtime_one: Scalar,
     LEVELS: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PORTABLE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     ALL_INSIDE: tl.constexpr,
@@ -66,13 +69,15 @@ def _groups_times_vector(
 
     Args:
         codes: the matrix's codes, as words
+        PORTABLE: whether to use ordinary arithmetic instead of NVIDIA's assembly
         runtime_one: 1, as a value that the compiler does not know
         WAIT: whether to wait for the previous kernel before reading x
 
     Returns:
         The part of each lane, [L, M] float32.
     """
-    WORDS: tl.constexpr = plane_words(LEVELS, GROUP_SIZE) // LANES_PER_GROUP
+    PLANE_WORDS: tl.constexpr = plane_words(LEVELS, GROUP_SIZE)
+    WORDS: tl.constexpr = PLANE_WORDS // LANES_PER_GROUP
     LOAD_WORDS: tl.constexpr = words_per_load(LEVELS, GROUP_SIZE, WORDS)
     GROUP_BYTES: tl.constexpr = group_bytes(LEVELS, GROUP_SIZE)
     UPPER_WORDS: tl.constexpr = max(1, GROUP_SIZE // 32)  # words of the high plane of 3 bits
@@ -84,13 +89,13 @@ def _groups_times_vector(
     if LEVELS == 3:  # the window with the group starts at a multiple of 8 bytes
         first_word = (group * GROUP_BYTES // 8 * 2)[:, None] + row[None, :] * (NUM_GROUPS * GROUP_BYTES // 4)
         words = _load_words(codes, first_word, WORDS, LOAD_WORDS)
-        shift = tl.broadcast_to((group * GROUP_BYTES % 8 * 8)[:, None, None], [LANES, 1, LOAD_WORDS])
+        code_shift = tl.broadcast_to((group * GROUP_BYTES % 8 * 8)[:, None, None], [LANES, 1, LOAD_WORDS])
     else:
-        shift = tl.broadcast_to((lane_in_group * WORDS // UPPER_WORDS)[:, None, None], [LANES, 1, LOAD_WORDS])
+        code_shift = tl.broadcast_to((lane_in_group * WORDS // UPPER_WORDS)[:, None, None], [LANES, 1, LOAD_WORDS])
         first_word = (row[None, :] * NUM_GROUPS + group[:, None]) * (GROUP_BYTES // 4)
         words = _load_words(codes, first_word + (lane_in_group * WORDS)[:, None], WORDS, LOAD_WORDS)
         if LEVELS == 8:
-            upper_word = first_word + (GROUP_SIZE // 16 + lane_in_group * WORDS % UPPER_WORDS)[:, None]
+            upper_word = first_word + (PLANE_WORDS + lane_in_group * WORDS % UPPER_WORDS)[:, None]
             upper = _load_words(codes, upper_word, min(WORDS, UPPER_WORDS), LOAD_WORDS)
     # Without this factor, Triton sees that scales are contiguous, and loads them into other threads than their codes.
     scale_index = row[None, :] * NUM_GROUPS + (group * runtime_one)[:, None]
@@ -98,9 +103,9 @@ def _groups_times_vector(
     if WAIT:
         gdc_wait()
     high, low, x_scale, sums = fixed_point(
-        x, first_group, end_group, ALL_INSIDE, LEVELS, PLAIN, GROUP_SIZE, STEP_GROUPS, LANES, LOAD_WORDS
+        x, first_group, end_group, ALL_INSIDE, LEVELS, PORTABLE, GROUP_SIZE, STEP_GROUPS, LANES, LOAD_WORDS
     )
-    products = dot(words, upper, shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS, PLAIN).to(tl.float32)
+    products = dot(words, upper, code_shift, high, low, LEVELS, UPPER_WORDS, LOAD_WORDS, PORTABLE).to(tl.float32)
     scale = decode_scale(scale_byte)
     return scale * (products * x_scale) + decode_offset(offset_byte, scale, LEVELS - 1.0) * sums
 
@@ -121,7 +126,7 @@ def rows_times_vector(
     alpha: Scalar,
     shift: Scalar,
     LEVELS: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PORTABLE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -175,7 +180,7 @@ def rows_times_vector(
         end_group,
         runtime_one,
         LEVELS,
-        PLAIN,
+        PORTABLE,
         GROUP_SIZE,
         NUM_GROUPS,
         ALL_INSIDE,
@@ -195,7 +200,7 @@ def rows_times_vector(
                 end_group,
                 runtime_one,
                 LEVELS,
-                PLAIN,
+                PORTABLE,
                 GROUP_SIZE,
                 NUM_GROUPS,
                 ALL_INSIDE,
@@ -240,8 +245,8 @@ def experts_vectors_kernel(
     CLAMP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,  # results times weights, and zeros in unused slots, which otherwise are not written
-    WIDTHS: tl.constexpr,  # tuple of the levels to compile for
-    PLAIN: tl.constexpr,
+    COMPILED_LEVELS: tl.constexpr,  # tuple: levels (numbers of code values) of the widths to compile for
+    PORTABLE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -268,8 +273,8 @@ def experts_vectors_kernel(
         first_scale = tl.load(table + 3 * expert + 2)
         codes += tl.load(table + 3 * expert + 1) // 16 * 16  # tells the compiler the alignment: loads of 16 bytes
         x += (pair if PER_PAIR else pair // TOP_K).to(tl.int64) * (NUM_GROUPS * GROUP_SIZE)
-        for i in tl.static_range(len(WIDTHS)):
-            if levels == WIDTHS[i]:
+        for i in tl.static_range(len(COMPILED_LEVELS)):
+            if levels == COMPILED_LEVELS[i]:
                 rows_times_vector(
                     codes,
                     scales + first_scale,
@@ -284,8 +289,8 @@ def experts_vectors_kernel(
                     limit,
                     alpha,
                     shift,
-                    WIDTHS[i],
-                    PLAIN,
+                    COMPILED_LEVELS[i],
+                    PORTABLE,
                     GROUP_SIZE,
                     NUM_GROUPS,
                     BLOCK_ROWS,
@@ -327,7 +332,7 @@ def linears_vectors_kernel(
     rows_2: Scalar,
     HAS_BIAS: tl.constexpr,
     LEVELS: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PORTABLE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -354,7 +359,7 @@ def linears_vectors_kernel(
         1.0,  # alpha
         0.0,  # shift
         LEVELS,
-        PLAIN,
+        PORTABLE,
         GROUP_SIZE,
         NUM_GROUPS,
         BLOCK_ROWS,

@@ -141,8 +141,8 @@ def _generated_windows(workload: Workload, stages: JobStages) -> tuple[int, int]
 class Footprint(ModelMemory):
     """Device memory that a job computes with, apart from layers and activations that are kept."""
 
-    def stages(self, training_bytes: int) -> dict[str, int]:
-        """The most that each stage takes; stages that are absent take less.
+    def peak_bytes_by_stage(self, training_bytes: int) -> dict[str, int]:
+        """The most bytes that each stage takes; stages that are absent take less.
 
         Args:
             training_bytes: for the state of experts that are trained at the same time.
@@ -158,7 +158,7 @@ class Footprint(ModelMemory):
 
     def working_bytes(self, training_bytes: int) -> int:
         """The most that any stage takes."""
-        return max(self.stages(training_bytes).values())
+        return max(self.peak_bytes_by_stage(training_bytes).values())
 
     @property
     def min_working_bytes(self) -> int:
