@@ -4,7 +4,7 @@ Large models have channels whose activations are hundreds of times those of othe
 much. In a quantized matrix such a column gets the scale of its neighbours, and its codes round to zero. So column j of
 the matrices that read an input is multiplied by 2^e[j], with
 
-    e[j] = round(level - log2(rms(W[:, j]))),
+    e[j] = round(level - log2(rms(W[:, j]))),    level: near the usual size of trained weights
 
 and what produces the input is divided by it (a *fold*):
 
@@ -23,6 +23,7 @@ Shapes: E experts, R rows, C columns, I inputs of the down matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -206,14 +207,22 @@ def fold_from_dict(values: Mapping[str, Any]) -> Fold:
 def choose_exponents(squares: Tensor, level: Tensor) -> Tensor:
     """Returns the exponents of channels [..., C] int8 that bring their root mean squares near 2^level.
 
-    Channels without weights get none.
+    The level moves by up to a half, so that channels that differ little get the same exponent. Half of them could be
+    rounded up and half of them down otherwise. The move depends on the fractional parts of the channels' logarithms
+    alone, which powers of two leave as they are. Channels without weights get no exponent.
 
     Args:
         squares: [..., C] float64, mean squares of the channels' weights
-        level: log2 of the root mean square to reach
+        level: [..., 1] or a scalar, log2 of the root mean square to reach
     """
-    exponents = level - squares.log2() / 2
-    exponents = torch.where(exponents.isfinite(), exponents, torch.zeros_like(exponents)).round()
+    sizes = squares.log2() / 2
+    alive = sizes.isfinite()
+    angles = 2 * math.pi * torch.where(alive, sizes, torch.zeros_like(sizes))
+    sine = (angles.sin() * alive).sum(-1, keepdim=True)
+    cosine = (angles.cos() * alive).sum(-1, keepdim=True)
+    fraction = torch.atan2(sine, cosine) / (2 * math.pi)  # circular mean of the fractional parts
+    exponents = (level - fraction).round() + (fraction - sizes).round()
+    exponents = torch.where(alive & exponents.isfinite(), exponents, torch.zeros_like(exponents))
     return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8)
 
 
