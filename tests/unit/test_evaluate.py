@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from gemq.calibration.windows import concat_sources
+from gemq.errors import UserError
+from gemq.evaluation.evaluate import evaluate_paths
 from gemq.evaluation.predictions import UNUSED_SLOT, chosen_experts
 from gemq.evaluation.scoring import compare
 from gemq.models.experts import ExpertsCall
+from support.model_folders import edit_config, model_folder
 
 
 class Fixed:
@@ -75,3 +78,12 @@ def test_experts_that_are_given_a_row_of_every_token_choose_by_token():
     call = ExpertsCall(torch.zeros(4, 8), index, torch.ones(4, 1), torch.zeros(0))
     chosen = chosen_experts(call, torch.zeros(1, 2, dtype=torch.long))
     assert chosen.tolist() == [[[0, UNUSED_SLOT], [UNUSED_SLOT, 1]]]
+
+
+def test_a_model_that_cannot_be_run_is_refused_in_one_line(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    edit_config(folder, num_experts_per_tok=9)  # the model has fewer experts
+    text = tmp_path / "text.txt"
+    text.write_text("some text " * 50)
+    with pytest.raises(UserError, match=r"cannot be run \(.*\): correct its config.json"):
+        evaluate_paths(folder, texts=[text], seq_len=16, max_windows=1)

@@ -10,13 +10,14 @@ Shapes: B windows in a batch, S tokens in a window, H hidden size, V vocabulary,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gemq.models.experts import ExpertsCall, record_experts_calls
+from gemq.models.library_errors import one_line_errors
 from gemq.models.replay import Call, Replay
 from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.progress import Monitor
@@ -52,6 +53,13 @@ class WholeModel:
         self._expert_paths = expert_paths
         self._device = next(model.parameters()).device
 
+    def _errors(self) -> AbstractContextManager[None]:
+        """One-line errors for a full-precision model, whose code is Transformers' own or its author's."""
+        if getattr(self._model, "hf_quantizer", None) is not None:
+            return nullcontext()
+        name = getattr(self._model, "name_or_path", "") or type(self._model).__name__
+        return one_line_errors(f"{name} cannot be run", "correct its config.json, or copy the model again")
+
     @torch.no_grad()
     def predict(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Runs the model on one batch. See ``Predictions.predict``."""
@@ -61,6 +69,7 @@ class WholeModel:
                 stack.enter_context(record_experts_calls(self._model.get_submodule(path)))
                 for path in self._expert_paths
             ]
+            stack.enter_context(self._errors())
             logits = self._model(input_ids=ids, use_cache=False).logits
         return logits, [chosen_experts(layer_calls[0], ids) for layer_calls in calls]
 
