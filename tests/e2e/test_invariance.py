@@ -23,7 +23,7 @@ from support.outliers import write_rescaled
 
 pytestmark = pytest.mark.xdist_group("invariance")  # one process makes the jobs of the original model once
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 MAX_RATIO = 1.03
 """Of KLs, either way: differences below are those between seeds of one job."""
 

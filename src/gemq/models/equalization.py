@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ MAX_EXPONENT = 60
 """Largest exponent: scaled weights stay far inside the range of bfloat16."""
 
 
-class Scaling(NamedTuple):
+@dataclass(frozen=True)
+class Scaling:
     """Multiplies one tensor of a layer by powers of two.
 
     Attributes:
@@ -69,7 +70,7 @@ class Scaling(NamedTuple):
 
     def inverse(self) -> Scaling:
         """Returns the scaling that undoes this one."""
-        return self._replace(exponents=-self.exponents)
+        return replace(self, exponents=-self.exponents)
 
     def is_exact(self, tensor: Tensor, dtype: torch.dtype) -> bool:
         """Returns whether ``dtype`` represents every scaled element of ``tensor``."""
@@ -310,7 +311,7 @@ class Equalization:
             return
         types = {name: self._stored_types.get(prefix + name, tensor.dtype) for name, tensor in local.items()}
         scalings = equalize_(self._folds[index], local, types)
-        self._scalings[index] = [scaling._replace(exponents=scaling.exponents.cpu()) for scaling in scalings]
+        self._scalings[index] = [replace(scaling, exponents=scaling.exponents.cpu()) for scaling in scalings]
 
     def folded(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns some of a layer's tensors, by name inside the model, scaled. Call only if ``is_known``."""

@@ -15,12 +15,10 @@ from gemq.models.fold_search import find_folds
 from gemq.models.layer_cache import LayerCache
 from gemq.models.replay import Replay
 from gemq.pipeline.context import Job
+from gemq.pipeline.workdir import FOLDS_FILE
 
 EQUALIZATION = "equalization"
 """Directory of the stage."""
-
-FOLDS_FILE = "folds.json"
-"""Folds of the first layer of each kind, and for each layer the first layer of its kind."""
 
 
 def run_equalization(job: Job, replay: Replay, layer_cache: LayerCache, probe: torch.Tensor) -> None:
@@ -46,7 +44,7 @@ def run_equalization(job: Job, replay: Replay, layer_cache: LayerCache, probe: t
 
 
 def _find(replay: Replay, layer_cache: LayerCache, probe: torch.Tensor) -> dict[str, Any]:
-    """The folds of the first layer of each kind, as plain values."""
+    """The folds of the first layer of each kind, and for each layer the first layer of its kind, as plain values."""
     first_of_kind = layer_cache.first_of_kind()
     layers = {}
     for index, layer in find_folds(replay, first_of_kind, probe, layer_cache.reader.types).items():
