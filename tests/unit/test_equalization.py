@@ -7,7 +7,7 @@ import torch
 
 import gemq
 from gemq import UserError
-from gemq.models.equalization import NormFold, RowFold, Scaling, equalize_
+from gemq.models.equalization import Equalization, NormFold, RowFold, Scaling, equalize_
 from gemq.quant.grid import below_scales
 from support.equalization import equalized_model, rescaled
 from support.families import tiny, tokens
@@ -157,3 +157,18 @@ def test_matrices_below_the_range_of_scales():
     weight[2] *= 0
     weight[3, 0] *= 2.0**-30
     assert below_scales(weight) == 1
+
+
+def test_scalings_are_read_from_a_file_as_they_were():
+    """A resumed job and an export scale a layer as its candidates were, without reading it as a whole."""
+    first, second = (Equalization(["layers.0."], {}) for _ in range(2))
+    for equalization in (first, second):
+        equalization.set_folds(0, FOLDS)
+    tensors = {f"layers.0.{name}": tensor for name, tensor in layer_tensors().items()}
+    apply_powers({name.removeprefix("layers.0."): tensor for name, tensor in tensors.items()})
+    part = {"layers.0.norm": tensors["layers.0.norm"].clone()}
+    first.equalize_(0, tensors)
+    assert not second.is_known(0)
+    second.read_tensors(0, first.to_tensors(0))
+    assert second.is_known(0)
+    assert torch.equal(second.folded(0, part)["layers.0.norm"], tensors["layers.0.norm"])

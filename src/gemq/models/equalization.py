@@ -34,6 +34,12 @@ from torch import Tensor
 ROW_LEVEL = -5.0
 """log2 of the root mean square of the columns whose inputs come from rows: near that of trained weights."""
 
+ROWS_PER_CHUNK = 1024
+"""Rows whose squares are computed in one go, in float64."""
+
+SCALING_PREFIX, ONE_PLUS_SUFFIX = "scaling:", "+1"
+"""Of the keys of scalings in files."""
+
 MAX_EXPONENT = 60
 """Largest exponent: scaled weights stay far inside the range of bfloat16."""
 
@@ -229,9 +235,12 @@ def choose_exponents(squares: Tensor, level: Tensor) -> Tensor:
 
 def mean_squares(weight: Tensor) -> Tensor:
     """Returns the mean square of each column of weights [R, C] or [E, R, C]: [C] or [E, C] float64."""
-    if weight.dim() == 2:
-        return weight.double().square().mean(0)
-    return torch.stack([matrix.double().square().mean(0) for matrix in weight])  # one at a time, to bound memory
+    if weight.dim() == 3:
+        return torch.stack([mean_squares(matrix) for matrix in weight])
+    sums = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.split(ROWS_PER_CHUNK):
+        sums += rows.double().square().sum(0)
+    return sums / len(weight)
 
 
 @torch.no_grad()
@@ -295,6 +304,24 @@ class Equalization:
         """Sets the folds of a layer. Call before the layer is loaded for a stage."""
         self._folds[index] = folds
         self._scalings.pop(index, None)
+
+    def to_tensors(self, index: int) -> dict[str, Tensor]:
+        """Returns the scalings of a loaded layer as tensors by key, for a file."""
+        tensors = {}
+        for number, scaling in enumerate(self._scalings.get(index, ())):
+            suffix = ONE_PLUS_SUFFIX if scaling.one_plus else ""
+            # a copy, since the tensors of a file must not share memory
+            tensors[f"{SCALING_PREFIX}{number}:{scaling.name}{suffix}"] = scaling.exponents.clone()
+        return tensors
+
+    def read_tensors(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the scalings of a layer to what ``to_tensors`` has returned."""
+        numbered = {}
+        for key, exponents in tensors.items():
+            number, _, name = key.removeprefix(SCALING_PREFIX).partition(":")
+            one_plus = name.endswith(ONE_PLUS_SUFFIX)
+            numbered[int(number)] = Scaling(name.removesuffix(ONE_PLUS_SUFFIX), exponents, one_plus)
+        self._scalings[index] = [numbered[number] for number in sorted(numbered)]
 
     def is_known(self, index: int) -> bool:
         """Returns whether the scalings of a layer are known, so that a part of its tensors can be scaled."""

@@ -6,7 +6,7 @@ resumed stage gives the same bytes as an uninterrupted one. ``layers.candidates`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from gemq.calibration.windows import Windows
 from gemq.layers.candidate_training import expert_chunks
 from gemq.layers.candidates import LINEAR_TOKENS, LayerCandidates, build_candidates
 from gemq.models.byte_sizes import candidate_bytes, count_smaller_groups
+from gemq.models.equalization import SCALING_PREFIX
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Matrix
@@ -122,6 +123,7 @@ def run_candidates(job: Job, replay: Replay, windows: Windows) -> CandidateFiles
     candidates = CandidateFiles(stage, replay, job.recipe)
     layer_count = len(replay.structure.layers)
     missing = [i for i in range(layer_count) if not stage.has(layer_file(i))]
+    _read_scalings(stage, replay, [i for i in range(layer_count) if i not in missing])
     if not missing:
         return candidates
     check_free_space(job.work.path, candidate_bytes(replay.structure, job.recipe) * len(missing) // layer_count)
@@ -133,16 +135,27 @@ def run_candidates(job: Job, replay: Replay, windows: Windows) -> CandidateFiles
         activations = job.start_activations(replay, windows)
         if replay.ranks.count > 1:
             _build_on_ranks(replay, missing, activations, build, save, tick)
-            return candidates
-        for i in replay.walk(range(missing[-1] + 1)):
-            if i in missing:
-                tensors, activations.hidden = build(i, activations, True)
-                save(layer_file(i), tensors)
-                del tensors  # memory holds one layer's candidates, not two
-            else:
-                activations.advance(replay, i)
-            tick()
+        else:
+            for i in replay.walk(range(missing[-1] + 1)):
+                if i in missing:
+                    tensors, activations.hidden = build(i, activations, True)
+                    save(layer_file(i), tensors)
+                    del tensors  # memory holds one layer's candidates, not two
+                else:
+                    activations.advance(replay, i)
+                tick()
+    if replay.ranks.count > 1:
+        _read_scalings(stage, replay, missing)
     return candidates
+
+
+def _read_scalings(stage: Stage, replay: Replay, indices: Sequence[int]) -> None:
+    """Reads how layers were scaled for their candidates, so that they are scaled alike whenever they are loaded."""
+    if replay.layer_cache is None:
+        return
+    for index in indices:
+        tensors = stage.load_tensors(layer_file(index), is_wanted=lambda key: key.startswith(SCALING_PREFIX))
+        replay.layer_cache.equalization.read_tensors(index, tensors)
 
 
 def _layer_builder(job: Job, replay: Replay) -> BuildLayer:
@@ -165,7 +178,10 @@ def _layer_builder(job: Job, replay: Replay) -> BuildLayer:
             linear_training,
             with_outputs,
         )
-        return layer.to_tensors(), outputs
+        tensors = layer.to_tensors()
+        if replay.layer_cache is not None:
+            tensors |= replay.layer_cache.equalization.to_tensors(index)
+        return tensors, outputs
 
     return build
 
