@@ -217,26 +217,12 @@ def evaluate_paths(
         row_stats=rows,
     )
     batch_size = max_tokens_per_batch(models, MAX_TOKENS_PER_BATCH)
-    batches = [windows.tokens[batch] for batch in windows.batches(batch_size)]
     check = GenerationCheck.plan(subject, reference_files, windows, target, max_new_tokens) if generate else None
     monitor = monitor or Monitor()
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
         memory = MemoryBudget.bounded(target, gpu_memory, host_memory, Path(directory))
         with memory.enforced():
-            text_batches: list[Tensor] = []
-            if check is not None:
-                shapes = [(batches[0].shape[0], seq_len), (check.batch_rows(batch_size), check.seq_len)]
-                check_memory(models, memory, shapes)
-                check.write(memory, monitor)
-                text_batches = check.batches(batch_size)
-            predictions, model_bytes = predict_all(models, memory, [*batches, *text_batches], monitor)
-            reference_predictions = predictions[0] if reference is not None else None
-            with monitor.stage("score", len(windows)) as tick:
-                values = compare(windows, batches, predictions[-1], reference_predictions, tick)
-            if check is not None and reference_predictions is not None and text_batches:
-                indices = range(len(batches), len(batches) + len(text_batches))
-                with monitor.stage("score texts", check.num_texts) as tick:
-                    check.measure(predictions[-1], reference_predictions, indices, tick)
+            values, model_bytes = _run_models(models, windows, batch_size, check, memory, monitor)
     if not math.isfinite(values["perplexity"]):
         raise UserError(
             f"{model} produces non-finite predictions: its weights hold NaN or infinity, or overflow in {dtype}"
@@ -255,6 +241,45 @@ def evaluate_paths(
         values["generation"] = check.values()
     values["fallbacks"] = (check.fallbacks if check else []) + pop_messages()
     return properties | values
+
+
+def _run_models(
+    models: Sequence[ModelFiles],
+    windows: Windows,
+    batch_size: int,
+    check: GenerationCheck | None,
+    memory: MemoryBudget,
+    monitor: Monitor,
+) -> tuple[dict[str, Any], int]:
+    """Runs the models and compares them.
+
+    Args:
+        models: the reference, if there is one, and the evaluated model
+        windows: of the evaluation
+        batch_size: tokens of a batch
+        check: continues prompts with both models, and measures the texts
+        memory: limits
+        monitor: progress
+
+    Returns:
+        The values of ``compare``, and the bytes of the evaluated model's tensors.
+    """
+    batches = [windows.tokens[batch] for batch in windows.batches(batch_size)]
+    text_batches: list[Tensor] = []
+    if check is not None:
+        shapes = [(batches[0].shape[0], windows.seq_len), (check.batch_rows(batch_size), check.seq_len)]
+        check_memory(models, memory, shapes)
+        check.write(memory, monitor)
+        text_batches = check.batches(batch_size)
+    predictions, model_bytes = predict_all(models, memory, [*batches, *text_batches], monitor)
+    reference = predictions[0] if len(models) > 1 else None
+    with monitor.stage("score", len(windows)) as tick:
+        values = compare(windows, batches, predictions[-1], reference, tick)
+    if check is not None and reference is not None and text_batches:
+        indices = range(len(batches), len(batches) + len(text_batches))
+        with monitor.stage("score texts", check.num_texts) as tick:
+            check.measure(predictions[-1], reference, indices, tick)
+    return values, model_bytes
 
 
 def _check_window(model: ModelFiles, seq_len: int) -> None:

@@ -143,10 +143,10 @@ class _LayerSearch:
         module: Any = self._module.get_submodule(path)
         if not module.has_gate or not scales_with_up(module):
             return
-        first, down = self._layer.experts.matrices
-        rows = up_rows(module, torch.arange(first.rows).view(1, -1, 1), transposed=False).flatten()
-        bias = f"{path}.{first.name}_bias" if module.has_bias else None
-        yield RowFold(f"{path}.{first.name}", f"{path}.{down.name}", bias, rows, module.is_transposed, uniform)
+        gate_up, down = self._layer.experts.matrices
+        rows = up_rows(module, torch.arange(gate_up.rows).view(1, -1, 1), transposed=False).flatten()
+        bias = f"{path}.{gate_up.name}_bias" if module.has_bias else None
+        yield RowFold(f"{path}.{gate_up.name}", f"{path}.{down.name}", bias, rows, module.is_transposed, uniform)
 
     def _norm_folds(self) -> Iterator[Fold]:
         """The norms whose output a quantized matrix reads."""

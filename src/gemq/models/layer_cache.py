@@ -119,8 +119,8 @@ class LayerCache:
 
     def first_of_kind(self) -> list[int]:
         """Returns for each layer the index of the first layer with tensors of the same names, shapes and types."""
-        first: dict[Any, int] = {}
-        return [first.setdefault(slot.kind(), index) for index, slot in enumerate(self._slots)]
+        index_by_kind: dict[Any, int] = {}
+        return [index_by_kind.setdefault(slot.kind(), index) for index, slot in enumerate(self._slots)]
 
     @contextmanager
     def with_one_layer_per_kind(self) -> Iterator[None]:

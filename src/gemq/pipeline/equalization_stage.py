@@ -37,8 +37,8 @@ def run_equalization(job: Job, replay: Replay, layer_cache: LayerCache, probe: t
         with layer_cache.with_one_layer_per_kind():
             stage.save_json(FOLDS_FILE, replay.ranks.run_on_first(lambda: _find(replay, layer_cache, probe)))
     stored_folds: dict[str, Any] = stage.load_json(FOLDS_FILE)
-    for index, first in enumerate(stored_folds["first_of_kind"]):
-        layer = stored_folds["layers"][str(first)]
+    for index, kind in enumerate(stored_folds["first_of_kind"]):
+        layer = stored_folds["layers"][str(kind)]
         layer_cache.equalization.set_folds(index, [fold_from_dict(fold) for fold in layer["folds"]])
         job.count_fallback("inputs_not_equalized", layer["not_equalized"])
 
