@@ -22,7 +22,10 @@ from gemq.models.layer_calls import Call
 from gemq.models.replay import Replay
 from gemq.models.structure import Layer, is_norm
 
-ROW_FOLDS = (("up_proj", "down_proj"), ("w3", "w2"), ("v_proj", "o_proj"), ("v_proj", "out_proj"), ("v_proj", "dense"))
+ROW_FOLDS = (
+    *(("up_proj", "down_proj"), ("w3", "w2")),
+    *(("v_proj", "o_proj"), ("v_proj", "out_proj"), ("v_proj", "dense"), ("kv_b_proj", "o_proj")),
+)
 """Names of two linears of one module, where the columns of the second may take up a scaling of the rows of the first.
 """
 
@@ -309,11 +312,17 @@ def _rows_of_columns(parent: Any, producer: nn.Linear, columns: int) -> Tensor |
     """Returns the producer's row for each column of the consumer, [C] int64. None if shapes do not fit.
 
     Several query heads read the values of one head, in the order in which ``repeat_kv`` of Transformers copies them.
+    In multi-head latent attention, a head's keys precede its values.
     """
     rows = producer.out_features
     indices = torch.arange(columns)
     if rows == columns:
         return indices
+    key_dim, value_dim = getattr(parent, "qk_nope_head_dim", None), getattr(parent, "v_head_dim", None)
+    if isinstance(key_dim, int) and isinstance(value_dim, int):
+        if columns % value_dim or rows != columns // value_dim * (key_dim + value_dim):
+            return None
+        return indices // value_dim * (key_dim + value_dim) + key_dim + indices % value_dim
     head_dim = getattr(parent, "head_dim", None)
     if not isinstance(head_dim, int) or columns % rows or rows % head_dim:
         return None
