@@ -168,9 +168,9 @@ def test_scalings_are_read_from_a_file_as_they_were():
         equalization.set_folds(0, FOLDS)
     tensors = {f"layers.0.{name}": tensor for name, tensor in layer_tensors().items()}
     apply_powers({name.removeprefix("layers.0."): tensor for name, tensor in tensors.items()})
-    part = {"layers.0.norm": tensors["layers.0.norm"].clone()}
+    norm_only = {"layers.0.norm": tensors["layers.0.norm"].clone()}
     first.equalize_(0, tensors)
     assert not second.is_known(0)
     second.read_tensors(0, first.to_tensors(0))
     assert second.is_known(0)
-    assert torch.equal(second.folded(0, part)["layers.0.norm"], tensors["layers.0.norm"])
+    assert torch.equal(second.folded(0, norm_only)["layers.0.norm"], tensors["layers.0.norm"])
