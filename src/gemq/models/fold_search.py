@@ -91,24 +91,27 @@ class _LayerSearch:
     def run(self) -> LayerFolds:
         """Returns the folds that leave the layer's output as it is, whatever their exponents are."""
         folds = [*self._row_folds(), *self._expert_folds(), *self._norm_folds(), *self._expert_folds(uniform=True)]
-        folds = [fold for fold in folds if self._is_representable(fold)]
-        if not self._verify(folds):
-            folds = [fold for fold in folds if self._verify([fold])]
+        shapes: list[torch.Size] = []  # of the folds' exponents
+        representable: list[Fold] = []
+        for fold in folds:
+            exponents = fold.choose(self._tensors)
+            # norms of trained models that add one to their weight often fail
+            if are_representable(fold.scalings(exponents), self._tensors, self._stored_types):
+                representable.append(fold)
+                shapes.append(exponents.shape)
+        folds = representable
+        if not self._verify(folds, shapes):
+            folds = [fold for fold, shape in zip(folds, shapes, strict=True) if self._verify([fold], [shape])]
         return LayerFolds(folds, self._count_missing(folds))
 
     def _run(self) -> Tensor:
         """Runs the layer: [B, S, H]."""
         return self._replay.run(self._index, self._hidden, self._call)
 
-    def _is_representable(self, fold: Fold) -> bool:
-        """Returns whether the stored types can hold the result. Norms of trained models that add one often fail."""
-        return are_representable(fold.scalings(fold.choose(self._tensors)), self._tensors, self._stored_types)
-
-    def _verify(self, folds: Sequence[Fold]) -> bool:
+    def _verify(self, folds: Sequence[Fold], shapes: Sequence[torch.Size]) -> bool:
         """Returns whether the output stays the same with exponents that differ between channels."""
         scalings: list[Scaling] = []
-        for fold in folds:
-            shape = fold.choose(self._tensors).shape
+        for fold, shape in zip(folds, shapes, strict=True):
             exponents = (torch.arange(shape[-1], device=self._hidden.device) % 5 - 2) * PROBE_STEP
             scalings += fold.scalings(exponents.to(torch.int8).expand(shape))
         # adding one to a norm's weight rounds it, so that only a copy restores it

@@ -131,14 +131,14 @@ class LayerCache:
         if self._shares_weights:
             yield
             return
-        first_of_kind: dict[Any, dict[str, Tensor]] = {}  # tensors by name inside the layer
+        tensors_by_kind: dict[int, dict[str, Tensor]] = {}  # by name inside the layer
         self._drop_all()
-        for index, slot in enumerate(self._slots):
-            kind = slot.kind()
-            if kind not in first_of_kind:
+        for index, kind in enumerate(self.first_of_kind()):
+            slot = self._slots[index]
+            if kind == index:
                 tensors = self._loader.load_now(index)
-                first_of_kind[kind] = {name.removeprefix(slot.prefix): t for name, t in tensors.items()}
-            slot.fill({slot.prefix + name: tensor for name, tensor in first_of_kind[kind].items()})
+                tensors_by_kind[kind] = {name.removeprefix(slot.prefix): t for name, t in tensors.items()}
+            slot.fill({slot.prefix + name: tensor for name, tensor in tensors_by_kind[kind].items()})
         self._shares_weights = True
         try:
             yield
