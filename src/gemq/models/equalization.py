@@ -60,7 +60,7 @@ class Scaling:
 
     def apply(self, tensor: Tensor) -> Tensor:
         """Returns the scaled tensor, in its dtype and on its device."""
-        factors = torch.exp2(self.exponents.to(tensor.device, torch.float32))
+        factors = self._factors(tensor.device)
         if self.one_plus:
             return ((1 + tensor.float()) * factors - 1).to(tensor.dtype)
         if tensor.dtype == torch.float16:  # factors may be outside the range of the type
@@ -72,7 +72,11 @@ class Scaling:
         if self.one_plus or tensor.dtype == torch.float16:
             tensor.copy_(self.apply(tensor))
         else:
-            tensor.mul_(torch.exp2(self.exponents.to(tensor.device, torch.float32)).to(tensor.dtype))
+            tensor.mul_(self._factors(tensor.device).to(tensor.dtype))
+
+    def _factors(self, device: torch.device) -> Tensor:
+        """Returns the powers of two, float32."""
+        return torch.exp2(self.exponents.to(device, torch.float32))
 
     def inverse(self) -> Scaling:
         """Returns the scaling that undoes this one."""
