@@ -30,7 +30,8 @@ from gemq.quant import trellis
 from gemq.quant.gptq import gptq
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import factorize
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.trellis_quantize import quantize, rotated_problem
+from gemq.quant.widths import TrellisWidth, Width, group_size_for
 from record import RESULTS, append, environment
 
 FILE = RESULTS / "trellis.csv"
@@ -109,7 +110,7 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
 
 def squared_error(x: Tensor, bits: float, table: Tensor) -> float:
     """Mean squared error of unit Gaussians ``x`` [T, 256]."""
-    eighths = trellis.eighths(bits)
+    eighths = TrellisWidth.read(bits).eighths
     words = trellis.encode(x * gain(bits), eighths, table, search())
     return (trellis.decode(words, eighths, table) / gain(bits) - x).square().mean().item()
 
@@ -138,7 +139,7 @@ def measure_tiles(args: argparse.Namespace) -> None:
         table = trellis.byte_sum_table(state_bits).to(DEVICE)
         total = 0.0
         for bits in args.bits:
-            eighths = trellis.eighths(bits)
+            eighths = TrellisWidth.read(bits).eighths
             equal = check(x, eighths, table)
             error = squared_error(x, bits, table)
             encode = lambda eighths=eighths, table=table: trellis.encode(x, eighths, table, search())
@@ -208,7 +209,7 @@ def time_matrices(args: argparse.Namespace) -> None:
     for state_bits in args.state_bits:
         table = trellis.byte_sum_table(state_bits).to(DEVICE)
         for bits in args.bits:
-            eighths = trellis.eighths(bits)
+            eighths = TrellisWidth.read(bits).eighths
             quantize = lambda eighths=eighths, table=table: trellis.quantize_ldlq(
                 weight, upper, eighths, table, search()
             )
@@ -262,27 +263,17 @@ def weighted_error(weight: Tensor, result: Tensor, hessian: Tensor) -> Tensor:
 
 
 def compare_with_gptq(args: argparse.Namespace) -> None:
-    print("matrix | L | bits | GPTQ, groups of 128 | trellis | with refitted rows | ratio")
+    print("matrix | bits | GPTQ, groups of 128 | trellis | ratio")
     for name, weight, hessian in layer_problems(args):
-        generator = torch.Generator().manual_seed(0)
-        vectors = trellis.incoherence(weight, hessian.diagonal(dim1=1, dim2=2), generator)
-        rotated = trellis.rotate_weight(weight, vectors)
-        upper = factorize(trellis.rotate_hessian(hessian, vectors), DAMPENING).upper
-        for state_bits in args.state_bits:
-            table = trellis.byte_sum_table(state_bits).to(DEVICE)
-            for bits in args.bits:
-                scalar = scalar_error(weight, hessian, bits)
-                _, values = trellis.quantize_ldlq(rotated, upper, trellis.eighths(bits), table, search())
-                restored = trellis.restore_weight(values, vectors)
-                error = weighted_error(weight, restored, hessian)
-                factors = trellis.refit_outputs(weight, restored, hessian)
-                refitted = weighted_error(weight, restored * factors.unsqueeze(2), hessian)
-                ratio = (refitted / scalar).mean().item()
-                print(
-                    f"{name} | {state_bits} | {bits} | {scalar.mean().item():.5f} | {error.mean().item():.5f}"
-                    f" | {refitted.mean().item():.5f} | {ratio:.3f}",
-                    flush=True,
-                )
+        problem = rotated_problem(weight, hessian, DAMPENING)
+        for bits in args.bits:
+            scalar = scalar_error(weight, hessian, bits)
+            error = weighted_error(weight, quantize(problem, TrellisWidth.read(bits)).dequantize(), hessian)
+            print(
+                f"{name} | {bits} | {scalar.mean().item():.5f} | {error.mean().item():.5f}"
+                f" | {(error / scalar).mean().item():.3f}",
+                flush=True,
+            )
 
 
 def scalar_error(weight: Tensor, hessian: Tensor, bits: float) -> Tensor:

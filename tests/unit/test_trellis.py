@@ -14,11 +14,14 @@ from gemq.quant import trellis, trellis_kernel
 from gemq.quant.gptq import gptq
 from gemq.quant.grid import dequantize
 from gemq.quant.hessian import factorize
-from gemq.quant.widths import Width
+from gemq.quant.rotation import block_side, rotate, rotate_back, rotate_hessian
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.trellis_quantize import quantize, rotated_problem
+from gemq.quant.widths import MAX_EIGHTHS, MIN_EIGHTHS, TrellisWidth, Width
 from support.gptq_problems import DAMPENING, objective, pick, problem
 
 torch.set_num_threads(1)
-ALL_EIGHTHS = range(trellis.MIN_EIGHTHS, trellis.MAX_EIGHTHS + 1)
+ALL_EIGHTHS = range(MIN_EIGHTHS, MAX_EIGHTHS + 1)
 
 
 def gaussians(tiles: int, weights: int = trellis.TILE_WEIGHTS, seed: int = 0) -> torch.Tensor:
@@ -52,8 +55,8 @@ def test_packing_restores_any_ring():
 @pytest.mark.parametrize("bits", [0.875, 1.1, 4.125, float("nan"), 1e9])
 def test_widths_that_do_not_exist(bits):
     with pytest.raises(UserError, match=r"choose a multiple of 0\.125 from 1 to 4"):
-        trellis.eighths(bits)
-    assert trellis.eighths(2.375) == 19
+        TrellisWidth.read(bits)
+    assert TrellisWidth.read(2.375) == 2.375
 
 
 @pytest.mark.parametrize("eighths", [8, 11, 12])
@@ -85,7 +88,7 @@ def test_search_against_all_rings(eighths):
 def test_error_on_gaussians(bits, gain, expected):
     """Mean squared errors of 98,000 weights. Scalar codes of 2 and 3 bits have 0.1175 and 0.0345."""
     x = gaussians(24)
-    eighths, table = trellis.eighths(bits), trellis.byte_sum_table(12)
+    eighths, table = TrellisWidth.read(bits).eighths, trellis.byte_sum_table(12)
     result = trellis.decode(trellis.encode(x * gain, eighths, table), eighths, table) / gain
     assert ((x - result).square().mean() / x.square().mean()).item() == pytest.approx(expected, rel=0.06)
 
@@ -93,7 +96,7 @@ def test_error_on_gaussians(bits, gain, expected):
 @pytest.mark.parametrize(("bits", "state_bits"), [(1, 8), (1.625, 9), (2.5, 8), (4, 10)])
 def test_kernels_against_the_reference(bits, state_bits, monkeypatch):
     """Costs without their lowest bits choose other states where two are equal to six digits."""
-    eighths, table = trellis.eighths(bits), trellis.byte_sum_table(state_bits).to(DEVICE)
+    eighths, table = TrellisWidth.read(bits).eighths, trellis.byte_sum_table(state_bits).to(DEVICE)
     x = gaussians(3, 16, seed=4).to(DEVICE)
     monkeypatch.setattr(trellis_kernel, "MAX_BUFFER_BYTES", 2 * 2 * 16 << state_bits >> 5)  # two tiles a launch
     for overlap in (None, torch.tensor([1, 7, 12], device=DEVICE)):
@@ -106,95 +109,60 @@ def test_kernels_against_the_reference(bits, state_bits, monkeypatch):
             assert torch.equal(states[:, -1] & ((len(table) >> trellis.new_bits(eighths)[0]) - 1), overlap.int())
 
 
-@pytest.mark.parametrize(("size", "block"), [(256, 128), (576, 64), (48, 16), (7, 1)])
-def test_hadamard_blocks(size, block):
-    identity = torch.eye(size)
-    matrix = trellis.hadamard(identity)
-    assert trellis.hadamard_block(size) == block
-    torch.testing.assert_close(matrix @ matrix.T, identity, rtol=0, atol=1e-5)
-    torch.testing.assert_close(trellis.hadamard(matrix), identity, rtol=0, atol=1e-5)
-    mask = torch.block_diag(*[torch.ones(block, block)] * (size // block)).bool()
+@pytest.mark.parametrize(("size", "side"), [(256, 128), (576, 64), (48, 16)])
+def test_rotation_blocks(size, side):
+    assert block_side(size) == side
+    matrix = rotate(torch.eye(size)).T
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotate_back(matrix.T), torch.eye(size), rtol=0, atol=1e-5)
+    mask = torch.block_diag(*[torch.ones(side, side)] * (size // side)).bool()
     assert not matrix[~mask].any()
-    torch.testing.assert_close(matrix[mask].abs(), torch.full((size * block,), block**-0.5))
+    torch.testing.assert_close(matrix[mask].abs(), torch.full((size * side,), side**-0.5))
+    mean = rotate(torch.ones(size)).abs()  # no input takes up the mean of a block
+    assert mean.max() <= 0.5 * side**0.5
 
 
-def test_signs_are_random_and_repeatable():
-    first, second = (trellis.random_signs((4, 500), torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert torch.equal(first.abs(), torch.ones(4, 500))
-    assert (first.mean(1).abs() < 0.2).all()
-
-
-def outlier_problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices with large columns and rows, and inputs with large channels."""
-    weight, hessian = problem(experts=2, rows=96, columns=160)
-    weight[:, :, 7] *= 30
-    weight[:, 5] *= 20
-    channel = torch.ones(160, dtype=torch.float64)
-    channel[[3, 80]] = 50
-    return weight, hessian * channel * channel.unsqueeze(1)
-
-
-def test_rotated_matrices_look_gaussian_and_keep_their_products():
-    weight, hessian = outlier_problem()
-    vectors = trellis.incoherence(weight, hessian.diagonal(dim1=1, dim2=2), torch.Generator().manual_seed(0))
-    rotated = trellis.rotate_weight(weight, vectors)
-    torch.testing.assert_close(trellis.restore_weight(rotated, vectors), weight, rtol=1e-4, atol=1e-6)
-    square = rotated.square()
-    for blocks in (square.unflatten(1, (-1, 32)).mean((2, 3)), square.unflatten(2, (-1, 32)).mean((1, 3))):
-        torch.testing.assert_close(blocks, torch.ones_like(blocks), rtol=0.01, atol=0)
-    assert rotated.abs().amax() < 6 < 20 < (weight / weight.square().mean().sqrt()).abs().amax()
-
+def test_a_rotated_matrix_has_the_products_of_the_original():
+    weight, _ = problem(experts=2, rows=96, columns=160)
     x = torch.randn(2, 160, generator=torch.Generator().manual_seed(1))
-    rotated_x = trellis.hadamard(vectors.inputs * x)
-    product = vectors.outputs * trellis.hadamard((rotated @ rotated_x.unsqueeze(2)).squeeze(2))
-    torch.testing.assert_close(product, (weight @ x.unsqueeze(2)).squeeze(2), rtol=1e-3, atol=1e-3)
+    product = rotate(weight) @ rotate(x).unsqueeze(2)
+    torch.testing.assert_close(product, weight @ x.unsqueeze(2), rtol=1e-3, atol=1e-3)
     outer = x.unsqueeze(2) * x.unsqueeze(1)
-    expected = rotated_x.unsqueeze(2) * rotated_x.unsqueeze(1)
-    torch.testing.assert_close(trellis.rotate_hessian(outer, vectors), expected, rtol=1e-3, atol=1e-2)
+    rotated_outer = rotate(x).unsqueeze(2) * rotate(x).unsqueeze(1)
+    torch.testing.assert_close(rotate_hessian(outer), rotated_outer, rtol=1e-3, atol=1e-3)
 
 
-def test_scales_do_not_depend_on_how_a_channel_is_scaled():
-    """A channel of the inputs times a power of two, and its column divided by it: the same rotated matrix."""
-    weight, hessian = problem(rows=32, columns=64)
-    channel = torch.ones(64)
-    channel[[3, 40]] = torch.tensor([64.0, 0.125])
-    rotated = []
-    for factor in (torch.ones(64), channel):
-        diagonal = hessian.float().diagonal(dim1=1, dim2=2) * factor.square()
-        vectors = trellis.incoherence(weight / factor, diagonal, torch.Generator().manual_seed(0))
-        rotated.append(trellis.rotate_weight(weight / factor, vectors))
-    torch.testing.assert_close(*rotated, rtol=1e-4, atol=1e-4)
-
-
-def test_feedback_and_rotation_beat_scalar_codes():
-    weight, hessian = outlier_problem()
+def test_trellis_codes_beat_scalar_codes():
+    weight, hessian = problem(experts=2, rows=96, columns=160)
     h = hessian.float()
     scalar = dequantize(pick(gptq(weight, factorize(h, DAMPENING).upper, (Width.TWO_BIT,), 32), 0))
-    eighths, table = 16, trellis.byte_sum_table(10)
-    vectors = trellis.incoherence(weight, hessian.diagonal(dim1=1, dim2=2), torch.Generator().manual_seed(0))
-    rotated, rotated_h = trellis.rotate_weight(weight, vectors), trellis.rotate_hessian(h, vectors)
-    words, values = trellis.quantize_ldlq(rotated, factorize(rotated_h, DAMPENING).upper, eighths, table)
-    assert words.shape == (2, 6, 10, eighths)
-    tiles = trellis.decode(words, eighths, table) / trellis.LDLQ_GAIN
-    torch.testing.assert_close(tiles.unflatten(3, (16, 16)).transpose(2, 3).reshape(values.shape), values)
-
-    identity = torch.eye(160).expand(2, -1, -1)
-    _, unaware = trellis.quantize_ldlq(rotated, identity, eighths, table)
-    restored, restored_unaware = (trellis.restore_weight(v, vectors) for v in (values, unaware))
-    error = objective(weight, restored, hessian)
-    assert (error < 0.8 * objective(weight, restored_unaware, hessian)).all()
+    matrix = quantize(rotated_problem(weight, h, DAMPENING), TrellisWidth(16))
+    unaware = quantize(rotated_problem(weight, torch.eye(160).expand(2, -1, -1), DAMPENING), TrellisWidth(16))
+    error = objective(weight, matrix.dequantize(), hessian)
+    assert (error < 0.8 * objective(weight, unaware.dequantize(), hessian)).all()
     assert (error < 0.75 * objective(weight, scalar, hessian)).all()
-    factors = trellis.refit_outputs(weight, restored, h)
-    assert (objective(weight, restored * factors.unsqueeze(2), hessian) <= error * (1 + 1e-5)).all()
+    assert matrix.nbytes == 2 * TrellisWidth(16).matrix_bytes(96, 160)
+
+
+def test_packed_tiles_are_in_rows_of_tiles():
+    words = rings(6, 20).view(2, 3, 20)
+    scales = torch.tensor([0.5, 2.0]).repeat(16)
+    matrix = TrellisMatrix.pack(words, scales, TrellisWidth(20), 12)
+    assert matrix.codes.shape == (2, 3 * 80)
+    assert torch.equal(matrix.words(), words)
+    tile = trellis.decode(words[1, 2], 20, trellis.byte_sum_table(12)).view(16, 16)
+    assert torch.equal(matrix.values()[16:, 32:], tile)
+    expected = rotate_back(matrix.values()) * scales.unsqueeze(1)
+    assert torch.equal(matrix.dequantize(), expected)
+    stacked = TrellisMatrix.stack([matrix, matrix])
+    assert torch.equal(stacked.dequantize()[1], expected)
+    assert torch.equal(TrellisMatrix.from_tensors(matrix.named("m"), "m", TrellisWidth(20), 12).codes, matrix.codes)
 
 
 def test_a_matrix_without_weights_stays_zero():
     weight = torch.zeros(1, 16, 32)
-    vectors = trellis.incoherence(weight, torch.zeros(1, 32), torch.Generator().manual_seed(0))
-    rotated = trellis.rotate_weight(weight, vectors)
-    _, values = trellis.quantize_ldlq(rotated, torch.eye(32).unsqueeze(0), 8, trellis.byte_sum_table(8))
-    assert trellis.restore_weight(values, vectors).abs().max() < 1e-6
+    matrix = quantize(rotated_problem(weight, torch.zeros(1, 32, 32), DAMPENING), TrellisWidth(8))
+    assert matrix.dequantize().abs().max() < 1e-6
 
 
 def test_matrices_that_tiles_do_not_fit():

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from gemq.allocation.baselines import random_choice, uniform_choice
 from gemq.allocation.knapsack import Floats, Ints, cheapest, select, solve
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import ExpertWidths, Width, plain_widths
+from gemq.quant.widths import AnyWidth, ExpertWidths, TrellisWidth, Width, plain_widths
 
 Kind = Literal["bits", "stored_bits", "bytes"]
 TWO_WIDTHS_HINT = ", or give two in brackets: that of gate and up, that of down"
@@ -55,7 +55,7 @@ class Problem:
         UserError: ``costs`` have another shape, are negative or are not finite.
     """
 
-    widths: tuple[Width, ...]
+    widths: tuple[AnyWidth, ...]
     layer: Ints
     costs: Floats
     weights: Ints
@@ -65,7 +65,7 @@ class Problem:
     units_per_expert: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(map(Width, self.widths)))
+        object.__setattr__(self, "widths", tuple(map(_as_width, self.widths)))
         rows = len(self.layer)
         assert rows and list(self.widths) == sorted(set(self.widths))  # noqa: PT018
         shape = (rows, len(self.widths))
@@ -153,7 +153,7 @@ class Allocation:
         gap: proven upper bound for (cost - optimum) / cost. None for methods other than ``global``.
     """
 
-    widths: tuple[Width, ...]
+    widths: tuple[AnyWidth, ...]
     units_per_expert: int
     layer_sizes: tuple[int, ...]
     layer_bits: tuple[float, ...]
@@ -273,6 +273,11 @@ def allocate(
         choice, proven_gap = solve(problem.costs, amounts, limit, rule, gap)
         return _make_allocation(problem, budget, method, choice, proven_gap)
     return _make_allocation(problem, budget, method, choice)
+
+
+def _as_width(width: AnyWidth | float) -> AnyWidth:
+    """The affine width of a plain number, or a width as it is."""
+    return width if isinstance(width, TrellisWidth) else Width(width)
 
 
 def linear_constraint(problem: Problem, budget: Budget) -> tuple[Ints, int]:
@@ -415,4 +420,5 @@ def _read_expert(value: Any, problem: Problem) -> list[int]:
     widths = value if isinstance(value, list) else [value] * problem.units_per_expert
     if len(widths) != problem.units_per_expert:
         raise ValueError
-    return [problem.widths.index(Width(width)) for width in widths]
+    read = problem.widths[0].read
+    return [problem.widths.index(read(width)) for width in widths]

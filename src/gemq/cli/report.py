@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemq.cli.fallback_texts import FALLBACKS
-from gemq.quant.widths import ExpertWidths, Width
+from gemq.quant.widths import AnyWidth, ExpertWidths
 from gemq.runtime.display import styled
 from gemq.runtime.tested_versions import untested_transformers
 
@@ -143,7 +143,7 @@ def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths
     console.print(table)
 
 
-def _width_counts(experts: Sequence[ExpertWidths], widths: Sequence[Width], by_matrix: bool) -> list[str]:
+def _width_counts(experts: Sequence[ExpertWidths], widths: Sequence[AnyWidth], by_matrix: bool) -> list[str]:
     """Return for each width how many experts have it, as ``3``, or as ``3 / 2`` for the two matrices."""
     counts = [Counter(matrix_widths) for matrix_widths in zip(*experts, strict=True)]
     if not by_matrix:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemq.models.structure import Layer, Linear
-from gemq.quant.widths import ExpertWidths, Width
+from gemq.quant.widths import AnyWidth, ExpertWidths, Width
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class QuantizationScheme:
         """Return the dense linears of ``layer`` that are quantized, each with its width."""
         return [] if self.dense_width is None else [(linear, self.dense_width) for linear in layer.linears]
 
-    def matrix_widths(self, layer: Layer) -> dict[str, tuple[Width, ...]]:
+    def matrix_widths(self, layer: Layer) -> dict[str, tuple[AnyWidth, ...]]:
         """Return the width of every expert of ``layer`` by the name of the matrix."""
         return matrix_widths(layer, self.expert_widths)
 
@@ -39,7 +39,7 @@ def quantized_linears(layer: Layer, dense_width: Width | None) -> tuple[Linear, 
     return () if dense_width is None else layer.linears
 
 
-def matrix_widths(layer: Layer, expert_widths: Sequence[ExpertWidths]) -> dict[str, tuple[Width, ...]]:
+def matrix_widths(layer: Layer, expert_widths: Sequence[ExpertWidths]) -> dict[str, tuple[AnyWidth, ...]]:
     """Return the width of every expert by the name of the matrix; empty for a dense layer."""
     if layer.experts is None:
         return {}

@@ -113,16 +113,14 @@ def encode(scales: Tensor, offsets: Tensor, max_code: Tensor | float) -> tuple[T
     positive, negative = LEAST_SPAN
     least_scale = torch.maximum(offsets * positive, offsets * -negative) / max_code
     scales = torch.where(least_scale > scales * 1.001, least_scale * WIDENED, scales)
-    bits = scales.clamp_min(0).contiguous().view(torch.int32)
-    half = 1 << (MANTISSA_SHIFT - 1)
-    scale_bytes = (((bits + half) >> MANTISSA_SHIFT) - FIRST_SCALE).clamp(0, 255).to(torch.uint8)
-    offset_bytes = ZERO - offsets / (_decode_scales(scale_bytes) * (max_code / OFFSET_STEPS))
+    scale_bytes = encode_scales(scales)
+    offset_bytes = ZERO - offsets / (decode_scales(scale_bytes) * (max_code / OFFSET_STEPS))
     return scale_bytes, offset_bytes.round().clamp(0, 255).to(torch.uint8)
 
 
 def decode(scale_bytes: Tensor, offset_bytes: Tensor, max_code: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return the scales and offsets (float32) of stored bytes. ``max_code`` broadcasts."""
-    scales = _decode_scales(scale_bytes)
+    scales = decode_scales(scale_bytes)
     return scales, scales * (max_code / OFFSET_STEPS) * (ZERO - offset_bytes.float())
 
 
@@ -144,6 +142,13 @@ def below_scales(weight: Tensor) -> int:
     return int(((largest > 0) & (largest < SMALL_WEIGHT)).sum())
 
 
-def _decode_scales(scale_bytes: Tensor) -> Tensor:
+def encode_scales(scales: Tensor) -> Tensor:
+    """Return the bytes (uint8) nearest to scales, float32."""
+    bits = scales.clamp_min(0).contiguous().view(torch.int32)
+    half = 1 << (MANTISSA_SHIFT - 1)
+    return (((bits + half) >> MANTISSA_SHIFT) - FIRST_SCALE).clamp(0, 255).to(torch.uint8)
+
+
+def decode_scales(scale_bytes: Tensor) -> Tensor:
     """Return the scales (float32) of stored bytes."""
     return ((scale_bytes.int() + FIRST_SCALE) << MANTISSA_SHIFT).view(torch.float32)

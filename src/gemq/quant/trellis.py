@@ -8,7 +8,7 @@ to 4. It enters the decoder as a number, so that one decoder serves all widths.
 
 A width is passed as its number of eighths of a bit. The ring of a tile then has as many words of 32 bits.
 
-``quantize_ldlq`` encodes whole matrices, whose entries ``incoherence`` and ``rotate_weight`` have made Gaussian before.
+``quantize_ldlq`` encodes whole matrices, whose rows ``quant.rotation`` has made look Gaussian before.
 
 Must not import models or files. ``trellis_kernel`` implements the search for Triton.
 
@@ -18,14 +18,12 @@ Shapes: T tiles, N weights of a tile (256, or a smaller multiple of 8), S = 2^L 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemq.errors import UserError, short_repr
+from gemq.errors import UserError
 
 TILE_SIDE = 16
 """Rows and columns of a tile."""
@@ -36,7 +34,8 @@ TILE_WEIGHTS = TILE_SIDE * TILE_SIDE
 PERIOD = 8
 """Weights after which the pattern of new bits repeats."""
 
-MIN_EIGHTHS, MAX_EIGHTHS = 8, 32
+STATE_BITS = 12
+"""L of new codes. Two bits more lower the error by 3 % and make encoding five times slower (lab log, entry 51)."""
 
 OVERLAP_WEIGHTS = 64
 """Weights on either side of the ring's start that the first pass of the encoder looks at."""
@@ -52,29 +51,8 @@ BYTES_MEAN, BYTES_DEVIATION = 510, 147.8
 LDLQ_GAIN = 0.92
 """Factor of weights of unit variance before they are encoded with error feedback. Feedback adds to their variance."""
 
-MAX_HADAMARD = 128
-"""Largest block of the Hadamard transform."""
-
-FEEDBACK_POWER = 0.25
-"""0 is best for the scales of columns with perfect error feedback, 0.5 without."""
-
-MARGIN_ROUNDS = 8
-"""Rounds that normalize rows and columns of blocks in turn."""
-
 UNREACHABLE = 1e30
 """Cost of a state that a path must not start or end in."""
-
-
-def eighths(bits: float) -> int:
-    """Return the eighths of a bit of a width.
-
-    Raises:
-        UserError: ``bits`` is no multiple of 1/8 from 1 to 4.
-    """
-    count = round(bits * PERIOD) if -1e3 < bits < 1e3 else 0
-    if count != bits * PERIOD or not MIN_EIGHTHS <= count <= MAX_EIGHTHS:
-        raise UserError(f"there is no trellis width {short_repr(bits)}: choose a multiple of 0.125 from 1 to 4")
-    return count
 
 
 def new_bits(width_eighths: int) -> list[int]:
@@ -233,108 +211,6 @@ def encode(x: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viter
     return pack(encode_states(x, width_eighths, table, search), width_eighths)
 
 
-# Incoherence: matrices whose entries look like unit Gaussians
-
-
-class Incoherence(NamedTuple):
-    """Vectors that turn E matrices W into matrices V of unit Gaussian entries (QTIP, section 2.2).
-
-    With a block Hadamard matrix B, W = diag(outputs) B V B diag(inputs). A product W x is computed as
-    outputs * B (V (B (inputs * x))).
-
-    Attributes:
-        inputs: [E, C] float32, sign times scale of each column.
-        outputs: [E, R] float32, sign times scale of each row.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-
-
-def hadamard_block(size: int) -> int:
-    """Return the size of the Hadamard blocks for a dimension: the largest power of two up to 128 that divides it."""
-    return math.gcd(size, MAX_HADAMARD)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """Multiply blocks of the last dimension of ``x`` by a normalized Hadamard matrix. It is its own inverse."""
-    block = hadamard_block(x.shape[-1])
-    matrix = x.new_ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (x.unflatten(-1, (-1, block)) @ (matrix / block**0.5)).flatten(-2)
-
-
-def random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return random signs, 1 or -1 as float32, on the generator's device."""
-    return torch.randint(0, 2, shape, generator=generator, device=generator.device).float() * 2 - 1
-
-
-def incoherence(weight: Tensor, hessian_diagonal: Tensor, generator: torch.Generator) -> Incoherence:
-    """Choose signs and scales of matrices.
-
-    With scales s, columns of mean square w and inputs of mean square h, a Hadamard block costs the mean of w / s^2
-    times a mean of s^2 h: the arithmetic one without error feedback, the geometric one with perfect feedback. The best
-    s^2 is w (w h)^-1/2 without and w with it. Columns get the value between, rows w^1/2, since they have no feedback.
-    Blocks of the rotated matrix are then scaled to a mean square of one in each row and each column of blocks.
-
-    Args:
-        weight: [E, R, C], any float dtype.
-        hessian_diagonal: [E, C], mean square of each input.
-        generator: Draws the signs.
-
-    Returns:
-        Vectors for ``rotate_weight`` and ``rotate_hessian``.
-    """
-    experts, rows, columns = weight.shape
-    square = weight.float().square()
-    column_square = _limited(square.mean(1))
-    column_cost = _limited(column_square * _limited(hessian_diagonal.float()))
-    column_square = column_square * (column_cost / column_cost.mean(1, keepdim=True)) ** -FEEDBACK_POWER
-    square = square / column_square.unsqueeze(1)
-    row_square = _limited(square.mean(2)).sqrt()
-    square = square / row_square.unsqueeze(2)
-    row_block, column_block = hadamard_block(rows), hadamard_block(columns)
-    block_square = square.unflatten(2, (-1, column_block)).mean(3).unflatten(1, (-1, row_block)).mean(2)
-    row_factor, column_factor = _equal_margins(block_square)
-    row_scale = (row_square * row_factor.repeat_interleave(row_block, 1)).sqrt()
-    column_scale = (column_square * column_factor.repeat_interleave(column_block, 1)).sqrt()
-    signs = random_signs((experts, rows + columns), generator).to(weight.device)
-    return Incoherence(column_scale * signs[:, rows:], row_scale * signs[:, :rows])
-
-
-def _limited(square: Tensor) -> Tensor:
-    """Raise the smallest of ``square`` [E, C] to a millionth of their mean, since zeros would give extreme scales."""
-    return square.clamp_min(1e-6 * square.mean(-1, keepdim=True) + 1e-24)
-
-
-def _equal_margins(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors [E, I] and [E, J] that divide ``square`` [E, I, J] to rows and columns of mean 1."""
-    row_factor, column_factor = torch.ones_like(square[:, :, 0]), torch.ones_like(square[:, 0])
-    for _ in range(MARGIN_ROUNDS):
-        row_factor = (square / column_factor.unsqueeze(1)).mean(2).clamp_min(1e-30)
-        column_factor = (square / row_factor.unsqueeze(2)).mean(1).clamp_min(1e-30)
-    return row_factor, column_factor
-
-
-def rotate_weight(weight: Tensor, vectors: Incoherence) -> Tensor:
-    """Return V [E, R, C] float32 for W = diag(outputs) B V B diag(inputs)."""
-    scaled = weight.float() / vectors.outputs.unsqueeze(2) / vectors.inputs.unsqueeze(1)
-    return hadamard(hadamard(scaled).mT).mT
-
-
-def restore_weight(rotated: Tensor, vectors: Incoherence) -> Tensor:
-    """Return W = diag(outputs) B V B diag(inputs), [E, R, C]: the inverse of ``rotate_weight``."""
-    scaled = hadamard(hadamard(rotated).mT).mT
-    return scaled * vectors.outputs.unsqueeze(2) * vectors.inputs.unsqueeze(1)
-
-
-def rotate_hessian(hessian: Tensor, vectors: Incoherence) -> Tensor:
-    """Return the Hessians [E, C, C] of the inputs B (inputs * x) that the rotated matrices get."""
-    scaled = hessian * vectors.inputs.unsqueeze(1) * vectors.inputs.unsqueeze(2)
-    return hadamard(hadamard(scaled).mT).mT
-
-
 # LDLQ: error feedback between blocks of columns
 
 
@@ -348,8 +224,8 @@ def quantize_ldlq(
     ``hessian.factorize``).
 
     Args:
-        weight: [E, R, C] float32 from ``rotate_weight``. 16 divides R and C.
-        upper: [E, C, C] float32, from ``hessian.factorize`` for Hessians from ``rotate_hessian``.
+        weight: [E, R, C] float32, with rows of mean square one. 16 divides R and C.
+        upper: [E, C, C] float32, from ``hessian.factorize`` for the Hessians of the matrices' inputs.
         width_eighths: Width in eighths of a bit.
         table: [S] float32.
         search: Implementation of the Viterbi algorithm.
@@ -384,8 +260,8 @@ def quantize_ldlq(
     return words, values
 
 
-def refit_outputs(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
-    """Return the factors [E, R] of the rows of ``restored`` that are best by the Hessian. ``outputs`` absorbs them.
+def refit_rows(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
+    """Return the factors [E, R] of the rows of ``restored`` that are best by the Hessian.
 
     Args:
         weight: [E, R, C] float32.

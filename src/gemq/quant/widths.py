@@ -6,6 +6,7 @@ Must not import torch, so that recipes and ``--help`` stay fast.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,9 @@ from gemq.errors import UserError, short_repr
 
 SMALLEST_GROUP = 16
 """Smallest group size."""
+
+MIN_EIGHTHS, MAX_EIGHTHS = 8, 32
+"""Smallest and largest width of trellis codes, in eighths of a bit."""
 
 CODES_PER_TERNARY_BYTE = 5
 """3^5 = 243 codes fit into a byte."""
@@ -51,6 +55,11 @@ class Width(Enum):
             if width.value == number:
                 return width
         raise UserError(f"there is no width {short_repr(value)}: choose from {', '.join(map(str, cls))}")
+
+    @classmethod
+    def read(cls, number: object) -> Width:
+        """Return the width of a number, or of its text. Raises UserError if there is none."""
+        return cls(number)
 
     def __str__(self) -> str:
         """Return the number as it is written everywhere: ``1``, ``1.6``, ``2`` ..."""
@@ -100,7 +109,77 @@ class Width(Enum):
         return rows * (columns // group_size) * (self.group_bytes(group_size) + 2)
 
 
-ExpertWidths = tuple[Width, Width]
+@functools.total_ordering
+@dataclass(frozen=True, eq=False)
+class TrellisWidth:
+    """The width of a matrix's trellis codes: any multiple of 1/8 bit from 1 to 4.
+
+    Like ``Width`` it equals its number, and ``TrellisWidth.read("2.5")`` is the width of that number.
+
+    Attributes:
+        eighths: The width in eighths of a bit.
+    """
+
+    eighths: int
+
+    @classmethod
+    def read(cls, number: object) -> TrellisWidth:
+        """Return the width of a number, or of its text.
+
+        Raises:
+            UserError: There is no such width.
+        """
+        try:
+            eighths = float(getattr(number, "value", number)) * 8  # type: ignore[arg-type]
+        except (OverflowError, TypeError, ValueError):
+            eighths = 0.0
+        if not (MIN_EIGHTHS <= eighths <= MAX_EIGHTHS and eighths == int(eighths)):
+            raise UserError(
+                f"there is no trellis width {short_repr(number)}: choose a multiple of 0.125 from "
+                f"{MIN_EIGHTHS // 8} to {MAX_EIGHTHS // 8}"
+            )
+        return cls(int(eighths))
+
+    def __str__(self) -> str:
+        """Return the number as it is written everywhere: ``1``, ``1.125``, ``2`` ..."""
+        return f"{self.value:g}"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with a trellis width, or with its number. Affine widths are different widths."""
+        if isinstance(other, Width):
+            return False
+        return bool(self.value == (other.value if isinstance(other, TrellisWidth) else other))
+
+    def __hash__(self) -> int:
+        """Return the hash of the number, which equals the width."""
+        return hash(self.value)
+
+    def __lt__(self, other: Any) -> bool:
+        """Order by bits."""
+        return self.eighths < other.eighths if isinstance(other, TrellisWidth) else NotImplemented
+
+    @property
+    def value(self) -> float:
+        """The number."""
+        return self.eighths / 8
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight that budgets count, without scales."""
+        return self.eighths / 8
+
+    def matrix_bytes(self, rows: int, columns: int, group_size: int = 0) -> int:
+        """Return the bytes of one matrix: codes, and one byte for the scale of a row. There are no groups."""
+        return rows * columns * self.eighths // 64 + rows
+
+
+ALL_TRELLIS_WIDTHS = tuple(TrellisWidth(eighths) for eighths in range(MIN_EIGHTHS, MAX_EIGHTHS + 1))
+"""Every trellis width, in ascending order."""
+
+AnyWidth = Width | TrellisWidth
+"""A width of affine codes or of trellis codes."""
+
+ExpertWidths = tuple[AnyWidth, AnyWidth]
 """Widths of an expert's two matrices: gate and up (or only up), and down."""
 
 

@@ -1,0 +1,85 @@
+"""Quantization of matrices with trellis codes: rotation, row scales and error feedback.
+
+Shapes: E matrices, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemq.quant import trellis
+from gemq.quant.grid import decode_scales, encode_scales
+from gemq.quant.hessian import factorize
+from gemq.quant.rotation import rotate, rotate_hessian
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import TrellisWidth
+
+
+class RotatedProblem(NamedTuple):
+    """Matrices and Hessians of their inputs, rotated, and the factor for error feedback.
+
+    Attributes:
+        weight: [E, R, C] float32.
+        hessian: [E, C, C] float32.
+        upper: [E, C, C] float32, see ``hessian.factorize``.
+        retries: Number of Hessians that needed more dampening.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    upper: Tensor
+    retries: int
+
+
+def rotated_problem(weight: Tensor, hessian: Tensor, dampening: float) -> RotatedProblem:
+    """Rotate the inputs of matrices.
+
+    Args:
+        weight: [E, R, C], any float dtype.
+        hessian: [E, C, C], of the inputs of each matrix.
+        dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
+    """
+    rotated_hessian = rotate_hessian(hessian.float())
+    factor = factorize(rotated_hessian, dampening)
+    return RotatedProblem(rotate(weight.float()), rotated_hessian, factor.upper, factor.retries)
+
+
+def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
+    """Quantize matrices at one width.
+
+    A row is divided by its root mean square and encoded with error feedback. Then its scale is chosen anew, as the best
+    for its codes by the Hessian.
+
+    Returns:
+        Matrices [E, ...].
+
+    Raises:
+        UserError: 16 does not divide R or C.
+    """
+    weight = problem.weight
+    table = trellis.byte_sum_table(trellis.STATE_BITS).to(weight.device)
+    scales = _stored(weight.square().mean(2).sqrt())
+    words, values = trellis.quantize_ldlq(
+        weight / scales.unsqueeze(2), problem.upper, width.eighths, table, _search(weight.device)
+    )
+    values *= trellis.LDLQ_GAIN  # to values of the table
+    scales = scales / trellis.LDLQ_GAIN
+    scales *= trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
+    return TrellisMatrix.pack(words, scales, width, trellis.STATE_BITS)
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Round scales to values that a byte can represent."""
+    return decode_scales(encode_scales(scales))
+
+
+def _search(device: torch.device) -> trellis.Viterbi:
+    """Return the implementation of the Viterbi algorithm for a device."""
+    if device.type != "cuda":
+        return trellis.viterbi
+    from gemq.quant import trellis_kernel  # needs triton, which CPU builds of torch lack
+
+    return trellis_kernel.viterbi
