@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import SMALLEST_GROUP, Width
+from gemq.quant.widths import ALL_TRELLIS_WIDTHS, SMALLEST_GROUP, AnyWidth, TrellisWidth, Width
 from gemq.recipe_values import (
     CHOICES,
     DENSE_BITS,
@@ -35,11 +36,14 @@ from gemq.recipe_values import parse_size as parse_size
 DEFAULT_BITS = 2.0
 """The budget of a recipe without one."""
 
-DEFAULT_WIDTHS = (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT)
-"""The candidate widths of a recipe without any."""
+DEFAULT_WIDTHS: dict[str, tuple[AnyWidth, ...]] = {
+    "affine": (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT, Width.FOUR_BIT),
+    "trellis": tuple(map(TrellisWidth.read, (1, 1.5, 2, 2.5, 3, 4))),
+}
+"""The candidate widths of a recipe without any, by kind of codes."""
 
 WIDE_BUDGET = 2.5
-"""Budgets above this many bits, and all budgets in bytes, have 4 bits among the default widths."""
+"""Only budgets above this many bits, and budgets in bytes, have the last of the default widths."""
 
 FROM_EFFORT = -1
 """Marks an integer that the effort sets."""
@@ -61,6 +65,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "effort": "low",
+        "codes": "affine",
         "equalize": False,
         "widths": [1, 2, 3],
         "hessian_shrinkage": 0.0,
@@ -131,10 +136,14 @@ class Recipe:
     """Scale channels of the full-precision model by powers of two, so that they are alike. It computes the same, and
     outlier channels cost less. Norms and up projections take up the scales, so that inference costs nothing."""
 
-    # Grids
-    widths: tuple[Width, ...] | None = None
-    """Candidate widths of the experts: any of 1, 1.6, 2, 3, 4 and 8. None: 1, 1.6, 2 and 3, and for budgets above
-    2.5 bits or in bytes also 4."""
+    # Codes
+    codes: str = "affine"
+    """Codes of the experts: ``affine`` (scale times code plus offset), or ``trellis``, which are more accurate, slow to
+    compute without a GPU, and have a width in eighths of a bit."""
+    widths: tuple[AnyWidth, ...] | None = None
+    """Candidate widths of the experts. Affine codes: any of 1, 1.6, 2, 3, 4 and 8. None: 1, 1.6, 2 and 3, and for
+    budgets above 2.5 bits or in bytes also 4. Trellis codes: any multiples of 0.125 from 1 to 4. None: 1, 1.5, 2, 2.5
+    and 3, and for those budgets also 4. Reconstruction then uses all multiples of 0.125 between them."""
     group_size: int = 128
     """Weights that share a scale and an offset: a power of two from 16 up. Halved for a matrix whose number of columns
     it does not divide."""
@@ -221,6 +230,8 @@ class Recipe:
         if not self.calibration:
             raise UserError("calibration names no source: give a text file, a data set id or self")
         self._check_numbers()
+        if self.codes == "trellis" and "rtn" in (self.quantizer, self.score_weights):
+            raise UserError("trellis codes have no rtn: choose quantizer gptq and score_weights candidates")
         if self.quantizer == "rtn" and (self.candidate_epochs or self.reconstruction_epochs):
             raise UserError("quantizer rtn allows no training: set candidate_epochs and reconstruction_epochs to 0")
         self._check_budget()
@@ -243,7 +254,8 @@ class Recipe:
         if self.widths is not None:
             if not self.widths:
                 raise UserError("widths is empty: name at least one, such as 2")
-            self._set("widths", tuple(sorted(set(self.widths))))
+            read = TrellisWidth.read if self.codes == "trellis" else Width.read
+            self._set("widths", tuple(sorted(set(map(read, self.widths)))))
         is_power_of_two = self.group_size & (self.group_size - 1) == 0
         if not SMALLEST_GROUP <= self.group_size <= MAX_GROUP_SIZE or not is_power_of_two:
             raise UserError(
@@ -303,7 +315,8 @@ class Recipe:
 
     def _wider_advice(self, bits: float) -> str:
         """For messages: how to reach ``bits`` with one more width; empty where no width helps."""
-        wider = [width for width in Width if width.bits >= bits]
+        all_widths: Iterable[AnyWidth] = ALL_TRELLIS_WIDTHS if self.codes == "trellis" else Width
+        wider = [width for width in all_widths if width.bits >= bits]
         if bits < max(self.candidate_widths).bits or not wider:
             return ""
         names = ",".join(str(width) for width in (*self.candidate_widths, wider[0]))
@@ -311,12 +324,22 @@ class Recipe:
         return f", or allow a wider width{command} --widths {names}"
 
     @property
-    def candidate_widths(self) -> tuple[Width, ...]:
+    def candidate_widths(self) -> tuple[AnyWidth, ...]:
         """The candidate widths in ascending order. Without ``widths``, those that suit the budget."""
         if self.widths is not None:
             return self.widths
         bits = self.bits or self.stored_bits or 0
-        return (*DEFAULT_WIDTHS, Width.FOUR_BIT) if self.size or bits > WIDE_BUDGET else DEFAULT_WIDTHS
+        widths = DEFAULT_WIDTHS[self.codes]
+        return widths if self.size or bits > WIDE_BUDGET else widths[:-1]
+
+    @property
+    def allocated_widths(self) -> tuple[AnyWidth, ...]:
+        """The widths of a reconstructed model: for trellis codes also all between the candidates."""
+        widths = self.candidate_widths
+        if self.codes != "trellis" or self.allocate != "global":
+            return widths
+        low, high = widths[0].bits, widths[-1].bits
+        return tuple(width for width in ALL_TRELLIS_WIDTHS if low <= width.bits <= high)
 
     @property
     def dense_width(self) -> Width | None:
@@ -405,7 +428,7 @@ def _plain(value: Any) -> Any:
     """A field's value as JSON and YAML contain it."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return value.value if isinstance(value, Width) else value
+    return value.value if isinstance(value, Width | TrellisWidth) else value
 
 
 def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:

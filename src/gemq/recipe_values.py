@@ -34,6 +34,7 @@ SIZE_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 CHOICES = {
     "effort": ("low", "medium", "high"),
+    "codes": ("affine", "trellis"),
     "quantizer": ("gptq", "rtn"),
     "score_form": ("token", "elementwise"),
     "score_labels": ("sampled", "data"),
@@ -258,6 +259,6 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "tuple[str, ...]": lambda value: tuple(_text(item) for item in _items(value)),
     "tuple[float, ...]": lambda value: tuple(_number(item) for item in _split_items(value)),
     "Width": _width,
-    "tuple[Width, ...]": lambda value: tuple(Width(item) for item in _split_items(value)),
+    "tuple[AnyWidth, ...]": lambda value: tuple(_split_items(value)),  # read once the kind of codes is known
 }
 """By type of a field."""

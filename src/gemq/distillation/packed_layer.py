@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemq.distillation.settings import Distillation
+from gemq.distillation.trellis_student import TrellisStudentExperts
 from gemq.kernels.training.differentiable_dequantize import copy_codes, dequantize_weights
 from gemq.layers.gradient_sync import set_gradients
 from gemq.layers.reconstruction import QuantizedLayer
@@ -27,7 +28,7 @@ from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, encode
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable import TrainableMatrices, rounded_to
-from gemq.quant.widths import Width
+from gemq.quant.widths import Width, affine_widths, trellis_widths
 from gemq.runtime.cuda_graph import CudaGraphReplay
 from gemq.runtime.memory import OffloadedTensors
 from gemq.runtime.ranks import Ranks
@@ -158,14 +159,19 @@ class PackedLayer:
         self.offloaded = OffloadedTensors(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
 
     @staticmethod
-    def _pack_experts(layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme) -> list[PackedExperts]:
+    def _pack_experts(
+        layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme
+    ) -> list[PackedExperts | TrellisStudentExperts]:
         """Return the matrices of the experts; none for a dense layer."""
         if layer.experts is None:
             return []
-        matrices = []
+        matrices: list[PackedExperts | TrellisStudentExperts] = []
         for matrix in layer.experts.matrices:
             widths = scheme.matrix_widths(layer)[matrix.name]
-            matrices.append(PackedExperts(quantized, layer.experts, matrix, widths))
+            if with_trellis := trellis_widths(widths):
+                matrices.append(TrellisStudentExperts(quantized, layer.experts, matrix, with_trellis))
+            else:
+                matrices.append(PackedExperts(quantized, layer.experts, matrix, affine_widths(widths)))
         return matrices
 
     @staticmethod

@@ -29,8 +29,9 @@ from gemq.models.structure import Experts, Layer
 from gemq.quant.grid import Quantized, below_scales
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
+from gemq.quant.stored_matrix import StoredMatrix, stored_matrix
 from gemq.quant.trainable_gpu import soft_code_dtype
-from gemq.quant.widths import Width
+from gemq.quant.widths import AnyWidth, TrellisWidth, Width, affine_widths, trellis_widths
 from gemq.runtime.activation_store import ActivationStore
 
 LINEAR_TOKENS = 262_144
@@ -43,7 +44,7 @@ class LayerCandidates:
 
     Attributes:
         linears: Packed batches of one matrix, [1, ...], at the dense width, by module path.
-        experts: Packed batches [E, ...] by matrix name and width.
+        experts: Stored batches [E, ...] by matrix name and width.
         counts: [E] int64, calibration tokens routed to each expert; empty for a dense layer.
         retries: Number of Hessians that needed more dampening.
         not_improved: Number of experts at a width, and of dense linears, that keep GPTQ's codes since training did not
@@ -52,7 +53,7 @@ class LayerCandidates:
     """
 
     linears: dict[str, PackedMatrix] = field(default_factory=dict)
-    experts: dict[str, dict[Width, PackedMatrix]] = field(default_factory=dict)
+    experts: dict[str, dict[AnyWidth, StoredMatrix]] = field(default_factory=dict)
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     retries: int = 0
     not_improved: int = 0
@@ -64,25 +65,25 @@ class LayerCandidates:
         for path, packed in self.linears.items():
             tensors.update(packed.named(f"linear:{path}"))
         for name, packed_by_width in self.experts.items():
-            for width, packed in packed_by_width.items():
-                tensors.update(packed.named(f"expert:{name}:{width}"))
+            for width, matrices in packed_by_width.items():
+                tensors.update(matrices.named(f"expert:{name}:{width}"))
         return tensors
 
     @classmethod
     def from_tensors(
-        cls, tensors: dict[str, Tensor], layer: Layer, widths: tuple[Width, ...], dense_width: Width | None
+        cls, tensors: dict[str, Tensor], layer: Layer, widths: tuple[AnyWidth, ...], dense_width: Width | None
     ) -> LayerCandidates:
         """Read what ``to_tensors`` has returned."""
         linears = {}
         if dense_width is not None:
             for linear in layer.linears:
                 linears[linear.path] = PackedMatrix.from_tensors(tensors, f"linear:{linear.path}", dense_width)
-        experts: dict[str, dict[Width, PackedMatrix]] = {}
+        experts: dict[str, dict[AnyWidth, StoredMatrix]] = {}
         for matrix in layer.experts.matrices if layer.experts else ():
             experts[matrix.name] = {}
             for width in widths:
                 prefix = f"expert:{matrix.name}:{width}"
-                experts[matrix.name][width] = PackedMatrix.from_tensors(tensors, prefix, width)
+                experts[matrix.name][width] = stored_matrix(tensors, prefix, width)
         retries, not_improved, small = tensors["notes"].tolist()
         return cls(linears, experts, tensors["counts"], retries, not_improved, small)
 
@@ -92,7 +93,7 @@ def build_candidates(
     index: int,
     activations: Activations,
     quantizer: Quantizer,
-    widths: tuple[Width, ...],
+    widths: tuple[AnyWidth, ...],
     dense_width: Width | None,
     training: Training | None = None,
     linear_training: Training | None = None,
@@ -107,7 +108,7 @@ def build_candidates(
         quantizer: Settings.
         widths: Candidate widths of the experts.
         dense_width: Width of the dense linears; None leaves them unquantized.
-        training: Trains every expert at every width on its own, after GPTQ.
+        training: Trains every expert at every width on its own, after GPTQ. Trellis codes are not trained.
         linear_training: Trains the dense linears together, towards the output of the layer.
         with_outputs: Whether the caller needs the outputs of the layer.
 
@@ -117,6 +118,9 @@ def build_candidates(
     layer = replay.structure.layers[index]
     experts = layer.experts
     linears = quantized_linears(layer, dense_width)
+    with_trellis = trellis_widths(widths)
+    if with_trellis:
+        training = None
     all_experts = slice(0, experts.count) if experts is not None else None
     calls = RecordedExpertCalls(replay.memory) if training is not None and experts is not None else None
     trains_linears = linear_training is not None
@@ -137,8 +141,13 @@ def build_candidates(
         _pack_trained_linears(trainer.run(), candidates)
     if experts is not None and moments.experts is not None:
         module = replay.model.get_submodule(experts.path)
+        if with_trellis:
+            _build_trellis_candidates(module, experts, moments.experts, quantizer, with_trellis, candidates)
+            return candidates, outputs
         inputs = ExpertInputs(module, experts, calls) if calls is not None else None
-        builder = _ExpertCandidates(module, experts, moments.experts, inputs, quantizer, widths, training, index)
+        builder = _ExpertCandidates(
+            module, experts, moments.experts, inputs, quantizer, affine_widths(widths), training, index
+        )
         builder.build(candidates)
     return candidates, outputs
 
@@ -147,9 +156,30 @@ def _pack_trained_linears(result: LayerResult, candidates: LayerCandidates) -> N
     """Replace the dense linears of ``candidates`` by trained ones."""
     for parameter in result.parameters:
         path = parameter.name.removesuffix(".weight")
-        candidates.linears[path] = PackedMatrix.pack(parameter.q, parameter.widths[0])
+        assert isinstance(parameter.q, Quantized)
+        candidates.linears[path] = PackedMatrix.pack(parameter.q, affine_widths(parameter.widths)[0])
     if result.error_after >= result.error_before:
         candidates.not_improved += len(result.parameters)
+
+
+def _build_trellis_candidates(
+    module: Any,
+    experts: Experts,
+    hessians: tuple[HessianAccumulator, HessianAccumulator],
+    quantizer: Quantizer,
+    widths: tuple[TrellisWidth, ...],
+    candidates: LayerCandidates,
+) -> None:
+    """Add a layer's experts with trellis codes at every width to ``candidates``."""
+    for matrix, matrix_hessians in zip(experts.matrices, hessians, strict=True):
+        weight = expert_weight(module, matrix.name)
+        candidates.small += below_scales(weight)
+        batches, retries = quantizer.quantize_trellis(weight, matrix_hessians, widths)
+        candidates.experts[matrix.name] = dict(zip(widths, batches, strict=True))
+        candidates.retries += retries
+        matrix_names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
+        refuse_clipped(matrix_names, batches)
+    candidates.counts = hessians[0].counts.cpu()
 
 
 @dataclass(frozen=True)
@@ -186,7 +216,7 @@ class _ExpertCandidates:
                 chunks_by_name[matrix.name].append(packed)
             del grids, q  # frees as much memory as the next chunk needs
         for name, chunks in chunks_by_name.items():
-            packed_by_width = {}
+            packed_by_width: dict[AnyWidth, StoredMatrix] = {}
             for i, width in enumerate(self.widths):
                 packed_by_width[width] = PackedMatrix.cat([chunk[i] for chunk in chunks])
             candidates.experts[name] = packed_by_width

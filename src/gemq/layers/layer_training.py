@@ -20,13 +20,14 @@ from torch import Tensor
 from gemq.calibration.activations import Activations
 from gemq.layers.gradient_sync import gradient_sync
 from gemq.layers.training import Matrices, Training, all_finite, as_parameter, tunable_names
+from gemq.layers.trellis_experts import TrainableRows, TrellisBatch
 from gemq.models.expert_parallel import local_expert_slice, shard_experts
 from gemq.models.replay import Call, Replay
 from gemq.quant.gptq import max_codes
 from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import TrainableMatrices, epochs, rounded_to
 from gemq.quant.trainable_gpu import trainable
-from gemq.quant.widths import Width
+from gemq.quant.widths import AnyWidth, affine_widths
 from gemq.runtime.cuda_graph import CudaGraphReplay
 
 
@@ -37,13 +38,13 @@ class QuantizedParameter:
     Attributes:
         name: Name of the parameter inside the model.
         widths: Width of each of the E matrices.
-        q: Grids [E, ...].
+        q: Grids [E, ...], or matrices with trellis codes.
         soft_codes: [E, R, C] codes before rounding, where training starts. None trains the grids only.
     """
 
     name: str
-    widths: tuple[Width, ...]
-    q: Quantized
+    widths: tuple[AnyWidth, ...]
+    q: Quantized | TrellisBatch
     soft_codes: Tensor | None
 
 
@@ -140,11 +141,11 @@ class LayerTrainer:
             return self.replay.run(self.index, hidden, call, overrides)
 
     @torch.no_grad()
-    def evaluate(self, grids: Sequence[Quantized], tuned: dict[str, Tensor]) -> float:
+    def evaluate(self, grids: Sequence[Quantized | TrellisBatch], tuned: dict[str, Tensor]) -> float:
         """Return the squared error on validation micro-batches, relative to the squares of the targets."""
         weights = []
         for parameter, q in zip(self.parameters, grids, strict=True):
-            weights.append(dequantize_each(q, self._dtype(parameter)))
+            weights.append(q.weight() if isinstance(q, TrellisBatch) else dequantize_each(q, self._dtype(parameter)))
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.val_batches:
             output = self.forward(self.inputs[batch], self.calls[batch][self.index], weights, tuned)
@@ -154,7 +155,7 @@ class LayerTrainer:
         self.sync.all_reduce(sums)
         return float(sums[0] / sums[1])
 
-    def train(self) -> tuple[list[Quantized], bool]:
+    def train(self) -> tuple[list[Quantized | TrellisBatch], bool]:
         """Train all parameters, those of routers and norms in place.
 
         The optimizer's state is freed on return: the evaluation that follows needs as much memory.
@@ -184,11 +185,13 @@ class LayerTrainer:
                 batch = self.train_batches[position]
                 run_step(self.calls[batch][self.index], self.inputs[batch], self.targets[batch])
         finite = all_finite(tensor for m in matrices for tensor in m.trained())
-        return [m.result() for m in matrices], finite
+        return [_result(m) for m in matrices], finite
 
     def _trainable_matrices(self, parameter: QuantizedParameter) -> Matrices:
         """Return a parameter's matrices in a trainable form."""
-        limits = max_codes(parameter.widths, parameter.q.codes.device)
+        if isinstance(parameter.q, TrellisBatch):
+            return TrainableRows(parameter.q)
+        limits = max_codes(affine_widths(parameter.widths), parameter.q.codes.device)
         if parameter.soft_codes is None:
             return TrainableMatrices(parameter.q, limits, None)
         first_id = 0
@@ -214,3 +217,8 @@ class LayerTrainer:
         """Return the dtype of a parameter in the model."""
         dtype: torch.dtype = self.replay.model.get_parameter(parameter.name).dtype
         return dtype
+
+
+def _result(matrices: Matrices) -> Quantized | TrellisBatch:
+    """Return matrices as trained so far."""
+    return matrices.batch_result() if isinstance(matrices, TrainableRows) else matrices.result()

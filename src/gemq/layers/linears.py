@@ -18,6 +18,7 @@ from gemq.models.structure import Linear
 from gemq.quant.grid import LARGEST_SCALE, LAST_SCALE, below_scales, dequantize
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
+from gemq.quant.stored_matrix import StoredMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.widths import Width
 from gemq.runtime.ranks import Ranks
@@ -168,7 +169,7 @@ def install_linears(model: Any, linears: Sequence[Linear], packed: dict[str, Pac
         weight.data.copy_(dequantize(packed[linear.path].unpack()).reshape(weight.shape))
 
 
-def refuse_clipped(names: Sequence[str], packed: Iterable[PackedMatrix]) -> None:
+def refuse_clipped(names: Sequence[str], packed: Iterable[StoredMatrix]) -> None:
     """Refuse matrices with weights beyond the largest scale, which would be clipped.
 
     Args:

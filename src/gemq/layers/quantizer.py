@@ -14,10 +14,17 @@ from torch import Tensor
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized
 from gemq.quant.hessian import HessianAccumulator, factorize
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.trellis_quantize import quantize as trellis_quantize
+from gemq.quant.trellis_quantize import rotated_problem
+from gemq.quant.widths import TrellisWidth, Width, group_size_for
 
 CHUNK_BYTES = 4 << 30
 """Upper bound for Hessians, factors and errors of the experts that GPTQ processes in one batch."""
+
+
+TRELLIS_COPIES = 5
+"""Float32 copies of the weights that error feedback of trellis codes works with."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,53 @@ class Quantizer:
             num_retries += factor.retries
             del factor  # frees as much memory as the next chunk needs
         return Quantized.cat(grids, dim=0), num_retries
+
+    def quantize_trellis(
+        self, weight: Tensor, hessians: HessianAccumulator, widths: Sequence[TrellisWidth]
+    ) -> tuple[list[TrellisMatrix], int]:
+        """Quantize every matrix at every width with trellis codes.
+
+        Args:
+            weight: [E, R, C].
+            hessians: Of the matrices' inputs.
+            widths: Widths to quantize at.
+
+        Returns:
+            Matrices [E, ...] of each width, and the number of Hessians that needed more dampening.
+
+        Raises:
+            UserError: 16 does not divide R or C.
+        """
+        batches: list[list[TrellisMatrix]] = [[] for _ in widths]
+        num_retries = 0
+        for chunk in _expert_chunks(weight, TRELLIS_COPIES):
+            problem = rotated_problem(weight[chunk], hessians.hessians(self.shrinkage, chunk), self.dampening)
+            for width, matrices in zip(widths, batches, strict=True):
+                matrices.append(trellis_quantize(problem, width))
+            num_retries += problem.retries
+            del problem  # frees as much memory as the next chunk needs
+        return [TrellisMatrix.cat(matrices) for matrices in batches], num_retries
+
+    def quantize_trellis_mixed(
+        self, weight: Tensor, hessians: HessianAccumulator, widths: Sequence[TrellisWidth]
+    ) -> tuple[list[TrellisMatrix], int]:
+        """Quantize every matrix [E, R, C] at one width of its own with trellis codes.
+
+        Returns:
+            The matrices one by one, and the number of Hessians that needed more dampening.
+        """
+        matrices: dict[int, TrellisMatrix] = {}
+        num_retries = 0
+        for chunk in _expert_chunks(weight, TRELLIS_COPIES):
+            problem = rotated_problem(weight[chunk], hessians.hessians(self.shrinkage, chunk), self.dampening)
+            for width in sorted(set(widths[chunk])):
+                experts = [index for index in range(len(problem.weight)) if widths[chunk.start + index] == width]
+                batch = trellis_quantize(problem.select(experts), width)
+                for position, index in enumerate(experts):
+                    matrices[chunk.start + index] = batch.select(position)
+            num_retries += problem.retries
+            del problem  # frees as much memory as the next chunk needs
+        return [matrices[index] for index in range(len(weight))], num_retries
 
     @staticmethod
     def _round_mixed(weight: Tensor, widths: Sequence[Width], group: int) -> Quantized:

@@ -19,6 +19,7 @@ from gemq.layers.linears import QuantizedLinears, install_linears, linear_parame
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.layers.training import Training, as_parameter
+from gemq.layers.trellis_experts import TrellisBatch
 from gemq.models.expert_parallel import can_shard_windows, gather_experts, local_expert_slice
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
@@ -27,7 +28,8 @@ from gemq.quant.grid import Quantized, dequantize, dequantize_each
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
-from gemq.quant.widths import ExpertWidths, Width
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import ExpertWidths, TrellisWidth, Width, affine_widths, trellis_widths
 from gemq.runtime.activation_store import ActivationStore
 
 TUNED = "tuned:"
@@ -103,8 +105,8 @@ def assemble_layer(candidates: LayerCandidates, layer: Layer, widths: Sequence[E
     for name, expert_widths in matrix_widths(layer, widths).items():
         assert layer.experts is not None
         for expert, width in enumerate(expert_widths):
-            packed = candidates.experts[name][width].select(expert)
-            tensors.update(packed.named(_expert_name(layer.experts, expert, name)))
+            matrix = candidates.experts[name][width].select(expert)
+            tensors.update(matrix.named(_expert_name(layer.experts, expert, name)))
     return QuantizedLayer(tensors)
 
 
@@ -218,8 +220,8 @@ class _LayerReconstruction:
         for linear in self.scheme.linears(self.layer):
             packed = self.linears.packed[linear.path]
             name = f"{linear.path}.weight"
-            if name in grids:
-                packed = PackedMatrix.pack(grids[name], packed.width)
+            if isinstance(q := grids.get(name), Quantized):
+                packed = PackedMatrix.pack(q, packed.width)
             self.result.tensors.update(packed.select(0).named(linear.path))
         if self.layer.experts is not None:
             for matrix in self.layer.experts.matrices:
@@ -254,27 +256,47 @@ class _LayerReconstruction:
         retries = 0
         for matrix, matrix_hessians in zip(experts.matrices, hessians, strict=True):
             weight = expert_weight(module, matrix.name)[local_experts]
+            name = f"{experts.path}.{matrix.name}"
+            widths = widths_by_name[matrix.name][local_experts]
+            if with_trellis := trellis_widths(widths):
+                matrices, matrix_retries = self.quantizer.quantize_trellis_mixed(weight, matrix_hessians, with_trellis)
+                batch = TrellisBatch.of(matrices, weight.dtype)
+                self.parameters.append(QuantizedParameter(name, widths, batch, None))
+                retries += matrix_retries
+                continue
             soft_codes = None
             if self.targets is not None:
                 soft_codes = weight.new_empty(weight.shape, dtype=soft_code_dtype(weight.device, weight.dtype))
-            widths = widths_by_name[matrix.name][local_experts]
-            q, matrix_retries = self.quantizer.quantize_mixed(weight, matrix_hessians, widths, soft_codes)
-            self.parameters.append(QuantizedParameter(f"{experts.path}.{matrix.name}", widths, q, soft_codes))
+            q, matrix_retries = self.quantizer.quantize_mixed(
+                weight, matrix_hessians, affine_widths(widths), soft_codes
+            )
+            self.parameters.append(QuantizedParameter(name, widths, q, soft_codes))
             retries += matrix_retries
         holds_all_experts = local_experts.stop - local_experts.start == experts.count
         self.result.retries += retries if holds_all_experts else self.replay.ranks.all_reduce_int(retries)
 
-    def _gather_grids(self, parameter: QuantizedParameter) -> Quantized:
-        """Return the grids of a parameter on every rank: experts are concatenated, a linear comes from rank 0."""
+    def _gather_grids(self, parameter: QuantizedParameter) -> Quantized | TrellisBatch:
+        """Return the codes of a parameter on every rank: experts are concatenated, a linear comes from rank 0."""
         ranks, experts = self.replay.ranks, self.layer.experts
+        if isinstance(parameter.q, TrellisBatch):
+            assert experts is not None
+            matrix_name = parameter.name.rpartition(".")[2]
+            widths = trellis_widths(self.scheme.matrix_widths(self.layer)[matrix_name])
+            model = self.replay.model
+            return parameter.q.gather(widths, lambda tensors: gather_experts(model, experts, ranks, tensors))
         if experts is not None and parameter.name.startswith(f"{experts.path}."):
             codes, scales, offsets = gather_experts(self.replay.model, experts, ranks, parameter.q)
             return Quantized(codes, scales, offsets)
         return parameter.q.map(lambda tensor: ranks.broadcast(tensor, 0))
 
-    def _pack_experts(self, experts: Experts, matrix: Matrix, q: Quantized) -> None:
+    def _pack_experts(self, experts: Experts, matrix: Matrix, q: Quantized | TrellisBatch) -> None:
         """Pack one matrix of all experts, those of one width in batches."""
-        for width, chunk in _width_chunks(matrix, self.scheme.matrix_widths(self.layer)[matrix.name]):
+        if isinstance(q, TrellisBatch):
+            for expert in range(experts.count):
+                self.result.tensors.update(q.matrix(expert).named(_expert_name(experts, expert, matrix.name)))
+            return
+        widths = affine_widths(self.scheme.matrix_widths(self.layer)[matrix.name])
+        for width, chunk in _width_chunks(matrix, widths):
             packed = PackedMatrix.pack(q.select(chunk), width)
             for row, expert in enumerate(chunk):
                 self.result.tensors.update(packed.select(row).named(_expert_name(experts, expert, matrix.name)))
@@ -317,7 +339,12 @@ def _dequantize_experts(
     assert experts is not None
     device = quantized.tensors[_expert_name(experts, 0, matrix.name) + ".codes"].device
     weight = torch.empty(experts.count, matrix.rows, matrix.columns, dtype=dtype, device=device)
-    for width, chunk in _width_chunks(matrix, scheme.matrix_widths(layer)[matrix.name]):
+    widths = scheme.matrix_widths(layer)[matrix.name]
+    for expert, width in enumerate(widths):
+        if isinstance(width, TrellisWidth):
+            name = _expert_name(experts, expert, matrix.name)
+            weight[expert] = TrellisMatrix.from_tensors(quantized.tensors, name, width).dequantize()
+    for width, chunk in _width_chunks(matrix, affine_widths(widths)):
         names = [_expert_name(experts, expert, matrix.name) for expert in chunk]
         packed = PackedMatrix.stack([PackedMatrix.from_tensors(quantized.tensors, name, width) for name in names])
         weight[chunk] = dequantize_each(packed.unpack(), dtype)

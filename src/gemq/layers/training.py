@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemq.layers.trellis_experts import TrainableRows
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer, is_norm
 from gemq.quant.trainable import BETAS, EPS, TrainableMatrices, cosine_factors
 from gemq.quant.trainable_gpu import FusedMatrices, StepSchedule
 
-Matrices = TrainableMatrices | FusedMatrices
+Matrices = TrainableMatrices | FusedMatrices | TrainableRows
 
 
 @dataclass(frozen=True)

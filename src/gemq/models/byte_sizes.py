@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from gemq.models.structure import Experts, Matrix, Structure
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import AnyWidth, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
 
 
-def matrix_sizes(matrix: Matrix, widths: Sequence[Width], group_size: int) -> list[int]:
+def matrix_sizes(matrix: Matrix, widths: Sequence[AnyWidth], group_size: int) -> list[int]:
     """Returns the stored bytes of one expert's matrix at each width, scales and offsets included."""
     group = group_size_for(matrix.columns, group_size)
     return [width.matrix_bytes(matrix.rows, matrix.columns, group) for width in widths]
 
 
-def expert_bytes(experts: Experts, width: Width, group_size: int) -> int:
+def expert_bytes(experts: Experts, width: AnyWidth, group_size: int) -> int:
     """Returns the stored bytes of one expert at a width, scales and offsets included."""
     return sum(matrix_sizes(matrix, (width,), group_size)[0] for matrix in experts.matrices)
 

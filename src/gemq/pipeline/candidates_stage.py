@@ -28,8 +28,8 @@ from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize_each
-from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.stored_matrix import StoredMatrix, dequantize_matrices, stored_matrix
+from gemq.quant.widths import AnyWidth, Width, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.files import check_free_space
@@ -75,7 +75,7 @@ class CandidateFiles:
         """Counts of fallbacks in a layer: Hessians dampened more, candidates untrained, matrices too small."""
         return [int(note) for note in self.stage.load_tensor(layer_file(index), "notes")]
 
-    def expert_weights(self, index: int, width: Width) -> ExpertWeights:
+    def expert_weights(self, index: int, width: AnyWidth) -> ExpertWeights:
         """Both matrices of all experts of a layer at one width, dequantized, in the model's compute type.
 
         With several ranks each reads its share of the experts. Issues collectives, so all ranks must call it.
@@ -88,14 +88,14 @@ class CandidateFiles:
         for matrix in experts.matrices:
             exact = expert_weight(module, matrix.name)
             if packed is not None:
-                quantized = packed[matrix.name].unpack()
+                weights.append(dequantize_matrices(packed[matrix.name], exact.dtype))
             else:
                 quantized = self._round_to_nearest(exact, matrix, width)
-            weights.append(dequantize_each(quantized, exact.dtype))
+                weights.append(dequantize_each(quantized, exact.dtype))
         up, down = weights
         return up, down
 
-    def _packed_matrices(self, index: int, width: Width) -> dict[str, PackedMatrix]:
+    def _packed_matrices(self, index: int, width: AnyWidth) -> dict[str, StoredMatrix]:
         """The packed candidates of a layer at one width, by the name of the matrix. Other widths are not read."""
         experts = self._replay.structure.layers[index].experts
         assert experts is not None
@@ -108,11 +108,12 @@ class CandidateFiles:
         packed = {}
         for matrix in experts.matrices:
             prefix = f"expert:{matrix.name}:{width}"
-            packed[matrix.name] = PackedMatrix.from_tensors(tensors, prefix, width)
+            packed[matrix.name] = stored_matrix(tensors, prefix, width)
         return packed
 
-    def _round_to_nearest(self, weight: Tensor, matrix: Matrix, width: Width) -> Quantized:
+    def _round_to_nearest(self, weight: Tensor, matrix: Matrix, width: AnyWidth) -> Quantized:
         """All experts' matrices [E, rows, columns] rounded to nearest."""
+        assert isinstance(width, Width)  # the recipe rejects trellis codes here
         quantized = round_to_nearest(weight, (width,), group_size_for(matrix.columns, self._recipe.group_size))
         return quantized.select(0)
 

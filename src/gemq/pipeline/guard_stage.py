@@ -31,7 +31,7 @@ from gemq.pipeline.stage_settings import guard_inputs, guard_window_inputs
 from gemq.pipeline.windows_stage import GUARD_WINDOWS_STAGE, Calibration, WindowWriter, draw_once
 from gemq.pipeline.workdir import Stage
 from gemq.planning.cost_model import Work, Workload
-from gemq.quant.widths import ExpertWidths, Width
+from gemq.quant.widths import AnyWidth, ExpertWidths, Width
 from gemq.recipe import Recipe
 from gemq.runtime.progress import Tick
 
@@ -162,7 +162,7 @@ def run_guard(
 
 def _uniform_allocations(problem: Problem, budget: Budget, recipe: Recipe) -> list[Allocation]:
     """Uniform allocations of some seeds, without duplicates: at the bits of a candidate width all draws are equal."""
-    uniform: dict[tuple[Width, ...], Allocation] = {}
+    uniform: dict[tuple[AnyWidth, ...], Allocation] = {}
     for seed in range(recipe.seed, recipe.seed + NUM_UNIFORM_DRAWS):
         allocation = allocate(problem, budget, "uniform", seed=seed)
         uniform.setdefault(allocation.widths, allocation)

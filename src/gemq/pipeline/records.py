@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError
-from gemq.quant.widths import Width
+from gemq.quant.widths import TrellisWidth, Width
 from gemq.runtime.files import write_json
 from gemq.runtime.safetensors_files import tensor_entries
 from gemq.runtime.upload import TORCH_DTYPES
@@ -43,7 +43,7 @@ def digest(value: Any) -> str:
 
 def _number_of_width(value: Any) -> float:
     """What JSON writes for a width. Raises TypeError for any other value that JSON does not know."""
-    if not isinstance(value, Width):
+    if not isinstance(value, Width | TrellisWidth):
         raise TypeError(f"{type(value).__name__} is no plain value")
     number: float = value.value
     return number

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from gemq.allocation.problem import Allocation, Budget, Problem
+from gemq.allocation.guard import soften
+from gemq.allocation.interpolation import interpolate
+from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat
 from gemq.models.byte_sizes import quantized_share
 from gemq.models.replay import Replay
@@ -253,7 +255,7 @@ def _run_allocation(
     problem = prepared.problem(costs)
     verdict: dict[str, Any] = {"skipped": prepared.stages.guard_skipped}
     if allocation_file is not None:
-        allocation = read_allocation(allocation_file, problem)
+        allocation = read_allocation(allocation_file, _reconstructed_problem(prepared, problem))
     else:
         with job.monitor.stage(ALLOCATE, 1) as tick:
             budget = expert_budget(job.recipe, unquantized_bytes, problem)
@@ -270,8 +272,34 @@ def _run_allocation(
                 allocation,
                 lambda name: prepared.problem(costs, leave_out=name),
             )
+        allocation = _refine(prepared, problem, budget, allocation, verdict)
     replay.ranks.run_on_first(lambda: write_text(job.work.path / "allocation.json", allocation.to_json()))
     return allocation, verdict
+
+
+def _reconstructed_problem(prepared: _Prepared, problem: Problem) -> Problem:
+    """The problem with all widths that the output can have. Without reconstruction these are the candidates'."""
+    widths = prepared.job.recipe.allocated_widths
+    if not prepared.stages.reconstruct or widths == problem.widths:
+        return problem
+    return interpolate(problem, widths)
+
+
+def _refine(
+    prepared: _Prepared, problem: Problem, budget: Budget, allocation: Allocation, verdict: dict[str, Any]
+) -> Allocation:
+    """The allocation by all widths of a reconstructed model, where they are more than the candidates.
+
+    The guard judged the allocation by candidate widths, which it can assemble. Its verdict holds for the finer widths,
+    whose costs lie between.
+    """
+    refined = _reconstructed_problem(prepared, problem)
+    if refined is problem:
+        return allocation
+    softening = verdict.get("m", 0.0)
+    if softening is None:  # no allocation was better than uniform widths
+        return allocate(refined, budget, "uniform", seed=prepared.job.recipe.seed)
+    return solve(soften(refined, softening), budget, prepared.job.recipe)
 
 
 def _run_output(

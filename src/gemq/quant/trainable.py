@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemq.quant.grid import Quantized, nearest
+from gemq.quant.grid import Quantized, decode_scales, encode_scales, nearest
 
 MARGIN = 0.4
 """How far a soft code may lie outside the codes: less than half a code, so that it can always return."""
@@ -136,6 +136,11 @@ class _StoredGrid(torch.autograd.Function):
 def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round ``x`` to the values of ``dtype``, with gradients that ignore the rounding."""
     return _straight_through(x, x.detach().to(dtype).to(x.dtype))
+
+
+def rounded_to_scales(scales: Tensor) -> Tensor:
+    """Round scales to the values that a byte can represent, with gradients that ignore the rounding."""
+    return _straight_through(scales, decode_scales(encode_scales(scales.detach())))
 
 
 def _straight_through(x: Tensor, value: Tensor) -> Tensor:

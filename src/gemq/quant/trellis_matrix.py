@@ -51,7 +51,11 @@ class TrellisMatrix:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], prefix: str, width: TrellisWidth, state_bits: int
+        cls,
+        tensors: Mapping[str, Tensor],
+        prefix: str,
+        width: TrellisWidth,
+        state_bits: int = trellis.STATE_BITS,
     ) -> TrellisMatrix:
         """Look the tensors up by their names in a checkpoint; the inverse of ``named``."""
         return cls(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scales"], width, state_bits)

@@ -33,6 +33,10 @@ class RotatedProblem(NamedTuple):
     upper: Tensor
     retries: int
 
+    def select(self, experts: list[int]) -> RotatedProblem:
+        """Return the problem of some of the matrices."""
+        return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], 0)
+
 
 def rotated_problem(weight: Tensor, hessian: Tensor, dampening: float) -> RotatedProblem:
     """Rotate the inputs of matrices.

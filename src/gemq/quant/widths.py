@@ -6,6 +6,7 @@ Must not import torch, so that recipes and ``--help`` stay fast.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -178,6 +179,17 @@ ALL_TRELLIS_WIDTHS = tuple(TrellisWidth(eighths) for eighths in range(MIN_EIGHTH
 
 AnyWidth = Width | TrellisWidth
 """A width of affine codes or of trellis codes."""
+
+
+def affine_widths(widths: Iterable[AnyWidth]) -> tuple[Width, ...]:
+    """Return the affine widths among ``widths``."""
+    return tuple(width for width in widths if isinstance(width, Width))
+
+
+def trellis_widths(widths: Iterable[AnyWidth]) -> tuple[TrellisWidth, ...]:
+    """Return the trellis widths among ``widths``."""
+    return tuple(width for width in widths if isinstance(width, TrellisWidth))
+
 
 ExpertWidths = tuple[AnyWidth, AnyWidth]
 """Widths of an expert's two matrices: gate and up (or only up), and down."""

@@ -1,0 +1,53 @@
+"""One matrix of a layer's experts with trellis codes in distillation: codes stay packed, row scales are trained.
+
+Shapes: E experts, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gemq.layers.reconstruction import QuantizedLayer
+from gemq.layers.trellis_experts import TrainableScales, scaled
+from gemq.models.structure import Experts, Matrix
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import TrellisWidth
+
+
+class TrellisStudentExperts:
+    """Like ``packed_layer.PackedExperts``, for trellis codes."""
+
+    def __init__(self, quantized: QuantizedLayer, experts: Experts, matrix: Matrix, widths: Sequence[TrellisWidth]):
+        """
+        Args:
+            quantized: The layer as it is stored.
+            experts: Structure of its experts.
+            matrix: Which of their matrices.
+            widths: Width of each expert.
+        """
+        self.matrix = matrix
+        self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
+        self.packed: list[TrellisMatrix] = []
+        for name, width in zip(self.names, widths, strict=True):
+            self.packed.append(TrellisMatrix.from_tensors(quantized.tensors, name, width))
+        self.grids = TrainableScales(torch.stack([one_matrix.row_scales() for one_matrix in self.packed]))
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights [E, R, C], differentiable in the scales."""
+        unscaled = torch.stack([one_matrix.unscaled().to(dtype) for one_matrix in self.packed])
+        return scaled(unscaled, self.grids.scales())
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, for offloading."""
+        return [*(one_matrix.codes for one_matrix in self.packed), self.grids.base, *self.grids.grids()]
+
+    def result(self) -> dict[str, Tensor]:
+        """Return encoded scales by their names in a checkpoint, on the CPU."""
+        scale_bytes = self.grids.result()
+        tensors = {}
+        for index, name in enumerate(self.names):
+            tensors[f"{name}.scales"] = scale_bytes[index].to("cpu", copy=True)
+        return tensors

@@ -1,0 +1,51 @@
+"""Matrices as they are stored, with affine or with trellis codes. The type of their width says which.
+
+Shapes: E matrices, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gemq.quant.grid import dequantize
+from gemq.quant.packing import PackedMatrix
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import AnyWidth, TrellisWidth
+
+StoredMatrix = PackedMatrix | TrellisMatrix
+
+
+def stored_matrix(tensors: Mapping[str, Tensor], prefix: str, width: AnyWidth) -> StoredMatrix:
+    """Look matrices of one width up by the names of their tensors in a checkpoint."""
+    if isinstance(width, TrellisWidth):
+        return TrellisMatrix.from_tensors(tensors, prefix, width)
+    return PackedMatrix.from_tensors(tensors, prefix, width)
+
+
+def concatenate(batches: Sequence[StoredMatrix]) -> StoredMatrix:
+    """Concatenate batches of matrices of one width along their first dimension."""
+    if isinstance(batches[0], TrellisMatrix):
+        return TrellisMatrix.cat([batch for batch in batches if isinstance(batch, TrellisMatrix)])
+    return PackedMatrix.cat([batch for batch in batches if isinstance(batch, PackedMatrix)])
+
+
+def dequantize_matrix(matrix: StoredMatrix) -> Tensor:
+    """Return the weights of matrices: [..., R, C] float32."""
+    return matrix.dequantize() if isinstance(matrix, TrellisMatrix) else dequantize(matrix.unpack())
+
+
+def dequantize_matrices(matrices: StoredMatrix, dtype: torch.dtype) -> Tensor:
+    """Dequantize a batch of matrices one at a time: [E, R, C] in ``dtype``.
+
+    All of them in float32 could take more memory than anything else in the job.
+    """
+    count = len(matrices.codes)
+    weight = dequantize_matrix(matrices.select(0)).to(dtype)
+    weights = weight.new_empty(count, *weight.shape)
+    weights[0] = weight
+    for index in range(1, count):
+        weights[index] = dequantize_matrix(matrices.select(index))
+    return weights
