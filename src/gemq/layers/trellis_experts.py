@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemq.quant import trellis
 from gemq.quant.grid import decode_scales, encode_scales
 from gemq.quant.trainable import rounded_to_scales
-from gemq.quant.trellis import STATE_BITS
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
 
@@ -69,7 +69,7 @@ class TrellisBatch:
     def matrix(self, index: int) -> TrellisMatrix:
         """Return one matrix as it is stored."""
         codes = self.codes[index].contiguous()
-        return TrellisMatrix(codes, encode_scales(self.scales[index]), self.widths[index], STATE_BITS)
+        return TrellisMatrix(codes, encode_scales(self.scales[index]), self.widths[index], trellis.STATE_BITS)
 
 
 def scaled(unscaled: Tensor, scales: Tensor) -> Tensor:

@@ -55,10 +55,11 @@ class TrellisMatrix:
         tensors: Mapping[str, Tensor],
         prefix: str,
         width: TrellisWidth,
-        state_bits: int = trellis.STATE_BITS,
+        state_bits: int | None = None,
     ) -> TrellisMatrix:
         """Look the tensors up by their names in a checkpoint; the inverse of ``named``."""
-        return cls(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scales"], width, state_bits)
+        codes, scales = (tensors[f"{prefix}.{field}"] for field in cls.FIELDS)
+        return cls(codes, scales, width, trellis.STATE_BITS if state_bits is None else state_bits)
 
     @classmethod
     def cat(cls, batches: Sequence[TrellisMatrix]) -> TrellisMatrix:
