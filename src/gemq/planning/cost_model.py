@@ -40,6 +40,8 @@ class DeviceCosts(NamedTuple):
     """Floating-point operations of GPTQ for each weight and column."""
     gptq_bytes: int
     """Read and written for each weight by fitting a grid and rounding."""
+    trellis_bytes: int
+    """The search for trellis codes of a weight, as the bytes that are read and written in its time."""
     train_bytes: int
     """Read and written for each weight by a training step: rounding, its gradient, AdamW."""
 
@@ -51,6 +53,7 @@ CPU = DeviceCosts(
     weight_reads=0.3,
     gptq_products=1,
     gptq_bytes=250,
+    trellis_bytes=400_000,
     train_bytes=150,
 )
 GPU = DeviceCosts(
@@ -60,6 +63,7 @@ GPU = DeviceCosts(
     weight_reads=2.5,
     gptq_products=45,
     gptq_bytes=0,
+    trellis_bytes=6_000,
     train_bytes=20,
 )
 
@@ -202,6 +206,8 @@ class Workload:
                 hessian_products += 2 * pairs * matrix.columns**2
                 gptq_products += layer.experts.count * matrix.columns**2 * (widths * matrix.rows + matrix.columns)
         passes = widths * self.quantized_weights(layer) * self.costs.gptq_bytes
+        if layer.experts is not None and self.recipe.codes == "trellis":
+            passes += widths * layer.experts.count * layer.experts.weights_per_expert * self.costs.trellis_bytes
         return Work(hessian_products + self.costs.gptq_products * gptq_products, passes)
 
     def train(self, weights: float, steps: float) -> Work:

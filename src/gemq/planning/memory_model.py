@@ -14,12 +14,13 @@ import torch
 
 from gemq.allocation.divergence import POSITIONS_PER_CHUNK
 from gemq.errors import UserError
-from gemq.layers.quantizer import CHUNK_BYTES
+from gemq.layers.quantizer import CHUNK_BYTES, TRELLIS_COPIES
 from gemq.models.config_values import layer_configs
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
 from gemq.models.source import calibration_seq_len
 from gemq.models.structure import Experts, Layer, Structure
-from gemq.quant.widths import group_size_for
+from gemq.quant.trellis import SEARCH_BYTES
+from gemq.quant.widths import MAX_EIGHTHS, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
 from gemq.runtime.memory import MemoryBudget, gigabytes
@@ -41,6 +42,9 @@ EXPERTS_PER_TOKEN_KEYS = (
 
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
 """Bytes a weight while it is trained on a GPU, by compute type: code, soft code, moments, weight in use, gradients."""
+
+CPU_SEARCH_BYTES = 1 << 28
+"""Memory that the search for trellis codes takes on a CPU for a batch of tiles."""
 
 CPU_TRAINED_BYTES = 90
 """The same on a CPU, where autograd keeps all tensors between soft codes and weights. Measured on two models."""
@@ -163,12 +167,21 @@ class LayerMemory:
 
     def expert_quantization(self, widths: int) -> int:
         """Codes and grids of all experts at ``widths`` widths, while they are computed or joined from chunks."""
+        if self.recipe.codes == "trellis":
+            return self.trellis_quantization(widths)
         matrix_codes = []
         for m in self.experts.matrices:
             groups = m.columns // group_size_for(m.columns, self.recipe.group_size)
             row_bytes = m.columns + 8 * groups  # codes, scales and offsets
             matrix_codes.append(widths * self.experts.count * m.rows * row_bytes)
         return sum(matrix_codes) + max(self.expert_chunk(widths), *matrix_codes)
+
+    def trellis_quantization(self, widths: int) -> int:
+        """Trellis codes of all experts at ``widths`` widths, weights in use, and the experts of one batch."""
+        stored = self.expert_weights * widths * MAX_EIGHTHS // 64
+        search = SEARCH_BYTES if self.on_gpu else CPU_SEARCH_BYTES
+        in_use = self.expert_weights * self.dtype.itemsize
+        return stored + in_use + search + self.expert_chunk(TRELLIS_COPIES)
 
 
 @dataclass(frozen=True)

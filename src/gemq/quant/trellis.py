@@ -51,6 +51,12 @@ BYTES_MEAN, BYTES_DEVIATION = 510, 147.8
 LDLQ_GAIN = 0.92
 """Factor of weights of unit variance before they are encoded with error feedback. Feedback adds to their variance."""
 
+SEARCH_BYTES = 1 << 30
+"""Upper bound for the memory that a search takes on a GPU to follow paths backwards."""
+
+SEARCHED_TILES = 32
+"""Tiles that the reference searches at the same time. Their costs fit into the cache of a CPU."""
+
 UNREACHABLE = 1e30
 """Cost of a state that a path must not start or end in."""
 
@@ -158,6 +164,13 @@ def viterbi(x: Tensor, width_eighths: int, table: Tensor, overlap: Tensor | None
         States [T, N] int32 and the sum of squared errors [T] float32.
     """
     tiles, weights = x.shape
+    if tiles > SEARCHED_TILES:
+        overlaps = [None] * len(x) if overlap is None else overlap.split(SEARCHED_TILES)
+        results = []
+        for chunk, chunk_overlap in zip(x.split(SEARCHED_TILES), overlaps, strict=False):
+            results.append(viterbi(chunk, width_eighths, table, chunk_overlap))
+        states, totals = zip(*results, strict=True)
+        return torch.cat(states), torch.cat(totals)
     size = len(table)
     pattern = new_bits(width_eighths)
     cost = x.new_zeros(tiles, size)

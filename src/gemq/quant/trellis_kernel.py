@@ -14,10 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemq.quant.trellis import PERIOD, UNREACHABLE
-
-MAX_BUFFER_BYTES = 2 << 30
-"""Upper bound for the buffer of winners. More tiles than fit are encoded in several launches."""
+from gemq.quant.trellis import PERIOD, SEARCH_BYTES, UNREACHABLE
 
 STATES_PER_THREAD = 32
 """Costs and values of this many states take 64 registers of a thread. Four of the states are neighbours."""
@@ -193,7 +190,7 @@ def viterbi(x: Tensor, width_eighths: int, table: Tensor, overlap: Tensor | None
     states = torch.empty(tiles, weights, dtype=torch.int32, device=x.device)
     totals = torch.empty(tiles, device=x.device)
     overlaps = states if overlap is None else overlap.to(torch.int32)
-    chunk = max(1, min(tiles, MAX_BUFFER_BYTES // (2 * weights * words)))
+    chunk = max(1, min(tiles, SEARCH_BYTES // (2 * weights * words)))
     winners = torch.empty(chunk, weights, words, dtype=torch.int16, device=x.device)
     last_states = torch.empty(chunk, dtype=torch.int32, device=x.device)
     warps = max(1, min(32, size // (32 * STATES_PER_THREAD)))
