@@ -98,7 +98,7 @@ def test_kernels_against_the_reference(bits, state_bits, monkeypatch):
     """Costs without their lowest bits choose other states where two are equal to six digits."""
     eighths, table = TrellisWidth.read(bits).eighths, trellis.byte_sum_table(state_bits).to(DEVICE)
     x = gaussians(3, 16, seed=4).to(DEVICE)
-    monkeypatch.setattr(trellis_kernel, "MAX_BUFFER_BYTES", 2 * 2 * 16 << state_bits >> 5)  # two tiles a launch
+    monkeypatch.setattr(trellis_kernel, "SEARCH_BYTES", 2 * 2 * 16 << state_bits >> 5)  # two tiles a launch
     for overlap in (None, torch.tensor([1, 7, 12], device=DEVICE)):
         states, totals = trellis_kernel.viterbi(x, eighths, table, overlap)
         expected, expected_totals = trellis.viterbi(x, eighths, table, overlap)

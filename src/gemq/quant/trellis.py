@@ -165,12 +165,11 @@ def viterbi(x: Tensor, width_eighths: int, table: Tensor, overlap: Tensor | None
     """
     tiles, weights = x.shape
     if tiles > SEARCHED_TILES:
-        overlaps = [None] * len(x) if overlap is None else overlap.split(SEARCHED_TILES)
-        results = []
-        for chunk, chunk_overlap in zip(x.split(SEARCHED_TILES), overlaps, strict=False):
-            results.append(viterbi(chunk, width_eighths, table, chunk_overlap))
-        states, totals = zip(*results, strict=True)
-        return torch.cat(states), torch.cat(totals)
+        chunks = []
+        for start in range(0, tiles, SEARCHED_TILES):
+            rows = slice(start, start + SEARCHED_TILES)
+            chunks.append(viterbi(x[rows], width_eighths, table, None if overlap is None else overlap[rows]))
+        return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
     size = len(table)
     pattern = new_bits(width_eighths)
     cost = x.new_zeros(tiles, size)
