@@ -61,7 +61,7 @@ def peak(run: Callable[[], Any]) -> int:
 
 def measure(model: Any, context: int, compiled: bool) -> dict[str, int]:
     """Bytes of one sequence of ``context`` tokens: prompt, graph and ``NEW_TOKENS`` decoded tokens."""
-    before = allocated()
+    weights = allocated()
     decoder = Decoder(model, 1, context)
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (1, context - NEW_TOKENS), device=model.device)
@@ -71,8 +71,8 @@ def measure(model: Any, context: int, compiled: bool) -> dict[str, int]:
     peaks["decode"] = peak(lambda: list(decoder.decode(NEW_TOKENS - 1)))
     free, total = torch.cuda.mem_get_info()
     return {
-        "weights": before,
-        "cache": between - before,
+        "weights": weights,
+        "cache": between - weights,
         **{f"peak_{name}": value for name, value in peaks.items()},
         "peak": max(peaks.values()),
         "peak_reserved": torch.cuda.max_memory_reserved(),
