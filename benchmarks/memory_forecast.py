@@ -103,7 +103,7 @@ def main() -> None:
             show(name, context, expected, measured)
             if measured:
                 row = {"shape": name, "context": context, "compiled": args.compiled}
-                row |= {f"counted_{part}": size for part, size in expected.items()} | measured
+                row |= {f"counted_{figure}": size for figure, size in expected.items()} | measured
                 append(args.csv, {**row, **environment()})
         del model
         gc.collect()

@@ -10,8 +10,8 @@ from gemq.errors import UserError
 from gemq.models.source import Source
 from gemq.models.structure import Structure, find_structure
 from gemq.planning.serving_memory import ServingMemory
-from gemq.quant.widths import Width
-from gemq.recipe import DEFAULT_WIDTHS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_values import MAX_SIZE_BYTES
 from gemq.runtime.memory import gigabytes
 
 DEFAULT_CONTEXT = 8192
@@ -104,7 +104,8 @@ def fit(
     Raises:
         UserError: no budget fits, or the model does not take this context.
     """
-    ladder = recipe if recipe.widths is not None else recipe.replace(widths=(*DEFAULT_WIDTHS, Width.FOUR_BIT))
+    # Without --widths a budget in bytes has the widest range of candidate widths.
+    ladder = recipe if recipe.widths is not None else recipe.replace(size=MAX_SIZE_BYTES)
     serving = ServingMemory(model, structure, ladder, gpus)
     if context is None:
         context = min(DEFAULT_CONTEXT, serving.longest_context)
