@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gemq.checkpoint.load import load
     from gemq.evaluation.evaluate import evaluate_paths as evaluate
     from gemq.evaluation.generate import generate
+    from gemq.pipeline.fit import Fit, FitRow
     from gemq.pipeline.plan import Plan, plan
     from gemq.pipeline.quantize import Result, export, quantize
     from gemq.pipeline.size_curve import Curve, CurvePoint, allocation_problem, size_curve
@@ -37,6 +38,8 @@ __all__ = [
     "Contents",
     "Curve",
     "CurvePoint",
+    "Fit",
+    "FitRow",
     "Monitor",
     "Plan",
     "Problem",
@@ -63,6 +66,8 @@ _LAZY = {
     "Contents": "checkpoint.contents:Contents",
     "Curve": "pipeline.size_curve:Curve",
     "CurvePoint": "pipeline.size_curve:CurvePoint",
+    "Fit": "pipeline.fit:Fit",
+    "FitRow": "pipeline.fit:FitRow",
     "Monitor": "runtime.progress:Monitor",
     "Plan": "pipeline.plan:Plan",
     "Problem": "allocation.problem:Problem",

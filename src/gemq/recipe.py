@@ -342,6 +342,11 @@ class Recipe:
         return tuple(width for width in ALL_TRELLIS_WIDTHS if low <= width.bits <= high)
 
     @property
+    def has_budget(self) -> bool:
+        """Whether a budget was chosen. Without one it is ``DEFAULT_BITS``."""
+        return bool(self.progressive) or any(getattr(self, key) is not None for key in BUDGETS)
+
+    @property
     def dense_width(self) -> Width | None:
         """The width of the dense linears; None leaves them unquantized."""
         return Width(self.dense_bits) if self.dense_bits < UNQUANTIZED_BITS else None

@@ -38,6 +38,8 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
         console.print(f"{name}: text of its rows is from column {', '.join(rows['columns'])}{empty_rows}")
     if "generation" in values:
         _print_generation(console, values["generation"])
+    if "tasks" in values:
+        _print_tasks(console, values["tasks"])
     for line in values["fallbacks"]:
         console.print(line, style="yellow")
 
@@ -86,6 +88,25 @@ def _print_generation(console: Console, generation: dict[str, Any]) -> None:
         table.add_row("KL on its own text", *(_kl_cell(column) for column in columns))
     console.print(table)
     console.print("The texts themselves are in the results of --json.")
+
+
+def _print_tasks(console: Console, tasks: dict[str, Any]) -> None:
+    """Print the results of lm-eval: a row per task and metric."""
+    table = Table(title=f"Tasks (lm-eval {tasks['lm_eval']})", title_justify="left")
+    table.add_column("task", overflow="fold")
+    for column in ("few-shot", "documents"):
+        table.add_column(column, justify="right")
+    table.add_column("metric")
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, row in tasks["results"].items():
+        counts = ["" if row[key] is None else f"{row[key]:,}" for key in ("num_fewshot", "documents")]
+        for metric in row["metrics"]:
+            variant = "" if metric["filter"] == "none" else f" ({metric['filter']})"
+            error = "" if metric["stderr"] is None else f" ±{metric['stderr']:.4f}"
+            table.add_row(name, *counts, f"{metric['metric']}{variant}", f"{metric['value']:.4f}{error}")
+    console.print(table)
+    if tasks["limit"] is not None:
+        console.print(f"Only the first {tasks['limit']} documents of each task: not comparable with published figures")
 
 
 def _kl_cell(column: dict[str, Any]) -> str:

@@ -36,6 +36,9 @@ HostMemory = Annotated[
         help="Upper bound of host memory, such as 60GB (default: 90 % of what is free); without a GPU, of the job."
     ),
 ]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer that are to fit (default 8192, or the model's maximum).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

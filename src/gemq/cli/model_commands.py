@@ -43,6 +43,17 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each continuation (default 512; CPU: 128).")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Also run these tasks of lm-eval, such as arc_easy,gsm8k: names, or paths of YAML files."),
+    ] = None,
+    task_path: Annotated[
+        list[Path] | None, typer.Option(help="Directory with YAML files of more tasks; may be repeated.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt of a task (default: as each task defines).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "float32",
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
@@ -57,6 +68,7 @@ def evaluate(
         raise UserError(f"--seq-len {seq_len} is too short: a window has at least 2 tokens")
     if max_windows is not None and max_windows < 1:
         raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
+    task_names = _task_names(tasks, task_path, task_limit, num_fewshot)
     with importing():
         from gemq.cli.evaluation_report import print_evaluation
         from gemq.evaluation.evaluate import evaluate_paths
@@ -70,6 +82,10 @@ def evaluate(
         max_windows=max_windows,
         generate=generate,
         max_new_tokens=max_new_tokens,
+        tasks=task_names,
+        task_directories=task_path or (),
+        task_limit=task_limit,
+        num_fewshot=num_fewshot,
         dtype=dtype,
         device=device,
         gpu_memory=parse_memory("--gpu-memory", gpu_memory),
@@ -79,6 +95,24 @@ def evaluate(
     )
     if not output_json(json_file, values) and not quiet:
         print_evaluation(make_console(), values)
+
+
+def _task_names(
+    tasks: str | None, task_path: list[Path] | None, task_limit: int | None, num_fewshot: int | None
+) -> list[str]:
+    """Return the names in the flag ``--tasks``. Raise UserError for numbers out of range, and flags without it."""
+    if task_limit is not None and task_limit < 1:
+        raise UserError(f"--task-limit {task_limit} leaves nothing to run: give at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num-fewshot cannot be {num_fewshot}: give 0 or more")
+    if tasks is None:
+        if task_path or task_limit is not None or num_fewshot is not None:
+            raise UserError("--task-path, --task-limit and --num-fewshot are for tasks: add --tasks")
+        return []
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise UserError(f"--tasks cannot be {tasks!r}: give names separated by commas, such as arc_easy,gsm8k")
+    return names
 
 
 def generate(

@@ -14,6 +14,7 @@ from gemq.cli.flags import (
     Allocate,
     AllocationFile,
     Bits,
+    Context,
     Device,
     GpuMemory,
     HostMemory,
@@ -49,13 +50,25 @@ def plan(
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of a GPU that is to serve the model, such as 24GB: which budget fits, and why."),
+    ] = None,
+    context: Context = None,
+    batch: Annotated[int, typer.Option(help="With --memory: sequences that are served at the same time.")] = 1,
+    gpus: Annotated[int, typer.Option(help="With --memory: GPUs that share the model (tensor parallel).")] = 1,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json_file: Json = None,
 ) -> None:
-    """Dry run without weights: sizes, memory, disk and time, and whether quantize would accept these flags."""
+    """Dry run without weights: sizes, memory, disk and time, and whether quantize would accept these flags.
+
+    With --memory also: the largest budget that fits into a GPU with room for a context, and the context that other
+    budgets leave.
+    """
     overrides = flags.overrides()
     check_json_path(json_file)
+    _check_fit_flags("--memory", memory, context, batch, gpus)
     resolved_recipe = Recipe.from_yaml(recipe or DEFAULT_RECIPE, overrides)
     gpu_bytes = parse_memory("--gpu-memory", gpu_memory)
     host_bytes = parse_memory("--host-memory", host_memory)
@@ -70,11 +83,25 @@ def plan(
         device=device,
         gpu_memory=gpu_bytes,
         host_memory=host_bytes,
+        memory=parse_memory("--memory", memory),
+        context=context,
+        batch=batch,
+        gpus=gpus,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
     if not output_json(json_file, result.to_dict()):
         print_plan(make_console(), result)
+
+
+def _check_fit_flags(flag: str, memory: str | None, context: int | None, batch: int = 1, gpus: int = 1) -> None:
+    """Raise UserError for flags of a fit without a memory, and for numbers below 1."""
+    numbers = {"--context": context, "--batch": batch, "--gpus": gpus}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name} cannot be {number}: give at least 1")
+    if memory is None and (context is not None or batch > 1 or gpus > 1):
+        raise UserError(f"--context, --batch and --gpus say what is to fit: add {flag}, such as {flag} 24GB")
 
 
 @with_recipe_flags
@@ -87,6 +114,11 @@ def quantize(
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Budget: the largest that fits into a GPU with this memory, such as 24GB, and --context."),
+    ] = None,
+    context: Context = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     work: Annotated[Path | None, typer.Option(help="Directory of intermediate results; default: OUT.work.")] = None,
@@ -97,15 +129,31 @@ def quantize(
     """Quantize a model into a packed checkpoint."""
     resolved_recipe = Recipe.from_yaml(recipe or DEFAULT_RECIPE, flags.overrides())
     check_json_path(json_file)
+    _check_fit_flags("--fit", fit, context)
+    fit_bytes = parse_memory("--fit", fit)
+    if fit_bytes is not None and (resolved_recipe.has_budget or allocation is not None):
+        raise UserError("--fit chooses the budget: leave out --bits, --stored-bits, --size and other budgets")
     quiet = quiet or not is_first()
     if is_first() and not resume:
         file_hashes.start_hashing(Path(os.path.expanduser(model)))
     with importing():
         from gemq.checkpoint.outputs import default_work_directory
         from gemq.cli.report import print_result
+        from gemq.pipeline.fit import fitting_recipe
         from gemq.pipeline.quantize import quantize as run_quantize
         from gemq.runtime.ranks import leave_ranks
 
+    if fit_bytes is not None:
+        resolved_recipe = fitting_recipe(
+            model,
+            resolved_recipe,
+            fit_bytes,
+            context=context,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        if is_first() and not quiet and not is_stdout(json_file):
+            make_console().print(f"Largest budget that fits into {fit}: {resolved_recipe.bits:g} bits")
     try:
         result = run_quantize(
             model,

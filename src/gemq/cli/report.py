@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemq.cli.fallback_texts import FALLBACKS
+from gemq.cli.fit_report import print_fit
 from gemq.quant.widths import AnyWidth, ExpertWidths
 from gemq.runtime.display import styled
 from gemq.runtime.tested_versions import untested_transformers
@@ -205,6 +206,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     stages.add_row("all", _duration(sum(plan.seconds.values())), style="bold")
     console.print(stages)
     _print_job(console, plan)
+    if plan.fit is not None:
+        print_fit(console, plan.fit)
     if plan.least_bytes > plan.available_bytes:
         console.print(
             f"This machine has {_size(plan.available_bytes)} of it: quantize would refuse here.", style="yellow"

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,6 +35,8 @@ from gemq.evaluation.model_files import (
 )
 from gemq.evaluation.predictions import WholeModel
 from gemq.evaluation.scoring import compare
+from gemq.evaluation.tasks import Tasks
+from gemq.models.experts import use_fast_experts
 from gemq.models.source import DTYPES, Source, max_seq_len
 from gemq.models.structure import Structure, find_structure
 from gemq.runtime.device import pick_device
@@ -130,6 +133,10 @@ def evaluate_paths(
     max_windows: int | None = None,
     generate: bool = False,
     max_new_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    task_directories: Sequence[str | Path] = (),
+    task_limit: int | None = None,
+    num_fewshot: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
     gpu_memory: int | None = None,
@@ -151,6 +158,10 @@ def evaluate_paths(
         max_windows: number of windows to take from the start of each text; None: all
         generate: let both models continue 32 prompts from the texts, greedily and sampled, and compare what they write
         max_new_tokens: upper bound for the tokens of each continuation; None: 512, on a CPU 128
+        tasks: names of tasks, groups or tags of lm-eval that the model also runs, or paths of YAML files
+        task_directories: directories with YAML files of more tasks
+        task_limit: documents of each task to take from its start; None: all
+        num_fewshot: examples in each prompt of a task; None: as each task defines
         dtype: compute type: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
         device: ``auto``, ``cpu`` or ``cuda``
         gpu_memory: limit in bytes; None: 90 % of the free memory
@@ -187,6 +198,12 @@ def evaluate_paths(
           length). With a reference also ``mean_kl`` and ``mean_kl_stderr``: the KL along the model's continuations
         - ``texts``: ``source`` and ``prompt``, and by model and mode the ``text`` that continues it, with its figures
 
+        With ``tasks``, under ``tasks``:
+
+        - ``lm_eval``, ``limit``: version of lm-eval, and ``task_limit``
+        - ``results``: by task and group ``documents``, ``num_fewshot``, ``version`` and ``metrics``, a list of
+          ``metric``, ``filter``, ``value``, ``stderr`` and ``higher_is_better``
+
     Raises:
         UserError: the model cannot be evaluated. Most causes are detected before any weight is read.
     """
@@ -217,8 +234,12 @@ def evaluate_paths(
         row_stats=rows,
     )
     batch_size = max_tokens_per_batch(models, MAX_TOKENS_PER_BATCH)
-    check = GenerationCheck.plan(subject, reference_files, windows, target, max_new_tokens) if generate else None
     monitor = monitor or Monitor()
+    task_values = None
+    if tasks:
+        requested = Tasks.read(tasks, directories=task_directories, limit=task_limit, num_fewshot=num_fewshot)
+        task_values = _run_tasks(requested, model, dtype, target, trust_remote_code, quiet=monitor.console is None)
+    check = GenerationCheck.plan(subject, reference_files, windows, target, max_new_tokens) if generate else None
     with tempfile.TemporaryDirectory(prefix="gemq-eval-") as directory:
         memory = MemoryBudget.bounded(target, gpu_memory, host_memory, Path(directory))
         with memory.enforced():
@@ -239,8 +260,20 @@ def evaluate_paths(
         values["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}
     if check is not None:
         values["generation"] = check.values()
+    if task_values is not None:
+        values["tasks"] = task_values
     values["fallbacks"] = (check.fallbacks if check else []) + pop_messages()
     return properties | values
+
+
+def _run_tasks(
+    tasks: Tasks, path: str, dtype: str, device: torch.device, trust_remote_code: bool, quiet: bool
+) -> dict[str, Any]:
+    """Loads a model as a whole and runs tasks of lm-eval with it. See ``Tasks.evaluate``."""
+    loaded = open_model(path, dtype, str(device), trust_remote_code)
+    if loaded.contents is None:
+        use_fast_experts(loaded.model)
+    return tasks.evaluate(loaded.model, loaded.tokenizer, quiet=quiet)
 
 
 def _run_models(

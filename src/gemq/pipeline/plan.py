@@ -8,22 +8,23 @@ files nor compilation (``planning.cost_model``).
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from gemq.models.byte_sizes import candidate_bytes, expert_bytes, quantized_share
+from gemq.models.byte_sizes import candidate_bytes, quantized_share
 from gemq.models.source import Source, configured_types, pick_dtype
-from gemq.models.structure import Structure
+from gemq.models.structure import find_structure
 from gemq.pipeline.candidates_stage import CANDIDATES
+from gemq.pipeline.fit import Fit, fit
 from gemq.pipeline.preflight import Checked, check_model, original_bytes
 from gemq.pipeline.reconstruction_stage import DISTILL, RECONSTRUCTION
 from gemq.pipeline.scores_stage import SCORES
 from gemq.pipeline.stage_costs import Footprint, JobStages, check_bounds, stage_seconds
 from gemq.planning.cost_model import Workload
+from gemq.planning.expert_sizes import bits_at, experts_at
 from gemq.planning.memory_model import held_bytes, staging_bytes
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.device import pick_device
@@ -65,6 +66,7 @@ class Plan:
         available_bytes: bytes of memory on ``device`` that a job started now would take at most.
         device: the device, such as ``cpu``.
         seconds: expected seconds of each stage on ``device``.
+        fit: what fits into the memory of a GPU that serves the model, if a memory was named.
     """
 
     model: str
@@ -88,6 +90,7 @@ class Plan:
     available_bytes: int
     device: str
     seconds: dict[str, float]
+    fit: Fit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as ``gemq plan --json`` writes them."""
@@ -102,6 +105,10 @@ def plan(
     device: str = "auto",
     gpu_memory: int | None = None,
     host_memory: int | None = None,
+    memory: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    gpus: int = 1,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -114,6 +121,11 @@ def plan(
         device: the device to plan for: ``auto``, ``cpu`` or ``cuda``. Its speed is measured for a second.
         gpu_memory: limit in bytes, as for ``quantize``.
         host_memory: limit in bytes, as for ``quantize``.
+        memory: bytes of a GPU that is to serve the model. The plan is for the largest budget that fits, unless the
+            recipe has a budget, and its ``fit`` says what other budgets leave. None: no matter.
+        context: tokens of a sequence that is served. None: 8192, or the model's maximum if that is less.
+        batch: sequences that are served at the same time.
+        gpus: GPUs with ``memory`` bytes each that share the model.
         revision: as for ``quantize``.
         trust_remote_code: as for ``quantize``.
 
@@ -121,14 +133,22 @@ def plan(
         Sizes, memory, disk and time of the job.
 
     Raises:
-        UserError: the model, the recipe, the calibration texts or the limits cannot be used. Without limits a model may
-            be too large for this machine: a plan may be for another one.
+        UserError: the model, the recipe, the calibration texts or the limits cannot be used, or no budget fits into
+            ``memory``. Without limits a model may be too large for this machine: a plan may be for another one.
     """
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code, weights=False)
     if os.path.exists(model) and any(source.path.glob("*.safetensors")):  # a hub id's cache may lack some of them
         source.check_weights()
     allocation_file = None if allocation is None else Path(allocation)
-    return _plan(source, recipe or Recipe(), allocation_file, pick_device(device), gpu_memory, host_memory)
+    recipe = recipe or Recipe()
+    largest = None
+    if memory is not None:
+        skeleton = source.skeleton()
+        largest = fit(skeleton, find_structure(skeleton), recipe, memory, context=context, batch=batch, gpus=gpus)
+        if allocation is None and not recipe.has_budget:
+            recipe = recipe.replace(bits=largest.bits)
+    job = _plan(source, recipe, allocation_file, pick_device(device), gpu_memory, host_memory)
+    return replace(job, fit=largest)
 
 
 def _plan(
@@ -226,26 +246,3 @@ def bits_of(checked: Checked, recipe: Recipe, allocation: Path | None) -> float:
     if recipe.stored_bits is not None:
         return bits_at(checked.structure, recipe, recipe.stored_bits * checked.structure.expert_weights / 8)
     return DEFAULT_BITS if recipe.bits is None else recipe.bits
-
-
-def experts_at(structure: Structure, recipe: Recipe, bits: float) -> int:
-    """Bytes of all experts at ``bits`` nominal bits, interpolated between the two nearest widths."""
-    return round(float(np.interp(bits, *_size_curve(structure, recipe))))
-
-
-def bits_at(structure: Structure, recipe: Recipe, size: float) -> float:
-    """Nominal bits at which all experts take ``size`` bytes: the inverse of ``experts_at``, within the widths."""
-    bits, sizes = _size_curve(structure, recipe)
-    return float(np.interp(size, sizes, bits))
-
-
-def _size_curve(structure: Structure, recipe: Recipe) -> tuple[list[float], list[int]]:
-    """Nominal bits of each width, and bytes of all experts at it, both ascending."""
-    sizes = []
-    for width in recipe.candidate_widths:
-        layer_sizes = [
-            layer.experts.count * expert_bytes(layer.experts, width, recipe.group_size)
-            for _, layer in structure.moe_layers
-        ]
-        sizes.append(sum(layer_sizes))
-    return [width.bits for width in recipe.candidate_widths], sizes
