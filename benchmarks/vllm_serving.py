@@ -116,15 +116,15 @@ class Server:
     def decode(self, batch: int) -> dict[str, Any]:
         """Tokens/s after the first token. The faster of two runs."""
         load = self.load
-        self._seconds(batch, load.prompt, 4)  # compiles
-        first = min(self._seconds(batch, load.prompt, 1) for _ in range(2))
-        total = min(self._seconds(batch, load.prompt, load.new_tokens + 1) for _ in range(2))
+        self.run(batch, load.prompt, 4)  # compiles
+        first = min(self.run(batch, load.prompt, 1) for _ in range(2))
+        total = min(self.run(batch, load.prompt, load.new_tokens + 1) for _ in range(2))
         return {"what": "decode", "batch": batch, "tokens_per_s": batch * load.new_tokens / (total - first)}
 
     def prefill(self, batch: int) -> dict[str, Any]:
         """Tokens/s of prompts, the median of three runs."""
-        self._seconds(batch, self.load.prefill, 1)
-        seconds = statistics.median(self._seconds(batch, self.load.prefill, 1) for _ in range(3))
+        self.run(batch, self.load.prefill, 1)
+        seconds = statistics.median(self.run(batch, self.load.prefill, 1) for _ in range(3))
         return {"what": "prefill", "batch": batch, "tokens_per_s": batch * self.load.prefill / seconds}
 
     def mixed(self) -> dict[str, Any]:
@@ -182,8 +182,8 @@ class Server:
 
         return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
 
-    def _seconds(self, batch: int, prompt: int, new_tokens: int) -> float:
-        """Return the seconds of a batch of equal requests."""
+    def run(self, batch: int, prompt: int, new_tokens: int) -> float:
+        """Run a batch of equal requests, and return the seconds."""
         prompts = [{"prompt_token_ids": self._tokens(prompt)} for _ in range(batch)]
         began = time.perf_counter()
         outputs = self.llm.generate(prompts, self._sampling(new_tokens), use_tqdm=False)
