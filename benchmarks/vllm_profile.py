@@ -20,9 +20,6 @@ import torch
 
 from vllm_serving import SMALL, WEIGHTS, Load, Server
 
-STEPS = 64
-"""Decode steps that are profiled."""
-
 _profilers: list[Any] = []
 """Of the worker."""
 
@@ -48,10 +45,10 @@ def profile(server: Server, batch: int, kernels: int) -> None:
     """Print the kernels of a decode step with ``batch`` sequences that take the longest."""
     import vllm_profile  # this file, under a name that the worker can import
 
-    prompt = server.load.prompt
+    prompt, num_steps = server.load.prompt, server.load.new_tokens
     recorded: list[dict[str, tuple[int, float]]] = []
     seconds = []
-    for new_tokens in (1, STEPS + 1):  # the prompts' kernels are those of the first run
+    for new_tokens in (1, num_steps + 1):  # the prompts' kernels are those of the first run
         server.run(batch, prompt, new_tokens)
         server.llm.apply_model(vllm_profile.start)
         began = time.perf_counter()
@@ -64,10 +61,10 @@ def profile(server: Server, batch: int, kernels: int) -> None:
         first_count, first_us = prompts.get(name, (0, 0.0))
         short_name = re.sub(r"<.*|\(.*", "", name)[:70]
         calls, total_us = by_name.get(short_name, (0.0, 0.0))
-        by_name[short_name] = (calls + (count - first_count) / STEPS, total_us + (us - first_us) / STEPS)
+        by_name[short_name] = (calls + (count - first_count) / num_steps, total_us + (us - first_us) / num_steps)
     busy = sum(us for _, us in by_name.values())
     num_kernels = sum(count for count, _ in by_name.values())
-    step = 1e6 * (seconds[1] - seconds[0]) / STEPS
+    step = 1e6 * (seconds[1] - seconds[0]) / num_steps
     print(f"\nbatch {batch}: step {step:.0f} us, busy {busy:.0f} us in {num_kernels:.0f} kernels")
     for name, (mean_count, us) in sorted(by_name.items(), key=lambda item: -item[1][1])[:kernels]:
         print(f"  {us:8.1f} us  {mean_count:6.1f} calls  {name}", flush=True)
