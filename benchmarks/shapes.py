@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTr
 
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
-from gemq.checkpoint.save import model_card, write_checkpoint
+from gemq.checkpoint.save import SHARD_BYTES, config_values, model_card, write_checkpoint, write_directory
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.grid import encode
@@ -154,6 +154,14 @@ def write(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int
         source=None,
         model_card=model_card(facts="Random weights: this model is for measuring speed."),
     )
+
+
+def write_dense(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int = 0) -> None:
+    """The checkpoint of ``dense_model`` in the new directory ``out``, under the names of the hub."""
+    model = dense_model(shape, device, seed)
+    model.config.architectures = [type(model).__name__]
+    shards = _shards(model, set())
+    write_directory(out, config_values(model.config), shards, None, readme=None, shard_bytes=SHARD_BYTES)
 
 
 def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat:

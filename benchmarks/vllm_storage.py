@@ -67,9 +67,9 @@ def storage_bytes(model: Any) -> dict[str, int]:
     buffers = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.buffers()}
     tables = 0
     for module in model.modules():
-        experts = getattr(getattr(module, "quant_method", None), "_experts", None)
-        if experts is not None:
-            tables += experts.gate_up_proj.table.nbytes + experts.down_proj.table.nbytes
+        served = getattr(getattr(module, "quant_method", None), "_served", None)
+        if served is not None:
+            tables += sum(matrices.table.nbytes for matrices in served.experts.children())
     packed = ("_codes", "_scales", "_offsets", ".qweight", ".scales", ".offsets")
     return {
         "parameters": sum(storages.values()),

@@ -31,6 +31,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
+    GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -40,6 +42,7 @@ from transformers import (
 
 from gemq import UserError, load
 from gemq.checkpoint.reader import CheckpointReader
+from gemq.quant.widths import Width
 from support.cli import Finished, add_tokenizer, gemq
 
 pytestmark = pytest.mark.vllm
@@ -99,6 +102,30 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
             "mscale_all_dim": 0.707,
             "original_max_position_embeddings": 4096,
         },
+    ),
+    "gpt_oss": lambda: GptOssConfig(  # biases, clamped gates, interleaved gate and up rows, modules of other names
+        **COMMON | {"max_position_embeddings": 131072},
+        intermediate_size=64,
+        num_local_experts=6,
+        head_dim=32,
+        sliding_window=128,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    "llama4_text": lambda: Llama4TextConfig(  # weights on inputs, rows of q and k that vLLM reorders
+        **COMMON | {"num_experts_per_tok": 1},
+        intermediate_size=64,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        head_dim=32,
+        moe_layers=[0, 1],
     ),
 }
 PROMPTS = [[5, 9, 33, 77, 100, 3], [8, 4, 1001, 6], [300, 2000, 17, 44, 9, 10, 11, 12]]
@@ -198,10 +225,21 @@ def test_tokens_equal_transformers(packed, family):
         assert tokens_of(llm) == expected_tokens(packed(family))
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
-def test_tokens_with_two_ranks(packed, family):
-    with engine(packed(family), tensor_parallel_size=2) as llm:
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "gpt_oss"])
+def test_tokens_with_two_ranks(packed, family, whole_experts):
+    with engine(packed(family), tensor_parallel_size=2, enable_expert_parallel=whole_experts) as llm:
         assert tokens_of(llm) == expected_tokens(packed(family))
+
+
+def test_packed_matrices_without_a_layer_are_refused():
+    """vLLM would run with random weights if its model had another name for a packed linear."""
+    from gemq.checkpoint.format import PackedFormat
+    from gemq.integrations.vllm.method import GemqQuantization
+
+    quantization = GemqQuantization(PackedFormat(linears={"model.layers.0.self_attn.q_proj": Width.FOUR_BIT}))
+    with pytest.raises(UserError, match=r"no layer for model\.layers\.0\.self_attn\.q_proj"):
+        quantization.get_checkpoint_weight_mapper()
 
 
 def test_tokens_compiled(packed):

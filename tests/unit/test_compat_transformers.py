@@ -368,14 +368,6 @@ def test_only_modules_without_a_gate_get_one() -> None:
     assert transformers_private.expert_activation(gateless) is torch.neg
 
 
-@for_transformers("default_gate")
-def test_the_default_gate_multiplies_both_halves() -> None:
-    x = torch.randn(3, 64)
-    gate, up = x.chunk(2, -1)
-    module = SimpleNamespace(act_fn=torch.tanh)
-    assert torch.equal(transformers_private.default_gate()(module, x), gate.tanh() * up)
-
-
 @for_transformers("supports_static_cache")
 def test_families_declare_support_for_static_caches() -> None:
     assert transformers_private.supports_static_cache(tiny("olmoe"))

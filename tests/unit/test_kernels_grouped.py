@@ -66,7 +66,8 @@ def routed(tokens: int, experts: int, k: int, hidden: int, dtype: torch.dtype, s
     popularity[0] = 1e-9
     index = torch.multinomial(popularity.expand(tokens, -1), k, generator=generator)
     index[index == 0] = experts  # unlikely to be drawn
-    index[-1] = -1  # the mark of padding tokens in vLLM
+    unused = torch.tensor([-1, experts + 1, 2**31 - 1, -(2**31)])  # -1 marks padding tokens in vLLM
+    index[-1] = unused.repeat(k)[:k]
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     weights = torch.rand(tokens, k, generator=generator)
     return x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)

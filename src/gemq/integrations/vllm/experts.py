@@ -1,6 +1,9 @@
 """vLLM's routed experts with a width per matrix of every expert, packed in memory as in ``kernels/modules.py``.
 
 Legend: H hidden size, I intermediate size of the checkpoint, i = I / tensor parallel size.
+
+The arithmetic between the matrices (activation, clamps, biases) is that of the family's module in Transformers, with
+which the checkpoint was made, and not vLLM's.
 """
 
 from __future__ import annotations
@@ -9,47 +12,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat
 from gemq.errors import UserError
 from gemq.integrations.vllm import ops
+from gemq.integrations.vllm.served_experts import (
+    ExpertsShare,
+    ServedExperts,
+    empty_matrices,
+    experts_of_rank,
+    local_index_of,
+    packed_family_experts,
+    rank_rows,
+    share_of_parameter,
+)
 from gemq.integrations.vllm.split import divided_groups, groups_of_rank
-from gemq.kernels.modules import PackedExperts, PackedMatrices
+from gemq.kernels.activation import activation_of
+from gemq.kernels.modules import PackedMatrices
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, group_size_for
-from gemq.runtime.compat import transformers_private
+from gemq.quant.widths import group_size_for
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     from gemq.integrations.vllm.method import Checkpoint
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""vLLM's name of a gated activation -> Transformers' name of the function that it applies to the gate."""
-
-
-class ServedExperts(PackedExperts):
-    """A layer's packed experts, with the attributes of Transformers' experts classes that the kernels read."""
-
-    is_transposed = False
-    is_concatenated = True
-    has_gate = True
-    has_bias = False
-    has_post_expert_norm = False
-    _apply_gate = transformers_private.default_gate()
-
-    def __init__(self, activation: str, gate_up_proj: PackedMatrices, down_proj: PackedMatrices) -> None:
-        super().__init__()
-        self.act_fn = ACT2FN[activation]
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+_PARAMETER_PREFIXES = {"gate_up_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+"""Projections -> prefixes of vLLM's parameters."""
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
     """Experts that read their packed weights from the files of the checkpoint.
 
-    The parameters ``w13_*`` and ``w2_*`` of vLLM's layer are the flat buffers of ``PackedMatrices``.
+    The parameters ``w13_*`` and ``w2_*`` of vLLM's layer are the flat buffers of ``PackedMatrices``, and biases.
     """
 
     def __init__(self, moe: Any, packed_format: PackedFormat, path: str, checkpoint: Checkpoint) -> None:
@@ -66,54 +62,55 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Create empty packed matrices: gate and up [2 * i, H], down [H, i]. Raises UserError if not supported."""
-        self._check_supported(layer)
+        """Create empty packed matrices of the rank's experts: first projection [2 * i, H] or [i, H], down [H, i].
+
+        Raises:
+            UserError: the experts, or how they are distributed, are not supported.
+        """
         parallel = self.moe.moe_parallel_config
         rank, size = parallel.tp_rank, parallel.tp_size
-        rank_rows = intermediate_size_per_partition
-        intermediate_size = rank_rows * size
-        self._check_widths_and_shapes(num_experts, hidden_size, intermediate_size)
-        reader, widths = self._checkpoint.reader, self._format.experts[self._path]
-        up_group_size = group_size_for(hidden_size, self._format.group_size)
-        down_group_size = group_size_for(intermediate_size, self._format.group_size)
-        group_counts = divided_groups(reader.format, reader.shapes) if size > 1 else ()
-        down_name = f"{self._path}.down_proj"
-        self._groups = groups_of_rank(down_name, intermediate_size, down_group_size, rank, size, group_counts)
-        self._rows = slice(rank * rank_rows, (rank + 1) * rank_rows)
-        up_groups, down_groups = hidden_size // up_group_size, self._groups.stop - self._groups.start
-        gate_up = _empty_matrices(widths["gate_up_proj"], 2 * rank_rows, up_groups, up_group_size)
-        down = _empty_matrices(widths["down_proj"], hidden_size, down_groups, down_group_size)
-        self._experts = ServedExperts(_ACTIVATIONS[layer.activation.value], gate_up, down)
-        self._name = ops.name_module(layer.layer_name, self._experts)
-        for name, matrices in (("w13", gate_up), ("w2", down)):
-            for buffer in PACKED_FIELDS:
-                parameter = nn.Parameter(getattr(matrices, buffer), requires_grad=False)
-                layer.register_parameter(f"{name}_{buffer}", parameter)
+        intermediate_size = intermediate_size_per_partition * size
+        skeleton: Any = self._checkpoint.reader.skeleton.get_submodule(self._path)
+        self._check_supported(skeleton)
+        self._check_widths_and_shapes(skeleton, hidden_size, intermediate_size)
+        start = rank * intermediate_size_per_partition
+        is_concatenated = getattr(skeleton, "is_concatenated", True)
+        expert_map = layer.expert_map
+        self._share = ExpertsShare(
+            experts=range(num_experts) if expert_map is None else experts_of_rank(expert_map),
+            rows=rank_rows(
+                skeleton.has_gate, is_concatenated, intermediate_size, start, start + intermediate_size_per_partition
+            ),
+            groups=self._rank_groups(intermediate_size, rank, size),
+            adds_down_bias=rank == 0,
+        )
+        experts = packed_family_experts(skeleton, self._empty_matrices(hidden_size, intermediate_size))
+        local_index = None if expert_map is None else local_index_of(expert_map)
+        self._served = ServedExperts(experts, local_index, layer.apply_router_weight_on_input)
+        self._name = ops.name_module(layer.layer_name, self._served)
+        self._register_parameters(layer, params_dtype)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Read this rank's share of every expert from the files."""
-        for name, projection in (("w13", "gate_up_proj"), ("w2", "down_proj")):
-            matrices: PackedMatrices = getattr(self._experts, projection)
+        reader, experts = self._checkpoint.reader, self._served.experts
+        for name, parameter_name in self._unpacked.items():
+            parameter = getattr(layer, parameter_name)
+            if f"{self._path}.{name}" not in reader.specs:
+                raise UserError(f"{self._path}.{name} is not in the checkpoint: load the model with Transformers")
+            value = reader.tensor(f"{self._path}.{name}")
+            parameter.data.copy_(share_of_parameter(name, value, self._share))
+            module_path, _, attribute = name.rpartition(".")
+            experts.get_submodule(module_path).register_parameter(attribute, parameter)
+        for projection, prefix in self._projections.items():
+            matrices: PackedMatrices = getattr(experts, projection)
             for buffer in PACKED_FIELDS:  # vLLM may have moved its parameters
-                setattr(matrices, buffer, getattr(layer, f"{name}_{buffer}").data)
-            for expert in range(matrices.num_experts):
+                setattr(matrices, buffer, getattr(layer, f"{prefix}_{buffer}").data)
+            for local_index, expert in enumerate(self._share.experts):
                 path = f"{self._path}.{expert}.{projection}"
                 is_down = projection == "down_proj"
-                matrix = self._read_down(path) if is_down else self._read_gate_up(path, matrices.groups)
-                matrices.set_matrix(expert, matrix)
-
-    def _read_down(self, path: str) -> PackedMatrix:
-        """Read this rank's columns of a down matrix: [H, i]."""
-        return self._checkpoint.reader.matrix_slice(path, slice(None), self._groups)
-
-    def _read_gate_up(self, path: str, groups: int) -> PackedMatrix:
-        """Read this rank's rows of gate and up, which are in one matrix: [2 * i, H]. ``groups``: of a row."""
-        reader, columns = self._checkpoint.reader, slice(0, groups)
-        intermediate_size = reader.shapes[f"{self._path}.gate_up_proj"][0] // 2
-        gate = reader.matrix_slice(path, self._rows, columns)
-        up_rows = slice(intermediate_size + self._rows.start, intermediate_size + self._rows.stop)
-        up = reader.matrix_slice(path, up_rows, columns)
-        return PackedMatrix.cat([gate, up])
+                matrix = self._read_down(path) if is_down else self._read_first(path, matrices.groups)
+                matrices.set_matrix(local_index, matrix)
+        activation_of(experts)  # recognized now, since it waits for the device
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """Return None, since vLLM's own kernels are not used."""
@@ -131,16 +128,68 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         """Return the output of this rank's share of the experts: [T, H]."""
         return ops.experts(x, topk_ids, topk_weights, self._name)
 
-    def _check_widths_and_shapes(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    @property
+    def _projections(self) -> dict[str, str]:
+        """Projections that the checkpoint has, with the prefixes of vLLM's parameters."""
+        return {name: _PARAMETER_PREFIXES[name] for name in self._format.experts[self._path]}
+
+    def _rank_groups(self, intermediate_size: int, rank: int, size: int) -> slice:
+        """Return the groups of the down projection's columns that a rank holds."""
+        reader = self._checkpoint.reader
+        group_size = group_size_for(intermediate_size, self._format.group_size)
+        group_counts = divided_groups(reader.format, reader.shapes) if size > 1 else ()
+        return groups_of_rank(f"{self._path}.down_proj", intermediate_size, group_size, rank, size, group_counts)
+
+    def _empty_matrices(self, hidden_size: int, intermediate_size: int) -> dict[str, PackedMatrices]:
+        """Return empty packed matrices of the rank's experts by projection."""
+        matrices = {}
+        for projection, widths in self._format.experts[self._path].items():
+            columns = intermediate_size if projection == "down_proj" else hidden_size
+            group_size = group_size_for(columns, self._format.group_size)
+            rows, groups = self._share.num_rows, columns // group_size
+            if projection == "down_proj":
+                rows, groups = hidden_size, self._share.groups.stop - self._share.groups.start
+            rank_widths = [widths[expert] for expert in self._share.experts]
+            matrices[projection] = empty_matrices(rank_widths, rows, groups, group_size)
+        return matrices
+
+    def _register_parameters(self, layer: RoutedExperts, dtype: torch.dtype) -> None:
+        """Register the packed buffers and the rank's part of all other parameters with vLLM's layer."""
+        experts = self._served.experts
+        for projection, prefix in self._projections.items():
+            for buffer in PACKED_FIELDS:
+                parameter = nn.Parameter(getattr(getattr(experts, projection), buffer), requires_grad=False)
+                layer.register_parameter(f"{prefix}_{buffer}", parameter)
+        self._unpacked: dict[str, str] = {}  # names in the module -> in vLLM's layer
+        for name, value in experts.named_parameters():
+            shape = share_of_parameter(name, value, self._share).shape
+            biased = _PARAMETER_PREFIXES.get(name.removesuffix("_bias"))
+            self._unpacked[name] = f"{biased}_bias" if biased else "experts_" + name.replace(".", "_")
+            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+            layer.register_parameter(self._unpacked[name], parameter)
+
+    def _read_down(self, path: str) -> PackedMatrix:
+        """Read this rank's columns of a down matrix: [H, i]."""
+        return self._checkpoint.reader.matrix_slice(path, slice(None), self._share.groups)
+
+    def _read_first(self, path: str, groups: int) -> PackedMatrix:
+        """Read this rank's rows of a first matrix. ``groups``: of a row."""
+        reader, columns = self._checkpoint.reader, slice(0, groups)
+        return PackedMatrix.cat([reader.matrix_slice(path, rows, columns) for rows in self._share.rows])
+
+    def _check_widths_and_shapes(self, skeleton: Any, hidden_size: int, intermediate_size: int) -> None:
         """Raise UserError if the checkpoint has other experts than vLLM's model."""
         widths, stored_shapes = self._format.experts[self._path], self._checkpoint.reader.shapes
+        num_experts = self.moe.num_experts
         if len(widths["down_proj"]) != num_experts:
             raise UserError(
                 f"config.json lists {len(widths['down_proj'])} widths for the {num_experts} experts of {self._path}: "
                 "copy the checkpoint again"
             )
-        shapes = {"gate_up_proj": (2 * intermediate_size, hidden_size), "down_proj": (hidden_size, intermediate_size)}
-        for projection, shape in shapes.items():
+        first_rows = 2 * intermediate_size if skeleton.has_gate else intermediate_size
+        for projection in widths:
+            is_down = projection == "down_proj"
+            shape = (hidden_size, intermediate_size) if is_down else (first_rows, hidden_size)
             stored_shape = stored_shapes[f"{self._path}.{projection}"]
             if stored_shape != shape:
                 raise UserError(
@@ -148,33 +197,15 @@ class PackedExpertsMethod(FusedMoEMethodBase):
                     f"{list(shape)} in vLLM: this model's experts are not supported"
                 )
 
-    def _check_supported(self, layer: RoutedExperts) -> None:
-        """Raise UserError for experts that the kernels do not support."""
+    def _check_supported(self, skeleton: Any) -> None:
+        """Raise UserError for experts, or a distribution of them, that gemq does not support."""
+        parallel = self.moe.moe_parallel_config
         reason = None
-        activation = layer.activation.value
-        if self.moe.moe_parallel_config.use_ep:
-            reason = "expert parallelism is not supported: leave out --enable-expert-parallel"
-        elif "gate_up_proj" not in self._format.experts[self._path]:
-            reason = "experts without a gate are not supported: load the model with Transformers"
-        elif self.moe.has_bias:
-            reason = "experts with biases are not supported: load the model with Transformers"
-        elif activation not in _ACTIVATIONS or layer.swiglu_limit is not None or layer.swiglu_alpha is not None:
-            reason = f"the activation {activation} of this model is not supported: load the model with Transformers"
-        elif layer.apply_router_weight_on_input:
-            reason = "routing weights on the experts' input are not supported: load the model with Transformers"
+        if parallel.use_all2all_kernels and not parallel.use_ag_rs_all2all_kernels:
+            reason = f"--all2all-backend {parallel.all2all_backend} is not supported: use allgather_reducescatter"
+        elif skeleton.has_gate != self.moe.is_act_and_mul:
+            reason = "vLLM and Transformers disagree about the gate of these experts: load the model with Transformers"
+        elif parallel.tp_size > 1 and getattr(skeleton, "has_post_expert_norm", False):
+            reason = "experts with a norm cannot be divided: add --enable-expert-parallel"
         if reason is not None:
             raise UserError(f"gemq in vLLM: {reason} ({self._path})")
-
-
-def _empty_matrices(widths: tuple[Width, ...], rows: int, groups: int, group_size: int) -> PackedMatrices:
-    """Return packed matrices of zeros on the device that vLLM builds on."""
-
-    def zeros(columns: int) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns)  # takes no memory
-
-    grid = zeros(groups)
-    matrices = []
-    for width in widths:
-        codes = zeros(groups * width.group_bytes(group_size))
-        matrices.append(PackedMatrix(codes, grid, grid, width))
-    return PackedMatrices(matrices)

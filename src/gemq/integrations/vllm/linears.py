@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import (
 from gemq.checkpoint.format import PackedFormat
 from gemq.errors import UserError
 from gemq.integrations.vllm import ops
+from gemq.integrations.vllm.row_order import row_order
 from gemq.integrations.vllm.split import RowRange, divided_groups, groups_of_rank
 from gemq.kernels.modules import PackedLinear
 from gemq.quant.widths import group_size_for
@@ -107,6 +108,9 @@ class PackedLinearMethod(LinearMethodBase):
             start = 0
             for matrix in block.ranges:
                 stored = reader.matrix_slice(matrix.name, slice(matrix.start, matrix.stop), self._groups)
+                order = row_order(matrix.name, matrix.total_rows, matrix.start, matrix.stop)
+                if order is not None:
+                    stored = stored.select(order)
                 for target, source in zip(block.packed.matrix().tensors(), stored.tensors(), strict=True):
                     target[start : start + matrix.rows].copy_(source)
                 start += matrix.rows

@@ -34,6 +34,9 @@ from gemq.runtime.safetensors_files import weight_files
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.*)")
 """The first number in a module path, which is the index of the layer, and the path after it."""
 
+_READ_BY_LAYERS = re.compile(rf"\.(({'|'.join(PACKED_FIELDS)})|(gate_up|up|down)_proj_bias)$")
+"""Names of tensors that vLLM's own loader must not see."""
+
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
@@ -68,6 +71,8 @@ class GemqQuantization(QuantizationConfig):
         super().__init__()
         self.format = packed_format
         self._checkpoint: Checkpoint | None = None
+        self._renamed: dict[str, str] = {}  # vLLM's path of a module -> its path in the checkpoint
+        self._claimed: set[str] = set()  # paths in the checkpoint that belong to layers of vLLM's model
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GemqQuantization:
@@ -103,11 +108,21 @@ class GemqQuantization(QuantizationConfig):
             check_served_files(Path(model_name), weight_files(Path(model_name)))
             check_checkpoint(Path(model_name))
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Remember how vLLM renames the family's modules."""
+        for path in (*self.format.experts, *self.format.linears):
+            for name in hf_to_vllm_mapper.apply_list([f"{path}.weight"]):
+                self._renamed[name.removesuffix(".weight")] = path
+
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Drop packed tensors from vLLM's stream of weights, since layers read them from the files."""
+        """Drop from vLLM's stream of weights what layers read from the files: packed tensors and biases of experts.
+
+        vLLM calls this after it has built the model. Raises UserError if no layer reads some of these tensors.
+        """
+        self._check_all_claimed()
         from vllm.model_executor.models.utils import WeightsMapper
 
-        return WeightsMapper(orig_to_new_regex={re.compile(rf"\.({'|'.join(PACKED_FIELDS)})$"): None})
+        return WeightsMapper(orig_to_new_regex={_READ_BY_LAYERS: None})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer at the path ``prefix``, or None for a layer that is never packed."""
@@ -119,20 +134,20 @@ class GemqQuantization(QuantizationConfig):
 
     def _experts_method(self, layer: Any, prefix: str) -> PackedExpertsMethod:
         """Return the method of routed experts. Raises UserError if they are not packed."""
-        path = _match_layer(prefix, self.format.experts)
+        path = self._renamed.get(prefix) or _match_layer(prefix, self.format.experts)
         if path is None:
             raise UserError(
                 f"vLLM has experts at {prefix}, but config.json lists none in that layer: "
                 "quantize the model again with this gemq"
             )
+        self._claimed.add(path)
         return PackedExpertsMethod(layer.moe_config, self.format, path, self.checkpoint)
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         """Return the method of a linear. Raises UserError if only some of the matrices that it joins are packed."""
         parent, _, module_name = prefix.rpartition(".")
         names = self.packed_modules_mapping.get(module_name, [module_name])
-        matches = [_match_path(f"{parent}.{name}", self.format.linears) for name in names]
-        packed = [path for path in matches if path is not None]
+        packed = [path for name in names if (path := self._linear_path(f"{parent}.{name}")) is not None]
         if not packed:
             return UnquantizedLinearMethod()
         if len(packed) < len(names):
@@ -140,7 +155,25 @@ class GemqQuantization(QuantizationConfig):
                 f"vLLM joins {', '.join(names)} in {prefix}, but only {', '.join(packed)} is packed: "
                 "pack all of them or none"
             )
+        self._claimed.update(packed)
         return PackedLinearMethod(self.format, packed, self.checkpoint)
+
+    def _linear_path(self, prefix: str) -> str | None:
+        """Return the path in the checkpoint of vLLM's linear at ``prefix``, or None if it is not packed."""
+        path = self._renamed.get(prefix)
+        return path if path in self.format.linears else _match_path(prefix, self.format.linears)
+
+    def _check_all_claimed(self) -> None:
+        """Raise UserError if vLLM's model has no layer for a packed matrix, which would then run with random weights.
+
+        With pipeline parallelism a process has some of the layers only. The check covers those.
+        """
+        layers = {_split_path(path)[0] for path in self._claimed}
+        for path in (*self.format.experts, *self.format.linears):
+            if path not in self._claimed and (not layers or _split_path(path)[0] in layers):
+                raise UserError(
+                    f"vLLM's model has no layer for {path}, which is packed: load the checkpoint with Transformers"
+                )
 
     @property
     def checkpoint(self) -> Checkpoint:

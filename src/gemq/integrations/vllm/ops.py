@@ -11,8 +11,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from gemq.kernels import dispatch
-
 _modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
@@ -32,7 +30,8 @@ def name_module(prefix: str, module: nn.Module) -> str:
 @torch.library.custom_op("gemq::experts", mutates_args=())
 def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: str) -> Tensor:
     """Apply routed experts: [T, H] hidden states, [T, K] indices and weights -> [T, H]."""
-    return dispatch.experts_forward(_modules[module], hidden, top_k_index, top_k_weights)  # type: ignore[arg-type]
+    output: Tensor = _modules[module](hidden, top_k_index, top_k_weights)
+    return output
 
 
 @experts.register_fake
@@ -44,7 +43,8 @@ def _(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: str) -
 @torch.library.custom_op("gemq::linear", mutates_args=())
 def linear(x: Tensor, rows: int, module: str) -> Tensor:
     """Apply a packed linear without bias: [..., columns] -> [..., rows]."""
-    return dispatch.linear_forward(_modules[module], x)  # type: ignore[arg-type]
+    output: Tensor = _modules[module](x)
+    return output
 
 
 @linear.register_fake

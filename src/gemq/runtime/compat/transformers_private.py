@@ -318,17 +318,6 @@ def set_default_gate(module: Any, gate: Callable[[Tensor], Tensor]) -> None:
         module._apply_gate = gate
 
 
-def default_gate() -> Callable[[Any, Tensor], Tensor]:
-    """Returns the method ``_apply_gate`` of families without their own, which uses ``act_fn``.
-
-    Relies on: ``transformers.integrations.moe._default_apply_gate``. Since 5.17.
-    If it changes: the vLLM plugin cannot be imported.
-    """
-    from transformers.integrations.moe import _default_apply_gate
-
-    return _default_apply_gate
-
-
 def supports_static_cache(model: Any) -> bool:
     """Returns whether a family declares that it runs with a cache of fixed size.
 
