@@ -62,7 +62,7 @@ def test_every_width_decodes_as_the_reference_does(device, state_bits):
 def test_assembly_of_values():
     for product in (0, 0x12345678, 0xFFFFFFFF):
         total = sum(product.to_bytes(4, "little"))
-        assert run(byte_sum_asm(0x4B000000), 1, [product]) == [0x4B000000 + total]
+        assert run(byte_sum_asm(0x3F800000, 255), 1, [product]) == [0x3F800000 + 255 * total]
         halves = run(half_asm(), 1, [product, 0])[0].to_bytes(4, "little")
         values = torch.frombuffer(bytearray(halves), dtype=torch.float16).tolist()
         assert values == [total - MEAN, -MEAN]
