@@ -6,11 +6,17 @@ from support.interpreted import DEVICE  # first: skips the module where triton i
 
 # isort: split
 
+import os
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import nn
 
+from gemq.kernels import dispatch, reference
+from gemq.kernels.trellis import operators
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.kernels.trellis.values import (
     MEAN,
     PERIODS,
@@ -25,7 +31,42 @@ from gemq.kernels.trellis.values import (
     state,
 )
 from gemq.quant import trellis
+from gemq.quant.grid import encode_scales
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import TrellisWidth, Width
+from support.packed_cases import Experts, assert_as_close, exact_experts, random_routing, silu_gate
 from support.ptx import run
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param != DEVICE:
+        pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
+    monkeypatch.setattr(dispatch, "mode", "triton")
+    return request.param
+
+
+@pytest.fixture
+def generator():
+    """Random inputs that differ in every run. The seed is printed if a test fails."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def check_experts(module, tokens, slots, dtype, device, generator, unused=False):
+    """Compare the kernels with the reference and float64 on random inputs."""
+    module = module.to(device)
+    hidden = torch.randn(tokens, module.down_proj.rows, generator=generator).to(device, dtype)
+    count = module.down_proj.num_experts
+    index, weights = random_routing(tokens, slots, count, generator, dtype, device)
+    if unused:
+        index[-1, 0], index[0, -1] = -1, count + 3  # marks of padding tokens in vLLM, and of dropped tokens in families
+        weights[-1, 0] = torch.nan
+    with torch.no_grad():
+        result = dispatch.experts_forward(module, hidden, index, weights)
+        expected = reference.experts_forward(module, hidden, index, weights)
+    assert_as_close(result, expected, exact_experts(module, hidden, index, weights))
 
 
 @triton.jit
@@ -43,11 +84,8 @@ def decode_kernel(words, out, eighths, STATE_BITS: tl.constexpr, NARROW: tl.cons
         tl.store(out + weight, tl.where(exact == rounded, exact, float("nan")))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("state_bits", [8, 12, 16])
 def test_every_width_decodes_as_the_reference_does(device, state_bits):
-    if device != DEVICE:
-        pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     table = trellis.byte_sum_table(state_bits)
     for eighths in range(8, 33, 1 if device == "cuda" else 3):
         words = torch.randint(-(2**31), 2**31, (2, eighths), dtype=torch.int64).to(torch.int32)
@@ -66,3 +104,46 @@ def test_assembly_of_values():
         halves = run(half_asm(), 1, [product, 0])[0].to_bytes(4, "little")
         values = torch.frombuffer(bytearray(halves), dtype=torch.float16).tolist()
         assert values == [total - MEAN, -MEAN]
+
+
+class TrellisExperts(Experts):
+    """Experts with random trellis codes. ``widths`` are in eighths of a bit."""
+
+    def __init__(self, hidden, inner, widths, state_bits, generator, gate=silu_gate, bias=False, gated=True):
+        super().__init__(16, 16, (Width.TWO_BIT,), generator, gate, (16, 16), False, gated)
+        rows = 2 * inner if gated else inner
+        name = "gate_up_proj" if gated else "up_proj"
+        setattr(self, name, random_matrices(rows, hidden, widths, state_bits, generator))
+        self.down_proj = random_matrices(hidden, inner, widths[::-1], state_bits, generator)
+        self.has_bias = bias
+        if bias:
+            setattr(self, f"{name}_bias", nn.Parameter(torch.randn(len(widths), rows, generator=generator)))
+            self.down_proj_bias = nn.Parameter(torch.randn(len(widths), hidden, generator=generator))
+
+
+def random_matrices(rows, columns, widths, state_bits, generator):
+    """Return random codes. A product with a unit Gaussian vector has a variance of about one."""
+    matrices = []
+    for eighths in widths:
+        shape = (rows // 16, columns // 16 * 4 * eighths)
+        codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+        scales = encode_scales((0.5 + torch.rand(rows, generator=generator)) * columns**-0.5)
+        matrices.append(TrellisMatrix(codes, scales, TrellisWidth(eighths), state_bits))
+    return TrellisMatrices(matrices)
+
+
+WIDTHS = (8, 9, 16, 20, 31, 32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "dtype", "state_bits", "unused"),
+    [
+        (1, 3, torch.bfloat16, 12, False),
+        (1, 2, torch.float32, 16, True),
+        (3, 2, torch.float16, 8, True),
+        (9, 3, torch.float32, 12, True),
+    ],
+)
+def test_experts_of_mixed_widths(tokens, slots, dtype, state_bits, unused, device, generator):
+    module = TrellisExperts(96, 144, WIDTHS, state_bits, generator)
+    check_experts(module, tokens, slots, dtype, device, generator, unused)
