@@ -75,7 +75,7 @@ def decode_kernel(words, out, eighths, STATE_BITS: tl.constexpr, NARROW: tl.cons
     period = tl.arange(0, PERIODS)
     ring = words.to(tl.pointer_type(tl.uint32)) + tl.program_id(0) * eighths
     word, previous, before_previous, shift = period_words(period, eighths)
-    high, low = load_window(ring, word, previous, before_previous, shift, None, NARROW, PORTABLE)
+    high, low = load_window(ring, word, previous, before_previous, shift, NARROW, PORTABLE)
     for i in tl.static_range(8):
         states = state(high, low, end_distance(i, eighths), STATE_BITS, NARROW, PORTABLE)
         weight = tl.program_id(0) * 256 + period * 8 + i

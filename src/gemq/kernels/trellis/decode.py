@@ -96,10 +96,10 @@ def rotate_kernel(
     first += 2 * column if GATED and INTERLEAVED else column
     x = tl.zeros([BLOCKS, SIDE], tl.float32)
     up = x
+    UP: tl.constexpr = 1 if INTERLEAVED else COLUMNS
     for split in tl.static_range(SPLITS):
         x += tl.load(first + split * ROWS, mask=is_inside, other=0.0).to(tl.float32)
         if GATED:
-            UP: tl.constexpr = 1 if INTERLEAVED else COLUMNS
             up += tl.load(first + (split * ROWS + UP), mask=is_inside, other=0.0).to(tl.float32)
     if GATED:
         x = gated(x, up, limit, alpha, shift, ACTIVATION, CLAMP)
@@ -112,7 +112,7 @@ def rotate_kernel(
 
 @triton.jit
 def _same_expert(pair: Scalar, expert: Scalar, index: Pointer, pairs: Scalar, N: tl.constexpr, PADDED: tl.constexpr):
-    """Return the N pairs [N] of a program, and whether they exist. The program of every N-th pair has work.
+    """Return the N pairs of a program, and whether each exists. The first one of every N pairs has work.
 
     Args:
         pair: of the program
@@ -125,35 +125,33 @@ def _same_expert(pair: Scalar, expert: Scalar, index: Pointer, pairs: Scalar, N:
     is_same = (tl.load(index + slot, mask=slot < pairs, other=-1) == expert) & (slot < pairs)
     rank = tl.sum((is_same & (slot < pair)).to(tl.int32))
     order = tl.cumsum(is_same.to(tl.int32)) - 1
-    wanted_order = rank + tl.arange(0, N)
-    is_wanted = is_same[None, :] & (order[None, :] == wanted_order[:, None])
-    exists = tl.sum(is_wanted.to(tl.int32), 1) > 0
-    return tl.sum(tl.where(is_wanted, slot[None, :], 0), 1), exists & (rank % N == 0)
+    numbers, exist = (pair,), (rank % N == 0,)
+    for n in tl.static_range(1, N):
+        is_number = is_same & (order == rank + n)
+        numbers = numbers + (tl.sum(tl.where(is_number, slot, 0)),)  # noqa: RUF005 - Triton cannot unpack
+        exist = exist + (tl.sum(is_number.to(tl.int32)) > 0,)  # noqa: RUF005
+    return numbers, exist
 
 
 @triton.jit
-def _fours(x: Tile):
-    """Split [..., 4] into four tiles."""
-    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [2, 2]))  # noqa: RUF005 - Triton cannot unpack
+def _load_fours(x: Pointer, mask: Tile, ALL_INSIDE: tl.constexpr):
+    """Load 4 neighbours of each pointer [32, J, 1]: tuple of four tiles."""
+    pointers = x[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+    if ALL_INSIDE:
+        fours = tl.load(pointers)
+    else:
+        fours = tl.load(pointers, mask=tl.broadcast_to(mask[:, :, :, None], pointers.shape), other=0.0)
+    even, odd = tl.split(tl.reshape(fours, [x.shape[0], x.shape[1], 1, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
 
 
 @triton.jit
-def _load_fours(x: Pointer, mask: Tile, ALL_INSIDE: tl.constexpr):
-    """Load 4 neighbours of each pointer [N, J, 32]: tuple of four tiles."""
-    pointers = x[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    if ALL_INSIDE:
-        return _fours(tl.load(pointers))
-    else:
-        return _fours(tl.load(pointers, mask=tl.broadcast_to(mask[:, :, :, None], pointers.shape), other=0.0))
-
-
-@triton.jit
 def _rows_times_vectors(
-    rings: Pointer,  # [R, 1, 1] the first tile of each row of tiles, uint32
-    x: Pointer,  # [N, 1, 1] float32, the first column of each vector
+    rings: Pointer,  # [1, 1, R] the first tile of each row of tiles, uint32
+    x: Pointer,  # float32
+    starts: tl.tuple,  # the first element of each of N vectors in x
     eighths: Scalar,
     first_tile: Scalar,
     end_tile: Scalar,
@@ -165,30 +163,36 @@ def _rows_times_vectors(
     FOLDED: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
-    """Return sums of products before the constants of ``values``: [N, R, J, 32] float32, a part for each thread."""
-    R: tl.constexpr = rings.shape[0]
-    N: tl.constexpr = x.shape[0]
-    position = tl.arange(0, PERIODS)
+    """Return sums of products before the constants of ``values``: N tiles [32, J, R] float32, a part for each thread."""
+    R: tl.constexpr = rings.shape[2]
+    N: tl.constexpr = len(starts)
+    # Triton gives neighbouring elements of the first axis to neighbouring threads.
+    position = tl.arange(0, PERIODS)[:, None, None]
     word, previous, before_previous, shift = period_words(position, eighths)
-    word, previous, before_previous = word[None, None, :], previous[None, None, :], before_previous[None, None, :]
-    shift = tl.broadcast_to(shift[None, None, :], [R, J, PERIODS])
-    half = (position % 2 * 8)[None, None, :]
-    total = tl.zeros([N, R, J, PERIODS], tl.float32)
+    shift = tl.broadcast_to(shift, [PERIODS, J, R])
+    half = position % 2 * 8
+    totals = ()
+    for _n in tl.static_range(N):
+        totals = totals + (tl.zeros([PERIODS, J, R], tl.float32),)  # noqa: RUF005
     for step in range(STEPS):
-        tile = first_tile + step * J + tl.arange(0, J)
-        is_inside = tl.broadcast_to((tile < end_tile)[None, :, None], [N, J, PERIODS])
-        tile = tl.minimum(tile, end_tile - 1)[None, :, None]
-        high, low = load_window(
-            rings + tile * eighths, word, previous, before_previous, shift, None, NARROW, PORTABLE
-        )
+        tile = (first_tile + step * J + tl.arange(0, J))[None, :, None]
+        is_inside = tl.broadcast_to(tile < end_tile, [PERIODS, J, 1])
+        tile = tl.minimum(tile, end_tile - 1)
+        high, low = load_window(rings + tile * eighths, word, previous, before_previous, shift, NARROW, PORTABLE)
         for quarter in tl.static_range(2):
-            columns = _load_fours(x + (tile * 16 + half + 4 * quarter), is_inside, ALL_INSIDE)
+            columns = ()
+            for n in tl.static_range(N):
+                first_column = x + (starts[n] + (tile * 16 + half + 4 * quarter))
+                columns = columns + (_load_fours(first_column, is_inside, ALL_INSIDE),)  # noqa: RUF005
             for i in tl.static_range(4):
                 distance = end_distance(4 * quarter + i, eighths)
                 states = state(high, low, distance, STATE_BITS, NARROW, PORTABLE)
                 value = folded_value(states, PORTABLE) if FOLDED else centered_sum(states, PORTABLE)
-                total += value[None, :, :, :] * columns[i][:, None, :, :]
-    return total
+                new_totals = ()
+                for n in tl.static_range(N):
+                    new_totals = new_totals + (totals[n] + value * columns[n][i],)  # noqa: RUF005
+                totals = new_totals
+    return totals
 
 
 @triton.jit
@@ -242,7 +246,7 @@ def rows_kernel(
     expert = tl.load(index + pair)
     is_used = (expert >= 0) & (expert < experts)
     tile_row = tl.minimum(block * R + tl.arange(0, R), rows // 16 - 1)
-    row = (block * R + tl.arange(0, R))[:, None] * 16 + tl.arange(0, 16)[None, :]
+    row = (block * R + tl.arange(0, R))[None, :] * 16 + tl.arange(0, 16)[:, None]
     first_tile = split * SPLIT_TILES
     end_tile = tl.minimum(first_tile + SPLIT_TILES, TILES)
     safe_expert = tl.where(is_used, expert, 0)
@@ -257,43 +261,45 @@ def rows_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if N > 1:
-        pair_n, exists = _same_expert(pair, expert, index, pairs, N, PADDED_PAIRS)
-        has_work = is_used & (tl.sum(exists.to(tl.int32)) > 0)
+        numbers, exist = _same_expert(pair, expert, index, pairs, N, PADDED_PAIRS)
     else:
-        pair_n = pair + tl.arange(0, 1)
-        exists = pair_n >= 0
-        has_work = is_used
-    if has_work:
-        vector = (pair_n if PER_PAIR else pair_n // TOP_K).to(tl.int64)
-        rings = codes.to(tl.pointer_type(tl.uint32)) + (tile_row * (TILES * eighths))[:, None, None]
-        vectors = x + (vector * COLUMNS)[:, None, None]
+        numbers, exist = (pair,), (is_used,)
+    if is_used & exist[0]:
+        rings = codes.to(tl.pointer_type(tl.uint32)) + (tile_row * (TILES * eighths))[None, None, :]
+        vectors, starts = (), ()
+        for n in tl.static_range(N):
+            vector = (numbers[n] if PER_PAIR else numbers[n] // TOP_K).to(tl.int64)
+            vectors = vectors + (vector,)  # noqa: RUF005
+            starts = starts + (vector * COLUMNS,)  # noqa: RUF005
         if eighths <= narrow_eighths(STATE_BITS):
-            total = _rows_times_vectors(
-                rings, vectors, eighths, first_tile, end_tile, STEPS, J, ALL_INSIDE, STATE_BITS, True, FOLDED, PORTABLE
+            totals = _rows_times_vectors(
+                rings, x, starts, eighths, first_tile, end_tile, STEPS, J, ALL_INSIDE, STATE_BITS, True, FOLDED, PORTABLE
             )
         else:
-            total = _rows_times_vectors(
-                rings, vectors, eighths, first_tile, end_tile, STEPS, J, ALL_INSIDE, STATE_BITS, False, FOLDED, PORTABLE
+            totals = _rows_times_vectors(
+                rings, x, starts, eighths, first_tile, end_tile, STEPS, J, ALL_INSIDE, STATE_BITS, False, FOLDED, PORTABLE
             )
-        y = tl.sum(tl.sum(tl.reshape(total, [N, R, J, 16, 2]), 4), 2)  # [N, R, 16]
-        if FOLDED:
-            b = tl.arange(0, triton.next_power_of_2(SPLIT_BLOCKS))
-            is_block = (b < SPLIT_BLOCKS) & (split * SPLIT_BLOCKS + b < BLOCKS)
-            first_sum = sums + vector * BLOCKS + split * SPLIT_BLOCKS
-            block_sums = tl.load(first_sum[:, None] + b[None, :], mask=is_block[None, :], other=0.0)
-            y = (y - FOLDED_ONE * tl.sum(block_sums, 1)[:, None, None]) * FOLDED_UNIT
-        else:
-            y = y * VALUE_UNIT
         is_row = row < rows
         matrix_row = expert.to(tl.int64) * rows + row
-        y = y * decode_scale(tl.load(scales + matrix_row, mask=is_row, other=0))[None, :, :]
+        scale = decode_scale(tl.load(scales + matrix_row, mask=is_row, other=0))
         if HAS_BIAS:
-            y += tl.load(bias + matrix_row, mask=is_row, other=0.0).to(tl.float32)[None, :, :] * (split == 0)
-        if WEIGHTED:
-            y = y * tl.load(weights + pair_n).to(tl.float32)[:, None, None]
-        element = ((pair_n.to(tl.int64) * SPLITS + split) * rows)[:, None, None] + row[None, :, :]
-        tl.store(out + element, y.to(out.dtype.element_ty), mask=exists[:, None, None] & is_row[None, :, :])
+            first_term = tl.load(bias + matrix_row, mask=is_row, other=0.0).to(tl.float32) * (split == 0)
+        for n in tl.static_range(N):
+            y = tl.sum(tl.sum(tl.reshape(totals[n], [16, 2, J, R]), 1), 1)  # [16, R]
+            if FOLDED:
+                b = tl.arange(0, triton.next_power_of_2(SPLIT_BLOCKS))
+                is_block = (b < SPLIT_BLOCKS) & (split * SPLIT_BLOCKS + b < BLOCKS)
+                first_sum = sums + (vectors[n] * BLOCKS + split * SPLIT_BLOCKS)
+                y = (y - FOLDED_ONE * tl.sum(tl.load(first_sum + b, mask=is_block, other=0.0))) * (scale * FOLDED_UNIT)
+            else:
+                y = y * (scale * VALUE_UNIT)
+            if HAS_BIAS:
+                y += first_term
+            if WEIGHTED:
+                y = y * tl.load(weights + numbers[n]).to(tl.float32)
+            element = (numbers[n].to(tl.int64) * SPLITS + split) * rows + row
+            tl.store(out + element, y.to(out.dtype.element_ty), mask=is_row & exist[n])
     elif WEIGHTED:
         if not is_used:
             element = (pair.to(tl.int64) * SPLITS + split) * rows + row
-            tl.store(out + element, tl.zeros([R, 16], tl.float32).to(out.dtype.element_ty), mask=row < rows)
+            tl.store(out + element, tl.zeros([16, R], tl.float32).to(out.dtype.element_ty), mask=row < rows)

@@ -80,7 +80,6 @@ def load_window(
     previous: Tile,
     before_previous: Tile,
     shift: Tile,
-    mask: Tile,
     NARROW: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -89,18 +88,17 @@ def load_window(
     Args:
         rings: first word of each tile, uint32 pointers
         word: from ``period_words``, as ``previous``, ``before_previous`` and ``shift``
-        mask: which windows to load, or None
         NARROW: whether the width is at most ``narrow_eighths``
 
     Returns:
         The upper and the lower 32 bits, uint32. If NARROW, the upper ones are not valid.
     """
-    last = tl.load(rings + word, mask=mask)
-    middle = tl.load(rings + previous, mask=mask)
+    last = tl.load(rings + word)
+    middle = tl.load(rings + previous)
     low = funnel(middle, last, shift, PORTABLE)
     high = low
     if not NARROW:
-        high = funnel(tl.load(rings + before_previous, mask=mask), middle, shift, PORTABLE)
+        high = funnel(tl.load(rings + before_previous), middle, shift, PORTABLE)
     return high, low
 
 
