@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import nn
 
 from gemq.kernels import dispatch, reference
-from gemq.kernels.trellis import operators
-from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.kernels.trellis.values import (
     MEAN,
     PERIODS,
@@ -31,11 +29,9 @@ from gemq.kernels.trellis.values import (
     state,
 )
 from gemq.quant import trellis
-from gemq.quant.grid import encode_scales
-from gemq.quant.trellis_matrix import TrellisMatrix
-from gemq.quant.widths import TrellisWidth, Width
-from support.packed_cases import Experts, assert_as_close, exact_experts, random_routing, silu_gate
+from support.packed_cases import assert_as_close, exact_experts, random_routing
 from support.ptx import run
+from support.trellis_cases import TrellisExperts
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -104,32 +100,6 @@ def test_assembly_of_values():
         halves = run(half_asm(), 1, [product, 0])[0].to_bytes(4, "little")
         values = torch.frombuffer(bytearray(halves), dtype=torch.float16).tolist()
         assert values == [total - MEAN, -MEAN]
-
-
-class TrellisExperts(Experts):
-    """Experts with random trellis codes. ``widths`` are in eighths of a bit."""
-
-    def __init__(self, hidden, inner, widths, state_bits, generator, gate=silu_gate, bias=False, gated=True):
-        super().__init__(16, 16, (Width.TWO_BIT,), generator, gate, (16, 16), False, gated)
-        rows = 2 * inner if gated else inner
-        name = "gate_up_proj" if gated else "up_proj"
-        setattr(self, name, random_matrices(rows, hidden, widths, state_bits, generator))
-        self.down_proj = random_matrices(hidden, inner, widths[::-1], state_bits, generator)
-        self.has_bias = bias
-        if bias:
-            setattr(self, f"{name}_bias", nn.Parameter(torch.randn(len(widths), rows, generator=generator)))
-            self.down_proj_bias = nn.Parameter(torch.randn(len(widths), hidden, generator=generator))
-
-
-def random_matrices(rows, columns, widths, state_bits, generator):
-    """Return random codes. A product with a unit Gaussian vector has a variance of about one."""
-    matrices = []
-    for eighths in widths:
-        shape = (rows // 16, columns // 16 * 4 * eighths)
-        codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-        scales = encode_scales((0.5 + torch.rand(rows, generator=generator)) * columns**-0.5)
-        matrices.append(TrellisMatrix(codes, scales, TrellisWidth(eighths), state_bits))
-    return TrellisMatrices(matrices)
 
 
 WIDTHS = (8, 9, 16, 20, 31, 32)

@@ -273,11 +273,35 @@ def rows_kernel(
             starts = starts + (vector * COLUMNS,)  # noqa: RUF005
         if eighths <= narrow_eighths(STATE_BITS):
             totals = _rows_times_vectors(
-                rings, x, starts, eighths, first_tile, end_tile, STEPS, J, ALL_INSIDE, STATE_BITS, True, FOLDED, PORTABLE
+                rings,
+                x,
+                starts,
+                eighths,
+                first_tile,
+                end_tile,
+                STEPS,
+                J,
+                ALL_INSIDE,
+                STATE_BITS,
+                True,
+                FOLDED,
+                PORTABLE,
             )
         else:
             totals = _rows_times_vectors(
-                rings, x, starts, eighths, first_tile, end_tile, STEPS, J, ALL_INSIDE, STATE_BITS, False, FOLDED, PORTABLE
+                rings,
+                x,
+                starts,
+                eighths,
+                first_tile,
+                end_tile,
+                STEPS,
+                J,
+                ALL_INSIDE,
+                STATE_BITS,
+                False,
+                FOLDED,
+                PORTABLE,
             )
         is_row = row < rows
         matrix_row = expert.to(tl.int64) * rows + row

@@ -62,9 +62,7 @@ class TrellisMatrices(nn.Module):
         """Return views of one expert's tensors, in the layout of the checkpoint."""
         code_bytes = self.rows * self.columns * self.widths[expert].eighths // 64
         codes = self.codes[self._starts[expert] : self._starts[expert] + code_bytes]
-        return TrellisMatrix(
-            codes.view(self.rows // 16, -1), self.scales[expert], self.widths[expert], self.state_bits
-        )
+        return TrellisMatrix(codes.view(self.rows // 16, -1), self.scales[expert], self.widths[expert], self.state_bits)
 
     def set_matrix(self, expert: int, matrix: TrellisMatrix) -> None:
         """Copy one expert's tensors into the buffers. Raises ValueError if a shape or dtype differs."""
@@ -80,9 +78,7 @@ class TrellisMatrices(nn.Module):
 
     def set_tensors(self, expert: int, tensors: Mapping[str, Tensor], prefix: str) -> None:
         """Copy one expert's tensors, by their names in a checkpoint. Raises ValueError if a shape or dtype differs."""
-        self.set_matrix(
-            expert, TrellisMatrix.from_tensors(tensors, prefix, self.widths[expert], self.state_bits)
-        )
+        self.set_matrix(expert, TrellisMatrix.from_tensors(tensors, prefix, self.widths[expert], self.state_bits))
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return the weights of one expert: [rows, columns] in ``dtype``."""
