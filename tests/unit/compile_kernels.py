@@ -349,7 +349,7 @@ def collect(kinds: Sequence[str], strength: int) -> list[Task]:
     """Return the kernels of all launches, each once."""
     JITFunction.run = record  # type: ignore[method-assign]
     precisions = {BF16: bit_fields.BF16, FP16: bit_fields.FP16, FP32: bit_fields.SPLIT}
-    launch._operand = lambda x: int(precisions[x.dtype])  # as on a GPU
+    launch.operand = lambda x: int(precisions[x.dtype])  # as on a GPU
     launch.supports_pdl = lambda device: triton.runtime.driver.active.get_current_device() >= 90
     for function, axes in (pair for kind in kinds for pair in KINDS[kind]):
         for row in (*covering(axes, strength), *([FAILED_ONCE] if function is grouped else [])):
