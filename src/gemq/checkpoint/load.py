@@ -20,11 +20,12 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint.format import PACKED_FIELDS, QUANT_METHOD, PackedFormat, verify_packed, verify_unpacked
+from gemq.checkpoint.format import PACKED_FIELDS, QUANT_METHOD, PackedFormat
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
 from gemq.checkpoint.stored import BackgroundDataCheck, StoredCheckpoint, check_no_adapter
+from gemq.checkpoint.verification import verify_packed, verify_unpacked
 from gemq.errors import UserError, short_repr
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.auto_class import auto_class
