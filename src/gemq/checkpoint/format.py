@@ -169,6 +169,11 @@ class PackedFormat:
         """The kind of the experts' codes: ``affine`` or ``trellis``."""
         return TRELLIS if self.state_bits else AFFINE
 
+    @property
+    def expert_fields(self) -> tuple[str, ...]:
+        """Suffixes of the tensors of an expert's matrix."""
+        return TRELLIS_FIELDS if self.state_bits else PACKED_FIELDS
+
     def matrices(self) -> Iterator[PackedTensor]:
         """Yields all packed matrices in a fixed order."""
         for path, projections in self.experts.items():

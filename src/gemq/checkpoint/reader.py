@@ -84,21 +84,22 @@ class CheckpointReader:
         Args:
             name: of its tensors without the suffix
             rows: bounds are multiples of 16 if the matrix has trellis codes
-            blocks: with a start and a stop, in blocks of ``PackedFormat.block_side`` columns
+            blocks: in blocks of ``PackedFormat.block_side`` columns
         """
         matrix = self._matrices[name]
         num_rows, num_columns = self.shapes[matrix.kind]
         num_blocks = num_columns // self.format.block_side(matrix.kind, num_columns)
-        start, stop, _ = rows.indices(num_rows)
+        first_row, last_row, _ = rows.indices(num_rows)
+        first_block, last_block, _ = blocks.indices(num_blocks)
         tensors = {}
         for tensor_name in matrix.tensor_names:
             file, stored_name = self._locate(tensor_name)
             shape = self.specs[tensor_name].shape
             rows_per_entry = num_rows // shape[0]  # codes of a trellis have one for each row of tiles
-            index: tuple[slice, ...] = (slice(start // rows_per_entry, stop // rows_per_entry),)
+            index: tuple[slice, ...] = (slice(first_row // rows_per_entry, last_row // rows_per_entry),)
             if len(shape) > 1:
                 entries_per_block = shape[1] // num_blocks
-                index += (slice(entries_per_block * blocks.start, entries_per_block * blocks.stop),)
+                index += (slice(entries_per_block * first_block, entries_per_block * last_block),)
             tensors[tensor_name] = file.get_slice(stored_name)[index]
         return stored_matrix(tensors, name, matrix.width, self.format.state_bits)
 
