@@ -20,10 +20,12 @@ from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.reader import CheckpointReader, check_checkpoint
 from gemq.cli.report import print_contents
+from gemq.integrations.vllm.served_experts import empty_matrices, packed_family_experts, rank_rows
 from gemq.quant.grid import decode_scales
-from gemq.quant.stored_matrix import dequantize_matrix
+from gemq.quant.stored_matrix import concatenate
 from gemq.quant.widths import ALL_TRELLIS_WIDTHS, TrellisWidth, Width
 from support import plain_reader
+from support.packed_cases import random_routing
 from support.packed_checkpoints import TRELLIS_WIDTHS, olmoe_config, write_packed, write_trellis
 
 pytestmark = pytest.mark.sample  # loading differs most between versions of Transformers
@@ -120,16 +122,41 @@ def test_casts_leave_codes_and_scales_alone(checkpoint):
     assert logits(model).dtype == torch.float32
 
 
-def test_parts_of_a_matrix_are_read_as_vllm_reads_them(tmp_path):
+def test_ranks_of_vllm_add_up_to_the_layer(tmp_path):
     """Columns are divided between blocks of the rotation, rows between tiles."""
-    config = olmoe_config(num_hidden_layers=1, intermediate_size=256)
-    reader = CheckpointReader(write_trellis(tmp_path / "packed", config))
-    name = f"{EXPERTS}.1.down_proj"
-    assert reader.format.block_side(f"{EXPERTS}.down_proj", 256) == 128
-    assert reader.format.block_side("model.layers.0.self_attn.o_proj", 256) == 64
-    weight = dequantize_matrix(reader.matrix(name))
-    block = dequantize_matrix(reader.matrix_slice(name, slice(16, 48), slice(1, 2)))
-    torch.testing.assert_close(block, weight[16:48, 128:])
+    path = write_trellis(tmp_path / "packed", olmoe_config(num_hidden_layers=1, intermediate_size=256))
+    reader = CheckpointReader(path)
+    generator = torch.Generator().manual_seed(1)
+    index, weights = random_routing(5, 2, 4, generator, torch.float32, "cpu")
+    hidden = torch.randn(5, 64, generator=generator)
+    experts = gemq.load(path, dtype="float32").model.layers[0].mlp.experts
+    ranks = [rank_of_vllm(reader, block * 128, block * 128 + 128) for block in range(2)]
+    total = sum(rank(hidden, index, weights) for rank in ranks)
+    torch.testing.assert_close(total, experts(hidden, index, weights), rtol=1e-4, atol=1e-4)
+
+
+def rank_of_vllm(reader: CheckpointReader, start: int, stop: int) -> Any:
+    """The neurons ``start`` to ``stop`` of a layer's experts, with 64 inputs and outputs."""
+    matrices = {}
+    for projection, widths in reader.format.experts[EXPERTS].items():
+        is_down = projection == "down_proj"
+        side = reader.format.block_side(f"{EXPERTS}.{projection}", 256 if is_down else 64)
+        row_ranges = [slice(0, 64)] if is_down else rank_rows(True, True, 256, start, stop)
+        blocks = slice(start // side, stop // side) if is_down else slice(0, 1)
+        num_rows = sum(rows.stop - rows.start for rows in row_ranges)
+        served: Any = empty_matrices(widths, num_rows, blocks.stop - blocks.start, side, reader.format.state_bits)
+        for expert in range(len(widths)):
+            name = f"{EXPERTS}.{expert}.{projection}"
+            slices = [reader.matrix_slice(name, rows, blocks) for rows in row_ranges]
+            served.set_matrix(expert, concatenate(slices))
+        matrices[projection] = served
+    return packed_family_experts(reader.skeleton.get_submodule(EXPERTS), matrices)
+
+
+def test_affine_linears_are_divided_by_groups(checkpoint):
+    packed = CheckpointReader(checkpoint).format
+    assert packed.block_side(f"{EXPERTS}.down_proj", 256) == 128
+    assert packed.block_side("model.layers.0.self_attn.o_proj", 256) == 64
 
 
 def test_affine_experts_keep_version_2():

@@ -143,9 +143,9 @@ def empty_matrices(
     if state_bits:
         tiles = groups * group_size // TILE_SIDE
         trellis = []
-        for width in trellis_widths(widths):
-            codes = zeros(rows // TILE_SIDE, tiles * tile_bytes(width))
-            trellis.append(TrellisMatrix(codes, zeros(rows), width, state_bits))
+        for trellis_width in trellis_widths(widths):
+            codes = zeros(rows // TILE_SIDE, tiles * tile_bytes(trellis_width))
+            trellis.append(TrellisMatrix(codes, zeros(rows), trellis_width, state_bits))
         return TrellisMatrices(trellis)
     grid = zeros(rows, groups)
     matrices = []
