@@ -26,7 +26,7 @@ from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.grid import encode
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.widths import Width, affine_widths, group_size_for
 
 GROUP_SIZE = 128
 STD = 0.02
@@ -121,7 +121,7 @@ def packed_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any
         for name, widths in projections.items():
             rows, columns = sizes[name]
             size = group_size_for(columns, GROUP_SIZE)
-            matrices = [_random_matrix(rows, columns, width, size, random) for width in widths]
+            matrices = [_random_matrix(rows, columns, width, size, random) for width in affine_widths(widths)]
             setattr(experts, name, PackedMatrices(matrices))
     for path, width in packed.linears.items():
         linear: Any = model.get_submodule(path)

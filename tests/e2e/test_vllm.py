@@ -44,6 +44,7 @@ from gemq import UserError, load
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.quant.widths import Width
 from support.cli import Finished, add_tokenizer, gemq
+from support.packed_checkpoints import write_trellis
 
 pytestmark = pytest.mark.vllm
 
@@ -230,6 +231,15 @@ def test_tokens_equal_transformers(packed, family):
 def test_tokens_with_two_ranks(packed, family, whole_experts):
     with engine(packed(family), tensor_parallel_size=2, enable_expert_parallel=whole_experts) as llm:
         assert tokens_of(llm) == expected_tokens(packed(family))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tokens_with_trellis_codes(tmp_path, ranks):
+    """Two ranks hold a block of the rotation each."""
+    path = write_trellis(tmp_path / "packed", OlmoeConfig(**COMMON, intermediate_size=256, num_experts=6))
+    add_tokenizer(path)
+    with engine(path, tensor_parallel_size=ranks) as llm:
+        assert tokens_of(llm) == expected_tokens(path)
 
 
 def test_packed_matrices_without_a_layer_are_refused():

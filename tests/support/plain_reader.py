@@ -16,6 +16,7 @@ import xxhash
 from safetensors import safe_open
 
 LEVEL_BITS = {1: 1, 2: 2, 4: 4}
+SIGN_BITS = 0x07158AB795F381835B6913CD87684F34
 
 
 def read_files(directory: Path) -> dict[str, torch.Tensor]:
@@ -102,11 +103,49 @@ def dequantized(tensors: dict[str, torch.Tensor], path: str, width: float, group
         if codes.shape[1] == scales.shape[1] * per_group[width]:
             break
     values = codes_of(codes, width, group).reshape(*scales.shape, group).astype(np.float32)
-    scale = 2.0 ** (scales.astype(np.float32) // 8 - 24) * (1 + scales % 8 / np.float32(8))
+    scale = scales_of(scales)
     highest = {1: 1, 1.6: 2, 2: 3, 3: 7, 4: 15, 8: 255}[width]
     offset = scale * highest * (64 - offsets.astype(np.float32)) / 128
     values = values * scale[..., None] + offset[..., None]
     return values.astype(np.float32).reshape(scales.shape[0], -1)
+
+
+def trellis_values(ring_bytes: np.ndarray, state_bits: int) -> np.ndarray:
+    """[tiles, bytes of a ring] -> [tiles, 256], weight by weight."""
+    words = ring_bytes.reshape(len(ring_bytes), -1, 4)[:, :, ::-1]  # little-endian
+    bits = np.unpackbits(words.reshape(len(ring_bytes), -1), axis=1).astype(np.int64)
+    eighths = bits.shape[1] // 32
+    values = np.zeros((len(bits), 256))
+    for t in range(256):
+        end = (t + 1) * eighths // 8
+        state = np.zeros(len(bits), np.int64)
+        for k in range(end - state_bits, end):
+            state = 2 * state + bits[:, k % bits.shape[1]]
+        product = state * 0xC5E2486D % 2**32
+        values[:, t] = (sum(product >> shift & 255 for shift in (0, 8, 16, 24)) - 510) / 147.8
+    return values
+
+
+def rotation(side: int) -> np.ndarray:
+    """Entry [i, j] is the sign of input j, and another minus for each bit that i and j share."""
+    shared = [[(i & j).bit_count() + (SIGN_BITS >> j & 1) for j in range(side)] for i in range(side)]
+    return (-1.0) ** np.array(shared) / math.sqrt(side)
+
+
+def trellis_weights(tensors: dict[str, torch.Tensor], path: str, width: float, state_bits: int) -> np.ndarray:
+    """[rows, columns] float32 of a matrix with trellis codes; takes its tensors out of ``tensors``."""
+    codes, scales = (tensors.pop(f"{path}.{tensor_name}").numpy() for tensor_name in ("codes", "scales"))
+    assert codes.dtype == scales.dtype == np.uint8
+    ring_bytes = round(32 * width)
+    tiles = trellis_values(codes.reshape(-1, ring_bytes), state_bits).reshape(len(codes), -1, 16, 16)
+    values = tiles.transpose(0, 2, 1, 3).reshape(len(scales), -1)
+    side = math.gcd(values.shape[1], 128)
+    weights = (values.reshape(len(scales), -1, side) @ rotation(side)).reshape(values.shape)
+    return (weights * scales_of(scales)[:, None]).astype(np.float32)
+
+
+def scales_of(stored: np.ndarray) -> np.ndarray:
+    return 2.0 ** (stored.astype(np.float32) // 8 - 24) * (1 + stored % 8 / np.float32(8))
 
 
 def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
@@ -115,12 +154,19 @@ def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     listed = config.pop("quantization_config")
     config.pop("gemq_checksums", None)
     assert listed["quant_method"] == "gemq"
-    assert listed["format_version"] == 2
+    kind = listed.get("codes", "affine")
+    assert (listed["format_version"], kind) in ((2, "affine"), (3, "trellis"))
     tensors = read_files(directory)
+
+    def expert(name: str, width: float) -> np.ndarray:
+        if kind == "trellis":
+            return trellis_weights(tensors, name, width, listed["state_bits"])
+        return dequantized(tensors, name, width, listed["group_size"])
+
     weights = {}
     for path, projections in listed["experts"].items():
         for name, widths in projections.items():
-            stack = [dequantized(tensors, f"{path}.{e}.{name}", w, listed["group_size"]) for e, w in enumerate(widths)]
+            stack = [expert(f"{path}.{e}.{name}", width) for e, width in enumerate(widths)]
             weights[f"{path}.{name}"] = torch.from_numpy(np.stack(stack))
     for path, width in listed["linears"].items():
         weights[f"{path}.weight"] = torch.from_numpy(dequantized(tensors, path, width, listed["group_size"]))

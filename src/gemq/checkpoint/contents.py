@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat, PackedTensor, Shapes
+from gemq.checkpoint.format import TILE_SIDE, PackedFormat, PackedTensor, ProjectionWidths, Shapes, tile_bytes
 from gemq.checkpoint.stored import StoredCheckpoint
+from gemq.checkpoint.verification import surplus_names
 from gemq.errors import UserError
-from gemq.quant.widths import SMALLEST_GROUP, ExpertWidths, Width, plain_widths
+from gemq.quant.widths import SMALLEST_GROUP, ExpertWidths, TrellisWidth, plain_widths
 from gemq.runtime.safetensors_files import TensorSpec
 
 
@@ -23,7 +24,10 @@ class Contents:
     Attributes:
         path: directory of the checkpoint
         model_type: type of the model, from config.json
-        group_size: weights that share a scale and an offset; smaller for matrices whose columns it does not divide
+        codes: kind of the experts' codes, ``affine`` or ``trellis``
+        state_bits: bits of a state of trellis codes, None for affine codes
+        group_size: weights of affine codes that share a scale and an offset; smaller for matrices whose columns it does
+            not divide
         layers: for each experts module its path in the model, the widths of its experts (of gate and up, and of down),
             and their mean nominal bits
         linears: number of packed dense linears by width
@@ -37,6 +41,8 @@ class Contents:
 
     path: Path
     model_type: str
+    codes: str
+    state_bits: int | None
     group_size: int
     layers: tuple[tuple[str, list[ExpertWidths], float], ...]
     linears: dict[str, int]
@@ -70,6 +76,8 @@ class Contents:
         return {
             "model": str(self.path),
             "model_type": self.model_type,
+            "codes": self.codes,
+            "state_bits": self.state_bits,
             "group_size": self.group_size,
             "stored_bytes": self.stored_bytes,
             "expert_bytes": self.expert_bytes,
@@ -118,11 +126,10 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
     expert_bytes = linear_bytes = 0
     weights = Counter[str]()  # number of weights and sum of their bits, by experts module
     bits = defaultdict[str, float](float)
-    packed_names = set()
+    packed_names = set[str]()
     for matrix in packed.matrices():
-        names = [f"{matrix.name}.{suffix}" for suffix in PACKED_FIELDS]
-        matrix_bytes = sum(specs[name].bytes for name in names)
-        packed_names.update(names)
+        matrix_bytes = sum(specs[name].bytes for name in matrix.tensor_names)
+        packed_names.update(matrix.tensor_names)
         module = matrix.kind.rpartition(".")[0]
         if module in packed.experts:
             num_weights = math.prod(shapes[matrix.kind])
@@ -138,6 +145,8 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
     return Contents(
         path=stored.directory,
         model_type=str(stored.config.get("model_type")),
+        codes=packed.codes,
+        state_bits=packed.state_bits or None,
         group_size=packed.group_size,
         layers=tuple(layers),
         linears=dict(Counter(str(width) for width in packed.linears.values())),
@@ -150,7 +159,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
     )
 
 
-def _widths_by_expert(projections: Mapping[str, tuple[Width, ...]]) -> list[ExpertWidths]:
+def _widths_by_expert(projections: ProjectionWidths) -> list[ExpertWidths]:
     """Returns the widths of each expert: gate and up, or up, before down. JSON sorts the projections by name."""
     names = sorted(projections, key=lambda name: name == "down_proj")
     return list(zip(*(projections[name] for name in names), strict=True))
@@ -164,19 +173,23 @@ def stored_shapes(packed: PackedFormat, specs: Mapping[str, TensorSpec]) -> Shap
         if shape is None or shapes.setdefault(matrix.kind, shape) != shape:
             return None
     expected = packed.expected(shapes)
-    for name in specs:
-        if name.endswith(".codes") and name not in expected:
-            return None
+    if surplus_names(expected, specs):
+        return None
     if any(specs.get(name) != spec for name, spec in expected.items()):
         return None
     return shapes
 
 
 def _matrix_shape(matrix: PackedTensor, specs: Mapping[str, TensorSpec], group_size: int) -> tuple[int, int] | None:
-    """Returns (rows, columns) of a packed matrix from its codes and scales, or None if no group size fits them."""
+    """Returns (rows, columns) of a packed matrix from its codes and scales, or None if they do not fit together."""
     codes = specs.get(f"{matrix.name}.codes")
     scales = specs.get(f"{matrix.name}.scales")
-    if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
+    if codes is None or scales is None or len(codes.shape) != 2:
+        return None
+    if isinstance(matrix.width, TrellisWidth):
+        columns = codes.shape[1] // tile_bytes(matrix.width) * TILE_SIDE
+        return codes.shape[0] * TILE_SIDE, columns
+    if len(scales.shape) != 2:
         return None
     rows, groups = scales.shape
     while group_size >= SMALLEST_GROUP:

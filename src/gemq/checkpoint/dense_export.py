@@ -17,7 +17,7 @@ from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.outputs import check_output, lock_output
 from gemq.checkpoint.reader import CheckpointReader
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_directory
-from gemq.quant.grid import dequantize
+from gemq.quant.stored_matrix import dequantize_matrix
 
 
 def write_dense_checkpoint(
@@ -60,7 +60,7 @@ def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict
         tensors: dict[str, Tensor] = {}
         for path in paths:
             if path in reader.format.linears:
-                tensors[f"{path}.weight"] = dequantize(reader.matrix(path).unpack(), dtype)
+                tensors[f"{path}.weight"] = dequantize_matrix(reader.matrix(path)).to(dtype)
             else:
                 tensors.update(_dense_experts(reader, path, dtype))
         yield hub_state(reader.skeleton, tensors)
@@ -75,7 +75,7 @@ def _dense_experts(reader: CheckpointReader, path: str, dtype: torch.dtype) -> d
     for projection, widths in reader.format.experts[path].items():
         matrices = []
         for expert in range(len(widths)):
-            matrices.append(dequantize(reader.matrix(f"{path}.{expert}.{projection}").unpack(), dtype))
+            matrices.append(dequantize_matrix(reader.matrix(f"{path}.{expert}.{projection}")).to(dtype))
         stacked = torch.stack(matrices)
         tensors[f"{path}.{projection}"] = stacked.transpose(-1, -2).contiguous() if is_transposed else stacked
     return tensors

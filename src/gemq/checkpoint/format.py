@@ -1,7 +1,7 @@
 """The packed format: ``quantization_config`` in config.json, and the tensors that follow from it.
 
-Implements version 2 of ``docs/checkpoint-format.md``. Must not import torch or Transformers, so that JSON and
-safetensors headers are enough to plan, inspect and verify a checkpoint.
+Implements versions 2 and 3 of ``docs/checkpoint-format.md``. In version 3 the experts have trellis codes. Must not
+import torch or Transformers, so that JSON and safetensors headers are enough to plan, inspect and verify a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemq.errors import UserError
-from gemq.quant.widths import SMALLEST_GROUP, Width, group_size_for
+from gemq.errors import UserError, short_repr
+from gemq.quant.widths import SMALLEST_GROUP, AnyWidth, TrellisWidth, Width, group_size_for
 from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
-FORMAT_VERSION = 2
+AFFINE, TRELLIS = "affine", "trellis"
+FORMAT_VERSIONS = {AFFINE: 2, TRELLIS: 3}
+"""Version of the format by the kind of the experts' codes."""
+
 CONFIG_KEY = "gemq_checksums"
 """Key of the checksums in config.json. It is not in ``quantization_config``, which Transformers copies to other
 checkpoints."""
@@ -27,14 +30,30 @@ checkpoints."""
 GEMQ_KEYS = {"format_version", "experts", "linears"}
 """Keys of ``quantization_config`` that, together, no other method has."""
 
+TRELLIS_KEYS = GEMQ_KEYS | {"quant_method", "codes", "state_bits", "group_size", "fingerprint"}
+"""All keys of ``quantization_config`` in version 3."""
+
 PACKED_FIELDS = ("codes", "scales", "offsets")
-"""Suffixes of the three tensors of a packed matrix."""
+"""Suffixes of the three tensors of a packed matrix with affine codes."""
+
+TRELLIS_FIELDS = ("codes", "scales")
+"""Suffixes of the two tensors of a matrix with trellis codes."""
+
+TILE_SIDE = 16
+"""Rows and columns of a tile of trellis codes."""
+
+WORD_BYTES = 4
+"""A tile of trellis codes has a word for each eighth of a bit of its width."""
+
+ROTATION_SIDE = 128
+"""Largest block of columns that are rotated together before trellis codes are made."""
+
+FEWEST_STATE_BITS, MOST_STATE_BITS = 8, 16
 
 PROJECTIONS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
 """Matrices of an experts module, for families with and without a gate."""
 
 LARGEST_GROUP = 1 << 16
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _LAYER_PATH = re.compile(r".*?\.\d+(?=\.)")
 
@@ -53,7 +72,16 @@ class PackedTensor(NamedTuple):
 
     name: str
     kind: str
-    width: Width
+    width: AnyWidth
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of its tensors, codes first."""
+        return tuple(f"{self.name}.{field}" for field in fields_of(self.width))
+
+
+ProjectionWidths = Mapping[str, tuple[AnyWidth, ...]]
+"""Width of every expert by projection."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +93,14 @@ class PackedFormat:
         linears: path of a dense linear -> width
         group_size: requested group size; that of a matrix is ``group_size_for(columns, group_size)``
         fingerprint: hash of everything that the checkpoint was made from (model, calibration, recipe)
+        state_bits: bits of a state of the experts' trellis codes; 0 if they have affine codes
     """
 
-    experts: Mapping[str, Mapping[str, tuple[Width, ...]]] = field(default_factory=dict)
+    experts: Mapping[str, ProjectionWidths] = field(default_factory=dict)
     linears: Mapping[str, Width] = field(default_factory=dict)
     group_size: int = 128
     fingerprint: str = ""
+    state_bits: int = 0
 
     def __post_init__(self) -> None:
         if self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1):
@@ -83,6 +113,9 @@ class PackedFormat:
             counts = {len(widths) for widths in projections.values()}
             if len(counts) != 1 or 0 in counts:
                 raise _damaged(f"the projections of {path} list {' and '.join(map(str, sorted(counts)))} experts")
+            width_class = TrellisWidth if self.state_bits else Width
+            if not all(isinstance(width, width_class) for widths in projections.values() for width in widths):
+                raise ValueError(f"{path} has a width that is not one of {self.codes} codes")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackedFormat:
@@ -98,21 +131,19 @@ class PackedFormat:
                 f"quant_method is {values.get('quant_method')!r}, not {QUANT_METHOD!r}: "
                 "choose a checkpoint that gemq wrote"
             )
-        if values.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"checkpoint format version {values.get('format_version')!r} is not {FORMAT_VERSION}, which "
-                "this gemq reads: upgrade gemq, or quantize the model again"
-            )
+        codes = _read_codes(values)
+        state_bits = _read_state_bits(values) if codes == TRELLIS else 0
         _check_types(values)
-        experts: dict[str, dict[str, tuple[Width, ...]]] = {}
+        expert_width: Callable[[object], AnyWidth] = TrellisWidth.read if codes == TRELLIS else Width.read
+        experts: dict[str, dict[str, Any]] = {}
         for path, projections in sorted(values["experts"].items(), key=_natural_order):
             experts[path] = {}
             for projection, widths in projections.items():
-                experts[path][projection] = tuple(_width(width, path) for width in widths)
+                experts[path][projection] = tuple(expert_width(_number(width, path)) for width in widths)
         linears: dict[str, Width] = {}
         for path, width in sorted(values["linears"].items(), key=_natural_order):
-            linears[path] = _width(width, path)
-        return cls(experts, linears, values["group_size"], values.get("fingerprint", ""))
+            linears[path] = Width(_number(width, path))
+        return cls(experts, linears, values["group_size"], values.get("fingerprint", ""), state_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the ``quantization_config`` for config.json."""
@@ -121,14 +152,27 @@ class PackedFormat:
             experts[path] = {
                 projection: [width.value for width in widths] for projection, widths in projections.items()
             }
-        return {
+        values = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[self.codes],
             "group_size": self.group_size,
             "fingerprint": self.fingerprint,
             "experts": experts,
             "linears": {path: width.value for path, width in self.linears.items()},
         }
+        if self.state_bits:
+            values |= {"codes": TRELLIS, "state_bits": self.state_bits}
+        return values
+
+    @property
+    def codes(self) -> str:
+        """The kind of the experts' codes: ``affine`` or ``trellis``."""
+        return TRELLIS if self.state_bits else AFFINE
+
+    @property
+    def expert_fields(self) -> tuple[str, ...]:
+        """Suffixes of the tensors of an expert's matrix."""
+        return TRELLIS_FIELDS if self.state_bits else PACKED_FIELDS
 
     def matrices(self) -> Iterator[PackedTensor]:
         """Yields all packed matrices in a fixed order."""
@@ -141,7 +185,7 @@ class PackedFormat:
 
     def tensor_names(self) -> Iterator[str]:
         """Yields the names of all packed tensors."""
-        return (f"{matrix.name}.{suffix}" for matrix in self.matrices() for suffix in PACKED_FIELDS)
+        return (name for matrix in self.matrices() for name in matrix.tensor_names)
 
     def replaced_names(self) -> set[str]:
         """Returns the names, in the model, of the full-precision parameters that the packed tensors replace."""
@@ -151,20 +195,99 @@ class PackedFormat:
         return names
 
     def expected(self, shapes: Shapes) -> dict[str, TensorSpec]:
-        """Returns dtype and shape of all packed tensors by name."""
+        """Returns dtype and shape of all packed tensors by name.
+
+        Raises:
+            UserError: a matrix has a shape that trellis codes cannot have.
+        """
         specs = {}
         for matrix in self.matrices():
             rows, columns = shapes[matrix.kind]
-            group_size = group_size_for(columns, self.group_size)
-            groups = columns // group_size
-            specs[f"{matrix.name}.codes"] = TensorSpec("U8", (rows, groups * matrix.width.group_bytes(group_size)))
-            specs[f"{matrix.name}.scales"] = TensorSpec("U8", (rows, groups))
-            specs[f"{matrix.name}.offsets"] = TensorSpec("U8", (rows, groups))
+            if isinstance(matrix.width, TrellisWidth):
+                matrix_shapes = _trellis_shapes(matrix.name, matrix.width, rows, columns)
+            else:
+                group_size = group_size_for(columns, self.group_size)
+                groups = columns // group_size
+                code_bytes = groups * matrix.width.group_bytes(group_size)
+                matrix_shapes = ((rows, code_bytes), (rows, groups), (rows, groups))
+            for name, shape in zip(matrix.tensor_names, matrix_shapes, strict=True):
+                specs[name] = TensorSpec("U8", shape)
         return specs
+
+    def block_side(self, kind: str, columns: int) -> int:
+        """Returns how many neighboring columns of a matrix cannot be divided: a group, or a block of the rotation.
+
+        Args:
+            kind: key of the matrix in ``Shapes``
+            columns: of the matrix
+        """
+        is_trellis = self.state_bits > 0 and kind not in self.linears
+        return group_size_for(columns, ROTATION_SIDE if is_trellis else self.group_size)
 
     def total_bytes(self, shapes: Shapes) -> int:
         """Returns the bytes of all packed tensors."""
         return sum(spec.bytes for spec in self.expected(shapes).values())
+
+
+def fields_of(width: AnyWidth) -> tuple[str, ...]:
+    """Returns the suffixes of the tensors of a matrix of this width."""
+    return TRELLIS_FIELDS if isinstance(width, TrellisWidth) else PACKED_FIELDS
+
+
+def tile_bytes(width: TrellisWidth) -> int:
+    """Returns the bytes of a tile of trellis codes."""
+    return WORD_BYTES * width.eighths
+
+
+def _trellis_shapes(name: str, width: TrellisWidth, rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of codes and scales of a matrix with trellis codes. Raises UserError if it cannot have any."""
+    if rows % TILE_SIDE or columns % TILE_SIDE:
+        raise UserError(
+            f"{name} is [{rows}, {columns}] and has trellis codes, which need multiples of {TILE_SIDE}: "
+            "quantize the model again with affine codes"
+        )
+    code_shape = (rows // TILE_SIDE, columns // TILE_SIDE * tile_bytes(width))
+    return code_shape, (rows,)
+
+
+def _read_codes(values: Mapping[str, Any]) -> str:
+    """Reads the kind of the experts' codes. Raises UserError for versions, kinds and keys that this gemq does not know.
+
+    An unknown key may change what codes mean, such as a codebook. Version 2 has been written with further keys.
+    """
+    version = values.get("format_version")
+    if version not in FORMAT_VERSIONS.values():
+        versions = " or ".join(map(str, FORMAT_VERSIONS.values()))
+        raise UserError(
+            f"checkpoint format version {short_repr(version)} is not {versions}, which "
+            "this gemq reads: upgrade gemq, or quantize the model again"
+        )
+    codes = values.get("codes", AFFINE)
+    if codes not in (AFFINE, TRELLIS):
+        raise UserError(
+            f"the experts' codes are of the kind {short_repr(codes)}, this gemq knows {AFFINE} and {TRELLIS}: "
+            "upgrade gemq"
+        )
+    if version != FORMAT_VERSIONS[codes]:
+        raise _damaged(f"format version {version} has no {codes} codes")
+    unknown = sorted(values.keys() - TRELLIS_KEYS) if codes == TRELLIS else []
+    if unknown:
+        raise UserError(
+            f"quantization_config has the key {short_repr(unknown[0])}, which this gemq does not know: upgrade gemq"
+        )
+    return codes
+
+
+def _read_state_bits(values: Mapping[str, Any]) -> int:
+    """Reads the bits of a state of trellis codes. Raises UserError for a number that this gemq does not know."""
+    state_bits = values.get("state_bits")
+    # type(), since a bool is an int as well
+    if type(state_bits) is not int or not FEWEST_STATE_BITS <= state_bits <= MOST_STATE_BITS:
+        raise UserError(
+            f"trellis codes have state_bits {short_repr(state_bits)}, this gemq knows {FEWEST_STATE_BITS} to "
+            f"{MOST_STATE_BITS}: upgrade gemq, or copy the checkpoint again"
+        )
+    return state_bits
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
@@ -235,75 +358,10 @@ def _has_gemq_keys(config: Any) -> bool:
     return CONFIG_KEY in config or (isinstance(values, dict) and values.keys() >= GEMQ_KEYS)
 
 
-def verify_packed(expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]) -> None:
-    """Compares the tensors that config.json implies with those in the files.
-
-    Raises:
-        UserError: a tensor differs. The message names the first one.
-    """
-    errors = []
-    for name, spec in expected.items():
-        if name not in stored:
-            errors.append(f"{name} is missing")
-        elif stored[name] != spec:
-            errors.append(f"{name} is {_describe(stored[name])} instead of {_describe(spec)}")
-    for name in stored:
-        if name.endswith(".codes") and name not in expected:
-            errors.append(f"{name} is not listed in config.json")
-    if errors:
-        raise UserError(
-            f"{len(errors)} packed tensors do not match config.json, first: {errors[0]}: "
-            "copy the checkpoint again, or undo the edit of config.json"
-        )
-
-
-class UnpackedTensor(NamedTuple):
-    """What the model expects of a tensor that is not packed. Tied weights are not required."""
-
-    shape: tuple[int, ...]
-    is_floating_point: bool
-    is_required: bool = True
-
-
-def verify_unpacked(
-    expected: Mapping[str, UnpackedTensor], packed: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
-) -> None:
-    """Compares the tensors that are not packed with what the model expects.
-
-    Args:
-        expected: by name in the files
-        packed: the packed tensors, which are ignored
-        stored: all tensors in the files
-
-    Raises:
-        UserError: a tensor is missing, has the wrong shape or dtype, or does not belong to the model.
-    """
-    errors = []
-    for name, tensor in expected.items():
-        if name not in stored:
-            if tensor.is_required:
-                errors.append(f"{name} is missing")
-        elif stored[name].shape != tensor.shape:
-            errors.append(f"{name} is {list(stored[name].shape)} instead of {list(tensor.shape)}")
-        elif tensor.is_floating_point and stored[name].dtype not in FLOAT_DTYPES:
-            errors.append(f"{name} is of type {stored[name].dtype}")
-    for name in sorted(stored.keys() - packed.keys() - expected.keys()):
-        errors.append(f"the model has no place for {name}")
-    if errors:
-        raise UserError(
-            f"{len(errors)} unpacked tensors do not fit the model, first: {errors[0]}: copy the checkpoint again"
-        )
-
-
 def layer_path(name: str) -> str | None:
     """Returns the path of the layer that a tensor or module belongs to: its name up to the first number."""
     layer = _LAYER_PATH.match(name)
     return layer.group() if layer else None
-
-
-def _describe(spec: TensorSpec) -> str:
-    """Returns dtype and shape as text."""
-    return f"{spec.dtype} {list(spec.shape)}"
 
 
 def _natural_order(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
@@ -312,11 +370,11 @@ def _natural_order(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
     return [(name.isdigit(), int(name) if name.isdigit() else 0, name) for name in path.split(".")]
 
 
-def _width(value: object, path: str) -> Width:
-    """Parses a width in config.json. Raises UserError for anything but a known number."""
+def _number(value: object, path: str) -> int | float:
+    """Checks a width in config.json. Raises UserError for anything but a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _damaged(f"{path} has the width {reprlib.repr(value)}, which is not a number")
-    return Width(value)
+    return value
 
 
 def _damaged(reason: str) -> UserError:

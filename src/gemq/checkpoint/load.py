@@ -20,18 +20,20 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint.format import PACKED_FIELDS, QUANT_METHOD, PackedFormat, verify_packed, verify_unpacked
+from gemq.checkpoint.format import QUANT_METHOD, PackedFormat, ProjectionWidths, fields_of
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
 from gemq.checkpoint.stored import BackgroundDataCheck, StoredCheckpoint, check_no_adapter
+from gemq.checkpoint.verification import verify_packed, verify_unpacked
 from gemq.errors import UserError, short_repr
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.models.auto_class import auto_class
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.size_limits import bounded_construction
-from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, group_size_for
+from gemq.quant.stored_matrix import StoredMatrix, stored_matrix
+from gemq.quant.widths import AnyWidth, group_size_for
 from gemq.runtime.compat import transformers_private
 from gemq.runtime.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
 
@@ -207,13 +209,15 @@ class GemqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Packs experts contiguously, corrects dtypes, and waits for the checksums."""
+        state_bits = self._format.state_bits
+        make_matrices: Any = TrellisMatrices if state_bits else PackedMatrices
         for path, projections in self._format.experts.items():
             experts = model.get_submodule(path)
             for projection, widths in projections.items():
                 matrices = []
                 for expert, width in enumerate(widths):
-                    matrices.append(_pop_placeholder(experts, expert, projection, width))
-                setattr(experts, projection, PackedMatrices(matrices))
+                    matrices.append(_pop_placeholder(experts, expert, projection, width, state_bits))
+                setattr(experts, projection, make_matrices(matrices))
         self._correct_dtypes(model)
         if self._data_check is not None:
             self._data_check.result()
@@ -245,7 +249,7 @@ class _Placeholder(nn.Module):
 def _add_placeholders(
     experts: nn.Module,
     path: str,
-    projections: Mapping[str, tuple[Width, ...]],
+    projections: ProjectionWidths,
     expected: Mapping[str, TensorSpec],
 ) -> None:
     """Replaces the parameters of an experts module by placeholders for each expert's packed matrices.
@@ -266,22 +270,25 @@ def _add_placeholders(
     for expert in range(len(projections["down_proj"])):
         module = nn.Module()
         for projection in projections:
-            specs = {suffix: expected[f"{path}.{expert}.{projection}.{suffix}"] for suffix in PACKED_FIELDS}
+            name = f"{path}.{expert}.{projection}"
+            specs = {field: expected[f"{name}.{field}"] for field in fields_of(projections[projection][expert])}
             module.add_module(projection, _Placeholder(specs))
         experts.add_module(str(expert), module)
 
 
-def _pop_placeholder(experts: nn.Module, expert: int, projection: str, width: Width) -> PackedMatrix:
+def _pop_placeholder(
+    experts: nn.Module, expert: int, projection: str, width: AnyWidth, state_bits: int
+) -> StoredMatrix:
     """Removes the placeholder of one expert's matrix. Returns the loaded matrix."""
     module = experts.get_submodule(str(expert))
     placeholder = module.get_submodule(projection)
     delattr(module, projection)
     if next(module.children(), None) is None:
         delattr(experts, str(expert))
-    codes, scales, offsets = (placeholder.get_buffer(suffix) for suffix in PACKED_FIELDS)
-    if codes.is_meta:
+    tensors = {f"{projection}.{field}": tensor for field, tensor in placeholder.named_buffers()}
+    if any(tensor.is_meta for tensor in tensors.values()):
         raise UserError("packed experts cannot be offloaded: load without offload_buffers, or on device='cpu'")
-    return PackedMatrix(codes, scales, offsets, width)
+    return stored_matrix(tensors, projection, width, state_bits)
 
 
 def _stored_checkpoint(files: Sequence[str] | None, packed_format: PackedFormat) -> StoredCheckpoint:

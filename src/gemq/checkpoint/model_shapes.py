@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from gemq.checkpoint.format import PackedFormat, UnpackedTensor
+from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.save import dense_state
+from gemq.checkpoint.verification import UnpackedTensor
 from gemq.errors import UserError
 from gemq.runtime.compat import transformers_private
 

@@ -12,12 +12,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from gemq.checkpoint.format import PACKED_FIELDS, verify_packed, verify_unpacked
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import build_skeleton, read_config
 from gemq.checkpoint.stored import StoredCheckpoint
-from gemq.quant.packing import PackedMatrix
+from gemq.checkpoint.verification import verify_packed, verify_unpacked
+from gemq.quant.stored_matrix import StoredMatrix, stored_matrix
 
 
 class CheckpointReader:
@@ -49,7 +49,7 @@ class CheckpointReader:
         self.expected = self.format.expected(self.shapes)
         self._stored_names = stored_names(self.skeleton, self.expected, self.stored.tensors)
         self.specs = {name: self.stored.tensors[stored].spec for name, stored in self._stored_names.items()}
-        self._widths = {matrix.name: matrix.width for matrix in self.format.matrices()}
+        self._matrices = {matrix.name: matrix for matrix in self.format.matrices()}
         self._files: dict[Path, Any] = {}
         verify_packed(self.expected, self.specs)
         self.stored.check_config()
@@ -72,28 +72,36 @@ class CheckpointReader:
         file, stored_name = self._locate(name)
         return file.get_tensor(stored_name)
 
-    def matrix(self, name: str) -> PackedMatrix:
+    def matrix(self, name: str) -> StoredMatrix:
         """Reads a packed matrix. ``name`` is that of its tensors without the suffix."""
-        codes, scales, offsets = (self.tensor(f"{name}.{suffix}") for suffix in PACKED_FIELDS)
-        return PackedMatrix(codes, scales, offsets, self._widths[name])
+        matrix = self._matrices[name]
+        tensors = {tensor_name: self.tensor(tensor_name) for tensor_name in matrix.tensor_names}
+        return stored_matrix(tensors, name, matrix.width, self.format.state_bits)
 
-    def matrix_slice(self, name: str, rows: slice, groups: slice) -> PackedMatrix:
-        """Reads some rows and groups of columns of a packed matrix, and nothing else.
+    def matrix_slice(self, name: str, rows: slice, blocks: slice) -> StoredMatrix:
+        """Reads some rows and blocks of columns of a packed matrix, and nothing else.
 
         Args:
             name: of its tensors without the suffix
-            rows: with a start and a stop
-            groups: with a start and a stop
+            rows: bounds are multiples of 16 if the matrix has trellis codes
+            blocks: in blocks of ``PackedFormat.block_side`` columns
         """
-        tensors = []
-        num_groups = self.specs[f"{name}.scales"].shape[1]
-        for suffix in PACKED_FIELDS:
-            file, stored_name = self._locate(f"{name}.{suffix}")
-            columns_per_group = self.specs[f"{name}.{suffix}"].shape[1] // num_groups
-            columns = slice(columns_per_group * groups.start, columns_per_group * groups.stop)
-            tensors.append(file.get_slice(stored_name)[rows, columns])
-        codes, scales, offsets = tensors
-        return PackedMatrix(codes, scales, offsets, self._widths[name])
+        matrix = self._matrices[name]
+        num_rows, num_columns = self.shapes[matrix.kind]
+        num_blocks = num_columns // self.format.block_side(matrix.kind, num_columns)
+        first_row, last_row, _ = rows.indices(num_rows)
+        first_block, last_block, _ = blocks.indices(num_blocks)
+        tensors = {}
+        for tensor_name in matrix.tensor_names:
+            file, stored_name = self._locate(tensor_name)
+            shape = self.specs[tensor_name].shape
+            rows_per_entry = num_rows // shape[0]  # codes of a trellis have one for each row of tiles
+            index: tuple[slice, ...] = (slice(first_row // rows_per_entry, last_row // rows_per_entry),)
+            if len(shape) > 1:
+                entries_per_block = shape[1] // num_blocks
+                index += (slice(entries_per_block * first_block, entries_per_block * last_block),)
+            tensors[tensor_name] = file.get_slice(stored_name)[index]
+        return stored_matrix(tensors, name, matrix.width, self.format.state_bits)
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Returns the open file that holds a tensor, and the tensor's name in it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from gemq.pipeline.size_curve import Curve
 
 MAX_LINEARS_SHOWN = 4
+MAX_WIDTH_COLUMNS = 8
+"""More widths would not fit in the width of a terminal."""
 
 
 def print_result(console: Console, result: Result) -> None:
@@ -134,22 +136,37 @@ def print_widths(console: Console, layers: Sequence[tuple[str, list[ExpertWidths
         title += f" ({pattern})"
     table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right", overflow="fold")
-    for width in widths:
-        table.add_column(f"{width} bit", justify="right", overflow="fold")
+    columns = _width_columns(widths)
+    for label in columns:
+        table.add_column(f"{label} bit", justify="right", overflow="fold")
     table.add_column("mean bits", justify="right", overflow="fold")
     for name, (_, layer_widths, bits) in zip(names, layers, strict=True):
-        table.add_row(name, *_width_counts(layer_widths, widths, by_matrix), f"{bits:.2f}")
+        table.add_row(name, *_width_counts(layer_widths, columns.values(), by_matrix), f"{bits:.2f}")
     table.add_section()
-    table.add_row("all", *_width_counts(all_experts, widths, by_matrix), f"{mean:.2f}", style="bold")
+    table.add_row("all", *_width_counts(all_experts, columns.values(), by_matrix), f"{mean:.2f}", style="bold")
     console.print(table)
 
 
-def _width_counts(experts: Sequence[ExpertWidths], widths: Sequence[AnyWidth], by_matrix: bool) -> list[str]:
-    """Return for each width how many experts have it, as ``3``, or as ``3 / 2`` for the two matrices."""
+def _width_columns(widths: Sequence[AnyWidth]) -> dict[str, list[AnyWidth]]:
+    """Return the widths of each column of a table by the column's label. Many widths share columns of half a bit."""
+    if len(widths) <= MAX_WIDTH_COLUMNS:
+        return {str(width): [width] for width in widths}
+    halves: dict[int, list[AnyWidth]] = {}
+    for width in widths:
+        halves.setdefault(int(2 * width.bits), []).append(width)
+    return {str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}": group for group in halves.values()}
+
+
+def _width_counts(experts: Sequence[ExpertWidths], columns: Iterable[Sequence[AnyWidth]], by_matrix: bool) -> list[str]:
+    """Return for each column how many experts have its widths, as ``3``, or as ``3 / 2`` for the two matrices."""
     counts = [Counter(matrix_widths) for matrix_widths in zip(*experts, strict=True)]
     if not by_matrix:
         counts = counts[:1]
-    return [" / ".join(str(count[width] or "·") for count in counts) for width in widths]
+    cells = []
+    for widths in columns:
+        totals = [sum(count[width] for width in widths) for count in counts]
+        cells.append(" / ".join(str(total or "·") for total in totals))
+    return cells
 
 
 def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
@@ -283,7 +300,9 @@ def print_contents(console: Console, contents: Contents) -> None:
     """Print the summary of ``inspect``."""
     print_widths(console, list(contents.layers), contents.expert_bits_nominal)
     linears = ", ".join(f"{count} at {bits} bits" for bits, count in contents.linears.items())
-    console.print(f"{contents.path} ({contents.model_type}, groups of {contents.group_size})", soft_wrap=True)
+    trellis = f"trellis codes with states of {contents.state_bits} bits, " if contents.state_bits else ""
+    groups = f"groups of {contents.group_size}"
+    console.print(f"{contents.path} ({contents.model_type}, {trellis}{groups})", soft_wrap=True)
     console.print(
         f"{_size(contents.stored_bytes)} = experts {_size(contents.expert_bytes)} + "
         f"linears {_size(contents.linear_bytes)} + other {_size(contents.other_bytes)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemq.allocation.problem import Allocation
 from gemq.calibration.windows import Windows
-from gemq.checkpoint.format import PackedFormat, read_quantization_config
+from gemq.checkpoint.format import TRELLIS, PackedFormat, read_quantization_config
 from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
 from gemq.errors import UserError
 from gemq.layers.reconstruction import QuantizedLayer
@@ -21,6 +21,7 @@ from gemq.models.structure import Structure
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
 from gemq.pipeline.stage_settings import candidate_inputs, distillation_inputs
+from gemq.quant.trellis import STATE_BITS
 from gemq.quant.widths import Width
 from gemq.recipe import Recipe
 from gemq.runtime.progress import Tick
@@ -41,7 +42,8 @@ def make_packed_format(
         linears = {linear.path: dense_width for layer in structure.layers for linear in layer.linears}
     inputs = distillation_inputs(job, windows) if reconstructed else candidate_inputs(job, windows)
     fingerprint = digest({**inputs, "allocation": allocation.by_layer, "reconstructed": reconstructed})
-    return PackedFormat(experts, linears, job.recipe.group_size, fingerprint)
+    state_bits = STATE_BITS if job.recipe.codes == TRELLIS else 0
+    return PackedFormat(experts, linears, job.recipe.group_size, fingerprint, state_bits)
 
 
 def is_complete(out: Path, packed_format: PackedFormat) -> bool:

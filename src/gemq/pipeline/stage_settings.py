@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemq.calibration.windows import Windows
-from gemq.checkpoint.format import FORMAT_VERSION
+from gemq.checkpoint.format import FORMAT_VERSIONS
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training
@@ -144,7 +144,7 @@ def distillation_inputs(job: Job, windows: Windows) -> dict[str, Any]:
 def _quantizer_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What codes depend on, apart from widths and training."""
     return {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSIONS[job.recipe.codes],
         "model": job.fingerprint,
         "calibration": _short_digest(windows),
         "dtype": str(pick_dtype(job.recipe.dtype, job.device)),

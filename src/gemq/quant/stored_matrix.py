@@ -12,16 +12,26 @@ from torch import Tensor
 
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
+from gemq.quant.trellis import STATE_BITS
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import AnyWidth, TrellisWidth
 
 StoredMatrix = PackedMatrix | TrellisMatrix
 
 
-def stored_matrix(tensors: Mapping[str, Tensor], prefix: str, width: AnyWidth) -> StoredMatrix:
-    """Look matrices of one width up by the names of their tensors in a checkpoint."""
+def stored_matrix(
+    tensors: Mapping[str, Tensor], prefix: str, width: AnyWidth, state_bits: int = STATE_BITS
+) -> StoredMatrix:
+    """Look matrices of one width up by the names of their tensors in a checkpoint.
+
+    Args:
+        tensors: By name.
+        prefix: Name of the matrices.
+        width: Of the codes.
+        state_bits: Bits of a state of trellis codes.
+    """
     if isinstance(width, TrellisWidth):
-        return TrellisMatrix.from_tensors(tensors, prefix, width)
+        return TrellisMatrix.from_tensors(tensors, prefix, width, state_bits)
     return PackedMatrix.from_tensors(tensors, prefix, width)
 
 

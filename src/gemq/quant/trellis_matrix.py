@@ -84,6 +84,10 @@ class TrellisMatrix:
         """Columns of a matrix."""
         return self.codes.shape[-1] // (4 * self.width.eighths) * trellis.TILE_SIDE
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return codes and scales."""
+        return self.codes, self.scales
+
     def words(self) -> Tensor:
         """Return the rings: [..., R / 16, C / 16, eighths] int32."""
         tiles = self.columns // trellis.TILE_SIDE

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from gemq.checkpoint.format import PACKED_FIELDS, PackedFormat
+from gemq.checkpoint.format import PackedFormat
 from gemq.errors import UserError
 from gemq.integrations.vllm import ops
 from gemq.integrations.vllm.served_experts import (
+    ExpertMatrices,
     ExpertsShare,
     ServedExperts,
     empty_matrices,
@@ -29,9 +30,7 @@ from gemq.integrations.vllm.served_experts import (
 )
 from gemq.integrations.vllm.split import divided_groups, groups_of_rank
 from gemq.kernels.activation import activation_of
-from gemq.kernels.modules import PackedMatrices
-from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import group_size_for
+from gemq.quant.stored_matrix import StoredMatrix, concatenate
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -45,7 +44,8 @@ _PARAMETER_PREFIXES = {"gate_up_proj": "w13", "up_proj": "w13", "down_proj": "w2
 class PackedExpertsMethod(FusedMoEMethodBase):
     """Experts that read their packed weights from the files of the checkpoint.
 
-    The parameters ``w13_*`` and ``w2_*`` of vLLM's layer are the flat buffers of ``PackedMatrices``, and biases.
+    The parameters ``w13_*`` and ``w2_*`` of vLLM's layer are the flat buffers of ``PackedMatrices`` or
+    ``TrellisMatrices``, and biases.
     """
 
     def __init__(self, moe: Any, packed_format: PackedFormat, path: str, checkpoint: Checkpoint) -> None:
@@ -102,14 +102,13 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             module_path, _, attribute = name.rpartition(".")
             experts.get_submodule(module_path).register_parameter(attribute, parameter)
         for projection, prefix in self._projections.items():
-            matrices: PackedMatrices = getattr(experts, projection)
-            for buffer in PACKED_FIELDS:  # vLLM may have moved its parameters
+            matrices: Any = getattr(experts, projection)
+            for buffer in self._format.expert_fields:  # vLLM may have moved its parameters
                 setattr(matrices, buffer, getattr(layer, f"{prefix}_{buffer}").data)
             for local_index, expert in enumerate(self._share.experts):
                 path = f"{self._path}.{expert}.{projection}"
                 is_down = projection == "down_proj"
-                matrix = self._read_down(path) if is_down else self._read_first(path, matrices.groups)
-                matrices.set_matrix(local_index, matrix)
+                matrices.set_matrix(local_index, self._read_down(path) if is_down else self._read_first(path))
         activation_of(experts)  # recognized now, since it waits for the device
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
@@ -136,28 +135,29 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     def _rank_groups(self, intermediate_size: int, rank: int, size: int) -> slice:
         """Return the groups of the down projection's columns that a rank holds."""
         reader = self._checkpoint.reader
-        group_size = group_size_for(intermediate_size, self._format.group_size)
+        name = f"{self._path}.down_proj"
+        group_size = self._format.block_side(name, intermediate_size)
         group_counts = divided_groups(reader.format, reader.shapes) if size > 1 else ()
-        return groups_of_rank(f"{self._path}.down_proj", intermediate_size, group_size, rank, size, group_counts)
+        return groups_of_rank(name, intermediate_size, group_size, rank, size, group_counts)
 
-    def _empty_matrices(self, hidden_size: int, intermediate_size: int) -> dict[str, PackedMatrices]:
+    def _empty_matrices(self, hidden_size: int, intermediate_size: int) -> dict[str, ExpertMatrices]:
         """Return empty packed matrices of the rank's experts by projection."""
-        matrices = {}
+        matrices: dict[str, ExpertMatrices] = {}
         for projection, widths in self._format.experts[self._path].items():
             columns = intermediate_size if projection == "down_proj" else hidden_size
-            group_size = group_size_for(columns, self._format.group_size)
+            group_size = self._format.block_side(f"{self._path}.{projection}", columns)
             rows, groups = self._share.num_rows, columns // group_size
             if projection == "down_proj":
                 rows, groups = hidden_size, self._share.groups.stop - self._share.groups.start
             rank_widths = [widths[expert] for expert in self._share.experts]
-            matrices[projection] = empty_matrices(rank_widths, rows, groups, group_size)
+            matrices[projection] = empty_matrices(rank_widths, rows, groups, group_size, self._format.state_bits)
         return matrices
 
     def _register_parameters(self, layer: RoutedExperts, dtype: torch.dtype) -> None:
         """Register the packed buffers and the rank's part of all other parameters with vLLM's layer."""
         experts = self._served.experts
         for projection, prefix in self._projections.items():
-            for buffer in PACKED_FIELDS:
+            for buffer in self._format.expert_fields:
                 parameter = nn.Parameter(getattr(getattr(experts, projection), buffer), requires_grad=False)
                 layer.register_parameter(f"{prefix}_{buffer}", parameter)
         self._unpacked: dict[str, str] = {}  # names in the module -> in vLLM's layer
@@ -168,14 +168,14 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             parameter = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
             layer.register_parameter(self._unpacked[name], parameter)
 
-    def _read_down(self, path: str) -> PackedMatrix:
+    def _read_down(self, path: str) -> StoredMatrix:
         """Read this rank's columns of a down matrix: [H, i]."""
         return self._checkpoint.reader.matrix_slice(path, slice(None), self._share.groups)
 
-    def _read_first(self, path: str, groups: int) -> PackedMatrix:
-        """Read this rank's rows of a first matrix. ``groups``: of a row."""
-        reader, columns = self._checkpoint.reader, slice(0, groups)
-        return PackedMatrix.cat([reader.matrix_slice(path, rows, columns) for rows in self._share.rows])
+    def _read_first(self, path: str) -> StoredMatrix:
+        """Read this rank's rows of a first matrix."""
+        reader = self._checkpoint.reader
+        return concatenate([reader.matrix_slice(path, rows, slice(None)) for rows in self._share.rows])
 
     def _check_widths_and_shapes(self, skeleton: Any, hidden_size: int, intermediate_size: int) -> None:
         """Raise UserError if the checkpoint has other experts than vLLM's model."""

@@ -12,10 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gemq.checkpoint.format import TILE_SIDE, tile_bytes
 from gemq.kernels import dispatch
 from gemq.kernels.modules import PackedExperts, PackedMatrices, make_packed
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import AnyWidth, affine_widths, trellis_widths
+
+ExpertMatrices = PackedMatrices | TrellisMatrices
+"""The same projection of all experts of a rank."""
 
 
 class ExpertsShare(NamedTuple):
@@ -24,7 +30,7 @@ class ExpertsShare(NamedTuple):
     Attributes:
         experts: indices of the rank's experts in the checkpoint, in the rank's order
         rows: rows of the first projection, in order; ranges are concatenated
-        groups: groups of columns of the down projection
+        groups: groups of columns of the down projection, or blocks of the rotation of trellis codes
         adds_down_bias: whether the rank adds the bias of the down projection. One rank of those that divide an expert
             does, since their outputs are summed.
     """
@@ -100,7 +106,7 @@ def rank_rows(has_gate: bool, is_concatenated: bool, intermediate_size: int, sta
     return [slice(2 * start, 2 * stop)]
 
 
-def packed_family_experts(skeleton: nn.Module, matrices: Mapping[str, PackedMatrices]) -> PackedExperts:
+def packed_family_experts(skeleton: nn.Module, matrices: Mapping[str, ExpertMatrices]) -> PackedExperts:
     """Return packed experts with the arithmetic of the family: activation, clamps, biases, norms.
 
     Args:
@@ -118,16 +124,33 @@ def packed_family_experts(skeleton: nn.Module, matrices: Mapping[str, PackedMatr
     return experts
 
 
-def empty_matrices(widths: Sequence[Width], rows: int, groups: int, group_size: int) -> PackedMatrices:
-    """Return packed matrices of zeros, [rows, groups * group_size] each, on the default device."""
+def empty_matrices(
+    widths: Sequence[AnyWidth], rows: int, groups: int, group_size: int, state_bits: int
+) -> ExpertMatrices:
+    """Return packed matrices of zeros, [rows, groups * group_size] each, on the default device.
 
-    def zeros(columns: int) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns)  # takes no memory
+    Args:
+        widths: of the experts
+        rows: of each matrix
+        groups: groups of columns, or blocks of the rotation of trellis codes
+        group_size: columns of a group or block
+        state_bits: bits of a state of trellis codes, 0 for affine codes
+    """
 
-    grid = zeros(groups)
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(1, dtype=torch.uint8).expand(shape)  # takes no memory
+
+    if state_bits:
+        tiles = groups * group_size // TILE_SIDE
+        trellis = []
+        for trellis_width in trellis_widths(widths):
+            codes = zeros(rows // TILE_SIDE, tiles * tile_bytes(trellis_width))
+            trellis.append(TrellisMatrix(codes, zeros(rows), trellis_width, state_bits))
+        return TrellisMatrices(trellis)
+    grid = zeros(rows, groups)
     matrices = []
-    for width in widths:
-        codes = zeros(groups * width.group_bytes(group_size))
+    for width in affine_widths(widths):
+        codes = zeros(rows, groups * width.group_bytes(group_size))
         matrices.append(PackedMatrix(codes, grid, grid, width))
     return PackedMatrices(matrices)
 

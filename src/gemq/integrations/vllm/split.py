@@ -1,7 +1,8 @@
 """The share of a packed matrix that a tensor-parallel rank holds. Must not import torch or vLLM.
 
 Rows may be divided anywhere. Columns may only be divided between groups, since a group shares one scale and one offset,
-and its codes are interleaved in its bytes.
+and its codes are interleaved in its bytes. With trellis codes a group is a block of columns that are rotated together.
+Such a block is a multiple of the side of a tile, so that divided neurons cut no tile of the other matrix either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import NamedTuple
 
 from gemq.checkpoint.format import PackedFormat, Shapes
 from gemq.errors import UserError
-from gemq.quant.widths import group_size_for
 
 _ROW_PARALLEL_SUFFIXES = (".o_proj", ".down_proj", ".out_proj", ".dense")
 """Linears whose input columns vLLM divides among ranks, by the names that families give them."""
@@ -62,12 +62,12 @@ def groups_of_rank(
 
 def divided_groups(packed_format: PackedFormat, shapes: Shapes) -> set[int]:
     """Return the groups per row of every matrix whose columns vLLM divides among ranks."""
-    paths = [f"{path}.down_proj" for path in packed_format.experts]
-    paths += [path for path in packed_format.linears if path.endswith(_ROW_PARALLEL_SUFFIXES)]
+    kinds = [f"{path}.down_proj" for path in packed_format.experts]
+    kinds += [path for path in packed_format.linears if path.endswith(_ROW_PARALLEL_SUFFIXES)]
     counts = set()
-    for path in paths:
-        _, columns = shapes[path]
-        counts.add(columns // group_size_for(columns, packed_format.group_size))
+    for kind in kinds:
+        _, columns = shapes[kind]
+        counts.add(columns // packed_format.block_side(kind, columns))
     return counts
 
 
