@@ -53,7 +53,7 @@ def sign_block(output: Tile, column: Tile, SIDE: tl.constexpr):
     return tl.where(output // SIDE == column // SIDE, 1.0 - 2.0 * negative.to(tl.float32), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotate_kernel(
     x: Pointer,
     out: Pointer,
