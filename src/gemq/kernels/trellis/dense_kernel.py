@@ -1,0 +1,200 @@
+"""Dense matrices from trellis codes in one launch, and gradients of their row scales.
+
+Values in units of VALUE_UNIT are integers that float16 holds exactly, and so are their sums with signs in float32.
+Tensor cores therefore rotate without rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemq.kernels.trellis.operands import PORTABLE, decode_block
+from gemq.kernels.trellis.rotation import sign_block
+from gemq.kernels.trellis.values import VALUE_UNIT
+from gemq.kernels.triton_types import Pointer, Scalar, Tile
+from gemq.quant.rotation import MAX_BLOCK, block_side
+
+BLOCK_ROWS = 64
+"""Rows of one program."""
+
+
+@triton.jit
+def _unscaled(
+    words: Pointer,
+    row: Tile,
+    first_column: Scalar,
+    columns: Scalar,
+    eighths: Scalar,
+    block: Tile,
+    STATE_BITS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Return a block of Q B / factor, or of Q / factor: [R, COLUMNS] float32."""
+    values = decode_block(words, row, first_column, columns, eighths, STATE_BITS, COLUMNS)
+    if ROTATE:
+        values = tl.dot(values.to(block.dtype), block, input_precision="ieee")
+    return values
+
+
+@triton.jit
+def _rotation_block(ROTATE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the signs of a block of the rotation, if it is needed."""
+    if ROTATE:
+        number = tl.arange(0, COLUMNS)
+        block = sign_block(number[:, None], number[None, :], COLUMNS).to(tl.float32 if PORTABLE else tl.float16)
+    else:
+        block = 0
+    return block
+
+
+@triton.jit
+def _dense_kernel(
+    codes: Pointer,
+    scales: Pointer,
+    table: Pointer,
+    out: Pointer,
+    num_rows: Scalar,
+    columns: Scalar,
+    factor: Scalar,
+    STATE_BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program (i, e) writes rows i * ROWS ... of expert e."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    row = tl.where(inside, row, 0)
+    eighths = tl.load(table + 2 * expert).to(tl.int32)
+    words = codes.to(tl.pointer_type(tl.uint32)) + tl.load(table + 2 * expert + 1).to(tl.int64) * 4
+    out_row = expert * num_rows + row
+    scale = tl.full([ROWS], factor, tl.float32)
+    if SCALED:
+        scale *= tl.load(scales + out_row).to(tl.float32)
+    block = _rotation_block(ROTATE, COLUMNS)
+    for first_column in range(0, columns, COLUMNS):
+        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, ROTATE, COLUMNS)
+        column = first_column + tl.arange(0, COLUMNS)
+        weights = (values * scale[:, None]).to(out.dtype.element_ty)
+        target = out + out_row[:, None] * columns + column[None, :]
+        tl.store(target, weights, mask=inside[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def _scale_gradients_kernel(
+    gradient: Pointer,
+    codes: Pointer,
+    table: Pointer,
+    grad_scales: Pointer,
+    num_rows: Scalar,
+    columns: Scalar,
+    factor: Scalar,
+    STATE_BITS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program (i, e) computes rows i * ROWS ... of expert e."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    row = tl.where(inside, row, 0)
+    eighths = tl.load(table + 2 * expert).to(tl.int32)
+    words = codes.to(tl.pointer_type(tl.uint32)) + tl.load(table + 2 * expert + 1).to(tl.int64) * 4
+    scale_index = expert * num_rows + row
+    block = _rotation_block(ROTATE, COLUMNS)
+    total = tl.zeros([ROWS], tl.float32)
+    for first_column in range(0, columns, COLUMNS):
+        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, ROTATE, COLUMNS)
+        column = first_column + tl.arange(0, COLUMNS)
+        source = gradient + scale_index[:, None] * columns + column[None, :]
+        grad = tl.load(source, mask=inside[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(grad * values, 1)
+    tl.store(grad_scales + scale_index, total * factor, mask=inside)
+
+
+def _block_columns(columns: int, rotated: bool) -> tuple[int, float]:
+    """Return the columns of a block, and the factor of its integers."""
+    side = block_side(columns)
+    return (side, VALUE_UNIT.value * side**-0.5) if rotated else (MAX_BLOCK, VALUE_UNIT.value)
+
+
+def dense(
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    rows: int,
+    columns: int,
+    state_bits: int,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return dense matrices, [E, rows, columns] in ``dtype``, rounded once.
+
+    Args:
+        codes: uint8, as in ``matmul.TrellisWeights``
+        table: [E, 2]
+        scales: [E, rows] of any float type, contiguous, or None for ones
+        rows: rows of a matrix
+        columns: columns of a matrix
+        state_bits: bits of a state
+        rotated: whether to return Q B instead of Q, times scales
+        dtype: dtype of the result
+    """
+    experts = len(table)
+    out = torch.empty(experts, rows, columns, dtype=dtype, device=codes.device)
+    block_columns, factor = _block_columns(columns, rotated)
+    if experts:
+        _dense_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
+            codes,
+            codes if scales is None else scales,
+            table,
+            out,
+            rows,
+            columns,
+            factor,
+            STATE_BITS=state_bits,
+            SCALED=scales is not None,
+            ROTATE=rotated,
+            COLUMNS=block_columns,
+            ROWS=BLOCK_ROWS,
+            num_warps=4,
+        )
+    return out
+
+
+def scale_gradients(gradient: Tensor, codes: Tensor, table: Tensor, state_bits: int, rotated: bool) -> Tensor:
+    """Return the gradients of the scales, [E, rows] float32, from those of the matrices ``dense`` returns.
+
+    Args:
+        gradient: [E, rows, columns] of any float type
+        codes: uint8, as for ``dense``
+        table: [E, 2]
+        state_bits: bits of a state
+        rotated: as for ``dense``
+    """
+    experts, rows, columns = gradient.shape
+    grad_scales = torch.empty(experts, rows, dtype=torch.float32, device=gradient.device)
+    block_columns, factor = _block_columns(columns, rotated)
+    if experts:
+        _scale_gradients_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
+            gradient.contiguous(),
+            codes,
+            table,
+            grad_scales,
+            rows,
+            columns,
+            factor,
+            STATE_BITS=state_bits,
+            ROTATE=rotated,
+            COLUMNS=block_columns,
+            ROWS=BLOCK_ROWS,
+            num_warps=4,
+        )
+    return grad_scales
