@@ -27,6 +27,9 @@ checkpoints."""
 GEMQ_KEYS = {"format_version", "experts", "linears"}
 """Keys of ``quantization_config`` that, together, no other method has."""
 
+ABOUT_KEYS = ("bits", "producer", "modules_to_not_convert")
+"""Keys of ``quantization_config`` that only describe the checkpoint. Readers ignore them, and they may be missing."""
+
 PACKED_FIELDS = ("codes", "scales", "offsets")
 """Suffixes of the three tensors of a packed matrix."""
 
