@@ -33,7 +33,7 @@ from gemq.pipeline.job_record import record_result
 from gemq.pipeline.load_stage import run_load
 from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, original_bytes, read_allocation
 from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_layers, run_reconstruction
-from gemq.pipeline.save_stage import is_complete, make_packed_format, run_save
+from gemq.pipeline.save_stage import SAVE, is_complete, make_packed_format, run_save
 from gemq.pipeline.scores_stage import FULL_PRECISION, run_scores
 from gemq.pipeline.sensitivity_stage import run_sensitivity
 from gemq.pipeline.stage_costs import JobStages, stage_rounds, stage_seconds
@@ -355,8 +355,9 @@ def _run_output(
         if problem is not None:
             fixed = result.stored_bytes - allocation.stored_bytes
             curve = curve_of_job(problem, job.recipe, fixed, allocation.nominal_bits)
-        recipe = repeating_recipe(job.recipe, reconstruct)
-        return make_record(job, packed_format, _with_costs(job, result).to_dict(), recipe, curve)
+        facts = _with_costs(job, result).to_dict()
+        facts["stages"].pop(SAVE, None)  # it has only begun
+        return make_record(job, packed_format, facts, repeating_recipe(job.recipe, reconstruct), curve)
 
     run_save(job, replay, prepared.stored_dtypes, result.out, packed_format, layers, tuned, allocation, record)
     return result

@@ -12,12 +12,15 @@ from gemq.reporting.widths import MATRICES, LayerWidths, text_color, width_color
 FONT = "font-family='system-ui,sans-serif' font-size='12'"
 STANDALONE_STYLE = (
     "<style>text{fill:#222}.axis{stroke:#999}.grid{stroke:#ddd}.model-line,.model-mark{stroke:#2563a8}"
-    ".uniform-line{stroke:#888}.model-mark{fill:#2563a8}.random-mark{fill:#c2410c;stroke:#c2410c}</style>"
+    ".uniform-line{stroke:#888;stroke-dasharray:5 4}.model-mark{fill:#2563a8}"
+    ".random-mark{fill:#c2410c;stroke:#c2410c}</style>"
 )
 
 MAP_WIDTH = 640
 """Width of a map in the picture of a model card, in pixels, and the widest that one of few experts becomes."""
 MAX_CELL, MAX_CELL_HEIGHT, MIN_CELL_HEIGHT = 24, 16, 5
+MAX_SEPARATED_COLUMNS = 64
+"""Columns of a map that have lines between them. With more, the lines would hide the cells."""
 LEFT, RIGHT, TOP, LINE = 48, 16, 24, 18
 """Margins of a picture, and the height of a line of text."""
 
@@ -59,8 +62,8 @@ def cells(rows: Sequence[Sequence[float]], colors: Mapping[float, str]) -> str:
 
 
 def lines_between_cells(columns: int, rows: int) -> str:
-    """Return the path of the lines that separate the cells of a map."""
-    vertical = "".join(f"M{x} 0V{rows}" for x in range(1, columns))
+    """Return the path of the lines that separate the rows of a map, and its columns if they are wide enough."""
+    vertical = "".join(f"M{x} 0V{rows}" for x in range(1, columns)) if columns <= MAX_SEPARATED_COLUMNS else ""
     return vertical + "".join(f"M0 {y}H{columns}" for y in range(1, rows))
 
 
@@ -79,7 +82,9 @@ def widths_picture(layers: Sequence[LayerWidths]) -> str:
         y += LINE / 2
         rows = [layer.widths[matrix] for layer in layers]
         scale = f"transform='translate({LEFT} {y:g}) scale({cell_width:.6g} {cell_height:.6g})'"
-        content.append(f"<g {scale} shape-rendering='crispEdges'>{cells(rows, colors)}</g>")
+        lines = lines_between_cells(columns, len(layers))
+        separators = f"<path d='{lines}' fill='none' stroke='#fff' vector-effect='non-scaling-stroke'/>"
+        content.append(f"<g {scale} shape-rendering='crispEdges'>{cells(rows, colors)}{separators}</g>")
         for index in labeled_indices(len(layers), math.ceil(LINE / cell_height)):
             baseline = y + (index + 0.5) * cell_height + 4
             content.append(

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-PALETTE = ("#fde725", "#a5db36", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154")
-"""Colors from the fewest to the most bits: viridis, whose order is readable in print and by the color-blind."""
+PALETTE = ("#fde725", "#a5db36", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#433e85", "#482878")
+"""Colors from the fewest to the most bits: viridis without its darkest end, for dark pages. Its order shows in print
+and to the color-blind."""
 
 MATRICES = ("gate and up", "down")
 """Names of an expert's two matrices, in the order of a pair of widths."""
@@ -88,4 +89,4 @@ def _color(share: float) -> str:
 def text_color(background: str) -> str:
     """Return black or white, whichever is easier to read on a color such as ``#1fa187``."""
     red, green, blue = (int(background[start : start + 2], 16) for start in (1, 3, 5))
-    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
+    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "#fff"
