@@ -21,6 +21,7 @@ from rich.table import Table
 from gemq.cli.fit_report import print_fit
 from gemq.quant.widths import AnyWidth, ExpertWidths
 from gemq.reporting.fallback_texts import FALLBACKS
+from gemq.reporting.record import PAGE
 from gemq.runtime.display import styled
 from gemq.runtime.tested_versions import untested_transformers
 
@@ -106,6 +107,8 @@ def _print_next_commands(console: Console, result: Result) -> None:
             print_command(console, "Another budget takes seconds", command)
     verdict = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
     console.print(styled((verdict, "green")))
+    if (result.out / PAGE).exists():
+        console.print(f"Report: {result.out / PAGE}", soft_wrap=True)
     print_command(console, "Try", ["generate", result.out, "-p", "Once upon a time", *trust])
 
 

@@ -28,7 +28,7 @@ from gemq.cli.flags import (
 from gemq.cli.model_commands import check_window_flags
 from gemq.cli.startup import importing
 from gemq.errors import UserError
-from gemq.runtime.files import read_input
+from gemq.runtime.files import check_writable, read_input
 
 MAX_RESULTS_BYTES = 64 << 20
 """Upper bound for a file of results."""
@@ -68,10 +68,11 @@ def report(
         from gemq.checkpoint.contents import inspect_checkpoint
         from gemq.cli.evaluation_report import print_evaluation
         from gemq.evaluation.evaluate import evaluate_paths
-        from gemq.reporting.record import read_record
+        from gemq.reporting.record import PAGE, read_record
         from gemq.reporting.update import update_report
 
-    inspect_checkpoint(checkpoint)  # what cannot be reported is refused before it is evaluated
+    inspect_checkpoint(checkpoint)
+    check_writable(checkpoint / PAGE)  # what cannot be reported is refused before it is evaluated
     read_record(checkpoint)
     if is_measured:
         measured = evaluate_paths(

@@ -77,16 +77,16 @@ def _pattern(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
-def curve_of_job(problem: Problem, recipe: Recipe, fixed: int, nominal_bits: float) -> dict[str, Any]:
-    """The size curve for the report, and random widths of the same budget.
+def curve_of_job(problem: Problem, recipe: Recipe, fixed: int, expert_bytes: int) -> dict[str, Any]:
+    """The size curve for the report, and random widths of the same size.
 
     Args:
         problem: with the costs of the job.
         recipe: of the job.
         fixed: bytes of everything but the experts.
-        nominal_bits: of the allocation.
+        expert_bytes: of the allocation.
     """
-    random = allocate(problem, Budget("bits", nominal_bits), "random", seed=recipe.seed)
+    random = allocate(problem, Budget("bytes", expert_bytes), "random", seed=recipe.seed)
     points = curve_points(problem, recipe, fixed, "global", REPORT_STEP_BITS)
     return {
         "points": [dataclasses.asdict(point) for point in points],

@@ -354,7 +354,7 @@ def _run_output(
         curve = None
         if problem is not None:
             fixed = result.stored_bytes - allocation.stored_bytes
-            curve = curve_of_job(problem, job.recipe, fixed, allocation.nominal_bits)
+            curve = curve_of_job(problem, job.recipe, fixed, allocation.stored_bytes)
         facts = _with_costs(job, result).to_dict()
         facts["stages"].pop(SAVE, None)  # it has only begun
         return make_record(job, packed_format, facts, repeating_recipe(job.recipe, reconstruct), curve)
