@@ -96,6 +96,9 @@ def make_record(text: str = "a < b & c") -> dict[str, Any]:
     )
     evaluation = {**measured(tokens=2044), "texts": {text: measured()}, "layers": [0.957], "fallbacks": [text]}
     evaluation |= {"reference": "org/model", "seq_len": 512, "dtype": "float32", "device": "cpu"}
+    metric = {"metric": "acc", "filter": "none", "value": 0.625, "stderr": 0.0125}
+    tasks = {text: {"num_fewshot": None, "documents": 120, "metrics": [metric]}}
+    evaluation["tasks"] = {"lm_eval": "0.4.13", "limit": None, "results": tasks}
     speed = {
         "device": text,
         "dtype": "bfloat16",
@@ -158,6 +161,7 @@ def test_figures_of_the_page_equal_its_record():
         "3 experts saw no calibration token",
         "1.50 GB",
         "1,234.5",
+        "0.6250 ±0.0125",
     ]
     assert not [figure for figure in figures if figure not in text]
 
@@ -248,6 +252,7 @@ def test_the_card_has_what_the_hub_reads():
         "tags": ["gemq", "moe", "quantized"],
     }
     assert "| 0.0514 | 0.910 | 2.420 | 91.3 % |" in card
+    assert "| 120 | acc | 0.6250 ±0.0125 |" in card
     local = make_record()
     local["model"]["base_model"] = None
     assert not {"base_model", "base_model_relation"} & front_matter(model_card(local, {})).keys()

@@ -17,15 +17,19 @@ from gemq.cli.flags import (
     HostMemory,
     MaxNewTokens,
     MaxWindows,
+    NumFewshot,
     Quiet,
     Reference,
     SeqLen,
+    TaskLimit,
+    TaskNames,
+    TaskPaths,
     TextColumn,
     Texts,
     TrustRemoteCode,
     parse_memory,
 )
-from gemq.cli.model_commands import check_window_flags
+from gemq.cli.model_commands import check_window_flags, read_task_names
 from gemq.cli.startup import importing
 from gemq.errors import UserError
 from gemq.runtime.files import check_writable, read_input
@@ -43,6 +47,10 @@ def report(
     max_windows: MaxWindows = None,
     generate: GenerationFlag = False,
     max_new_tokens: MaxNewTokens = None,
+    tasks: TaskNames = None,
+    task_path: TaskPaths = None,
+    task_limit: TaskLimit = None,
+    num_fewshot: NumFewshot = None,
     results: Annotated[
         list[Path] | None,
         typer.Option(help="JSON file that gemq eval or gemq bench wrote, taken instead of measuring; may be repeated."),
@@ -56,10 +64,11 @@ def report(
 ) -> None:
     """Write report.html into a checkpoint, and measurements into it and into the model card.
 
-    With --reference, --text or --generate the checkpoint is evaluated as gemq eval does. Other sections stay.
+    With --reference, --text, --generate or --tasks the checkpoint is evaluated as gemq eval does. Other sections stay.
     """
     check_window_flags(seq_len, max_windows)
-    is_measured = reference is not None or bool(text) or generate
+    task_names = read_task_names(tasks, task_path, task_limit, num_fewshot)
+    is_measured = reference is not None or bool(text) or generate or bool(task_names)
     if max_new_tokens is not None and not generate:
         raise UserError("--max-new-tokens is the length of generated texts: add --generate")
     values = [_read_results(path) for path in results or []]
@@ -84,6 +93,10 @@ def report(
             max_windows=max_windows,
             generate=generate,
             max_new_tokens=max_new_tokens,
+            tasks=task_names,
+            task_directories=task_path or (),
+            task_limit=task_limit,
+            num_fewshot=num_fewshot,
             dtype=dtype,
             device=device,
             gpu_memory=parse_memory("--gpu-memory", gpu_memory),
