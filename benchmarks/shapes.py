@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTr
 
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
-from gemq.checkpoint.save import SHARD_BYTES, config_values, model_card, write_checkpoint, write_directory
+from gemq.checkpoint.save import SHARD_BYTES, config_values, write_checkpoint, write_directory
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
 from gemq.models.structure import Structure, find_structure
 from gemq.quant.grid import encode
@@ -152,7 +152,6 @@ def write(shape: Shape, out: Path, device: str | torch.device = "cpu", seed: int
         packed_format=packed,
         shards=_shards(model, set(packed.tensor_names())),
         source=None,
-        model_card=model_card(facts="Random weights: this model is for measuring speed."),
     )
 
 
@@ -161,7 +160,7 @@ def write_dense(shape: Shape, out: Path, device: str | torch.device = "cpu", see
     model = dense_model(shape, device, seed)
     model.config.architectures = [type(model).__name__]
     shards = _shards(model, set())
-    write_directory(out, config_values(model.config), shards, None, readme=None, shard_bytes=SHARD_BYTES)
+    write_directory(out, config_values(model.config), shards, None, shard_bytes=SHARD_BYTES)
 
 
 def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat:

@@ -29,7 +29,7 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
 
     from gemq.checkpoint.format import PackedFormat
     from gemq.checkpoint.model_shapes import matrix_shapes
-    from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+    from gemq.checkpoint.save import dense_state, write_checkpoint
 
     def build(layers: int) -> tuple[Any, PackedFormat]:
         config = OlmoeConfig(num_hidden_layers=layers, vocab_size=8192)  # otherwise that of OLMoE-1B-7B
@@ -57,8 +57,7 @@ def random_checkpoint(out: Path, gigabytes: float) -> None:
         for name, tensor in dense_state(model, packed).items():
             yield {name: torch.randn(tensor.shape, generator=generator).mul(0.02).to(tensor.dtype)}
 
-    card = model_card("random weights")
-    write_checkpoint(out, config=model.config, packed_format=packed, shards=shards(), source=None, model_card=card)
+    write_checkpoint(out, config=model.config, packed_format=packed, shards=shards(), source=None)
 
 
 def storage_bytes(model: Any) -> dict[str, int]:

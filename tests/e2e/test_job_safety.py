@@ -236,6 +236,22 @@ def test_a_model_that_was_moved(job, tmp_path):
     assert contents(job / "x") == contents(job / "z")
 
 
+def test_a_checkpoint_is_made_again_from_its_recipe(job):
+    """Of an export without training, whose recipe says so. Only the card tells why no guard ran.
+
+    The original has a card that is no valid YAML, of which the job says so.
+    """
+    (job.parent / "m1" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    exported = gemq("export", "out.work", "-o", "plain", "--stored-bits", "1.8")
+    assert exported.code == 0
+    assert "1 model card of the original cannot be read" in exported.out
+    ran = gemq("quantize", "../m1", "-o", "again", "--recipe", "plain/recipe.yaml", "-q")
+    assert ran.code == 0, ran.err
+    expected = contents(job / "plain")
+    expected.pop("README.md")
+    assert expected.items() <= contents(job / "again").items()
+
+
 # Python
 
 

@@ -18,7 +18,7 @@ from gemq.cli import app
 from support.cli import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("quantize", "budget", "transformers", "serve", "evaluate", "several-gpus", "troubleshooting")
+PAGES = ("quantize", "budget", "transformers", "serve", "evaluate", "report", "several-gpus", "troubleshooting")
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
 OTHER_FLAGS = {
     "--nproc-per-node",
@@ -29,7 +29,7 @@ OTHER_FLAGS = {
 }
 OTHER_FLAGS |= {"--attention-backend", "--version"}
 """Flags in documents that belong to torchrun, to vLLM or to gemq itself."""
-VERBS = ("plan", "quantize", "export", "eval", "generate", "bench", "inspect")
+VERBS = ("plan", "quantize", "export", "eval", "generate", "bench", "inspect", "report")
 SMALL = ("--effort", "low", "--num-windows", "4", "--seq-len", "32")
 
 
@@ -194,7 +194,8 @@ def test_documented_commands_run_as_printed(documents_directory, monkeypatch):
         assert {a for a in arguments if a.startswith("-")} <= options_of(verb)
         if verb in ("quantize", "demo"):
             continue
-        short = ["--max-windows", "1"] if verb == "eval" else ["--new-tokens", "2"] if verb == "bench" else []
+        short = ["--new-tokens", "2"] if verb == "bench" else []
+        short += ["--max-windows", "1"] if verb == "eval" or "--reference" in arguments else []
         short += ["--max-new-tokens", "4"] if "--generate" in arguments else []
         ran = gemq(verb, *arguments, *short)
         assert ran.code == 0, (verb, arguments, ran.err)

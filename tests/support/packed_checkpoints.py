@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedConfig, Pr
 
 from gemq.checkpoint.format import PackedFormat, PackedTensor
 from gemq.checkpoint.model_shapes import matrix_shapes
-from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.quant.grid import Quantized, nearest
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import AnyWidth, TrellisWidth, Width, group_size_for
@@ -59,7 +59,6 @@ def write_packed(
         packed_format=packed_format,
         shards=[_packed_tensors(model, packed_format), dense_state(model, packed_format)],
         source=source,
-        model_card=model_card("org/model"),
         shard_bytes=shard_bytes,
     )
     return out

@@ -14,7 +14,7 @@ import gemq
 from gemq.calibration.activations import Activations, LayerHessians
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.linears import quantize_linears
 from gemq.layers.quantizer import Quantizer
@@ -317,7 +317,6 @@ def test_loaded_checkpoint_computes_what_the_refined_model_computes(family, dtyp
         packed_format=packed,
         shards=[*(x.tensors for x in layers), dense_state(replay.model, packed)],
         source=None,
-        model_card=model_card(),
     )
     loaded = gemq.load(tmp_path / "packed", dtype=dtype)
     ids = tokens(2, 14, seed=7)

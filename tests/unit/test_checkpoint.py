@@ -32,7 +32,7 @@ from gemq.checkpoint import save
 from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.model_shapes import matrix_shapes
-from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.evaluation.evaluate import open_model
 from gemq.kernels import modules as packed_modules
 from gemq.quant.grid import Quantized, dequantize, nearest
@@ -161,7 +161,6 @@ def written(tmp_path_factory):
             packed_format=packed_format,
             shards=[tensors, dense_state(model, packed_format)],
             source=source,
-            model_card=model_card(),
             shard_bytes=60_000,
         )
         model.save_pretrained(folder / "twin")
@@ -249,16 +248,10 @@ def test_load_in_a_fresh_interpreter(written, statement):
     subprocess.run([sys.executable, "-c", code, written("olmoe").packed], check=True, capture_output=True)
 
 
-def test_model_card_warns(written):
-    card = (written("olmoe").packed / "README.md").read_text()
-    assert "import gemq" in card
-    assert "RANDOM" in card
-
-
 def test_stored_bytes_and_files(written):
     w = written("olmoe")
     files = {f.name for f in w.packed.iterdir()}
-    assert {"config.json", "README.md", "tokenizer.json", "model.safetensors.index.json"} <= files
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= files
     headers = {}
     for file in w.packed.glob("*.safetensors"):
         headers.update(read_header(file))
@@ -548,7 +541,6 @@ def write_small(out: Path, shards) -> None:
         packed_format=PackedFormat(),
         shards=shards,
         source=None,
-        model_card="x",
         shard_bytes=8,
     )
 
@@ -612,6 +604,5 @@ def test_absent_packed_tensor_is_not_written(written, tmp_path):
             packed_format=written("olmoe").format,
             shards=[],
             source=None,
-            model_card="x",
         )
     assert list(tmp_path.iterdir()) == []

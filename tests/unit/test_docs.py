@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemq.cli.fallback_texts import FALLBACKS
+from gemq.reporting.fallback_texts import FALLBACKS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

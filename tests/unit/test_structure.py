@@ -16,7 +16,7 @@ from gemq.allocation.scores import loss_gradients, reverse_layer
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import PackedFormat
-from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.layers.candidates import build_candidates
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.reconstruction import reconstruct_layer
@@ -285,7 +285,6 @@ def test_own_family_end_to_end(tmp_path):
         packed_format=packed,
         shards=[*shards, dense_state(model, packed)],
         source=source,
-        model_card=model_card(),
     )
     loaded = gemq.load(tmp_path / "packed", dtype=torch.float32)
     with torch.no_grad():

@@ -128,7 +128,6 @@ def _write_copy(replay: Replay, source: Source, width: Width, directory: Path) -
         packed_format=packed_format,
         shards=shards(),
         source=source.path,
-        model_card="",
     )
 
 

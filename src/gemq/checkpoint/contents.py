@@ -140,7 +140,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
             linear_bytes += matrix_bytes
     layers = []
     for path, projections in packed.experts.items():
-        layers.append((path, _widths_by_expert(projections), bits[path] / max(weights[path], 1)))
+        layers.append((path, widths_by_expert(projections), bits[path] / max(weights[path], 1)))
     unpacked = [spec for name, spec in specs.items() if name not in packed_names]
     return Contents(
         path=stored.directory,
@@ -159,7 +159,7 @@ def _summarize(stored: StoredCheckpoint, specs: Mapping[str, TensorSpec], shapes
     )
 
 
-def _widths_by_expert(projections: ProjectionWidths) -> list[ExpertWidths]:
+def widths_by_expert(projections: ProjectionWidths) -> list[ExpertWidths]:
     """Returns the widths of each expert: gate and up, or up, before down. JSON sorts the projections by name."""
     names = sorted(projections, key=lambda name: name == "down_proj")
     return list(zip(*(projections[name] for name in names), strict=True))

@@ -47,7 +47,7 @@ def write_dense_checkpoint(
     reader.verify_data()
     config = {**config_values(reader.config), "dtype": str(dtype).removeprefix("torch.")}
     with lock_output(out):
-        write_directory(out, config, _dense_shards(reader, dtype), packed, readme=None, shard_bytes=shard_bytes)
+        write_directory(out, config, _dense_shards(reader, dtype), packed, shard_bytes=shard_bytes)
 
 
 def _dense_shards(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:

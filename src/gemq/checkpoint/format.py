@@ -30,7 +30,10 @@ checkpoints."""
 GEMQ_KEYS = {"format_version", "experts", "linears"}
 """Keys of ``quantization_config`` that, together, no other method has."""
 
-TRELLIS_KEYS = GEMQ_KEYS | {"quant_method", "codes", "state_bits", "group_size", "fingerprint"}
+ABOUT_KEYS = ("bits", "producer", "modules_to_not_convert")
+"""Keys of ``quantization_config`` that only describe the checkpoint. Readers ignore them, and they may be missing."""
+
+TRELLIS_KEYS = GEMQ_KEYS | {"quant_method", "codes", "state_bits", "group_size", "fingerprint", *ABOUT_KEYS}
 """All keys of ``quantization_config`` in version 3."""
 
 PACKED_FIELDS = ("codes", "scales", "offsets")

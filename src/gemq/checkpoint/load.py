@@ -20,7 +20,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint.format import QUANT_METHOD, PackedFormat, ProjectionWidths, fields_of
+from gemq.checkpoint.format import ABOUT_KEYS, QUANT_METHOD, PackedFormat, ProjectionWidths, fields_of
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
 from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
@@ -132,10 +132,11 @@ class GemqConfig(QuantizationConfigMixin):
     def __init__(self, **values: Any) -> None:
         self.quant_method: Any = QUANT_METHOD
         self.packed_format = PackedFormat.from_dict({"quant_method": QUANT_METHOD, **values})
+        self._about = {key: values[key] for key in ABOUT_KEYS if key in values}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values for config.json."""
-        return self.packed_format.to_dict()
+        return {**self.packed_format.to_dict(), **self._about}
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

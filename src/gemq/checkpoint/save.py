@@ -1,7 +1,7 @@
 """Writes checkpoints: streamed, atomic, and with the same bytes every time.
 
 Everything is written to a sibling directory ``.{name}.partial``, which is renamed at the end. An output directory is
-therefore complete or absent. Files contain no time, path or host name.
+therefore complete or absent. Files contain no path or host name, and only the report page contains times.
 """
 
 from __future__ import annotations
@@ -31,31 +31,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4_000_000_000
 
-MODEL_CARD = """---
-library_name: transformers
-tags:
-- gemq
-- moe
-- quantized
----
-
-# A Mixture-of-Experts model, quantized with gemq
-
-Every matrix of every expert has a bit-width of its own. Loading needs the `gemq` package:
-
-```python
-import gemq
-from transformers import AutoTokenizer
-
-path = "."  # the directory of this file, or its id on the hub
-model = gemq.load(path)
-tokenizer = AutoTokenizer.from_pretrained(path)
-```
-
-After `import gemq`, Transformers' Auto classes load it as well. Without that import Transformers only warns, and the
-experts are RANDOM.
-"""
-
 
 def write_checkpoint(
     out: Path,
@@ -64,7 +39,8 @@ def write_checkpoint(
     packed_format: PackedFormat,
     shards: Iterable[Mapping[str, Tensor]],
     source: Path | None,
-    model_card: str,
+    texts: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
     shard_bytes: float = SHARD_BYTES,
 ) -> None:
     """Writes a packed checkpoint.
@@ -75,15 +51,16 @@ def write_checkpoint(
         packed_format: which matrices are packed
         shards: dicts of tensors by name in the files, such as one dict per layer; consumed one at a time
         source: local directory of the original model, whose tokenizer and other small files are copied
-        model_card: contents of README.md
+        texts: contents of further files by name, such as README.md
+        about: more values for ``quantization_config``, see ``checkpoint.format.ABOUT_KEYS``
         shard_bytes: approximate size of a file; a larger tensor gets its own file
 
     Raises:
         UserError: ``out`` exists, or the disk is full or not writable.
     """
-    values = {**config_values(config), "quantization_config": packed_format.to_dict()}
+    values = {**config_values(config), "quantization_config": {**packed_format.to_dict(), **(about or {})}}
     required = set(packed_format.tensor_names())
-    write_directory(out, values, shards, source, readme=model_card, shard_bytes=shard_bytes, required=required)
+    write_directory(out, values, shards, source, texts=texts, shard_bytes=shard_bytes, required=required)
 
 
 def dense_state(
@@ -105,23 +82,13 @@ def dense_state(
     return hub_state(model, unpacked, packed)
 
 
-def model_card(facts: str = "") -> str:
-    """Returns the README.md of a packed checkpoint.
-
-    Args:
-        facts: Markdown on how the checkpoint was made and how it scores
-    """
-    facts = facts.strip()
-    return f"{MODEL_CARD}\n{facts}\n" if facts else MODEL_CARD
-
-
 def write_directory(
     out: Path,
     config: Mapping[str, Any],
     shards: Iterable[Mapping[str, Tensor]],
     source: Path | None,
     *,
-    readme: str | None,
+    texts: Mapping[str, str] | None = None,
     shard_bytes: float,
     required: Collection[str] = (),
 ) -> None:
@@ -130,7 +97,7 @@ def write_directory(
     Args:
         out: directory to write, which must not exist or be empty
         config: contents of config.json
-        readme: contents of README.md
+        texts: contents of further files by name
         required: names of tensors that must be in the shards
     """
     out = Path(out).resolve()  # follows links, so that the rename stays on one file system
@@ -149,8 +116,8 @@ def write_directory(
             for name, file in copied_files.items():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, partial / name)
-            if readme is not None:
-                _write_text(partial / "README.md", readme)
+            for name, text in (texts or {}).items():
+                _write_text(partial / name, text)
             if "quantization_config" in config:
                 checksums = compute_checksums(config, stored_tensors(weight_files(partial)))
                 config = {**config, CONFIG_KEY: checksums.to_dict()}

@@ -21,6 +21,7 @@ NOT_COPIED = {
     "quant_config.json",
     "hf_quant_config.json",
     "adapter_config.json",  # loading would look for the adapter
+    "allocation.json",  # that of a packed checkpoint, which its dense checkpoint is not
 }
 
 

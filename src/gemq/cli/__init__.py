@@ -14,6 +14,7 @@ from gemq.cli.console import use_any_encoding
 from gemq.cli.model_commands import bench, demo, evaluate, generate, inspect
 from gemq.cli.quantize_commands import export, plan, quantize
 from gemq.cli.rank_exit import after_error, before_error, exit_after_unreachable_rank, exit_on_sigterm
+from gemq.cli.report_command import report
 from gemq.errors import UserError
 from gemq.models import file_hashes
 from gemq.runtime import fallbacks
@@ -60,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "bench": bench,
     "inspect": inspect,
+    "report": report,
     "demo": demo,
 }
 for name, function in COMMANDS.items():

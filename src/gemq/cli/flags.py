@@ -46,6 +46,34 @@ RecipeFile = Annotated[
     str | None, typer.Option("--recipe", help="YAML file of recipe keys, or paper; flags override it.")
 ]
 ComputeDtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+Reference = Annotated[str | None, typer.Option(help="Full-precision model to compare with.")]
+Texts = Annotated[
+    list[Path] | None, typer.Option(help="Text or JSONL file; may be repeated. Default: the built-in texts.")
+]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of JSONL rows (default: text, messages, or a prompt with its response).")
+]
+SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
+MaxWindows = Annotated[int | None, typer.Option(help="Only the first windows of each text.")]
+GenerationFlag = Annotated[
+    bool,
+    typer.Option(
+        "--generate", help="Also continue 32 prompts with each model: repetition, loops, early ends, KL on the way."
+    ),
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens of each continuation (default 512; CPU: 128).")]
+TaskNames = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", help="Also run these tasks of lm-eval, such as arc_easy,gsm8k: names, or paths of YAML files."
+    ),
+]
+TaskPaths = Annotated[list[Path] | None, typer.Option(help="Directory with YAML files of more tasks; may be repeated.")]
+TaskLimit = Annotated[int | None, typer.Option(help="Only the first documents of each task.")]
+NumFewshot = Annotated[
+    int | None, typer.Option(help="Examples in each prompt of a task (default: as each task defines).")
+]
+EvaluationDtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or auto.")]
 
 
 @dataclasses.dataclass(frozen=True)

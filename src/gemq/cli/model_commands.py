@@ -11,10 +11,22 @@ from gemq.cli.console import check_json_path, is_stdout, make_console, make_moni
 from gemq.cli.flags import (
     ComputeDtype,
     Device,
+    EvaluationDtype,
+    GenerationFlag,
     GpuMemory,
     HostMemory,
     Json,
+    MaxNewTokens,
+    MaxWindows,
+    NumFewshot,
     Quiet,
+    Reference,
+    SeqLen,
+    TaskLimit,
+    TaskNames,
+    TaskPaths,
+    TextColumn,
+    Texts,
     TrustRemoteCode,
     parse_memory,
     parse_numbers,
@@ -23,38 +35,28 @@ from gemq.cli.startup import importing
 from gemq.errors import UserError
 
 
+def check_window_flags(seq_len: int, max_windows: int | None) -> None:
+    """Raise UserError if the windows of an evaluation would be empty."""
+    if seq_len < 2:
+        raise UserError(f"--seq-len {seq_len} is too short: a window has at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
-    reference: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Text or JSONL file; may be repeated. Default: the built-in texts.")
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of JSONL rows (default: text, messages, or a prompt with its response).")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
-    generate: Annotated[
-        bool,
-        typer.Option(
-            "--generate", help="Also continue 32 prompts with each model: repetition, loops, early ends, KL on the way."
-        ),
-    ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of each continuation (default 512; CPU: 128).")
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Also run these tasks of lm-eval, such as arc_easy,gsm8k: names, or paths of YAML files."),
-    ] = None,
-    task_path: Annotated[
-        list[Path] | None, typer.Option(help="Directory with YAML files of more tasks; may be repeated.")
-    ] = None,
-    task_limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples in each prompt of a task (default: as each task defines).")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "float32",
+    reference: Reference = None,
+    text: Texts = None,
+    text_column: TextColumn = None,
+    seq_len: SeqLen = 512,
+    max_windows: MaxWindows = None,
+    generate: GenerationFlag = False,
+    max_new_tokens: MaxNewTokens = None,
+    tasks: TaskNames = None,
+    task_path: TaskPaths = None,
+    task_limit: TaskLimit = None,
+    num_fewshot: NumFewshot = None,
+    dtype: EvaluationDtype = "float32",
     device: Device = "auto",
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -64,11 +66,8 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model, and how far it is from a reference."""
     check_json_path(json_file)
-    if seq_len < 2:
-        raise UserError(f"--seq-len {seq_len} is too short: a window has at least 2 tokens")
-    if max_windows is not None and max_windows < 1:
-        raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
-    task_names = _task_names(tasks, task_path, task_limit, num_fewshot)
+    check_window_flags(seq_len, max_windows)
+    task_names = read_task_names(tasks, task_path, task_limit, num_fewshot)
     with importing():
         from gemq.cli.evaluation_report import print_evaluation
         from gemq.evaluation.evaluate import evaluate_paths
@@ -97,7 +96,7 @@ def evaluate(
         print_evaluation(make_console(), values)
 
 
-def _task_names(
+def read_task_names(
     tasks: str | None, task_path: list[Path] | None, task_limit: int | None, num_fewshot: int | None
 ) -> list[str]:
     """Return the names in the flag ``--tasks``. Raise UserError for numbers out of range, and flags without it."""

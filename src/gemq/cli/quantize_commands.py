@@ -201,7 +201,7 @@ def export(
     curve: Annotated[
         bool,
         typer.Option(
-            "--curve", help="Predicted cost and bytes of all budgets, written to curve.csv in the work directory."
+            "--curve", help="Predicted cost and bytes of all budgets, written to curve.csv and curve.svg there."
         ),
     ] = False,
     dense: Annotated[
@@ -217,7 +217,7 @@ def export(
     """Another budget from a work directory, a size curve, or a dense checkpoint.
 
     Other budgets take seconds: nothing is quantized again. --curve predicts bytes and cost of every budget, and writes
-    curve.csv (and a figure, with matplotlib) into the work directory. A dense checkpoint (--dense) is an ordinary
+    curve.csv and a figure into the work directory. A dense checkpoint (--dense) is an ordinary
     bfloat16 checkpoint of the same weights, for tools that do not know the packed format.
     """
     budget = recipe_overrides(bits=bits, stored_bits=stored_bits, size=size, allocate=allocate)

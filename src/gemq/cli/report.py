@@ -1,8 +1,8 @@
 """Tables and summaries on the terminal, from plain results. Must not import torch.
 
-Some sentences of a job's summary are elsewhere: those of fallbacks in ``cli.fallback_texts`` and ``runtime.fallbacks``,
-the guard's verdict in ``allocation.guard.describe``. ``pipeline.run_stages`` chooses the other budget that is
-suggested.
+Some sentences of a job's summary are elsewhere: those of fallbacks in ``reporting.fallback_texts`` and
+``runtime.fallbacks``, the guard's verdict in ``allocation.guard.describe``. ``pipeline.run_stages`` chooses the other
+budget that is suggested.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from gemq.cli.fallback_texts import FALLBACKS
 from gemq.cli.fit_report import print_fit
 from gemq.quant.widths import AnyWidth, ExpertWidths
+from gemq.reporting.fallback_texts import FALLBACKS
+from gemq.reporting.record import PAGE
 from gemq.runtime.display import styled
 from gemq.runtime.tested_versions import untested_transformers
 
@@ -108,6 +109,8 @@ def _print_next_commands(console: Console, result: Result) -> None:
             print_command(console, "Another budget takes seconds", command)
     verdict = f"{result.out} was complete already" if result.complete_before else f"Saved {result.out}"
     console.print(styled((verdict, "green")))
+    if (result.out / PAGE).exists():
+        console.print(f"Report: {result.out / PAGE}", soft_wrap=True)
     print_command(console, "Try", ["generate", result.out, "-p", "Once upon a time", *trust])
 
 
@@ -292,8 +295,6 @@ def print_curve(console: Console, curve: Curve, files: list[Path]) -> None:
         "widths."
     )
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
-    if not any(path.suffix == ".svg" for path in files):
-        console.print("No figure: matplotlib is not installed. To get one: pip install matplotlib")
 
 
 def print_contents(console: Console, contents: Contents) -> None:

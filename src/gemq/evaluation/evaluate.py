@@ -175,6 +175,7 @@ def evaluate_paths(
         - ``model``, ``stored_bytes``: the model, and bytes of its tensors
         - ``expert_bits_nominal``, ``expert_bits_stored``: mean bits per expert weight without and with scales and
           offsets, None for a model that is not packed
+        - ``reference``, ``seq_len``, ``dtype``, ``device``: how it was measured
         - ``windows``, ``tokens``: number of windows and of scored tokens
         - ``perplexity``, ``perplexity_stderr``: of the model
         - ``texts``: windows, tokens and all metrics of each text, by the stem of its file
@@ -255,6 +256,10 @@ def evaluate_paths(
         "stored_bytes": model_bytes,
         "expert_bits_nominal": contents.expert_bits_nominal if contents else None,
         "expert_bits_stored": contents.expert_bits_stored if contents else None,
+        "reference": reference,
+        "seq_len": seq_len,
+        "dtype": dtype,
+        "device": target.type,
     }
     if rows:
         values["rows"] = {name: text_rows.to_dict() for name, text_rows in rows.items()}

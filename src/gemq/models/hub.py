@@ -25,7 +25,7 @@ def download_model(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # not needed for local models
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
     if weights:
         patterns.append("*.safetensors")
     try:

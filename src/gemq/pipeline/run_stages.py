@@ -26,13 +26,14 @@ from gemq.models.byte_sizes import quantized_share
 from gemq.models.replay import Replay
 from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve
 from gemq.pipeline.candidates_stage import CandidateFiles, count_candidate_fallbacks, run_candidates
+from gemq.pipeline.card_files import curve_of_job, make_record, repeating_recipe
 from gemq.pipeline.context import Job
 from gemq.pipeline.guard_stage import guard_plans, run_guard
 from gemq.pipeline.job_record import record_result
 from gemq.pipeline.load_stage import run_load
 from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, original_bytes, read_allocation
 from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_layers, run_reconstruction
-from gemq.pipeline.save_stage import card_facts, is_complete, make_packed_format, run_save
+from gemq.pipeline.save_stage import SAVE, is_complete, make_packed_format, run_save
 from gemq.pipeline.scores_stage import FULL_PRECISION, run_scores
 from gemq.pipeline.sensitivity_stage import run_sensitivity
 from gemq.pipeline.stage_costs import JobStages, stage_rounds, stage_seconds
@@ -88,6 +89,8 @@ class Result:
     """Number of calibration windows by source."""
     fallbacks: dict[str, int]
     """How often something was not done in the usual way, by name."""
+    expert_tokens: list[list[int]] = field(default_factory=list)
+    """Calibration tokens of each expert, by layer. An empty list for a dense layer."""
     gains: dict[str, float] = field(default_factory=dict)
     """Errors on held-out windows before and after training: ``reconstruction_before`` and ``reconstruction_after``
     (mean relative error of layers' outputs), ``distillation_before`` and ``distillation_after`` (nats per token)."""
@@ -176,45 +179,64 @@ def run_stages(
     count_candidate_fallbacks(job, replay, candidates)
     prepared = _Prepared(job, stages, replay, stored_dtypes, calibration, candidates)
     costs = _compute_costs(prepared) if stages.scores else None
-    allocation, verdict = _run_allocation(prepared, costs, unquantized_bytes, allocation_file)
-    method = "from a file" if allocation_file else allocation.method
+    problem = prepared.problem(costs)
+    allocation, verdict = _run_allocation(prepared, problem, costs, unquantized_bytes, allocation_file)
     packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct)
     if key is not None:
         ranks.run_on_first(lambda: record_result(job.work.path, key, packed_format.fingerprint))
     complete_before = ranks.run_on_first(lambda: is_complete(out, packed_format))
-    stored_bytes = unquantized_bytes + allocation.stored_bytes
-    gains: dict[str, float] = {}
-    if not complete_before:
-        ranks.run_on_first(lambda: check_free_space(out, stored_bytes))
-        gains = _run_output(prepared, allocation, method, packed_format, out)
-    job.count_accelerations()
-    return Result(
+    result = Result(
         out=out,
         work=job.work.path,
         complete_before=complete_before,
         budget="of the file" if allocation_file else recipe.budget_text,
-        method=method,
+        method="from a file" if allocation_file else allocation.method,
         predicted_cost=allocation.predicted_cost if costs is not None else None,
         allocation=allocation.by_layer,
         layer_bits=list(allocation.layer_bits),
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, recipe),
         original_bytes=original_bytes(replay.model, stored_dtypes),
-        stored_bytes=stored_bytes,
+        stored_bytes=unquantized_bytes + allocation.stored_bytes,
         expert_bits_nominal=allocation.nominal_bits,
         expert_bits_stored=allocation.stored_bits,
         seq_len=calibration.windows.seq_len,
         windows=calibration.windows.counts(),
         fallbacks=job.fallbacks,
-        gains=gains,
+        expert_tokens=_expert_tokens(problem),
         calibration_rows=calibration.rows,
         guard=verdict,
-        spilled_bytes={tier.value: count for tier, count in job.memory.spilled.items()},
-        work_bytes=job.work.size(),
         other_bits=_other_bits(recipe, allocation.nominal_bits),
         trust_remote_code=job.source.trust_remote_code,
+    )
+    if not complete_before:
+        ranks.run_on_first(lambda: check_free_space(out, result.stored_bytes))
+        scored_problem = problem if costs is not None else None
+        result = _run_output(prepared, allocation, scored_problem, packed_format, result)
+    result = _with_costs(job, result)
+    return dataclasses.replace(result, work_bytes=job.work.size())
+
+
+def _with_costs(job: Job, result: Result) -> Result:
+    """The result with what the stages so far took, and everything that was not done in the usual way."""
+    job.count_accelerations()
+    return dataclasses.replace(
+        result,
+        fallbacks=job.fallbacks,
+        spilled_bytes={tier.value: count for tier, count in job.memory.spilled.items()},
         stages={name: dataclasses.asdict(cost) for name, cost in job.monitor.stages.items()},
     )
+
+
+def _expert_tokens(problem: Problem) -> list[list[int]]:
+    """Calibration tokens of each expert, by layer."""
+    per_expert = problem.counts[:: problem.units_per_expert].tolist()
+    counts, start = [], 0
+    for rows in problem.by_layer:
+        num_experts = (rows.stop - rows.start) // problem.units_per_expert
+        counts.append(per_expert[start : start + num_experts])
+        start += num_experts
+    return counts
 
 
 def _set_expected_times(job: Job, replay: Replay, stages: JobStages) -> None:
@@ -248,11 +270,14 @@ def _compute_costs(prepared: _Prepared) -> Costs:
 
 
 def _run_allocation(
-    prepared: _Prepared, costs: Costs | None, unquantized_bytes: int, allocation_file: Path | None
+    prepared: _Prepared,
+    problem: Problem,
+    costs: Costs | None,
+    unquantized_bytes: int,
+    allocation_file: Path | None,
 ) -> tuple[Allocation, dict[str, Any]]:
     """The widths of all experts, and the guard's verdict on them. Writes ``allocation.json``."""
     job, replay = prepared.job, prepared.replay
-    problem = prepared.problem(costs)
     verdict: dict[str, Any] = {"skipped": prepared.stages.guard_skipped}
     if allocation_file is not None:
         allocation = read_allocation(allocation_file, _reconstructed_problem(prepared, problem))
@@ -303,18 +328,39 @@ def _refine(
 
 
 def _run_output(
-    prepared: _Prepared, allocation: Allocation, method: str, packed_format: PackedFormat, out: Path
-) -> dict[str, float]:
-    """Reconstructs the model, or assembles it from the candidates, and saves it. Returns what training gained."""
-    job, replay = prepared.job, prepared.replay
-    if prepared.stages.reconstruct:
+    prepared: _Prepared, allocation: Allocation, problem: Problem | None, packed_format: PackedFormat, result: Result
+) -> Result:
+    """Reconstructs the model, or assembles it from the candidates, and saves it.
+
+    Args:
+        prepared: what the stages work on.
+        allocation: of the experts.
+        problem: with the costs of the allocation, if there are scores.
+        packed_format: of the checkpoint.
+        result: everything that is known before.
+
+    Returns:
+        The result with what training gained.
+    """
+    job, replay, reconstruct = prepared.job, prepared.replay, prepared.stages.reconstruct
+    if reconstruct:
         model = prepared.reconstruct(allocation)
         layers, tuned, gains = model.layers(), model.tuned, model.gains
     else:
         layers, tuned, gains = assembled_layers(replay, prepared.candidates, allocation), {}, {}
-    facts = card_facts(replay.structure, job.recipe, allocation, method)
-    run_save(job, replay, prepared.stored_dtypes, out, packed_format, layers, tuned, facts)
-    return gains
+    result = dataclasses.replace(result, gains=gains)
+
+    def record() -> dict[str, Any]:
+        curve = None
+        if problem is not None:
+            fixed = result.stored_bytes - allocation.stored_bytes
+            curve = curve_of_job(problem, job.recipe, fixed, allocation.stored_bytes)
+        facts = _with_costs(job, result).to_dict()
+        facts["stages"].pop(SAVE, None)  # it has only begun
+        return make_record(job, packed_format, facts, repeating_recipe(job.recipe, reconstruct), curve)
+
+    run_save(job, replay, prepared.stored_dtypes, result.out, packed_format, layers, tuned, allocation, record)
+    return result
 
 
 def _other_bits(recipe: Recipe, bits: float) -> float | None:

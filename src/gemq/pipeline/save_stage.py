@@ -1,9 +1,10 @@
-"""Saving: the packed format of an allocation, and the checkpoint."""
+"""Saving: the packed format of an allocation, and the checkpoint with what stands next to the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +12,18 @@ from torch import Tensor
 from gemq.allocation.problem import Allocation
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import TRELLIS, PackedFormat, read_quantization_config
-from gemq.checkpoint.save import dense_state, model_card, write_checkpoint
+from gemq.checkpoint.save import dense_state, write_checkpoint
 from gemq.errors import UserError
 from gemq.layers.reconstruction import QuantizedLayer
 from gemq.layers.scheme import matrix_widths
-from gemq.models.byte_sizes import quantized_share
 from gemq.models.replay import Replay
 from gemq.models.structure import Structure
+from gemq.pipeline.card_files import about, texts
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
 from gemq.pipeline.stage_settings import candidate_inputs, distillation_inputs
 from gemq.quant.trellis import STATE_BITS
 from gemq.quant.widths import Width
-from gemq.recipe import Recipe
 from gemq.runtime.progress import Tick
 
 SAVE = "save"
@@ -71,7 +71,8 @@ def run_save(
     packed_format: PackedFormat,
     layers: Iterable[QuantizedLayer],
     tuned: dict[str, Tensor],
-    card_facts: str,
+    allocation: Allocation,
+    make_record: Callable[[], dict[str, Any]],
 ) -> None:
     """Writes the checkpoint on the first rank.
 
@@ -83,7 +84,8 @@ def run_save(
         packed_format: of the checkpoint.
         layers: the quantized layers.
         tuned: trained routers and norms by their names inside the model.
-        card_facts: text for the model card.
+        allocation: of the experts.
+        make_record: returns what card and report page say of the job, see ``reporting.record``.
     """
 
     def shards(tick: Tick) -> Iterator[dict[str, Tensor]]:
@@ -104,20 +106,9 @@ def run_save(
             packed_format=packed_format,
             shards=shards(tick),
             source=job.source.path,
-            model_card=model_card(facts=card_facts),
+            texts=texts(job, make_record(), allocation),
+            about=about(replay.model, packed_format, allocation),
         )
 
     with job.monitor.stage(SAVE, len(replay.structure.layers)) as tick:
         replay.ranks.run_on_first(lambda: write(tick))
-
-
-def card_facts(structure: Structure, recipe: Recipe, allocation: Allocation, method: str) -> str:
-    """What the model card says of the quantization."""
-    share = quantized_share(structure, recipe)
-    millions = structure.total_parameters / 1e6
-    return (
-        f"Experts: {allocation.nominal_bits:.3f} bits per weight on average "
-        f"({allocation.stored_bits:.3f} stored, scales and offsets included), allocation: {method}. "
-        f"Attention and other linears: {recipe.dense_bits} bits. "
-        f"{share:.1%} of {millions:.1f} million parameters quantized."
-    )

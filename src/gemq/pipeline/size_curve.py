@@ -27,7 +27,8 @@ from gemq.pipeline.scores_stage import SCORES
 from gemq.pipeline.sensitivity_stage import SENSITIVITY
 from gemq.pipeline.workdir import Stage, WorkDir, layer_file
 from gemq.recipe import Recipe
-from gemq.runtime.files import replacing, write_text
+from gemq.reporting.svg import CHART_HEIGHT, CHART_WIDTH, size_curve_chart, standalone
+from gemq.runtime.files import write_text
 
 STEP_BITS = 0.125
 """Distance between two budgets of a curve."""
@@ -112,6 +113,20 @@ def size_curve(
         raise UserError(f"--curve shows allocations by scores, not {method}: choose global or layerwise")
     stored_dtypes = configured_types(skeleton)
     fixed = fixed_bytes(skeleton, structure, recipe, stored_dtypes)
+    points = curve_points(problem, recipe, fixed, method, step)
+    return Curve(str(source.path), method, original_bytes(skeleton, stored_dtypes), tuple(points))
+
+
+def curve_points(problem: Problem, recipe: Recipe, fixed: int, method: str, step: float) -> list[CurvePoint]:
+    """The points of a size curve.
+
+    Args:
+        problem: with the costs.
+        recipe: its layer rule and its seed are used.
+        fixed: bytes of everything but the experts.
+        method: ``global`` or ``layerwise``.
+        step: nominal bits between two budgets.
+    """
     smallest = smallest_budget(problem, "bits", method, layer_rule=recipe.layer_rule).value
     points = []
     for bits in budgets(problem.widths[0].bits, problem.widths[-1].bits, step):
@@ -128,7 +143,7 @@ def size_curve(
             uniform_cost=uniform_cost(problem, bits),
         )
         points.append(point)
-    return Curve(str(source.path), method, original_bytes(skeleton, stored_dtypes), tuple(points))
+    return points
 
 
 def allocation_problem(
@@ -200,39 +215,19 @@ def budgets(low: float, high: float, step: float) -> list[float]:
 
 
 def write_curve(curve: Curve, directory: Path) -> list[Path]:
-    """Writes ``curve.csv`` and, if matplotlib is installed, ``curve.svg``. Returns the paths of the files.
+    """Writes ``curve.csv`` and ``curve.svg``. Returns their paths.
 
     Like the summary, the figure shows costs relative to ``Curve.unit``.
     """
     table_path, figure_path = directory / "curve.csv", directory / "curve.svg"
+    rows = [asdict(point) for point in curve.points]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(CurvePoint.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(point) for point in curve.points)
+    writer.writerows(rows)
     write_text(table_path, text.getvalue())
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return [table_path]
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.add_subplot()
-    sizes = [p.stored_bytes / 1e9 for p in curve.points]
-    shares = [p.predicted_cost / curve.unit for p in curve.points]
-    uniform = [p.uniform_cost / curve.unit for p in curve.points]
-    axes.plot(sizes, shares, marker="o", label=f"allocated ({curve.method})")
-    axes.plot(sizes, uniform, "--", color="gray", label="uniform widths, or two mixed at random")
-    for point, size, share in zip(curve.points, sizes, shares, strict=True):
-        if point.bits % 0.5 == 0:
-            axes.annotate(f"{point.bits:g}", (size, share), textcoords="offset points", xytext=(4, 6))
-    axes.set(
-        xlabel="checkpoint in GB (numbers: budget in bits per expert weight)",
-        ylabel="predicted cost (1: uniform at the smallest budget)",
-        yscale="log",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(figure_path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    chart = standalone(size_curve_chart(rows, curve.unit), CHART_WIDTH, CHART_HEIGHT, "Predicted cost by size")
+    write_text(figure_path, chart)
     return [table_path, figure_path]
 
 

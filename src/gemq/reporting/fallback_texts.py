@@ -27,5 +27,6 @@ FALLBACKS = {
     "guard_windows_missing": "held-out windows of the guard are missing: the sources have no more text",
     "chat_template_failures": "self-generated windows are without the chat template, which could not be applied",
     "training_launched_by_steps": "times a layer was trained without a CUDA graph, which model or memory did not allow",
+    "source_card_unreadable": "model card of the original cannot be read: license and languages are not copied from it",
     "windows_launched_by_steps": "windows were written without a CUDA graph, which model or memory did not allow",
 }
