@@ -124,6 +124,13 @@ class GemqQuantization(QuantizationConfig):
 
         return WeightsMapper(orig_to_new_regex={_READ_BY_LAYERS: None})
 
+    def get_cache_scale_mapper(self) -> Any:
+        """Return vLLM's own mapper. Before 0.30, it is also the one that drops tensors."""
+        mapper = QuantizationConfig.get_cache_scale_mapper()
+        if hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
+            return mapper
+        return mapper | self.get_checkpoint_weight_mapper()
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer at the path ``prefix``, or None for a layer that is never packed."""
         if isinstance(layer, RoutedExperts):
