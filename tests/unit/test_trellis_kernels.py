@@ -12,7 +12,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import nn
 
 from gemq.kernels import dispatch, reference
 from gemq.kernels.trellis.values import (

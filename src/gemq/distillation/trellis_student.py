@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gemq.kernels.trellis.dense import trellis_weight
 from gemq.layers.reconstruction import QuantizedLayer
-from gemq.layers.trellis_experts import TrainableScales, scaled
+from gemq.layers.trellis_experts import TrainableScales, flat_codes, row_scales
 from gemq.models.structure import Experts, Matrix
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
@@ -30,19 +31,19 @@ class TrellisStudentExperts:
         """
         self.matrix = matrix
         self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
-        self.packed: list[TrellisMatrix] = []
+        matrices = []
         for name, width in zip(self.names, widths, strict=True):
-            self.packed.append(TrellisMatrix.from_tensors(quantized.tensors, name, width))
-        self.grids = TrainableScales(torch.stack([one_matrix.row_scales() for one_matrix in self.packed]))
+            matrices.append(TrellisMatrix.from_tensors(quantized.tensors, name, width))
+        self.codes = flat_codes(matrices)
+        self.grids = TrainableScales(row_scales(matrices))
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights [E, R, C], differentiable in the scales."""
-        unscaled = torch.stack([one_matrix.unscaled().to(dtype) for one_matrix in self.packed])
-        return scaled(unscaled, self.grids.scales())
+        return trellis_weight(self.codes, self.grids.scales(), dtype=dtype)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, for offloading."""
-        return [*(one_matrix.codes for one_matrix in self.packed), self.grids.base, *self.grids.grids()]
+        return [self.codes.codes, self.codes.table, self.grids.base, *self.grids.grids()]
 
     def result(self) -> dict[str, Tensor]:
         """Return encoded scales by their names in a checkpoint, on the CPU."""

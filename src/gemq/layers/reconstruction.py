@@ -19,7 +19,7 @@ from gemq.layers.linears import QuantizedLinears, install_linears, linear_parame
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.layers.training import Training, as_parameter
-from gemq.layers.trellis_experts import TrellisBatch
+from gemq.layers.trellis_experts import TrellisBatch, dequantize_experts
 from gemq.models.expert_parallel import can_shard_windows, gather_experts, local_expert_slice
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
@@ -29,7 +29,7 @@ from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.trellis_matrix import TrellisMatrix
-from gemq.quant.widths import ExpertWidths, TrellisWidth, Width, affine_widths, trellis_widths
+from gemq.quant.widths import ExpertWidths, Width, affine_widths, trellis_widths
 from gemq.runtime.activation_store import ActivationStore
 
 TUNED = "tuned:"
@@ -337,13 +337,15 @@ def _dequantize_experts(
     """Return the weights [E, R, C] of one matrix of all experts of a layer."""
     experts = layer.experts
     assert experts is not None
+    widths = scheme.matrix_widths(layer)[matrix.name]
+    if with_trellis := trellis_widths(widths):
+        matrices = []
+        for expert, trellis_width in enumerate(with_trellis):
+            name = _expert_name(experts, expert, matrix.name)
+            matrices.append(TrellisMatrix.from_tensors(quantized.tensors, name, trellis_width))
+        return dequantize_experts(matrices, dtype)
     device = quantized.tensors[_expert_name(experts, 0, matrix.name) + ".codes"].device
     weight = torch.empty(experts.count, matrix.rows, matrix.columns, dtype=dtype, device=device)
-    widths = scheme.matrix_widths(layer)[matrix.name]
-    for expert, width in enumerate(widths):
-        if isinstance(width, TrellisWidth):
-            name = _expert_name(experts, expert, matrix.name)
-            weight[expert] = TrellisMatrix.from_tensors(quantized.tensors, name, width).dequantize()
     for width, chunk in _width_chunks(matrix, affine_widths(widths)):
         names = [_expert_name(experts, expert, matrix.name) for expert in chunk]
         packed = PackedMatrix.stack([PackedMatrix.from_tensors(quantized.tensors, name, width) for name in names])

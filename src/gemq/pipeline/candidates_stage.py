@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gemq.allocation.scores import ExpertWeights
@@ -16,6 +17,7 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.layers.candidate_training import expert_chunks
 from gemq.layers.candidates import LINEAR_TOKENS, LayerCandidates, build_candidates
+from gemq.layers.trellis_experts import dequantize_experts
 from gemq.models.byte_sizes import candidate_bytes, count_smaller_groups
 from gemq.models.equalization import SCALING_PREFIX
 from gemq.models.experts import expert_weight
@@ -28,7 +30,8 @@ from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.quant.gptq import round_to_nearest
 from gemq.quant.grid import Quantized, dequantize_each
-from gemq.quant.stored_matrix import StoredMatrix, dequantize_matrices, stored_matrix
+from gemq.quant.stored_matrix import StoredMatrix, stored_matrix
+from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import AnyWidth, Width, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore
@@ -88,7 +91,7 @@ class CandidateFiles:
         for matrix in experts.matrices:
             exact = expert_weight(module, matrix.name)
             if packed is not None:
-                weights.append(dequantize_matrices(packed[matrix.name], exact.dtype))
+                weights.append(_dequantize(packed[matrix.name], exact.dtype))
             else:
                 quantized = self._round_to_nearest(exact, matrix, width)
                 weights.append(dequantize_each(quantized, exact.dtype))
@@ -116,6 +119,13 @@ class CandidateFiles:
         assert isinstance(width, Width)  # the recipe rejects trellis codes here
         quantized = round_to_nearest(weight, (width,), group_size_for(matrix.columns, self._recipe.group_size))
         return quantized.select(0)
+
+
+def _dequantize(matrices: StoredMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights [E, rows, columns] of a batch of matrices."""
+    if isinstance(matrices, TrellisMatrix):
+        return dequantize_experts([matrices.select(index) for index in range(len(matrices.codes))], dtype)
+    return dequantize_each(matrices.unpack(), dtype)
 
 
 def run_candidates(job: Job, replay: Replay, windows: Windows) -> CandidateFiles:

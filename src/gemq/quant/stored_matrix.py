@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from gemq.quant.grid import dequantize
@@ -45,17 +44,3 @@ def concatenate(batches: Sequence[StoredMatrix]) -> StoredMatrix:
 def dequantize_matrix(matrix: StoredMatrix) -> Tensor:
     """Return the weights of matrices: [..., R, C] float32."""
     return matrix.dequantize() if isinstance(matrix, TrellisMatrix) else dequantize(matrix.unpack())
-
-
-def dequantize_matrices(matrices: StoredMatrix, dtype: torch.dtype) -> Tensor:
-    """Dequantize a batch of matrices one at a time: [E, R, C] in ``dtype``.
-
-    All of them in float32 could take more memory than anything else in the job.
-    """
-    count = len(matrices.codes)
-    weight = dequantize_matrix(matrices.select(0)).to(dtype)
-    weights = weight.new_empty(count, *weight.shape)
-    weights[0] = weight
-    for index in range(1, count):
-        weights[index] = dequantize_matrix(matrices.select(index))
-    return weights

@@ -23,7 +23,7 @@ from gemq.kernels.trellis.rotation import rotate_operand
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
-    from gemq.kernels.trellis.experts import TrellisExperts
+    from gemq.kernels.modules import PackedExperts
 
 
 def product(
@@ -118,7 +118,7 @@ def _(
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _weights(module: TrellisExperts, name: str) -> TrellisWeights:
+def _weights(module: PackedExperts, name: str) -> TrellisWeights:
     """Return the tensors of one projection of all experts, and its bias."""
     matrices = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
@@ -127,7 +127,7 @@ def _weights(module: TrellisExperts, name: str) -> TrellisWeights:
     )
 
 
-def experts_forward(module: TrellisExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, in float16, bfloat16 or float32. No gradients."""
     up = _weights(module, "gate_up_proj" if module.has_gate else "up_proj")
     down = _weights(module, "down_proj")
