@@ -25,11 +25,14 @@ from gemq.assets import builtin_model, builtin_texts
 from gemq.checkpoint.format import CONFIG_KEY, QUANT_METHOD
 from gemq.checkpoint.reader import check_checkpoint
 from gemq.runtime.safetensors_files import read_json
-from support.packed_checkpoints import olmoe_config, write_packed
+from support.packed_checkpoints import olmoe_config, write_packed, write_trellis
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 LARGE_NUMBER = 1 << 16
 """The vocabulary, which has the largest number of an intact config.json, is smaller."""
+
+KINDS = {"affine": "one", "trellis": "trellis"}
+"""Undamaged checkpoint by the kind of its experts' codes."""
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -50,24 +53,31 @@ class Packed:
             "one": write_packed(folder / "one", config, source=source),
             "sharded": write_packed(folder / "sharded", config, shard_bytes=250_000, source=source),
         }
-        self.bases["unsealed"] = Path(shutil.copytree(folder / "one", folder / "unsealed"))
-        values = json.loads((folder / "unsealed" / "config.json").read_text())
-        del values["gemq_checksums"]
-        (folder / "unsealed" / "config.json").write_text(json.dumps(values))
-        self.logits = logits(gemq.load(self.bases["one"]))
+        self.bases["trellis"] = write_trellis(folder / "trellis", config, source=source)
+        for base, copy in (("one", "unsealed"), ("trellis", "unsealed trellis")):
+            self.bases[copy] = Path(shutil.copytree(folder / base, folder / copy))
+            values = json.loads((folder / copy / "config.json").read_text())
+            del values["gemq_checksums"]
+            (folder / copy / "config.json").write_text(json.dumps(values))
+        self.logits = {kind: logits(gemq.load(self.bases[base])) for kind, base in KINDS.items()}
         self.text = folder / "text.txt"
         self.text.write_text(builtin_texts()[0].read_text()[:2000])
-        self._eval(self.bases["one"], folder / "eval.json")
-        self.figures = figures(folder / "eval.json")
-        assert worker.cli(["export", self.bases["one"], "--dense", folder / "twin", "-q"]) == worker.SAME
-        self.twin = load_file(folder / "twin" / "model.safetensors")
-        tokenizer = AutoModelForCausalLM.from_pretrained(folder / "twin")  # whatever is imported late is imported now
+        self.figures, self.twins = {}, {}
+        for kind, base in KINDS.items():
+            self._eval(self.bases[base], folder / "eval.json")
+            self.figures[kind] = figures(folder / "eval.json")
+            twin = folder / f"{base}-twin"
+            assert worker.cli(["export", self.bases[base], "--dense", twin, "-q"]) == worker.SAME
+            self.twins[kind] = load_file(twin / "model.safetensors")
+        self.kind = "affine"  # of the case
+        tokenizer = AutoModelForCausalLM.from_pretrained(twin)  # whatever is imported late is imported now
         del tokenizer
 
     def case(self, seed: int) -> tuple[str, worker.Outcome]:
         """What was done, and how it ended."""
         rng = random.Random(f"packed {seed}")
-        base = rng.choice(("one", "one", "sharded", "unsealed"))
+        base = rng.choice(("one", "one", "sharded", "unsealed", "trellis", "trellis", "unsealed trellis"))
+        self.kind = "trellis" if "trellis" in base else "affine"
         directory = m.copied(self.bases[base], self.folder / "case")
         damage = m.pick(rng, DAMAGE)
         done = damage(rng, directory)
@@ -79,7 +89,8 @@ class Packed:
             action = Packed.load
         outcome = worker.run(lambda: action(self, directory))
         # without its checksums a checkpoint is like one that another program wrote
-        if outcome.kind == worker.CHANGED and base != "unsealed" and CONFIG_KEY in read_json(directory / "config.json"):
+        sealed = "unsealed" not in base
+        if outcome.kind == worker.CHANGED and sealed and CONFIG_KEY in read_json(directory / "config.json"):
             outcome = worker.Outcome(worker.SILENT)
         return f"{base}: {done}: {action.__name__}", outcome
 
@@ -107,7 +118,7 @@ class Packed:
         out = self.folder / "case.json"
         out.unlink(missing_ok=True)
         tokenizer = all(same_file(directory / name, self.bases["one"] / name) for name in TOKENIZER)
-        return self._eval(directory, out, lambda: not tokenizer or figures(out) == self.figures)
+        return self._eval(directory, out, lambda: not tokenizer or figures(out) == self.figures[self.kind])
 
     def generate(self, directory: Path) -> str:
         return worker.cli(["generate", directory, "-p", "The", "--max-new-tokens", 2])
@@ -118,7 +129,8 @@ class Packed:
 
         def unchanged() -> bool:
             tensors = load_file(out / "model.safetensors")
-            return tensors.keys() == self.twin.keys() and all(torch.equal(tensors[n], t) for n, t in self.twin.items())
+            twin = self.twins[self.kind]
+            return tensors.keys() == twin.keys() and all(torch.equal(tensors[n], t) for n, t in twin.items())
 
         return worker.cli(["export", directory, "--dense", out, "-q"], unchanged)
 
@@ -127,7 +139,7 @@ class Packed:
         return worker.SAME
 
     def _compared(self, model: Any) -> str:
-        return worker.SAME if torch.equal(logits(model), self.logits) else worker.CHANGED
+        return worker.SAME if torch.equal(logits(model), self.logits[self.kind]) else worker.CHANGED
 
     def _eval(self, directory: Path, out: Path, unchanged: Callable[[], bool] = lambda: True) -> str:
         flags = ["--text", self.text, "--seq-len", 64, "--max-windows", 1, "-q", "--json", out]
@@ -192,6 +204,24 @@ def quantization(rng: random.Random, directory: Path) -> str:
     return m.edit_json(rng, directory / "config.json", ("quantization_config",))
 
 
+def code_kind(rng: random.Random, directory: Path) -> str:
+    """Another version, kind of codes or number of state bits."""
+    file = directory / "config.json"
+    values = json.loads(file.read_text())
+    key, options = rng.choice(
+        (
+            ("format_version", (1, 2, 3, 4, "3")),
+            ("codes", ("affine", "trellis", "x", None)),
+            ("state_bits", (0, 7, 8, 12, 13, 16, 17, 12.0, "12")),
+            ("codebook", ("x",)),
+        )
+    )
+    value = rng.choice(options)
+    values["quantization_config"][key] = value
+    file.write_text(json.dumps(values))
+    return f"config.json: {key} = {value!r}"
+
+
 def widths(rng: random.Random, directory: Path) -> str:
     """Another number of experts, other widths, exchanged lists."""
     file = directory / "config.json"
@@ -207,7 +237,7 @@ def widths(rng: random.Random, directory: Path) -> str:
             expert_widths.pop()
     elif what == "other width":
         expert_widths = experts[path][rng.choice(("down_proj", "gate_up_proj"))]
-        expert_widths[rng.randrange(len(expert_widths))] = rng.choice((1, 1.6, 2, 3, 4, 8, 1.0, True, "2"))
+        expert_widths[rng.randrange(len(expert_widths))] = rng.choice((1, 1.6, 2, 2.25, 3, 4, 8, 1.0, True, "2"))
     elif what == "swap":
         experts[path]["down_proj"], experts[path]["gate_up_proj"] = (
             *(experts[path]["gate_up_proj"], experts[path]["down_proj"]),
@@ -307,6 +337,7 @@ def additions(rng: random.Random, directory: Path) -> str:
 DAMAGE: dict[Callable[[random.Random, Path], str], int] = {
     config: 14,
     quantization: 8,
+    code_kind: 4,
     widths: 6,
     checksums: 3,
     large_number: 8,
