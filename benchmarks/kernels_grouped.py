@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemq.quant.widths import Width
+from gemq.quant.widths import TrellisWidth, Width
 from record import RESULTS, append, environment
 
 if TYPE_CHECKING:
@@ -40,8 +40,13 @@ class Shape:
     intermediate: int
     experts: int
     top_k: int
-    widths: tuple[Width, ...]
+    widths: tuple[Width | TrellisWidth, ...]
 
+
+TRELLIS_TWO_BITS: tuple[Width | TrellisWidth, ...] = tuple(
+    TrellisWidth(eighths) for eighths in (10, 12, 14, 16, 16, 18, 20, 22)
+)
+TRELLIS_TWO_AND_A_HALF_BITS = tuple(TrellisWidth(eighths) for eighths in (16, 18, 20, 20, 20, 20, 22, 24))
 
 SHAPES = {
     # 15 : 45 : 99 : 33 of 192, an average of 2.0 nominal bits
@@ -53,6 +58,8 @@ SHAPES = {
         (Width.ONE_BIT,) * 5 + (Width.TERNARY,) * 15 + (Width.TWO_BIT,) * 33 + (Width.THREE_BIT,) * 11,
     ),
     "mixtral": Shape(4096, 14336, 8, 2, (Width.TWO_BIT, Width.THREE_BIT) * 4),
+    "olmoe-trellis": Shape(2048, 1024, 64, 8, TRELLIS_TWO_BITS * 8),
+    "mixtral-trellis": Shape(4096, 14336, 8, 2, TRELLIS_TWO_AND_A_HALF_BITS),
 }
 CONFIGS = (  # block_m, block_n, block_k, warps, stages
     *((16, 64, 128, 4, 2), (16, 64, 128, 4, 3), (16, 64, 128, 4, 4), (16, 128, 128, 8, 3)),
@@ -67,7 +74,9 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--no-reference", action="store_true", help="leave out the plain reference, which is slow")
-    parser.add_argument("--sweep", action="store_true", help="try tile configurations instead; writes no rows")
+    parser.add_argument(
+        "--sweep", action="store_true", help="try tile configurations of affine codes instead; writes no rows"
+    )
     parser.add_argument("--linear", action="store_true", help="dense linears of 4 and 8 bits instead")
     parser.add_argument("--csv", type=Path, default=FILE)
     args = parser.parse_args()
@@ -108,6 +117,7 @@ def make_layer(shape: Shape) -> Any:
     from torch import nn
 
     from gemq.kernels.modules import PackedExperts, PackedMatrices
+    from gemq.kernels.trellis.experts import TrellisMatrices
 
     class Experts(PackedExperts):
         has_gate, has_bias = True, False
@@ -125,12 +135,36 @@ def make_layer(shape: Shape) -> Any:
         ("gate_up_proj", 2 * shape.intermediate, shape.hidden),
         ("down_proj", shape.hidden, shape.intermediate),
     ):
-        matrices = [random_matrix(rows, columns, width) for width in shape.widths]
-        setattr(layer, name, PackedMatrices(matrices))
+        if isinstance(shape.widths[0], TrellisWidth):
+            setattr(layer, name, TrellisMatrices([random_trellis(rows, columns, width) for width in shape.widths]))
+        else:
+            setattr(layer, name, PackedMatrices([random_matrix(rows, columns, width) for width in shape.widths]))
     return layer
 
 
-def random_matrix(rows: int, columns: int, width: Width) -> Any:
+def random_trellis(rows: int, columns: int, width: Any) -> Any:
+    """Weights of variance about 1 / columns."""
+    import torch
+
+    from gemq.quant.grid import encode_scales
+    from gemq.quant.trellis import STATE_BITS
+    from gemq.quant.trellis_matrix import TrellisMatrix
+
+    codes = torch.randint(0, 256, (rows // 16, columns // 4 * width.eighths), dtype=torch.uint8, device="cuda")
+    scales = (0.8 + 0.4 * torch.rand(rows, device="cuda")) * columns**-0.5
+    return TrellisMatrix(codes, encode_scales(scales), width, STATE_BITS)
+
+
+def kernels_of(layer: Any) -> Any:
+    """The module of kernels that runs a layer."""
+    from gemq.kernels.grouped import operators
+    from gemq.kernels.trellis import grouped
+    from gemq.kernels.trellis.experts import TrellisMatrices
+
+    return grouped if isinstance(layer.down_proj, TrellisMatrices) else operators
+
+
+def random_matrix(rows: int, columns: int, width: Any) -> Any:
     """Weights of variance about 1 / columns: outputs neither grow nor vanish."""
     import torch
 
@@ -182,7 +216,13 @@ def dequantized(matrices: Any) -> Tensor:
 
     from gemq.kernels.grouped.dequantize import dequantize
     from gemq.kernels.grouped.operators import packed_experts
+    from gemq.kernels.trellis.dense import FlatCodes, trellis_weight
+    from gemq.kernels.trellis.experts import TrellisMatrices
+    from gemq.quant.grid import decode_scales
 
+    if isinstance(matrices, TrellisMatrices):
+        flat = FlatCodes(matrices.codes, matrices.table, matrices.columns, matrices.state_bits)
+        return trellis_weight(flat, decode_scales(matrices.scales), dtype=torch.bfloat16)
     w = packed_experts(matrices, None)
     return dequantize(w, matrices.columns, torch.bfloat16)
 
@@ -190,14 +230,14 @@ def dequantized(matrices: Any) -> Tensor:
 def check(name: str, shape: Shape, layers: list[Any]) -> None:
     """Stops if the kernels are further from float64 than twice the reference's distance."""
     from gemq.kernels import reference
-    from gemq.kernels.grouped import operators
 
+    kernels = kernels_of(layers[0])
     for tokens in (33, 300):
         hidden, index, weights = routings(shape, tokens)[0]
         truth = reference.experts_forward(layers[0], hidden.double(), index, weights.double())
         errors = [
             ((f(layers[0], hidden, index, weights).double() - truth).norm() / truth.norm()).item()
-            for f in (operators.experts_forward, reference.experts_forward)
+            for f in (kernels.experts_forward, reference.experts_forward)
         ]
         print(f"{name}, {tokens} tokens: relative error {errors[0]:.2e}, reference {errors[1]:.2e}")
         if not errors[0] <= 2 * errors[1]:
@@ -248,7 +288,6 @@ def bench_experts(args: argparse.Namespace, name: str, shape: Shape, layers: lis
 
     from gemq.kernels import reference
     from gemq.kernels.activation import activation_of
-    from gemq.kernels.grouped import operators
 
     def through_dense(layer: Any, *draw: Tensor) -> Tensor:
         return dense_forward(dequantized(layer.gate_up_proj), dequantized(layer.down_proj), *draw)
@@ -265,7 +304,7 @@ def bench_experts(args: argparse.Namespace, name: str, shape: Shape, layers: lis
         flops = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
         ways: dict[str, tuple[list[Callable[[], Any]], bool]] = {
             "dense": (cycle(dense, draws, lambda ws, *draw: dense_forward(*ws, *draw)), True),
-            "packed": (cycle(layers, draws, operators.experts_forward), True),
+            "packed": (cycle(layers, draws, kernels_of(layers[0]).experts_forward), True),
             "dequantize+dense": (cycle(layers, draws, through_dense), True),
         }
         if not args.no_reference and tokens <= 2048:

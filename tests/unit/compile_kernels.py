@@ -31,6 +31,8 @@ from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU,
 from gemq.kernels.decode import attention, bit_fields, launch, packed_arguments, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
+from gemq.kernels.trellis import dense_kernel, operators, rotation
+from gemq.kernels.trellis import matmul as trellis_matmul
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -69,6 +71,7 @@ class Task:
     def __init__(self, fn: Any, signature: Any, constants: Any, attributes: Any, options: Any, target: GPUTarget):
         self.source = compiler.ASTSource(fn, signature, constants, attributes)
         self.name, self.options, self.target = fn.fn.__name__, options, target
+        self.has_fixed_layout = fn.fn.__module__.startswith("gemq.kernels.decode.")
         self.launch: dict[str, str] = {}
 
     def compile(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ class Task:
         try:
             for stage in ("ttir", "ttgir", "llir"):
                 module = stages[stage](module, metadata)
-                if stage == "ttgir":
+                if stage == "ttgir" and self.has_fixed_layout:
                     launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
         except Exception as error:  # noqa: BLE001 - any error of Triton is a finding
             return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
@@ -281,6 +284,51 @@ def decode_attention(dtype: torch.dtype, length: int, head: int, heads: Any) -> 
     attention.decode_attention(query, cache, cache, bounds, 1.0)
 
 
+TRELLIS_GROUPED: Axes = {
+    "arch": ARCHITECTURES,
+    "tile": [
+        (d, c) for d in (BF16, FP16, FP32) for c in sorted({trellis_matmul.config_for(n, 1, d) for n in range(1, 1000)})
+    ],
+    "columns": [2048, 80],
+    "product": [*ACTIVATIONS, "down"],
+    "state_bits": [12, 16],
+    "bias": [False, True],
+    "index": [torch.int32, torch.int64],
+}
+
+
+def trellis_grouped(tile: Any, columns: int, product: str, state_bits: int, bias: bool, index: torch.dtype) -> None:
+    """Launch the grouped products of trellis experts."""
+    dtype, config = tile
+    rows, experts, top_k = 512, 8, 4
+    table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows, dtype=torch.uint8)
+    biases = torch.empty(experts, rows, dtype=dtype) if bias else None
+    w = operators.TrellisArguments(empty_bytes(), scales, table, biases, rows, columns, state_bits)
+    order = routing.sort_pairs(torch.empty(64, top_k, dtype=index), experts, config.block_m)
+    x = rotation.rotate_operand(torch.empty(64, columns, dtype=dtype), trellis_matmul.padded_columns(columns, config))
+    if product == "down":
+        trellis_matmul.matmul(x, w, config, order, scatter=True)
+    else:
+        trellis_matmul.matmul(x, w, config, order, top_k=top_k, activation=ACTIVATIONS[product])
+
+
+TRELLIS_DENSE: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP16, FP32],
+    "columns": [2048, 96, 80],
+    "rotated": [False, True],
+}
+
+
+def trellis_dense(dtype: torch.dtype, columns: int, rotated: bool) -> None:
+    """Launch dense decoding and the gradients of scales."""
+    rows, experts = 512, 8
+    table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows)
+    dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, rotated, dtype)
+    gradient = torch.empty(experts, rows, columns, dtype=dtype)
+    dense_kernel.scale_gradients(gradient, empty_bytes(), table, 12, rotated)
+
+
 TRAINING: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
@@ -342,6 +390,7 @@ KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
     "grouped": [(grouped, GROUPED), (grouped_linear, LINEAR)],
     "decode": [(decode, DECODE), (decode_linears, DECODE_LINEARS), (decode_attention, ATTENTION)],
     "training": [(training, TRAINING)],
+    "trellis_grouped": [(trellis_grouped, TRELLIS_GROUPED), (trellis_dense, TRELLIS_DENSE)],
 }
 
 

@@ -1,6 +1,6 @@
-"""Trellis experts for many tokens, and dense decoding, against the reference and against float64.
+"""Trellis experts for many tokens, and dense decoding: in Triton's interpreter, or on a GPU (marker gpu).
 
-Without a GPU they run in Triton's interpreter, which truncates bfloat16 instead of rounding it.
+The interpreter truncates bfloat16 instead of rounding it.
 """
 
 from __future__ import annotations
@@ -10,130 +10,141 @@ from support.interpreted import DEVICE  # first: skips the module where triton i
 # isort: split
 import pytest
 import torch
+from torch import nn
 
-from gemq.kernels.activation import SILU, Activation
-from gemq.kernels.trellis.dense import FlatCodes, trellis_weight
+from gemq.kernels import dispatch, reference
+from gemq.kernels.activation import activation_of
+from gemq.kernels.trellis import grouped
+from gemq.kernels.trellis.dense import FlatCodes, decode_dense, trellis_weight
 from gemq.kernels.trellis.dense_kernel import dense, scale_gradients
-from gemq.kernels.trellis.grouped import experts
-from gemq.kernels.trellis.matmul import TrellisWeights
-from gemq.quant.trellis_matrix import TrellisMatrix
-from gemq.quant.widths import TrellisWidth
+from support.packed_cases import exact_experts, random_routing, silu_gate
+from support.trellis_cases import TrellisExperts, random_trellis
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MIXED = (1, 1.125, 2, 2.5, 3.875, 4)
+WIDTHS = (8, 9, 20, 31, 32)
 
 
-def random_matrices(rows: int, columns: int, widths: tuple[float, ...], state_bits: int = 12) -> list[TrellisMatrix]:
-    """Return matrices of random codes."""
-    matrices = []
-    for number in widths:
-        width = TrellisWidth(int(8 * number))
-        codes = torch.randint(0, 256, (rows // 16, columns // 4 * width.eighths), dtype=torch.uint8)
-        scales = torch.randint(140, 160, (rows,), dtype=torch.uint8)
-        matrices.append(TrellisMatrix(codes, scales, width, state_bits).map(lambda t: t.to(DEVICE)))
-    return matrices
+@pytest.fixture
+def generator(monkeypatch):
+    monkeypatch.setattr(dispatch, "mode", "triton")
+    return torch.Generator().manual_seed(0)
 
 
-def flat_weights(matrices: list[TrellisMatrix], bias: torch.Tensor | None = None) -> TrellisWeights:
-    flat, table = [], []
-    for matrix in matrices:
-        table.append([matrix.width.eighths, sum(map(len, flat)) // 16])
-        codes = matrix.codes.flatten()
-        flat.append(torch.cat([codes, codes.new_zeros(-len(codes) % 16)]))
-    scales = torch.stack([matrix.scales for matrix in matrices])
-    table = torch.tensor(table, device=DEVICE)
-    return TrellisWeights(
-        torch.cat(flat), scales, table, bias, scales.shape[1], matrices[0].columns, matrices[0].state_bits
-    )
+def clamped_gate(y):
+    """Apply an activation of interleaved rows."""
+    gate, up = y[..., ::2].clamp(max=1.5), y[..., 1::2].clamp(-1.5, 1.5)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-def routed(tokens: int, count: int, k: int, hidden: int, dtype: torch.dtype):
-    """Return inputs with uneven routing. The first expert gets no token."""
-    generator = torch.Generator().manual_seed(tokens)
-    popularity = torch.linspace(0.2, 3, count)
-    popularity[0] = 1e-9
-    index = torch.multinomial(popularity.expand(tokens, -1), k, generator=generator)
-    index[index == 0] = count  # unlikely to be drawn
-    index[-1] = -1  # the mark of padding tokens in vLLM
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    weights = torch.rand(tokens, k, generator=generator)
-    return x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+def routed_inputs(module, tokens, slots, dtype, generator):
+    """Return inputs with marks of padding tokens in vLLM, and of dropped tokens in families."""
+    count = module.down_proj.num_experts
+    hidden = torch.randn(tokens, module.down_proj.rows, generator=generator).to(DEVICE, dtype)
+    index, weights = random_routing(tokens, slots, count, generator, dtype, DEVICE)
+    index[-1], index[0, 0] = -1, count + 3
+    return hidden, index, weights
 
 
-def plain_experts(x, index, weights, up, down, activation, biases=(None, None)):
-    """Compute experts one at a time from dequantized weights in x's dtype."""
-    out = torch.zeros_like(x)
-    for e, (up_matrix, down_matrix) in enumerate(zip(up, down, strict=True)):
-        token, slot = torch.where(index == e)
-        y = x[token] @ up_matrix.dequantize(FP32).to(x.dtype).T
-        if biases[0] is not None:
-            y = y + biases[0][e].to(x.dtype)
-        y = activation(y) @ down_matrix.dequantize(FP32).to(x.dtype).T
-        if biases[1] is not None:
-            y = y + biases[1][e].to(x.dtype)
-        out.index_add_(0, token, (y * weights[token, slot, None]).to(x.dtype))
-    return out
-
-
-def check(tokens, dtype, hidden, inner, activation, config=None, state_bits=12, bias=False):
-    gated = 2 if activation.gated else 1
-    up = random_matrices(gated * inner, hidden, MIXED, state_bits)
-    down = random_matrices(hidden, inner, MIXED, state_bits)
-    biases = (None, None)
-    if bias:
-        biases = tuple(torch.randn(len(MIXED), rows, device=DEVICE).to(dtype) for rows in (gated * inner, hidden))
-    x, index, weights = routed(tokens, len(MIXED), 2, hidden, dtype)
-    configs = None if config is None else (config, config)
-    y = experts(x, index, weights, flat_weights(up, biases[0]), flat_weights(down, biases[1]), activation, configs)
-    plain = plain_experts(x, index, weights, up, down, activation, biases)
-    truth = plain_experts(x.double(), index, weights.double(), up, down, activation, biases)
-    assert y.dtype == dtype
-    error, plain_error = ((t.double() - truth).norm() / truth.norm() for t in (y, plain))
-    slack = 5 if DEVICE == "cpu" and dtype == BF16 else 1.5
-    print(f"{error:.2e} {plain_error:.2e}")
+def check_experts(module, tokens, slots, dtype, generator):
+    """Check that errors against float64 are at most a small multiple of the reference's."""
+    module = module.to(DEVICE)
+    inputs = routed_inputs(module, tokens, slots, dtype, generator)
+    with torch.no_grad():
+        result = dispatch.experts_forward(module, *inputs)
+        expected = reference.experts_forward(module, *inputs)
+    truth = exact_experts(module, *inputs)
+    assert result.dtype == dtype
+    error, plain_error = ((y.double() - truth).norm() / truth.norm() for y in (result, expected))
+    slack = 6 if DEVICE == "cpu" and dtype == BF16 else 1.5
     assert error <= slack * plain_error + 1e-6, f"relative error {error:.2e}, reference {plain_error:.2e}"
 
 
-SWIGLU = Activation(SILU, gated=True)
-
-
 @pytest.mark.parametrize(
-    ("tokens", "dtype"), [(17, BF16), (17, FP16), (17, FP32), (40, FP16), (120, FP16), (300, FP16)]
+    ("tokens", "dtype", "hidden", "inner", "gate", "state_bits"),
+    [
+        (17, BF16, 128, 64, silu_gate, 12),
+        (19, FP16, 48, 80, clamped_gate, 16),
+        (18, FP32, 64, 32, None, 8),
+        (120, FP16, 64, 64, silu_gate, 12),
+    ],
 )
-def test_mixed_widths(tokens, dtype):
-    check(tokens, dtype, 128, 64, SWIGLU)
+def test_experts_of_mixed_widths(tokens, dtype, hidden, inner, gate, state_bits, generator):
+    """Each kind of tile, and sizes that fill no block."""
+    gated = gate is not None
+    module = TrellisExperts(hidden, inner, WIDTHS, state_bits, generator, gate or torch.relu, gated, gated)
+    if gate is clamped_gate:
+        module.limit = 1.5
+    check_experts(module, tokens, 2, dtype, generator)
 
 
-@pytest.mark.parametrize("state_bits", [8, 16])
-def test_state_bits(state_bits):
-    check(19, FP16, 64, 64, SWIGLU, state_bits=state_bits)
+def test_an_unknown_activation_and_a_norm(generator):
+    module = TrellisExperts(32, 16, (8, 20), 12, generator, lambda y: y.chunk(2, -1)[0])
+    module.has_post_expert_norm, module.post_expert_norm = True, nn.RMSNorm(32)
+    check_experts(module, 17, 1, FP32, generator)
 
 
-def test_sizes_that_fill_no_block():
-    check(19, FP16, 48, 80, SWIGLU)
+def test_gradients_of_hidden_states_weights_and_biases(generator):
+    module = TrellisExperts(32, 32, (9, 20), 12, generator, bias=True).to(DEVICE)
+    inputs = routed_inputs(module, 17, 1, FP32, generator)
+    gradients = []
+    for forward in (dispatch.experts_forward, reference.experts_forward):
+        hidden, weights = (x.clone().requires_grad_() for x in (inputs[0], inputs[2]))
+        forward(module, hidden, inputs[1], weights).square().sum().backward()
+        gradients.append([hidden.grad, weights.grad, module.down_proj_bias.grad])
+        module.zero_grad()
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("columns", [128, 48])
-@pytest.mark.parametrize("rotated", [True, False])
-def test_dense_matrices_and_gradients_of_scales_equal_the_reference(columns, rotated):
-    matrices = random_matrices(80, columns, MIXED)
-    w = flat_weights(matrices)
-    scales = torch.rand(len(MIXED), 80, device=DEVICE)
-    unscaled = torch.stack([m.unscaled() if rotated else m.values() for m in matrices])
-    tensors = (w.codes, w.table)
-    values = dense(*tensors, None, 80, columns, 12, False, FP16)
-    torch.testing.assert_close(values.float(), torch.stack([m.values() for m in matrices]), rtol=2**-10, atol=1e-5)
-    weights = dense(*tensors, scales, 80, columns, 12, rotated, FP32)
-    torch.testing.assert_close(weights, unscaled * scales[..., None], rtol=1e-5, atol=1e-5)
-    gradient = torch.randn(unscaled.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    expected = (gradient * unscaled).sum(-1)
-    torch.testing.assert_close(scale_gradients(gradient, *tensors, 12, rotated), expected, rtol=1e-4, atol=1e-3)
+def test_the_operator_traces(generator):
+    module = TrellisExperts(32, 32, (8, 20), 12, generator).to(DEVICE)
+    up, down = (grouped._arguments(module, name) for name in ("gate_up_proj", "down_proj"))
+    tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
+    arguments = (*routed_inputs(module, 17, 1, FP32, generator), *tensors, activation_of(module).numbers())
+    torch.library.opcheck(grouped.grouped_experts, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_graph_follows_the_routing(generator):
+    module = TrellisExperts(256, 128, (16, 24, 9, 30), 12, generator).cuda()
+    hidden, index, weights = routed_inputs(module, 100, 2, BF16, generator)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        dispatch.experts_forward(module, hidden, index, weights)
+        with torch.cuda.graph(graph):
+            result = dispatch.experts_forward(module, hidden, index, weights)
+        index.copy_(index.flip(0))
+        graph.replay()
+        assert torch.equal(result, dispatch.experts_forward(module, hidden, index, weights))
+
+
+@pytest.mark.parametrize(("columns", "rotated"), [(128, True), (48, True), (48, False)])
+def test_dense_matrices_and_gradients_of_scales(columns, rotated, generator):
+    packed = random_trellis(48, columns, WIDTHS, 12, generator).to(DEVICE)
+    matrices = [packed.matrix(expert) for expert in range(len(WIDTHS))]
+    flat = FlatCodes(packed.codes, packed.table, columns, 12)
+    scales = torch.rand(len(WIDTHS), 48, generator=generator).to(DEVICE)
+    unscaled = torch.stack([matrix.unscaled() if rotated else matrix.values() for matrix in matrices])
+    expected = unscaled * scales[..., None]
+    weights = dense(flat.codes, flat.table, scales, 48, columns, 12, rotated, FP32)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn(unscaled.shape, generator=generator).to(DEVICE)
+    expected_gradient = (gradient * unscaled).sum(-1)
+    gradients = scale_gradients(gradient, flat.codes, flat.table, 12, rotated)
+    torch.testing.assert_close(gradients, expected_gradient, rtol=1e-4, atol=1e-3)
 
     scales.requires_grad_()
-    weights = trellis_weight(FlatCodes(*tensors, columns, 12), scales, rotated)
-    torch.testing.assert_close(weights.detach(), unscaled * scales.detach()[..., None], rtol=1e-5, atol=1e-5)
+    weights = trellis_weight(flat, scales, rotated)
+    torch.testing.assert_close(weights.detach(), expected, rtol=1e-5, atol=1e-5)
     weights.backward(gradient)
-    torch.testing.assert_close(scales.grad, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(scales.grad, expected_gradient, rtol=1e-4, atol=1e-3)
+
+
+def test_values_of_chosen_matrices(generator):
+    matrices = random_trellis(16, 32, WIDTHS, 12, generator).to(DEVICE)
+    chosen = decode_dense(matrices.codes, matrices.table[[2, 0]], 16, 32, 12, FP16)
+    expected = torch.stack([matrices.matrix(2).values(), matrices.matrix(0).values()])
+    torch.testing.assert_close(chosen.float(), expected, rtol=2**-10, atol=1e-5)

@@ -54,10 +54,14 @@ class _DequantizedLinear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
+def dequantized_product(x: Tensor, dequantize: Dequantize) -> Tensor:
+    """Multiply x [..., columns] with the matrix that ``dequantize`` returns, which backward dequantizes again."""
+    return _DequantizedLinear.apply(x, None, dequantize)
+
+
 def _expert_product(module: PackedExperts, projection: str, expert: int, x: Tensor) -> Tensor:
     """Multiply x with one expert's dequantized matrix."""
-    matrices = getattr(module, projection)
-    return _DequantizedLinear.apply(x, None, partial(matrices.dequantize, expert))
+    return dequantized_product(x, partial(getattr(module, projection).dequantize, expert))
 
 
 def experts_forward(

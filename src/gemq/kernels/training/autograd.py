@@ -1,13 +1,14 @@
 """Gradients through the inference kernels.
 
 Forward runs a kernel. Backward differentiates the reference, which dequantizes again, so that no dequantized matrix is
-kept from forward to backward. Scales and offsets get no gradients here; distillation trains them through
-``differentiable_dequantize``.
+kept from forward to backward. Trellis codes are decoded by a kernel, which is many times faster. Scales and offsets get
+no gradients here; distillation trains them through ``differentiable_dequantize``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemq.kernels import reference
+from gemq.kernels.trellis.dense import dequantize_expert
+from gemq.kernels.trellis.experts import TrellisMatrices
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
@@ -49,6 +52,11 @@ class _KernelWithReferenceGradient(torch.autograd.Function):
         return (None, None, None, *(next(gradients) if need else None for need in needs_grad))
 
 
+def _decoded_product(module: PackedExperts, projection: str, expert: int, x: Tensor) -> Tensor:
+    """Multiply x with one expert's matrix, whose trellis codes a kernel decodes."""
+    return reference.dequantized_product(x, partial(dequantize_expert, getattr(module, projection), expert))
+
+
 def experts_with_grad(
     forward: Callable, module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -64,9 +72,10 @@ def experts_with_grad(
     Returns:
         [T, H]
     """
+    product = partial(_decoded_product, module) if isinstance(module.down_proj, TrellisMatrices) else None
     return _KernelWithReferenceGradient.apply(
         lambda x, weights: forward(module, x, top_k_index, weights),
-        lambda x, weights: reference.experts_forward(module, x, top_k_index, weights),
+        lambda x, weights: reference.experts_forward(module, x, top_k_index, weights, product),
         2,
         hidden,
         top_k_weights,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemq.kernels.trellis.experts import ALIGNMENT, TrellisMatrices
+from gemq.quant.grid import decode_scales
 from gemq.quant.trellis import TILE_SIDE
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
@@ -40,7 +42,7 @@ class FlatCodes(NamedTuple):
         row_tiles, column_tiles = rows // TILE_SIDE, self.columns // TILE_SIDE
         for eighths, start in self.table.tolist():
             code_bytes = row_tiles * column_tiles * 4 * eighths
-            codes = self.codes[16 * start : 16 * start + code_bytes].view(row_tiles, -1)
+            codes = self.codes[ALIGNMENT * start : ALIGNMENT * start + code_bytes].view(row_tiles, -1)
             yield TrellisMatrix(codes, codes.new_zeros(rows), TrellisWidth(eighths), self.state_bits)
 
 
@@ -108,6 +110,12 @@ class _Weight(torch.autograd.Function):
             for target, grad, matrix in zip(grad_scales, gradient, flat.matrices(gradient.shape[1]), strict=True):
                 torch.sum(_unscaled(matrix, ctx.rotated).mul_(grad), 1, out=target)
         return grad_scales.to(ctx.dtype), None, None, None
+
+
+def dequantize_expert(matrices: TrellisMatrices, expert: int, dtype: torch.dtype) -> Tensor:
+    """As ``matrices.dequantize(expert, dtype)``, by a kernel on a GPU."""
+    flat = FlatCodes(matrices.codes, matrices.table[expert : expert + 1], matrices.columns, matrices.state_bits)
+    return trellis_weight(flat, decode_scales(matrices.scales[expert : expert + 1]), dtype=dtype)[0]
 
 
 def trellis_weight(flat: FlatCodes, scales: Tensor, rotated: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemq.kernels.decode.launch import device_of
 from gemq.kernels.trellis.operands import PORTABLE, decode_block
 from gemq.kernels.trellis.rotation import sign_block
 from gemq.kernels.trellis.values import VALUE_UNIT
@@ -138,7 +139,7 @@ def dense(
     """Return dense matrices, [E, rows, columns] in ``dtype``, rounded once.
 
     Args:
-        codes: uint8, as in ``matmul.TrellisWeights``
+        codes: uint8, as in ``operators.TrellisArguments``
         table: [E, 2]
         scales: [E, rows] of any float type, contiguous, or None for ones
         rows: rows of a matrix
@@ -151,21 +152,22 @@ def dense(
     out = torch.empty(experts, rows, columns, dtype=dtype, device=codes.device)
     block_columns, factor = _block_columns(columns, rotated)
     if experts:
-        _dense_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
-            codes,
-            codes if scales is None else scales,
-            table,
-            out,
-            rows,
-            columns,
-            factor,
-            STATE_BITS=state_bits,
-            SCALED=scales is not None,
-            ROTATE=rotated,
-            COLUMNS=block_columns,
-            ROWS=BLOCK_ROWS,
-            num_warps=4,
-        )
+        with device_of(codes):
+            _dense_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
+                codes,
+                codes if scales is None else scales,
+                table,
+                out,
+                rows,
+                columns,
+                factor,
+                STATE_BITS=state_bits,
+                SCALED=scales is not None,
+                ROTATE=rotated,
+                COLUMNS=block_columns,
+                ROWS=BLOCK_ROWS,
+                num_warps=4,
+            )
     return out
 
 
@@ -183,18 +185,19 @@ def scale_gradients(gradient: Tensor, codes: Tensor, table: Tensor, state_bits: 
     grad_scales = torch.empty(experts, rows, dtype=torch.float32, device=gradient.device)
     block_columns, factor = _block_columns(columns, rotated)
     if experts:
-        _scale_gradients_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
-            gradient.contiguous(),
-            codes,
-            table,
-            grad_scales,
-            rows,
-            columns,
-            factor,
-            STATE_BITS=state_bits,
-            ROTATE=rotated,
-            COLUMNS=block_columns,
-            ROWS=BLOCK_ROWS,
-            num_warps=4,
-        )
+        with device_of(codes):
+            _scale_gradients_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
+                gradient.contiguous(),
+                codes,
+                table,
+                grad_scales,
+                rows,
+                columns,
+                factor,
+                STATE_BITS=state_bits,
+                ROTATE=rotated,
+                COLUMNS=block_columns,
+                ROWS=BLOCK_ROWS,
+                num_warps=4,
+            )
     return grad_scales

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation, activation_of
+from gemq.kernels.decode.launch import device_of
 from gemq.kernels.grouped.routing import Routing, combine, sort_pairs
-from gemq.kernels.trellis.matmul import TileConfig, TrellisWeights, config_for, matmul, padded_columns
+from gemq.kernels.trellis.matmul import TileConfig, config_for, matmul, padded_columns
+from gemq.kernels.trellis.operators import TrellisArguments
 from gemq.kernels.trellis.rotation import rotate_operand
 from gemq.runtime.compat import transformers_private
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 def product(
     x: Tensor,
-    w: TrellisWeights,
+    w: TrellisArguments,
     config: TileConfig,
     routing: Routing,
     top_k: int = 0,
@@ -44,8 +46,8 @@ def experts(
     hidden: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    up: TrellisWeights,
-    down: TrellisWeights,
+    up: TrellisArguments,
+    down: TrellisArguments,
     activation: Activation,
     configs: tuple[TileConfig, TileConfig] | None = None,
 ) -> Tensor:
@@ -89,18 +91,19 @@ def grouped_experts(
         hidden: [T, H]
         index: [T, K] experts
         weights: [T, K] routing weights
-        up_tensors: ``TrellisWeights.tensors`` of gate and up, or of up alone
-        up_sizes: ``TrellisWeights.sizes`` of these
-        down_tensors: ``TrellisWeights.tensors`` of down
-        down_sizes: ``TrellisWeights.sizes`` of down
+        up_tensors: ``TrellisArguments.tensors`` of gate and up, or of up alone
+        up_sizes: ``TrellisArguments.sizes`` of these
+        down_tensors: ``TrellisArguments.tensors`` of down
+        down_sizes: ``TrellisArguments.sizes`` of down
         activation: the fields of an ``Activation``
 
     Returns:
         [T, H] in hidden's dtype.
     """
-    up = TrellisWeights.from_lists(up_tensors, up_sizes)
-    down = TrellisWeights.from_lists(down_tensors, down_sizes)
-    return experts(hidden.contiguous(), index, weights, up, down, Activation.from_numbers(activation))
+    up = TrellisArguments.from_lists(up_tensors, up_sizes)
+    down = TrellisArguments.from_lists(down_tensors, down_sizes)
+    with device_of(hidden):
+        return experts(hidden.contiguous(), index, weights, up, down, Activation.from_numbers(activation))
 
 
 @grouped_experts.register_fake
@@ -118,33 +121,30 @@ def _(
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _weights(module: PackedExperts, name: str) -> TrellisWeights:
-    """Return the tensors of one projection of all experts, and its bias."""
-    matrices = getattr(module, name)
+def _arguments(module: PackedExperts, name: str) -> TrellisArguments:
+    """Return one projection of all experts with its bias."""
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    return TrellisWeights(
-        matrices.codes, matrices.scales, matrices.table, bias, matrices.rows, matrices.columns, matrices.state_bits
-    )
+    return TrellisArguments.from_module(getattr(module, name), bias)
 
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, in float16, bfloat16 or float32. No gradients."""
-    up = _weights(module, "gate_up_proj" if module.has_gate else "up_proj")
-    down = _weights(module, "down_proj")
+    up = _arguments(module, "gate_up_proj" if module.has_gate else "up_proj")
+    down = _arguments(module, "down_proj")
     activation = activation_of(module)
     has_norm = getattr(module, "has_post_expert_norm", False)  # absent before Transformers 5.23
     if activation is not None and not has_norm:
         lists = (up.tensors, up.sizes, down.tensors, down.sizes, activation.numbers())
         return grouped_experts(hidden, top_k_index, top_k_weights, *lists)
 
-    num_experts = down.table.shape[0]
+    num_experts, top_k = down.table.shape[0], top_k_index.shape[1]
     config = config_for(top_k_index.numel(), num_experts, hidden.dtype)
-    routing = sort_pairs(top_k_index, num_experts, config.block_m)
-    top_k = top_k_index.shape[1]
-    y = product(hidden.contiguous(), up, config, routing, top_k=top_k, activation=activation or RAW)
-    if activation is None:
-        y = transformers_private.expert_activation(module)(y)
-    y = product(y.contiguous(), down, config, routing, scatter=True)
-    if has_norm:
-        y = module.post_expert_norm(y)
-    return combine(y, top_k_index, top_k_weights, num_experts)
+    with device_of(hidden):
+        routing = sort_pairs(top_k_index, num_experts, config.block_m)
+        y = product(hidden.contiguous(), up, config, routing, top_k=top_k, activation=activation or RAW)
+        if activation is None:
+            y = transformers_private.expert_activation(module)(y)
+        y = product(y.contiguous(), down, config, routing, scatter=True)
+        if has_norm:
+            y = module.post_expert_norm(y)
+        return combine(y, top_k_index, top_k_weights, num_experts)

@@ -7,7 +7,6 @@ decodes weights (``rotation.rotate_operand``). The products are of integers, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from gemq.kernels.activation_triton import activated, gated, kernel_arguments
 from gemq.kernels.grouped.matmul import _split_gate_up
 from gemq.kernels.grouped.routing import Routing
 from gemq.kernels.trellis.operands import as_operand, operand_positions, period_values, reaches_first_word
+from gemq.kernels.trellis.operators import TrellisArguments
 from gemq.kernels.trellis.values import VALUE_UNIT, period_words
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant.grid_kernel import decode_scale
@@ -47,45 +47,6 @@ class TileConfig(NamedTuple):
     registers: int | None = None
 
 
-class TrellisWeights(NamedTuple):
-    """The same projection of all experts, in flat buffers.
-
-    Attributes:
-        codes: uint8, each expert's codes at a multiple of 16 bytes
-        scales: [E, rows] uint8
-        table: [E, 2] int32 or int64: eighths of a bit, first byte of codes / 16
-        bias: [E, rows], or None
-        rows: rows of each matrix
-        columns: columns of each matrix
-        state_bits: bits of a state
-    """
-
-    codes: Tensor
-    scales: Tensor
-    table: Tensor
-    bias: Tensor | None
-    rows: int
-    columns: int
-    state_bits: int
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors, as an operator takes them."""
-        tensors = [self.codes, self.scales, self.table]
-        return tensors if self.bias is None else [*tensors, self.bias]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Return the numbers, as an operator takes them."""
-        return [self.rows, self.columns, self.state_bits]
-
-    @classmethod
-    def from_lists(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> TrellisWeights:
-        """Restore matrices from ``tensors`` and ``sizes``."""
-        codes, scales, table, *bias = tensors
-        return cls(codes, scales, table, bias[0] if bias else None, *sizes)
-
-
 def config_for(pairs: int, experts: int, dtype: torch.dtype) -> TileConfig:
     """Return the tile for ``pairs`` pairs over ``experts`` experts."""
     if dtype == torch.float32:
@@ -97,7 +58,13 @@ def config_for(pairs: int, experts: int, dtype: torch.dtype) -> TileConfig:
         return TileConfig(32, 64, 64, 4, 3)
     if padded_mean <= 64:
         return TileConfig(64, 128, 64, 8, 3)
-    return TileConfig(128, 64, 64, 4, 3)
+    return TileConfig(128, 128, 64, 8, 3, 128)  # with so few registers, an SM of Hopper runs two programs
+
+
+@triton.jit
+def _byte(word: Tile):
+    """Return the byte at which a word starts, as a number that is known not to be negative."""
+    return (word * 4).to(tl.uint32).to(tl.int64)
 
 
 @triton.jit
@@ -126,22 +93,26 @@ def _accumulate(
     last, middle, first, shift = period_words((row & 15) * 2 + (period & 1), eighths)
     tile = period >> 1
     start = ((row >> 4) * (columns // 16) + tile) * eighths
-    last, middle, first = start + last, start + middle, start + first
+    last, middle, first = _byte(start + last), _byte(start + middle), _byte(start + first)
     steps = tl.cdiv(columns, BLOCK)
-    advance = (BLOCK // 16) * eighths
+    advance = (BLOCK // 4) * eighths
     reaches = reaches_first_word(eighths, STATE_BITS)
     inside = tile < columns // 16
-    next_last = tl.load(words + last, mask=None if EVEN else inside)
-    next_middle = tl.load(words + middle, mask=None if EVEN else inside)
-    next_first = tl.load(words + first, mask=reaches if EVEN else reaches & inside, other=0)
+    next_last = tl.load((words + last).to(tl.pointer_type(tl.uint32)), mask=None if EVEN else inside)
+    next_middle = tl.load((words + middle).to(tl.pointer_type(tl.uint32)), mask=None if EVEN else inside)
+    next_first = tl.load(
+        (words + first).to(tl.pointer_type(tl.uint32)), mask=reaches if EVEN else reaches & inside, other=0
+    )
     for step in range(steps):
         last_word, middle_word, first_word = next_last, next_middle, next_first
         words += tl.where(step + 1 < steps, advance, 0)  # loaded ahead: the latency is longer than decoding takes
         if not EVEN:
             inside = (step + 1) * (BLOCK // 16) + tile < columns // 16
-        next_last = tl.load(words + last, mask=None if EVEN else inside)
-        next_middle = tl.load(words + middle, mask=None if EVEN else inside)
-        next_first = tl.load(words + first, mask=reaches if EVEN else reaches & inside, other=0)
+        next_last = tl.load((words + last).to(tl.pointer_type(tl.uint32)), mask=None if EVEN else inside)
+        next_middle = tl.load((words + middle).to(tl.pointer_type(tl.uint32)), mask=None if EVEN else inside)
+        next_first = tl.load(
+            (words + first).to(tl.pointer_type(tl.uint32)), mask=reaches if EVEN else reaches & inside, other=0
+        )
         values = period_values(last_word, middle_word, first_word, shift, eighths, STATE_BITS)
         weights = as_operand(values, acc.shape[0], BLOCK // 8, WARPS).to(x.dtype.element_ty)
         x_tile = tl.load(x + step * BLOCK)
@@ -218,7 +189,7 @@ def _matmul_kernel(
     n, period = operand_positions(BLOCK_N, BLOCK_K // 8, WARPS)
     operand_row = _matrix_row(n, block, num_rows, GATED, INTERLEAVED, BLOCK_N)
     eighths = tl.load(table + 2 * expert).to(tl.int32)
-    words = codes.to(tl.pointer_type(tl.uint32)) + tl.load(table + 2 * expert + 1).to(tl.int64) * 4
+    words = codes + tl.load(table + 2 * expert + 1).to(tl.int64) * 16
     x_tile = x + x_row[None, :] * x_stride + tl.arange(0, BLOCK_K)[:, None]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -261,7 +232,7 @@ def padded_columns(columns: int, config: TileConfig) -> int:
 
 def matmul(
     x: Tensor,
-    w: TrellisWeights,
+    w: TrellisArguments,
     config: TileConfig,
     routing: Routing,
     top_k: int = 0,

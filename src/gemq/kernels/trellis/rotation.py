@@ -13,12 +13,7 @@ from gemq.quant import rotation
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # its dot treats bfloat16 as integers
 
-_FIRST_ROW = rotation.block_matrix(rotation.MAX_BLOCK, torch.device("cpu"))[0]  # the signs times a constant
-_SIGN_WORDS = tl.constexpr(
-    tuple(
-        sum(int(value < 0) << i for i, value in enumerate(_FIRST_ROW[start : start + 32])) for start in (0, 32, 64, 96)
-    )
-)
+_SIGN_WORDS = tl.constexpr(tuple(rotation.SIGN_BITS >> shift & 0xFFFFFFFF for shift in (0, 32, 64, 96)))
 
 MIN_BLOCK = 32
 """Least columns of a product: the order of operands spans 32 columns."""
@@ -53,6 +48,14 @@ def sign_block(output: Tile, column: Tile, SIDE: tl.constexpr):
     return tl.where(output // SIDE == column // SIDE, 1.0 - 2.0 * negative.to(tl.float32), 0.0)
 
 
+@triton.jit
+def _signed_sums(x: Tile, block: Tile):
+    """Multiply x with a block of signs."""
+    if _INTERPRETED:
+        x, block = x.to(tl.float32), block.to(tl.float32)
+    return tl.dot(x, block)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _rotate_kernel(
     x: Pointer,
@@ -66,18 +69,27 @@ def _rotate_kernel(
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program (i, j) writes rows i * ROWS ... of BLOCKS blocks of columns."""
+    """Program (i, j) writes rows i * ROWS ... of BLOCKS blocks of columns.
+
+    float32 is split into three bfloat16 parts, without loss.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = (row < num_rows)[:, None]
     offset = tl.arange(0, BLOCK)
     block = sign_block(operand_columns(offset)[None, :], offset[:, None], SIDE)
-    dtype: tl.constexpr = tl.float32 if _INTERPRETED else x.dtype.element_ty
-    block = block.to(dtype)
+    block = block.to(tl.float16 if x.dtype.element_ty == tl.float16 else tl.bfloat16)
     for i in range(BLOCKS):
         column = (tl.program_id(1) * BLOCKS + i) * BLOCK + offset
         source = x + row.to(tl.int64)[:, None] * columns + column[None, :]
         tile = tl.load(source, mask=row_mask & (column < columns)[None, :], other=0.0)
-        rotated = tl.dot(tile.to(dtype), block, input_precision="ieee") * factor
+        if x.dtype.element_ty == tl.float32:
+            high = tile.to(tl.bfloat16)
+            middle = (tile - high.to(tl.float32)).to(tl.bfloat16)
+            low = (tile - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
+            rotated = _signed_sums(low, block) + _signed_sums(middle, block) + _signed_sums(high, block)
+        else:
+            rotated = _signed_sums(tile, block)
+        rotated *= factor
         target = out + row.to(tl.int64)[:, None] * padded + column[None, :]
         tl.store(target, rotated.to(out.dtype.element_ty), mask=row_mask & (column < padded)[None, :])
 
