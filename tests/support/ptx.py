@@ -1,8 +1,10 @@
-"""Emulator of the few PTX instructions in the assembly of ``gemq.kernels.decode.dots``, for one thread."""
+"""Emulator of the few PTX instructions in the assembly of ``gemq.kernels``, for one thread."""
 
 from __future__ import annotations
 
 import re
+
+import numpy as np
 
 WORD = 0xFFFFFFFF
 
@@ -42,6 +44,12 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
     return chosen
 
 
+def _subtract_halves(a: int, b: int) -> int:
+    """Subtract two pairs of float16."""
+    first, second = (np.array([value], np.uint32).view(np.float16) for value in (a, b))
+    return int((first - second).view(np.uint32)[0])
+
+
 INSTRUCTIONS = {
     "dp4a.u32.s32": lambda a, b, c: _dp4a(a, b, signed(c), True),
     "dp4a.u32.u32": lambda a, b, c: _dp4a(a, b, c, False),
@@ -58,6 +66,7 @@ INSTRUCTIONS = {
     "lop3.b32": _lop3,
     "selp.b32": lambda a, b, p: a if p else b,
     "shf.r.wrap.b32": lambda a, b, c: ((b << 32) | a) >> (c & 31),
+    "sub.rn.f16x2": _subtract_halves,
     "setp.ge.u32": lambda a, b: int(a >= b),
 }
 

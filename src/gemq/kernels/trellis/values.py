@@ -1,0 +1,166 @@
+"""Values of trellis codes from the words of a ring (Triton device functions).
+
+Eight neighbouring weights, a period, add ``eighths`` bits to the ring. A period is half a row of a tile. Its last state
+ends where the window of the period ends, and the other states end ``end_distance`` bits earlier. All states lie in the
+last 32 bits of the window if the width is at most ``narrow_eighths``, and in its 64 bits always. So a period takes two
+or three words, one or two funnel shifts, and one shift per weight, whatever the width is: ``eighths`` is a number that
+the compiler does not know.
+
+A value is a sum of four bytes. Added to the bit pattern of a suitable float, the sum becomes that float's mantissa, so
+no integer is converted.
+
+The inline assembly is NVIDIA's. PORTABLE uses ordinary arithmetic, for the interpreter and other GPUs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gemq.kernels.triton_types import Pointer, Scalar, Tile
+from gemq.quant import trellis
+from gemq.quant.widths import MAX_EIGHTHS
+
+PERIODS = tl.constexpr(trellis.TILE_WEIGHTS // trellis.PERIOD)
+"""Periods of a tile. Period p is half p % 2 of row p // 2."""
+
+MEAN = tl.constexpr(float(trellis.BYTES_MEAN))
+VALUE_UNIT = tl.constexpr(1.0 / trellis.BYTES_DEVIATION)
+"""A value is (sum of bytes - MEAN) * VALUE_UNIT."""
+
+_MULTIPLIER = tl.constexpr(trellis.MULTIPLIER)
+
+
+@triton.constexpr_function
+def narrow_eighths(state_bits: int):
+    """Return the largest width whose periods take a single window of 32 bits."""
+    eighths = range(1, MAX_EIGHTHS + 1)
+    return max(e for e in eighths if e - e // trellis.PERIOD + int(state_bits) <= trellis.WORD_BITS)
+
+
+@triton.jit
+def funnel(high: Tile, low: Tile, shift: Tile, PORTABLE: tl.constexpr):
+    """Return the lowest 32 bits of the 64 bits ``high``, ``low`` (uint32) after a shift by 0 to 31 to the right."""
+    if PORTABLE:
+        both = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+        return (both >> shift.to(tl.uint64)).to(tl.uint32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def period_words(period: Tile, eighths: Scalar):
+    """Return where the window of a period ends.
+
+    Args:
+        period: 0 ... 31, int32
+        eighths: width, int32
+
+    Returns:
+        The last word of the window, the two words before it in the ring, and the bits of the last word that follow the
+        window. All int32.
+    """
+    last_bit = (period + 1) * eighths - 1
+    word = last_bit >> 5
+    previous = tl.where(word > 0, word, eighths) - 1
+    before_previous = tl.where(previous > 0, previous, eighths) - 1
+    return word, previous, before_previous, 31 - (last_bit & 31)
+
+
+@triton.jit
+def load_window(
+    rings: Pointer,
+    word: Tile,
+    previous: Tile,
+    before_previous: Tile,
+    shift: Tile,
+    mask: Tile,
+    NARROW: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    """Load the windows of periods.
+
+    Args:
+        rings: first word of each tile, uint32 pointers
+        word: from ``period_words``, as ``previous``, ``before_previous`` and ``shift``
+        mask: which windows to load, or None
+        NARROW: whether the width is at most ``narrow_eighths``
+
+    Returns:
+        The upper and the lower 32 bits, uint32. If NARROW, the upper ones are not valid.
+    """
+    last = tl.load(rings + word, mask=mask)
+    middle = tl.load(rings + previous, mask=mask)
+    low = funnel(middle, last, shift, PORTABLE)
+    high = low
+    if not NARROW:
+        high = funnel(tl.load(rings + before_previous, mask=mask), middle, shift, PORTABLE)
+    return high, low
+
+
+@triton.jit
+def end_distance(i: tl.constexpr, eighths: Scalar):
+    """Return how many bits before the end of its window the state of weight ``i`` of a period ends."""
+    return eighths - (((i + 1) * eighths) >> 3)
+
+
+@triton.jit
+def state(
+    high: Tile, low: Tile, distance: Scalar, STATE_BITS: tl.constexpr, NARROW: tl.constexpr, PORTABLE: tl.constexpr
+):
+    """Return the states (uint32) that end ``distance`` bits before the ends of windows."""
+    if NARROW:
+        shifted = low >> distance.to(tl.uint32)
+    else:
+        shifted = funnel(high, low, tl.broadcast_to(distance, low.shape), PORTABLE)
+    return shifted & ((1 << STATE_BITS) - 1)
+
+
+@triton.constexpr_function
+def byte_sum_asm(start: int):
+    """Return PTX that adds the bytes of $1 to ``start``."""
+    return f"dp4a.u32.u32 $0, $1, 0x01010101, {start:#010x};"
+
+
+@triton.constexpr_function
+def half_asm():
+    """Return PTX that turns the products $1 and $2 into a register of two float16: their sums of bytes minus MEAN."""
+    one = 0x6400  # 1024 in float16: the sum becomes its mantissa
+    offset = 0x10001 * (one + trellis.BYTES_MEAN)
+    lines = [".reg .b32 s, t;"]
+    lines.append(f"dp4a.u32.u32 s, $1, 0x01010101, {one:#010x};")
+    lines.append(f"dp4a.u32.u32 t, $2, 0x01010101, {one:#010x};")
+    lines.append("prmt.b32 s, s, t, 0x5410;")
+    lines.append(f"mov.b32 t, {offset:#010x};")
+    lines.append("sub.rn.f16x2 $0, s, t;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.jit
+def byte_sum(states: Tile, START: tl.constexpr, PORTABLE: tl.constexpr):
+    """Return START plus the sum of the bytes of each state's product, int32: START ... START + 1020."""
+    product = states * _MULTIPLIER
+    if PORTABLE:
+        total = (product & 255) + ((product >> 8) & 255) + ((product >> 16) & 255) + (product >> 24)
+        return total.to(tl.int32) + START
+    else:
+        return tl.inline_asm_elementwise(byte_sum_asm(START), "=r,r", [product], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def centered_sum(states: Tile, PORTABLE: tl.constexpr):
+    """Return the sum of bytes minus MEAN as float32: an integer, and the value in units of VALUE_UNIT."""
+    # 2^23 plus an integer has the integer in its mantissa
+    return byte_sum(states, 0x4B000000, PORTABLE).to(tl.float32, bitcast=True) - (8388608.0 + MEAN)
+
+
+@triton.jit
+def centered_half(states: Tile, PORTABLE: tl.constexpr):
+    """Return ``centered_sum`` as float16, without rounding: an operand of the tensor cores."""
+    if PORTABLE:
+        return centered_sum(states, PORTABLE).to(tl.float16)
+    else:
+        product = states * _MULTIPLIER
+        return tl.inline_asm_elementwise(half_asm(), "=r,r,r", [product], tl.float16, is_pure=True, pack=2)
