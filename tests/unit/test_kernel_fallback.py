@@ -30,7 +30,7 @@ class BrokenKernel(SimpleNamespace):
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> BrokenKernel:
     kernel = BrokenKernel(RuntimeError("PassManager::run failed\nmore lines"))
-    monkeypatch.setattr(dispatch, "_choose", lambda x, tokens: kernel)
+    monkeypatch.setattr(dispatch, "_choose", lambda *_: kernel)
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(dispatch, "fallbacks", type(dispatch.fallbacks)())
     return kernel

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemq.decoding.decoder import Decoder
 from gemq.kernels.modules import PackedExperts, PackedMatrices
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.models.experts import expert_count, record_experts_calls
 from gemq.models.structure import is_experts
 
@@ -52,7 +53,7 @@ def expert_bytes(experts: Any) -> list[int]:
     unpacked_bytes = sum(parameter.nbytes for parameter in stacked) // count
     sizes = [unpacked_bytes] * count
     for matrices in experts.children():
-        if isinstance(matrices, PackedMatrices):
+        if isinstance(matrices, PackedMatrices | TrellisMatrices):
             for expert in range(count):
                 sizes[expert] += matrices.matrix(expert).nbytes
     return sizes

@@ -1,8 +1,8 @@
 """Selects the implementation that computes with packed weights.
 
 ``reference`` is plain PyTorch. It runs on every device, and every kernel is tested against it. On CUDA, the kernels of
-``decode`` serve up to ``MAX_DECODE_TOKENS`` tokens and those of ``grouped`` serve more. On a CPU, ``cpu_int4`` serves a
-few tokens in bfloat16.
+``decode`` serve up to ``MAX_DECODE_TOKENS`` tokens and those of ``grouped`` serve more. Experts with trellis codes have
+kernels of their own in ``trellis``. On a CPU, ``cpu_int4`` serves a few tokens in bfloat16.
 
 ``GEMQ_KERNELS=reference`` forces the reference. ``GEMQ_KERNELS=triton`` forces the kernels; on a CPU they also need
 ``TRITON_INTERPRET=1``. Both variables are read on import.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gemq.errors import UserError
 from gemq.kernels import cpu_int4, fallbacks, reference
+from gemq.kernels.trellis.experts import TrellisMatrices
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
@@ -36,7 +37,12 @@ mode = os.environ.get("GEMQ_KERNELS", "")
 if mode not in ("", "reference", "triton"):
     raise UserError(f"GEMQ_KERNELS={mode} is not supported: set it to reference or triton, or unset it")
 
-_MODULES = {"decode": "gemq.kernels.decode.operators", "grouped": "gemq.kernels.grouped.operators"}
+_MODULES = {
+    "decode": "gemq.kernels.decode.operators",
+    "grouped": "gemq.kernels.grouped.operators",
+    "trellis decode": "gemq.kernels.trellis.operators",
+    "trellis grouped": "gemq.kernels.trellis.grouped",
+}
 
 _loaded: dict[str, ModuleType | None] = {}
 
@@ -58,9 +64,10 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     Returns:
         [T, H] weighted sum of the experts' outputs, in hidden's dtype.
     """
-    if not mode and cpu_int4.covers(module, hidden):
+    is_trellis = isinstance(module.down_proj, TrellisMatrices)
+    if not mode and not is_trellis and cpu_int4.covers(module, hidden):
         return cpu_int4.experts_forward(module, hidden, top_k_index, top_k_weights)
-    kernel = _choose(hidden, hidden.shape[0])
+    kernel = _choose(hidden, hidden.shape[0], is_trellis)
     if kernel is reference:
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
     forward = partial(_run_or_fall_back, kernel, "experts_forward")
@@ -86,7 +93,7 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     return forward(module, x)
 
 
-def _choose(x: Tensor, tokens: int) -> Any:
+def _choose(x: Tensor, tokens: int, is_trellis: bool = False) -> Any:
     """Return the module that serves ``tokens`` rows on x's device and in its dtype."""
     on_kernels = x.device.type == "cuda" or mode == "triton"
     if mode == "reference" or not on_kernels or tokens == 0:
@@ -94,6 +101,7 @@ def _choose(x: Tensor, tokens: int) -> Any:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return _fall_back(f"no kernel computes in {x.dtype}")
     name = "decode" if tokens <= MAX_DECODE_TOKENS else "grouped"
+    name = f"trellis {name}" if is_trellis else name
     kernel = _loaded[name] if name in _loaded else _load(name)
     if kernel is None:
         return _fall_back(f"the {name} kernels are not available (is triton installed?)")
@@ -101,7 +109,7 @@ def _choose(x: Tensor, tokens: int) -> Any:
 
 
 def _load(name: str) -> ModuleType | None:
-    """Import the kernels ``decode`` or ``grouped`` on first use. Returns None if triton is not installed."""
+    """Import the kernels ``name`` of _MODULES on first use. Returns None if triton is not installed."""
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(_MODULES[name])

@@ -9,7 +9,7 @@ module is recognized by the attributes that its forward uses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemq.kernels import dispatch
 from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width
@@ -97,9 +98,17 @@ class PackedMatrices(nn.Module):
                 )
             target.copy_(source)
 
+    def set_tensors(self, expert: int, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Copy one expert's tensors, by their names in a checkpoint. Raises ValueError if a shape or dtype differs."""
+        self.set_matrix(expert, PackedMatrix.from_tensors(tensors, prefix, self.widths[expert]))
+
     def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return the weights of one expert: [rows, columns] in ``dtype``."""
         return dequantize(self.matrix(expert).unpack(), dtype)
+
+    def kernel_sizes(self) -> tuple[Any, ...]:
+        """Return the sizes that kernels are compiled for."""
+        return (self.rows, self.columns, self.group_size, *self.levels)
 
     def extra_repr(self) -> str:
         """Describe the sizes when the module is printed."""
@@ -110,7 +119,8 @@ class PackedMatrices(nn.Module):
 class PackedExperts(nn.Module):
     """Mixin that packs the projections of a family's experts class.
 
-    Activation, clamps and biases remain those of the family.
+    All projections have affine codes (PackedMatrices) or all have trellis codes (TrellisMatrices). Activation, clamps
+    and biases remain those of the family.
     """
 
     has_gate: bool
@@ -140,12 +150,12 @@ class PackedExperts(nn.Module):
 
     def kernel_sizes(self) -> tuple[Any, ...]:
         """Return the sizes that kernels are compiled for. Modules with equal sizes share kernels."""
-        return tuple((m.rows, m.columns, m.group_size, *m.levels) for m in self._packed().values())
+        return tuple(matrices.kernel_sizes() for matrices in self._packed().values())
 
-    def _packed(self) -> dict[str, PackedMatrices]:
+    def _packed(self) -> dict[str, PackedMatrices | TrellisMatrices]:
         """Return the packed projections by name."""
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
-        return {name: module for name, module in modules if isinstance(module, PackedMatrices)}
+        return {name: module for name, module in modules if isinstance(module, PackedMatrices | TrellisMatrices)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Add each expert's tensors under their names in a checkpoint."""
@@ -175,7 +185,7 @@ class PackedExperts(nn.Module):
                 if absent:
                     continue
                 try:
-                    matrices.set_matrix(expert, PackedMatrix.from_tensors(tensors, name, matrices.widths[expert]))
+                    matrices.set_tensors(expert, tensors, name)
                 except ValueError as error:
                     error_msgs.append(f"{name}: {error}")
         super()._load_from_state_dict(
@@ -210,7 +220,7 @@ def make_packed(experts: nn.Module, projections: Sequence[str]) -> None:
     """Turn an experts module into a PackedExperts in place and drop its 3-D parameters.
 
     The instance is kept, so that attributes that a family sets on it (limits, activations, biases, its gate) survive.
-    The caller must then set the projections as PackedMatrices.
+    The caller must then set the projections as PackedMatrices or as TrellisMatrices.
     """
     for name in projections:
         delattr(experts, name)

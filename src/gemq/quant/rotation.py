@@ -17,7 +17,7 @@ from torch import Tensor
 MAX_BLOCK = 128
 """Largest side of a block."""
 
-_SIGN_BITS = 0x07158AB795F381835B6913CD87684F34
+SIGN_BITS = 0x07158AB795F381835B6913CD87684F34
 """Signs of the inputs of a block, from the lowest bit on: 1 is negative. Without signs, the mean of 128 inputs would
 become one large input.
 """
@@ -34,7 +34,7 @@ def block_matrix(side: int, device: torch.device, dtype: torch.dtype = torch.flo
     matrix = torch.ones(1, 1)
     while len(matrix) < side:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    signs = torch.tensor([1.0 - 2 * (_SIGN_BITS >> index & 1) for index in range(side)])
+    signs = torch.tensor([1.0 - 2 * (SIGN_BITS >> index & 1) for index in range(side)])
     return (matrix * signs / side**0.5).to(device, dtype)
 
 

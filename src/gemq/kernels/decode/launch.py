@@ -68,7 +68,7 @@ def launch_up(
     max_active = min(up.num_experts, tokens * slots)
     config = config or tensor_core_config(up.rows, groups, max_active, hidden.dtype)
     numbers, constants = kernel_arguments(activation)
-    with _device_of(hidden):
+    with device_of(hidden):
         tensor_core.experts_up_kernel[(max_active, triton.cdiv(up.rows, config.block_rows))](
             hidden,
             index,
@@ -121,7 +121,7 @@ def launch_down(
     max_active = min(down.num_experts, tokens * slots)
     config = config or tensor_core_config(down.rows, groups, max_active, h.dtype)
     out = torch.zeros(tokens, slots, down.rows, dtype=dtype, device=h.device)
-    with _device_of(h):
+    with device_of(h):
         tensor_core.experts_down_kernel[(max_active, triton.cdiv(down.rows, config.block_rows))](
             h,
             index,
@@ -149,7 +149,7 @@ def launch_linears(x: Tensor, w: FusedLinears, config: LaunchConfig | None = Non
     if config is None and is_small and vectors_cover(x.dtype, columns, w.group_size, [w.levels]):
         config = linear_vector_config(tokens)
     if isinstance(config, VectorConfig):
-        with _device_of(x):
+        with device_of(x):
             kernel = vector_kernels.linears_vectors_kernel[(tokens, w.num_blocks(config.block_rows))](
                 x,
                 *w.kernel_pointers(x),
@@ -162,7 +162,7 @@ def launch_linears(x: Tensor, w: FusedLinears, config: LaunchConfig | None = Non
         _check_layout(kernel)
         return out
     config = config or tensor_core_config(rows, columns // w.group_size, 1, x.dtype)
-    with _device_of(x):
+    with device_of(x):
         tensor_core.linears_kernel[(w.num_blocks(config.block_rows),)](
             x,
             *w.kernel_pointers(x),
@@ -191,7 +191,7 @@ def _launch_vectors(
     splits = out.shape[1] // slots
     numbers, constants = kernel_arguments(activation)
     grid = (tokens * slots, triton.cdiv(w.rows, config.block_rows), splits)
-    with _device_of(x):
+    with device_of(x):
         kernel = vector_kernels.experts_vectors_kernel[grid](
             x,
             index,
@@ -221,7 +221,7 @@ def _vector_constants(
     split_groups = triton.cdiv(groups, splits)
     lanes = min(num_lanes(count, group_size, split_groups, config.columns_per_lane) for count in levels)
     constants: dict[str, Any] = {
-        "PORTABLE": _operand(x) == int(bit_fields.PORTABLE),
+        "PORTABLE": operand(x) == int(bit_fields.PORTABLE),
         "GROUP_SIZE": group_size,
         "NUM_GROUPS": groups,
         "BLOCK_ROWS": config.block_rows,
@@ -243,7 +243,7 @@ def _tensor_core_constants(x: Tensor, group_size: int, config: TensorCoreConfig)
         "NUM_GROUPS": x.shape[-1] // group_size,
         "BLOCK_ROWS": config.block_rows,
         "STEP_GROUPS": config.groups_per_step,
-        "OPERAND": _operand(x),
+        "OPERAND": operand(x),
         "num_warps": config.num_warps,
     }
 
@@ -266,7 +266,7 @@ def _padded_tokens(tokens: int) -> int:
     return 8 if tokens <= 8 else 16
 
 
-def _operand(x: Tensor) -> int:
+def operand(x: Tensor) -> int:
     """Return the format of tensor core operands (see ``bit_fields``) for x's device and dtype.
 
     PORTABLE is for the interpreter and for GPUs that cannot run NVIDIA's assembly.
@@ -277,7 +277,7 @@ def _operand(x: Tensor) -> int:
     return int(operands[x.dtype])
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Make x's GPU the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
