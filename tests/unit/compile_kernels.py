@@ -31,7 +31,7 @@ from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU,
 from gemq.kernels.decode import attention, bit_fields, launch, packed_arguments, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
-from gemq.kernels.trellis import operators
+from gemq.kernels.trellis import launch as trellis_launch
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -91,6 +91,8 @@ class Task:
                 module = stages[stage](module, metadata)
                 if stage == "ttgir" and self.has_fixed_layout:
                     launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+                if stage == "ttgir":
+                    trellis_launch.check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
         except Exception as error:  # noqa: BLE001 - any error of Triton is a finding
             return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
         return {**result, "shared": metadata["shared"]}
@@ -262,13 +264,13 @@ def trellis_decode(dtype: torch.dtype, tokens: Any, columns: int, state_bits: in
     rows = 512
     table, index = torch.empty(experts, 2, dtype=torch.int32), torch.empty(count, slots, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    w = operators.TrellisArguments(empty_bytes(), empty_bytes(), table, biases, rows, columns, state_bits)
+    w = trellis_launch.TrellisArguments(empty_bytes(), empty_bytes(), table, biases, rows, columns, state_bits)
     activation = ACTIVATIONS[product]
     y = torch.empty(count * slots, 1, 2 * columns if activation.gated else columns)
-    operators.launch_rotation(torch.empty(count, 1, columns, dtype=dtype), columns)
-    rotated = operators.launch_rotation(y, columns, activation)
+    trellis_launch.launch_rotation(torch.empty(count, 1, columns, dtype=dtype), columns, dtype)
+    rotated = trellis_launch.launch_rotation(y, columns, dtype, activation)
     weights = torch.empty(count, slots, dtype=dtype) if product != "plain" else None
-    operators.launch_rows(rotated, index, weights, w, dtype)
+    trellis_launch.launch_rows(rotated, index, weights, w)
 
 
 DECODE_LINEARS: Axes = {

@@ -17,19 +17,19 @@ from torch import nn
 from gemq.evaluation.weight_traffic import expert_bytes
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
-from gemq.kernels.trellis import operators
+from gemq.kernels.trellis import launch, operators
+from gemq.kernels.trellis.tuning import ProductConfig
 from gemq.kernels.trellis.values import (
     MEAN,
     PERIODS,
-    byte_sum_asm,
-    centered_half,
     centered_sum,
     end_distance,
-    half_asm,
     load_window,
     narrow_eighths,
+    pair_asm,
     period_words,
     state,
+    sum_asm,
 )
 from gemq.quant import trellis
 from support.packed_cases import assert_as_close, exact_experts, random_routing, silu_gate
@@ -43,8 +43,7 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        choose = operators.rows_config
-        monkeypatch.setattr(operators, "rows_config", lambda *sizes: choose(*sizes)._replace(tile_rows=32, tiles=8))
+        monkeypatch.setattr(launch, "product_config", lambda pairs: ProductConfig(tile_rows=32, steps=4, num_warps=4))
     return request.param
 
 
@@ -81,9 +80,7 @@ def decode_kernel(words, out, eighths, STATE_BITS: tl.constexpr, NARROW: tl.cons
     for i in tl.static_range(8):
         states = state(high, low, end_distance(i, eighths), STATE_BITS, NARROW, PORTABLE)
         weight = tl.program_id(0) * 256 + period * 8 + i
-        exact = centered_sum(states, PORTABLE)
-        rounded = centered_half(states, PORTABLE).to(tl.float32)
-        tl.store(out + weight, tl.where(exact == rounded, exact, float("nan")))
+        tl.store(out + weight, centered_sum(states, PORTABLE))
 
 
 @pytest.mark.parametrize(("state_bits", "widths"), [(8, (9, 26)), (12, (8, 22, 23, 32)), (16, (16, 31))])
@@ -102,10 +99,10 @@ def test_widths_decode_as_in_the_reference(state_bits, widths, device):
 def test_assembly_of_values():
     for product in (0, 0x12345678, 0xFFFFFFFF):
         total = sum(product.to_bytes(4, "little"))
-        assert run(byte_sum_asm(0x3F800000, 255), 1, [product]) == [0x3F800000 + 255 * total]
-        halves = run(half_asm(), 1, [product, 0])[0].to_bytes(4, "little")
-        values = torch.frombuffer(bytearray(halves), dtype=torch.float16).tolist()
-        assert values == [total - MEAN, -MEAN]
+        assert run(sum_asm(), 1, [product]) == [0x4B000000 + total]
+        for centered, offset in ((True, -MEAN), (False, 1024)):
+            halves = run(pair_asm(centered), 1, [product, 0])[0].to_bytes(4, "little")
+            assert torch.frombuffer(bytearray(halves), dtype=torch.float16).tolist() == [total + offset, offset]
 
 
 WIDTHS = (8, 9, 16, 20, 31, 32)
@@ -146,7 +143,7 @@ def test_experts_of_other_families(kind, device, generator):
 
 def test_rows_that_several_programs_share(device, generator, monkeypatch):
     """Two splits of three blocks, the sums of which are added before the activation."""
-    monkeypatch.setattr(operators, "num_splits", lambda pairs, rows, columns: 2)
+    monkeypatch.setattr(launch, "num_splits", lambda pairs, rows, columns: 2)
     module = TrellisExperts(96, 96, (16, 20), 12, generator, bias=True)
     check_experts(module, 1, 2, torch.bfloat16, device, generator)
 
