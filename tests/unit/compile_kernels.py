@@ -31,7 +31,8 @@ from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU,
 from gemq.kernels.decode import attention, bit_fields, launch, packed_arguments, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
-from gemq.kernels.trellis import dense_kernel, operators, rotation
+from gemq.kernels.trellis import dense_kernel, rotation
+from gemq.kernels.trellis import launch as trellis_launch
 from gemq.kernels.trellis import matmul as trellis_matmul
 from gemq.quant import gptq_kernel, gram_kernel, grid_kernel, step_kernel
 
@@ -92,6 +93,8 @@ class Task:
                 module = stages[stage](module, metadata)
                 if stage == "ttgir" and self.has_fixed_layout:
                     launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+                if stage == "ttgir":
+                    trellis_launch.check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
         except Exception as error:  # noqa: BLE001 - any error of Triton is a finding
             return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
         return {**result, "shared": metadata["shared"]}
@@ -246,6 +249,32 @@ def decode(dtype: torch.dtype, tokens: Any, widths: Sequence[int], size: Any, pr
     launch.launch_down(torch.empty(count, slots, columns, dtype=dtype), index, weights, matrices)
 
 
+TRELLIS_DECODE: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP32],
+    "tokens": [(1, 8, 64), (4, 2, 8), (16, 8, 64)],  # tokens, slots, experts
+    "columns": [2048, 14336, 48],
+    "state_bits": [12, 8, 16],
+    "product": list(ACTIVATIONS),
+    "bias": [False, True],
+}
+
+
+def trellis_decode(dtype: torch.dtype, tokens: Any, columns: int, state_bits: int, product: str, bias: bool) -> None:
+    """Launch the decode kernels of experts with trellis codes."""
+    count, slots, experts = tokens
+    rows = 512
+    table, index = torch.empty(experts, 2, dtype=torch.int32), torch.empty(count, slots, dtype=torch.int64)
+    biases = torch.empty(experts, rows, dtype=dtype) if bias else None
+    w = trellis_launch.TrellisArguments(empty_bytes(), empty_bytes(), table, biases, rows, columns, state_bits)
+    activation = ACTIVATIONS[product]
+    y = torch.empty(count * slots, 1, 2 * columns if activation.gated else columns)
+    trellis_launch.launch_rotation(torch.empty(count, 1, columns, dtype=dtype), columns, dtype)
+    rotated = trellis_launch.launch_rotation(y, columns, dtype, activation)
+    weights = torch.empty(count, slots, dtype=dtype) if product != "plain" else None
+    trellis_launch.launch_rows(rotated, index, weights, w)
+
+
 DECODE_LINEARS: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
@@ -303,7 +332,7 @@ def trellis_grouped(tile: Any, columns: int, product: str, state_bits: int, bias
     rows, experts, top_k = 512, 8, 4
     table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows, dtype=torch.uint8)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    w = operators.TrellisArguments(empty_bytes(), scales, table, biases, rows, columns, state_bits)
+    w = trellis_launch.TrellisArguments(empty_bytes(), scales, table, biases, rows, columns, state_bits)
     order = routing.sort_pairs(torch.empty(64, top_k, dtype=index), experts, config.block_m)
     x = rotation.rotate_operand(torch.empty(64, columns, dtype=dtype), trellis_matmul.padded_columns(columns, config))
     if product == "down":
@@ -388,6 +417,7 @@ def _training_step(dtype: torch.dtype, soft_codes: torch.Tensor, scales: torch.T
 
 KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
     "grouped": [(grouped, GROUPED), (grouped_linear, LINEAR)],
+    "trellis_decode": [(trellis_decode, TRELLIS_DECODE)],
     "decode": [(decode, DECODE), (decode_linears, DECODE_LINEARS), (decode_attention, ATTENTION)],
     "training": [(training, TRAINING)],
     "trellis_grouped": [(trellis_grouped, TRELLIS_GROUPED), (trellis_dense, TRELLIS_DENSE)],

@@ -19,7 +19,7 @@ MAX_SHARED = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory of a block in bytes, by architecture; for sm_80 that of the consumer cards of sm_86."""
 
 
-@pytest.mark.parametrize("kind", ["grouped", "decode", "training", "trellis_grouped"])
+@pytest.mark.parametrize("kind", ["grouped", "decode", "training", "trellis_decode", "trellis_grouped"])
 def test_kernels_compile_and_fit_a_consumer_card(kind: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")

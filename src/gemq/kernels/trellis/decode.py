@@ -1,13 +1,14 @@
-"""Triton kernels for a few tokens through experts with trellis codes, without tensor cores.
+"""Triton kernels for a few tokens through experts with trellis codes, on the tensor cores.
 
-Legend: T tokens, K experts per token, P = T * K pairs of token and expert, E experts, C columns, N pairs of a program,
-R rows of tiles of a program, J tiles of a step, S splits (programs that share a row).
+Legend: T tokens, K experts per token, P = T * K pairs of token and expert, E experts, X vectors (T, or P), C columns,
+R rows of tiles of a program, J steps of 32 columns that the warps of a program share, S splits (programs that share a
+row).
 
-``rotate_kernel`` rotates inputs; before that it applies the activation, so that it also stands between the two products
-of an expert. ``rows_kernel`` multiplies. Each of its threads holds one period of R rows at a time: 32 threads cover a
-tile, so the words of a load lie next to each other. It decodes a weight once for N pairs that chose the same expert.
+``rotate_kernel`` rotates inputs and rounds them to float16. Before that it adds splits and applies the activation, so
+that it also stands between the two products of an expert. ``rows_kernel`` multiplies. It decodes a weight once for up
+to eight pairs that chose the same expert: the tensor cores multiply with eight vectors in any case.
 
-Results do not depend on the order in which programs run. ``values`` decodes.
+Results do not depend on the order in which programs run. ``values`` decodes, ``fragments`` multiplies.
 """
 
 # mypy: disable-error-code="assignment,has-type"
@@ -18,22 +19,30 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemq.kernels.activation_triton import activated, gated
+from gemq.kernels.trellis.fragments import add_product
 from gemq.kernels.trellis.values import (
-    FOLDED_ONE,
-    FOLDED_UNIT,
-    PERIODS,
+    MEAN,
     VALUE_UNIT,
-    centered_sum,
     end_distance,
-    folded_value,
     load_window,
     narrow_eighths,
     period_words,
     state,
+    value_pair,
 )
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant import rotation
 from gemq.quant.grid_kernel import decode_scale
+
+LARGEST = tl.constexpr(1024.0)
+"""Vectors are scaled to this largest absolute value, far from the ends of float16."""
+
+VECTORS = tl.constexpr(8)
+"""Vectors of an instruction."""
+
+OFFSET = tl.constexpr(1024.0)
+"""``value_pair`` without centering is greater than the value by this plus MEAN."""
+
 
 CACHE_LINE = tl.constexpr(128)
 
@@ -65,11 +74,13 @@ def _rotated(x: Tile, SIDE: tl.constexpr):
     return x * (SIDE**-0.5)
 
 
-@triton.jit(do_not_specialize=["limit", "alpha", "shift"])
+@triton.jit(do_not_specialize=["vectors", "limit", "alpha", "shift"])
 def rotate_kernel(
     y: Pointer,  # [X, S, 2 C if GATED else C]
-    out: Pointer,  # [X, C] float32
-    sums: Pointer,  # [X, C / SIDE] float32, of the rotated blocks
+    out: Pointer,  # [PARTS, X, C] float16: the sum of the parts is the result / factor
+    factors: Pointer,  # [X] float32
+    sums: Pointer,  # [X, C / SIDE] float32, of the blocks of the first part
+    vectors: Scalar,
     limit: Scalar,
     alpha: Scalar,
     shift: Scalar,
@@ -79,40 +90,48 @@ def rotate_kernel(
     CLAMP: tl.constexpr,
     COLUMNS: tl.constexpr,
     SIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add splits, apply the activation, and rotate. Grid [X, blocks of the rotation / BLOCKS]."""
+    """Add splits, apply the activation, rotate and round. Grid [X]."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    block = group * BLOCKS + tl.arange(0, BLOCKS)
+    vector = tl.program_id(0).to(tl.int64)
+    NUM_BLOCKS: tl.constexpr = COLUMNS // SIDE
+    block = tl.arange(0, triton.next_power_of_2(NUM_BLOCKS))
     column = block[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-    is_inside = (block < COLUMNS // SIDE)[:, None] & (column >= 0)
+    is_inside = column < COLUMNS
     ROWS: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
-    first = y + row * (SPLITS * ROWS)
-    first += 2 * column if GATED and INTERLEAVED else column
-    x = tl.zeros([BLOCKS, SIDE], tl.float32)
-    up = x
     UP: tl.constexpr = 1 if INTERLEAVED else COLUMNS
+    first = y + vector * (SPLITS * ROWS)
+    first += 2 * column if GATED and INTERLEAVED else column
+    x = tl.zeros(column.shape, tl.float32)
+    up = x
     for split in tl.static_range(SPLITS):
         x += tl.load(first + split * ROWS, mask=is_inside, other=0.0).to(tl.float32)
         if GATED:
             up += tl.load(first + (split * ROWS + UP), mask=is_inside, other=0.0).to(tl.float32)
-    if GATED:
+    if GATED:  # noqa: SIM108 - one of them is compiled
         x = gated(x, up, limit, alpha, shift, ACTIVATION, CLAMP)
     else:
         x = activated(x, limit, alpha, ACTIVATION, CLAMP)
-    x = _rotated(x, SIDE)
-    tl.store(out + row * COLUMNS + column, x, mask=is_inside)
-    tl.store(sums + row * (COLUMNS // SIDE) + block, tl.sum(x, 1), mask=block < COLUMNS // SIDE)
+    x = _rotated(tl.where(is_inside, x, 0.0), SIDE)
+    factor = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-30) * (1.0 / LARGEST)
+    tl.store(factors + vector, factor)
+    x = x * (1.0 / factor)
+    rounded = x.to(tl.float16)
+    tl.store(sums + vector * NUM_BLOCKS + block, tl.sum(rounded.to(tl.float32), 1), mask=block < NUM_BLOCKS)
+    for part in tl.static_range(PARTS):
+        tl.store(out + (part * vectors + vector) * COLUMNS + column, rounded, mask=is_inside)
+        x = x - rounded.to(tl.float32)
+        rounded = x.to(tl.float16)
 
 
 @triton.jit
-def _same_expert(pair: Scalar, expert: Scalar, index: Pointer, pairs: Scalar, N: tl.constexpr, PADDED: tl.constexpr):
-    """Return the N pairs of a program, and whether each exists. The first one of every N pairs has work.
+def _pairs_of_expert(pair: Scalar, expert: Scalar, index: Pointer, pairs: Scalar, PADDED: tl.constexpr):
+    """Return the pairs of a program, [VECTORS] int32, -1 where there is none. The first of every eight has work.
 
     Args:
         pair: of the program
@@ -125,74 +144,8 @@ def _same_expert(pair: Scalar, expert: Scalar, index: Pointer, pairs: Scalar, N:
     is_same = (tl.load(index + slot, mask=slot < pairs, other=-1) == expert) & (slot < pairs)
     rank = tl.sum((is_same & (slot < pair)).to(tl.int32))
     order = tl.cumsum(is_same.to(tl.int32)) - 1
-    numbers, exist = (pair,), (rank % N == 0,)
-    for n in tl.static_range(1, N):
-        is_number = is_same & (order == rank + n)
-        numbers = numbers + (tl.sum(tl.where(is_number, slot, 0)),)  # noqa: RUF005 - Triton cannot unpack
-        exist = exist + (tl.sum(is_number.to(tl.int32)) > 0,)  # noqa: RUF005
-    return numbers, exist
-
-
-@triton.jit
-def _load_fours(x: Pointer, mask: Tile, ALL_INSIDE: tl.constexpr):
-    """Load 4 neighbours of each pointer [32, J, 1]: tuple of four tiles."""
-    pointers = x[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    if ALL_INSIDE:
-        fours = tl.load(pointers)
-    else:
-        fours = tl.load(pointers, mask=tl.broadcast_to(mask[:, :, :, None], pointers.shape), other=0.0)
-    even, odd = tl.split(tl.reshape(fours, [x.shape[0], x.shape[1], 1, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _rows_times_vectors(
-    rings: Pointer,  # [1, 1, R] the first tile of each row of tiles, uint32
-    x: Pointer,  # float32
-    starts: tl.tuple,  # the first element of each of N vectors in x
-    eighths: Scalar,
-    first_tile: Scalar,
-    end_tile: Scalar,
-    STEPS: tl.constexpr,
-    J: tl.constexpr,
-    ALL_INSIDE: tl.constexpr,
-    STATE_BITS: tl.constexpr,
-    NARROW: tl.constexpr,
-    FOLDED: tl.constexpr,
-    PORTABLE: tl.constexpr,
-):
-    """Return sums of products before the constants of ``values``: N tiles [32, J, R] float32, a part for each thread."""
-    R: tl.constexpr = rings.shape[2]
-    N: tl.constexpr = len(starts)
-    # Triton gives neighbouring elements of the first axis to neighbouring threads.
-    position = tl.arange(0, PERIODS)[:, None, None]
-    word, previous, before_previous, shift = period_words(position, eighths)
-    shift = tl.broadcast_to(shift, [PERIODS, J, R])
-    half = position % 2 * 8
-    totals = ()
-    for _n in tl.static_range(N):
-        totals = totals + (tl.zeros([PERIODS, J, R], tl.float32),)  # noqa: RUF005
-    for step in range(STEPS):
-        tile = (first_tile + step * J + tl.arange(0, J))[None, :, None]
-        is_inside = tl.broadcast_to(tile < end_tile, [PERIODS, J, 1])
-        tile = tl.minimum(tile, end_tile - 1)
-        high, low = load_window(rings + tile * eighths, word, previous, before_previous, shift, NARROW, PORTABLE)
-        for quarter in tl.static_range(2):
-            columns = ()
-            for n in tl.static_range(N):
-                first_column = x + (starts[n] + (tile * 16 + half + 4 * quarter))
-                columns = columns + (_load_fours(first_column, is_inside, ALL_INSIDE),)  # noqa: RUF005
-            for i in tl.static_range(4):
-                distance = end_distance(4 * quarter + i, eighths)
-                states = state(high, low, distance, STATE_BITS, NARROW, PORTABLE)
-                value = folded_value(states, PORTABLE) if FOLDED else centered_sum(states, PORTABLE)
-                new_totals = ()
-                for n in tl.static_range(N):
-                    new_totals = new_totals + (totals[n] + value * columns[n][i],)  # noqa: RUF005
-                totals = new_totals
-    return totals
+    is_number = is_same[None, :] & (order[None, :] == rank + tl.arange(0, VECTORS)[:, None])
+    return tl.sum(tl.where(is_number, slot[None, :] + 1, 0), 1) - 1, rank % VECTORS == 0
 
 
 @triton.jit
@@ -205,9 +158,76 @@ def _prefetch(codes: Pointer, lines: Tile, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def _load_period(x: Pointer, mask: Tile):
+    """Load eight float16 of each pointer [32, J, 1] as four words."""
+    pointers = x.to(tl.pointer_type(tl.int32))[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+    words = tl.load(pointers, mask=tl.broadcast_to(mask[:, :, :, None], pointers.shape), other=0)
+    even, odd = tl.split(tl.reshape(words, [x.shape[0], x.shape[1], 1, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _rows_times_vectors(
+    rings: Pointer,  # [1, 1, R] the first tile of each row of tiles, uint32
+    x: Pointer,  # [32, 1, 1] float16, the vector of each thread
+    part_stride: Scalar,  # elements from a part of x to the next
+    eighths: Scalar,
+    first_tile: Scalar,
+    end_tile: Scalar,
+    STEPS: tl.constexpr,
+    J: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    NARROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    CENTERED: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    """Return the four sums of each thread (see ``fragments.add_product``) for every warp: [32, J, R] float32."""
+    R: tl.constexpr = rings.shape[2]
+    # Triton gives neighbouring elements of the first axis to neighbouring threads.
+    thread = tl.arange(0, 32)[:, None, None]
+    g, q = thread // 4, thread % 4
+    word, previous, before_previous, shift = period_words(2 * g + q % 2, eighths)
+    shift = tl.broadcast_to(shift, [32, J, R])
+    low_last, low_middle, low_first = rings + word, rings + previous, rings + before_previous
+    word, previous, before_previous, lower_shift = period_words(2 * g + 16 + q % 2, eighths)
+    lower_shift = tl.broadcast_to(lower_shift, [32, J, R])
+    high_last, high_middle, high_first = rings + word, rings + previous, rings + before_previous
+    zero = tl.zeros([32, J, R], tl.float32)
+    c0, c1, c2, c3 = zero, zero, zero, zero
+    for step in range(STEPS):
+        tile = first_tile + 2 * (step * J + tl.arange(0, J)[None, :, None]) + q // 2
+        is_inside = tile < end_tile
+        column = tile * 16 + q % 2 * 8
+        ring = tl.minimum(tile, end_tile - 1) * eighths
+        upper = load_window(low_last + ring, low_middle + ring, low_first + ring, shift, NARROW, PORTABLE)
+        lower = load_window(high_last + ring, high_middle + ring, high_first + ring, lower_shift, NARROW, PORTABLE)
+        b = ()
+        for part in tl.static_range(PARTS):
+            b = b + (_load_period(x + (part * part_stride + column), is_inside),)  # noqa: RUF005
+        for half in tl.static_range(2):
+            a = ()
+            for pair in tl.static_range(2):
+                for row in tl.static_range(2):
+                    window = upper if row == 0 else lower
+                    states = ()
+                    for i in tl.static_range(2):
+                        distance = end_distance(4 * half + 2 * pair + i, eighths)
+                        states = states + (state(window[0], window[1], distance, STATE_BITS, NARROW, PORTABLE),)  # noqa: RUF005
+                    a = a + (value_pair(states[0], states[1], CENTERED, PORTABLE),)  # noqa: RUF005
+            for part in tl.static_range(PARTS):
+                b0, b1 = b[part][2 * half], b[part][2 * half + 1]
+                c0, c1, c2, c3 = add_product(c0, c1, c2, c3, a[0], a[1], a[2], a[3], b0, b1, PORTABLE)
+    return c0, c1, c2, c3
+
+
+@triton.jit(do_not_specialize=["vectors", "pairs"])
 def rows_kernel(
-    x: Pointer,  # [T, C] float32, or [P, C] if PER_PAIR
-    sums: Pointer,  # [T or P, C / SIDE] float32, of the blocks of x
+    x: Pointer,  # [PARTS, T, C] float16, or [PARTS, P, C] if PER_PAIR
+    factors: Pointer,  # [X] float32
+    sums: Pointer,  # [X, C / SIDE] float32, of the blocks of x
     index: Pointer,  # [P] int
     weights: Pointer,  # [P]
     codes: Pointer,
@@ -215,6 +235,7 @@ def rows_kernel(
     table: Pointer,  # [E, 2] int32: eighths, first 16 bytes of codes
     bias: Pointer,  # [E, rows]
     out: Pointer,  # [P, S, rows]
+    vectors: Scalar,  # X
     pairs: Scalar,
     rows: Scalar,
     experts: Scalar,
@@ -222,15 +243,15 @@ def rows_kernel(
     PER_PAIR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,  # results times weights, and zeros in unused slots, which otherwise are not written
-    PADDED_PAIRS: tl.constexpr,
+    PADDED_PAIRS: tl.constexpr,  # 1 for a single token, whose experts all differ
     COLUMNS: tl.constexpr,
     SIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     STATE_BITS: tl.constexpr,
-    N: tl.constexpr,
     R: tl.constexpr,
     J: tl.constexpr,
-    FOLDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    CENTERED: tl.constexpr,
     PORTABLE: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
@@ -240,13 +261,11 @@ def rows_kernel(
     BLOCKS: tl.constexpr = COLUMNS // SIDE
     SPLIT_BLOCKS: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     SPLIT_TILES: tl.constexpr = SPLIT_BLOCKS * SIDE // 16
-    STEPS: tl.constexpr = (SPLIT_TILES + J - 1) // J
-    ALL_INSIDE: tl.constexpr = SPLIT_TILES % J == 0 and SPLIT_BLOCKS * SPLITS == BLOCKS
+    STEPS: tl.constexpr = (SPLIT_TILES + 2 * J - 1) // (2 * J)
     pair, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(index + pair)
     is_used = (expert >= 0) & (expert < experts)
     tile_row = tl.minimum(block * R + tl.arange(0, R), rows // 16 - 1)
-    row = (block * R + tl.arange(0, R))[None, :] * 16 + tl.arange(0, 16)[:, None]
     first_tile = split * SPLIT_TILES
     end_tile = tl.minimum(first_tile + SPLIT_TILES, TILES)
     safe_expert = tl.where(is_used, expert, 0)
@@ -260,70 +279,78 @@ def rows_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if N > 1:
-        numbers, exist = _same_expert(pair, expert, index, pairs, N, PADDED_PAIRS)
+    thread = tl.arange(0, 32)
+    g, q = thread // 4, thread % 4
+    # each thread holds sums of rows g and g + 8 and vectors 2 q and 2 q + 1: tiles [32, R, vector, row]
+    parity = tl.arange(0, 2)
+    if PADDED_PAIRS > 1:
+        numbers, has_work = _pairs_of_expert(pair, expert, index, pairs, PADDED_PAIRS)
+        input_number = tl.maximum(tl.gather(numbers, g, 0), 0)
+        output_number = tl.join(tl.gather(numbers, 2 * q, 0), tl.gather(numbers, 2 * q + 1, 0))
     else:
-        numbers, exist = (pair,), (is_used,)
-    if is_used & exist[0]:
+        has_work = is_used
+        input_number = pair + 0 * g
+        output_number = tl.where(q[:, None] * 2 + parity[None, :] == 0, pair, -1)
+    exists = output_number >= 0
+    output_number = tl.maximum(output_number, 0)
+    if is_used & has_work:
         rings = codes.to(tl.pointer_type(tl.uint32)) + (tile_row * (TILES * eighths))[None, None, :]
-        vectors, starts = (), ()
-        for n in tl.static_range(N):
-            vector = (numbers[n] if PER_PAIR else numbers[n] // TOP_K).to(tl.int64)
-            vectors = vectors + (vector,)  # noqa: RUF005
-            starts = starts + (vector * COLUMNS,)  # noqa: RUF005
+        input_vector = input_number if PER_PAIR else input_number // TOP_K
+        first_column = (x + input_vector.to(tl.int64) * COLUMNS)[:, None, None]
+        part_stride = vectors.to(tl.int64) * COLUMNS
         if eighths <= narrow_eighths(STATE_BITS):
-            totals = _rows_times_vectors(
+            c0, c1, c2, c3 = _rows_times_vectors(
                 rings,
-                x,
-                starts,
+                first_column,
+                part_stride,
                 eighths,
                 first_tile,
                 end_tile,
                 STEPS,
                 J,
-                ALL_INSIDE,
                 STATE_BITS,
                 True,
-                FOLDED,
+                PARTS,
+                CENTERED,
                 PORTABLE,
             )
         else:
-            totals = _rows_times_vectors(
+            c0, c1, c2, c3 = _rows_times_vectors(
                 rings,
-                x,
-                starts,
+                first_column,
+                part_stride,
                 eighths,
                 first_tile,
                 end_tile,
                 STEPS,
                 J,
-                ALL_INSIDE,
                 STATE_BITS,
                 False,
-                FOLDED,
+                PARTS,
+                CENTERED,
                 PORTABLE,
             )
+        y = tl.sum(tl.join(tl.join(c0, c1), tl.join(c2, c3)), 1)  # [32, R, 2, 2]
+        output_vector = output_number if PER_PAIR else output_number // TOP_K
+        factor = tl.load(factors + output_vector)[:, None, :, None]
+        if not CENTERED:
+            b = tl.arange(0, triton.next_power_of_2(SPLIT_BLOCKS))
+            is_block = (b < SPLIT_BLOCKS) & (split * SPLIT_BLOCKS + b < BLOCKS)
+            first_sum = sums + (output_vector.to(tl.int64) * BLOCKS + split * SPLIT_BLOCKS)
+            block_sums = tl.load(first_sum[:, :, None] + b[None, None, :], mask=is_block[None, None, :], other=0.0)
+            y = y - (OFFSET + MEAN) * tl.sum(block_sums, 2)[:, None, :, None]
+        row = (block * R + tl.arange(0, R))[None, :, None, None] * 16 + (g[:, None] + 8 * parity)[:, None, None, :]
         is_row = row < rows
         matrix_row = expert.to(tl.int64) * rows + row
-        scale = decode_scale(tl.load(scales + matrix_row, mask=is_row, other=0))
+        y = y * (decode_scale(tl.load(scales + matrix_row, mask=is_row, other=0)) * (factor * VALUE_UNIT))
         if HAS_BIAS:
-            first_term = tl.load(bias + matrix_row, mask=is_row, other=0.0).to(tl.float32) * (split == 0)
-        for n in tl.static_range(N):
-            y = tl.sum(tl.sum(tl.reshape(totals[n], [16, 2, J, R]), 1), 1)  # [16, R]
-            if FOLDED:
-                b = tl.arange(0, triton.next_power_of_2(SPLIT_BLOCKS))
-                is_block = (b < SPLIT_BLOCKS) & (split * SPLIT_BLOCKS + b < BLOCKS)
-                first_sum = sums + (vectors[n] * BLOCKS + split * SPLIT_BLOCKS)
-                y = (y - FOLDED_ONE * tl.sum(tl.load(first_sum + b, mask=is_block, other=0.0))) * (scale * FOLDED_UNIT)
-            else:
-                y = y * (scale * VALUE_UNIT)
-            if HAS_BIAS:
-                y += first_term
-            if WEIGHTED:
-                y = y * tl.load(weights + numbers[n]).to(tl.float32)
-            element = (numbers[n].to(tl.int64) * SPLITS + split) * rows + row
-            tl.store(out + element, y.to(out.dtype.element_ty), mask=is_row & exist[n])
-    elif WEIGHTED:
+            y += tl.load(bias + matrix_row, mask=is_row, other=0.0).to(tl.float32) * (split == 0)
+        if WEIGHTED:
+            y = y * tl.load(weights + output_number).to(tl.float32)[:, None, :, None]
+        element = ((output_number.to(tl.int64) * SPLITS + split) * rows)[:, None, :, None] + row
+        tl.store(out + element, y.to(out.dtype.element_ty), mask=is_row & exists[:, None, :, None])
+    elif WEIGHTED:  # noqa: SIM102 - a constant and a value cannot be combined
         if not is_used:
+            row = block * R * 16 + tl.arange(0, R * 16)
             element = (pair.to(tl.int64) * SPLITS + split) * rows + row
-            tl.store(out + element, tl.zeros([16, R], tl.float32).to(out.dtype.element_ty), mask=row < rows)
+            tl.store(out + element, tl.zeros([R * 16], tl.float32).to(out.dtype.element_ty), mask=row < rows)

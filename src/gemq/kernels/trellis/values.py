@@ -28,10 +28,6 @@ MEAN = tl.constexpr(float(trellis.BYTES_MEAN))
 VALUE_UNIT = tl.constexpr(1.0 / trellis.BYTES_DEVIATION)
 """A value is (sum of bytes - MEAN) * VALUE_UNIT."""
 
-FOLDED_ONE = tl.constexpr(1.0 + 255.0 * trellis.BYTES_MEAN / 2**23)
-FOLDED_UNIT = tl.constexpr(2**23 / 255.0 / trellis.BYTES_DEVIATION)
-"""A value is (``folded_value`` - FOLDED_ONE) * FOLDED_UNIT."""
-
 _MULTIPLIER = tl.constexpr(trellis.MULTIPLIER)
 
 
@@ -75,10 +71,9 @@ def period_words(period: Tile, eighths: Scalar):
 
 @triton.jit
 def load_window(
-    rings: Pointer,
-    word: Tile,
-    previous: Tile,
-    before_previous: Tile,
+    last: Pointer,
+    previous: Pointer,
+    before_previous: Pointer,
     shift: Tile,
     NARROW: tl.constexpr,
     PORTABLE: tl.constexpr,
@@ -86,19 +81,20 @@ def load_window(
     """Load the windows of periods.
 
     Args:
-        rings: first word of each tile, uint32 pointers
-        word: from ``period_words``, as ``previous``, ``before_previous`` and ``shift``
+        last: the last word of each window, uint32 pointers
+        previous: the word before it in the ring
+        before_previous: the word before that
+        shift: bits of the last word that follow the window
         NARROW: whether the width is at most ``narrow_eighths``
 
     Returns:
         The upper and the lower 32 bits, uint32. If NARROW, the upper ones are not valid.
     """
-    last = tl.load(rings + word)
-    middle = tl.load(rings + previous)
-    low = funnel(middle, last, shift, PORTABLE)
+    last_word, middle_word = tl.load(last), tl.load(previous)
+    low = funnel(middle_word, last_word, shift, PORTABLE)
     high = low
     if not NARROW:
-        high = funnel(tl.load(rings + before_previous), middle, shift, PORTABLE)
+        high = funnel(tl.load(before_previous), middle_word, shift, PORTABLE)
     return high, low
 
 
@@ -121,59 +117,61 @@ def state(
 
 
 @triton.constexpr_function
-def byte_sum_asm(start: int, factor: int):
-    """Return PTX that adds the bytes of $1, times ``factor`` (0 ... 255), to ``start``."""
-    return f"dp4a.u32.u32 $0, $1, {factor * 0x01010101:#010x}, {start:#010x};"
-
-
-@triton.constexpr_function
-def half_asm():
-    """Return PTX that turns the products $1 and $2 into a register of two float16: their sums of bytes minus MEAN."""
-    one = 0x6400  # 1024 in float16: the sum becomes its mantissa
-    offset = 0x10001 * (one + trellis.BYTES_MEAN)
-    lines = [".reg .b32 s, t;"]
-    lines.append(f"dp4a.u32.u32 s, $1, 0x01010101, {one:#010x};")
-    lines.append(f"dp4a.u32.u32 t, $2, 0x01010101, {one:#010x};")
-    lines.append("prmt.b32 s, s, t, 0x5410;")
-    lines.append(f"mov.b32 t, {offset:#010x};")
-    lines.append("sub.rn.f16x2 $0, s, t;")
-    return "{\n" + "\n".join(lines) + "\n}"
+def sum_asm():
+    """Return PTX that adds the bytes of $1 to the bit pattern of 2^23."""
+    return "dp4a.u32.u32 $0, $1, 0x01010101, 0x4b000000;"
 
 
 @triton.jit
-def byte_sum(states: Tile, START: tl.constexpr, FACTOR: tl.constexpr, PORTABLE: tl.constexpr):
-    """Return START plus FACTOR times the sum of the bytes of each state's product (0 ... 1020), int32."""
-    product = states * _MULTIPLIER
-    if PORTABLE:
-        total = (product & 255) + ((product >> 8) & 255) + ((product >> 16) & 255) + (product >> 24)
-        return total.to(tl.int32) * FACTOR + START
-    else:
-        assembly: tl.constexpr = byte_sum_asm(START, FACTOR)
-        return tl.inline_asm_elementwise(assembly, "=r,r", [product], tl.int32, is_pure=True, pack=1)
+def _byte_total(product: Tile):
+    """Return the sum of bytes, int32."""
+    total = (product & 255) + ((product >> 8) & 255) + ((product >> 16) & 255) + (product >> 24)
+    return total.to(tl.int32)
 
 
 @triton.jit
 def centered_sum(states: Tile, PORTABLE: tl.constexpr):
     """Return the sum of bytes minus MEAN as float32: an integer, and the value in units of VALUE_UNIT."""
-    # 2^23 plus an integer has the integer in its mantissa
-    return byte_sum(states, 0x4B000000, 1, PORTABLE).to(tl.float32, bitcast=True) - (8388608.0 + MEAN)
-
-
-@triton.jit
-def folded_value(states: Tile, PORTABLE: tl.constexpr):
-    """Return a float32 just above 1 that the value is a linear function of (see FOLDED_UNIT).
-
-    It takes one instruction less than ``centered_sum``. A sum of products with it contains FOLDED_ONE times the sum of
-    the other factors, which costs float32 eight of its bits.
-    """
-    return byte_sum(states, 0x3F800000, 255, PORTABLE).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def centered_half(states: Tile, PORTABLE: tl.constexpr):
-    """Return ``centered_sum`` as float16, without rounding: an operand of the tensor cores."""
+    product = states * _MULTIPLIER
     if PORTABLE:
-        return centered_sum(states, PORTABLE).to(tl.float16)
+        return _byte_total(product).to(tl.float32) - MEAN
     else:
-        product = states * _MULTIPLIER
-        return tl.inline_asm_elementwise(half_asm(), "=r,r,r", [product], tl.float16, is_pure=True, pack=2)
+        # 2^23 plus an integer has the integer in its mantissa
+        total = tl.inline_asm_elementwise(sum_asm(), "=r,r", [product], tl.int32, is_pure=True, pack=1)
+        return total.to(tl.float32, bitcast=True) - (8388608.0 + MEAN)
+
+
+@triton.constexpr_function
+def pair_asm(centered: bool):
+    """Return PTX that turns the products $1 and $2 into a register of two float16: 1024 plus their sums of bytes.
+
+    Args:
+        centered: whether to subtract 1024 and MEAN
+    """
+    one = 0x6400  # 1024 in float16: the sum becomes its mantissa
+    lines = [".reg .b32 s, t;"]
+    lines.append(f"dp4a.u32.u32 s, $1, 0x01010101, {one:#010x};")
+    lines.append(f"dp4a.u32.u32 t, $2, 0x01010101, {one:#010x};")
+    if not centered:
+        lines.append("prmt.b32 $0, s, t, 0x5410;")
+    else:
+        lines.append("prmt.b32 s, s, t, 0x5410;")
+        lines.append(f"mov.b32 t, {0x10001 * (one + trellis.BYTES_MEAN):#010x};")
+        lines.append("sub.rn.f16x2 $0, s, t;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.jit
+def value_pair(first: Tile, second: Tile, CENTERED: tl.constexpr, PORTABLE: tl.constexpr):
+    """Return words of two float16 for the states ``first`` and ``second``, without rounding.
+
+    They are the values in units of VALUE_UNIT if CENTERED, and greater than these by 1024 + MEAN otherwise.
+    """
+    first, second = first * _MULTIPLIER, second * _MULTIPLIER
+    if PORTABLE:
+        offset: tl.constexpr = 0.0 if CENTERED else 1024.0 + MEAN
+        low = (_byte_total(first) - MEAN + offset).to(tl.float16).to(tl.int16, bitcast=True)
+        high = (_byte_total(second) - MEAN + offset).to(tl.float16).to(tl.int16, bitcast=True)
+        return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    else:
+        return tl.inline_asm_elementwise(pair_asm(CENTERED), "=r,r,r", [first, second], tl.int32, is_pure=True, pack=1)
