@@ -139,7 +139,7 @@ def dense(
     """Return dense matrices, [E, rows, columns] in ``dtype``, rounded once.
 
     Args:
-        codes: uint8, as in ``operators.TrellisArguments``
+        codes: uint8, as in ``launch.TrellisArguments``
         table: [E, 2]
         scales: [E, rows] of any float type, contiguous, or None for ones
         rows: rows of a matrix

@@ -19,8 +19,8 @@ from torch import Tensor
 from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import device_of
 from gemq.kernels.grouped.routing import Routing, combine, sort_pairs
+from gemq.kernels.trellis.launch import TrellisArguments
 from gemq.kernels.trellis.matmul import TileConfig, config_for, matmul, padded_columns
-from gemq.kernels.trellis.operators import TrellisArguments
 from gemq.kernels.trellis.rotation import rotate_operand
 from gemq.runtime.compat import transformers_private
 

@@ -18,8 +18,8 @@ from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import activated, gated, kernel_arguments
 from gemq.kernels.grouped.matmul import _split_gate_up
 from gemq.kernels.grouped.routing import Routing
+from gemq.kernels.trellis.launch import TrellisArguments
 from gemq.kernels.trellis.operands import as_operand, operand_positions, period_values, reaches_first_word
-from gemq.kernels.trellis.operators import TrellisArguments
 from gemq.kernels.trellis.values import VALUE_UNIT, period_words
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant.grid_kernel import decode_scale
