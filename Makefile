@@ -4,6 +4,7 @@
 # make conformance  every family of the installed Transformers; writes docs/families.md
 # make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
+# make check-install  the wheel in a new environment with run-time dependencies alone: every command, about 5 minutes
 # make docs   docs/recipe.md and docs/api.md, from the docstrings
 # make check  linter, formatter, type checker, and the direction of imports
 #
@@ -20,7 +21,7 @@ BIN = $(VENV)/bin
 # Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick test-sample test-vllm conformance check-conformance docs check clean
+.PHONY: demo test quick test-sample test-vllm conformance check-conformance check-install docs check clean
 
 ifdef BASE
 $(VENV)/.ready: $(BASE)/.ready
@@ -74,6 +75,15 @@ conformance: $(VENV)/.ready
 
 check-conformance: $(VENV)/.ready
 	$(BIN)/python tests/conformance.py --check
+
+check-install:
+	rm -rf $(VENV)-install build
+	$(PYTHON) -m venv $(VENV)-install
+	$(VENV)-install/bin/python -m pip install -qq torch==$(TORCH)
+	$(VENV)-install/bin/python -m pip wheel -qq --no-deps -w $(VENV)-install/wheel .
+	$(VENV)-install/bin/python -m pip install -qq $(VENV)-install/wheel/*.whl
+	rm -rf build
+	OMP_NUM_THREADS=1 $(VENV)-install/bin/python tests/check_install.py
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/generate.py

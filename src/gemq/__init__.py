@@ -1,22 +1,22 @@
 """gemq: quantization of Mixture-of-Experts models with a bit-width for every matrix of every expert.
 
 ``import gemq`` does not import torch or Transformers. It registers the packed format with Transformers, now or when
-Transformers is imported later, so that ``AutoModelForCausalLM.from_pretrained`` loads packed checkpoints.
+Transformers is imported later, so that ``AutoModelForCausalLM.from_pretrained`` loads packed checkpoints. Where gemq is
+installed, ``import torch`` imports it (entry point ``torch.backends`` in pyproject.toml).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gemq.errors import UserError
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
     from gemq.allocation.problem import Allocation, Budget, Problem, allocate
     from gemq.checkpoint.contents import Contents
     from gemq.checkpoint.contents import inspect_checkpoint as inspect
@@ -91,6 +91,9 @@ _LAZY = {
 _REGISTRY = "transformers.quantizers.auto"
 """The module in which Transformers registers quantizers."""
 
+_LOADING = "transformers.modeling_utils"
+"""The module with ``from_pretrained``, which imports the registry."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
@@ -105,26 +108,42 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
-def _register() -> None:
-    """Register gemq's quantizer, which its module does when it is imported."""
-    importlib.import_module("gemq.checkpoint.load")
+def register() -> None:
+    """Register the packed format with Transformers, now or as soon as Transformers is imported.
+
+    Further calls have no effect. Imports neither torch nor Transformers. The module that loads checkpoints is imported
+    when the first packed checkpoint is. torch calls this function at the end of ``import torch``.
+    """
+    registry = sys.modules.get(_REGISTRY)
+    if not hasattr(registry, "get_hf_quantizer"):  # the last name in it: the module is not imported, or half
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+        return
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    from gemq.runtime.compat.transformers_private import register_deferred
+
+    register_deferred("gemq", "gemq.checkpoint.load")
 
 
-class _RegisterAfterImport(MetaPathFinder):
-    """Registers gemq's quantizer after Transformers' registry has been imported, then removes itself.
+class _RegisterAfterImport:
+    """A finder on ``sys.meta_path`` that calls ``register`` after Transformers' registry has been imported.
 
-    Transformers has no entry points for quantizers, and importing it here would delay ``gemq --help`` by seconds.
+    Transformers has no entry points for quantizers, and importing it here would delay ``gemq --help`` by seconds. The
+    registry may be half imported when torch imports gemq. ``register`` is then called after ``_LOADING``.
     """
 
     _is_searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the registry's own specification, extended by the registration."""
-        if fullname != _REGISTRY or self._is_searching:
+        """Return the specification of one of the two modules, extended by the registration."""
+        if fullname not in (_REGISTRY, _LOADING) or self._is_searching:
             return None
+        from importlib.util import find_spec  # here, since most processes do not need it
+
         self._is_searching = True  # the search below asks this finder again
         try:
-            spec = importlib.util.find_spec(fullname)
+            spec = find_spec(fullname)
         finally:
             self._is_searching = False
         if spec is None or spec.loader is None:
@@ -133,14 +152,11 @@ class _RegisterAfterImport(MetaPathFinder):
 
         def exec_then_register(module: ModuleType) -> None:
             exec_module(module)
-            sys.meta_path.remove(self)
-            _register()
+            register()
 
         spec.loader.exec_module = exec_then_register  # type: ignore[method-assign]
         return spec
 
 
-if _REGISTRY in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())
+_finder: Any = _RegisterAfterImport()
+register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -371,7 +372,8 @@ assert model.dtype == torch.bfloat16
 assert not hasattr(model.config, "quantization_config")
 assert not any(m == "gemq" or m.startswith("gemq.") for m in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    without_gemq = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # torch would import it
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=without_gemq)
     arguments = ("--seq-len", 128, "--max-windows", 2, "--reference", finished.model, "--json", "-")
     packed, dense = (ok("eval", path, *arguments).json for path in (finished.out, twin))
     assert dense["perplexity"] == pytest.approx(packed["perplexity"], rel=5e-3)

@@ -360,7 +360,7 @@ def test_http_server(finished: Finished, tmp_path):
     from openai import OpenAI
 
     port, log = free_port(), tmp_path / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(finished.out)]
+    command = [sys.executable, "-m", "gemq", "serve", str(finished.out)]
     command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--served-model-name", "packed"]
     with log.open("w") as stream:
         server = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -286,6 +286,33 @@ def test_a_quantization_method_is_registered_once(monkeypatch: pytest.MonkeyPatc
     assert isinstance(config, NoConfig)
 
 
+METHOD_MODULE = """
+from gemq.runtime.compat.transformers_private import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+register_quantizer("gemq_test", type("Config", (QuantizationConfigMixin,), {}), type("Quantizer", (HfQuantizer,), {}))
+"""
+
+
+@for_transformers("register_deferred")
+def test_a_quantization_method_is_imported_with_its_first_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers.quantizers import auto
+
+    for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        monkeypatch.setattr(auto, name, dict(getattr(auto, name)))
+    (tmp_path / "gemq_test_method.py").write_text(METHOD_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    transformers_private.register_deferred("gemq_test", "gemq_test_method")
+    values = {"quant_method": "gemq_test"}
+    assert auto.AutoHfQuantizer.supports_quant_method(values)
+    assert "gemq_test" not in auto.AUTO_QUANTIZER_MAPPING
+    config = auto.AutoHfQuantizer.merge_quantization_configs(values, None)
+    assert type(config).__name__ == "Config"
+    assert auto.AUTO_QUANTIZER_MAPPING["gemq_test"].__name__ == "Quantizer"
+
+
 @for_transformers("has_adapter")
 def test_adapters_of_a_model_are_noticed() -> None:
     peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)

@@ -1,10 +1,11 @@
 """Loads packed checkpoints into Transformers.
 
-Importing this module registers the quantizer. ``import gemq`` does so after Transformers' registry has been imported
-(``gemq._RegisterAfterImport``). Transformers asks the quantizer registered as ``gemq`` to prepare the empty model,
-fills tensors by name, and calls the quantizer again at the end. The quantizer compares all packed tensors with the
-headers of the files, since Transformers would leave missing ones uninitialized. It then adds placeholders to the model
-for Transformers to fill. At the end it moves the experts of each layer into contiguous buffers.
+Importing this module registers the quantizer. Until then a placeholder is registered (``gemq.register``), which
+imports this module when Transformers reads the configuration of a packed checkpoint. Transformers asks the quantizer
+to prepare the empty model, fills tensors by name, and calls the quantizer again at the end. The quantizer compares
+all packed tensors with the headers of the files, since Transformers would leave missing ones uninitialized. It then
+adds placeholders to the model for Transformers to fill. At the end it moves the experts of each layer into contiguous
+buffers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from gemq.quant.stored_matrix import StoredMatrix, stored_matrix
 from gemq.quant.widths import AnyWidth, group_size_for
 from gemq.runtime.compat import transformers_private
 from gemq.runtime.safetensors_files import TensorSpec, is_file, read_json, stored_tensors
+from gemq.runtime.weights_notice import WEIGHTS_KEY, is_notice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,6 +176,14 @@ class GemqQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether adapters can be trained. Gradients pass through packed weights, which do not change."""
         return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Removes the notice for programs without gemq, before Transformers looks for the weights."""
+        if is_notice(getattr(config, WEIGHTS_KEY, None)):
+            delattr(config, WEIGHTS_KEY)
+        return config
+
+    update_tp_plan = update_attn_implementation  # of the two methods, Transformers 5.17 calls only this one
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         """Records the dtype, which Transformers does not pass to ``_process_model_before_weight_loading``."""

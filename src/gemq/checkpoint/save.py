@@ -25,6 +25,7 @@ from gemq.errors import UserError
 from gemq.runtime.compat import transformers_private
 from gemq.runtime.files import disk_errors, flush_to_disk
 from gemq.runtime.safetensors_files import stored_tensors, weight_files
+from gemq.runtime.weights_notice import NOTICE, WEIGHTS_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,7 +59,8 @@ def write_checkpoint(
     Raises:
         UserError: ``out`` exists, or the disk is full or not writable.
     """
-    values = {**config_values(config), "quantization_config": {**packed_format.to_dict(), **(about or {})}}
+    about = {**packed_format.to_dict(), **(about or {})}
+    values = {**config_values(config), WEIGHTS_KEY: NOTICE, "quantization_config": about}
     required = set(packed_format.tensor_names())
     write_directory(out, values, shards, source, texts=texts, shard_bytes=shard_bytes, required=required)
 
@@ -212,7 +214,7 @@ def _name_shards(directory: Path, names_by_file: list[list[str]], total_bytes: i
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     """Returns config.json as ``save_pretrained`` would write it, without entries that describe the original's files."""
     values = json.loads(config.to_json_string(use_diff=True))
-    for name in ("quantization_config", "transformers_weights", CONFIG_KEY):
+    for name in ("quantization_config", WEIGHTS_KEY, CONFIG_KEY):
         values.pop(name, None)
     return values
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
 from gemq.cli.console import use_any_encoding
-from gemq.cli.model_commands import bench, demo, evaluate, generate, inspect
+from gemq.cli.model_commands import bench, demo, evaluate, generate, inspect, serve
 from gemq.cli.quantize_commands import export, plan, quantize
 from gemq.cli.rank_exit import after_error, before_error, exit_after_unreachable_rank, exit_on_sigterm
 from gemq.cli.report_command import report
@@ -20,14 +19,13 @@ from gemq.models import file_hashes
 from gemq.runtime import fallbacks
 from gemq.runtime.display import printable, shortened
 from gemq.runtime.processes import RankLostError, has_other_ranks, is_first
-from gemq.runtime.tested_versions import untested_transformers
+from gemq.runtime.tested_versions import installed_version, untested_transformers
 
 # taken from typer, since its versions depend on the package click or contain a copy of it
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Shrinks Mixture-of-Experts language models: every matrix of every expert gets its own bit-width.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # any error but a UserError is a bug, for which a plain traceback is best
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,17 +38,9 @@ def _version(
 ) -> None:
     """Print versions for ``gemq --version``."""
     if version:
-        versions = {name: _installed_version(name) for name in ("gemq", "torch", "transformers", "triton")}
+        versions = {name: installed_version(name) for name in ("gemq", "torch", "transformers", "triton")}
         print(", ".join(f"{name} {number}" for name, number in versions.items() if number is not None))
         raise typer.Exit
-
-
-def _installed_version(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -59,13 +49,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "eval": evaluate,
     "generate": generate,
+    "serve": serve,
     "bench": bench,
     "inspect": inspect,
     "report": report,
     "demo": demo,
 }
+CONTEXT_SETTINGS = {"serve": {"allow_extra_args": True, "allow_interspersed_args": False}}
+"""Of commands that pass what follows their first argument to another program."""
 for name, function in COMMANDS.items():
-    app.command(name)(function)
+    app.command(name, context_settings=CONTEXT_SETTINGS.get(name))(function)
 
 
 def run(arguments: list[str]) -> int:

@@ -1,7 +1,9 @@
-"""Commands that use checkpoints: eval, generate, bench, inspect, and demo. They import torch only when they run."""
+"""Commands that use checkpoints: eval, generate, serve, bench, inspect, demo. They import torch only when they run."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -155,6 +157,21 @@ def generate(
             stream=True,
             compile_layers=compiled,
         )
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A packed checkpoint. Flags of vllm serve may follow it.")],
+) -> None:
+    """Serve a packed checkpoint with vLLM, through the API of OpenAI: gemq serve OUT --port 8000."""
+    from gemq.integrations.vllm.server import server_command
+    from gemq.runtime.tested_versions import untested_vllm
+
+    command = server_command(model, context.args)
+    warning = untested_vllm()
+    if warning is not None:
+        print(f"gemq: {warning}", file=sys.stderr, flush=True)
+    os.execv(command[0], command)
 
 
 def bench(

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError
+from gemq.runtime.weights_notice import WEIGHTS_KEY, is_notice
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -73,7 +74,7 @@ def weight_files(directory: Path) -> list[Path]:
 
     These are the files that Transformers reads: the file that config.json names as ``transformers_weights``, else
     model.safetensors, else the files of model.safetensors.index.json. Other safetensors files in the directory do not
-    belong to the model.
+    belong to the model. The notice in packed checkpoints (``weights_notice.py``) names no file.
 
     Raises:
         UserError: no such file, a missing shard, a damaged index, or an index that names files outside the directory
@@ -270,7 +271,9 @@ def _explicit_name(directory: Path) -> str | None:
     if not is_file(directory / "config.json"):
         return None
     config = read_json(directory / "config.json")
-    name = config.get("transformers_weights") if isinstance(config, dict) else None
+    name = config.get(WEIGHTS_KEY) if isinstance(config, dict) else None
+    if is_notice(name):
+        return None
     if name is not None and not (isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))):
         raise UserError(
             f"config.json of {directory} names {name!r} as transformers_weights: gemq reads safetensors files alone, "

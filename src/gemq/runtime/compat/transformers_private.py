@@ -6,6 +6,7 @@ should break only what uses it.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -228,8 +229,38 @@ def register_quantizer(method: str, config_class: type[Any], quantizer_class: ty
     from transformers.quantizers import auto
 
     if method not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(method, None)  # the placeholder of register_deferred
         auto.register_quantization_config(method)(config_class)
         auto.register_quantizer(method)(quantizer_class)
+
+
+def register_deferred(method: str, module: str) -> None:
+    """Registers a quantization method whose module is imported when the first checkpoint of it is loaded.
+
+    Relies on: ``AUTO_QUANTIZATION_CONFIG_MAPPING`` of ``transformers.quantizers.auto``, which is asked first whether a
+    method is known, then for a class whose ``from_dict`` takes ``quantization_config``. Only then is the quantizer
+    looked up. Since 5.17.
+    If it changes: ``from_pretrained`` loads no packed checkpoint before ``gemq.load`` or ``gemq.checkpoint.load`` was
+    used, and says so.
+
+    Args:
+        method: name of the quantization method
+        module: calls ``register_quantizer`` when it is imported
+    """
+    from transformers.quantizers import auto
+
+    class Deferred:
+        """Stands for the configuration class until a checkpoint is loaded."""
+
+        @classmethod
+        def from_dict(cls, values: Mapping[str, Any], **kwargs: Any) -> Any:
+            """Returns the configuration, from the class that the module registers."""
+            importlib.import_module(module)
+            config_class: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+            return config_class.from_dict(values, **kwargs)
+
+    mapping: dict[str, Any] = getattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", {})
+    mapping.setdefault(method, Deferred)
 
 
 def has_adapter(model: Any) -> bool:
