@@ -256,13 +256,18 @@ def rows_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply rows of the experts with vectors. Grid [P, blocks of R rows of tiles, S]."""
+    """Multiply rows of the experts with vectors. Grid [P, blocks of R rows of tiles, S].
+
+    With PDL the programs start when those of the previous kernel, a rotation, have waited for the kernel before it. The
+    routing is complete then. Codes are requested while the rotation runs.
+    """
     TILES: tl.constexpr = COLUMNS // 16
     BLOCKS: tl.constexpr = COLUMNS // SIDE
     SPLIT_BLOCKS: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     SPLIT_TILES: tl.constexpr = SPLIT_BLOCKS * SIDE // 16
     STEPS: tl.constexpr = (SPLIT_TILES + 2 * J - 1) // (2 * J)
     pair, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The index may be read early: it was written before the previous kernel, which has waited for it.
     expert = tl.load(index + pair)
     is_used = (expert >= 0) & (expert < experts)
     tile_row = tl.minimum(block * R + tl.arange(0, R), rows // 16 - 1)
@@ -271,14 +276,6 @@ def rows_kernel(
     safe_expert = tl.where(is_used, expert, 0)
     eighths = tl.load(table + 2 * safe_expert).to(tl.int32)
     codes += tl.load(table + 2 * safe_expert + 1).to(tl.int64) * 16
-    if PREFETCH:
-        LINES: tl.constexpr = triton.next_power_of_2(SPLIT_TILES)
-        line = tl.minimum(tl.arange(0, LINES) * CACHE_LINE, SPLIT_TILES * eighths * 4 - 4)
-        row_start = (tile_row * TILES + first_tile) * (eighths * 4)
-        _prefetch(codes, row_start[:, None] + line[None, :], PORTABLE)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     thread = tl.arange(0, 32)
     g, q = thread // 4, thread % 4
     # each thread holds sums of rows g and g + 8 and vectors 2 q and 2 q + 1: tiles [32, R, vector, row]
@@ -293,7 +290,17 @@ def rows_kernel(
         output_number = tl.where(q[:, None] * 2 + parity[None, :] == 0, pair, -1)
     exists = output_number >= 0
     output_number = tl.maximum(output_number, 0)
-    if is_used & has_work:
+    has_work = has_work & is_used
+    if PREFETCH:
+        LINES: tl.constexpr = triton.next_power_of_2(SPLIT_TILES)
+        if has_work:
+            line = tl.minimum(tl.arange(0, LINES) * CACHE_LINE, SPLIT_TILES * eighths * 4 - 4)
+            row_start = (tile_row * TILES + first_tile) * (eighths * 4)
+            _prefetch(codes, row_start[:, None] + line[None, :], PORTABLE)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if has_work:
         rings = codes.to(tl.pointer_type(tl.uint32)) + (tile_row * (TILES * eighths))[None, None, :]
         input_vector = input_number if PER_PAIR else input_number // TOP_K
         first_column = (x + input_vector.to(tl.int64) * COLUMNS)[:, None, None]
