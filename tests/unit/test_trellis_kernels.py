@@ -198,15 +198,15 @@ def test_a_graph_follows_the_routing(generator, monkeypatch):
 
 
 def test_state_dict_has_the_tensors_of_the_checkpoint(generator):
-    module, other = (TrellisExperts(32, 16, (16, 31), 12, generator) for _ in range(2))
+    module, copy = (TrellisExperts(32, 16, (16, 31), 12, generator) for _ in range(2))
     state = module.state_dict()
     assert state["1.gate_up_proj.codes"].shape == (2, 2 * 4 * 31)
     assert state["0.down_proj.scales"].shape == (32,)
-    other.load_state_dict(state)
-    assert torch.equal(other.down_proj.dequantize(1, torch.float32), module.down_proj.dequantize(1, torch.float32))
+    copy.load_state_dict(state)
+    assert torch.equal(copy.down_proj.dequantize(1, torch.float32), module.down_proj.dequantize(1, torch.float32))
     state["0.down_proj.codes"] = state["0.down_proj.codes"][:1]
     with pytest.raises(RuntimeError, match=r"0\.down_proj: expert 0: .*\[1, "):
-        other.load_state_dict(state)
+        copy.load_state_dict(state)
     assert module.to(torch.float16).down_proj.scales.dtype == torch.uint8
 
 

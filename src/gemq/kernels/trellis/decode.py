@@ -11,7 +11,7 @@ to eight pairs that chose the same expert: the tensor cores multiply with eight 
 Results do not depend on the order in which programs run. ``values`` decodes, ``fragments`` multiplies.
 """
 
-# mypy: disable-error-code="assignment,has-type"
+# mypy: disable-error-code="assignment,has-type,misc,var-annotated"
 from __future__ import annotations
 
 import triton
@@ -77,9 +77,9 @@ def _rotated(x: Tile, SIDE: tl.constexpr):
 @triton.jit(do_not_specialize=["vectors", "limit", "alpha", "shift"])
 def rotate_kernel(
     y: Pointer,  # [X, S, 2 C if GATED else C]
-    out: Pointer,  # [PARTS, X, C] float16: the sum of the parts is the result / factor
+    out: Pointer,  # [TERMS, X, C] float16: the sum of the terms is the result / factor
     factors: Pointer,  # [X] float32
-    sums: Pointer,  # [X, C / SIDE] float32, of the blocks of the first part
+    sums: Pointer,  # [X, C / SIDE] float32, of the blocks of the first term
     vectors: Scalar,
     limit: Scalar,
     alpha: Scalar,
@@ -91,7 +91,7 @@ def rotate_kernel(
     COLUMNS: tl.constexpr,
     SIDE: tl.constexpr,
     SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add splits, apply the activation, rotate and round. Grid [X]."""
@@ -123,8 +123,8 @@ def rotate_kernel(
     x = x * (1.0 / factor)
     rounded = x.to(tl.float16)
     tl.store(sums + vector * NUM_BLOCKS + block, tl.sum(rounded.to(tl.float32), 1), mask=block < NUM_BLOCKS)
-    for part in tl.static_range(PARTS):
-        tl.store(out + (part * vectors + vector) * COLUMNS + column, rounded, mask=is_inside)
+    for term in tl.static_range(TERMS):
+        tl.store(out + (term * vectors + vector) * COLUMNS + column, rounded, mask=is_inside)
         x = x - rounded.to(tl.float32)
         rounded = x.to(tl.float16)
 
@@ -172,7 +172,7 @@ def _load_period(x: Pointer, mask: Tile):
 def _rows_times_vectors(
     rings: Pointer,  # [1, 1, R] the first tile of each row of tiles, uint32
     x: Pointer,  # [32, 1, 1] float16, the vector of each thread
-    part_stride: Scalar,  # elements from a part of x to the next
+    term_stride: Scalar,  # elements from a term of x to the next
     eighths: Scalar,
     first_tile: Scalar,
     end_tile: Scalar,
@@ -180,7 +180,7 @@ def _rows_times_vectors(
     J: tl.constexpr,
     STATE_BITS: tl.constexpr,
     NARROW: tl.constexpr,
-    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     CENTERED: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -205,8 +205,8 @@ def _rows_times_vectors(
         upper = load_window(low_last + ring, low_middle + ring, low_first + ring, shift, NARROW, PORTABLE)
         lower = load_window(high_last + ring, high_middle + ring, high_first + ring, lower_shift, NARROW, PORTABLE)
         b = ()
-        for part in tl.static_range(PARTS):
-            b = b + (_load_period(x + (part * part_stride + column), is_inside),)  # noqa: RUF005
+        for term in tl.static_range(TERMS):
+            b = b + (_load_period(x + (term * term_stride + column), is_inside),)  # noqa: RUF005
         for half in tl.static_range(2):
             a = ()
             for pair in tl.static_range(2):
@@ -217,15 +217,15 @@ def _rows_times_vectors(
                         distance = end_distance(4 * half + 2 * pair + i, eighths)
                         states = states + (state(window[0], window[1], distance, STATE_BITS, NARROW, PORTABLE),)  # noqa: RUF005
                     a = a + (value_pair(states[0], states[1], CENTERED, PORTABLE),)  # noqa: RUF005
-            for part in tl.static_range(PARTS):
-                b0, b1 = b[part][2 * half], b[part][2 * half + 1]
+            for term in tl.static_range(TERMS):
+                b0, b1 = b[term][2 * half], b[term][2 * half + 1]
                 c0, c1, c2, c3 = add_product(c0, c1, c2, c3, a[0], a[1], a[2], a[3], b0, b1, PORTABLE)
     return c0, c1, c2, c3
 
 
 @triton.jit(do_not_specialize=["vectors", "pairs"])
 def rows_kernel(
-    x: Pointer,  # [PARTS, T, C] float16, or [PARTS, P, C] if PER_PAIR
+    x: Pointer,  # [TERMS, T, C] float16, or [TERMS, P, C] if PER_PAIR
     factors: Pointer,  # [X] float32
     sums: Pointer,  # [X, C / SIDE] float32, of the blocks of x
     index: Pointer,  # [P] int
@@ -250,19 +250,24 @@ def rows_kernel(
     STATE_BITS: tl.constexpr,
     R: tl.constexpr,
     J: tl.constexpr,
-    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     CENTERED: tl.constexpr,
     PORTABLE: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply rows of the experts with vectors. Grid [P, blocks of R rows of tiles, S]."""
+    """Multiply rows of the experts with vectors. Grid [P, blocks of R rows of tiles, S].
+
+    With PDL the programs start when those of the previous kernel, a rotation, have waited for the kernel before it. The
+    routing is complete then. Codes are requested while the rotation runs.
+    """
     TILES: tl.constexpr = COLUMNS // 16
     BLOCKS: tl.constexpr = COLUMNS // SIDE
     SPLIT_BLOCKS: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     SPLIT_TILES: tl.constexpr = SPLIT_BLOCKS * SIDE // 16
     STEPS: tl.constexpr = (SPLIT_TILES + 2 * J - 1) // (2 * J)
     pair, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The index may be read early: it was written before the previous kernel, which has waited for it.
     expert = tl.load(index + pair)
     is_used = (expert >= 0) & (expert < experts)
     tile_row = tl.minimum(block * R + tl.arange(0, R), rows // 16 - 1)
@@ -271,14 +276,6 @@ def rows_kernel(
     safe_expert = tl.where(is_used, expert, 0)
     eighths = tl.load(table + 2 * safe_expert).to(tl.int32)
     codes += tl.load(table + 2 * safe_expert + 1).to(tl.int64) * 16
-    if PREFETCH:
-        LINES: tl.constexpr = triton.next_power_of_2(SPLIT_TILES)
-        line = tl.minimum(tl.arange(0, LINES) * CACHE_LINE, SPLIT_TILES * eighths * 4 - 4)
-        row_start = (tile_row * TILES + first_tile) * (eighths * 4)
-        _prefetch(codes, row_start[:, None] + line[None, :], PORTABLE)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     thread = tl.arange(0, 32)
     g, q = thread // 4, thread % 4
     # each thread holds sums of rows g and g + 8 and vectors 2 q and 2 q + 1: tiles [32, R, vector, row]
@@ -293,16 +290,26 @@ def rows_kernel(
         output_number = tl.where(q[:, None] * 2 + parity[None, :] == 0, pair, -1)
     exists = output_number >= 0
     output_number = tl.maximum(output_number, 0)
-    if is_used & has_work:
+    has_work = has_work & is_used
+    if PREFETCH:
+        LINES: tl.constexpr = triton.next_power_of_2(SPLIT_TILES)
+        if has_work:
+            line = tl.minimum(tl.arange(0, LINES) * CACHE_LINE, SPLIT_TILES * eighths * 4 - 4)
+            row_start = (tile_row * TILES + first_tile) * (eighths * 4)
+            _prefetch(codes, row_start[:, None] + line[None, :], PORTABLE)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if has_work:
         rings = codes.to(tl.pointer_type(tl.uint32)) + (tile_row * (TILES * eighths))[None, None, :]
         input_vector = input_number if PER_PAIR else input_number // TOP_K
         first_column = (x + input_vector.to(tl.int64) * COLUMNS)[:, None, None]
-        part_stride = vectors.to(tl.int64) * COLUMNS
+        term_stride = vectors.to(tl.int64) * COLUMNS
         if eighths <= narrow_eighths(STATE_BITS):
             c0, c1, c2, c3 = _rows_times_vectors(
                 rings,
                 first_column,
-                part_stride,
+                term_stride,
                 eighths,
                 first_tile,
                 end_tile,
@@ -310,7 +317,7 @@ def rows_kernel(
                 J,
                 STATE_BITS,
                 True,
-                PARTS,
+                TERMS,
                 CENTERED,
                 PORTABLE,
             )
@@ -318,7 +325,7 @@ def rows_kernel(
             c0, c1, c2, c3 = _rows_times_vectors(
                 rings,
                 first_column,
-                part_stride,
+                term_stride,
                 eighths,
                 first_tile,
                 end_tile,
@@ -326,7 +333,7 @@ def rows_kernel(
                 J,
                 STATE_BITS,
                 False,
-                PARTS,
+                TERMS,
                 CENTERED,
                 PORTABLE,
             )

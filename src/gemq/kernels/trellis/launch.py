@@ -73,9 +73,9 @@ class RotatedVectors(NamedTuple):
     """Inputs of ``launch_rows``.
 
     Attributes:
-        values: [parts, X, C] float16; the vectors are the sum of the parts times ``factors``
+        values: [terms, X, C] float16; the vectors are the sum of the terms times ``factors``
         factors: [X] float32
-        sums: [X, C / side] float32, of the blocks of the first part
+        sums: [X, C / side] float32, of the blocks of the first term
     """
 
     values: Tensor
@@ -91,14 +91,14 @@ def launch_rotation(
     Args:
         y: [X, S, columns], or [X, S, 2 * columns] if the activation is gated
         columns: columns of the result
-        dtype: of the activations: float32 takes two parts of float16
+        dtype: of the activations: float32 takes two terms of float16
         activation: applied to the sums
         pdl: whether the kernel may start while the previous one ends, on GPUs that support this
     """
     vectors, splits = y.shape[:2]
     side = block_side(columns)
-    parts = 2 if dtype == torch.float32 else 1
-    values = torch.empty(parts, vectors, columns, dtype=torch.float16, device=y.device)
+    terms = 2 if dtype == torch.float32 else 1
+    values = torch.empty(terms, vectors, columns, dtype=torch.float16, device=y.device)
     factors = torch.empty(vectors, dtype=torch.float32, device=y.device)
     sums = torch.empty(vectors, columns // side, dtype=torch.float32, device=y.device)
     numbers, constants = kernel_arguments(activation)
@@ -114,7 +114,7 @@ def launch_rotation(
             COLUMNS=columns,
             SIDE=side,
             SPLITS=splits,
-            PARTS=parts,
+            TERMS=terms,
             **_pdl_constants(y.device, pdl),
             num_warps=4 if columns <= 4096 else 16,
         )
@@ -144,7 +144,7 @@ def launch_rows(
     """
     tokens, slots = index.shape
     pairs = tokens * slots
-    parts, vectors, _ = x.values.shape
+    terms, vectors, _ = x.values.shape
     config = config or product_config(pairs)
     splits = splits or num_splits(pairs, w.rows, w.columns)
     out = torch.empty(tokens, slots * splits, w.rows, dtype=torch.float32, device=index.device)
@@ -173,8 +173,8 @@ def launch_rows(
             STATE_BITS=w.state_bits,
             R=config.tile_rows,
             J=config.steps,
-            PARTS=parts,
-            CENTERED=config.centered or parts > 1,
+            TERMS=terms,
+            CENTERED=config.centered or terms > 1,
             PORTABLE=launch.operand(out) == int(bit_fields.PORTABLE),
             PREFETCH=config.prefetch,
             **_pdl_constants(out.device, config.pdl),

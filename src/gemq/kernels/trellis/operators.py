@@ -95,8 +95,10 @@ def trellis_rows(
         without.
     """
     w = TrellisArguments.from_lists(tensors, sizes)
+    index = index.contiguous()  # before the rotation, during which ``rows_kernel`` reads it
+    weights = None if weights is None else weights.contiguous()
     rotated = launch_rotation(x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype)
-    return launch_rows(rotated, index.contiguous(), None if weights is None else weights.contiguous(), w)
+    return launch_rows(rotated, index, weights, w)
 
 
 @trellis_rows.register_fake

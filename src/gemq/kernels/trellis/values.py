@@ -42,8 +42,8 @@ def narrow_eighths(state_bits: int):
 def funnel(high: Tile, low: Tile, shift: Tile, PORTABLE: tl.constexpr):
     """Return the lowest 32 bits of the 64 bits ``high``, ``low`` (uint32) after a shift by 0 to 31 to the right."""
     if PORTABLE:
-        both = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
-        return (both >> shift.to(tl.uint64)).to(tl.uint32)
+        joined = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+        return (joined >> shift.to(tl.uint64)).to(tl.uint32)
     else:
         return tl.inline_asm_elementwise(
             "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], tl.uint32, is_pure=True, pack=1
@@ -148,15 +148,15 @@ def pair_asm(centered: bool):
     Args:
         centered: whether to subtract 1024 and MEAN
     """
-    one = 0x6400  # 1024 in float16: the sum becomes its mantissa
+    start = 0x6400  # 1024 in float16: the sum becomes its mantissa
     lines = [".reg .b32 s, t;"]
-    lines.append(f"dp4a.u32.u32 s, $1, 0x01010101, {one:#010x};")
-    lines.append(f"dp4a.u32.u32 t, $2, 0x01010101, {one:#010x};")
+    lines.append(f"dp4a.u32.u32 s, $1, 0x01010101, {start:#010x};")
+    lines.append(f"dp4a.u32.u32 t, $2, 0x01010101, {start:#010x};")
     if not centered:
         lines.append("prmt.b32 $0, s, t, 0x5410;")
     else:
         lines.append("prmt.b32 s, s, t, 0x5410;")
-        lines.append(f"mov.b32 t, {0x10001 * (one + trellis.BYTES_MEAN):#010x};")
+        lines.append(f"mov.b32 t, {0x10001 * (start + trellis.BYTES_MEAN):#010x};")
         lines.append("sub.rn.f16x2 $0, s, t;")
     return "{\n" + "\n".join(lines) + "\n}"
 
