@@ -42,7 +42,7 @@ DEFAULT_WIDTHS: dict[str, tuple[AnyWidth, ...]] = {
 }
 """The candidate widths of a recipe without any, by kind of codes."""
 
-WIDE_BUDGET = 2.5
+WIDE_BUDGETS = {"affine": 2.5, "trellis": 2.2}
 """Only budgets above this many bits, and budgets in bytes, have the last of the default widths."""
 
 FROM_EFFORT = -1
@@ -137,13 +137,14 @@ class Recipe:
     outlier channels cost less. Norms and up projections take up the scales, so that inference costs nothing."""
 
     # Codes
-    codes: str = "affine"
-    """Codes of the experts: ``affine`` (scale times code plus offset), or ``trellis``, which are more accurate, slow to
-    compute without a GPU, and have a width in eighths of a bit."""
+    codes: str = "auto"
+    """Codes of the experts: ``affine`` (scale times code plus offset) or ``trellis``, which are more accurate, but slow
+    to compute without a GPU. ``auto``: ``trellis`` on a GPU where the model and the widths allow it."""
     widths: tuple[AnyWidth, ...] | None = None
     """Candidate widths of the experts. Affine codes: any of 1, 1.6, 2, 3, 4 and 8. None: 1, 1.6, 2 and 3, and for
     budgets above 2.5 bits or in bytes also 4. Trellis codes: any multiples of 0.125 from 1 to 4. None: 1, 1.5, 2, 2.5
-    and 3, and for those budgets also 4. Reconstruction then uses all multiples of 0.125 between them."""
+    and 3, and for budgets from 2.25 bits up or in bytes also 4. Reconstruction then uses all multiples of 0.125 between
+    them."""
     group_size: int = 128
     """Weights that share a scale and an offset: a power of two from 16 up. Halved for a matrix whose number of columns
     it does not divide."""
@@ -254,8 +255,7 @@ class Recipe:
         if self.widths is not None:
             if not self.widths:
                 raise UserError("widths is empty: name at least one, such as 2")
-            read = TrellisWidth.read if self.codes == "trellis" else Width.read
-            self._set("widths", tuple(sorted(set(map(read, self.widths)))))
+            self._set("widths", tuple(sorted(set(self._read_widths(self.widths)))))
         is_power_of_two = self.group_size & (self.group_size - 1) == 0
         if not SMALLEST_GROUP <= self.group_size <= MAX_GROUP_SIZE or not is_power_of_two:
             raise UserError(
@@ -265,6 +265,23 @@ class Recipe:
             raise UserError(
                 f"dense_bits cannot be {short_repr(self.dense_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
             )
+
+    def _read_widths(self, widths: tuple[Any, ...]) -> list[AnyWidth]:
+        """Reads the candidate widths. Widths that only trellis codes have decide on these codes."""
+        if self.codes == "trellis":
+            return [TrellisWidth.read(width) for width in widths]
+        try:
+            return [Width.read(getattr(width, "value", width)) for width in widths]
+        except UserError as error:
+            if self.codes == "affine":
+                raise
+            affine_error = error
+        try:
+            trellis_widths: list[AnyWidth] = [TrellisWidth.read(width) for width in widths]
+        except UserError:
+            raise affine_error from None
+        self._set("codes", "trellis")
+        return trellis_widths
 
     def _check_numbers(self) -> None:
         """Raises UserError for numbers out of range."""
@@ -329,8 +346,9 @@ class Recipe:
         if self.widths is not None:
             return self.widths
         bits = self.bits or self.stored_bits or 0
-        widths = DEFAULT_WIDTHS[self.codes]
-        return widths if self.size or bits > WIDE_BUDGET else widths[:-1]
+        kind = "trellis" if self.codes == "trellis" else "affine"
+        widths = DEFAULT_WIDTHS[kind]
+        return widths if self.size or bits > WIDE_BUDGETS[kind] else widths[:-1]
 
     @property
     def allocated_widths(self) -> tuple[AnyWidth, ...]:

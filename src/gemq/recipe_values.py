@@ -34,7 +34,7 @@ SIZE_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 CHOICES = {
     "effort": ("low", "medium", "high"),
-    "codes": ("affine", "trellis"),
+    "codes": ("auto", "affine", "trellis"),
     "quantizer": ("gptq", "rtn"),
     "score_form": ("token", "elementwise"),
     "score_labels": ("sampled", "data"),

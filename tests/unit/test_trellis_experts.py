@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,12 @@ from gemq.layers.quantizer import Quantizer
 from gemq.layers.reconstruction import assemble_layer, layer_overrides, reconstruct_layer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.trellis_experts import TrainableRows, TrellisBatch
+from gemq.models.equalization import Equalization, NormFold, RowFold
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
+from gemq.pipeline import codes_stage
+from gemq.pipeline.codes_stage import CodesChoice
 from gemq.quant import trellis
 from gemq.quant.grid import decode_scales
 from gemq.quant.trellis_matrix import TrellisMatrix
@@ -153,6 +158,27 @@ def test_recipes_with_trellis_codes():
     with pytest.raises(UserError, match=r"no trellis width 2\.1: choose a multiple of 0\.125"):
         Recipe(codes="trellis", widths=(2.1,))
     with pytest.raises(UserError, match=r"no width 1\.5"):
-        Recipe(widths=(1.5,))
+        Recipe(codes="affine", widths=(1.5,))
     with pytest.raises(UserError, match="trellis codes have no rtn"):
         Recipe(codes="trellis", quantizer="rtn")
+
+
+def choice(replay: Replay, folds: list[object], device: str = "cuda", **keys: object) -> CodesChoice:
+    """The codes that a job would get whose experts' inputs are scaled by ``folds``."""
+    equalization = Equalization([f"{layer.path}." for layer in replay.structure.layers], {})
+    equalization.set_folds(0, folds)
+    cache = SimpleNamespace(equalization=equalization)
+    job = SimpleNamespace(recipe=Recipe(**keys), device=torch.device(device))
+    return codes_stage._choose(job, SimpleNamespace(structure=replay.structure, layer_cache=cache))
+
+
+def test_a_job_gets_trellis_codes_where_it_can(replay):
+    norm = NormFold("norm.weight", None, False, ("mlp.experts.gate_up_proj", "mlp.gate.weight"), (), ())
+    down = RowFold("mlp.experts.gate_up_proj", "mlp.experts.down_proj", None, torch.arange(32))
+    assert choice(replay, [norm, down]) == CodesChoice("trellis")
+    assert choice(replay, [norm, down], device="cpu").reason == "trellis codes need a GPU"
+    assert choice(replay, [norm, down], widths=(1.6, 2)).reason == "only affine codes have the widths 1.6 and 8"
+    assert choice(replay, [norm]).reason == "the experts' inputs cannot be equalized in 1 layers"
+    assert Recipe(widths=(1.5, 2)).codes == "trellis"
+    replay.structure.layers[0].experts.matrices[1].__dict__["columns"] = 40
+    assert choice(replay, [norm, down]).reason == "16 does not divide 32 x 40"

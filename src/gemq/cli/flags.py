@@ -106,9 +106,14 @@ class RecipeFlags:
         typer.Option(help="Tokens per calibration window (default 2048, or the maximum of the model)."),
     ] = None
     allocate: Allocate = None
+    codes: Annotated[
+        str | None, typer.Option(help="Codes of experts: auto (default: trellis on a GPU), affine or trellis.")
+    ] = None
     widths: Annotated[
         str | None,
-        typer.Option(help="Candidate widths of experts (default 1,1.6,2,3, and 4 above 2.5 bits or with --size)."),
+        typer.Option(
+            help="Candidate widths of experts (default 1,1.6,2,3, trellis 1,1.5,2,2.5,3; and 4 for larger budgets)."
+        ),
     ] = None
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale and an offset (default 128).")] = (
         None

@@ -65,6 +65,8 @@ def _print_sizes(console: Console, result: Result) -> None:
             f"(budget {result.budget}, allocation {result.method})",
         )
     )
+    reason = f", since {result.codes.reason}" if result.codes.reason else ""
+    console.print(f"{result.codes.codes} codes of the experts{reason}".capitalize())
 
 
 def _print_calibration_and_gains(console: Console, result: Result) -> None:

@@ -327,6 +327,20 @@ class Equalization:
             numbered[int(number)] = Scaling(name.removesuffix(ONE_PLUS_SUFFIX), exponents, one_plus)
         self._scalings[index] = [numbered[number] for number in sorted(numbered)]
 
+    def scales_columns(self, index: int, name: str) -> bool:
+        """Returns whether the columns of a weight are scaled one by one.
+
+        Args:
+            index: of the layer
+            name: of the weight inside the layer
+        """
+        for fold in self._folds[index]:
+            if isinstance(fold, RowFold) and fold.consumer == name and not fold.uniform:
+                return True
+            if isinstance(fold, NormFold) and name in fold.readers:
+                return True
+        return False
+
     def is_known(self, index: int) -> bool:
         """Returns whether the scalings of a layer are known, so that a part of its tensors can be scaled."""
         return not self._folds[index] or index in self._scalings

@@ -18,6 +18,7 @@ from gemq.models.byte_sizes import candidate_bytes, quantized_share
 from gemq.models.source import Source, configured_types, pick_dtype
 from gemq.models.structure import find_structure
 from gemq.pipeline.candidates_stage import CANDIDATES
+from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.fit import Fit, fit
 from gemq.pipeline.preflight import Checked, check_model, original_bytes
 from gemq.pipeline.reconstruction_stage import DISTILL, RECONSTRUCTION
@@ -147,6 +148,7 @@ def plan(
         largest = fit(skeleton, find_structure(skeleton), recipe, memory, context=context, batch=batch, gpus=gpus)
         if allocation is None and not recipe.has_budget:
             recipe = recipe.replace(bits=largest.bits)
+    recipe = expected_recipe(recipe, pick_device(device))
     job = _plan(source, recipe, allocation_file, pick_device(device), gpu_memory, host_memory)
     return replace(job, fit=largest)
 

@@ -27,6 +27,7 @@ from gemq.models.replay import Replay
 from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve
 from gemq.pipeline.candidates_stage import CandidateFiles, count_candidate_fallbacks, run_candidates
 from gemq.pipeline.card_files import curve_of_job, make_record, repeating_recipe
+from gemq.pipeline.codes_stage import CodesChoice, run_codes
 from gemq.pipeline.context import Job
 from gemq.pipeline.guard_stage import guard_plans, run_guard
 from gemq.pipeline.job_record import record_result
@@ -64,6 +65,8 @@ class Result:
     """The budget, such as ``2 bits``."""
     method: str
     """Method of the allocation, as in ``allocate``, or ``from a file``."""
+    codes: CodesChoice
+    """Codes of the experts, and why they are not trellis codes."""
     predicted_cost: float | None
     """Sum of the scores of the allocation. None for an allocation without scores."""
     allocation: list[list[ExpertWidths]]
@@ -169,6 +172,7 @@ def run_stages(
     """
     begin_reading(job)
     replay, stored_dtypes = run_load(job, verify)
+    codes = run_codes(job, replay)
     structure, ranks, recipe = replay.structure, replay.ranks, job.recipe
     # The budget was checked with the types of the configuration. Files may hold wider ones.
     unquantized_bytes = fixed_bytes(replay.model, structure, recipe, stored_dtypes)
@@ -191,6 +195,7 @@ def run_stages(
         complete_before=complete_before,
         budget="of the file" if allocation_file else recipe.budget_text,
         method="from a file" if allocation_file else allocation.method,
+        codes=codes,
         predicted_cost=allocation.predicted_cost if costs is not None else None,
         allocation=allocation.by_layer,
         layer_bits=list(allocation.layer_bits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gemq.calibration.sources import SELF
 from gemq.errors import UserError
 from gemq.layers.candidate_training import train_state_sizes
 from gemq.pipeline.candidates_stage import CANDIDATES, candidates_peak_bytes, candidates_work
+from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.guard_stage import GUARD, GUARD_WINDOWS, guard_work
 from gemq.pipeline.reconstruction_stage import (
     DISTILL,
@@ -158,7 +160,11 @@ class Footprint(ModelMemory):
 
     def working_bytes(self, training_bytes: int) -> int:
         """The most that any stage takes."""
-        return max(self.peak_bytes_by_stage(training_bytes).values())
+        peak = max(self.peak_bytes_by_stage(training_bytes).values())
+        expected = expected_recipe(self.recipe, self.device)
+        if expected is not self.recipe:  # the job decides, once it has seen the model
+            peak = max(peak, dataclasses.replace(self, recipe=expected).working_bytes(training_bytes))
+        return peak
 
     @property
     def min_working_bytes(self) -> int:

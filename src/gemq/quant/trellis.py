@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError
-
-TILE_SIDE = 16
-"""Rows and columns of a tile."""
+from gemq.quant.widths import TILE_SIDE as TILE_SIDE
 
 TILE_WEIGHTS = TILE_SIDE * TILE_SIDE
 """Weights of a tile. They are numbered row by row."""

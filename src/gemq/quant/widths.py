@@ -16,6 +16,9 @@ from gemq.errors import UserError, short_repr
 SMALLEST_GROUP = 16
 """Smallest group size."""
 
+TILE_SIDE = 16
+"""Rows and columns of a tile of trellis codes."""
+
 MIN_EIGHTHS, MAX_EIGHTHS = 8, 32
 """Smallest and largest width of trellis codes, in eighths of a bit."""
 

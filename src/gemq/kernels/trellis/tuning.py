@@ -34,7 +34,7 @@ class ProductConfig(NamedTuple):
 
 def product_config(pairs: int) -> ProductConfig:
     """Return the options for a number of pairs of token and expert."""
-    return ProductConfig(tile_rows=2, steps=4, num_warps=4)
+    return ProductConfig(tile_rows=1, steps=4, num_warps=4)
 
 
 def num_splits(pairs: int, rows: int, columns: int) -> int:
