@@ -23,10 +23,13 @@ from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.names import hub_state
 from gemq.checkpoint.save import SHARD_BYTES, config_values, write_checkpoint, write_directory
 from gemq.kernels.modules import PackedLinear, PackedMatrices, make_packed
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.models.structure import Structure, find_structure
-from gemq.quant.grid import encode
+from gemq.quant.grid import encode, encode_scales
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.widths import Width, affine_widths, group_size_for
+from gemq.quant.trellis import STATE_BITS
+from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import TILE_SIDE, TrellisWidth, Width, affine_widths, group_size_for, trellis_widths
 
 GROUP_SIZE = 128
 STD = 0.02
@@ -37,6 +40,15 @@ TWO_BITS = {Width.ONE_BIT: 15, Width.TERNARY: 45, Width.TWO_BIT: 99, Width.THREE
 
 TWO_AND_A_HALF_BITS = {Width.TERNARY: 16, Width.TWO_BIT: 74, Width.THREE_BIT: 102}
 
+TRELLIS_TWO_BITS = {
+    TrellisWidth(12): 1,
+    TrellisWidth(14): 2,
+    TrellisWidth(16): 4,
+    TrellisWidth(18): 2,
+    TrellisWidth(20): 1,
+}
+TRELLIS_TWO_AND_A_HALF_BITS = {TrellisWidth(width.eighths + 4): share for width, share in TRELLIS_TWO_BITS.items()}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -45,8 +57,13 @@ class Shape:
     name: str
     kind: type[PreTrainedConfig]
     changes: dict[str, Any]
-    mix: Mapping[Width, int] = field(default_factory=lambda: TWO_BITS)
+    mix: Mapping[Any, int] = field(default_factory=lambda: TWO_BITS)
     dense_width: Width = Width.FOUR_BIT
+
+    @property
+    def has_trellis(self) -> bool:
+        """Whether the experts have trellis codes."""
+        return isinstance(next(iter(self.mix)), TrellisWidth)
 
     def dense_config(self) -> PreTrainedConfig:
         no_ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -101,6 +118,9 @@ SHAPES = {
         ),
         Shape("mixtral-8x7b-2.0", MixtralConfig, MIXTRAL),
         Shape("mixtral-8x7b-2.5", MixtralConfig, MIXTRAL, TWO_AND_A_HALF_BITS),
+        Shape("olmoe-1b-7b-trellis-2.0", OlmoeConfig, OLMOE, TRELLIS_TWO_BITS),
+        Shape("mixtral-8x7b-trellis-2.5", MixtralConfig, MIXTRAL, TRELLIS_TWO_AND_A_HALF_BITS),
+        Shape("small-trellis-2.0", OlmoeConfig, SMALL, TRELLIS_TWO_BITS),
         Shape("small-2.0", OlmoeConfig, SMALL),  # to try a script out
         Shape("medium-2.0", OlmoeConfig, MEDIUM),  # layers as wide as OLMoE's, for CPUs
     )
@@ -120,6 +140,10 @@ def packed_model(shape: Shape, device: str | torch.device, seed: int = 0) -> Any
         make_packed(experts, list(projections))
         for name, widths in projections.items():
             rows, columns = sizes[name]
+            if shape.has_trellis:
+                trellis = [_random_trellis(rows, columns, width, random) for width in trellis_widths(widths)]
+                setattr(experts, name, TrellisMatrices(trellis))
+                continue
             size = group_size_for(columns, GROUP_SIZE)
             matrices = [_random_matrix(rows, columns, width, size, random) for width in affine_widths(widths)]
             setattr(experts, name, PackedMatrices(matrices))
@@ -177,7 +201,8 @@ def packed_format(shape: Shape, structure: Structure, seed: int) -> PackedFormat
         widths = tuple(next(dealt) for _ in range(layer.experts.count))
         experts[layer.experts.path] = {matrix.name: widths for matrix in layer.experts.matrices}
     linears = {linear.path: shape.dense_width for layer in structure.layers for linear in layer.linears}
-    return PackedFormat(experts=experts, linears=linears, group_size=GROUP_SIZE)
+    state_bits = STATE_BITS if shape.has_trellis else 0
+    return PackedFormat(experts=experts, linears=linears, group_size=GROUP_SIZE, state_bits=state_bits)
 
 
 def mean_bits(shape: Shape) -> float:
@@ -195,6 +220,14 @@ def random_codes(rows: int, groups: int, width: Width, size: int, random: torch.
     if width is Width.TERNARY:
         codes[..., size - 4 * group_bytes :] %= 81  # the fifth code of these bytes is none of the group's
     return codes.view(rows, -1)
+
+
+def _random_trellis(rows: int, columns: int, width: TrellisWidth, random: torch.Generator) -> TrellisMatrix:
+    """A matrix of random trellis codes."""
+    shape = (rows // TILE_SIDE, columns // TILE_SIDE * 4 * width.eighths)
+    codes = torch.randint(256, shape, dtype=torch.uint8, device=random.device, generator=random)
+    scales = encode_scales(torch.full((rows,), STD, device=random.device))
+    return TrellisMatrix(codes, scales, width, STATE_BITS)
 
 
 def _random_matrix(rows: int, columns: int, width: Width, size: int, random: torch.Generator) -> PackedMatrix:
