@@ -126,7 +126,7 @@ def recipe_page() -> list[str]:
     for section in re.split(r"^    # ", inspect.getsource(Recipe), flags=re.MULTILINE)[1:]:
         rows = []
         for key in re.findall(r"^    (\w+): .* = ", section, re.MULTILINE):
-            kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", types[key]).lower()
+            kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", types[key]).replace("AnyWidth", "width").lower()
             kind = " or ".join(map(code, CHOICES[key])) if key in CHOICES else kind
             default = "by effort" if getattr(Recipe, key) == FROM_EFFORT else code(getattr(Recipe, key))
             rows.append([code(key), kind, default, as_cell(docstrings[key])])
