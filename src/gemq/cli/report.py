@@ -66,7 +66,7 @@ def _print_sizes(console: Console, result: Result) -> None:
         )
     )
     reason = f", since {result.codes.reason}" if result.codes.reason else ""
-    console.print(f"{result.codes.codes} codes of the experts{reason}".capitalize())
+    console.print(f"Experts have {result.codes.codes} codes{reason}")
 
 
 def _print_calibration_and_gains(console: Console, result: Result) -> None:
