@@ -144,6 +144,20 @@ def test_trellis_codes_beat_scalar_codes():
     assert matrix.nbytes == 2 * TrellisWidth(16).matrix_bytes(96, 160)
 
 
+def test_sweeps_lower_the_error(monkeypatch):
+    monkeypatch.setattr(trellis, "STATE_BITS", 10)
+    weight, hessian = problem(experts=2, rows=32, columns=96)
+    rotated = rotated_problem(weight, hessian.float(), DAMPENING)
+    errors = []
+    for sweeps in range(3):
+        matrix = quantize(rotated, TrellisWidth(16), sweeps)
+        errors.append(objective(weight, matrix.dequantize(), hessian).mean())
+    assert errors[1] < 0.995 * errors[0]
+    assert errors[2] <= errors[1]
+    dead = rotated_problem(weight, torch.zeros_like(hessian).float(), DAMPENING)
+    assert quantize(dead, TrellisWidth(16), 1).dequantize().isfinite().all()
+
+
 def test_packed_tiles_are_in_rows_of_tiles():
     words = rings(6, 20).view(2, 3, 20)
     scales = torch.tensor([0.5, 2.0]).repeat(16)

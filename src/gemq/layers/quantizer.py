@@ -23,7 +23,10 @@ CHUNK_BYTES = 4 << 30
 """Upper bound for Hessians, factors and errors of the experts that GPTQ processes in one batch."""
 
 
-TRELLIS_COPIES = 5
+SWEEPS = 2
+"""Sweeps over the codes of a reconstructed layer. Candidates, at several widths, do without."""
+
+TRELLIS_COPIES = 6
 """Float32 copies of the weights that error feedback of trellis codes works with."""
 
 
@@ -148,7 +151,7 @@ class Quantizer:
             problem = rotated_problem(weight[chunk], hessians.hessians(self.shrinkage, chunk), self.dampening)
             for width in sorted(set(widths[chunk])):
                 experts = [index for index in range(len(problem.weight)) if widths[chunk.start + index] == width]
-                batch = trellis_quantize(problem.select(experts), width)
+                batch = trellis_quantize(problem.select(experts), width, SWEEPS)
                 for position, index in enumerate(experts):
                     matrices[chunk.start + index] = batch.select(position)
             num_retries += problem.retries

@@ -301,7 +301,7 @@ def candidates_work(workload: Workload) -> Work:
             linear_weights = sum(linear.rows * linear.columns for linear in layer.linears)
             work += workload.forward(layer, linear_tokens, linear_steps) * 3
             work += workload.train(linear_weights, linear_steps)
-        if recipe.candidate_epochs and recipe.codes == "affine" and layer.experts is not None:
+        if recipe.candidate_epochs and recipe.codes != "trellis" and layer.experts is not None:
             expert_weights = layer.experts.count * layer.experts.weights_per_expert
             exact_and_candidates = 1 + 3 * widths  # a training step of a candidate costs three forward passes
             work += workload.experts(layer, steps * workload.micro_batch_tokens, steps) * exact_and_candidates
@@ -323,7 +323,7 @@ def _layer_bytes(memory: LayerMemory, training_bytes: int) -> int:
     """Bytes for the candidates of one layer."""
     if memory.layer.experts is None:
         return memory.dense_hessians + memory.dense_quantization
-    if memory.recipe.candidate_epochs and memory.recipe.codes == "affine":
+    if memory.recipe.candidate_epochs and memory.recipe.codes != "trellis":
         building = _training_bytes(memory, training_bytes)
     else:
         widths = len(memory.recipe.candidate_widths)

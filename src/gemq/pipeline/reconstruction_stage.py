@@ -18,6 +18,7 @@ from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distill
 from gemq.distillation.settings import Distillation
 from gemq.kernels.training.differentiable_dequantize import MAX_CHUNK_WEIGHTS
+from gemq.layers.quantizer import SWEEPS
 from gemq.layers.reconstruction import QuantizedLayer, Targets, assemble_layer, layer_overrides, reconstruct_layer
 from gemq.models.replay import Replay
 from gemq.pipeline.candidates_stage import CandidateFiles
@@ -267,7 +268,7 @@ def reconstruction_work(workload: Workload) -> Work:
     steps = workload.training_steps(recipe.reconstruction_epochs)
     work = Work()
     for layer in workload.structure.layers:
-        work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1)
+        work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1, SWEEPS)
         work += workload.forward(layer, steps * workload.micro_batch_tokens, steps) * 3
         work += workload.train(workload.quantized_weights(layer), steps)
     return work

@@ -270,6 +270,58 @@ def quantize_ldlq(
     return words, values
 
 
+def sweep(
+    weight: Tensor,
+    hessian: Tensor,
+    ridge: Tensor,
+    words: Tensor,
+    values: Tensor,
+    width_eighths: int,
+    table: Tensor,
+    search: Viterbi = viterbi,
+) -> None:
+    """Encode blocks of columns again, each corrected for the errors of all others, and keep the tiles that got better.
+
+    Error feedback corrects a block for the blocks before it only. The error tr(D H D^T) never grows.
+
+    Args:
+        weight: [E, R, C] float32, in units of the table.
+        hessian: [E, C, C] float32, of the inputs of the matrices.
+        ridge: [E, 1, 1], added to the diagonal of ``hessian``.
+        words: [E, R / 16, C / 16, width_eighths] int32 rings. Overwritten.
+        values: [E, R, C] float32, their values. Overwritten.
+        width_eighths: Width in eighths of a bit.
+        table: [S] float32.
+        search: Implementation of the Viterbi algorithm.
+    """
+    experts, _, columns = weight.shape
+    identity = torch.eye(TILE_SIDE, device=weight.device)
+    errors = values - weight
+    for start in range(0, columns, TILE_SIDE):
+        block = slice(start, start + TILE_SIDE)
+        block_hessian = hessian[:, block, block]
+        old_errors = errors[:, :, block]
+        pull = errors @ hessian[:, :, block] - old_errors @ block_hessian
+        block_hessian = block_hessian + ridge * identity
+        best_errors = -torch.linalg.solve(block_hessian, pull.mT).mT
+        target = weight[:, :, block] + best_errors
+        rings = encode(target.reshape(-1, TILE_WEIGHTS), width_eighths, table, search)
+        new_values = decode(rings, width_eighths, table).view(experts, -1, TILE_SIDE)
+        new_errors = new_values - weight[:, :, block]
+        new_cost = _tile_costs(new_errors - best_errors, block_hessian)
+        is_better = new_cost < _tile_costs(old_errors - best_errors, block_hessian)
+        tiles = words[:, :, start // TILE_SIDE]
+        words[:, :, start // TILE_SIDE] = torch.where(is_better.unsqueeze(2), rings.view(tiles.shape), tiles)
+        is_better_row = is_better.repeat_interleave(TILE_SIDE, 1).unsqueeze(2)
+        values[:, :, block] = torch.where(is_better_row, new_values, values[:, :, block])
+        errors[:, :, block] = torch.where(is_better_row, new_errors, old_errors)
+
+
+def _tile_costs(errors: Tensor, hessian: Tensor) -> Tensor:
+    """Return tr(D H D^T) of each tile [E, R / 16] for errors [E, R, 16] and Hessians [E, 16, 16] of a block."""
+    return ((errors @ hessian) * errors).sum(2).unflatten(1, (-1, TILE_SIDE)).sum(2)
+
+
 def refit_rows(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
     """Return the factors [E, R] of the rows of ``restored`` that are best by the Hessian.
 

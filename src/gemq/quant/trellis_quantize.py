@@ -17,6 +17,9 @@ from gemq.quant.rotation import rotate, rotate_hessian
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
 
+LEAST_RIDGE = 1e-20
+"""Least dampening. Blocks of inputs that are always zero have a Hessian of zero."""
+
 
 class RotatedProblem(NamedTuple):
     """Matrices and Hessians of their inputs, rotated, and the factor for error feedback.
@@ -25,17 +28,20 @@ class RotatedProblem(NamedTuple):
         weight: [E, R, C] float32.
         hessian: [E, C, C] float32.
         upper: [E, C, C] float32, see ``hessian.factorize``.
+        ridge: [E, 1, 1] float32, the dampening of each Hessian.
         retries: Number of Hessians that needed more dampening.
     """
 
     weight: Tensor
     hessian: Tensor
     upper: Tensor
+    ridge: Tensor
     retries: int
 
     def select(self, experts: list[int]) -> RotatedProblem:
         """Return the problem of some of the matrices."""
-        return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], 0)
+        ridge = self.ridge[experts]
+        return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], ridge, 0)
 
 
 def rotated_problem(weight: Tensor, hessian: Tensor, dampening: float) -> RotatedProblem:
@@ -48,14 +54,22 @@ def rotated_problem(weight: Tensor, hessian: Tensor, dampening: float) -> Rotate
     """
     rotated_hessian = rotate_hessian(hessian.float())
     factor = factorize(rotated_hessian, dampening)
-    return RotatedProblem(rotate(weight.float()), rotated_hessian, factor.upper, factor.retries)
+    mean = rotated_hessian.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = (dampening * mean).clamp_min(LEAST_RIDGE).view(-1, 1, 1)
+    return RotatedProblem(rotate(weight.float()), rotated_hessian, factor.upper, ridge, factor.retries)
 
 
-def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
+def quantize(problem: RotatedProblem, width: TrellisWidth, sweeps: int = 0) -> TrellisMatrix:
     """Quantize matrices at one width.
 
     A row is divided by its root mean square and encoded with error feedback. Then its scale is chosen anew, as the best
     for its codes by the Hessian.
+
+    Args:
+        problem: The matrices.
+        width: Width of all of them.
+        sweeps: How often blocks of columns are encoded again for the errors of all others, with new scales after each
+            sweep (``trellis.sweep``). Two lower the error by 5 %.
 
     Returns:
         Matrices [E, ...].
@@ -72,6 +86,19 @@ def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
     values *= trellis.LDLQ_GAIN  # to values of the table
     scales = scales / trellis.LDLQ_GAIN
     scales *= trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
+    for _ in range(sweeps):
+        scales = _stored(scales)
+        trellis.sweep(
+            weight / scales.unsqueeze(2),
+            problem.hessian,
+            problem.ridge,
+            words,
+            values,
+            width.eighths,
+            table,
+            _search(weight.device),
+        )
+        scales = scales * trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
     return TrellisMatrix.pack(words, scales, width, trellis.STATE_BITS)
 
 
