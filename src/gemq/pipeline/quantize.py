@@ -175,7 +175,7 @@ def export(
     with ExitStack() as stack:
         directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
         model_place = None if model is None else str(model)
-        source, recipe, record = recorded_job(directory.path, changes, model_place, trust_remote_code)
+        source, recipe, record = recorded_job(directory, changes, model_place, trust_remote_code)
         memory = MemoryBudget.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.local_count)
         stages = JobStages.of(recipe, allocation, reconstruct=reconstruct, plain_export=not reconstruct)
         texts = needs_texts(directory.path, guarded=stages.guard)
