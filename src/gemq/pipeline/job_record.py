@@ -94,6 +94,7 @@ def read_job(work: Path) -> JobRecord | None:
         raise damaged(path, "it has other keys")
     if checksum != _checksum(values):
         raise damaged(path, "its contents do not match its checksum")
+    values["recipe"].setdefault("codes", "affine")  # absent in directories that older versions made
     return JobRecord(**values)
 
 
