@@ -354,7 +354,7 @@ class Recipe:
     def allocated_widths(self) -> tuple[AnyWidth, ...]:
         """The widths of a reconstructed model: for trellis codes also all between the candidates."""
         widths = self.candidate_widths
-        if self.codes != "trellis" or self.allocate != "global":
+        if self.codes != "trellis":
             return widths
         low, high = widths[0].bits, widths[-1].bits
         return tuple(width for width in ALL_TRELLIS_WIDTHS if low <= width.bits <= high)

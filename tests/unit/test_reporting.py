@@ -86,6 +86,7 @@ def make_record(text: str = "a < b & c") -> dict[str, Any]:
     }
     checkpoint = checkpoint_section(
         LAYERS,
+        codes="affine",
         linears={"4": 24},
         group_size=128,
         stored_bytes=3_500_000,
@@ -303,6 +304,7 @@ def test_any_number_of_widths_gets_colors_in_order():
     bits = [Width(1), Width(1.6), Width(2), Width(3), Width(4), Width(8)]
     section = checkpoint_section(
         [("layers.0", [(width, width) for width in bits], 3.0)],
+        codes="affine",
         linears={},
         group_size=128,
         stored_bytes=1,

@@ -16,6 +16,7 @@ from gemq.layers.reconstruction import assemble_layer
 from gemq.models.byte_sizes import (
     candidate_bytes,
     count_smaller_groups,
+    count_smaller_rotations,
     expert_bytes,
     linear_bytes,
     quantized_share,
@@ -106,11 +107,15 @@ def test_plain_sizes_need_no_weights(family):
 def test_smaller_groups_are_counted():
     structure = find_structure(tiny("deepseek_v2"))
     # 3 layers: kv_b_proj has 16 inputs; down_proj of the dense layer and of shared experts has 96, the experts' 48
-    assert count_smaller_groups(structure, 16) == 0
-    assert count_smaller_groups(structure, 32) == 3 + 12
-    assert count_smaller_groups(structure, 64) == 3 + 12 + 1 + 2
+    assert count_smaller_groups(structure, recipe_of(16)) == 0
+    assert count_smaller_groups(structure, recipe_of(32)) == 3 + 12
+    assert count_smaller_groups(structure, recipe_of(64)) == 3 + 12 + 1 + 2
     linears = sum(len(x.linears) for x in structure.layers)
-    assert count_smaller_groups(structure, 128) == linears + 24
+    assert count_smaller_groups(structure, recipe_of(128)) == linears + 24
+    assert count_smaller_groups(structure, recipe_of(128, dense_bits=16)) == 24
+    assert count_smaller_rotations(structure, recipe_of(128)) == 0
+    assert count_smaller_groups(structure, Recipe(codes="trellis")) == linears
+    assert count_smaller_rotations(structure, Recipe(codes="trellis")) == 24
 
 
 @pytest.mark.parametrize("family", [*MAIN_FAMILIES, TOY])

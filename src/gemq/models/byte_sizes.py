@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gemq.models.structure import Experts, Matrix, Structure
+from gemq.quant.rotation import MAX_BLOCK, block_side
 from gemq.quant.widths import AnyWidth, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
@@ -45,16 +46,34 @@ def candidate_bytes(structure: Structure, recipe: Recipe) -> int:
     return total
 
 
-def count_smaller_groups(structure: Structure, group_size: int) -> int:
-    """Counts the matrices whose columns ``group_size`` does not divide. They get a smaller group size."""
+def count_smaller_groups(structure: Structure, recipe: Recipe) -> int:
+    """Counts the matrices with affine codes whose columns the recipe's group size does not divide."""
     count = 0
-    for layer in structure.layers:
-        for linear in layer.linears:
-            count += group_size_for(linear.columns, group_size) != group_size
+    if recipe.dense_width is not None:
+        for layer in structure.layers:
+            count += sum(_has_smaller_groups(linear.columns, recipe) for linear in layer.linears)
+    if recipe.codes == "trellis":
+        return count
     for _, layer in structure.moe_layers:
         for matrix in layer.experts.matrices:
-            if group_size_for(matrix.columns, group_size) != group_size:
+            if _has_smaller_groups(matrix.columns, recipe):
                 count += layer.experts.count
+    return count
+
+
+def _has_smaller_groups(columns: int, recipe: Recipe) -> bool:
+    """Whether a matrix with affine codes gets a smaller group size than the recipe's."""
+    return group_size_for(columns, recipe.group_size) != recipe.group_size
+
+
+def count_smaller_rotations(structure: Structure, recipe: Recipe) -> int:
+    """Counts the matrices with trellis codes whose inputs are rotated in smaller blocks than usual."""
+    if recipe.codes != "trellis":
+        return 0
+    count = 0
+    for _, layer in structure.moe_layers:
+        smaller = [matrix for matrix in layer.experts.matrices if block_side(matrix.columns) < MAX_BLOCK]
+        count += len(smaller) * layer.experts.count
     return count
 
 

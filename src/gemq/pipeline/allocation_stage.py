@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gemq.allocation.interpolation import interpolate
 from gemq.allocation.knapsack import Floats
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.allocation.scores import rescale_to_kl, smooth_usage
@@ -105,6 +106,12 @@ def shape_problem(structure: Structure, recipe: Recipe) -> Problem:
         layers=len(structure.layers),
         units_per_expert=recipe.units_per_expert,
     )
+
+
+def with_all_widths(problem: Problem, recipe: Recipe) -> Problem:
+    """The problem with all widths that a reconstructed model can have. Others have the candidates' alone."""
+    widths = recipe.allocated_widths
+    return problem if widths == problem.widths else interpolate(problem, widths)
 
 
 def solve(problem: Problem, budget: Budget, recipe: Recipe) -> Allocation:

@@ -18,7 +18,7 @@ from gemq.calibration.windows import Windows
 from gemq.layers.candidate_training import expert_chunks
 from gemq.layers.candidates import LINEAR_TOKENS, LayerCandidates, build_candidates
 from gemq.layers.trellis_experts import dequantize_experts
-from gemq.models.byte_sizes import candidate_bytes, count_smaller_groups
+from gemq.models.byte_sizes import candidate_bytes, count_smaller_groups, count_smaller_rotations
 from gemq.models.equalization import SCALING_PREFIX
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
@@ -279,7 +279,8 @@ def count_candidate_fallbacks(job: Job, replay: Replay, candidates: CandidateFil
         experts_with_few_tokens=few_tokens,
         hessians_damped_more=dampened_more,
         candidates_not_improved_by_training=untrained,
-        matrices_in_smaller_groups=count_smaller_groups(structure, job.recipe.group_size),
+        matrices_in_smaller_groups=count_smaller_groups(structure, job.recipe),
+        matrices_in_smaller_rotations=count_smaller_rotations(structure, job.recipe),
         linears_not_quantized=len(structure.unquantized_linears),
         matrices_too_small_for_scales=too_small,
     )

@@ -114,6 +114,7 @@ def make_record(
         layers.append((path, widths_by_expert(projections), bits))
     checkpoint = checkpoint_section(
         layers,
+        codes=packed_format.codes,
         linears=Counter(str(width) for width in packed_format.linears.values()),
         group_size=packed_format.group_size,
         stored_bytes=result["stored_bytes"],

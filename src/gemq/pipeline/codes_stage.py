@@ -14,6 +14,7 @@ import torch
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer
 from gemq.pipeline.context import Job
+from gemq.pipeline.workdir import WorkDir
 from gemq.quant.widths import TILE_SIDE, Width
 from gemq.recipe import Recipe
 
@@ -47,6 +48,15 @@ def run_codes(job: Job, replay: Replay) -> CodesChoice:
     choice = CodesChoice(**stage.load_json(CODES_FILE))
     job.recipe = recipe.replace(codes=choice.codes)
     return choice
+
+
+def decided_recipe(work: WorkDir, recipe: Recipe) -> Recipe:
+    """The recipe with the codes that an earlier job in a work directory chose, if it leaves them open."""
+    if recipe.codes != "auto":
+        return recipe
+    for stage, _ in work.finished(CODES, [CODES_FILE]):
+        return recipe.replace(codes=CodesChoice(**stage.load_json(CODES_FILE)).codes)
+    return recipe
 
 
 def _choose(job: Job, replay: Replay) -> CodesChoice:

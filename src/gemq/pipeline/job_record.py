@@ -19,9 +19,10 @@ from gemq.checkpoint.reader import check_checkpoint
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
 from gemq.models.source import Source
+from gemq.pipeline.codes_stage import decided_recipe
 from gemq.pipeline.preflight import read_allocation_file
 from gemq.pipeline.records import damaged, digest, read_object
-from gemq.pipeline.workdir import JOB_FILE
+from gemq.pipeline.workdir import JOB_FILE, WorkDir
 from gemq.recipe import Recipe
 from gemq.runtime.files import write_json
 
@@ -93,6 +94,7 @@ def read_job(work: Path) -> JobRecord | None:
         raise damaged(path, "it has other keys")
     if checksum != _checksum(values):
         raise damaged(path, "its contents do not match its checksum")
+    values["recipe"].setdefault("codes", "affine")  # absent in directories that older versions made
     return JobRecord(**values)
 
 
@@ -163,12 +165,12 @@ def _changed(work: Path, name: str) -> UserError:
 
 
 def recorded_job(
-    work: Path, changes: dict[str, Any] | None = None, model: str | None = None, trust_remote_code: bool = False
+    directory: WorkDir, changes: dict[str, Any] | None = None, model: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Source, Recipe, JobRecord]:
-    """The model of a work directory, its recipe with ``changes`` and the recorded candidate widths, and its record.
+    """The model of a work directory, its recipe with ``changes``, its codes and its candidate widths, and its record.
 
     Args:
-        work: a work directory of ``quantize``.
+        directory: a work directory of ``quantize``.
         changes: recipe keys that replace those of the record.
         model: where the model is now, a directory or a hub id; None: where it was.
         trust_remote_code: whether code that the model brings may run. The record does not decide that.
@@ -176,12 +178,16 @@ def recorded_job(
     Raises:
         UserError: there is no record, or it is damaged, or the model is gone.
     """
+    work = directory.path
     record = read_job(work)
     if record is None:
         raise UserError(f"{work} holds no job yet: run gemq quantize first")
-    recipe = Recipe.from_dict({**record.recipe, "calibration": record.sources}, origin=str(work / JOB_FILE))
+    recorded = Recipe.from_dict({**record.recipe, "calibration": record.sources}, origin=str(work / JOB_FILE))
+    recipe = decided_recipe(directory, recorded)
+    widths: tuple[Any, ...] = tuple(record.candidate_widths)
+    if recipe.codes == "trellis" and recorded.codes == "auto":  # the record is older than the decision
+        widths = recipe.candidate_widths
     recipe = recipe.replace(**(changes or {}))
-    widths = tuple(record.candidate_widths)
     if recipe.candidate_widths != widths:
         recipe = recipe.replace(widths=widths)
     if model is not None:

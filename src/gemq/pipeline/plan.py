@@ -163,7 +163,7 @@ def _plan(
 ) -> Plan:
     """Plans a job on a device. See ``plan``."""
     memory = MemoryBudget.bounded(device, gpu_memory, host_memory, None)
-    checked = check_model(source, recipe, allocation)
+    checked = check_model(source, recipe, allocation, reconstruct=recipe.reconstruct)
     model, structure = checked.model, checked.structure
     dtype = pick_dtype(recipe.dtype, device)
     footprint = Footprint(structure, recipe, model.config, dtype, device)

@@ -21,7 +21,8 @@ from gemq.models.byte_sizes import candidate_bytes, linear_bytes, unquantized_by
 from gemq.models.config_values import embedding_rows
 from gemq.models.source import Source, calibration_seq_len, configured_types, pick_dtype
 from gemq.models.structure import Structure, find_structure
-from gemq.pipeline.allocation_stage import shape_problem
+from gemq.pipeline.allocation_stage import shape_problem, with_all_widths
+from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.stage_costs import Footprint, check_bounds
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
@@ -60,13 +61,16 @@ class Checked:
         return self.fixed_bytes + self.allocation.stored_bytes
 
 
-def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, texts: bool = True) -> Checked:
+def check_model(
+    source: Source, recipe: Recipe, allocation: Path | None, *, reconstruct: bool, texts: bool = True
+) -> Checked:
     """Checks that a job with this model and recipe could succeed.
 
     Args:
         source: the model. It needs no weights.
         recipe: what the user requests.
         allocation: file with the widths of all experts, if any.
+        reconstruct: whether the model is reconstructed.
         texts: whether calibration texts are still to be read.
 
     Raises:
@@ -85,7 +89,7 @@ def check_model(source: Source, recipe: Recipe, allocation: Path | None, *, text
             generates_windows=recipe.total_tokens > recipe.num_windows * seq_len,
         )
     fixed = fixed_bytes(model, structure, recipe, configured_types(model))
-    checked_allocation = check_allocation(structure, recipe, fixed, allocation)
+    checked_allocation = check_allocation(structure, recipe, fixed, allocation, reconstruct)
     return Checked(model, structure, seq_len, fixed, checked_allocation)
 
 
@@ -98,6 +102,7 @@ def check_job(
     memory: MemoryBudget,
     *,
     new: bool,
+    reconstruct: bool,
     texts: bool = True,
 ) -> None:
     """Checks that a job could succeed.
@@ -110,6 +115,7 @@ def check_job(
         allocation: file with the widths of all experts, if any.
         memory: the job's bounds.
         new: the work directory is empty, so its disk must hold all candidates.
+        reconstruct: whether the model is reconstructed.
         texts: whether calibration texts are still to be read.
 
     Raises:
@@ -117,7 +123,8 @@ def check_job(
     """
     source.check_weights()
     small_files(source.path)
-    checked = check_model(source, recipe, allocation, texts=texts)
+    expected = expected_recipe(recipe, memory.device)
+    checked = check_model(source, expected, allocation, reconstruct=reconstruct, texts=texts)
     dtype = pick_dtype(recipe.dtype, memory.device)
     text_bytes = host_bytes(recipe.calibration) if texts else 0
     footprint = Footprint(checked.structure, recipe, checked.model.config, dtype, memory.device)
@@ -127,7 +134,7 @@ def check_job(
         check_free_space(out, checked.stored_bytes)
     if new:
         check_writable(work)
-        check_free_space(work, candidate_bytes(checked.structure, recipe))
+        check_free_space(work, candidate_bytes(checked.structure, expected))
         check_tokens(checked, recipe, work, memory, dtype)
 
 
@@ -153,7 +160,9 @@ def check_tokens(checked: Checked, recipe: Recipe, work: Path, memory: MemoryBud
         )
 
 
-def check_allocation(structure: Structure, recipe: Recipe, fixed: int, allocation: Path | None) -> Allocation:
+def check_allocation(
+    structure: Structure, recipe: Recipe, fixed: int, allocation: Path | None, reconstruct: bool
+) -> Allocation:
     """An allocation that meets the budget, or the one in a file.
 
     Args:
@@ -161,13 +170,14 @@ def check_allocation(structure: Structure, recipe: Recipe, fixed: int, allocatio
         recipe: the budget and how it is allocated.
         fixed: bytes of the checkpoint outside the experts.
         allocation: file with the widths of all experts, if any.
+        reconstruct: whether the model is reconstructed.
 
     Raises:
         UserError: there is none.
     """
     problem = shape_problem(structure, recipe)
     if allocation is not None:
-        return read_allocation(allocation, problem)
+        return read_allocation(allocation, problem, recipe, reconstruct)
     budget = expert_budget(recipe, fixed, problem)
     return allocate(problem, budget, recipe.allocate, layer_rule=recipe.layer_rule)
 
@@ -202,9 +212,25 @@ def expert_budget(recipe: Recipe, fixed: int, problem: Problem) -> Budget:
     return Budget("bits", DEFAULT_BITS if recipe.bits is None else recipe.bits)
 
 
-def read_allocation(path: Path, problem: Problem) -> Allocation:
-    """The allocation of a file. Raises UserError when it cannot be read or does not fit the model."""
-    return Allocation.from_json(read_allocation_file(path), problem, origin=str(path))
+def read_allocation(path: Path, problem: Problem, recipe: Recipe, reconstruct: bool) -> Allocation:
+    """The allocation of a file.
+
+    Args:
+        path: of the file.
+        problem: by the candidate widths.
+        recipe: of the job.
+        reconstruct: whether the model is reconstructed. Otherwise it can only have the candidate widths.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the model.
+    """
+    allocation = Allocation.from_json(read_allocation_file(path), with_all_widths(problem, recipe), origin=str(path))
+    if not reconstruct and not set(allocation.widths) <= set(problem.widths):
+        raise UserError(
+            f"{path} has widths between the candidates {problem.width_names}, which only a reconstructed model can "
+            "have: export it with --reconstruct, or give the candidates alone"
+        )
+    return allocation
 
 
 def read_allocation_file(path: Path) -> str:

@@ -104,7 +104,7 @@ def quantize(
     is_finished = ranks.run_on_first(check_directories)
     memory = MemoryBudget.bounded(ranks.device, gpu_memory, host_memory, work_path, ranks.local_count)
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code)
-    check_job(source, recipe, out, work_path, allocation, memory, new=not resume)
+    check_job(source, recipe, out, work_path, allocation, memory, new=not resume, reconstruct=recipe.reconstruct)
     if is_finished:
         ranks.run_on_first(lambda: check_whole(out, source))
     with ExitStack() as stack:
@@ -175,13 +175,15 @@ def export(
     with ExitStack() as stack:
         directory = stack.enter_context(WorkDir.existing(Path(work), ranks))
         model_place = None if model is None else str(model)
-        source, recipe, record = recorded_job(directory.path, changes, model_place, trust_remote_code)
+        source, recipe, record = recorded_job(directory, changes, model_place, trust_remote_code)
         memory = MemoryBudget.bounded(ranks.device, gpu_memory, host_memory, directory.path, ranks.local_count)
         stages = JobStages.of(recipe, allocation, reconstruct=reconstruct, plain_export=not reconstruct)
         texts = needs_texts(directory.path, guarded=stages.guard)
         if texts:
             check_texts(directory.path, recipe.calibration, record)
-        check_job(source, recipe, out, directory.path, allocation, memory, new=False, texts=texts)
+        check_job(
+            source, recipe, out, directory.path, allocation, memory, new=False, reconstruct=reconstruct, texts=texts
+        )
         ranks.run_on_first(lambda: stack.enter_context(lock_output(out)))
         fingerprint, _ = ranks.run_on_first(lambda: source.fingerprint(record.files))
         if fingerprint != record.fingerprint:

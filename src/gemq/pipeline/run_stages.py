@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from gemq.allocation.guard import soften
-from gemq.allocation.interpolation import interpolate
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat
 from gemq.models.byte_sizes import quantized_share
 from gemq.models.replay import Replay
-from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve
+from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve, with_all_widths
 from gemq.pipeline.candidates_stage import CandidateFiles, count_candidate_fallbacks, run_candidates
 from gemq.pipeline.card_files import curve_of_job, make_record, repeating_recipe
 from gemq.pipeline.codes_stage import CodesChoice, run_codes
@@ -176,7 +175,7 @@ def run_stages(
     structure, ranks, recipe = replay.structure, replay.ranks, job.recipe
     # The budget was checked with the types of the configuration. Files may hold wider ones.
     unquantized_bytes = fixed_bytes(replay.model, structure, recipe, stored_dtypes)
-    check_allocation(structure, recipe, unquantized_bytes, allocation_file)
+    check_allocation(structure, recipe, unquantized_bytes, allocation_file, stages.reconstruct)
     _set_expected_times(job, replay, stages)
     calibration = run_windows(job, replay, lambda windows: guard_plans(recipe, windows) if stages.guard else ())
     candidates = run_candidates(job, replay, calibration.windows)
@@ -285,7 +284,7 @@ def _run_allocation(
     job, replay = prepared.job, prepared.replay
     verdict: dict[str, Any] = {"skipped": prepared.stages.guard_skipped}
     if allocation_file is not None:
-        allocation = read_allocation(allocation_file, _reconstructed_problem(prepared, problem))
+        allocation = read_allocation(allocation_file, problem, job.recipe, prepared.stages.reconstruct)
     else:
         with job.monitor.stage(ALLOCATE, 1) as tick:
             budget = expert_budget(job.recipe, unquantized_bytes, problem)
@@ -307,14 +306,6 @@ def _run_allocation(
     return allocation, verdict
 
 
-def _reconstructed_problem(prepared: _Prepared, problem: Problem) -> Problem:
-    """The problem with all widths that the output can have. Without reconstruction these are the candidates'."""
-    widths = prepared.job.recipe.allocated_widths
-    if not prepared.stages.reconstruct or widths == problem.widths:
-        return problem
-    return interpolate(problem, widths)
-
-
 def _refine(
     prepared: _Prepared, problem: Problem, budget: Budget, allocation: Allocation, verdict: dict[str, Any]
 ) -> Allocation:
@@ -323,13 +314,14 @@ def _refine(
     The guard judged the allocation by candidate widths, which it can assemble. Its verdict holds for the finer widths,
     whose costs lie between.
     """
-    refined = _reconstructed_problem(prepared, problem)
-    if refined is problem:
+    recipe = prepared.job.recipe
+    refined = with_all_widths(problem, recipe)
+    if refined is problem or recipe.allocate != "global" or not prepared.stages.reconstruct:
         return allocation
     softening = verdict.get("m", 0.0)
     if softening is None:  # no allocation was better than uniform widths
-        return allocate(refined, budget, "uniform", seed=prepared.job.recipe.seed)
-    return solve(soften(refined, softening), budget, prepared.job.recipe)
+        return allocate(refined, budget, "uniform", seed=recipe.seed)
+    return solve(soften(refined, softening), budget, recipe)
 
 
 def _run_output(

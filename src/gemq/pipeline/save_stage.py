@@ -22,7 +22,7 @@ from gemq.pipeline.card_files import about, texts
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
 from gemq.pipeline.stage_settings import candidate_inputs, distillation_inputs
-from gemq.quant.trellis import STATE_BITS
+from gemq.quant import trellis
 from gemq.quant.widths import Width
 from gemq.runtime.progress import Tick
 
@@ -42,7 +42,7 @@ def make_packed_format(
         linears = {linear.path: dense_width for layer in structure.layers for linear in layer.linears}
     inputs = distillation_inputs(job, windows) if reconstructed else candidate_inputs(job, windows)
     fingerprint = digest({**inputs, "allocation": allocation.by_layer, "reconstructed": reconstructed})
-    state_bits = STATE_BITS if job.recipe.codes == TRELLIS else 0
+    state_bits = trellis.STATE_BITS if job.recipe.codes == TRELLIS else 0
     return PackedFormat(experts, linears, job.recipe.group_size, fingerprint, state_bits)
 
 

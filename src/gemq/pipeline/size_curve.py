@@ -184,7 +184,7 @@ def _open_scored_job(work: str | Path, model: str | Path | None, trust_remote_co
     """Reads the scores of a work directory. See ``allocation_problem``."""
     model = None if model is None else str(model)
     with WorkDir.existing(Path(work)) as directory:
-        source, recipe, record = recorded_job(directory.path, model=model, trust_remote_code=trust_remote_code)
+        source, recipe, record = recorded_job(directory, model=model, trust_remote_code=trust_remote_code)
         check_config(source, record)
         skeleton = source.skeleton()
         structure = find_structure(skeleton)

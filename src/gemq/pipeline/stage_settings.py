@@ -22,7 +22,6 @@ from gemq.quant.widths import ExpertWidths
 from gemq.recipe import Recipe
 
 QUANTIZER_KEYS = (
-    "codes",
     "equalize",
     "group_size",
     "dense_bits",

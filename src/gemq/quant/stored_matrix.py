@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.trellis import STATE_BITS
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import AnyWidth, TrellisWidth
 
@@ -19,7 +18,7 @@ StoredMatrix = PackedMatrix | TrellisMatrix
 
 
 def stored_matrix(
-    tensors: Mapping[str, Tensor], prefix: str, width: AnyWidth, state_bits: int = STATE_BITS
+    tensors: Mapping[str, Tensor], prefix: str, width: AnyWidth, state_bits: int | None = None
 ) -> StoredMatrix:
     """Look matrices of one width up by the names of their tensors in a checkpoint.
 
@@ -27,7 +26,7 @@ def stored_matrix(
         tensors: By name.
         prefix: Name of the matrices.
         width: Of the codes.
-        state_bits: Bits of a state of trellis codes.
+        state_bits: Bits of a state of trellis codes. None: as many as new codes have.
     """
     if isinstance(width, TrellisWidth):
         return TrellisMatrix.from_tensors(tensors, prefix, width, state_bits)

@@ -163,9 +163,9 @@ class TrellisWidth:
         return self.eighths < other.eighths if isinstance(other, TrellisWidth) else NotImplemented
 
     @property
-    def value(self) -> float:
-        """The number."""
-        return self.eighths / 8
+    def value(self) -> int | float:
+        """The number, an integer where it is whole, as files have it."""
+        return self.eighths / 8 if self.eighths % 8 else self.eighths // 8
 
     @property
     def bits(self) -> float:

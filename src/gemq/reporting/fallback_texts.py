@@ -16,6 +16,7 @@ FALLBACKS = {
     "layers_not_improved_by_training": "layers were no better after training on held-out windows: GPTQ's codes kept",
     "distillation_dropped": "distillation discarded: it gained nothing on held-out windows",
     "matrices_in_smaller_groups": "matrices got smaller groups, since the group size does not divide their inputs",
+    "matrices_in_smaller_rotations": "matrices are rotated in smaller blocks, since 128 does not divide their inputs",
     "linears_not_quantized": "matrices are not quantized: gates, inputs that no group size divides, or other shapes",
     "matrices_too_small_for_scales": "matrices have only weights below 1e-5, for which scales (from 2^-24) are coarse",
     "matrices_left_out": "stored matrices do not belong to the model and are left out (such as multi-token prediction)",

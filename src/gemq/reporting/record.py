@@ -43,6 +43,7 @@ _RECORD = re.compile(rf'<script type="application/json" id="{RECORD_ID}">(.*?)</
 def checkpoint_section(
     layers: Sequence[tuple[str, Sequence[ExpertWidths], float]],
     *,
+    codes: str,
     linears: Mapping[str, int],
     group_size: int,
     stored_bytes: int,
@@ -55,6 +56,7 @@ def checkpoint_section(
 
     Args:
         layers: for each experts module its path, the widths of its experts and their mean bits
+        codes: kind of the experts' codes, ``affine`` or ``trellis``
         linears: number of packed dense linears by width
         group_size: weights that share a scale and an offset
         stored_bytes: bytes of all tensors
@@ -71,6 +73,7 @@ def checkpoint_section(
     return {
         "model_type": model_type,
         "layers": rows,
+        "codes": codes,
         "linears": dict(linears),
         "group_size": group_size,
         "stored_bytes": stored_bytes,
@@ -84,6 +87,7 @@ def section_of_contents(contents: Contents, cache_bytes_per_token: int | None) -
     """Return what a report says of a checkpoint on disk."""
     return checkpoint_section(
         contents.layers,
+        codes=contents.codes,
         linears=contents.linears,
         group_size=contents.group_size,
         stored_bytes=contents.stored_bytes,
