@@ -211,7 +211,7 @@ def test_documented_commands_run_as_printed(documents_directory, monkeypatch):
         assert {a for a in arguments if a.startswith("-")} <= options_of(verb)
         if verb in ("quantize", "demo") or "--tasks" in arguments:
             continue
-        short = ["--new-tokens", "2"] if verb == "bench" else []
+        short = ["--new-tokens", "2", "--prefill", "16"] if verb == "bench" else []
         short += ["--max-windows", "1"] if verb == "eval" or "--reference" in arguments else []
         short += ["--max-new-tokens", "4"] if "--generate" in arguments else []
         ran = gemq(verb, *arguments, *short)
