@@ -153,6 +153,7 @@ def read_packed(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     config = json.loads((directory / "config.json").read_text())
     listed = config.pop("quantization_config")
     config.pop("gemq_checksums", None)
+    config.pop("transformers_weights", None)
     assert listed["quant_method"] == "gemq"
     kind = listed.get("codes", "affine")
     assert (listed["format_version"], kind) in ((2, "affine"), (3, "trellis"))
