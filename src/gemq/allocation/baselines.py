@@ -20,9 +20,9 @@ def _bracketing_widths(problem: Problem, amounts: Ints, limit: int) -> tuple[int
     """Indices of the widest width that all rows can have and of the next one. Twice the same if nothing is left."""
     totals = amounts.sum(axis=0)
     candidates = list(range(len(totals)))
-    integers = [index for index in candidates if problem.widths[index] is not Width.TERNARY]
-    if limit not in totals and integers and totals[integers[0]] <= limit < totals[integers[-1]]:
-        candidates = integers
+    not_ternary = [index for index in candidates if problem.widths[index] is not Width.TERNARY]
+    if limit not in totals and not_ternary and totals[not_ternary[0]] <= limit < totals[not_ternary[-1]]:
+        candidates = not_ternary
     low = max(index for index in candidates if totals[index] <= limit)
     if totals[low] == limit:
         return low, low

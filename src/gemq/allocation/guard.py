@@ -178,7 +178,7 @@ def decide(
     verdict: dict[str, Any] = {"uniform_draws": len(uniform), "tried": []}
     for m in (0.0, *SOFTENING):
         if m:
-            allocation = _with_unsoftened_cost(solve(soften(problem, m)), problem)
+            allocation = with_unsoftened_cost(solve(soften(problem, m)), problem)
             (kl,) = measure([allocation], None)
         trial = {"m": m, **judge(kl, baseline, source, names)}
         if problems_without and trial["passed"]:
@@ -192,7 +192,7 @@ def decide(
     return uniform[0], {**fallback, "m": None, "passed": False, "is_uniform": True, **verdict}
 
 
-def _with_unsoftened_cost(allocation: Allocation, problem: Problem) -> Allocation:
+def with_unsoftened_cost(allocation: Allocation, problem: Problem) -> Allocation:
     """The allocation with the cost that ``problem`` predicts for it, so that predictions can be compared."""
     choice = np.array([problem.widths.index(width) for width in allocation.widths])
     return dataclasses.replace(allocation, predicted_cost=float(select(problem.costs, choice).sum()))

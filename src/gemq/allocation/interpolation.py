@@ -17,6 +17,11 @@ from gemq.quant.widths import AnyWidth
 LEAST_COST = 1e-12
 """Costs below this share of the largest count as this share: the logarithm of zero does not exist."""
 
+MAX_FALL = 16.0
+"""Largest factor by which a cost falls with a bit. Most fall by four. Measured costs of zero would make widths next to
+them seem nearly free.
+"""
+
 
 def interpolate(problem: Problem, widths: Sequence[AnyWidth]) -> Problem:
     """Return a problem with other candidate widths, all of them between the first and the last of ``problem``."""
@@ -28,6 +33,9 @@ def interpolate(problem: Problem, widths: Sequence[AnyWidth]) -> Problem:
     costs = problem.costs
     if costs.any():
         logarithms = np.log(np.maximum(costs, LEAST_COST * costs.max()))
+        for index in range(1, len(measured_bits)):
+            fall = np.log(MAX_FALL) * (measured_bits[index] - measured_bits[index - 1])
+            logarithms[:, index] = np.maximum(logarithms[:, index], logarithms[:, index - 1] - fall)
         costs = np.exp(logarithms[:, lower] * (1 - share) + logarithms[:, upper] * share)
     else:
         costs = np.zeros((len(costs), len(widths)))

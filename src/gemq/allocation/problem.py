@@ -233,8 +233,8 @@ def allocate(
     - ``random``: drawn by ``seed`` over all experts. The budget of a width b gives equal fractions of b - 1, b and
       b + 1 if these are candidates (otherwise ``uniform``), any other budget the two widths around it.
 
-    All methods but ``global`` give both matrices of an expert one width. ``uniform`` and ``random`` mix integer widths,
-    unless the budget is that of ternary or integer widths cannot bracket it.
+    All methods but ``global`` give both matrices of an expert one width. ``uniform`` and ``random`` leave out
+    ternary, unless the budget is that of ternary or other widths cannot bracket it.
 
     Args:
         problem: costs and sizes. Only ``global`` and ``layerwise`` use the costs.

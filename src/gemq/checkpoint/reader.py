@@ -96,6 +96,8 @@ class CheckpointReader:
             file, stored_name = self._locate(tensor_name)
             shape = self.specs[tensor_name].shape
             rows_per_entry = num_rows // shape[0]  # codes of a trellis have one for each row of tiles
+            if first_row % rows_per_entry or last_row % rows_per_entry:
+                raise ValueError(f"rows {first_row} to {last_row} of {name} are not whole rows of tiles")
             index: tuple[slice, ...] = (slice(first_row // rows_per_entry, last_row // rows_per_entry),)
             if len(shape) > 1:
                 entries_per_block = shape[1] // num_blocks

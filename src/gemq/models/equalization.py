@@ -337,7 +337,7 @@ class Equalization:
         for fold in self._folds[index]:
             if isinstance(fold, RowFold) and fold.consumer == name and not fold.uniform:
                 return True
-            if isinstance(fold, NormFold) and name in fold.readers:
+            if isinstance(fold, NormFold) and name in (*fold.readers, *fold.transposed):
                 return True
         return False
 

@@ -103,10 +103,12 @@ class CandidateFiles:
         experts = self._replay.structure.layers[index].experts
         assert experts is not None
         ranks = self._replay.ranks
-        suffix = f":{width}."
+        prefixes = {f"expert:{matrix.name}:{width}" for matrix in experts.matrices}
         expert_slice = ranks.local_slice(experts.count) if ranks.count > 1 else None
         device = str(self._replay.device)
-        local = self.stage.load_tensors(layer_file(index), device, lambda key: suffix in key, expert_slice)
+        local = self.stage.load_tensors(
+            layer_file(index), device, lambda key: key.rpartition(".")[0] in prefixes, expert_slice
+        )
         tensors = dict(zip(local, ranks.all_gather_cat(list(local.values())), strict=True))
         packed = {}
         for matrix in experts.matrices:

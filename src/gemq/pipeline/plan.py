@@ -142,13 +142,13 @@ def plan(
         source.check_weights()
     allocation_file = None if allocation is None else Path(allocation)
     recipe = recipe or Recipe()
+    recipe = expected_recipe(recipe, pick_device(device))
     largest = None
     if memory is not None:
         skeleton = source.skeleton()
         largest = fit(skeleton, find_structure(skeleton), recipe, memory, context=context, batch=batch, gpus=gpus)
         if allocation is None and not recipe.has_budget:
             recipe = recipe.replace(bits=largest.bits)
-    recipe = expected_recipe(recipe, pick_device(device))
     job = _plan(source, recipe, allocation_file, pick_device(device), gpu_memory, host_memory)
     return replace(job, fit=largest)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gemq.allocation.guard import soften
+from gemq.allocation.guard import soften, with_unsoftened_cost
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat
 from gemq.models.byte_sizes import quantized_share
@@ -321,7 +321,7 @@ def _refine(
     softening = verdict.get("m", 0.0)
     if softening is None:  # no allocation was better than uniform widths
         return allocate(refined, budget, "uniform", seed=recipe.seed)
-    return solve(soften(refined, softening), budget, recipe)
+    return with_unsoftened_cost(solve(soften(refined, softening), budget, recipe), refined)
 
 
 def _run_output(

@@ -13,11 +13,12 @@ from typing import Any
 
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import FORMAT_VERSIONS
-from gemq.layers.quantizer import Quantizer
+from gemq.layers.quantizer import SWEEPS, Quantizer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training
 from gemq.models.source import pick_dtype
 from gemq.pipeline.context import Job
+from gemq.quant import trellis
 from gemq.quant.widths import ExpertWidths
 from gemq.recipe import Recipe
 
@@ -142,13 +143,16 @@ def distillation_inputs(job: Job, windows: Windows) -> dict[str, Any]:
 
 def _quantizer_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What codes depend on, apart from widths and training."""
-    return {
+    inputs = {
         "format": FORMAT_VERSIONS[job.recipe.codes],
         "model": job.fingerprint,
         "calibration": _short_digest(windows),
         "dtype": str(pick_dtype(job.recipe.dtype, job.device)),
         **_values(job.recipe, QUANTIZER_KEYS),
     }
+    if job.recipe.codes == "trellis":
+        inputs |= {"state_bits": trellis.STATE_BITS, "sweeps": SWEEPS}
+    return inputs
 
 
 def _training_inputs(recipe: Recipe, epochs: int) -> dict[str, Any]:

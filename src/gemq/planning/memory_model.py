@@ -43,11 +43,11 @@ EXPERTS_PER_TOKEN_KEYS = (
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
 """Bytes a weight while it is trained on a GPU, by compute type: code, soft code, moments, weight in use, gradients."""
 
-CPU_SEARCH_BYTES = 1 << 28
-"""Memory that the search for trellis codes takes on a CPU for a batch of tiles."""
-
 CPU_TRAINED_BYTES = 90
 """The same on a CPU, where autograd keeps all tensors between soft codes and weights. Measured on two models."""
+
+CPU_SEARCH_BYTES = 1 << 28
+"""Memory that the search for trellis codes takes on a CPU for a batch of tiles."""
 
 KL_LOGIT_BYTES = 24
 """Bytes a logit while two models' predictions are compared: float32 copies, their log-softmax and the products."""
@@ -181,7 +181,7 @@ class LayerMemory:
         stored = self.expert_weights * widths * MAX_EIGHTHS // 64
         search = SEARCH_BYTES if self.on_gpu else CPU_SEARCH_BYTES
         in_use = self.expert_weights * self.dtype.itemsize
-        return stored + in_use + search + self.expert_chunk(TRELLIS_COPIES)
+        return stored + in_use + search + 3 * self.expert_chunk(TRELLIS_COPIES) // 2
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class RotatedProblem(NamedTuple):
     retries: int
 
     def select(self, experts: list[int]) -> RotatedProblem:
-        """Return the problem of some of the matrices."""
+        """Return the problem of some of the matrices, without their retries."""
+        if len(experts) == len(self.weight):
+            return self._replace(retries=0)
         ridge = self.ridge[experts]
         return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], ridge, 0)
 
@@ -52,11 +54,11 @@ def rotated_problem(weight: Tensor, hessian: Tensor, dampening: float) -> Rotate
         hessian: [E, C, C], of the inputs of each matrix.
         dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
     """
-    rotated_hessian = rotate_hessian(hessian.float())
-    factor = factorize(rotated_hessian, dampening)
-    mean = rotated_hessian.diagonal(dim1=1, dim2=2).mean(1)
+    hessian = rotate_hessian(hessian.float())  # under the same name, which frees the original
+    factor = factorize(hessian, dampening)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
     ridge = (dampening * mean).clamp_min(LEAST_RIDGE).view(-1, 1, 1)
-    return RotatedProblem(rotate(weight.float()), rotated_hessian, factor.upper, ridge, factor.retries)
+    return RotatedProblem(rotate(weight.float()), hessian, factor.upper, ridge, factor.retries)
 
 
 def quantize(problem: RotatedProblem, width: TrellisWidth, sweeps: int = 0) -> TrellisMatrix:
