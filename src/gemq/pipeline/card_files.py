@@ -23,6 +23,7 @@ from gemq.calibration.self_generation import cache_bytes
 from gemq.calibration.sources import SELF
 from gemq.checkpoint.contents import widths_by_expert
 from gemq.checkpoint.format import PackedFormat
+from gemq.models.source import pick_dtype
 from gemq.pipeline.context import Job
 from gemq.pipeline.size_curve import curve_points
 from gemq.recipe import BUDGETS, DEFAULT_BITS, Recipe
@@ -148,13 +149,15 @@ def _device_name(job: Job) -> str:
     return torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "a CPU"
 
 
-def repeating_recipe(recipe: Recipe, reconstructed: bool) -> Recipe:
-    """The recipe by which ``quantize`` makes a checkpoint again.
+def repeating_recipe(job: Job, reconstructed: bool) -> Recipe:
+    """The recipe by which ``quantize`` makes a checkpoint again, on any device.
 
     Args:
-        recipe: of the job.
+        job: the job.
         reconstructed: whether the model was reconstructed. A plain export was not, and no guard ran.
     """
+    dtype = pick_dtype(job.recipe.dtype, job.device)
+    recipe = job.recipe.replace(dtype=str(dtype).removeprefix("torch."))
     if reconstructed:
         return recipe
     return recipe.replace(reconstruct=False, guard=False, progressive=(), reconstruction_epochs=0, distill_epochs=0)

@@ -18,7 +18,8 @@ from gemq.checkpoint.format import read_quantization_config
 from gemq.checkpoint.reader import check_checkpoint
 from gemq.checkpoint.small_files import small_files
 from gemq.errors import UserError
-from gemq.models.source import Source
+from gemq.models.source import DTYPES, Source
+from gemq.pipeline.candidates_stage import CANDIDATES
 from gemq.pipeline.codes_stage import decided_recipe
 from gemq.pipeline.preflight import read_allocation_file
 from gemq.pipeline.records import damaged, digest, read_object
@@ -167,7 +168,9 @@ def _changed(work: Path, name: str) -> UserError:
 def recorded_job(
     directory: WorkDir, changes: dict[str, Any] | None = None, model: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Source, Recipe, JobRecord]:
-    """The model of a work directory, its recipe with ``changes``, its codes and its candidate widths, and its record.
+    """The model of a work directory, its recipe with ``changes``, and its record.
+
+    Codes, candidate widths and compute type stay those of the candidates, on any device.
 
     Args:
         directory: a work directory of ``quantize``.
@@ -187,6 +190,8 @@ def recorded_job(
     widths: tuple[Any, ...] = tuple(record.candidate_widths)
     if recipe.codes == "trellis" and recorded.codes == "auto":  # the record is older than the decision
         widths = recipe.candidate_widths
+    if recipe.dtype == "auto":
+        recipe = recipe.replace(dtype=_recorded_dtype(directory))
     recipe = recipe.replace(**(changes or {}))
     if recipe.candidate_widths != widths:
         recipe = recipe.replace(widths=widths)
@@ -199,6 +204,12 @@ def recorded_job(
             "(its unquantized parts are needed)"
         )
     return source, recipe, record
+
+
+def _recorded_dtype(directory: WorkDir) -> str:
+    """The compute type of a directory's candidates; ``auto`` if there are none."""
+    recorded = directory.recorded_inputs(CANDIDATES).get("dtype")
+    return next((name for name, dtype in DTYPES.items() if str(dtype) == recorded), "auto")
 
 
 def check_config(source: Source, record: JobRecord) -> None:

@@ -354,7 +354,7 @@ def _run_output(
             curve = curve_of_job(problem, job.recipe, fixed, allocation.stored_bytes)
         facts = _with_costs(job, result).to_dict()
         facts["stages"].pop(SAVE, None)  # it has only begun
-        return make_record(job, packed_format, facts, repeating_recipe(job.recipe, reconstruct), curve)
+        return make_record(job, packed_format, facts, repeating_recipe(job, reconstruct), curve)
 
     run_save(job, replay, prepared.stored_dtypes, result.out, packed_format, layers, tuned, allocation, record)
     return result

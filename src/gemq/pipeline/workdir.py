@@ -172,6 +172,11 @@ class WorkDir:
                 )
         verify_stage(directory, digest(inputs))
 
+    def recorded_inputs(self, name: str) -> dict[str, Any]:
+        """Returns the inputs of a stage as they were recorded; empty if the stage has not begun."""
+        stage_file = self.path / name / STAGE_FILE
+        return read_object(stage_file) if stage_file.exists() else {}
+
     def finished(self, pattern: str, names: list[str]) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Yields finished stages, verified, and their inputs.
 
