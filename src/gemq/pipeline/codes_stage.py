@@ -14,14 +14,12 @@ import torch
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer
 from gemq.pipeline.context import Job
-from gemq.pipeline.workdir import WorkDir
+from gemq.pipeline.workdir import CODES_FILE, WorkDir
 from gemq.quant.widths import TILE_SIDE, Width
 from gemq.recipe import Recipe
 
 CODES = "codes"
 """Directory of the stage."""
-
-CODES_FILE = "codes.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,9 @@ LOCK, STAGE_FILE, JOB_FILE = ".lock", "stage.json", "job.json"
 FOLDS_FILE = "folds.json"
 """How layers are equalized (``equalization_stage``)."""
 
+CODES_FILE = "codes.json"
+"""The kind of codes of the experts (``codes_stage``)."""
+
 MAX_VERIFY_THREADS = 16
 """Files that are verified at the same time."""
 
@@ -377,7 +380,7 @@ def _remove_temporaries(path: Path) -> None:
 
 def _discard(path: Path) -> None:
     """Removes a directory that this job created, unless it holds a result or a file of somebody else."""
-    bookkeeping = {STAGE_FILE, JOB_FILE, MARKER, LOCK, FOLDS_FILE}  # folds take a second to find again
+    bookkeeping = {STAGE_FILE, JOB_FILE, MARKER, LOCK, FOLDS_FILE, CODES_FILE}  # the last two are quick to find
     if all(entry.is_dir() or entry.name in bookkeeping for entry in path.rglob("*")):
         shutil.rmtree(path, ignore_errors=True)
 
