@@ -46,7 +46,7 @@ def quick_jobs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, quick_jobs: None) -> Finished:
+def trellis_job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, quick_jobs: None) -> Finished:
     base = tmp_path_factory.mktemp("trellis")
     (base / "r.yaml").write_text(RECIPE)
     figures = base / "figures.json"
@@ -55,8 +55,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, quick_jobs: 
 
 
 @pytest.fixture
-def work(job: Finished, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(job.work, tmp_path / "work"))
+def work(trellis_job: Finished, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trellis_job.work, tmp_path / "work"))
 
 
 def ok(*arguments: object) -> Ran:
@@ -82,35 +82,47 @@ def tensor_bytes(checkpoint: Path) -> int:
     return ok("inspect", checkpoint, "--json", "-").json["stored_bytes"]
 
 
-def test_commands_on_a_checkpoint(job: Finished, tmp_path):
-    config = json.loads((job.out / "config.json").read_text())["quantization_config"]
+def test_commands_on_a_checkpoint(trellis_job: Finished, tmp_path):
+    config = json.loads((trellis_job.out / "config.json").read_text())["quantization_config"]
     widths = [width for by_name in config["experts"].values() for row in by_name.values() for width in row]
     assert all(isinstance(width, int) == (width % 1 == 0) and width % 0.125 == 0 for width in widths)
     assert any(width % 1 for width in widths)
     assert config["state_bits"] == 8
-    assert job.figures["fallbacks"]["matrices_in_smaller_groups"] == 8  # the dense linears
-    assert job.figures["fallbacks"]["matrices_in_smaller_rotations"] == 16
-    assert 1.99 < job.figures["expert_bits_nominal"] <= 2
-    loud = ok("quantize", job.model, "-o", job.out, "--recipe", job.out.parent / "r.yaml", "--bits", 2, "--resume").out
+    assert trellis_job.figures["fallbacks"]["matrices_in_smaller_groups"] == 8  # the dense linears
+    assert trellis_job.figures["fallbacks"]["matrices_in_smaller_rotations"] == 16
+    assert 1.99 < trellis_job.figures["expert_bits_nominal"] <= 2
+    loud = ok(
+        "quantize",
+        trellis_job.model,
+        "-o",
+        trellis_job.out,
+        "--recipe",
+        trellis_job.out.parent / "r.yaml",
+        "--bits",
+        2,
+        "--resume",
+    ).out
     assert "Experts have trellis codes" in loud
     assert "16 matrices are rotated in smaller blocks" in loud
-    shown = ok("inspect", job.out, "--verify").out
+    shown = ok("inspect", trellis_job.out, "--verify").out
     assert "trellis codes with states of 8 bits" in shown
     assert "as gemq wrote them" in shown
-    assert tensor_bytes(job.out) == job.figures["stored_bytes"]
-    assert "| codes of the experts | trellis |" in (job.out / "README.md").read_text()
-    assert "<td>codes of the experts</td><td>trellis</td>" in (job.out / "report.html").read_text()
-    ok("export", job.out, "--dense", tmp_path / "dense")
-    evaluation = ("--reference", job.model, "--seq-len", 64, "--max-windows", 1, "--json", "-")
-    packed, dense = (ok("eval", path, *evaluation).json for path in (job.out, tmp_path / "dense"))
+    assert tensor_bytes(trellis_job.out) == trellis_job.figures["stored_bytes"]
+    assert "| codes of the experts | trellis |" in (trellis_job.out / "README.md").read_text()
+    assert "<td>codes of the experts</td><td>trellis</td>" in (trellis_job.out / "report.html").read_text()
+    ok("export", trellis_job.out, "--dense", tmp_path / "dense")
+    evaluation = ("--reference", trellis_job.model, "--seq-len", 64, "--max-windows", 1, "--json", "-")
+    packed, dense = (ok("eval", path, *evaluation).json for path in (trellis_job.out, tmp_path / "dense"))
     assert 0 < packed["mean_kl"] < 1e-3
     assert dense["perplexity"] == pytest.approx(packed["perplexity"], rel=5e-3)
-    assert ok("generate", job.out, "-p", "Once", "--max-new-tokens", 2).out
-    assert ok("bench", job.out, "--new-tokens", 2, "--json", "-").json["stored_bytes"] == tensor_bytes(job.out)
+    assert ok("generate", trellis_job.out, "-p", "Once", "--max-new-tokens", 2).out
+    assert ok("bench", trellis_job.out, "--new-tokens", 2, "--json", "-").json["stored_bytes"] == tensor_bytes(
+        trellis_job.out
+    )
 
 
-def test_a_stopped_job_by_recipe_yaml_gives_the_same_bytes(job: Finished, tmp_path, monkeypatch):
-    command = ("quantize", job.model, "-o", tmp_path / "out", "--recipe", job.out / "recipe.yaml", "-q")
+def test_a_stopped_job_by_recipe_yaml_gives_the_same_bytes(trellis_job: Finished, tmp_path, monkeypatch):
+    command = ("quantize", trellis_job.model, "-o", tmp_path / "out", "--recipe", trellis_job.out / "recipe.yaml", "-q")
     resume: tuple[str, ...] = ()
     for stage, name in ((candidates_stage, "build_candidates"), (reconstruction_stage, "reconstruct_layer")):
         compute = getattr(stage, name)
@@ -126,10 +138,10 @@ def test_a_stopped_job_by_recipe_yaml_gives_the_same_bytes(job: Finished, tmp_pa
         resume = ("--resume",)
     assert not (tmp_path / "out").exists()
     ok(*command, *resume)
-    assert contents(tmp_path / "out") == contents(job.out)
+    assert contents(tmp_path / "out") == contents(trellis_job.out)
 
 
-def test_exports(job: Finished, work, tmp_path):
+def test_exports(trellis_job: Finished, work, tmp_path):
     plain = ok("export", work, "-o", tmp_path / "plain", "--bits", 1.5, "--json", "-")
     assert widths_of(plain) <= {1, 2, 3}
     assert plain.json["stages"].keys() == {"load", "allocate", "save"}
@@ -139,7 +151,7 @@ def test_exports(job: Finished, work, tmp_path):
     assert 77_000 < limited["stored_bytes"] == tensor_bytes(tmp_path / "size") <= 78_000
     curve = ok("export", work, "--curve", "--json", "-").json["points"]
     assert plain.json["stored_bytes"] in [point["stored_bytes"] for point in curve]
-    planned = ok("plan", job.model, "--codes", "trellis", "--widths", "1,2,3", "--json", "-").json["sizes"]
+    planned = ok("plan", trellis_job.model, "--codes", "trellis", "--widths", "1,2,3", "--json", "-").json["sizes"]
     for bits in (2, 3):
         ok("export", work, "-o", tmp_path / f"u{bits}", "--bits", bits, "--allocate", "uniform", "-q")
         assert planned[str(bits)] == tensor_bytes(tmp_path / f"u{bits}")
@@ -164,7 +176,7 @@ def test_an_allocation_file_has_fine_widths_if_the_model_is_reconstructed(work, 
 def test_a_job_that_chose_trellis_codes_on_a_gpu_is_exported_on_a_cpu(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text(UNTRAINED)
     with monkeypatch.context() as gpu:
-        gpu.setattr(codes_stage, "_choose", lambda job, replay: codes_stage.CodesChoice("trellis"))
+        gpu.setattr(codes_stage, "_choose", lambda trellis_job, replay: codes_stage.CodesChoice("trellis"))
         gpu.setattr(stage_settings, "pick_dtype", lambda name, device: torch.bfloat16)
         ok("quantize", tiny_model, "-o", tmp_path / "out", "--bits", 2, "--recipe", tmp_path / "r.yaml", "-q")
     ran = ok("export", tmp_path / "out.work", "-o", tmp_path / "other", "--bits", 2.5, "--json", "-")
@@ -199,9 +211,9 @@ def test_sides_that_16_does_not_divide(tmp_path):
     assert not (tmp_path / "out.work").exists()
 
 
-def test_a_directory_of_other_codes_is_not_resumed(job: Finished, work, tmp_path):
-    command = ("quantize", job.model, "-o", tmp_path / "out", "--work", work, "--resume", "--bits", 2)
-    recipe = job.out.parent / "r.yaml"
+def test_a_directory_of_other_codes_is_not_resumed(trellis_job: Finished, work, tmp_path):
+    command = ("quantize", trellis_job.model, "-o", tmp_path / "out", "--work", work, "--resume", "--bits", 2)
+    recipe = trellis_job.out.parent / "r.yaml"
     assert "made with codes trellis and the recipe now has affine" in refused(
         *command, "--recipe", recipe, "--codes", "affine"
     )
