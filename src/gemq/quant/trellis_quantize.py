@@ -41,7 +41,7 @@ class RotatedProblem(NamedTuple):
     def select(self, experts: list[int]) -> RotatedProblem:
         """Return the problem of some of the matrices, without their retries."""
         if len(experts) == len(self.weight):
-            return self._replace(retries=0)
+            return RotatedProblem(self.weight, self.hessian, self.upper, self.ridge, 0)
         ridge = self.ridge[experts]
         return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], ridge, 0)
 
