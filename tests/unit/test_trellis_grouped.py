@@ -17,6 +17,7 @@ from gemq.kernels.activation import activation_of
 from gemq.kernels.trellis import grouped
 from gemq.kernels.trellis.dense import FlatCodes, decode_dense, trellis_weight
 from gemq.kernels.trellis.dense_kernel import dense, scale_gradients
+from gemq.kernels.trellis.launch import TrellisArguments
 from support.packed_cases import exact_experts, random_routing, silu_gate
 from support.trellis_cases import TrellisExperts, random_trellis
 
@@ -101,7 +102,7 @@ def test_gradients_of_hidden_states_weights_and_biases(generator):
 
 def test_the_operator_traces(generator):
     module = TrellisExperts(32, 32, (8, 20), 12, generator).to(DEVICE)
-    up, down = (grouped._arguments(module, name) for name in ("gate_up_proj", "down_proj"))
+    up, down = TrellisArguments.from_experts(module)
     tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
     arguments = (*routed_inputs(module, 17, 1, FP32, generator), *tensors, activation_of(module).numbers())
     torch.library.opcheck(grouped.grouped_experts, arguments, test_utils=("test_schema", "test_faketensor"))

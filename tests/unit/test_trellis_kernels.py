@@ -43,7 +43,7 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        monkeypatch.setattr(launch, "product_config", lambda pairs: ProductConfig(tile_rows=32, steps=4, num_warps=4))
+        monkeypatch.setattr(launch, "PRODUCT", ProductConfig(tile_rows=32, steps=4, num_warps=4))
     return request.param
 
 
@@ -162,7 +162,7 @@ def test_operators_trace(device, generator):
     module = TrellisExperts(32, 16, (16, 31), 12, generator).to(device)
     hidden = torch.randn(1, 32, generator=generator).to(device)
     index, weights = random_routing(1, 1, 2, generator, torch.float32, device)
-    up, down = operators._projections(module)
+    up, down = launch.TrellisArguments.from_experts(module)
     tests = ("test_schema", "test_faketensor")
     arguments = (
         hidden,

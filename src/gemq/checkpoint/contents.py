@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemq.checkpoint.format import TILE_SIDE, PackedFormat, PackedTensor, ProjectionWidths, Shapes, tile_bytes
+from gemq.checkpoint.format import PackedFormat, PackedTensor, ProjectionWidths, Shapes, tile_bytes
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.checkpoint.verification import surplus_names
 from gemq.errors import UserError
-from gemq.quant.widths import SMALLEST_GROUP, ExpertWidths, TrellisWidth, plain_widths
+from gemq.quant.widths import SMALLEST_GROUP, TILE_SIDE, ExpertWidths, TrellisWidth, plain_widths
 from gemq.runtime.safetensors_files import TensorSpec
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import SMALLEST_GROUP, AnyWidth, TrellisWidth, Width, group_size_for
+from gemq.quant.widths import (
+    ROTATION_SIDE,
+    SMALLEST_GROUP,
+    TILE_SIDE,
+    AnyWidth,
+    TrellisWidth,
+    Width,
+    group_size_for,
+)
 from gemq.runtime.safetensors_files import TensorSpec, read_json
 
 QUANT_METHOD = "gemq"
@@ -42,14 +50,8 @@ PACKED_FIELDS = ("codes", "scales", "offsets")
 TRELLIS_FIELDS = ("codes", "scales")
 """Suffixes of the two tensors of a matrix with trellis codes."""
 
-TILE_SIDE = 16
-"""Rows and columns of a tile of trellis codes."""
-
 WORD_BYTES = 4
 """A tile of trellis codes has a word for each eighth of a bit of its width."""
-
-ROTATION_SIDE = 128
-"""Largest block of columns that are rotated together before trellis codes are made."""
 
 FEWEST_STATE_BITS, MOST_STATE_BITS = 8, 16
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from gemq.models.structure import Experts, Matrix, Structure
-from gemq.quant.rotation import MAX_BLOCK, block_side
-from gemq.quant.widths import AnyWidth, group_size_for
+from gemq.quant.rotation import block_side
+from gemq.quant.widths import ROTATION_SIDE, AnyWidth, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
 
@@ -72,7 +72,7 @@ def count_smaller_rotations(structure: Structure, recipe: Recipe) -> int:
         return 0
     count = 0
     for _, layer in structure.moe_layers:
-        smaller = [matrix for matrix in layer.experts.matrices if block_side(matrix.columns) < MAX_BLOCK]
+        smaller = [matrix for matrix in layer.experts.matrices if block_side(matrix.columns) < ROTATION_SIDE]
         count += len(smaller) * layer.experts.count
     return count
 

@@ -111,7 +111,7 @@ class ServingMemory:
         return max(layer_bytes, logit_bytes)
 
     def loading_bytes(self, bits: float) -> int:
-        """Bytes beside the weights while they are loaded: the experts of a layer once more, as they are joined."""
+        """Bytes in addition to the weights while they are loaded: a layer's experts once more, to join them."""
         shares = [layer.experts.count * layer.experts.weights_per_expert for _, layer in self.structure.moe_layers]
         largest_share = max(shares) / self.structure.expert_weights
         return math.ceil(experts_at(self.structure, self.recipe, bits) * largest_share / self.gpus)
@@ -122,7 +122,7 @@ class ServingMemory:
         return CONTEXT_BYTES + LIBRARY_BYTES + (COMMUNICATION_BYTES if self.gpus > 1 else 0)
 
     def working_bytes(self, bits: float, context: int, batch: int) -> int:
-        """Bytes beside weights and cache for ``batch`` sequences of ``context`` tokens."""
+        """Bytes in addition to weights and cache for ``batch`` sequences of ``context`` tokens."""
         prefill = self.prefill_bytes(min(context * batch, MAX_PREFILL_TOKENS), batch)
         loading = self.loading_bytes(bits) - self.cache_bytes(context, batch)  # the cache is allocated after it
         return self.fixed_bytes + max(prefill, loading)

@@ -130,6 +130,11 @@ def nearest(scales: Tensor, offsets: Tensor, max_code: Tensor | float) -> tuple[
     return decode(scale_bytes, offset_bytes, max_code)
 
 
+def nearest_scales(scales: Tensor) -> Tensor:
+    """Round scales to the nearest values (float32) that can be stored."""
+    return decode_scales(encode_scales(scales))
+
+
 def largest_weights(weight: Tensor) -> Tensor:
     """Return the largest absolute weight of each matrix of ``weight`` [E, R, C]: [E] float32."""
     weight = weight.detach()

@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_BLOCK = 128
-"""Largest side of a block."""
+from gemq.quant.widths import ROTATION_SIDE
 
 SIGN_BITS = 0x07158AB795F381835B6913CD87684F34
 """Signs of the inputs of a block, from the lowest bit on: 1 is negative. Without signs, the mean of 128 inputs would
@@ -25,7 +24,7 @@ become one large input.
 
 def block_side(columns: int) -> int:
     """Return the side of the blocks for a number of inputs: the largest power of two up to 128 that divides it."""
-    return math.gcd(columns, MAX_BLOCK)
+    return math.gcd(columns, ROTATION_SIDE)
 
 
 @functools.lru_cache(maxsize=32)

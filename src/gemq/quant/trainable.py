@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemq.quant.grid import Quantized, decode_scales, encode_scales, nearest
+from gemq.quant.grid import Quantized, nearest, nearest_scales
 
 MARGIN = 0.4
 """How far a soft code may lie outside the codes: less than half a code, so that it can always return."""
@@ -140,7 +140,7 @@ def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rounded_to_scales(scales: Tensor) -> Tensor:
     """Round scales to the values that a byte can represent, with gradients that ignore the rounding."""
-    return _straight_through(scales, decode_scales(encode_scales(scales.detach())))
+    return _straight_through(scales, nearest_scales(scales.detach()))
 
 
 def _straight_through(x: Tensor, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemq.quant import trellis
-from gemq.quant.grid import decode_scales, encode_scales
+from gemq.quant.grid import nearest_scales
 from gemq.quant.hessian import factorize
 from gemq.quant.rotation import rotate, rotate_hessian
 from gemq.quant.trellis_matrix import TrellisMatrix
@@ -81,15 +81,14 @@ def quantize(problem: RotatedProblem, width: TrellisWidth, sweeps: int = 0) -> T
     """
     weight = problem.weight
     table = trellis.byte_sum_table(trellis.STATE_BITS).to(weight.device)
-    scales = _stored(weight.square().mean(2).sqrt())
-    words, values = trellis.quantize_ldlq(
-        weight / scales.unsqueeze(2), problem.upper, width.eighths, table, _search(weight.device)
-    )
+    search = _search(weight.device)
+    scales = nearest_scales(weight.square().mean(2).sqrt())
+    words, values = trellis.quantize_ldlq(weight / scales.unsqueeze(2), problem.upper, width.eighths, table, search)
     values *= trellis.LDLQ_GAIN  # to values of the table
     scales = scales / trellis.LDLQ_GAIN
     scales *= trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
     for _ in range(sweeps):
-        scales = _stored(scales)
+        scales = nearest_scales(scales)
         trellis.sweep(
             weight / scales.unsqueeze(2),
             problem.hessian,
@@ -98,15 +97,10 @@ def quantize(problem: RotatedProblem, width: TrellisWidth, sweeps: int = 0) -> T
             values,
             width.eighths,
             table,
-            _search(weight.device),
+            search,
         )
         scales = scales * trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
     return TrellisMatrix.pack(words, scales, width, trellis.STATE_BITS)
-
-
-def _stored(scales: Tensor) -> Tensor:
-    """Round scales to values that a byte can represent."""
-    return decode_scales(encode_scales(scales))
 
 
 def _search(device: torch.device) -> trellis.Viterbi:

@@ -19,6 +19,9 @@ SMALLEST_GROUP = 16
 TILE_SIDE = 16
 """Rows and columns of a tile of trellis codes."""
 
+ROTATION_SIDE = 128
+"""Largest block of columns that are rotated together before trellis codes are made."""
+
 MIN_EIGHTHS, MAX_EIGHTHS = 8, 32
 """Smallest and largest width of trellis codes, in eighths of a bit."""
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint.format import TILE_SIDE, tile_bytes
+from gemq.checkpoint.format import tile_bytes
 from gemq.kernels import dispatch
 from gemq.kernels.modules import PackedExperts, PackedMatrices, make_packed
 from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trellis_matrix import TrellisMatrix
-from gemq.quant.widths import AnyWidth, affine_widths, trellis_widths
+from gemq.quant.widths import TILE_SIDE, AnyWidth, affine_widths, trellis_widths
 
 ExpertMatrices = PackedMatrices | TrellisMatrices
 """The same projection of all experts of a rank."""

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemq.kernels.activation_triton import activated, gated
 from gemq.kernels.trellis.fragments import add_product
+from gemq.kernels.trellis.rotation import signs
 from gemq.kernels.trellis.values import (
     MEAN,
     VALUE_UNIT,
@@ -31,7 +32,6 @@ from gemq.kernels.trellis.values import (
     value_pair,
 )
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
-from gemq.quant import rotation
 from gemq.quant.grid_kernel import decode_scale
 
 LARGEST = tl.constexpr(1024.0)
@@ -48,12 +48,6 @@ CACHE_LINE = tl.constexpr(128)
 
 
 @triton.constexpr_function
-def _sign_word(number: int):
-    """Return 32 of the signs of a block: bit i is set where the sign of input 32 * number + i is negative."""
-    return (rotation.SIGN_BITS >> 32 * int(number)) & 0xFFFFFFFF
-
-
-@triton.constexpr_function
 def _log2(number: int):
     """Return the logarithm of a power of two."""
     return int(number).bit_length() - 1
@@ -63,11 +57,7 @@ def _log2(number: int):
 def _rotated(x: Tile, SIDE: tl.constexpr):
     """Rotate blocks x [B, SIDE] float32, as ``rotation.rotate`` does."""
     column = tl.arange(0, SIDE)
-    word = tl.where(column < 64, _sign_word(0), _sign_word(2))
-    odd_word = tl.where(column < 64, _sign_word(1), _sign_word(3))
-    word = tl.where((column & 32) == 0, word, odd_word).to(tl.uint32)
-    is_negative = ((word >> (column & 31).to(tl.uint32)) & 1) == 1
-    x = tl.where(is_negative[None, :], -x, x)
+    x = tl.where((signs(column) == 1)[None, :], -x, x)
     for stage in tl.static_range(_log2(SIDE)):
         partner = tl.gather(x, tl.broadcast_to((column ^ (1 << stage))[None, :], x.shape), 1)
         x = partner + tl.where(((column >> stage) & 1 == 1)[None, :], -x, x)

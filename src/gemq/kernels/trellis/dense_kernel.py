@@ -16,7 +16,8 @@ from gemq.kernels.trellis.operands import PORTABLE, decode_block
 from gemq.kernels.trellis.rotation import sign_block
 from gemq.kernels.trellis.values import VALUE_UNIT
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
-from gemq.quant.rotation import MAX_BLOCK, block_side
+from gemq.quant.rotation import block_side
+from gemq.quant.widths import ROTATION_SIDE
 
 BLOCK_ROWS = 64
 """Rows of one program."""
@@ -123,7 +124,7 @@ def _scale_gradients_kernel(
 def _block_columns(columns: int, rotated: bool) -> tuple[int, float]:
     """Return the columns of a block, and the factor of its integers."""
     side = block_side(columns)
-    return (side, VALUE_UNIT.value * side**-0.5) if rotated else (MAX_BLOCK, VALUE_UNIT.value)
+    return (side, VALUE_UNIT.value * side**-0.5) if rotated else (ROTATION_SIDE, VALUE_UNIT.value)
 
 
 def dense(

@@ -121,16 +121,9 @@ def _(
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _arguments(module: PackedExperts, name: str) -> TrellisArguments:
-    """Return one projection of all experts with its bias."""
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    return TrellisArguments.from_module(getattr(module, name), bias)
-
-
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, in float16, bfloat16 or float32. No gradients."""
-    up = _arguments(module, "gate_up_proj" if module.has_gate else "up_proj")
-    down = _arguments(module, "down_proj")
+    up, down = TrellisArguments.from_experts(module)
     activation = activation_of(module)
     has_norm = getattr(module, "has_post_expert_norm", False)  # absent before Transformers 5.23
     if activation is not None and not has_norm:

@@ -14,10 +14,11 @@ from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
 from gemq.kernels.decode import bit_fields, launch
 from gemq.kernels.trellis.decode import rotate_kernel, rows_kernel
-from gemq.kernels.trellis.tuning import ProductConfig, num_splits, product_config
+from gemq.kernels.trellis.tuning import PRODUCT, ProductConfig, num_splits
 from gemq.quant.rotation import block_side
 
 if TYPE_CHECKING:
+    from gemq.kernels.modules import PackedExperts
     from gemq.kernels.trellis.experts import TrellisMatrices
 
 _checked_kernels: set[str] = set()
@@ -50,6 +51,15 @@ class TrellisArguments(NamedTuple):
         """Return the matrices of a module with the bias [E, rows] of the projection."""
         tensors = (matrices.codes, matrices.scales, matrices.table, bias)
         return cls(*tensors, matrices.rows, matrices.columns, matrices.state_bits)
+
+    @classmethod
+    def from_experts(cls, module: PackedExperts) -> tuple[TrellisArguments, TrellisArguments]:
+        """Return gate and up (or up alone), and down, each with its bias."""
+        up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
+        down_bias = module.down_proj_bias if module.has_bias else None
+        up = cls.from_module(getattr(module, up_name), up_bias)
+        return up, cls.from_module(module.down_proj, down_bias)
 
     @classmethod
     def from_lists(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> TrellisArguments:
@@ -145,7 +155,7 @@ def launch_rows(
     tokens, slots = index.shape
     pairs = tokens * slots
     terms, vectors, _ = x.values.shape
-    config = config or product_config(pairs)
+    config = config or PRODUCT
     splits = splits or num_splits(pairs, w.rows, w.columns)
     out = torch.empty(tokens, slots * splits, w.rows, dtype=torch.float32, device=index.device)
     with launch.device_of(out):

@@ -114,20 +114,11 @@ def _result_shape(x: Tensor, index: Tensor, w: TrellisArguments) -> Tensor:
     return x.new_empty(tokens, slots * splits, w.rows, dtype=torch.float32)
 
 
-def _projections(module: PackedExperts) -> tuple[TrellisArguments, TrellisArguments]:
-    """Return gate and up (or up alone), and down, each with its bias."""
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
-    down_bias = module.down_proj_bias if module.has_bias else None
-    up = TrellisArguments.from_module(getattr(module, up_name), up_bias)
-    return up, TrellisArguments.from_module(module.down_proj, down_bias)
-
-
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, for 1 to 16 tokens in float16, bfloat16 or float32."""
     activation = activation_of(module)
     has_norm = getattr(module, "has_post_expert_norm", False)
-    up, down = _projections(module)
+    up, down = TrellisArguments.from_experts(module)
     if activation is not None and not has_norm:
         tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
         terms = trellis_experts(hidden, top_k_index, top_k_weights, *tensors, activation.numbers())

@@ -32,9 +32,8 @@ class ProductConfig(NamedTuple):
     pdl: bool = True
 
 
-def product_config(pairs: int) -> ProductConfig:
-    """Return the options for a number of pairs of token and expert."""
-    return ProductConfig(tile_rows=1, steps=4, num_warps=4)
+PRODUCT = ProductConfig(tile_rows=1, steps=4, num_warps=4)
+"""The options for any number of pairs of token and expert."""
 
 
 def num_splits(pairs: int, rows: int, columns: int) -> int:
