@@ -17,9 +17,9 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,10 +39,14 @@ from gemq.decoding.static_cache import (
     single_device,
     static_cache,
 )
+from gemq.kernels import dispatch
 from gemq.kernels.decode.linear_fusion import merge_linears
 from gemq.models.cache_names import cache_argument
 from gemq.runtime.fallbacks import first_line
 from gemq.runtime.graph_capture import capture
+
+if TYPE_CHECKING:
+    from gemq.decoding.fused_layers import FusedLayers
 
 __all__ = ["FALLBACKS", "Decoder", "Unsupported"]
 
@@ -57,6 +61,7 @@ MAX_STEPS_IN_FLIGHT = 4
 
 FALLBACKS = {
     "attention_by_transformers": "a decode step's attention goes through the whole cache under a mask",
+    "layers_not_fused": "some decoder layers run the small kernels of Transformers one by one",
     "layers_not_compiled": "decoder layers could not be compiled: their small kernels run one by one",
     "step_not_captured": "the decode step could not be captured in a CUDA graph: it is launched kernel by kernel",
     "decoded_by_transformers": "this model needs model.generate of Transformers, which runs without a CUDA graph",
@@ -109,6 +114,7 @@ class Decoder:
         # Compiled versions replace these two functions while ``_compiled_parts`` is active.
         self._visible_ranges = _visible_ranges
         self._advance = _advance
+        self._fused: FusedLayers | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -127,7 +133,7 @@ class Decoder:
 
     @torch.no_grad()
     def prepare(self, *, compile_layers: bool = True, backend: str = "inductor") -> None:
-        """Compiles and captures the step. Call it after a first ``prefill``.
+        """Fuses or compiles the layers of a step, and captures it. Call it after a first ``prefill``.
 
         What fails is counted in ``fallbacks`` and left out. On a CPU there is nothing to do without ``compile_layers``.
 
@@ -136,7 +142,8 @@ class Decoder:
             backend: of ``torch.compile``
         """
         cuda = self.device.type == "cuda"
-        if not cuda and not compile_layers:
+        has_kernels = (cuda and dispatch.mode != "reference") or dispatch.mode == "triton"
+        if not has_kernels and not compile_layers and not cuda:
             return
         self._prepare_eager_step()
         if compile_layers:
@@ -147,6 +154,8 @@ class Decoder:
                 self.execution = "compiled layers in a CUDA graph" if cuda else "compiled layers"
                 self.seconds["compile"] = time.perf_counter() - start - self.seconds.get("capture", 0.0)
                 return
+        if has_kernels:
+            self._try(self._fuse_layers, "layers_not_fused")
         if cuda and self._try(self._capture, "step_not_captured"):
             self.execution = "CUDA graph"
 
@@ -160,6 +169,22 @@ class Decoder:
             with as_unsupported():
                 self._warm_up()
         self.seconds["warm_up"] = time.perf_counter() - start
+
+    def _fuse_layers(self) -> None:
+        """Finds the layers that can be fused. Raises RuntimeError if there are others, which run as they are."""
+        from gemq.decoding.fused_layers import FusedLayers  # triton is not installed with torch for CPUs
+
+        start = time.perf_counter()
+        layers = decoder_layers(self.model, len(self._cache.layers))
+        self._fused = FusedLayers(layers, modules_around_layers(self.model), self.device)
+        try:
+            self._fused.verify(self._warm_up)
+        except BaseException:
+            self._fused = None
+            raise
+        self.seconds["fuse"] = time.perf_counter() - start
+        if self._fused.count < len(layers):
+            raise RuntimeError(f"{len(layers) - self._fused.count} of {len(layers)}")
 
     def step(self) -> Tensor:
         """Decodes one token of each sequence on the device.
@@ -198,13 +223,21 @@ class Decoder:
 
     def _step(self) -> None:
         """Runs one step on the buffers."""
-        with step_attention.use_decode_attention(self._config) if self._uses_decode_attention else nullcontext():
+        cache = self._step_cache
+        with ExitStack() as stack:
+            attend = step_attention.attend
+            if self._fused is not None:
+                stack.enter_context(self._fused.active())
+                attend = self._fused.attend
+            if self._uses_decode_attention:
+                stack.enter_context(step_attention.use_decode_attention(self._config, attend))
+                cache = cache if self._fused is None else self._fused.cache(cache)
             logits = self.model(
                 input_ids=self._token,
                 attention_mask=self._attention_mask(),
                 position_ids=self._position.expand(self.batch, 1),
                 use_cache=True,
-                **cache_argument(self.model, self._step_cache),
+                **cache_argument(self.model, cache),
             ).logits[:, -1]
         self._advance(self._token, self._position, self._choose, logits)
 

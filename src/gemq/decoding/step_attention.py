@@ -7,7 +7,7 @@ it on to the attention of each layer as it would a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -40,6 +40,7 @@ def attend(
     scaling: float | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    kernel: Callable[..., Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one query token, with the signature of ``sdpa_attention_forward`` in Transformers.
@@ -56,6 +57,7 @@ def attend(
         scaling: of the logits; None: 1 / sqrt(D)
         position_bias: must be None
         softcap: must be None
+        kernel: called in place of ``decode_attention`` of gemq's kernels
 
     Returns:
         The output [B, 1, H, D], and None in place of attention weights.
@@ -70,16 +72,17 @@ def attend(
     from gemq.kernels.decode.attention import decode_attention
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = decode_attention(query[:, :, 0], key, value, attention_mask.view(2), scaling)
+    kernel = decode_attention if kernel is None else kernel
+    output = kernel(query[:, :, 0], key, value, bounds=attention_mask.view(2), scaling=scaling)
     return output[:, None], None
 
 
 @contextmanager
-def use_decode_attention(config: Any) -> Iterator[None]:
-    """Selects ``attend`` for the model with this ``config`` while the context is active."""
+def use_decode_attention(config: Any, function: Callable[..., Any] = attend) -> Iterator[None]:
+    """Selects ``attend`` or another ``function`` for the model with this ``config`` while the context is active."""
     # Imported here, so that a change of this interface only disables the kernel.
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, function)
     with transformers_private.select_attention(config, NAME):
         yield

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch.func import functional_call
 
 from gemq.models.structure import is_norm
 from gemq.runtime.fallbacks import optional
+
+if TYPE_CHECKING:
+    from gemq.kernels.decode.norms import NormWeight
 
 MAX_DIFFERENCE = 1e-3
 """Relative difference of bfloat16 results up to which norms are equal. A roundoff is 4e-3, and norms that round at
@@ -71,20 +74,56 @@ def use_fused_norms(model: nn.Module, device: torch.device) -> int:
     Returns:
         The number of norms that were changed.
     """
-    forwards: dict[tuple[type, int, float | None], NormForward | None] = {}
+    forwards: dict[Any, NormForward | None] = {}
     count = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not is_norm(module) or not isinstance(weight, Tensor) or weight.dim() != 1:
-            continue
-        kind = (type(module), len(weight), _eps(module))
-        if kind not in forwards:
-            forwards[kind] = _equal_norm_forward(module, device)
-        forward = forwards[kind]
+        forward = _norm_forward(module, device, forwards) if is_norm(module) else None
         if forward is not None:
             module.forward = MethodType(forward, module)
             count += 1
     return count
+
+
+class NormKind(NamedTuple):
+    """What an RMS norm computes.
+
+    Attributes:
+        rounds_twice: whether the normalized row is rounded before it is multiplied with the weight
+    """
+
+    rounds_twice: bool
+
+    def of(self, norm: Any) -> NormWeight:
+        """Returns a norm of this kind as a kernel takes it."""
+        from gemq.kernels.decode.norms import NormWeight  # triton is not installed with torch for CPUs
+
+        eps = _eps(norm)
+        assert eps is not None
+        return NormWeight(norm.weight, eps, self.rounds_twice)
+
+
+@torch.no_grad()
+def norm_kind(norm: nn.Module, device: torch.device, forwards: dict[Any, NormForward | None]) -> NormKind | None:
+    """Returns what a norm computes, or None for a norm of another kind.
+
+    Args:
+        norm: the module
+        device: on which one norm of each class and size is tested
+        forwards: results of earlier tests, which this call extends
+    """
+    forward = _norm_forward(norm, device, forwards)
+    return None if forward is None else NormKind(forward is _rms_norm_rounded_twice)
+
+
+def _norm_forward(norm: Any, device: torch.device, forwards: dict[Any, NormForward | None]) -> NormForward | None:
+    """Returns the fused forward of a norm, or None if there is none. Tests one norm of each class and size."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    key = (type(norm), len(weight), _eps(norm))
+    if key not in forwards:
+        forwards[key] = _equal_norm_forward(norm, device)
+    return forwards[key]
 
 
 def _equal_norm_forward(norm: Any, device: torch.device) -> NormForward | None:
@@ -123,10 +162,7 @@ def use_fused_rotary(model: nn.Module) -> int:
     fused_functions: dict[RotaryFunction, RotaryFunction | None] = {}
     count = 0
     for module in model.modules():
-        forward = inspect.unwrap(type(module).forward)
-        if ROTARY not in forward.__code__.co_names:
-            continue
-        original = forward.__globals__.get(ROTARY)
+        original = rotary_function(module)
         if original is None:
             continue
         if original not in fused_functions:
@@ -134,7 +170,7 @@ def use_fused_rotary(model: nn.Module) -> int:
             fused_functions[original] = _fuse_rotary(original, rotary, usable) if is_equal else None
         fused = fused_functions[original]
         if fused is not None:
-            module.forward = MethodType(_forward_with_rotary(type(module), original, fused), module)
+            module.forward = MethodType(_forward_with_rotary(type(module), fused), module)
             count += 1
     return count
 
@@ -161,23 +197,36 @@ def _fuse_rotary(
     return apply_rotary_pos_emb
 
 
-def _forward_with_rotary(module_class: type, original: RotaryFunction, fused: RotaryFunction) -> Callable[..., Any]:
-    """Returns a ``forward`` for modules of a class that calls ``fused`` in place of the family's rotary function."""
+def rotary_function(module: nn.Module) -> RotaryFunction | None:
+    """Returns the rotary function that the ``forward`` of an attention module calls, or None if it calls none."""
+    forward = inspect.unwrap(type(module).forward)
+    if ROTARY not in forward.__code__.co_names:
+        return None
+    function: RotaryFunction | None = forward.__globals__.get(ROTARY)
+    return function
+
+
+@contextmanager
+def replaced_rotary(module_class: type, function: RotaryFunction) -> Iterator[None]:
+    """Makes modules of a class call ``function`` in place of the family's rotary function."""
     class_forward: Any = module_class.forward  # type: ignore[attr-defined]
     namespace = inspect.unwrap(class_forward).__globals__
+    original = namespace[ROTARY]
+    namespace[ROTARY] = function
+    try:
+        yield
+    finally:
+        namespace[ROTARY] = original
 
-    @contextmanager
-    def replaced_rotary() -> Iterator[None]:
-        namespace[ROTARY] = fused
-        try:
-            yield
-        finally:
-            namespace[ROTARY] = original
+
+def _forward_with_rotary(module_class: type, fused: RotaryFunction) -> Callable[..., Any]:
+    """Returns a ``forward`` for modules of a class that calls ``fused`` in place of the family's rotary function."""
+    class_forward: Any = module_class.forward  # type: ignore[attr-defined]
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # Inductor fuses the family's function by itself
             return class_forward(module, *args, **kwargs)
-        with replaced_rotary():
+        with replaced_rotary(module_class, fused):
             return class_forward(module, *args, **kwargs)
 
     return forward

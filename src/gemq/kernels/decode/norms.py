@@ -1,0 +1,173 @@
+"""RMS norms in one launch each, with the sum that precedes them: residual connections and the terms of experts.
+
+Any number of rows, no gradients. Results are rounded where the operations of PyTorch round them. From Hopper on a
+kernel starts while the previous one ends.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gemq.kernels.decode import launch
+from gemq.kernels.triton_types import Pointer, Scalar
+
+MAX_SIZE = 16384
+"""Largest size of a row, which a program holds in registers."""
+
+ELEMENTS_PER_WARP = 512
+
+
+class NormWeight(NamedTuple):
+    """An RMS norm.
+
+    Attributes:
+        weight: [size]
+        eps: added to the mean square
+        rounds_twice: whether the normalized row is rounded before it is multiplied with the weight
+    """
+
+    weight: Tensor
+    eps: float
+    rounds_twice: bool
+
+
+@triton.jit
+def _norm_kernel(
+    x: Pointer,  # [rows / HEADS, HEADS, SIZE], or float32 [rows, TERMS, SIZE]
+    residual: Pointer,  # [rows, SIZE]
+    weight: Pointer,  # [SIZE]
+    total: Pointer,  # [rows, SIZE]
+    out: Pointer,  # [rows, SIZE]
+    eps: Scalar,
+    token_stride: Scalar,
+    head_stride: Scalar,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,  # SIZE, rounded up
+    TERMS: tl.constexpr,  # 0 if x is no sum
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ROUNDS_TWICE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid [rows]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    dtype = out.dtype.element_ty
+    if HAS_NORM:
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if TERMS == 0:
+        source = x + row // HEADS * token_stride + row % HEADS * head_stride + column
+        value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    else:
+        value = tl.zeros([BLOCK], tl.float32)
+        for term in range(TERMS):
+            value += tl.load(x + (row * TERMS + term) * SIZE + column, mask=inside, other=0.0)
+        value = value.to(dtype).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(dtype).to(tl.float32)
+    if HAS_RESIDUAL or TERMS > 0:
+        tl.store(total + row * SIZE + column, value.to(dtype), mask=inside)
+    if HAS_NORM:
+        value = value * tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+        if ROUNDS_TWICE:
+            value = value.to(dtype).to(tl.float32)
+        tl.store(out + row * SIZE + column, (value * factor).to(dtype), mask=inside)
+
+
+def usable(x: Tensor, norm: NormWeight) -> bool:
+    """Whether ``rms_norm`` supports a row's size and dtype."""
+    return x.dtype == norm.weight.dtype and x.shape[-1] == len(norm.weight) <= MAX_SIZE and x.stride(-1) == 1
+
+
+def rms_norm(x: Tensor, norm: NormWeight) -> Tensor:
+    """Normalize the last axis of x, of any shape and strides: contiguous, in x's dtype."""
+    heads = x.shape[-2] if x.dim() > 3 else 1
+    rows = x.view(-1, heads, x.shape[-1]) if _is_viewable(x, heads) else x.reshape(-1, heads, x.shape[-1])
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(rows, None, norm, out, out, heads=heads, terms=0)
+    return out
+
+
+def add(x: Tensor, residual: Tensor | None, norm: NormWeight | None, terms: int = 0) -> tuple[Tensor, Tensor]:
+    """Add a residual connection to x, and normalize the sum.
+
+    Args:
+        x: as ``residual``; or float32 with an axis of ``terms`` before the last one, which is summed first
+        residual: contiguous, or None
+        norm: of the sum, or None
+        terms: terms of a sum in x, 0 if it is none
+
+    Returns:
+        The sum in the dtype of the residual, and the normalized sum. Without a norm the sum twice.
+    """
+    size = x.shape[-1]
+    assert residual is not None or norm is not None
+    like = residual if residual is not None else norm.weight  # type: ignore[union-attr]
+    shape = residual.shape if residual is not None else (*x.shape[:-2], size)
+    total = torch.empty(shape, dtype=like.dtype, device=x.device)
+    out = total if norm is None else torch.empty_like(total)
+    _launch(x.reshape(-1, 1, size), residual, norm, total, out, heads=1, terms=terms)
+    return total, out
+
+
+def sum_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over the second axis of x, float32 [T, terms, H], rounded once: [T, H]."""
+    tokens, terms, size = x.shape
+    total = torch.empty(tokens, size, dtype=dtype, device=x.device)
+    if size > MAX_SIZE:
+        return x.sum(1).to(dtype)
+    _launch(x.view(-1, 1, size), None, None, total, total, heads=1, terms=terms)
+    return total
+
+
+def _is_viewable(x: Tensor, heads: int) -> bool:
+    """Whether [.., heads, size] is a view with one stride for all leading axes."""
+    leading = [(n, s) for n, s in zip(x.shape[: -2 if heads > 1 else -1], x.stride(), strict=False) if n > 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(leading))
+
+
+def _launch(
+    rows: Tensor, residual: Tensor | None, norm: NormWeight | None, total: Tensor, out: Tensor, heads: int, terms: int
+) -> None:
+    """Launch the kernel on rows [.., heads, size]."""
+    size = rows.shape[-1]
+    count = total.numel() // size
+    if not count:
+        return
+    block = triton.next_power_of_2(size)
+    pdl = launch.supports_pdl(rows.device)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    with launch.device_of(rows):
+        _norm_kernel[(count,)](
+            rows,
+            total if residual is None else residual,
+            total if norm is None else norm.weight,
+            total,
+            out,
+            0.0 if norm is None else norm.eps,
+            rows.stride(0),
+            rows.stride(1),
+            HEADS=heads,
+            SIZE=size,
+            BLOCK=block,
+            TERMS=terms,
+            HAS_RESIDUAL=residual is not None,
+            HAS_NORM=norm is not None,
+            ROUNDS_TWICE=norm is not None and norm.rounds_twice,
+            PDL=pdl,
+            num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
+            **options,
+        )
