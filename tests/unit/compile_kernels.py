@@ -28,7 +28,7 @@ from triton.compiler import compiler
 from triton.runtime.jit import JITFunction
 
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
-from gemq.kernels.decode import attention, bit_fields, launch, packed_arguments, tuning
+from gemq.kernels.decode import attention, bit_fields, launch, norms, packed_arguments, router, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
 from gemq.kernels.trellis import dense_kernel, rotation
@@ -297,6 +297,7 @@ def decode_linears(dtype: torch.dtype, tokens: int, levels: int, size: Any, coun
 
 
 ATTENTION: Axes = {
+    "write": ["", "plain", "rotated"],
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "length": [64, 4096],
@@ -305,12 +306,51 @@ ATTENTION: Axes = {
 }
 
 
-def decode_attention(dtype: torch.dtype, length: int, head: int, heads: Any) -> None:
+def decode_attention(dtype: torch.dtype, length: int, head: int, heads: Any, write: str) -> None:
     """Launch the attention of a decode step."""
     queries, groups = heads
     cache = torch.empty(1, groups, length, head, dtype=dtype)
     query, bounds = torch.empty(1, queries, head, dtype=dtype), torch.empty(2, dtype=torch.int32)
-    attention.decode_attention(query, cache, cache, bounds, 1.0)
+    if not write:
+        attention.decode_attention(query, cache, cache, bounds, 1.0)
+        return
+    key, angle = cache[:, :, 0], torch.empty(1, head, dtype=dtype)
+    angles = (angle, angle) if write == "rotated" else (None, None)
+    attention.attend_and_write(query, cache, cache, attention.NewToken(key, key, *angles), bounds, 1.0)
+
+
+STEP: Axes = {
+    "arch": ARCHITECTURES,
+    "dtype": [BF16, FP16, FP32],
+    "hidden": [2048, 2880, 7168],
+    "terms": [0, 8],
+    "residual": [False, True],
+    "norm": [None, False, True],
+    "experts": [(64, 8), (384, 6)],
+    "normalized": [False, True],
+}
+
+
+def step(
+    dtype: torch.dtype,
+    hidden: int,
+    terms: int,
+    residual: bool,
+    norm: bool | None,
+    experts: Any,
+    normalized: bool,
+) -> None:
+    """Launch norms and a router of a decode step."""
+    count, top_k = experts
+    x = torch.empty(1, 1, hidden, dtype=dtype)
+    weight = None if norm is None else norms.NormWeight(torch.empty(hidden, dtype=dtype), 1e-6, norm)
+    if weight is not None:
+        norms.rms_norm(x, weight)
+        norms.rms_norm(x.view(1, 1, -1, 64), norms.NormWeight(torch.empty(64, dtype=dtype), 1e-6, weight.rounds_twice))
+    if residual or weight is not None:
+        summed = torch.empty(1, terms, hidden) if terms else x
+        norms.add(summed, x if residual else None, weight, terms)
+    router.route(x, torch.empty(count, hidden, dtype=dtype), top_k, normalized, dtype)
 
 
 TRELLIS_GROUPED: Axes = {
@@ -418,7 +458,7 @@ def _training_step(dtype: torch.dtype, soft_codes: torch.Tensor, scales: torch.T
 KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
     "grouped": [(grouped, GROUPED), (grouped_linear, LINEAR)],
     "trellis_decode": [(trellis_decode, TRELLIS_DECODE)],
-    "decode": [(decode, DECODE), (decode_linears, DECODE_LINEARS), (decode_attention, ATTENTION)],
+    "decode": [(decode, DECODE), (decode_linears, DECODE_LINEARS), (decode_attention, ATTENTION), (step, STEP)],
     "training": [(training, TRAINING)],
     "trellis_grouped": [(trellis_grouped, TRELLIS_GROUPED), (trellis_dense, TRELLIS_DENSE)],
 }
