@@ -141,6 +141,7 @@ def quantize(
         from gemq.cli.report import print_result
         from gemq.pipeline.fit import fitting_recipe
         from gemq.pipeline.quantize import quantize as run_quantize
+        from gemq.runtime.device import pick_device
         from gemq.runtime.ranks import leave_ranks
 
     if fit_bytes is not None:
@@ -148,12 +149,13 @@ def quantize(
             model,
             resolved_recipe,
             fit_bytes,
+            pick_device(device),
             context=context,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
         if is_first() and not quiet and not is_stdout(json_file):
-            make_console().print(f"Largest budget that fits into {fit}: {resolved_recipe.bits:g} bits")
+            make_console().print(f"Largest budget that fits into {fit}: {resolved_recipe.budget_text}")
     try:
         result = run_quantize(
             model,
