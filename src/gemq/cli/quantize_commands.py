@@ -30,7 +30,7 @@ from gemq.cli.flags import (
     TrustRemoteCode,
     parse_memory,
     recipe_overrides,
-    with_recipe_flags,
+    with_flags,
 )
 from gemq.cli.startup import importing
 from gemq.errors import UserError
@@ -41,7 +41,7 @@ from gemq.runtime.processes import is_first
 DEFAULT_RECIPE = "default"
 
 
-@with_recipe_flags
+@with_flags
 def plan(
     model: Model,
     flags: RecipeFlags,
@@ -104,7 +104,7 @@ def _check_fit_flags(flag: str, memory: str | None, context: int | None, batch: 
         raise UserError(f"--context, --batch and --gpus say what is to fit: add {flag}, such as {flag} 24GB")
 
 
-@with_recipe_flags
+@with_flags
 def quantize(
     model: Model,
     out: Out,
