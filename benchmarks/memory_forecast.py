@@ -1,10 +1,11 @@
 """Is the memory that ``gemq plan --memory`` counts right? Counted bytes next to PyTorch's peak on a GPU.
 
-    python benchmarks/memory_forecast.py [--shapes olmoe-1b-7b-2.0 mixtral-8x7b-2.0] [--compile]
+    python benchmarks/memory_forecast.py [--shapes olmoe-1b-7b-2.0 mixtral-8x7b-trellis-2.5] [--compile]
 
 Packed models of true shapes with random weights read a prompt and decode ``NEW_TOKENS`` tokens, as ``gemq generate``
 does, at a quarter of the context and at the full one. Weights, cache and the peaks of prefill and decode are compared
-with ``planning.serving_memory``. One row per shape and context in results/memory_forecast.csv. About a minute on an
+with ``planning.serving_memory``. ``peak`` is that of tensors. ``total`` also has what PyTorch and CUDA hold beyond
+them, as ``nvidia-smi`` shows it. One row per shape and context in results/memory_forecast.csv. About 90 seconds on an
 H200. Without a GPU only the forecast is printed.
 """
 
@@ -18,19 +19,18 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from gemq.decoding.decoder import Decoder
 from gemq.models.structure import find_structure
 from gemq.planning.serving_memory import CONTEXT_BYTES, ServingMemory
-from gemq.quant.widths import Width
+from gemq.quant.widths import ALL_TRELLIS_WIDTHS, Width
 from gemq.recipe import Recipe
 from record import RESULTS, append, environment
 from shapes import SHAPES, Shape, mean_bits, packed_model
 
 NEW_TOKENS = 64
+DEFAULT_SHAPES = ("olmoe-1b-7b-2.0", "olmoe-1b-7b-trellis-2.0", "mixtral-8x7b-2.0", "mixtral-8x7b-trellis-2.5")
 MAX_CONTEXT = 8192
 """Or what the shape supports. As long as one prompt that is counted as read at once."""
 
@@ -39,7 +39,11 @@ def forecast(shape: Shape) -> ServingMemory:
     """What ``gemq plan`` counts for a shape."""
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(shape.dense_config(), dtype=torch.bfloat16)
-    return ServingMemory(skeleton.eval(), find_structure(skeleton), Recipe(widths=tuple(Width)))
+    if shape.has_trellis:
+        recipe = Recipe(codes="trellis", widths=ALL_TRELLIS_WIDTHS)
+    else:
+        recipe = Recipe(codes="affine", widths=tuple(Width))
+    return ServingMemory(skeleton.eval(), find_structure(skeleton), recipe)
 
 
 def allocated() -> int:
@@ -50,13 +54,13 @@ def allocated() -> int:
     return torch.cuda.memory_allocated()
 
 
-def peak(run: Callable[[], Any]) -> int:
-    """PyTorch's peak while ``run`` runs, in bytes."""
+def peaks(run: Callable[[], Any]) -> dict[str, int]:
+    """Peak bytes of PyTorch's tensors while ``run`` runs, and of the memory that it took from CUDA for them."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
 def measure(model: Any, context: int, compiled: bool) -> dict[str, int]:
@@ -65,27 +69,30 @@ def measure(model: Any, context: int, compiled: bool) -> dict[str, int]:
     decoder = Decoder(model, 1, context)
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (1, context - NEW_TOKENS), device=model.device)
-    peaks = {"prefill": peak(lambda: decoder.prefill(ids))}
-    between = allocated()
-    peaks["prepare"] = peak(lambda: decoder.prepare(compile_layers=compiled))
-    peaks["decode"] = peak(lambda: list(decoder.decode(NEW_TOKENS - 1)))
+    phases = {"prefill": peaks(lambda: decoder.prefill(ids))}
+    with_cache = allocated()
+    phases["prepare"] = peaks(lambda: decoder.prepare(compile_layers=compiled))
+    phases["decode"] = peaks(lambda: list(decoder.decode(NEW_TOKENS - 1)))
     free, total = torch.cuda.mem_get_info()
+    outside_torch = total - free - torch.cuda.memory_reserved()
+    peak_reserved = max(phase["reserved"] for phase in phases.values())
     return {
         "weights": weights,
-        "cache": between - weights,
-        **{f"peak_{name}": value for name, value in peaks.items()},
-        "peak": max(peaks.values()),
-        "peak_reserved": torch.cuda.max_memory_reserved(),
-        "outside_torch": total - free - torch.cuda.memory_reserved(),
+        "cache": with_cache - weights,
+        **{f"peak_{name}": phase["allocated"] for name, phase in phases.items()},
+        "peak": max(phase["allocated"] for phase in phases.values()),
+        "outside_torch": outside_torch,
+        "total": peak_reserved + outside_torch,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["olmoe-1b-7b-2.0", "mixtral-8x7b-2.0"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
     parser.add_argument("--compile", action="store_true", dest="compiled")
     parser.add_argument("--csv", type=Path, default=RESULTS / "memory_forecast.csv")
     args = parser.parse_args()
+    print(f"{'':<16}      counted      measured   counted / measured")
     for name in args.shapes:
         shape = SHAPES[name]
         counted = forecast(shape)
@@ -98,6 +105,7 @@ def main() -> None:
                 "cache": counted.cache_bytes(context, 1),
                 "peak": counted.total_bytes(bits, context, 1) - CONTEXT_BYTES,
                 "outside_torch": CONTEXT_BYTES,
+                "total": counted.total_bytes(bits, context, 1),
             }
             measured = measure(model, context, args.compiled) if model is not None else {}
             show(name, context, expected, measured)
@@ -112,15 +120,12 @@ def main() -> None:
 
 
 def show(name: str, context: int, expected: dict[str, int], measured: dict[str, int]) -> None:
-    """Prints counted and measured megabytes, and the share by which the count is off."""
-    table = Table(title=f"{name}, {context} tokens, MB", title_justify="left")
-    for column in ("", "counted", "measured", "counted too much"):
-        table.add_column(column, justify="right")
-    for row in dict.fromkeys([*expected, *measured]):
-        cells = [f"{sizes[row] / 1e6:,.1f}" if row in sizes else "" for sizes in (expected, measured)]
-        difference = expected[row] / measured[row] - 1 if row in expected and measured.get(row) else None
-        table.add_row(row, *cells, "" if difference is None else f"{difference:+.1%}")
-    Console().print(table)
+    """Prints counted and measured megabytes, and the ratio of the two."""
+    print(f"{name}, {context} tokens")
+    for figure in dict.fromkeys([*expected, *measured]):
+        cells = [f"{sizes[figure] / 1e6:>10,.1f} MB" if figure in sizes else 13 * " " for sizes in (expected, measured)]
+        ratio = expected[figure] / measured[figure] if figure in expected and measured.get(figure) else None
+        print(f"  {figure:<14}", *cells, "" if ratio is None else f"{ratio:8.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,18 @@ from gemq.cli.fit_report import print_fit
 from gemq.models.auto_class import auto_class
 from gemq.models.cache_names import cache_argument
 from gemq.models.structure import find_structure
+from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.fit import fit, fitting_recipe
+from gemq.pipeline.preflight import check_allocation
 from gemq.planning.cache_size import cache_size
 from gemq.planning.serving_memory import ServingMemory
-from gemq.quant.widths import Width
+from gemq.quant.widths import TrellisWidth, Width
 from gemq.recipe import Recipe
 from shapes import SHAPES, packed_model
 from support.cli import gemq
 from support.families import TOY, random_model, tiny_config, tokens
+
+CPU = torch.device("cpu")
 
 TINY = replace(SHAPES["small-2.0"], changes={**SHAPES["small-2.0"].changes, "num_hidden_layers": 2})
 
@@ -33,9 +37,9 @@ def on_meta(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         return auto_class(config).from_config(config, dtype=dtype).eval()
 
 
-def serving(gpus: int = 1) -> ServingMemory:
+def serving(gpus: int = 1, codes: str = "affine") -> ServingMemory:
     model = on_meta(TINY.dense_config())
-    return ServingMemory(model, find_structure(model), Recipe(widths=(1, 2, 3, 4)), gpus)
+    return ServingMemory(model, find_structure(model), Recipe(widths=(1, 2, 3, 4), codes=codes), gpus)
 
 
 def cached_bytes(cache: Any) -> int:
@@ -80,9 +84,14 @@ def test_gpus_share_heads_until_each_has_one():
     assert single == 2 * double == 2 * quadruple
 
 
+def stored_bytes(model: Any) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
 def test_weights_have_the_bytes_of_a_packed_model():
-    model = packed_model(replace(TINY, mix={Width.TWO_BIT: 1}), "cpu")
-    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with_trellis = packed_model(replace(TINY, mix={TrellisWidth(16): 1}), "cpu")
+    assert serving(codes="trellis").weight_bytes(2.0) == stored_bytes(with_trellis)
+    stored = stored_bytes(packed_model(replace(TINY, mix={Width.TWO_BIT: 1}), "cpu"))
     assert serving().weight_bytes(2.0) == stored
     halves = 2 * serving(gpus=2).weight_bytes(2.0)
     assert stored < halves < 1.1 * stored  # norms and routers are on both
@@ -113,7 +122,22 @@ def test_quantize_takes_the_budget_that_plan_names():
     assert planned["bits"] == planned["fit"]["bits"] == 4.0
     assert planned["fit"]["context"] == 512
     memory = next(row["total_bytes"] for row in planned["fit"]["rows"] if row["bits"] == 2.5)
-    assert fitting_recipe(builtin_model(), Recipe(), memory, context=512).bits == 2.5
+    assert fitting_recipe(builtin_model(), Recipe(), memory, CPU, context=512).stored_bits == 2.625
+
+
+def test_a_budget_that_fits_with_trellis_codes_fits_with_affine_codes_too():
+    """A GPU job may find that inputs of experts cannot be equalized, and then takes affine codes."""
+    model = on_meta(TINY.dense_config())
+    structure = find_structure(model)
+    memory = serving().total_bytes(2.0, 512, 1)
+    expected = expected_recipe(Recipe(), torch.device("cuda"), structure)
+    largest = fit(model, structure, expected, memory, context=512)
+    assert expected.codes == "trellis"
+    assert largest.bits > 2.0
+    budget = Recipe(stored_bits=largest.stored_bits, codes="affine")
+    allocation = check_allocation(structure, budget, 0, None, reconstruct=False)
+    assert allocation.nominal_bits <= 2.0
+    assert serving().total_bytes(allocation.nominal_bits, 512, 1) <= memory + 1000  # four decimals
 
 
 def test_the_table_says_what_fits_and_what_windows_save():

@@ -46,34 +46,6 @@ RecipeFile = Annotated[
     str | None, typer.Option("--recipe", help="YAML file of recipe keys, or paper; flags override it.")
 ]
 ComputeDtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
-Reference = Annotated[str | None, typer.Option(help="Full-precision model to compare with.")]
-Texts = Annotated[
-    list[Path] | None, typer.Option(help="Text or JSONL file; may be repeated. Default: the built-in texts.")
-]
-TextColumn = Annotated[
-    str | None, typer.Option(help="Column of JSONL rows (default: text, messages, or a prompt with its response).")
-]
-SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
-MaxWindows = Annotated[int | None, typer.Option(help="Only the first windows of each text.")]
-GenerationFlag = Annotated[
-    bool,
-    typer.Option(
-        "--generate", help="Also continue 32 prompts with each model: repetition, loops, early ends, KL on the way."
-    ),
-]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens of each continuation (default 512; CPU: 128).")]
-TaskNames = Annotated[
-    str | None,
-    typer.Option(
-        "--tasks", help="Also run these tasks of lm-eval, such as arc_easy,gsm8k: names, or paths of YAML files."
-    ),
-]
-TaskPaths = Annotated[list[Path] | None, typer.Option(help="Directory with YAML files of more tasks; may be repeated.")]
-TaskLimit = Annotated[int | None, typer.Option(help="Only the first documents of each task.")]
-NumFewshot = Annotated[
-    int | None, typer.Option(help="Examples in each prompt of a task (default: as each task defines).")
-]
-EvaluationDtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or auto.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,27 +109,28 @@ def recipe_overrides(**flags: Any) -> dict[str, Any]:
     return overrides
 
 
-def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command whose parameter ``flags`` is a ``RecipeFlags``: it gets one flag for each of the fields."""
-    hints = get_type_hints(RecipeFlags, include_extras=True)
-    recipe_parameters = [
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with a parameter ``flags``, a dataclass of flags: it gets one flag for each of its fields."""
+    signature = inspect.signature(command, eval_str=True)
+    kind = signature.parameters["flags"].annotation
+    hints = get_type_hints(kind, include_extras=True)
+    flag_parameters = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
-        for field in dataclasses.fields(RecipeFlags)
+        for field in dataclasses.fields(kind)
     ]
-    signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         if parameter.name == "flags":
-            parameters.extend(recipe_parameters)
+            parameters.extend(flag_parameters)
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
-        values = {parameter.name: arguments.pop(parameter.name) for parameter in recipe_parameters}
-        command(flags=RecipeFlags(**values), **arguments)
+        values = {parameter.name: arguments.pop(parameter.name) for parameter in flag_parameters}
+        command(flags=kind(**values), **arguments)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run

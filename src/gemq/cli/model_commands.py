@@ -10,110 +10,26 @@ from typing import Annotated
 import typer
 
 from gemq.cli.console import check_json_path, is_stdout, make_console, make_monitor, output_json, quiet_libraries
-from gemq.cli.flags import (
-    ComputeDtype,
-    Device,
-    EvaluationDtype,
-    GenerationFlag,
-    GpuMemory,
-    HostMemory,
-    Json,
-    MaxNewTokens,
-    MaxWindows,
-    NumFewshot,
-    Quiet,
-    Reference,
-    SeqLen,
-    TaskLimit,
-    TaskNames,
-    TaskPaths,
-    TextColumn,
-    Texts,
-    TrustRemoteCode,
-    parse_memory,
-    parse_numbers,
-)
+from gemq.cli.evaluation_flags import EvaluationFlags
+from gemq.cli.flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, parse_numbers, with_flags
 from gemq.cli.startup import importing
-from gemq.errors import UserError
 
 
-def check_window_flags(seq_len: int, max_windows: int | None) -> None:
-    """Raise UserError if the windows of an evaluation would be empty."""
-    if seq_len < 2:
-        raise UserError(f"--seq-len {seq_len} is too short: a window has at least 2 tokens")
-    if max_windows is not None and max_windows < 1:
-        raise UserError(f"--max-windows {max_windows} leaves nothing to score: give at least 1")
-
-
+@with_flags
 def evaluate(
     model: Annotated[str, typer.Argument(help="A packed checkpoint, or any Transformers model.")],
-    reference: Reference = None,
-    text: Texts = None,
-    text_column: TextColumn = None,
-    seq_len: SeqLen = 512,
-    max_windows: MaxWindows = None,
-    generate: GenerationFlag = False,
-    max_new_tokens: MaxNewTokens = None,
-    tasks: TaskNames = None,
-    task_path: TaskPaths = None,
-    task_limit: TaskLimit = None,
-    num_fewshot: NumFewshot = None,
-    dtype: EvaluationDtype = "float32",
-    device: Device = "auto",
-    gpu_memory: GpuMemory = None,
-    host_memory: HostMemory = None,
-    trust_remote_code: TrustRemoteCode = False,
+    flags: EvaluationFlags,
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
     """Measure the perplexity of a model, and how far it is from a reference."""
     check_json_path(json_file)
-    check_window_flags(seq_len, max_windows)
-    task_names = read_task_names(tasks, task_path, task_limit, num_fewshot)
     with importing():
         from gemq.cli.evaluation_report import print_evaluation
-        from gemq.evaluation.evaluate import evaluate_paths
 
-    values = evaluate_paths(
-        model,
-        reference=reference,
-        texts=text,
-        text_column=text_column,
-        seq_len=seq_len,
-        max_windows=max_windows,
-        generate=generate,
-        max_new_tokens=max_new_tokens,
-        tasks=task_names,
-        task_directories=task_path or (),
-        task_limit=task_limit,
-        num_fewshot=num_fewshot,
-        dtype=dtype,
-        device=device,
-        gpu_memory=parse_memory("--gpu-memory", gpu_memory),
-        host_memory=parse_memory("--host-memory", host_memory),
-        trust_remote_code=trust_remote_code,
-        monitor=make_monitor(quiet or is_stdout(json_file)),
-    )
+    values = flags.run(model, quiet or is_stdout(json_file))
     if not output_json(json_file, values) and not quiet:
         print_evaluation(make_console(), values)
-
-
-def read_task_names(
-    tasks: str | None, task_path: list[Path] | None, task_limit: int | None, num_fewshot: int | None
-) -> list[str]:
-    """Return the names in the flag ``--tasks``. Raise UserError for numbers out of range, and flags without it."""
-    if task_limit is not None and task_limit < 1:
-        raise UserError(f"--task-limit {task_limit} leaves nothing to run: give at least 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UserError(f"--num-fewshot cannot be {num_fewshot}: give 0 or more")
-    if tasks is None:
-        if task_path or task_limit is not None or num_fewshot is not None:
-            raise UserError("--task-path, --task-limit and --num-fewshot are for tasks: add --tasks")
-        return []
-    names = [name.strip() for name in tasks.split(",")]
-    if not all(names):
-        raise UserError(f"--tasks cannot be {tasks!r}: give names separated by commas, such as arc_easy,gsm8k")
-    return names
 
 
 def generate(

@@ -30,7 +30,7 @@ from gemq.cli.flags import (
     TrustRemoteCode,
     parse_memory,
     recipe_overrides,
-    with_recipe_flags,
+    with_flags,
 )
 from gemq.cli.startup import importing
 from gemq.errors import UserError
@@ -41,7 +41,7 @@ from gemq.runtime.processes import is_first
 DEFAULT_RECIPE = "default"
 
 
-@with_recipe_flags
+@with_flags
 def plan(
     model: Model,
     flags: RecipeFlags,
@@ -104,7 +104,7 @@ def _check_fit_flags(flag: str, memory: str | None, context: int | None, batch: 
         raise UserError(f"--context, --batch and --gpus say what is to fit: add {flag}, such as {flag} 24GB")
 
 
-@with_recipe_flags
+@with_flags
 def quantize(
     model: Model,
     out: Out,
@@ -141,6 +141,7 @@ def quantize(
         from gemq.cli.report import print_result
         from gemq.pipeline.fit import fitting_recipe
         from gemq.pipeline.quantize import quantize as run_quantize
+        from gemq.runtime.device import pick_device
         from gemq.runtime.ranks import leave_ranks
 
     if fit_bytes is not None:
@@ -148,12 +149,13 @@ def quantize(
             model,
             resolved_recipe,
             fit_bytes,
+            pick_device(device),
             context=context,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
         if is_first() and not quiet and not is_stdout(json_file):
-            make_console().print(f"Largest budget that fits into {fit}: {resolved_recipe.bits:g} bits")
+            make_console().print(f"Largest budget that fits into {fit}: {resolved_recipe.budget_text}")
     try:
         result = run_quantize(
             model,

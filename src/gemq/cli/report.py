@@ -274,6 +274,11 @@ def _print_job(console: Console, plan: Plan) -> None:
         "Times are estimated from counted operations and a measurement of a second; reading and writing files is not "
         "included."
     )
+    if plan.is_codes_open:
+        console.print(
+            "Counted for trellis codes. If the job finds that the experts' inputs cannot be equalized, it takes affine "
+            "codes, which have more bytes at equal bits."
+        )
 
 
 def print_curve(console: Console, curve: Curve, files: list[Path]) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 
 from gemq.models.replay import Replay
-from gemq.models.structure import Experts, Layer
+from gemq.models.structure import Experts, Layer, Structure
 from gemq.pipeline.context import Job
 from gemq.pipeline.workdir import CODES_FILE, WorkDir
 from gemq.quant.widths import TILE_SIDE, Width
@@ -59,33 +59,33 @@ def decided_recipe(work: WorkDir, recipe: Recipe) -> Recipe:
 
 def _choose(job: Job, replay: Replay) -> CodesChoice:
     """The best kind of codes that the job can have."""
-    if job.device.type != "cuda":
-        return CodesChoice("affine", "trellis codes need a GPU")
-    if reason := needs_affine_codes(job.recipe):
+    if reason := needs_affine_codes(job.recipe, job.device, replay.structure):
         return CodesChoice("affine", reason)
-    for _, layer in replay.structure.moe_layers:
-        for matrix in layer.experts.matrices:
-            if matrix.rows % TILE_SIDE or matrix.columns % TILE_SIDE:
-                return CodesChoice("affine", f"{TILE_SIDE} does not divide {matrix.rows} x {matrix.columns}")
     unequalized = sum(_is_unequalized(replay, index, layer) for index, layer in replay.structure.moe_layers)
     if unequalized:
         return CodesChoice("affine", f"the experts' inputs cannot be equalized in {unequalized} layers")
     return CodesChoice("trellis")
 
 
-def expected_recipe(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with the codes that most models get on a device, if it leaves them open."""
-    if recipe.codes != "auto" or device.type != "cuda" or needs_affine_codes(recipe):
+def expected_recipe(recipe: Recipe, device: torch.device, structure: Structure) -> Recipe:
+    """The recipe with the codes that a job gets if its experts' inputs can be equalized. Needs no weights."""
+    if recipe.codes != "auto" or needs_affine_codes(recipe, device, structure):
         return recipe
     return recipe.replace(codes="trellis")
 
 
-def needs_affine_codes(recipe: Recipe) -> str:
-    """Why a recipe has affine codes if it leaves the kind open; empty if it need not."""
+def needs_affine_codes(recipe: Recipe, device: torch.device, structure: Structure) -> str:
+    """Why a job has affine codes if its recipe leaves the kind open; empty if inputs of experts decide."""
+    if device.type != "cuda":
+        return "trellis codes need a GPU"
     if any(isinstance(width, Width) and width in (Width.TERNARY, Width.EIGHT_BIT) for width in recipe.widths or ()):
         return "only affine codes have the widths 1.6 and 8"
     if "rtn" in (recipe.quantizer, recipe.score_weights):
         return "only affine codes can be rounded to nearest"
+    for _, layer in structure.moe_layers:
+        for matrix in layer.experts.matrices:
+            if matrix.rows % TILE_SIDE or matrix.columns % TILE_SIDE:
+                return f"{TILE_SIDE} does not divide {matrix.rows} x {matrix.columns}"
     return ""
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gemq.errors import UserError
 from gemq.models.source import Source
 from gemq.models.structure import Structure, find_structure
+from gemq.pipeline.codes_stage import expected_recipe
+from gemq.planning.expert_sizes import experts_at
 from gemq.planning.serving_memory import ServingMemory
 from gemq.recipe import Recipe
 from gemq.recipe_values import MAX_SIZE_BYTES
@@ -19,6 +25,9 @@ DEFAULT_CONTEXT = 8192
 
 TABLE_BUDGETS = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Budgets in bits that are compared."""
+
+STORED_STEPS_PER_BIT = 10_000
+"""Budgets in stored bits are rounded to this, as the smallest budget of an allocation is."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Fit:
         batch: sequences at the same time.
         gpus: GPUs that share the model. Bytes are those of one of them.
         bits: the largest budget in nominal bits per expert weight, rounded down to a hundredth.
+        stored_bits: the same with scales and offsets. A budget that fits with any kind of codes.
         weight_bytes: of all weights at this budget.
         cache_bytes: of keys, values and states of all sequences.
         working_bytes: of CUDA, its libraries, and temporary tensors.
@@ -63,6 +73,7 @@ class Fit:
     batch: int
     gpus: int
     bits: float
+    stored_bits: float
     weight_bytes: int
     cache_bytes: int
     working_bytes: int
@@ -127,6 +138,7 @@ def fit(
         batch=batch,
         gpus=gpus,
         bits=bits,
+        stored_bits=_stored_bits(serving, bits),
         weight_bytes=serving.weight_bytes(bits),
         cache_bytes=serving.cache_bytes(context, batch),
         working_bytes=serving.working_bytes(bits, context, batch),
@@ -136,6 +148,13 @@ def fit(
         estimated_layers=cache.estimated_layers,
         rows=_rows(serving, memory, context, batch, {bits, *([recipe.bits] if recipe.bits else [])}),
     )
+
+
+def _stored_bits(serving: ServingMemory, bits: float) -> float:
+    """Stored bits at a budget of ``bits``: of the widest candidates exactly, else rounded up to four decimals."""
+    stored = Fraction(8 * experts_at(serving.structure, serving.recipe, bits), serving.structure.expert_weights)
+    is_widest = bits >= serving.recipe.candidate_widths[-1].bits
+    return float(stored) if is_widest else math.ceil(stored * STORED_STEPS_PER_BIT) / STORED_STEPS_PER_BIT
 
 
 def _rows(serving: ServingMemory, memory: int, context: int, batch: int, budgets: set[float]) -> tuple[FitRow, ...]:
@@ -158,6 +177,7 @@ def fitting_recipe(
     model: str | Path,
     recipe: Recipe,
     memory: int,
+    device: torch.device,
     *,
     context: int | None = None,
     revision: str | None = None,
@@ -165,10 +185,14 @@ def fitting_recipe(
 ) -> Recipe:
     """Return a recipe with the largest budget that fits into the memory of a GPU.
 
+    The budget is one of stored bits, since the job may take affine codes where trellis codes were expected, and these
+    have more scales.
+
     Args:
         model: local directory or hub id. No weights are read.
         recipe: its budget is replaced.
-        memory: bytes of the GPU.
+        memory: bytes of the GPU that serves the model.
+        device: that the job runs on. It decides on the codes.
         context: as for ``fit``.
         revision: branch, tag or commit on the hub.
         trust_remote_code: allow Python code that comes with the model to run.
@@ -178,5 +202,7 @@ def fitting_recipe(
     """
     source = Source.resolve(str(model), revision=revision, trust_remote_code=trust_remote_code, weights=False)
     skeleton = source.skeleton()
-    largest = fit(skeleton, find_structure(skeleton), recipe, memory, context=context, flag="--fit")
-    return recipe.replace(bits=largest.bits)
+    structure = find_structure(skeleton)
+    expected = expected_recipe(recipe, device, structure)
+    largest = fit(skeleton, structure, expected, memory, context=context, flag="--fit")
+    return recipe.replace(stored_bits=largest.stored_bits)

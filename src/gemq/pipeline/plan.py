@@ -57,6 +57,9 @@ class Plan:
         sizes: bytes of the checkpoint's tensors by nominal bits per expert weight, such as ``"2.5"``.
         budget: the budget, such as ``2 bits``.
         bits: nominal bits per expert weight that the budget buys.
+        codes: kind of the experts' codes that everything is counted for, ``affine`` or ``trellis``.
+        is_codes_open: whether the job takes affine codes instead if it cannot equalize the experts' inputs. Only a
+            job can tell, since it has the weights.
         seq_len: tokens per calibration window.
         num_windows: number of calibration windows of the recipe, without those that the effort adds.
         tokens: calibration tokens, with those that the effort adds.
@@ -81,6 +84,8 @@ class Plan:
     sizes: dict[str, int]
     budget: str
     bits: float
+    codes: str
+    is_codes_open: bool
     seq_len: int
     num_windows: int
     tokens: int
@@ -142,14 +147,16 @@ def plan(
         source.check_weights()
     allocation_file = None if allocation is None else Path(allocation)
     recipe = recipe or Recipe()
-    recipe = expected_recipe(recipe, pick_device(device))
+    job_device = pick_device(device)
     largest = None
     if memory is not None:
         skeleton = source.skeleton()
-        largest = fit(skeleton, find_structure(skeleton), recipe, memory, context=context, batch=batch, gpus=gpus)
+        structure = find_structure(skeleton)
+        expected = expected_recipe(recipe, job_device, structure)
+        largest = fit(skeleton, structure, expected, memory, context=context, batch=batch, gpus=gpus)
         if allocation is None and not recipe.has_budget:
             recipe = recipe.replace(bits=largest.bits)
-    job = _plan(source, recipe, allocation_file, pick_device(device), gpu_memory, host_memory)
+    job = _plan(source, recipe, allocation_file, job_device, gpu_memory, host_memory)
     return replace(job, fit=largest)
 
 
@@ -163,8 +170,9 @@ def _plan(
 ) -> Plan:
     """Plans a job on a device. See ``plan``."""
     memory = MemoryBudget.bounded(device, gpu_memory, host_memory, None)
-    checked = check_model(source, recipe, allocation, reconstruct=recipe.reconstruct)
-    model, structure = checked.model, checked.structure
+    checked = check_model(source, recipe, allocation, device, reconstruct=recipe.reconstruct)
+    is_codes_open = recipe.codes == "auto" and checked.recipe.codes == "trellis"
+    model, structure, recipe = checked.model, checked.structure, checked.recipe
     dtype = pick_dtype(recipe.dtype, device)
     footprint = Footprint(structure, recipe, model.config, dtype, device)
     if gpu_memory is not None or host_memory is not None:
@@ -193,6 +201,8 @@ def _plan(
         sizes=sizes,
         budget=recipe.budget_text if allocation is None else f"of {allocation}",
         bits=bits,
+        codes="trellis" if recipe.codes == "trellis" else "affine",
+        is_codes_open=is_codes_open,
         seq_len=checked.seq_len,
         num_windows=recipe.num_windows,
         tokens=workload.tokens,

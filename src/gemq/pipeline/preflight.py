@@ -44,6 +44,7 @@ class Checked:
     Attributes:
         model: on the meta device.
         structure: of the model.
+        recipe: of the job, with the codes that are expected.
         seq_len: tokens per calibration window.
         fixed_bytes: of the checkpoint's tensors outside the experts.
         allocation: one that meets the budget, or the one of the file.
@@ -51,6 +52,7 @@ class Checked:
 
     model: Any
     structure: Structure
+    recipe: Recipe
     seq_len: int
     fixed_bytes: int
     allocation: Allocation
@@ -62,7 +64,13 @@ class Checked:
 
 
 def check_model(
-    source: Source, recipe: Recipe, allocation: Path | None, *, reconstruct: bool, texts: bool = True
+    source: Source,
+    recipe: Recipe,
+    allocation: Path | None,
+    device: torch.device,
+    *,
+    reconstruct: bool,
+    texts: bool = True,
 ) -> Checked:
     """Checks that a job with this model and recipe could succeed.
 
@@ -70,6 +78,7 @@ def check_model(
         source: the model. It needs no weights.
         recipe: what the user requests.
         allocation: file with the widths of all experts, if any.
+        device: that the job runs on.
         reconstruct: whether the model is reconstructed.
         texts: whether calibration texts are still to be read.
 
@@ -78,6 +87,7 @@ def check_model(
     """
     model = source.skeleton()
     structure = find_structure(model)
+    recipe = expected_recipe(recipe, device, structure)
     seq_len = calibration_seq_len(source.config(), recipe.seq_len)
     if texts:
         check_sources(
@@ -90,7 +100,7 @@ def check_model(
         )
     fixed = fixed_bytes(model, structure, recipe, configured_types(model))
     checked_allocation = check_allocation(structure, recipe, fixed, allocation, reconstruct)
-    return Checked(model, structure, seq_len, fixed, checked_allocation)
+    return Checked(model, structure, recipe, seq_len, fixed, checked_allocation)
 
 
 def check_job(
@@ -123,8 +133,7 @@ def check_job(
     """
     source.check_weights()
     small_files(source.path)
-    expected = expected_recipe(recipe, memory.device)
-    checked = check_model(source, expected, allocation, reconstruct=reconstruct, texts=texts)
+    checked = check_model(source, recipe, allocation, memory.device, reconstruct=reconstruct, texts=texts)
     dtype = pick_dtype(recipe.dtype, memory.device)
     text_bytes = host_bytes(recipe.calibration) if texts else 0
     footprint = Footprint(checked.structure, recipe, checked.model.config, dtype, memory.device)
@@ -134,7 +143,7 @@ def check_job(
         check_free_space(out, checked.stored_bytes)
     if new:
         check_writable(work)
-        check_free_space(work, candidate_bytes(checked.structure, expected))
+        check_free_space(work, candidate_bytes(checked.structure, checked.recipe))
         check_tokens(checked, recipe, work, memory, dtype)
 
 

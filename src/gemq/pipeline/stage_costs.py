@@ -161,7 +161,7 @@ class Footprint(ModelMemory):
     def working_bytes(self, training_bytes: int) -> int:
         """The most that any stage takes."""
         peak = max(self.peak_bytes_by_stage(training_bytes).values())
-        expected = expected_recipe(self.recipe, self.device)
+        expected = expected_recipe(self.recipe, self.device, self.structure)
         if expected is not self.recipe:  # the job decides, once it has seen the model
             peak = max(peak, dataclasses.replace(self, recipe=expected).working_bytes(training_bytes))
         return peak

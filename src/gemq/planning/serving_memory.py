@@ -159,7 +159,8 @@ class ServingMemory:
         if layer.experts is not None:
             pairs = tokens * experts_per_token(self.text_config)
             intermediate = layer.experts.matrices[1].columns // self.gpus
-            numbers = max(numbers, pairs * (intermediate + hidden))  # the outputs of both matrices
+            copies = 2 if self.recipe.codes == "trellis" else 1  # trellis codes multiply a rotated copy
+            numbers = max(numbers, pairs * (copies * intermediate + hidden))  # the outputs of both matrices
         return self.dtype.itemsize * (tokens * STREAMS * hidden + numbers)
 
     def _vocabulary_bytes(self) -> int:
