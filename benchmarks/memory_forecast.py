@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from gemq.decoding.decoder import Decoder
 from gemq.models.structure import find_structure
-from gemq.planning.serving_memory import CONTEXT_BYTES, ServingMemory
+from gemq.planning.serving_memory import ServingMemory
 from gemq.quant.widths import ALL_TRELLIS_WIDTHS, Width
 from gemq.recipe import Recipe
+from gemq.runtime.memory import CONTEXT_BYTES
 from record import RESULTS, append, environment
 from shapes import SHAPES, Shape, mean_bits, packed_model
 

@@ -9,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, OlmoeConfig, PhimoeConfig
 
 from gemq.calibration.generation_steps import Stepper
-from gemq.calibration.self_generation import batch_size, cache_bytes
+from gemq.calibration.self_generation import batch_size
 from gemq.decoding.decoder import Decoder, Unsupported
-from gemq.models.config_values import embedding_rows, layer_configs, rotary_limit
-from gemq.planning.memory_model import experts_per_token
+from gemq.models.config_values import cache_bytes, embedding_rows, experts_per_token, layer_configs, rotary_limit
 from support.families import tiny_config, tokens
 
 torch.set_num_threads(1)

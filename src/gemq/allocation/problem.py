@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
@@ -177,15 +178,22 @@ class Allocation:
             start += size
         return layers
 
-    def to_json(self) -> str:
+    def to_json(self, tokens: Sequence[Sequence[int]] | None = None) -> str:
         """Return the text of a file for the argument ``allocation`` of ``quantize`` and ``export``.
 
         Each layer has a line with a width for each expert, or a list of two: that of gate and up, and that of down.
+
+        Args:
+            tokens: calibration tokens of each expert, by layer. They say which experts are used most.
         """
         budget = json.dumps({self.budget.kind: self.budget.value} if self.budget else None)
         rows = ",\n".join(f"    {json.dumps(row)}" for row in plain_widths(self.by_layer))
         method = json.dumps(self.method)
-        return f'{{\n  "budget": {budget},\n  "method": {method},\n  "widths": [\n{rows}\n  ]\n}}\n'
+        text = f'{{\n  "budget": {budget},\n  "method": {method},\n  "widths": [\n{rows}\n  ]'
+        if tokens is not None:
+            rows = ",\n".join(f"    {json.dumps(list(row))}" for row in tokens)
+            text += f',\n  "tokens": [\n{rows}\n  ]'
+        return text + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, problem: Problem, origin: str = "allocation") -> Allocation:
@@ -205,9 +213,11 @@ class Allocation:
             raise UserError(f"{origin} is not valid JSON ({error}): correct it or export it again") from error
         if not isinstance(data, dict) or not isinstance(data.get("widths"), list):
             raise UserError(f'{origin} has no list "widths": write {{"widths": [[2, 3, ...], ...]}}')
-        unknown = sorted(data.keys() - {"budget", "method", "widths"})
+        unknown = sorted(data.keys() - {"budget", "method", "widths", "tokens"})
         if unknown:
-            raise UserError(f"{origin}: unknown key {short_repr(unknown[0])}: the keys are budget, method and widths")
+            raise UserError(
+                f"{origin}: unknown key {short_repr(unknown[0])}: the keys are budget, method, widths and tokens"
+            )
         budget = _read_budget(data.get("budget"), origin)
         choice = _read_widths(data["widths"], problem, origin)
         return _make_allocation(problem, budget, str(data.get("method", "file")), choice)

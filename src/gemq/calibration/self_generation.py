@@ -24,7 +24,7 @@ from gemq.calibration.sources import SELF
 from gemq.calibration.vocabulary import Vocabulary
 from gemq.calibration.windows import Windows
 from gemq.models.chat_template import ChatOpening, chat_opening, has_template
-from gemq.models.config_values import layer_configs
+from gemq.models.config_values import cache_bytes, layer_configs
 from gemq.runtime.ranks import SINGLE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
@@ -338,22 +338,6 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
     cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
     # right=True: a token of probability 0 has the sum of the token before it, which then comes first
     return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
-
-
-def cache_bytes(config: Any, seq_len: int, itemsize: int) -> int:
-    """Bytes of one window's keys and values in all layers, in a dtype of ``itemsize`` bytes."""
-    return sum(_cache_width(layer) for layer in layer_configs(config)) * seq_len * 2 * itemsize
-
-
-def _cache_width(config: Any) -> int:
-    """Numbers that a layer stores for the key of a token; its value takes as many."""
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and heads:
-        head_dim = config.hidden_size // config.num_attention_heads
-    # with a latent cache, the sizes of heads say nothing about what is stored
-    has_latent_cache = isinstance(getattr(config, "kv_lora_rank", None), int)
-    return heads * head_dim if heads and head_dim and not has_latent_cache else config.hidden_size
 
 
 def batch_size(config: Any, seq_len: int) -> int:

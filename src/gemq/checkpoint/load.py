@@ -21,6 +21,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gemq.checkpoint.bounded_load import fit_into, memory_bound
 from gemq.checkpoint.format import ABOUT_KEYS, QUANT_METHOD, PackedFormat, ProjectionWidths, fields_of
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
@@ -47,7 +48,13 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py"]
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **kwargs: Any
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    *,
+    gpu_memory: int | str | None = None,
+    context: int | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the model of a packed checkpoint.
 
@@ -55,13 +62,18 @@ def load(
         path: a directory that gemq wrote, or the hub id of one
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the GPU if there is one
         dtype: type of activations and unquantized weights, such as ``float32``; ``auto`` takes the checkpoint's
+        gpu_memory: upper bound of GPU memory in bytes, or a text such as ``8GB``. Experts without room there stay in
+            host memory, and the GPU reads those that the router chooses. Such a model cannot be trained
+        context: tokens of prompt and answer that are to fit into ``gpu_memory``; 8192 by default, or the model's
+            maximum if that is less
         kwargs: passed to ``from_pretrained`` (``revision``, ``device_map``, ``trust_remote_code`` ...)
 
     Returns:
         The model of Transformers, in eval mode. Its packed weights stay packed.
 
     Raises:
-        UserError: it is not a gemq checkpoint, or something is missing or damaged. Checksums are verified.
+        UserError: it is not a gemq checkpoint, or something is missing or damaged. Checksums are verified. Or
+            ``gpu_memory`` is too small.
     """
     register()
     device = str(device) if isinstance(device, torch.device) else device
@@ -70,9 +82,18 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: use device='cpu'")
+    bound = None if gpu_memory is None else memory_bound(gpu_memory, torch.device(device))
+    if bound is not None and "device_map" in kwargs:
+        raise UserError("gpu_memory is for one GPU: give device='cuda' without device_map")
     directory = local_directory(path, kwargs) / kwargs.get("subfolder", "")
     stored = StoredCheckpoint.open(directory)
-    kwargs = {"trust_remote_code": False, "device_map": device, **kwargs, "use_safetensors": True, "dtype": dtype}
+    kwargs = {
+        "trust_remote_code": False,
+        "device_map": device if bound is None else "cpu",
+        **kwargs,
+        "use_safetensors": True,
+        "dtype": dtype,
+    }
     config = read_config(directory, trust_remote_code=kwargs["trust_remote_code"])
     with user_errors(directory, "load"), bounded_construction(directory, stored.size):
         loaded: Any = auto_class(config).from_pretrained(path, **kwargs, output_loading_info=True)
@@ -84,6 +105,9 @@ def load(
             "copy the checkpoint again"
         )
     model.config.return_dict = True  # gemq reads outputs by name
+    if bound is not None:
+        modules: Any = [model.get_submodule(path) for path in stored.format.experts]
+        model.gemq_residency = fit_into(model, directory, modules, bound, context, torch.device(device))
     return model.eval()
 
 

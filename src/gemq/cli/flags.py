@@ -30,6 +30,13 @@ Json = Annotated[
 GpuMemory = Annotated[
     str | None, typer.Option(help="Upper bound of GPU memory, such as 20GB (default: 90 % of what is free).")
 ]
+ModelGpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        help="Upper bound of GPU memory, such as 8GB: experts without room there stay in host memory (default: none).",
+    ),
+]
 HostMemory = Annotated[
     str | None,
     typer.Option(

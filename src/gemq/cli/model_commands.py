@@ -11,8 +11,21 @@ import typer
 
 from gemq.cli.console import check_json_path, is_stdout, make_console, make_monitor, output_json, quiet_libraries
 from gemq.cli.evaluation_flags import EvaluationFlags
-from gemq.cli.flags import ComputeDtype, Device, Json, Quiet, TrustRemoteCode, parse_numbers, with_flags
+from gemq.cli.flags import (
+    ComputeDtype,
+    Device,
+    Json,
+    ModelGpuMemory,
+    Quiet,
+    TrustRemoteCode,
+    parse_memory,
+    parse_numbers,
+    with_flags,
+)
 from gemq.cli.startup import importing
+
+TEMPLATE_TOKENS = 512
+"""Tokens of a chat template that are counted for the memory of a text."""
 
 
 @with_flags
@@ -49,6 +62,7 @@ def generate(
     ] = False,
     dtype: ComputeDtype = "auto",
     device: Device = "auto",
+    gpu_memory: ModelGpuMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text and print it as it is written."""
@@ -58,7 +72,9 @@ def generate(
         from gemq.models.experts import use_fast_experts
 
     quiet_libraries()
-    opened = open_model(model, dtype, device, trust_remote_code)
+    bound = parse_memory("--gpu-memory", gpu_memory)
+    context = max_new_tokens + TEMPLATE_TOKENS + max(len(text.encode()) for text in prompt)  # a token has a byte
+    opened = open_model(model, dtype, device, trust_remote_code, bound, context)
     if opened.contents is None:
         use_fast_experts(opened.model)
     for text in prompt:
@@ -100,6 +116,7 @@ def bench(
     ] = True,
     dtype: ComputeDtype = "auto",
     device: Device = "auto",
+    gpu_memory: ModelGpuMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -120,6 +137,7 @@ def bench(
         compiled=compiled,
         dtype=dtype,
         device=device,
+        gpu_memory=parse_memory("--gpu-memory", gpu_memory),
         trust_remote_code=trust_remote_code,
         monitor=make_monitor(quiet or is_stdout(json_file)),
     )

@@ -66,6 +66,7 @@ def bench_path(
     compiled: bool = True,
     dtype: str = "auto",
     device: str = "auto",
+    gpu_memory: int | None = None,
     trust_remote_code: bool = False,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def bench_path(
     monitor = monitor or Monitor()
     start = time.perf_counter()
     with monitor.stage("load", 1) as tick:
-        loaded = open_model(path, dtype, device, trust_remote_code)
+        loaded = open_model(path, dtype, device, trust_remote_code, gpu_memory)
         model = loaded.model
         if loaded.contents is None:
             use_fast_experts(model)

@@ -100,13 +100,22 @@ class LoadedModel:
         return self.source.tokenizer
 
 
-def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
+def open_model(
+    path: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+    gpu_memory: int | None = None,
+    context: int | None = None,
+) -> LoadedModel:
     """Loads a packed checkpoint or any Transformers model.
 
     Args:
         path: directory or name on the Hugging Face Hub
         dtype: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
         device: ``cpu``, ``cuda``, or ``auto``
+        gpu_memory: upper bound of GPU memory in bytes, for a packed checkpoint
+        context: tokens of a text that are to fit into ``gpu_memory``
 
     Raises:
         UserError: the model cannot be loaded.
@@ -117,8 +126,17 @@ def open_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
     if is_packed(source.path):
         contents = inspect_checkpoint(source.path)
         load_dtype: Any = DTYPES.get(dtype, "auto")
-        model = load(source.path, device=str(target), dtype=load_dtype, trust_remote_code=trust_remote_code)
+        model = load(
+            source.path,
+            device=str(target),
+            dtype=load_dtype,
+            gpu_memory=gpu_memory,
+            context=context,
+            trust_remote_code=trust_remote_code,
+        )
         return LoadedModel(model, source, contents, contents.stored_bytes)
+    if gpu_memory is not None:
+        raise UserError(f"--gpu-memory is for packed checkpoints and {path} is none: leave it out")
     model, stored_dtypes = source.load(target, DTYPES.get(dtype))
     return LoadedModel(model, source, None, stored_bytes(model, stored_dtypes))
 

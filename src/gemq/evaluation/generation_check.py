@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibration.self_generation import cache_bytes
 from gemq.calibration.windows import Windows
 from gemq.decoding.decoder import LENGTH_MULTIPLE
 from gemq.errors import UserError
@@ -27,6 +26,7 @@ from gemq.evaluation.continuations import MODES, Continuation, Prompts, WrittenT
 from gemq.evaluation.model_files import ModelFiles
 from gemq.evaluation.predictions import Predictions
 from gemq.evaluation.scoring import window_kl
+from gemq.models.config_values import cache_bytes
 from gemq.models.source import max_seq_len
 from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.progress import Monitor, Tick

@@ -42,7 +42,7 @@ class GemqLM(HFLM):
         tokenizer: str | None = None,
         **arguments: Any,
     ) -> None:
-        options = {} if revision is None else {"revision": revision}
+        options: dict[str, Any] = {} if revision is None else {"revision": revision}
         model = load(pretrained, device=device or "auto", dtype=dtype, trust_remote_code=trust_remote_code, **options)
         super().__init__(
             pretrained=model, tokenizer=tokenizer or pretrained, trust_remote_code=trust_remote_code, **arguments

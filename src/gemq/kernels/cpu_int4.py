@@ -77,7 +77,7 @@ def _matrix_sizes(module: Any) -> list[tuple[int, int]]:
     """Return rows and group size of each of the module's matrices."""
     if hasattr(module, "out_features"):
         return [(module.out_features, module.group_size)]
-    return [(matrices.rows, matrices.group_size) for matrices in module._packed().values()]
+    return [(matrices.rows, matrices.group_size) for matrices in module.packed_projections().values()]
 
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ module is recognized by the attributes that its forward uses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ class PackedMatrices(nn.Module):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
     Attributes:
-        codes: uint8, the experts' codes in order, each [rows, groups * group_bytes] and aligned
+        codes: uint8, the experts' codes in order, each [rows, groups * group_bytes] and aligned; the pool of all layers
+            if experts are offloaded (``kernels.offload``)
         scales: uint8, [experts, rows, groups] flat
         offsets: uint8, [experts, rows, groups] flat
         table: [experts, 3] int64: levels of the width (2, 3, 4, 8, 16, 256), first byte in codes, first byte in scales
+        host_codes: codes of offloaded experts, in host memory
     """
 
     codes: Tensor
@@ -55,6 +58,7 @@ class PackedMatrices(nn.Module):
         device = matrices[0].codes.device
         scales_per_expert = self.rows * self.groups
 
+        self.host_codes: dict[int, Tensor] = {}
         self._starts: list[int] = []
         table: list[list[int]] = []
         end = 0
@@ -76,14 +80,29 @@ class PackedMatrices(nn.Module):
         """Number of experts."""
         return len(self.widths)
 
+    def code_bytes(self, expert: int) -> int:
+        """Return the bytes of one expert's codes."""
+        return self.rows * self.groups * self.widths[expert].group_bytes(self.group_size)
+
+    def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, Tensor]) -> None:
+        """Read codes from other memory from now on.
+
+        Args:
+            pool: uint8, what kernels read
+            starts: first byte in it of each expert's codes
+            host_codes: codes of experts that are copied there only while their layer runs
+        """
+        self.codes, self.host_codes, self._starts = pool, host_codes, starts
+        self.table[:, 1] = torch.tensor(starts)
+
     def matrix(self, expert: int) -> PackedMatrix:
         """Return views of one expert's tensors, in the layout of the checkpoint."""
         groups = self.rows * self.groups
-        code_bytes = groups * self.widths[expert].group_bytes(self.group_size)
-        code_slice = slice(self._starts[expert], self._starts[expert] + code_bytes)
+        start = 0 if expert in self.host_codes else self._starts[expert]
+        codes = self.host_codes.get(expert, self.codes)[start : start + self.code_bytes(expert)]
         grid_slice = slice(expert * groups, (expert + 1) * groups)
         return PackedMatrix(
-            self.codes[code_slice].view(self.rows, -1),
+            codes.view(self.rows, -1),
             self.scales[grid_slice].view(self.rows, self.groups),
             self.offsets[grid_slice].view(self.rows, self.groups),
             self.widths[expert],
@@ -104,7 +123,9 @@ class PackedMatrices(nn.Module):
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return the weights of one expert: [rows, columns] in ``dtype``."""
-        return dequantize(self.matrix(expert).unpack(), dtype)
+        matrix = self.matrix(expert)
+        matrix = replace(matrix, codes=matrix.codes.to(matrix.scales.device))
+        return dequantize(matrix.unpack(), dtype)
 
     def kernel_sizes(self) -> tuple[Any, ...]:
         """Return the sizes that kernels are compiled for."""
@@ -150,9 +171,9 @@ class PackedExperts(nn.Module):
 
     def kernel_sizes(self) -> tuple[Any, ...]:
         """Return the sizes that kernels are compiled for. Modules with equal sizes share kernels."""
-        return tuple(matrices.kernel_sizes() for matrices in self._packed().values())
+        return tuple(matrices.kernel_sizes() for matrices in self.packed_projections().values())
 
-    def _packed(self) -> dict[str, PackedMatrices | TrellisMatrices]:
+    def packed_projections(self) -> dict[str, PackedMatrices | TrellisMatrices]:
         """Return the packed projections by name."""
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
         return {name: module for name, module in modules if isinstance(module, PackedMatrices | TrellisMatrices)}
@@ -160,7 +181,7 @@ class PackedExperts(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Add each expert's tensors under their names in a checkpoint."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for projection, matrices in self._packed().items():
+        for projection, matrices in self.packed_projections().items():
             for expert in range(matrices.num_experts):
                 destination.update(matrices.matrix(expert).named(f"{prefix}{expert}.{projection}"))
 
@@ -176,7 +197,7 @@ class PackedExperts(nn.Module):
     ) -> None:
         """Copy each expert's tensors into the flat buffers, and load everything else as torch does."""
         remaining = dict(state_dict)
-        for projection, matrices in self._packed().items():
+        for projection, matrices in self.packed_projections().items():
             for expert in range(matrices.num_experts):
                 name = f"{prefix}{expert}.{projection}"
                 tensors = {key: remaining.pop(key, None) for key in matrices.matrix(expert).named(name)}
@@ -204,6 +225,8 @@ def _packed_class(experts_class: type[nn.Module]) -> type[nn.Module]:
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
             """Support pickle and copy, which cannot look up a class that was created at run time."""
+            if "fetch_table" in self._buffers:
+                raise RuntimeError("experts in host memory cannot be copied: load the model again")
             return _new_packed, (experts_class,), self.__getstate__()
 
         _packed_classes[experts_class] = type(name, (PackedExperts, experts_class), {"__reduce_ex__": reduce})

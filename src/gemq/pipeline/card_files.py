@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 import gemq
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
-from gemq.calibration.self_generation import cache_bytes
 from gemq.calibration.sources import SELF
 from gemq.checkpoint.contents import widths_by_expert
 from gemq.checkpoint.format import PackedFormat
+from gemq.models.config_values import cache_bytes
 from gemq.models.source import pick_dtype
 from gemq.pipeline.context import Job
 from gemq.pipeline.size_curve import curve_points
@@ -200,6 +200,8 @@ def recipe_text(values: Mapping[str, Any], digests: Iterable[str], from_file: bo
 def texts(job: Job, record: Mapping[str, Any], allocation: Allocation) -> dict[str, str]:
     """Contents of the files next to the weights, by name."""
     facts = record["job"]
+    token_counts = iter(facts["expert_tokens"])
+    tokens: list[list[int]] = [next(token_counts, []) if layer else [] for layer in allocation.by_layer]
     try:
         card_metadata = source_metadata(job.source.path)
     except ValueError:
@@ -208,7 +210,7 @@ def texts(job: Job, record: Mapping[str, Any], allocation: Allocation) -> dict[s
         card_metadata = {}
     return {
         CARD: model_card(record, card_metadata),
-        "allocation.json": allocation.to_json(),
+        "allocation.json": allocation.to_json(tokens),
         "allocation.svg": widths_picture(layers_of_section(record["checkpoint"])),
         "recipe.yaml": recipe_text(facts["recipe"], job.calibration, facts["method"] == "from a file"),
         PAGE: render_page(record),

@@ -17,12 +17,12 @@ from gemq.calibration.self_generation import (
     WindowPlan,
     added_window_openings,
     batch_size,
-    cache_bytes,
     generate_windows,
     gpu_batch_size,
 )
 from gemq.calibration.sources import SELF, calibration_windows
 from gemq.calibration.windows import Windows
+from gemq.models.config_values import cache_bytes
 from gemq.models.replay import Replay
 from gemq.pipeline.context import Job
 from gemq.pipeline.stage_settings import window_inputs

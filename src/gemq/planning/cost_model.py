@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gemq.models.config_values import experts_per_token
 from gemq.models.structure import Layer, Structure
-from gemq.planning.memory_model import experts_per_token
 from gemq.recipe import Recipe
 from gemq.runtime.device import Rates
 from gemq.runtime.ranks import GPU_BATCHES_PER_FORWARD, batches_per_forward

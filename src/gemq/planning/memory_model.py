@@ -15,7 +15,7 @@ import torch
 from gemq.allocation.divergence import POSITIONS_PER_CHUNK
 from gemq.errors import UserError
 from gemq.layers.quantizer import CHUNK_BYTES, TRELLIS_COPIES
-from gemq.models.config_values import layer_configs
+from gemq.models.config_values import experts_per_token, layer_configs
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
 from gemq.models.source import calibration_seq_len
 from gemq.models.structure import Experts, Layer, Structure
@@ -25,20 +25,6 @@ from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
 from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.ranks import Ranks
-
-DEFAULT_EXPERTS_PER_TOKEN = 8
-"""Where a configuration does not say how many experts a token chooses. Nearly all families choose at most this many."""
-
-EXPERTS_PER_TOKEN_KEYS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
-)
-"""What families call the number of experts that a token chooses."""
 
 TRAINED_BYTES = {torch.bfloat16: 11, torch.float32: 28}
 """Bytes a weight while it is trained on a GPU, by compute type: code, soft code, moments, weight in use, gradients."""
@@ -231,15 +217,6 @@ class ModelMemory:
     def workspace_bytes(self) -> int:
         """Bytes that a GPU's libraries take."""
         return GPU_WORKSPACE_BYTES if self.device.type == "cuda" else 0
-
-
-def experts_per_token(text: Any) -> int:
-    """Experts that a token chooses at most, from a text model's configuration."""
-    counts = []
-    for config in layer_configs(text):
-        values = [getattr(config, key, None) for key in EXPERTS_PER_TOKEN_KEYS]
-        counts.append(next((value for value in values if isinstance(value, int)), DEFAULT_EXPERTS_PER_TOKEN))
-    return max(counts, default=DEFAULT_EXPERTS_PER_TOKEN)
 
 
 def tensor_bytes(model: Any, structure: Structure | None, dtype: torch.dtype) -> tuple[int, list[int]]:

@@ -17,19 +17,14 @@ from typing import Any
 import torch
 
 from gemq.models.byte_sizes import linear_bytes, unquantized_bytes
+from gemq.models.config_values import experts_per_token
 from gemq.models.source import configured_types, max_seq_len
 from gemq.models.structure import Layer, Structure
 from gemq.planning.cache_size import CacheSize, cache_size
 from gemq.planning.expert_sizes import experts_at
-from gemq.planning.memory_model import experts_per_token
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
-
-CONTEXT_BYTES = 600_000_000
-"""What CUDA takes outside PyTorch's memory: the context of a process, and the code of all kernels."""
-
-LIBRARY_BYTES = 100_000_000
-"""Workspaces of matrix product libraries, and of the decode kernels."""
+from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES
 
 COMMUNICATION_BYTES = 300_000_000
 """Buffers of NCCL on each of several GPUs."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gemq
-from gemq.calibration.self_generation import cache_bytes
 from gemq.checkpoint.contents import Contents, inspect_checkpoint
 from gemq.checkpoint.skeleton import read_config
 from gemq.errors import UserError
+from gemq.models.config_values import cache_bytes
 from gemq.reporting.card import update_card
 from gemq.reporting.page import write_page
 from gemq.reporting.record import evaluation_section, hub_id, public_name, read_record, section_of_contents

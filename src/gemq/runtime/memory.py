@@ -32,6 +32,12 @@ DEFAULT_FRACTION = 0.9
 
 UNLIMITED = 1 << 62
 
+CONTEXT_BYTES = 600_000_000
+"""What CUDA takes outside PyTorch's memory: the context of a process, and the code of all kernels."""
+
+LIBRARY_BYTES = 100_000_000
+"""Workspaces of matrix product libraries, and of the decode kernels."""
+
 SPILL_PREFIX = ".spilled-"
 """Prefix of the files that hold what does not fit into memory. A job removes those that a killed job left."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ class TrellisMatrices(nn.Module):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
     Attributes:
-        codes: uint8, the experts' codes in order, each [rows / 16, columns / 16 * 4 * eighths] and aligned
+        codes: uint8, the experts' codes in order, each [rows / 16, columns / 16 * 4 * eighths] and aligned; the pool of
+            all layers if experts are offloaded (``kernels.offload``)
         scales: [experts, rows] uint8
         table: [experts, 2] int32: the width in eighths of a bit, and the first byte in codes divided by ALIGNMENT
         state_bits: bits of a state
+        host_codes: codes of offloaded experts, in host memory
     """
 
     codes: Tensor
@@ -36,6 +39,7 @@ class TrellisMatrices(nn.Module):
         self.rows, self.columns = matrices[0].scales.shape[-1], matrices[0].columns
         device = matrices[0].codes.device
 
+        self.host_codes: dict[int, Tensor] = {}
         self._starts: list[int] = []
         end = 0
         for matrix in matrices:
@@ -58,10 +62,21 @@ class TrellisMatrices(nn.Module):
         """Return the sizes that kernels are compiled for."""
         return (self.rows, self.columns, self.state_bits)
 
+    def code_bytes(self, expert: int) -> int:
+        """Return the bytes of one expert's codes."""
+        return self.rows * self.columns * self.widths[expert].eighths // 64
+
+    def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, Tensor]) -> None:
+        """Read codes from other memory from now on. Arguments as for ``PackedMatrices.place_codes``."""
+        self.codes, self.host_codes, self._starts = pool, host_codes, starts
+        if pool.numel() // ALIGNMENT >= 1 << 31:
+            self.table = self.table.long()
+        self.table[:, 1] = torch.tensor(starts) // ALIGNMENT
+
     def matrix(self, expert: int) -> TrellisMatrix:
         """Return views of one expert's tensors, in the layout of the checkpoint."""
-        code_bytes = self.rows * self.columns * self.widths[expert].eighths // 64
-        codes = self.codes[self._starts[expert] : self._starts[expert] + code_bytes]
+        start = 0 if expert in self.host_codes else self._starts[expert]
+        codes = self.host_codes.get(expert, self.codes)[start : start + self.code_bytes(expert)]
         return TrellisMatrix(codes.view(self.rows // 16, -1), self.scales[expert], self.widths[expert], self.state_bits)
 
     def set_matrix(self, expert: int, matrix: TrellisMatrix) -> None:
@@ -82,7 +97,8 @@ class TrellisMatrices(nn.Module):
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return the weights of one expert: [rows, columns] in ``dtype``."""
-        return self.matrix(expert).dequantize(dtype)
+        matrix = self.matrix(expert)
+        return replace(matrix, codes=matrix.codes.to(matrix.scales.device)).dequantize(dtype)
 
     def extra_repr(self) -> str:
         """Describe the sizes when the module is printed."""

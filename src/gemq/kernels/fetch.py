@@ -1,0 +1,116 @@
+"""Copies the codes of chosen experts from pinned host memory to the GPU (``kernels.offload``).
+
+A kernel reads host memory itself. So the choice never goes to the host, nothing waits for it, and a CUDA graph can
+contain the copy.
+
+Legend: T tokens, K experts per token, E experts.
+
+Importing this module needs triton. With ``TRITON_INTERPRET=1`` set before, everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemq.kernels.decode.launch import device_of
+from gemq.kernels.triton_types import Pointer, Scalar
+
+BLOCK_UNITS = 1024
+"""Units of 16 bytes that a program copies at a time."""
+
+MATRIX_PROGRAMS = 32
+"""Programs that copy one matrix. With those of two matrices, enough bytes are on their way to fill the bus."""
+
+MAX_SEARCHED_PAIRS = 1024
+"""With more pairs of token and expert, all of the layer's experts are copied: nearly all of them are chosen."""
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _fetch_kernel(
+    index: Pointer,  # [P] int
+    fetch_table: Pointer,  # [E, projections, 3] int64: address, first unit in the pool, units (0: resident)
+    pool: Pointer,
+    out: Pointer,  # [P] a copy of index
+    pairs: Scalar,
+    experts: Scalar,
+    PROJECTIONS: tl.constexpr,
+    PADDED_PAIRS: tl.constexpr,
+    SEARCH: tl.constexpr,  # whether only chosen experts are copied
+    BY_PAIR: tl.constexpr,  # whether a program belongs to a pair; otherwise to an expert
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Grid [P if BY_PAIR else E, projections, PROGRAMS]."""
+    unit, projection, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    is_needed = unit >= 0
+    expert = unit
+    if SEARCH:
+        pair = tl.arange(0, PADDED_PAIRS)
+        chosen = tl.load(index + pair, mask=pair < pairs, other=-1).to(tl.int32)
+        if (unit == 0) & (projection == 0) & (program == 0):
+            tl.store(out + pair, chosen.to(out.dtype.element_ty), mask=pair < pairs)
+        if BY_PAIR:
+            expert = tl.sum(tl.where(pair == unit, chosen, 0))
+            earlier = tl.sum(((chosen == expert) & (pair < unit)).to(tl.int32))
+            is_needed = (earlier == 0) & (expert >= 0) & (expert < experts)
+        else:
+            is_needed = tl.sum((chosen == expert).to(tl.int32)) > 0
+    if is_needed:
+        row = fetch_table + (expert * PROJECTIONS + projection) * 3
+        source = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
+        target = tl.multiple_of(pool.to(tl.pointer_type(tl.int32)) + tl.load(row + 1) * 4, 16)
+        units = tl.load(row + 2)
+        word = tl.arange(0, BLOCK * 4)
+        for first in range(program * BLOCK, units, PROGRAMS * BLOCK):
+            is_inside = word < (units - first) * 4
+            words = tl.load(source + (first * 4 + word), mask=is_inside)
+            tl.store(target + (first * 4 + word), words, mask=is_inside)
+
+
+@torch.library.custom_op("gemq::fetch_codes", mutates_args=())
+def fetch_codes(index: Tensor, fetch_table: Tensor, pool: Tensor) -> Tensor:
+    """Copy the codes of the chosen experts to the staging area.
+
+    Its effect on ``pool`` is not declared: a compiler could copy the pool to be safe. The order follows from the result
+    instead, which the experts take in place of ``index``. The next layer's index depends on their output.
+
+    Args:
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        fetch_table: [E, projections, 3] int64: address in host memory, first unit of 16 bytes in the pool, and units
+        pool: uint8
+
+    Returns:
+        A copy of ``index``.
+    """
+    index = index.contiguous()
+    experts, projections, _ = fetch_table.shape
+    pairs = index.numel()
+    is_searched = pairs <= MAX_SEARCHED_PAIRS
+    by_pair = is_searched and pairs <= experts
+    out = torch.empty_like(index) if is_searched else index.clone()
+    with device_of(index):
+        _fetch_kernel[(pairs if by_pair else experts, projections, MATRIX_PROGRAMS)](
+            index,
+            fetch_table,
+            pool,
+            out,
+            pairs,
+            experts,
+            PROJECTIONS=projections,
+            PADDED_PAIRS=triton.next_power_of_2(pairs) if is_searched else 1,
+            SEARCH=is_searched,
+            BY_PAIR=by_pair,
+            BLOCK=BLOCK_UNITS,
+            PROGRAMS=MATRIX_PROGRAMS,
+            num_warps=8,
+        )
+    return out
+
+
+@fetch_codes.register_fake
+def _(index: Tensor, fetch_table: Tensor, pool: Tensor) -> Tensor:
+    """Return the shape of ``fetch_codes``."""
+    return torch.empty_like(index, memory_format=torch.contiguous_format)
