@@ -93,7 +93,7 @@ def test_the_codes_of_chosen_experts_are_fetched(pairs, monkeypatch):
     index = torch.tensor(pairs)
     for layer, residents in zip(layers, residency.residents, strict=True):
         pool[residency.resident_bytes :] = 0x55
-        assert torch.equal(fetch.fetch_codes(index, layer.fetch_table, pool), index)
+        assert torch.equal(fetch.fetch_codes(index, layer.fetch_table, pool, True), index)
         for matrices in layer.packed_projections().values():
             for expert in range(EXPERTS):
                 start = int(matrices.table[expert, 1])

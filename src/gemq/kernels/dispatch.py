@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 MAX_DECODE_TOKENS = 16
 """Largest number of tokens for the ``decode`` kernels, which have 16 columns at most."""
 
+MAX_OVERLAPPED_TOKENS = MAX_DECODE_TOKENS
+"""Largest number of tokens for which codes of down projections arrive from host memory while gate and up are computed.
+Only the ``decode`` kernels wait for them."""
+
 mode = os.environ.get("GEMQ_KERNELS", "")
 if mode not in ("", "reference", "triton"):
     raise UserError(f"GEMQ_KERNELS={mode} is not supported: set it to reference or triton, or unset it")
@@ -76,7 +80,8 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
             raise UserError("a model with experts in host memory cannot be trained: load it without gpu_memory")
         from gemq.kernels.fetch import fetch_codes
 
-        top_k_index = fetch_codes(top_k_index, module.fetch_table, module.down_proj.codes)
+        overlap = hidden.shape[0] <= MAX_OVERLAPPED_TOKENS
+        top_k_index = fetch_codes(top_k_index, module.fetch_table, module.down_proj.codes, overlap)
     if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
         from gemq.kernels.training.autograd import experts_with_grad
 

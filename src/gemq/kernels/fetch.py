@@ -28,14 +28,15 @@ MAX_SEARCHED_PAIRS = 1024
 """With more pairs of token and expert, all of the layer's experts are copied: nearly all of them are chosen."""
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "first_projection"])
 def _fetch_kernel(
     index: Pointer,  # [P] int
     fetch_table: Pointer,  # [E, projections, 3] int64: address, first unit in the pool, units (0: resident)
     pool: Pointer,
-    out: Pointer,  # [P] a copy of index
+    out: Pointer,  # [P] a copy of index, or index itself
     pairs: Scalar,
     experts: Scalar,
+    first_projection: Scalar,
     PROJECTIONS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr,
     SEARCH: tl.constexpr,  # whether only chosen experts are copied
@@ -43,14 +44,15 @@ def _fetch_kernel(
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Grid [P if BY_PAIR else E, projections, PROGRAMS]."""
-    unit, projection, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid [P if BY_PAIR else E, projections from the first, PROGRAMS]."""
+    unit, program = tl.program_id(0), tl.program_id(2)
+    projection = first_projection + tl.program_id(1)
     is_needed = unit >= 0
     expert = unit
     if SEARCH:
         pair = tl.arange(0, PADDED_PAIRS)
         chosen = tl.load(index + pair, mask=pair < pairs, other=-1).to(tl.int32)
-        if (unit == 0) & (projection == 0) & (program == 0):
+        if (unit == 0) & (tl.program_id(1) == 0) & (program == 0):
             tl.store(out + pair, chosen.to(out.dtype.element_ty), mask=pair < pairs)
         if BY_PAIR:
             expert = tl.sum(tl.where(pair == unit, chosen, 0))
@@ -70,8 +72,29 @@ def _fetch_kernel(
             tl.store(target + (first * 4 + word), words, mask=is_inside)
 
 
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+"""For each GPU, the stream that fetches down projections."""
+
+_events: dict[torch.device, torch.cuda.Event] = {}
+"""For each GPU, the end of the last such fetch, until ``wait_for_down`` is called."""
+
+
+def wait_for_down(device: torch.device) -> bool:
+    """Let the current stream wait for the codes of down projections, which arrive while gate and up are computed.
+
+    Returns:
+        Whether there is anything to wait for. The next kernel must not start before this wait, as it otherwise may
+        where GPUs support programmatic dependent launch.
+    """
+    event = _events.pop(device, None)
+    if event is None:
+        return False
+    torch.cuda.current_stream(device).wait_event(event)
+    return True
+
+
 @torch.library.custom_op("gemq::fetch_codes", mutates_args=())
-def fetch_codes(index: Tensor, fetch_table: Tensor, pool: Tensor) -> Tensor:
+def fetch_codes(index: Tensor, fetch_table: Tensor, pool: Tensor, overlap: bool) -> Tensor:
     """Copy the codes of the chosen experts to the staging area.
 
     Its effect on ``pool`` is not declared: a compiler could copy the pool to be safe. The order follows from the result
@@ -81,36 +104,60 @@ def fetch_codes(index: Tensor, fetch_table: Tensor, pool: Tensor) -> Tensor:
         index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
         fetch_table: [E, projections, 3] int64: address in host memory, first unit of 16 bytes in the pool, and units
         pool: uint8
+        overlap: whether the down projections, the last ones, may arrive later. ``wait_for_down`` waits for them
 
     Returns:
         A copy of ``index``.
     """
     index = index.contiguous()
-    experts, projections, _ = fetch_table.shape
-    pairs = index.numel()
-    is_searched = pairs <= MAX_SEARCHED_PAIRS
-    by_pair = is_searched and pairs <= experts
-    out = torch.empty_like(index) if is_searched else index.clone()
-    with device_of(index):
-        _fetch_kernel[(pairs if by_pair else experts, projections, MATRIX_PROGRAMS)](
-            index,
-            fetch_table,
-            pool,
-            out,
-            pairs,
-            experts,
-            PROJECTIONS=projections,
-            PADDED_PAIRS=triton.next_power_of_2(pairs) if is_searched else 1,
-            SEARCH=is_searched,
-            BY_PAIR=by_pair,
-            BLOCK=BLOCK_UNITS,
-            PROGRAMS=MATRIX_PROGRAMS,
-            num_warps=8,
-        )
+    projections = fetch_table.shape[1]
+    out = torch.empty_like(index)
+    device = pool.device
+    with device_of(pool):
+        wait_for_down(device)  # it is not called where a kernel failed
+        if not overlap or device.type != "cuda":
+            _launch(index, out, fetch_table, pool, range(projections))
+            return out
+        _launch(index, out, fetch_table, pool, range(projections - 1))
+        current = torch.cuda.current_stream(device)
+        side = _streams.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            # The copy lives until the down projections have been computed. The index may not.
+            _launch(out, out, fetch_table, pool, range(projections - 1, projections))
+            event = torch.cuda.Event()
+            event.record()
+        _events[device] = event
     return out
 
 
+def _launch(index: Tensor, out: Tensor, fetch_table: Tensor, pool: Tensor, projections: range) -> None:
+    """Copy some of the projections of the chosen experts, and the index to ``out``."""
+    experts, table_projections, _ = fetch_table.shape
+    pairs = index.numel()
+    is_searched = pairs <= MAX_SEARCHED_PAIRS
+    by_pair = is_searched and pairs <= experts
+    if not is_searched:
+        out.copy_(index)
+    _fetch_kernel[(pairs if by_pair else experts, len(projections), MATRIX_PROGRAMS)](
+        index,
+        fetch_table,
+        pool,
+        out,
+        pairs,
+        experts,
+        projections.start,
+        PROJECTIONS=table_projections,
+        PADDED_PAIRS=triton.next_power_of_2(pairs) if is_searched else 1,
+        SEARCH=is_searched,
+        BY_PAIR=by_pair,
+        BLOCK=BLOCK_UNITS,
+        PROGRAMS=MATRIX_PROGRAMS,
+        num_warps=8,
+    )
+
+
 @fetch_codes.register_fake
-def _(index: Tensor, fetch_table: Tensor, pool: Tensor) -> Tensor:
+def _(index: Tensor, fetch_table: Tensor, pool: Tensor, overlap: bool) -> Tensor:
     """Return the shape of ``fetch_codes``."""
     return torch.empty_like(index, memory_format=torch.contiguous_format)

@@ -93,6 +93,7 @@ def launch_down(
     weights: Tensor | None,
     down: ExpertMatrices,
     config: LaunchConfig | None = None,
+    pdl: bool = True,
 ) -> Tensor:
     """Multiply the chosen experts' activations with their second matrices.
 
@@ -102,6 +103,7 @@ def launch_down(
         weights: [T, K] routing weights, or None
         down: down projections
         config: launch options, for benchmarks
+        pdl: whether the kernel may load its codes while the previous one ends, on GPUs that support this
 
     Returns:
         Without weights [T, K, rows] in h's dtype. With weights [T, K * S, rows] float32, each slot's weighted output
@@ -112,7 +114,7 @@ def launch_down(
     groups = columns // down.group_size
     dtype = h.dtype if weights is None else torch.float32
     if config is None and vectors_cover(h.dtype, columns, down.group_size, down.levels):
-        config = vector_config(tokens * slots, groups, is_down=True)
+        config = vector_config(tokens * slots, groups, is_down=True)._replace(pdl=pdl)
     if isinstance(config, VectorConfig):
         splits = 1 if weights is None else down_splits(h.dtype, columns, down.group_size, down.levels)
         out = torch.empty(tokens, slots * splits, down.rows, dtype=dtype, device=h.device)

@@ -22,6 +22,7 @@ from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import down_splits, widths_for
+from gemq.kernels.fetch import wait_for_down
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def decode_experts(
     down = ExpertMatrices.from_lists(down_tensors, down_sizes)
     index = index.contiguous()
     h = launch_up(hidden.contiguous(), index, up, Activation.from_numbers(activation))
-    return launch_down(h, index, weights.contiguous(), down)
+    return launch_down(h, index, weights.contiguous(), down, pdl=not wait_for_down(hidden.device))
 
 
 @decode_experts.register_fake
@@ -122,7 +123,7 @@ def decode_down(
     """
     down = ExpertMatrices.from_lists(tensors, sizes)
     weights = None if weights is None else weights.contiguous()
-    return launch_down(h.contiguous(), index.contiguous(), weights, down)
+    return launch_down(h.contiguous(), index.contiguous(), weights, down, pdl=not wait_for_down(h.device))
 
 
 @decode_down.register_fake

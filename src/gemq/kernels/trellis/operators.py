@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import Activation, activation_of
+from gemq.kernels.fetch import wait_for_down
 from gemq.kernels.trellis.launch import TrellisArguments, launch_rotation, launch_rows
 from gemq.kernels.trellis.tuning import num_splits
 from gemq.runtime.compat import transformers_private
@@ -58,7 +59,8 @@ def trellis_experts(
     rotated = launch_rotation(hidden.contiguous().unsqueeze(1), up.columns, dtype)
     y = launch_rows(rotated, index, None, up)
     y = y.view(index.numel(), -1, up.rows)
-    rotated = launch_rotation(y, down.columns, dtype, Activation.from_numbers(activation))
+    is_waiting = wait_for_down(hidden.device)
+    rotated = launch_rotation(y, down.columns, dtype, Activation.from_numbers(activation), pdl=not is_waiting)
     return launch_rows(rotated, index, weights.contiguous(), down)
 
 
@@ -97,7 +99,8 @@ def trellis_rows(
     w = TrellisArguments.from_lists(tensors, sizes)
     index = index.contiguous()  # before the rotation, during which ``rows_kernel`` reads it
     weights = None if weights is None else weights.contiguous()
-    rotated = launch_rotation(x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype)
+    is_waiting = wait_for_down(x.device)
+    rotated = launch_rotation(x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype, pdl=not is_waiting)
     return launch_rows(rotated, index, weights, w)
 
 
