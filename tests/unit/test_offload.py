@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import gemq
+from gemq.checkpoint.bounded_load import expert_usage, fit_into
 from gemq.errors import UserError
 from gemq.kernels import dispatch
 from gemq.kernels.offload import choose_residents, expert_code_bytes, offload_experts
 from gemq.quant.widths import Width
+from gemq.recipe_values import parse_size
+from gemq.runtime.fallbacks import pop_messages
 from support.packed_cases import Experts, random_routing
+from support.packed_checkpoints import write_packed
 
-EXPERTS, SLOTS = 6, 2
+EXPERTS, SLOTS, HIDDEN = 6, 2, 32
 CPU = torch.device("cpu")
 
 
 def affine_layer(seed: int) -> Any:
     """Return experts with affine codes."""
     widths = [Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT, Width.TWO_BIT, Width.TERNARY]
-    return Experts(64, 32, widths, torch.Generator().manual_seed(seed))
+    return Experts(HIDDEN, 16, widths, torch.Generator().manual_seed(seed), group_sizes=(16, 16))
 
 
 def trellis_layer(seed: int) -> Any:
     """Return experts with trellis codes."""
     from support.trellis_cases import TrellisExperts
 
-    return TrellisExperts(64, 32, [8, 12, 16, 20, 24, 13], 12, torch.Generator().manual_seed(seed))
+    return TrellisExperts(HIDDEN, 16, [8, 12, 16, 20, 24, 13], 12, torch.Generator().manual_seed(seed))
 
 
 LAYERS = {"affine": affine_layer, "trellis": trellis_layer}
@@ -111,7 +118,7 @@ def test_kernels_give_the_same_outputs_with_experts_in_host_memory(kind, monkeyp
     monkeypatch.setattr(dispatch, "mode", "triton")
     monkeypatch.setattr(fetch, "MATRIX_PROGRAMS", 1)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 64, generator=generator)
+    hidden = torch.randn(1, HIDDEN, generator=generator)
     weights = torch.rand(1, SLOTS, generator=generator)
     index = torch.tensor([[4, 2]])
     with torch.no_grad():
@@ -127,7 +134,68 @@ def test_training_is_refused(monkeypatch):
     monkeypatch.setattr(dispatch, "mode", "triton")
     layers = [affine_layer(seed) for seed in range(2)]
     offload_experts(layers, [[0.1] * EXPERTS] * 2, sum(expert_code_bytes(layers[0])), CPU)
-    hidden = torch.randn(1, 64, requires_grad=True)
+    hidden = torch.randn(1, HIDDEN, requires_grad=True)
     index, weights = random_routing(1, SLOTS, EXPERTS, torch.Generator(), torch.float32, CPU)
     with pytest.raises(UserError, match="cannot be trained"):
         dispatch.experts_forward(layers[0], hidden, index, weights)
+
+
+# Whole models
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a checkpoint of two layers of four experts, with counts of the experts' tokens."""
+    out = write_packed(tmp_path_factory.mktemp("offload") / "out")
+    (out / "allocation.json").write_text('{"widths": [], "tokens": [[1, 5, 0, 2], [], [3, 3, 1, 1]]}')
+    return out
+
+
+def fit(checkpoint: Path, bound: int) -> tuple[Any, Any]:
+    """Load a model, and fit it into a bound as if the CPU were a GPU."""
+    model: Any = gemq.load(checkpoint, dtype="float32")
+    modules = [model.get_submodule(f"model.layers.{layer}.mlp.experts") for layer in range(2)]
+    return model, fit_into(model, checkpoint, modules, bound, 32, CPU)
+
+
+@torch.no_grad()
+def test_the_smallest_bound_that_the_message_names_gives_the_same_logits(checkpoint, tmp_path):
+    ids = torch.arange(3, 23)[None]
+    expected = gemq.load(checkpoint, dtype="float32")
+    with pytest.raises(
+        UserError, match=r"--gpu-memory 1MB is too small: one layer's experts take .* give at least"
+    ) as error:
+        fit(checkpoint, 1_000_000)
+    smallest = parse_size(str(error.value).split()[-1])
+    model, residency = fit(checkpoint, smallest)
+    assert residency.resident_share < 1
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    with pytest.raises(RuntimeError, match="load the model again"):
+        copy.deepcopy(model)
+    assert fit(checkpoint, 2 * smallest)[1].resident_share == 1
+
+
+def test_usage_is_read_from_the_allocation(checkpoint, tmp_path):
+    assert expert_usage(checkpoint, [4, 4]) == [[0.125, 0.625, 0.0, 0.25], [0.375, 0.375, 0.125, 0.125]]
+    assert not pop_messages()
+    for text in ("{", "[]", '{"tokens": 3}', '{"tokens": [[1, 2]]}', '{"tokens": [["a", 1], [1, 2]]}'):
+        (tmp_path / "allocation.json").write_text(text)
+        assert expert_usage(tmp_path, [2, 2]) == [[0.5, 0.5]] * 2
+    assert pop_messages()[0].startswith("5 times experts on the GPU were chosen without counts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"gpu_memory": "8GB"},
+            r"--gpu-memory \(gpu_memory\) bounds a GPU and the model is loaded on cpu: leave it out",
+        ),
+        ({"gpu_memory": "much"}, "gpu_memory: 'much' is not a size: write it like 12GB or 800MB"),
+        ({"gpu_memory": 0}, "gpu_memory cannot be 0: give bytes, or a text such as 8GB"),
+    ],
+)
+def test_a_bound_that_cannot_work_is_refused(checkpoint, arguments, message):
+    with pytest.raises(UserError, match=message):
+        gemq.load(checkpoint, **arguments)

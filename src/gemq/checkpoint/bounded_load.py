@@ -84,18 +84,18 @@ def fit_into(
     context = min(DEFAULT_CONTEXT, longest) if context is None else min(context, longest)
     sizes = [expert_code_bytes(module) for module in modules]
     cache = cache_bytes(model.config.get_text_config(), context, model.dtype.itemsize)
-    other = bytes_without_codes(model, modules) + working_bytes(model, modules, context)
+    remainder = bytes_without_codes(model, modules) + working_bytes(model, modules, context)
     largest_layer = max(sum(layer_sizes) for layer_sizes in sizes)
-    needed = other + cache + largest_layer
+    needed = remainder + cache + largest_layer
     if needed > bound:
         raise UserError(
             f"--gpu-memory {gigabytes(bound)} is too small: one layer's experts take {gigabytes(largest_layer)}, the "
-            f"cache of {context:,} tokens {gigabytes(cache)}, everything else {gigabytes(other)}; give at least "
+            f"cache of {context:,} tokens {gigabytes(cache)}, everything else {gigabytes(remainder)}; give at least "
             f"{gigabytes(needed)}"
         )
     usage = expert_usage(directory, [len(layer_sizes) for layer_sizes in sizes])
     model.requires_grad_(False)
-    residency = offload_experts(modules, usage, bound - other - cache, device)
+    residency = offload_experts(modules, usage, bound - remainder - cache, device)
     model.to(device)
     if hasattr(model, "hf_device_map"):
         model.hf_device_map = {"": device}

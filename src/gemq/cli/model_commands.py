@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +77,10 @@ def generate(
     opened = open_model(model, dtype, device, trust_remote_code, bound, context)
     if opened.contents is None:
         use_fast_experts(opened.model)
+    if bound is not None:
+        loaded: Any = opened.model
+        share = loaded.gemq_residency.resident_share
+        print(f"gemq: {share:.0%} of the experts' bytes stay on the GPU", file=sys.stderr, flush=True)
     for text in prompt:
         generate_text(
             opened.model,

@@ -18,7 +18,7 @@ DESCRIPTIONS = {
     "norms_not_fused": "times norms kept the model's own code: the fused kernel could not take over",
     "rotary_not_fused": "times rotary positions kept the model's own code: the fused kernel could not take over",
     "layers_read_through_host": "times a layer was read through host memory: reading it straight to the GPU failed",
-    "usage_unknown": "times which experts stay on the GPU was chosen without counts of their tokens in allocation.json",
+    "usage_unknown": "times experts on the GPU were chosen without counts of their tokens in allocation.json",
     "cache_grows": "times the key-value cache grew step by step: it could not be allocated ahead",
 }
 
