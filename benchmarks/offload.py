@@ -105,8 +105,9 @@ def measure(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model, modules, residency = offloaded_model(name, share, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, PROMPT), generator=generator).to(device)
 

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime.jit import JITFunction
 
+from gemq.kernels import fetch
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
 from gemq.kernels.decode import attention, bit_fields, launch, norms, packed_arguments, router, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
@@ -353,6 +354,16 @@ def step(
     router.route(x, torch.empty(count, hidden, dtype=dtype), top_k, normalized, dtype)
 
 
+FETCH: Axes = {"arch": ARCHITECTURES, "tokens": [1, 16, 1024], "index": [torch.int32, torch.int64]}
+
+
+def fetch_experts(tokens: int, index: torch.dtype) -> None:
+    """Launch the copy of chosen experts from host memory."""
+    chosen = torch.empty(tokens, 4, dtype=index)
+    table = torch.empty(32, 2, 3, dtype=torch.int64)
+    fetch._launch(chosen, torch.empty_like(chosen), table, empty_bytes(), range(2))
+
+
 TRELLIS_GROUPED: Axes = {
     "arch": ARCHITECTURES,
     "tile": [
@@ -458,7 +469,13 @@ def _training_step(dtype: torch.dtype, soft_codes: torch.Tensor, scales: torch.T
 KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
     "grouped": [(grouped, GROUPED), (grouped_linear, LINEAR)],
     "trellis_decode": [(trellis_decode, TRELLIS_DECODE)],
-    "decode": [(decode, DECODE), (decode_linears, DECODE_LINEARS), (decode_attention, ATTENTION), (step, STEP)],
+    "decode": [
+        (decode, DECODE),
+        (decode_linears, DECODE_LINEARS),
+        (decode_attention, ATTENTION),
+        (step, STEP),
+        (fetch_experts, FETCH),
+    ],
     "training": [(training, TRAINING)],
     "trellis_grouped": [(trellis_grouped, TRELLIS_GROUPED), (trellis_dense, TRELLIS_DENSE)],
 }

@@ -120,7 +120,9 @@ def fetch_codes(index: Tensor, fetch_table: Tensor, pool: Tensor, overlap: bool)
             return out
         _launch(index, out, fetch_table, pool, range(projections - 1))
         current = torch.cuda.current_stream(device)
-        side = _streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+        side = _streams[device]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             # The copy lives until the down projections have been computed. The index may not.
