@@ -32,6 +32,10 @@ def print_fit(console: Console, fit: Fit) -> None:
         f"{_size(fit.cache_bytes)}, CUDA and work space {_size(fit.working_bytes)} (estimates).",
         style="bold",
     )
+    if fit.gpus == 1 and fit.rows[-1].total_bytes > fit.memory_bytes:
+        console.print(
+            "A larger budget runs more slowly with gemq generate --gpu-memory, which leaves experts in host memory."
+        )
     if fit.windowed_layers and fit.static_cache_bytes > fit.cache_bytes:
         console.print(
             f"Layers whose cache keeps a window of tokens: {fit.windowed_layers}. gemq generate keeps all tokens "
