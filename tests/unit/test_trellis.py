@@ -144,18 +144,33 @@ def test_trellis_codes_beat_scalar_codes():
     assert matrix.nbytes == 2 * TrellisWidth(16).matrix_bytes(96, 160)
 
 
-def test_sweeps_lower_the_error(monkeypatch):
-    monkeypatch.setattr(trellis, "STATE_BITS", 10)
-    weight, hessian = problem(experts=2, rows=32, columns=96)
-    rotated = rotated_problem(weight, hessian.float(), DAMPENING)
-    errors = []
-    for sweeps in range(3):
-        matrix = quantize(rotated, TrellisWidth(16), sweeps)
-        errors.append(objective(weight, matrix.dequantize(), hessian).mean())
-    assert errors[1] < 0.995 * errors[0]
-    assert errors[2] <= errors[1]
-    dead = rotated_problem(weight, torch.zeros_like(hessian).float(), DAMPENING)
-    assert quantize(dead, TrellisWidth(16), 1).dequantize().isfinite().all()
+def test_feedback_between_rows_lowers_the_error_of_the_outputs(monkeypatch):
+    """The cost is tr(D^T G D H)."""
+    monkeypatch.setattr(trellis, "STATE_BITS", 8)
+    weight, hessian = problem(experts=2, rows=48, columns=96)
+    _, outputs = problem(experts=2, rows=16, columns=48)
+    inputs, outputs = hessian.float(), outputs.float()
+
+    def cost(matrix: TrellisMatrix) -> torch.Tensor:
+        error = matrix.dequantize() - weight
+        return (outputs @ error @ inputs * error).sum((1, 2))
+
+    unaware = quantize(rotated_problem(weight, inputs, DAMPENING), TrellisWidth(16))
+    aware = quantize(rotated_problem(weight, inputs, DAMPENING, outputs), TrellisWidth(16))
+    assert (cost(aware) < 0.88 * cost(unaware)).all()
+    no_outputs = rotated_problem(weight, inputs, DAMPENING, torch.zeros_like(outputs))
+    assert quantize(no_outputs, TrellisWidth(16)).dequantize().isfinite().all()
+
+
+def test_feedback_between_rows_without_interaction_is_that_between_columns(monkeypatch):
+    monkeypatch.setattr(trellis, "OUTPUT_LDLQ_GAIN", trellis.LDLQ_GAIN)
+    weight, hessian = problem(experts=2, rows=48, columns=64)
+    upper, table = factorize(hessian.float(), DAMPENING).upper, trellis.byte_sum_table(8)
+    words, values = trellis.quantize_ldlq(weight, upper, 13, table)
+    identity = torch.eye(48).expand(2, -1, -1)
+    both_words, both_values = trellis.quantize_ldlq_both(weight, upper, identity, 13, table)
+    assert torch.equal(both_words, words)
+    assert torch.equal(both_values, values)
 
 
 def test_packed_tiles_are_in_rows_of_tiles():

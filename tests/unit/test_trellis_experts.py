@@ -14,7 +14,6 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.distillation.trellis_student import TrellisStudentExperts
 from gemq.errors import UserError
-from gemq.layers import quantizer
 from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.reconstruction import assemble_layer, layer_overrides, reconstruct_layer
@@ -74,8 +73,7 @@ def test_candidates_get_better_with_bits_and_return_from_a_file(replay):
     assert back.to_tensors().keys() == candidates.to_tensors().keys()
 
 
-def test_reconstruction_at_widths_between_the_candidates(replay, monkeypatch):
-    monkeypatch.setattr(quantizer, "SWEEPS", 0)
+def test_reconstruction_at_widths_between_the_candidates(replay):
     layer = replay.structure.layers[0]
     widths = [tuple(map(TrellisWidth.read, pair)) for pair in ((1.625, 2), (3.125, 2))]
     activations = Activations.start(replay, windows(), 24, 0)
@@ -89,7 +87,7 @@ def test_reconstruction_at_widths_between_the_candidates(replay, monkeypatch):
             assert stored.nbytes == width.matrix_bytes(matrix.rows, matrix.columns)
             in_use = expert_weight(replay.model.get_submodule(path), matrix.name)[expert]
             torch.testing.assert_close(in_use, stored.dequantize())
-    # nothing before the first layer differs, so without sweeps the codes of a candidate width are the candidate's
+    # nothing before the first layer differs, so the codes of a candidate width are the candidate's
     expected = assemble_layer(exact_candidates, layer, [(TrellisWidth(16), TrellisWidth(16))] * 2).tensors
     name = f"{path}.1.down_proj.codes"
     assert torch.equal(quantized.tensors[name], expected[name])

@@ -52,15 +52,18 @@ class LayerScores:
         sources: number of calibration sources.
         experts: number of experts.
         device: where to sum.
+        outputs: size H of the experts' output, to sum moments of gradients; 0 for none.
 
     Attributes:
         costs: float64 [N, E, U, W] for each of this rank's micro-batches.
         tokens: int64 [N, E], this rank's routed pairs.
+        gradients: float64 [H, H], sum over tokens of g g^T for the gradients g at the experts' output.
     """
 
-    def __init__(self, sources: int, experts: int, device: torch.device):
+    def __init__(self, sources: int, experts: int, device: torch.device, outputs: int = 0):
         self.costs: list[Tensor] = []
         self.tokens = torch.zeros(sources, experts, dtype=torch.int64, device=device)
+        self.gradients = torch.zeros(outputs, outputs, dtype=torch.float64, device=device)
 
     def add(self, routed: RoutedPairs, costs: Tensor, source: Tensor) -> None:
         """Adds a micro-batch.
@@ -79,6 +82,21 @@ class LayerScores:
         sums = costs.new_zeros(sources * experts, *costs.shape[1:]).index_add_(0, slot, costs)
         self.costs.append(sums.unflatten(0, (sources, experts)))
         self.tokens.view(-1).index_add_(0, slot, pair_counts)
+
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Adds gradients [T, H] at the output of the experts to ``gradients``."""
+        if len(self.gradients):
+            rows = gradients.float()
+            self.gradients += rows.mT @ rows
+
+    def total_gradients(self, ranks: Ranks) -> Tensor:
+        """Sums the moments of gradients of all ranks: float32 [H, H], scaled to a mean of one on the diagonal.
+
+        Sums of float32 in float64 are exact, and therefore the same for any number of ranks.
+        """
+        ranks.all_reduce(self.gradients)
+        mean = self.gradients.diagonal().mean()
+        return (self.gradients / torch.where(mean > 0, mean, torch.ones_like(mean))).float()
 
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
         """Sums costs and tokens over the micro-batches of all ranks, in their order, as a job with one rank does.

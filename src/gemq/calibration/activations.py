@@ -25,7 +25,13 @@ from gemq.calibration.input_recorder import (
     split_rows,
 )
 from gemq.calibration.windows import Windows
-from gemq.models.experts import ExpertsCall, apply_first, expert_weight, route_local_call
+from gemq.models.experts import (
+    ExpertsCall,
+    apply_first,
+    apply_first_with_slopes,
+    expert_weight,
+    route_local_call,
+)
 from gemq.models.replay import Call, Replay
 from gemq.models.structure import Experts, Linear
 from gemq.quant.hessian import HessianAccumulator
@@ -192,21 +198,26 @@ class LayerHessians:
     Attributes:
         linears: by module path. Linears that receive the same tensor share one object.
         experts: of the two matrices of the experts on this rank; None if no experts were requested.
+        slopes: second moments of the derivatives of the second matrix's inputs by the first matrix's outputs, times
+            routing weights; None if they were not requested.
     """
 
     linears: dict[str, HessianAccumulator]
     experts: tuple[HessianAccumulator, HessianAccumulator] | None
+    slopes: HessianAccumulator | None = None
 
     @classmethod
-    def empty(cls, experts: Experts | None, expert_slice: slice | None, device: torch.device) -> LayerHessians:
+    def empty(
+        cls, experts: Experts | None, expert_slice: slice | None, device: torch.device, with_slopes: bool = False
+    ) -> LayerHessians:
         """Accumulators without inputs, for the experts of ``expert_slice``, if any."""
         if experts is None or expert_slice is None:
             return cls({}, None)
         count = expert_slice.stop - expert_slice.start
         gate_up, down = experts.matrices
-        return cls(
-            {}, (HessianAccumulator(count, gate_up.columns, device), HessianAccumulator(count, down.columns, device))
-        )
+        slopes = HessianAccumulator(count, gate_up.rows, device) if with_slopes else None
+        inputs = (HessianAccumulator(count, gate_up.columns, device), HessianAccumulator(count, down.columns, device))
+        return cls({}, inputs, slopes)
 
     def add_linears(self, linears: Sequence[Linear], recorded: RecordedInputs) -> None:
         """Adds the recorded inputs of ``linears``."""
@@ -235,7 +246,12 @@ class LayerHessians:
         routed = route_local_call(call, expert_slice, weight)
         x = call.hidden.index_select(0, routed.token)
         first_moments.add(x, routed.ends)
-        down_moments.add(apply_first(module, name, weight, x, routed), routed.ends)
+        if self.slopes is None:
+            down_moments.add(apply_first(module, name, weight, x, routed), routed.ends)
+            return
+        h, slopes = apply_first_with_slopes(module, name, weight, x, routed)
+        down_moments.add(h, routed.ends)
+        self.slopes.add(slopes * routed.weight.unsqueeze(1).to(slopes.dtype), routed.ends)
 
     def finish(self, ranks: Ranks) -> None:
         """Call after the last inputs were added.
@@ -248,6 +264,8 @@ class LayerHessians:
             moments.finish()
         for moments in self.experts or ():
             moments.finish(ranks)
+        if self.slopes is not None:
+            self.slopes.finish(ranks)
 
 
 @torch.no_grad()
@@ -259,6 +277,7 @@ def layer_hessians(
     expert_slice: slice | None,
     expert_calls: RecordedExpertCalls | None = None,
     with_outputs: bool = True,
+    with_slopes: bool = False,
 ) -> tuple[LayerHessians, ActivationStore]:
     """Runs layer ``index`` on this rank's micro-batches and accumulates Hessians over those of all ranks.
 
@@ -273,13 +292,15 @@ def layer_hessians(
         expert_slice: this rank's experts, with a start and a stop; None: no experts.
         expert_calls: receives the calls of the experts module, one per micro-batch, for training.
         with_outputs: False: returns no outputs, and runs the layer no further than to the last recorded module.
+        with_slopes: accumulate ``LayerHessians.slopes`` of the experts.
 
     Returns:
         The Hessians, and the layer's outputs [B, S, H] per micro-batch of this rank.
     """
     experts = replay.structure.layers[index].experts if expert_slice is not None else None
     module = replay.model.get_submodule(experts.path) if experts else None
-    moments, outputs = LayerHessians.empty(experts, expert_slice, replay.device), ActivationStore(replay.memory)
+    moments = LayerHessians.empty(experts, expert_slice, replay.device, with_slopes)
+    outputs = ActivationStore(replay.memory)
     if not linears and module is None and not with_outputs:
         return moments, outputs
 

@@ -5,7 +5,7 @@ Shapes: E experts, W widths, R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,11 @@ CHUNK_BYTES = 4 << 30
 """Upper bound for Hessians, factors and errors of the experts that GPTQ processes in one batch."""
 
 
-SWEEPS = 2
-"""Sweeps over the codes of a reconstructed layer. Candidates, at several widths, do without."""
-
 TRELLIS_COPIES = 6
 """Float32 copies of the weights that error feedback of trellis codes works with."""
+
+OUTPUT_COPIES = 6
+"""Float32 tensors as large as the Hessian of the outputs that its use takes: itself, factors and the fit of rows."""
 
 
 @dataclass(frozen=True)
@@ -138,24 +138,37 @@ class Quantizer:
         return [TrellisMatrix.cat(matrices) for matrices in batches], num_retries
 
     def quantize_trellis_mixed(
-        self, weight: Tensor, hessians: HessianAccumulator, widths: Sequence[TrellisWidth]
+        self,
+        weight: Tensor,
+        hessians: HessianAccumulator,
+        widths: Sequence[TrellisWidth],
+        output_hessians: Callable[[slice], Tensor] | None = None,
     ) -> tuple[list[TrellisMatrix], int]:
-        """Quantize every matrix [E, R, C] at one width of its own with trellis codes.
+        """Quantize every matrix at one width of its own with trellis codes.
+
+        Args:
+            weight: [E, R, C].
+            hessians: Of the matrices' inputs.
+            widths: One for each expert.
+            output_hessians: Returns the Hessians [E, R, R] float32 of the outputs of a range of the matrices. None:
+                no error feedback between rows.
 
         Returns:
             The matrices one by one, and the number of Hessians that needed more dampening.
         """
         matrices: dict[int, TrellisMatrix] = {}
         num_retries = 0
-        for chunk in _expert_chunks(weight, TRELLIS_COPIES):
-            problem = rotated_problem(weight[chunk], hessians.hessians(self.shrinkage, chunk), self.dampening)
+        for chunk in _expert_chunks(weight, TRELLIS_COPIES, OUTPUT_COPIES if output_hessians else 0):
+            inputs = hessians.hessians(self.shrinkage, chunk)
+            outputs = output_hessians(chunk) if output_hessians else None
+            problem = rotated_problem(weight[chunk], inputs, self.dampening, outputs)
             for width in sorted(set(widths[chunk])):
                 experts = [index for index in range(len(problem.weight)) if widths[chunk.start + index] == width]
-                batch = trellis_quantize(problem.select(experts), width, SWEEPS)
+                batch = trellis_quantize(problem.select(experts), width)
                 for position, index in enumerate(experts):
                     matrices[chunk.start + index] = batch.select(position)
             num_retries += problem.retries
-            del problem  # frees as much memory as the next chunk needs
+            del problem, inputs, outputs  # frees as much memory as the next chunk needs
         return [matrices[index] for index in range(len(weight))], num_retries
 
     @staticmethod
@@ -171,10 +184,16 @@ class Quantizer:
         return group_size_for(columns, self.group_size)
 
 
-def _expert_chunks(weight: Tensor, num_widths: int) -> Iterator[slice]:
-    """Yield slices of the experts of ``weight`` [E, R, C] that are quantized in one batch at ``num_widths`` widths."""
+def _expert_chunks(weight: Tensor, num_widths: int, output_copies: int = 0) -> Iterator[slice]:
+    """Yield slices of the experts of ``weight`` [E, R, C] that are quantized in one batch.
+
+    Args:
+        weight: Of all experts.
+        num_widths: Widths at which they are quantized, or copies of the weights.
+        output_copies: Tensors as large as the Hessians of the outputs.
+    """
     experts, rows, columns = weight.shape
-    bytes_per_expert = 4 * columns * (3 * columns + num_widths * rows)
+    bytes_per_expert = 4 * columns * (3 * columns + num_widths * rows) + 4 * output_copies * rows**2
     size = max(1, min(experts, CHUNK_BYTES // bytes_per_expert))
     for start in range(0, experts, size):
         yield slice(start, min(start + size, experts))

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.activations import Activations, LayerHessians, layer_hessians
 from gemq.layers.candidates import LayerCandidates
 from gemq.layers.layer_training import LayerTrainer, QuantizedParameter
 from gemq.layers.linears import QuantizedLinears, install_linears, linear_parameters, quantize_linears
+from gemq.layers.output_hessians import OutputHessians
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.layers.training import Training, as_parameter
@@ -25,7 +27,6 @@ from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer, Linear, Matrix
 from gemq.quant.grid import Quantized, dequantize, dequantize_each
-from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.trellis_matrix import TrellisMatrix
@@ -118,6 +119,7 @@ def reconstruct_layer(
     widths: Sequence[ExpertWidths],
     dense_width: Width | None,
     targets: Targets | None = None,
+    gradients: Tensor | None = None,
 ) -> QuantizedLayer:
     """Quantize a layer at its chosen widths on the activations of the quantized layers before it.
 
@@ -132,9 +134,11 @@ def reconstruct_layer(
         widths: Widths of the two matrices of each expert.
         dense_width: Width of the dense linears; None leaves them unquantized.
         targets: If present, the quantized layer is trained.
+        gradients: [H, H] float32, second moment of the gradient of the loss at the output of the experts. Makes error
+            feedback of trellis codes aware of what outputs matter together.
     """
     scheme = QuantizationScheme(widths, dense_width)
-    reconstruction = _LayerReconstruction(replay, index, activations, quantizer, scheme, targets)
+    reconstruction = _LayerReconstruction(replay, index, activations, quantizer, scheme, targets, gradients)
     reconstruction.quantize_attention()
     reconstruction.quantize_other_matrices()
     reconstruction.train()
@@ -160,9 +164,10 @@ class _LayerReconstruction:
         quantizer: Quantizer,
         scheme: QuantizationScheme,
         targets: Targets | None,
+        gradients: Tensor | None,
     ):
         self.replay, self.index, self.activations = replay, index, activations
-        self.quantizer, self.scheme, self.targets = quantizer, scheme, targets
+        self.quantizer, self.scheme, self.targets, self.gradients = quantizer, scheme, targets, gradients
         self.layer = replay.structure.layers[index]
         self.linears = QuantizedLinears()
         self.parameters: list[QuantizedParameter] = []
@@ -179,10 +184,10 @@ class _LayerReconstruction:
         others = [linear for linear in self.scheme.linears(self.layer) if linear.kind != "attention"]
         experts = self.layer.experts
         local_experts = None if experts is None else local_expert_slice(self.replay.model, experts, self.replay.ranks)
-        expert_hessians = self._quantize_linears(others, local_experts)
+        moments = self._quantize_linears(others, local_experts)
         self.result.retries = self.linears.retries
-        if experts is not None and local_experts is not None and expert_hessians is not None:
-            self._quantize_experts(experts, local_experts, expert_hessians)
+        if experts is not None and local_experts is not None:
+            self._quantize_experts(experts, local_experts, moments)
 
     def train(self) -> None:
         """Train all quantized matrices, router and norms towards the targets, if there are any.
@@ -227,9 +232,7 @@ class _LayerReconstruction:
             for matrix in self.layer.experts.matrices:
                 self._pack_experts(self.layer.experts, matrix, grids[f"{self.layer.experts.path}.{matrix.name}"])
 
-    def _quantize_linears(
-        self, linears: Sequence[Linear], experts: slice | None
-    ) -> tuple[HessianAccumulator, HessianAccumulator] | None:
+    def _quantize_linears(self, linears: Sequence[Linear], experts: slice | None) -> LayerHessians:
         """Quantize and install dense linears. Also returns the Hessians of experts.
 
         Args:
@@ -237,29 +240,43 @@ class _LayerReconstruction:
             experts: Range of experts, if Hessians of experts are computed in the same forward pass.
 
         Returns:
-            The Hessians of the experts' two matrices; None without ``experts``.
+            All Hessians.
         """
-        moments, _ = layer_hessians(self.replay, self.index, self.activations, linears, experts, with_outputs=False)
+        moments, _ = layer_hessians(
+            self.replay,
+            self.index,
+            self.activations,
+            linears,
+            experts,
+            with_outputs=False,
+            with_slopes=experts is not None and self.gradients is not None,
+        )
         width = self.scheme.dense_width
         with_soft_codes = self.targets is not None
         quantized = quantize_linears(self.replay, linears, moments, self.quantizer, width, with_soft_codes)
         install_linears(self.replay.model, linears, quantized.packed)
         self.linears.update(quantized)
-        return moments.experts
+        return moments
 
-    def _quantize_experts(
-        self, experts: Experts, local_experts: slice, hessians: tuple[HessianAccumulator, HessianAccumulator]
-    ) -> None:
+    def _quantize_experts(self, experts: Experts, local_experts: slice, moments: LayerHessians) -> None:
         """Quantize both matrices of this rank's experts."""
         module = self.replay.model.get_submodule(experts.path)
         widths_by_name = self.scheme.matrix_widths(self.layer)
         retries = 0
-        for matrix, matrix_hessians in zip(experts.matrices, hessians, strict=True):
+        output_hessians = None
+        if self.gradients is not None and moments.slopes is not None:
+            shrinkage = self.quantizer.shrinkage
+            output_hessians = OutputHessians(module, experts, local_experts, self.gradients, moments.slopes, shrinkage)
+        assert moments.experts is not None
+        for matrix, matrix_hessians in zip(experts.matrices, moments.experts, strict=True):
             weight = expert_weight(module, matrix.name)[local_experts]
             name = f"{experts.path}.{matrix.name}"
             widths = widths_by_name[matrix.name][local_experts]
             if with_trellis := trellis_widths(widths):
-                matrices, matrix_retries = self.quantizer.quantize_trellis_mixed(weight, matrix_hessians, with_trellis)
+                hessians = None if output_hessians is None else partial(output_hessians.hessians, matrix.name)
+                matrices, matrix_retries = self.quantizer.quantize_trellis_mixed(
+                    weight, matrix_hessians, with_trellis, hessians
+                )
                 batch = TrellisBatch.of(matrices, weight.dtype)
                 self.parameters.append(QuantizedParameter(name, widths, batch, None))
                 retries += matrix_retries

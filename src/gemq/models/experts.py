@@ -176,10 +176,41 @@ def apply_first(module: Any, name: str, weight: Tensor, x: Tensor, pairs: Routed
     Returns:
         [P, I].
     """
-    output = _expert_linear(x, weight, _bias(module, name, pairs), pairs)
+    return _activate(module, _expert_linear(x, weight, _bias(module, name, pairs), pairs), x, weight)
+
+
+def apply_first_with_slopes(
+    module: Any, name: str, weight: Tensor, x: Tensor, pairs: RoutedPairs
+) -> tuple[Tensor, Tensor]:
+    """Computes the input of ``down_proj``, and its derivatives by the outputs of the first matrix.
+
+    Each of these outputs enters one of the inputs, so that one number for each is enough (``unit_of_row``).
+
+    Returns:
+        [P, I], and derivatives [P, rows].
+    """
+    output = _expert_linear(x, weight, _bias(module, name, pairs), pairs).detach()
+    with torch.enable_grad():
+        leaf = output.requires_grad_()
+        h = _activate(module, leaf, x, weight)
+        (slopes,) = torch.autograd.grad(h.sum(), leaf)
+    return h.detach(), slopes
+
+
+def unit_of_row(module: Any, rows: int) -> Tensor:
+    """Returns which input of ``down_proj`` each row of the first matrix enters: [rows] int64."""
+    row = torch.arange(rows)
+    if not module.has_gate:
+        return row
+    return row % (rows // 2) if getattr(module, "is_concatenated", True) else row // 2
+
+
+def _activate(module: Any, output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Applies the activation and the gate to outputs of the first matrix ``weight`` for inputs ``x``."""
     if module.has_gate and grouped.usable(x, weight):
         return grouped.gate(module, output)
-    return transformers_private.expert_activation(module)(output)
+    activated: Tensor = transformers_private.expert_activation(module)(output)
+    return activated
 
 
 def apply_down(module: Any, weight: Tensor, h: Tensor, pairs: RoutedPairs) -> Tensor:

@@ -18,13 +18,12 @@ from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distill
 from gemq.distillation.settings import Distillation
 from gemq.kernels.training.differentiable_dequantize import MAX_CHUNK_WEIGHTS
-from gemq.layers.quantizer import SWEEPS
 from gemq.layers.reconstruction import QuantizedLayer, Targets, assemble_layer, layer_overrides, reconstruct_layer
 from gemq.models.replay import Replay
 from gemq.pipeline.candidates_stage import CandidateFiles
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
-from gemq.pipeline.scores_stage import ScoredModel
+from gemq.pipeline.scores_stage import ScoredModel, gradients_file
 from gemq.pipeline.stage_settings import (
     distillation_inputs,
     layer_scheme,
@@ -106,7 +105,12 @@ def assembled_layers(replay: Replay, candidates: CandidateFiles, allocation: All
 
 
 def run_reconstruction(
-    job: Job, replay: Replay, stored_dtypes: dict[str, torch.dtype], windows: Windows, allocation: Allocation
+    job: Job,
+    replay: Replay,
+    stored_dtypes: dict[str, torch.dtype],
+    windows: Windows,
+    allocation: Allocation,
+    scores: Stage | None = None,
 ) -> ReconstructedModel:
     """Reconstructs every layer at the chosen widths, then distills the model.
 
@@ -116,18 +120,22 @@ def run_reconstruction(
         stored_dtypes: the type in which each parameter is stored.
         windows: the calibration windows.
         allocation: the chosen widths.
+        scores: with the moments of gradients at the output of each layer's experts, which trellis codes need.
     """
     widths = allocation.by_layer
-    inputs = {**reconstruction_inputs(job, windows), "allocation": digest(widths)}
+    chosen = {"allocation": digest(widths)}
+    if scores is not None:
+        chosen["gradients"] = scores.directory.name
+    inputs = {**reconstruction_inputs(job, windows), **chosen}
     stage = job.work.stage(f"reconstructed-{digest(inputs)[:8]}", inputs)
-    inputs = {**distillation_inputs(job, windows), "allocation": digest(widths)}
+    inputs = {**distillation_inputs(job, windows), **chosen}
     distillation_stage = job.work.stage(f"distilled-{digest(inputs)[:8]}", inputs)
     layer_count = len(replay.structure.layers)
     missing = [i for i in range(layer_count) if not stage.has(layer_file(i))]
     distills = bool(job.recipe.distill_epochs) and not distillation_stage.has(DISTILLED_FILE)
     if missing or distills:
         end = layer_count if distills else missing[-1] + 1
-        teacher = _reconstruct_layers(job, replay, stored_dtypes, windows, stage, widths, missing, end)
+        teacher = _reconstruct_layers(job, replay, stored_dtypes, windows, stage, widths, missing, end, scores)
         if distills:
             _distill(job, replay, stored_dtypes, windows, stage, distillation_stage, widths, teacher)
     distilled = _load_distilled(distillation_stage) if job.recipe.distill_epochs else Distilled()
@@ -145,12 +153,14 @@ def _reconstruct_layers(
     widths: list[list[ExpertWidths]],
     missing: list[int],
     end: int,
+    scores: Stage | None,
 ) -> ActivationStore:
     """Reconstructs the missing layers. Returns the full-precision hidden states after the last layer that was run.
 
     Args:
         missing: indices of the layers that are not in ``stage``.
         end: number of layers to run. Distillation needs the full-precision model's last hidden states.
+        scores: with the moments of gradients at the output of each layer's experts, if any.
     """
     recipe, structure = job.recipe, replay.structure
     training = training_settings(job, recipe.reconstruction_epochs, recipe.lr_codes)
@@ -168,7 +178,12 @@ def _reconstruct_layers(
                 activations.advance_all(replay, i, [exact])
             if i in missing:
                 targets = Targets(exact, stored_dtypes, training) if training is not None else None
-                layer = reconstruct_layer(replay, i, activations, quantizer, widths[i], recipe.dense_width, targets)
+                gradients = None
+                if scores is not None and structure.layers[i].experts is not None:
+                    gradients = scores.load_tensors(gradients_file(i), str(job.device))["gradients"]
+                layer = reconstruct_layer(
+                    replay, i, activations, quantizer, widths[i], recipe.dense_width, targets, gradients
+                )
                 save(layer_file(i), layer.to_tensors())
                 activations.advance(replay, i)
                 replay.restore(i)  # later stages use the full-precision model
@@ -268,7 +283,7 @@ def reconstruction_work(workload: Workload) -> Work:
     steps = workload.training_steps(recipe.reconstruction_epochs)
     work = Work()
     for layer in workload.structure.layers:
-        work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1, SWEEPS)
+        work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1)
         work += workload.forward(layer, steps * workload.micro_batch_tokens, steps) * 3
         work += workload.train(workload.quantized_weights(layer), steps)
     return work

@@ -146,9 +146,17 @@ class _Prepared:
         windows = self.calibration.windows
         return make_problem(self.replay.structure, self.job.recipe, windows, self.candidates, costs, leave_out)
 
-    def reconstruct(self, allocation: Allocation) -> ReconstructedModel:
-        """The model reconstructed at the widths of an allocation."""
-        return run_reconstruction(self.job, self.replay, self.stored_dtypes, self.calibration.windows, allocation)
+    def reconstruct(self, allocation: Allocation, costs: Costs | None) -> ReconstructedModel:
+        """The model reconstructed at the widths of an allocation.
+
+        Trellis codes need the gradients that were computed for scores. Where nothing else needs them, they are computed
+        now.
+        """
+        job, windows = self.job, self.calibration.windows
+        scores = None
+        if job.recipe.codes == "trellis":
+            scores = costs.scores if costs else run_scores(job, self.replay, windows, self.candidates)
+        return run_reconstruction(job, self.replay, self.stored_dtypes, windows, allocation, scores)
 
 
 def run_stages(
@@ -215,8 +223,7 @@ def run_stages(
     )
     if not complete_before:
         ranks.run_on_first(lambda: check_free_space(out, result.stored_bytes))
-        scored_problem = problem if costs is not None else None
-        result = _run_output(prepared, allocation, scored_problem, packed_format, result)
+        result = _run_output(prepared, allocation, problem, costs, packed_format, result)
     result = _with_costs(job, result)
     return dataclasses.replace(result, work_bytes=job.work.size())
 
@@ -268,7 +275,7 @@ def _compute_costs(prepared: _Prepared) -> Costs:
     for bits in earlier_budgets:
         costs = Costs(run_scores(job, replay, windows, candidates, scored_model), sensitivity)
         allocation = solve(prepared.problem(costs), Budget("bits", bits), recipe)
-        model = prepared.reconstruct(allocation)
+        model = prepared.reconstruct(allocation, costs)
         scored_model = model.scored(job, replay, allocation.by_layer)
     return Costs(run_scores(job, replay, windows, candidates, scored_model), sensitivity)
 
@@ -325,14 +332,20 @@ def _refine(
 
 
 def _run_output(
-    prepared: _Prepared, allocation: Allocation, problem: Problem | None, packed_format: PackedFormat, result: Result
+    prepared: _Prepared,
+    allocation: Allocation,
+    problem: Problem,
+    costs: Costs | None,
+    packed_format: PackedFormat,
+    result: Result,
 ) -> Result:
     """Reconstructs the model, or assembles it from the candidates, and saves it.
 
     Args:
         prepared: what the stages work on.
         allocation: of the experts.
-        problem: with the costs of the allocation, if there are scores.
+        problem: of the allocation.
+        costs: in ``problem``; None if there are no scores.
         packed_format: of the checkpoint.
         result: everything that is known before.
 
@@ -341,7 +354,7 @@ def _run_output(
     """
     job, replay, reconstruct = prepared.job, prepared.replay, prepared.stages.reconstruct
     if reconstruct:
-        model = prepared.reconstruct(allocation)
+        model = prepared.reconstruct(allocation, costs)
         layers, tuned, gains = model.layers(), model.tuned, model.gains
     else:
         layers, tuned, gains = assembled_layers(replay, prepared.candidates, allocation), {}, {}
@@ -349,7 +362,7 @@ def _run_output(
 
     def record() -> dict[str, Any]:
         curve = None
-        if problem is not None:
+        if costs is not None:
             fixed = result.stored_bytes - allocation.stored_bytes
             curve = curve_of_job(problem, job.recipe, fixed, allocation.stored_bytes)
         facts = _with_costs(job, result).to_dict()

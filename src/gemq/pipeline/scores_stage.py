@@ -35,6 +35,11 @@ LayerGradients = Iterator[tuple[int, ExpertsCall | None, Tensor | None]]
 """Micro-batches of a layer: the number, the call of the experts, and the gradient [T, H] at their output."""
 
 
+def gradients_file(layer: int) -> str:
+    """Name of the file with the moments of gradients at the output of a layer's experts."""
+    return f"gradients-{layer:03d}.safetensors"
+
+
 @dataclass(frozen=True)
 class ScoredModel:
     """The model around which scores are computed: its activations, routing and gradients.
@@ -58,6 +63,9 @@ def run_scores(
 ) -> Stage:
     """Scores every expert at every width, by calibration source: a file per layer with experts.
 
+    With trellis codes a second file holds the second moment of the gradients at the output of the experts, for
+    reconstruction.
+
     Weight errors are always relative to the full-precision weights of ``replay``, also around another ``model``.
     """
     inputs = {**score_inputs(job, windows), "around": model.fingerprint}
@@ -75,9 +83,12 @@ def run_scores(
                     pass
                 continue
             weights = [candidates.expert_weights(i, width) for width in job.recipe.candidate_widths]
-            scores = LayerScores(len(windows.names), experts.count, job.device)
+            outputs = experts.matrices[1].rows if job.recipe.codes == "trellis" else 0
+            scores = LayerScores(len(windows.names), experts.count, job.device, outputs)
             _score_layer(replay, experts, activations, micro_batches, weights, scores, job.recipe)
             costs, tokens = scores.total(replay.ranks, activations.total)
+            if outputs:  # before the scores, whose file tells that the layer is complete
+                stage.save_tensors(gradients_file(i), {"gradients": scores.total_gradients(replay.ranks)})
             stage.save_tensors(layer_file(i), {"costs": costs, "tokens": tokens})
             del weights  # not while the next layer's are read
     return stage
@@ -97,6 +108,7 @@ def _score_layer(
     for number, call, gradient in micro_batches:
         assert call is not None
         assert gradient is not None
+        scores.add_gradients(gradient)
         routed, costs = pair_costs(module, experts, call, gradient, weights, recipe.score_form, recipe.units_per_expert)
         seq_len = activations.ids[number].shape[1]
         token_sources = activations.source[number].repeat_interleave(seq_len)

@@ -90,7 +90,7 @@ def stage_work(workload: Workload, stages: JobStages) -> dict[str, Work]:
     }
     if stages.scores and recipe.rescale:
         work[SENSITIVITY] = sensitivity_work(workload)
-    if stages.scores:
+    if stages.scores or (stages.reconstruct and recipe.codes == "trellis"):
         work[SCORES] = scores_work(workload) * steps
     if stages.guard:
         work[GUARD_WINDOWS] = windows_work(workload, guard_windows)

@@ -13,7 +13,7 @@ from typing import Any
 
 from gemq.calibration.windows import Windows
 from gemq.checkpoint.format import FORMAT_VERSIONS
-from gemq.layers.quantizer import SWEEPS, Quantizer
+from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import Training
 from gemq.models.source import pick_dtype
@@ -151,7 +151,7 @@ def _quantizer_inputs(job: Job, windows: Windows) -> dict[str, Any]:
         **_values(job.recipe, QUANTIZER_KEYS),
     }
     if job.recipe.codes == "trellis":
-        inputs |= {"state_bits": trellis.STATE_BITS, "sweeps": SWEEPS}
+        inputs |= {"state_bits": trellis.STATE_BITS, "output_feedback": True}
     return inputs
 
 

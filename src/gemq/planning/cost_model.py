@@ -194,13 +194,12 @@ class Workload:
         products = 2 * logits * self.text_config.hidden_size * self.costs.product_slowdown
         return Work(products, logits * LOGIT_BYTES)
 
-    def quantize(self, layer: Layer, widths: int, sweeps: int = 0) -> Work:
+    def quantize(self, layer: Layer, widths: int) -> Work:
         """Hessians and GPTQ of every expert at ``widths`` widths, and of the dense linears at one.
 
         Args:
             layer: the layer.
             widths: number of widths.
-            sweeps: over trellis codes after error feedback.
         """
         hessian_products, gptq_products = 0.0, 0.0
         for linear in layer.linears if self.recipe.dense_width is not None else ():
@@ -214,7 +213,7 @@ class Workload:
         passes = widths * self.quantized_weights(layer) * self.costs.gptq_bytes
         if layer.experts is not None and self.recipe.codes == "trellis":
             expert_weights = layer.experts.count * layer.experts.weights_per_expert
-            passes += widths * (1 + sweeps) * expert_weights * self.costs.trellis_bytes
+            passes += widths * expert_weights * self.costs.trellis_bytes
         return Work(hessian_products + self.costs.gptq_products * gptq_products, passes)
 
     def train(self, weights: float, steps: float) -> Work:

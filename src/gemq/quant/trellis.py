@@ -49,11 +49,17 @@ BYTES_MEAN, BYTES_DEVIATION = 510, 147.8
 LDLQ_GAIN = 0.92
 """Factor of weights of unit variance before they are encoded with error feedback. Feedback adds to their variance."""
 
+OUTPUT_LDLQ_GAIN = 0.88
+"""The same with error feedback between rows as well, which adds more."""
+
 SEARCH_BYTES = 1 << 30
 """Upper bound for the memory that a search takes on a GPU to follow paths backwards."""
 
 SEARCHED_TILES = 32
 """Tiles that the reference searches at the same time. Their costs fit into the cache of a CPU."""
+
+FIT_PULL = 1e-3
+"""Pull of the factors of rows towards one, as a share of the mean diagonal of their system of equations."""
 
 UNREACHABLE = 1e30
 """Cost of a state that a path must not start or end in."""
@@ -221,7 +227,16 @@ def encode(x: Tensor, width_eighths: int, table: Tensor, search: Viterbi = viter
     return pack(encode_states(x, width_eighths, table, search), width_eighths)
 
 
-# LDLQ: error feedback between blocks of columns
+# LDLQ: error feedback between blocks of columns, and of rows
+
+
+def check_tiles(rows: int, columns: int) -> None:
+    """Raise a UserError if 16 does not divide the rows or columns of a matrix."""
+    if rows % TILE_SIDE or columns % TILE_SIDE:
+        raise UserError(
+            f"a matrix of {rows} x {columns} weights cannot be cut into tiles of {TILE_SIDE} x {TILE_SIDE}: such a "
+            "matrix has no trellis codes"
+        )
 
 
 def quantize_ldlq(
@@ -247,11 +262,7 @@ def quantize_ldlq(
         UserError: 16 does not divide R or C.
     """
     experts, rows, columns = weight.shape
-    if rows % TILE_SIDE or columns % TILE_SIDE:
-        raise UserError(
-            f"a matrix of {rows} x {columns} weights cannot be cut into tiles of {TILE_SIDE} x {TILE_SIDE}: such a "
-            "matrix has no trellis codes"
-        )
+    check_tiles(rows, columns)
     shape = (experts, rows // TILE_SIDE, columns // TILE_SIDE, width_eighths)
     words = torch.empty(shape, dtype=torch.int32, device=weight.device)
     values = torch.empty_like(weight)
@@ -270,56 +281,86 @@ def quantize_ldlq(
     return words, values
 
 
-def sweep(
+def quantize_ldlq_both(
     weight: Tensor,
-    hessian: Tensor,
-    ridge: Tensor,
-    words: Tensor,
-    values: Tensor,
+    upper: Tensor,
+    output_upper: Tensor,
     width_eighths: int,
     table: Tensor,
     search: Viterbi = viterbi,
-) -> None:
-    """Encode blocks of columns again, each corrected for the errors of all others, and keep the tiles that got better.
+) -> tuple[Tensor, Tensor]:
+    """Quantize rotated matrices with error feedback between blocks of columns and blocks of rows.
 
-    Error feedback corrects a block for the blocks before it only. The error tr(D H D^T) never grows.
+    With the inverses U^T U and V^T V of the Hessians of inputs and outputs, the error D costs |F|^2 with
+    F = V^-T D U^-1 (Tseng et al., "YAQA", arXiv:2505.22988). Tile (i, j) is corrected for the errors E = D U^-1 of the
+    tiles before it in its row, and for the errors F of the tiles above it. So tiles on one antidiagonal do not depend
+    on each other, and are encoded at the same time.
 
     Args:
-        weight: [E, R, C] float32, in units of the table.
-        hessian: [E, C, C] float32, of the inputs of the matrices.
-        ridge: [E, 1, 1], added to the diagonal of ``hessian``.
-        words: [E, R / 16, C / 16, width_eighths] int32 rings. Overwritten.
-        values: [E, R, C] float32, their values. Overwritten.
+        weight: [E, R, C] float32, with rows of mean square one. 16 divides R and C.
+        upper: [E, C, C] float32, U from ``hessian.factorize`` for the Hessians of the matrices' inputs.
+        output_upper: [E, R, R] float32, V for the Hessians of their outputs, in units of the rows of ``weight``.
         width_eighths: Width in eighths of a bit.
         table: [S] float32.
         search: Implementation of the Viterbi algorithm.
+
+    Returns:
+        As ``quantize_ldlq``.
+
+    Raises:
+        UserError: 16 does not divide R or C.
     """
-    experts, _, columns = weight.shape
-    identity = torch.eye(TILE_SIDE, device=weight.device)
-    errors = values - weight
-    for start in range(0, columns, TILE_SIDE):
-        block = slice(start, start + TILE_SIDE)
-        block_hessian = hessian[:, block, block]
-        old_errors = errors[:, :, block]
-        pull = errors @ hessian[:, :, block] - old_errors @ block_hessian
-        block_hessian = block_hessian + ridge * identity
-        best_errors = -torch.linalg.solve(block_hessian, pull.mT).mT
-        target = weight[:, :, block] + best_errors
-        rings = encode(target.reshape(-1, TILE_WEIGHTS), width_eighths, table, search)
-        new_values = decode(rings, width_eighths, table).view(experts, -1, TILE_SIDE)
-        new_errors = new_values - weight[:, :, block]
-        new_cost = _tile_costs(new_errors - best_errors, block_hessian)
-        is_better = new_cost < _tile_costs(old_errors - best_errors, block_hessian)
-        tiles = words[:, :, start // TILE_SIDE]
-        words[:, :, start // TILE_SIDE] = torch.where(is_better.unsqueeze(2), rings.view(tiles.shape), tiles)
-        is_better_row = is_better.repeat_interleave(TILE_SIDE, 1).unsqueeze(2)
-        values[:, :, block] = torch.where(is_better_row, new_values, values[:, :, block])
-        errors[:, :, block] = torch.where(is_better_row, new_errors, old_errors)
+    experts, rows, columns = weight.shape
+    check_tiles(rows, columns)
+    row_blocks, column_blocks = rows // TILE_SIDE, columns // TILE_SIDE
+    words = weight.new_empty((experts, row_blocks, column_blocks, width_eighths), dtype=torch.int32)
+    values = torch.empty_like(weight)
+    # Blocks come first, so that those of an antidiagonal are one slice. Its columns fall while its rows rise, so that
+    # blocks of columns are in reverse order.
+    weight_tiles = _tiles(weight)
+    value_tiles = _tiles(values)
+    column_factors = upper.view(experts, columns, column_blocks, TILE_SIDE).permute(2, 0, 1, 3).flip(0).contiguous()
+    row_factors = output_upper.view(experts, rows, row_blocks, TILE_SIDE).permute(2, 0, 3, 1).contiguous()  # transposed
+    column_triangles = _diagonal_blocks(upper).flip(0)
+    row_triangles = _diagonal_blocks(output_upper).mT
+    row_errors = weight.new_zeros(row_blocks, experts, TILE_SIDE, columns)  # E
+    both_errors = weight.new_zeros(column_blocks, experts, rows, TILE_SIDE)  # F
+    for diagonal in range(row_blocks + column_blocks - 1):
+        first, stop = max(0, diagonal - column_blocks + 1), min(row_blocks, diagonal + 1)
+        row_slice = slice(first, stop)
+        column_slice = slice(column_blocks - 1 - diagonal + first, column_blocks - 1 - diagonal + stop)
+        row = torch.arange(first, stop, device=weight.device)
+        column = diagonal - row
+        columns_before, rows_before = TILE_SIDE * (diagonal - first), TILE_SIDE * (stop - 1)
+        left = row_errors[row_slice, :, :, :columns_before].flatten(0, 1)
+        factors = column_factors[column_slice, :, :columns_before].flatten(0, 1)
+        block = torch.baddbmm(weight_tiles[row, column].flatten(0, 1), left, factors, alpha=-1)
+        above = both_errors[column_slice, :, :rows_before].flatten(0, 1)
+        pull = row_factors[row_slice, :, :, :rows_before].flatten(0, 1) @ above
+        triangle = column_triangles[column_slice].flatten(0, 1)
+        target = torch.baddbmm(block, pull, triangle, alpha=-1)
+        rings = encode(target.reshape(-1, TILE_WEIGHTS) * OUTPUT_LDLQ_GAIN, width_eighths, table, search)
+        decoded = (decode(rings, width_eighths, table) / OUTPUT_LDLQ_GAIN).view_as(target)
+        error = torch.linalg.solve_triangular(triangle, block - decoded, upper=True, left=False)
+        row_triangle = row_triangles[row_slice].flatten(0, 1)
+        both = torch.linalg.solve_triangular(row_triangle, error - pull, upper=False)
+        words[:, row, column] = rings.view(stop - first, experts, width_eighths).transpose(0, 1)
+        tile_shape = (stop - first, experts, TILE_SIDE, TILE_SIDE)
+        value_tiles[row, column] = decoded.view(tile_shape)
+        row_errors.unflatten(3, (column_blocks, TILE_SIDE))[row, :, :, column] = error.view(tile_shape)
+        both_errors.unflatten(2, (row_blocks, TILE_SIDE))[column_blocks - 1 - column, :, row] = both.view(tile_shape)
+    return words, values
 
 
-def _tile_costs(errors: Tensor, hessian: Tensor) -> Tensor:
-    """Return tr(D H D^T) of each tile [E, R / 16] for errors [E, R, 16] and Hessians [E, 16, 16] of a block."""
-    return ((errors @ hessian) * errors).sum(2).unflatten(1, (-1, TILE_SIDE)).sum(2)
+def _tiles(matrix: Tensor) -> Tensor:
+    """Return a view of matrices [E, R, C] as tiles [R / 16, C / 16, E, 16, 16]."""
+    tiles = matrix.unflatten(2, (-1, TILE_SIDE)).unflatten(1, (-1, TILE_SIDE))
+    return tiles.permute(1, 3, 0, 2, 4)
+
+
+def _diagonal_blocks(matrix: Tensor) -> Tensor:
+    """Return the blocks on the diagonal of matrices [E, N, N]: [N / 16, E, 16, 16]."""
+    return _tiles(matrix).diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
 def refit_rows(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
@@ -333,3 +374,24 @@ def refit_rows(weight: Tensor, restored: Tensor, hessian: Tensor) -> Tensor:
     product = restored @ hessian
     norm = (product * restored).sum(2)
     return torch.where(norm > 0, (product * weight).sum(2) / norm.clamp_min(1e-30), torch.ones_like(norm))
+
+
+def refit_rows_both(weight: Tensor, restored: Tensor, hessian: Tensor, output_hessian: Tensor) -> Tensor:
+    """Return the factors [E, R] of the rows of ``restored`` that are best by the Hessians of inputs and outputs.
+
+    They minimize tr(D^T G D H) for the error D, the Hessian H of inputs and G of outputs. A small pull towards one
+    keeps rows whose outputs do not matter.
+
+    Args:
+        weight: [E, R, C] float32.
+        restored: [E, R, C] float32, its quantized version.
+        hessian: [E, C, C] float32, of the inputs of both.
+        output_hessian: [E, R, R] float32, of their outputs.
+    """
+    product = restored @ hessian
+    system = output_hessian * (product @ restored.mT)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    pull = (FIT_PULL * diagonal.mean(1, keepdim=True)).clamp_min(1e-30)
+    right = (output_hessian @ (weight @ product.mT)).diagonal(dim1=1, dim2=2) + pull
+    diagonal.add_(pull)
+    return torch.linalg.solve(system, right)

@@ -17,8 +17,11 @@ from gemq.quant.rotation import rotate, rotate_hessian
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
 
-LEAST_RIDGE = 1e-20
-"""Least dampening. Blocks of inputs that are always zero have a Hessian of zero."""
+OUTPUT_DAMPENING = 0.05
+"""Share of the mean of an output Hessian's diagonal that is added to its diagonal. From 0.01 to 0.2 all is alike."""
+
+LARGEST_REFIT = 2.0
+"""Most by which the fit to both Hessians changes the scale of a row."""
 
 
 class RotatedProblem(NamedTuple):
@@ -28,50 +31,49 @@ class RotatedProblem(NamedTuple):
         weight: [E, R, C] float32.
         hessian: [E, C, C] float32.
         upper: [E, C, C] float32, see ``hessian.factorize``.
-        ridge: [E, 1, 1] float32, the dampening of each Hessian.
+        output_hessian: [E, R, R] float32, Hessians of the outputs; None for error feedback between columns alone.
         retries: Number of Hessians that needed more dampening.
     """
 
     weight: Tensor
     hessian: Tensor
     upper: Tensor
-    ridge: Tensor
+    output_hessian: Tensor | None
     retries: int
 
     def select(self, experts: list[int]) -> RotatedProblem:
         """Return the problem of some of the matrices, without their retries."""
         if len(experts) == len(self.weight):
-            return RotatedProblem(self.weight, self.hessian, self.upper, self.ridge, 0)
-        ridge = self.ridge[experts]
-        return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], ridge, 0)
+            return RotatedProblem(self.weight, self.hessian, self.upper, self.output_hessian, 0)
+        outputs = None if self.output_hessian is None else self.output_hessian[experts]
+        return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], outputs, 0)
 
 
-def rotated_problem(weight: Tensor, hessian: Tensor, dampening: float) -> RotatedProblem:
+def rotated_problem(
+    weight: Tensor, hessian: Tensor, dampening: float, output_hessian: Tensor | None = None
+) -> RotatedProblem:
     """Rotate the inputs of matrices.
 
     Args:
         weight: [E, R, C], any float dtype.
         hessian: [E, C, C], of the inputs of each matrix.
         dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
+        output_hessian: [E, R, R], second moments of the gradient at the outputs of each matrix, if they are known.
     """
     hessian = rotate_hessian(hessian.float())  # under the same name, which frees the original
     factor = factorize(hessian, dampening)
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = (dampening * mean).clamp_min(LEAST_RIDGE).view(-1, 1, 1)
-    return RotatedProblem(rotate(weight.float()), hessian, factor.upper, ridge, factor.retries)
+    return RotatedProblem(rotate(weight.float()), hessian, factor.upper, output_hessian, factor.retries)
 
 
-def quantize(problem: RotatedProblem, width: TrellisWidth, sweeps: int = 0) -> TrellisMatrix:
+def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
     """Quantize matrices at one width.
 
     A row is divided by its root mean square and encoded with error feedback. Then its scale is chosen anew, as the best
-    for its codes by the Hessian.
+    for its codes by the Hessians.
 
     Args:
         problem: The matrices.
         width: Width of all of them.
-        sweeps: How often blocks of columns are encoded again for the errors of all others, with new scales after each
-            sweep (``trellis.sweep``). Two lower the error by 5 %.
 
     Returns:
         Matrices [E, ...].
@@ -79,28 +81,27 @@ def quantize(problem: RotatedProblem, width: TrellisWidth, sweeps: int = 0) -> T
     Raises:
         UserError: 16 does not divide R or C.
     """
-    weight = problem.weight
+    weight, outputs = problem.weight, problem.output_hessian
     table = trellis.byte_sum_table(trellis.STATE_BITS).to(weight.device)
     search = _search(weight.device)
     scales = nearest_scales(weight.square().mean(2).sqrt())
-    words, values = trellis.quantize_ldlq(weight / scales.unsqueeze(2), problem.upper, width.eighths, table, search)
-    values *= trellis.LDLQ_GAIN  # to values of the table
-    scales = scales / trellis.LDLQ_GAIN
-    scales *= trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
-    for _ in range(sweeps):
-        scales = nearest_scales(scales)
-        trellis.sweep(
-            weight / scales.unsqueeze(2),
-            problem.hessian,
-            problem.ridge,
-            words,
-            values,
-            width.eighths,
-            table,
-            search,
-        )
-        scales = scales * trellis.refit_rows(weight, values * scales.unsqueeze(2), problem.hessian)
-    return TrellisMatrix.pack(words, scales, width, trellis.STATE_BITS)
+    scaled = weight / scales.unsqueeze(2)
+    if outputs is None:
+        words, values = trellis.quantize_ldlq(scaled, problem.upper, width.eighths, table, search)
+        values *= scales.unsqueeze(2)
+        refit = trellis.refit_rows(weight, values, problem.hessian)
+        gain = trellis.LDLQ_GAIN
+    else:
+        outputs = outputs.float()
+        units = outputs * scales.unsqueeze(2) * scales.unsqueeze(1)
+        output_upper = factorize(units, OUTPUT_DAMPENING).upper
+        words, values = trellis.quantize_ldlq_both(scaled, problem.upper, output_upper, width.eighths, table, search)
+        values *= scales.unsqueeze(2)
+        refit = trellis.refit_rows_both(weight, values, problem.hessian, outputs)
+        refit = refit.clamp(1 / LARGEST_REFIT, LARGEST_REFIT)
+        gain = trellis.OUTPUT_LDLQ_GAIN
+    # rings decode to values of the table, which are larger by the gain
+    return TrellisMatrix.pack(words, scales * refit / gain, width, trellis.STATE_BITS)
 
 
 def _search(device: torch.device) -> trellis.Viterbi:
