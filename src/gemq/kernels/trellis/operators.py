@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import Activation, activation_of
-from gemq.kernels.trellis.launch import TrellisArguments, launch_rotation, launch_rows
+from gemq.kernels.trellis.launch import Slots, TrellisArguments, launch_rotation, launch_rows
 from gemq.kernels.trellis.tuning import num_splits
 from gemq.runtime.compat import transformers_private
 
@@ -55,11 +55,13 @@ def trellis_experts(
     up = TrellisArguments.from_lists(up_tensors, up_sizes)
     down = TrellisArguments.from_lists(down_tensors, down_sizes)
     index, dtype = index.contiguous(), hidden.dtype
-    rotated = launch_rotation(hidden.contiguous().unsqueeze(1), up.columns, dtype)
-    y = launch_rows(rotated, index, None, up)
+    experts = down.table.shape[0]
+    slots = Slots.empty(index, experts)
+    rotated = launch_rotation(hidden.contiguous().unsqueeze(1), up.columns, dtype, slots=slots, experts=experts)
+    y = launch_rows(rotated, slots, None, up)
     y = y.view(index.numel(), -1, up.rows)
     rotated = launch_rotation(y, down.columns, dtype, Activation.from_numbers(activation))
-    return launch_rows(rotated, index, weights.contiguous(), down)
+    return launch_rows(rotated, slots, weights.contiguous(), down, are_slots_ready=True)
 
 
 @trellis_experts.register_fake
@@ -97,8 +99,10 @@ def trellis_rows(
     w = TrellisArguments.from_lists(tensors, sizes)
     index = index.contiguous()  # before the rotation, during which ``rows_kernel`` reads it
     weights = None if weights is None else weights.contiguous()
-    rotated = launch_rotation(x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype)
-    return launch_rows(rotated, index, weights, w)
+    experts = w.table.shape[0]
+    slots = Slots.empty(index, experts)
+    rotated = launch_rotation(x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype, slots=slots, experts=experts)
+    return launch_rows(rotated, slots, weights, w)
 
 
 @trellis_rows.register_fake
