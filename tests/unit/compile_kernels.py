@@ -270,10 +270,11 @@ def trellis_decode(dtype: torch.dtype, tokens: Any, columns: int, state_bits: in
     w = trellis_launch.TrellisArguments(empty_bytes(), empty_bytes(), table, biases, rows, columns, state_bits)
     activation = ACTIVATIONS[product]
     y = torch.empty(count * slots, 1, 2 * columns if activation.gated else columns)
-    trellis_launch.launch_rotation(torch.empty(count, 1, columns, dtype=dtype), columns, dtype)
+    order = trellis_launch.Slots.empty(index, experts)
+    trellis_launch.launch_rotation(torch.empty(count, 1, columns, dtype=dtype), columns, dtype, slots=order)
     rotated = trellis_launch.launch_rotation(y, columns, dtype, activation)
     weights = torch.empty(count, slots, dtype=dtype) if product != "plain" else None
-    trellis_launch.launch_rows(rotated, index, weights, w)
+    trellis_launch.launch_rows(rotated, order, weights, w, are_slots_ready=bias)
 
 
 DECODE_LINEARS: Axes = {

@@ -18,15 +18,14 @@ from gemq.evaluation.weight_traffic import expert_bytes
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.trellis import launch, operators
+from gemq.kernels.trellis.fragments import repeat_asm
 from gemq.kernels.trellis.tuning import ProductConfig
 from gemq.kernels.trellis.values import (
-    MEAN,
     PERIODS,
     centered_sum,
     end_distance,
     load_window,
     narrow_eighths,
-    pair_asm,
     period_words,
     state,
     sum_asm,
@@ -43,7 +42,7 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        monkeypatch.setattr(launch, "PRODUCT", ProductConfig(tile_rows=32, steps=4, num_warps=4))
+        monkeypatch.setattr(launch, "product_config", lambda *sizes: ProductConfig(tile_rows=32, num_warps=4))
     return request.param
 
 
@@ -100,9 +99,9 @@ def test_assembly_of_values():
     for product in (0, 0x12345678, 0xFFFFFFFF):
         total = sum(product.to_bytes(4, "little"))
         assert run(sum_asm(), 1, [product]) == [0x4B000000 + total]
-        for centered, offset in ((True, -MEAN), (False, 1024)):
-            halves = run(pair_asm(centered), 1, [product, 0])[0].to_bytes(4, "little")
-            assert torch.frombuffer(bytearray(halves), dtype=torch.float16).tolist() == [total + offset, offset]
+        assert [run(repeat_asm(i), 1, [product]) for i in range(4)] == [
+            [byte * 0x01010101] for byte in product.to_bytes(4, "little")
+        ]
 
 
 WIDTHS = (8, 9, 16, 20, 31, 32)

@@ -12,3 +12,6 @@ Scalar = tl.tensor
 
 Tile = tl.tensor
 """Block of values in registers. The docstring has its shape."""
+
+Tiles = tl.tuple
+"""Tuple of tiles, whose number is known at compile time."""

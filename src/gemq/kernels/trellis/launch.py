@@ -13,13 +13,23 @@ from torch import Tensor
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
 from gemq.kernels.decode import bit_fields, launch
-from gemq.kernels.trellis.decode import rotate_kernel, rows_kernel
-from gemq.kernels.trellis.tuning import PRODUCT, ProductConfig, num_splits
+from gemq.kernels.trellis import prepare
+from gemq.kernels.trellis.decode import rows_kernel
+from gemq.kernels.trellis.tuning import (
+    ROTATION_GROUPS,
+    ProductConfig,
+    num_sets,
+    num_slots,
+    num_splits,
+    product_config,
+)
 from gemq.quant.rotation import block_side
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts
     from gemq.kernels.trellis.experts import TrellisMatrices
+
+GROUP, VECTORS = int(prepare.GROUP), int(prepare.VECTORS)
 
 _checked_kernels: set[str] = set()
 """Hashes of compiled kernels that have passed ``_check_layout``."""
@@ -83,59 +93,100 @@ class RotatedVectors(NamedTuple):
     """Inputs of ``launch_rows``.
 
     Attributes:
-        values: [terms, X, C] float16; the vectors are the sum of the terms times ``factors``
-        factors: [X] float32
-        sums: [X, C / side] float32, of the blocks of the first term
+        digits: [X, D, G * 128] int8, of numbers of base 256, the highest digit first
+        heads: [X, G, 2 D] int32, for each group of 128 columns: -MEAN times the sum of each digit, and the bits of the
+            float32 that the numbers are to be multiplied with
     """
 
-    values: Tensor
-    factors: Tensor
-    sums: Tensor
+    digits: Tensor
+    heads: Tensor
+
+
+class Slots(NamedTuple):
+    """Pairs of token and expert in the order in which programs of ``rows_kernel`` take them.
+
+    Attributes:
+        chosen: [T, K] experts of the pairs
+        table: [slots, 1 + 4 * sets] int32: the expert of each slot or -1, and its pairs or -1. A single token has none.
+        sets: sets of four pairs of a slot
+    """
+
+    chosen: Tensor
+    table: Tensor | None
+    sets: int
+
+    @classmethod
+    def empty(cls, index: Tensor, experts: int) -> Slots:
+        """Return slots for experts [T, K] that ``launch_rotation`` is to fill."""
+        if index.shape[0] == 1:
+            return cls(index, None, 1)
+        sets = num_sets(index.numel(), experts)
+        shape = num_slots(index.numel(), experts, sets), 1 + VECTORS * sets
+        return cls(index, torch.empty(shape, dtype=torch.int32, device=index.device), sets)
 
 
 def launch_rotation(
-    y: Tensor, columns: int, dtype: torch.dtype, activation: Activation = RAW, pdl: bool = True
+    y: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    activation: Activation = RAW,
+    slots: Slots | None = None,
+    experts: int = 0,
+    pdl: bool = True,
 ) -> RotatedVectors:
     """Add splits, apply an activation and rotate.
 
     Args:
         y: [X, S, columns], or [X, S, 2 * columns] if the activation is gated
         columns: columns of the result
-        dtype: of the activations: float32 takes two terms of float16
+        dtype: of the activations: float32 takes four digits, other dtypes two
         activation: applied to the sums
+        slots: to be filled
+        experts: number of experts
         pdl: whether the kernel may start while the previous one ends, on GPUs that support this
     """
     vectors, splits = y.shape[:2]
-    side = block_side(columns)
-    terms = 2 if dtype == torch.float32 else 1
-    values = torch.empty(terms, vectors, columns, dtype=torch.float16, device=y.device)
-    factors = torch.empty(vectors, dtype=torch.float32, device=y.device)
-    sums = torch.empty(vectors, columns // side, dtype=torch.float32, device=y.device)
+    num_digits = 4 if dtype == torch.float32 else 2
+    groups = triton.cdiv(columns, GROUP)
+    digits = torch.empty(vectors, num_digits, groups * GROUP, dtype=torch.int8, device=y.device)
+    heads = torch.empty(vectors, groups, 2 * num_digits, dtype=torch.int32, device=y.device)
+    table = None if slots is None else slots.table
+    pairs, sets = (1, 1) if slots is None else (slots.chosen.numel(), slots.sets)
     numbers, constants = kernel_arguments(activation)
+    blocks = min(ROTATION_GROUPS, triton.next_power_of_2(groups))
+    programs = vectors if table is None else vectors + experts + 1
     with launch.device_of(y):
-        rotate_kernel[(vectors,)](
+        prepare.rotate_kernel[(programs, triton.cdiv(groups, blocks))](
             y,
-            values,
-            factors,
-            sums,
+            y if slots is None else slots.chosen,
+            digits,
+            heads,
+            heads if table is None else table,
             vectors,
+            pairs,
+            experts,
             *numbers,
             **constants,
             COLUMNS=columns,
-            SIDE=side,
+            SIDE=block_side(columns),
             SPLITS=splits,
-            TERMS=terms,
+            DIGITS=num_digits,
+            BLOCKS=blocks,
+            PADDED_PAIRS=1 if table is None else triton.next_power_of_2(pairs),
+            SPARSE=table is not None and len(table) == pairs,
+            SETS=sets,
             **_pdl_constants(y.device, pdl),
-            num_warps=4 if columns <= 4096 else 16,
+            num_warps=4,
         )
-    return RotatedVectors(values, factors, sums)
+    return RotatedVectors(digits, heads)
 
 
 def launch_rows(
     x: RotatedVectors,
-    index: Tensor,
+    slots: Slots,
     weights: Tensor | None,
     w: TrellisArguments,
+    are_slots_ready: bool = False,
     config: ProductConfig | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -143,48 +194,49 @@ def launch_rows(
 
     Args:
         x: a vector for each token, or for each pair of token and expert
-        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        slots: filled by ``launch_rotation``; indices outside 0 ... E - 1 mark unused pairs
         weights: [T, K] routing weights, or None
         w: matrices
+        are_slots_ready: whether the slots were filled before the rotation that made x
         config: launch options, for benchmarks
         splits: programs that share a row, for benchmarks
 
     Returns:
-        [T, K * S, rows] float32. Unused slots are zero with weights, and not written without.
+        [T, K * S, rows] float32. Unused pairs are zero with weights, and not written without.
     """
-    tokens, slots = index.shape
-    pairs = tokens * slots
-    terms, vectors, _ = x.values.shape
-    config = config or PRODUCT
+    tokens, top_k = slots.chosen.shape
+    pairs = tokens * top_k
+    vectors, num_digits, _ = x.digits.shape
+    config = config or product_config(pairs, w.table.shape[0])
     splits = splits or num_splits(pairs, w.rows, w.columns)
-    out = torch.empty(tokens, slots * splits, w.rows, dtype=torch.float32, device=index.device)
+    out = torch.empty(tokens, top_k * splits, w.rows, dtype=torch.float32, device=x.digits.device)
+    count = pairs if slots.table is None else len(slots.table)
     with launch.device_of(out):
-        kernel = rows_kernel[(pairs, triton.cdiv(w.rows // 16, config.tile_rows), splits)](
+        kernel = rows_kernel[(triton.cdiv(w.rows // 16, config.tile_rows), count, splits)](
             *x,
-            index,
+            slots.chosen if slots.table is None else slots.table,
             out if weights is None else weights,
             w.codes,
             w.scales,
             w.table,
             out if w.bias is None else w.bias,
             out,
-            vectors,
-            pairs,
             w.rows,
             w.table.shape[0],
-            TOP_K=slots,
-            PER_PAIR=vectors == pairs and slots > 1,
+            TOP_K=top_k,
+            PER_PAIR=vectors == pairs and top_k > 1,
+            SINGLE=slots.table is None,
+            EARLY=slots.table is None or are_slots_ready,
             HAS_BIAS=w.bias is not None,
             WEIGHTED=weights is not None,
-            PADDED_PAIRS=1 if tokens == 1 else triton.next_power_of_2(pairs),
             COLUMNS=w.columns,
-            SIDE=block_side(w.columns),
             SPLITS=splits,
             STATE_BITS=w.state_bits,
             R=config.tile_rows,
-            J=config.steps,
-            TERMS=terms,
-            CENTERED=config.centered or terms > 1,
+            J=config.num_warps,
+            SETS=slots.sets,
+            DIGITS=num_digits,
+            MULTIPLIED=config.multiplied,
             PORTABLE=launch.operand(out) == int(bit_fields.PORTABLE),
             PREFETCH=config.prefetch,
             **_pdl_constants(out.device, config.pdl),
@@ -211,7 +263,7 @@ def check_layout(kernel: Any) -> None:
     if kernel is None or kernel.hash in _checked_kernels:  # the interpreter returns None
         return
     text = kernel.asm["ttgir"]
-    for name in set(re.findall(r"elementwise_inline_asm .*mma\.sync.* -> tensor<32x\d+x\d+xf32, (#\w+)>", text)):
+    for name in set(re.findall(r"elementwise_inline_asm .*mma\.sync.* -> tensor<32x\d+x\d+xi32, (#\w+)>", text)):
         layout = re.search(rf"^{name} = (.*)$", text, re.MULTILINE)
         assert layout, name
         is_blocked = "threadsPerWarp = [32, 1, 1]" in layout[1]

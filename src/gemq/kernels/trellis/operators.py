@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemq.kernels.activation import Activation, activation_of
 from gemq.kernels.fetch import wait_for_down
-from gemq.kernels.trellis.launch import TrellisArguments, launch_rotation, launch_rows
+from gemq.kernels.trellis.launch import Slots, TrellisArguments, launch_rotation, launch_rows
 from gemq.kernels.trellis.tuning import num_splits
 from gemq.runtime.compat import transformers_private
 
@@ -56,12 +56,14 @@ def trellis_experts(
     up = TrellisArguments.from_lists(up_tensors, up_sizes)
     down = TrellisArguments.from_lists(down_tensors, down_sizes)
     index, dtype = index.contiguous(), hidden.dtype
-    rotated = launch_rotation(hidden.contiguous().unsqueeze(1), up.columns, dtype)
-    y = launch_rows(rotated, index, None, up)
+    experts = down.table.shape[0]
+    slots = Slots.empty(index, experts)
+    rotated = launch_rotation(hidden.contiguous().unsqueeze(1), up.columns, dtype, slots=slots, experts=experts)
+    y = launch_rows(rotated, slots, None, up)
     y = y.view(index.numel(), -1, up.rows)
     is_waiting = wait_for_down(hidden.device)
     rotated = launch_rotation(y, down.columns, dtype, Activation.from_numbers(activation), pdl=not is_waiting)
-    return launch_rows(rotated, index, weights.contiguous(), down)
+    return launch_rows(rotated, slots, weights.contiguous(), down, are_slots_ready=True)
 
 
 @trellis_experts.register_fake
@@ -99,9 +101,13 @@ def trellis_rows(
     w = TrellisArguments.from_lists(tensors, sizes)
     index = index.contiguous()  # before the rotation, during which ``rows_kernel`` reads it
     weights = None if weights is None else weights.contiguous()
+    experts = w.table.shape[0]
+    slots = Slots.empty(index, experts)
     is_waiting = wait_for_down(x.device)
-    rotated = launch_rotation(x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype, pdl=not is_waiting)
-    return launch_rows(rotated, index, weights, w)
+    rotated = launch_rotation(
+        x.contiguous().view(-1, 1, w.columns), w.columns, x.dtype, slots=slots, experts=experts, pdl=not is_waiting
+    )
+    return launch_rows(rotated, slots, weights, w)
 
 
 @trellis_rows.register_fake

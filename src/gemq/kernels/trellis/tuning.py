@@ -10,30 +10,42 @@ from typing import NamedTuple
 MIN_PROGRAMS = 512
 """Rows are split between programs until there are this many: about four for each multiprocessor of an H100."""
 
+ROTATION_GROUPS = 4
+"""Groups of 128 columns that a program of the rotation takes, one for each warp."""
+
 
 class ProductConfig(NamedTuple):
     """Launch options of ``decode.rows_kernel``. Each one compiles to a kernel of its own.
 
     Attributes:
         tile_rows: rows of tiles of a program
-        steps: steps of 32 columns that the warps of a program share
-        num_warps: warps of a program
-        centered: whether to subtract the mean of the codes from each weight; otherwise products contain the sum of the
-            inputs, which saves half an instruction per weight and costs three bits of the sums
+        num_warps: warps of a program, which share its rows
+        multiplied: weights of a period that are moved by a multiplication, see ``values.period_products``
         prefetch: whether codes are requested before the previous kernel ends
         pdl: whether the kernel may start while the previous one ends, on GPUs that support this
     """
 
     tile_rows: int
-    steps: int
     num_warps: int
-    centered: bool = False
+    multiplied: int = 4
     prefetch: bool = True
     pdl: bool = True
 
 
-PRODUCT = ProductConfig(tile_rows=1, steps=4, num_warps=4)
-"""The options for any number of pairs of token and expert."""
+def product_config(pairs: int, experts: int) -> ProductConfig:
+    """Return the launch options for pairs of token and expert."""
+    return ProductConfig(tile_rows=2, num_warps=4)
+
+
+def num_sets(pairs: int, experts: int) -> int:
+    """Return how many sets of four pairs a slot has, so that few experts need two slots."""
+    mean = pairs / experts
+    return 1 if mean <= 2 else 2
+
+
+def num_slots(pairs: int, experts: int, sets: int) -> int:
+    """Return how many slots are enough for any routing. If that is ``pairs``, each pair has a slot."""
+    return min(pairs, pairs // (4 * sets) + experts + 1)
 
 
 def num_splits(pairs: int, rows: int, columns: int) -> int:

@@ -12,12 +12,13 @@ no integer is converted.
 The inline assembly is NVIDIA's. PORTABLE uses ordinary arithmetic, for the interpreter and other GPUs.
 """
 
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gemq.kernels.triton_types import Pointer, Scalar, Tile
+from gemq.kernels.triton_types import Pointer, Scalar, Tile, Tiles
 from gemq.quant import trellis
 from gemq.quant.widths import MAX_EIGHTHS
 
@@ -123,7 +124,7 @@ def sum_asm():
 
 
 @triton.jit
-def _byte_total(product: Tile):
+def byte_total(product: Tile):
     """Return the sum of bytes, int32."""
     total = (product & 255) + ((product >> 8) & 255) + ((product >> 16) & 255) + (product >> 24)
     return total.to(tl.int32)
@@ -134,44 +135,77 @@ def centered_sum(states: Tile, PORTABLE: tl.constexpr):
     """Return the sum of bytes minus MEAN as float32: an integer, and the value in units of VALUE_UNIT."""
     product = states * _MULTIPLIER
     if PORTABLE:
-        return _byte_total(product).to(tl.float32) - MEAN
+        return byte_total(product).to(tl.float32) - MEAN
     else:
         # 2^23 plus an integer has the integer in its mantissa
         total = tl.inline_asm_elementwise(sum_asm(), "=r,r", [product], tl.int32, is_pure=True, pack=1)
         return total.to(tl.float32, bitcast=True) - (8388608.0 + MEAN)
 
 
-@triton.constexpr_function
-def pair_asm(centered: bool):
-    """Return PTX that turns the products $1 and $2 into a register of two float16: 1024 plus their sums of bytes.
+@triton.jit
+def state_shifts(eighths: Scalar, STATE_BITS: tl.constexpr, NARROW: tl.constexpr, MULTIPLIED: tl.constexpr):
+    """Return the numbers with which ``period_products`` shifts the first seven weights of a period, as uint32.
 
-    Args:
-        centered: whether to subtract 1024 and MEAN
+    They are the distances of their states from the ends of ``half_windows``, or for the first MULTIPLIED weights the
+    powers of two that move the states to the upper ends. The last weight's state ends with its window.
     """
-    start = 0x6400  # 1024 in float16: the sum becomes its mantissa
-    lines = [".reg .b32 s, t;"]
-    lines.append(f"dp4a.u32.u32 s, $1, 0x01010101, {start:#010x};")
-    lines.append(f"dp4a.u32.u32 t, $2, 0x01010101, {start:#010x};")
-    if not centered:
-        lines.append("prmt.b32 $0, s, t, 0x5410;")
-    else:
-        lines.append("prmt.b32 s, s, t, 0x5410;")
-        lines.append(f"mov.b32 t, {0x10001 * (start + trellis.BYTES_MEAN):#010x};")
-        lines.append("sub.rn.f16x2 $0, s, t;")
-    return "{\n" + "\n".join(lines) + "\n}"
+    shifts = ()
+    for i in tl.static_range(7):
+        distance = end_distance(i, eighths)
+        if not NARROW and i < 4:
+            distance -= end_distance(3, eighths)
+        if i < MULTIPLIED:
+            # The compilers make a product with 1 << n a shift again. They do not recognize a power from its exponent.
+            exponent = (127 + 32 - STATE_BITS) - distance
+            shift = (exponent << 23).to(tl.float32, bitcast=True).to(tl.uint32)
+        else:
+            shift = distance.to(tl.uint32)
+        shifts = shifts + (shift,)  # noqa: RUF005
+    return shifts
 
 
 @triton.jit
-def value_pair(first: Tile, second: Tile, CENTERED: tl.constexpr, PORTABLE: tl.constexpr):
-    """Return words of two float16 for the states ``first`` and ``second``, without rounding.
+def half_windows(
+    last: Tile, middle: Tile, first: Tile, shift: Tile, eighths: Scalar, NARROW: tl.constexpr, PORTABLE: tl.constexpr
+):
+    """Return the 32 bits with the states of the first four weights of a period, and those of the other four.
 
-    They are the values in units of VALUE_UNIT if CENTERED, and greater than these by 1024 + MEAN otherwise.
+    Args:
+        last: last words of the windows of periods, uint32
+        middle: the words before them
+        first: the words before those, any value if NARROW
+        shift: from ``period_words``
+        eighths: width in eighths of a bit
+        NARROW: whether the width is at most ``narrow_eighths``; both results are then the same
     """
-    first, second = first * _MULTIPLIER, second * _MULTIPLIER
-    if PORTABLE:
-        offset: tl.constexpr = 0.0 if CENTERED else 1024.0 + MEAN
-        low = (_byte_total(first) - MEAN + offset).to(tl.float16).to(tl.int16, bitcast=True)
-        high = (_byte_total(second) - MEAN + offset).to(tl.float16).to(tl.int16, bitcast=True)
-        return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    low = funnel(middle, last, shift, PORTABLE)
+    if NARROW:
+        return low, low
     else:
-        return tl.inline_asm_elementwise(pair_asm(CENTERED), "=r,r,r", [first, second], tl.int32, is_pure=True, pack=1)
+        high = funnel(first, middle, shift, PORTABLE)
+        return funnel(high, low, tl.broadcast_to(end_distance(3, eighths), low.shape), PORTABLE), low
+
+
+@triton.jit
+def period_products(windows: Tiles, shifts: Tiles, STATE_BITS: tl.constexpr, MULTIPLIED: tl.constexpr):
+    """Return the eight products of a period, whose bytes add up to the values plus MEAN: a tuple of uint32.
+
+    GPUs shift and mask in another unit than they multiply in. A product with a power of two and a shift to the right
+    replace a shift and a mask, and so balance the load of the units.
+
+    Args:
+        windows: from ``half_windows``
+        shifts: from ``state_shifts``
+        MULTIPLIED: weights whose shift is a power of two, 0 to 7
+    """
+    products = ()
+    for i in tl.static_range(8):
+        window = windows[i // 4]
+        if i < MULTIPLIED:
+            states = (window * shifts[i]) >> (32 - STATE_BITS)
+        elif i < 7:
+            states = (window >> shifts[i]) & ((1 << STATE_BITS) - 1)
+        else:
+            states = window & ((1 << STATE_BITS) - 1)
+        products = products + (states * _MULTIPLIER,)  # noqa: RUF005
+    return products
