@@ -12,17 +12,19 @@ fused. Where results differ, the layer stays as it is.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gemq.decoding.static_cache import StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
+from gemq.kernels import dispatch
 from gemq.kernels.decode.attention import NewToken, attend_and_write, can_write
 from gemq.kernels.decode.launch import launch_linears
 from gemq.kernels.decode.linear_fusion import MAX_LINEARS
@@ -66,6 +68,25 @@ class _Rotation:
         return NewToken(self.key[:, :, 0], self.value[:, :, 0], cos, sin)
 
 
+class _Shares(NamedTuple):
+    """The output of experts whose sum is computed later.
+
+    Attributes:
+        placeholder: [T, H] in place of the sum
+        version: of the placeholder, which changes if it is written
+        terms: [T, S, H] float32
+    """
+
+    placeholder: Tensor
+    version: int
+    terms: Tensor
+
+    def are_all_of(self, output: Tensor) -> bool:
+        """Whether an output of the layer's MLP is the placeholder in any shape, unchanged."""
+        is_same = output.data_ptr() == self.placeholder.data_ptr() and output.numel() == self.placeholder.numel()
+        return is_same and output.is_contiguous() and output._version == self.version
+
+
 @dataclass
 class _Layer:
     """A decoder layer with its parts.
@@ -78,6 +99,7 @@ class _Layer:
         next_norm: the norm that follows the layer
         is_fused: whether the layer runs as ``_layer_forward``
         writes_in_attention: whether its attention kernel rotates and writes the cache
+        leaves_sum: whether the sum over experts is left to the kernel that adds it to the layer's input
         linears: for each linear that comes first among those of one input, all of them
     """
 
@@ -88,7 +110,13 @@ class _Layer:
     next_norm: tuple[Any, NormKind] | None = None
     is_fused: bool = False
     writes_in_attention: bool = False
+    leaves_sum: bool = False
     linears: dict[PackedLinear, list[PackedLinear]] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> list[PackedExperts]:
+        """Packed experts of the layer: one module, or none."""
+        return [module for module in self.mlp.modules() if isinstance(module, PackedExperts)]
 
 
 class FusedLayers:
@@ -125,6 +153,7 @@ class FusedLayers:
         self._normed: tuple[Tensor, Tensor] | None = None  # a layer's output, and its norm
         self._rotation: _Rotation | None = None
         self._projected: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of linears that others computed
+        self._shares: _Shares | None = None
         self._routing: list[tuple[Tensor, ...]] = []  # index and weights of the experts, to run a layer twice
 
     @property
@@ -153,13 +182,17 @@ class FusedLayers:
         elif following in self._norms:
             self._layers[layer].next_norm = (following, self._norms[following])
 
+    def _forget(self) -> None:
+        """Drops what a step left over that was interrupted."""
+        self._normed = self._rotation = self._shares = None
+        self._projected.clear()
+
     # Contexts
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Runs modules fused while the context is active."""
-        self._normed = self._rotation = None
-        self._projected.clear()
+        self._forget()
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         for norm, kind in self._norms.items():
             replaced[norm] = partial(self._norm_forward, norm, kind)
@@ -168,6 +201,8 @@ class FusedLayers:
         for layer in self._layers.values():
             replaced[layer.module] = partial(self._layer_or_family, layer)
             replaced[layer.attention] = partial(self._attention_forward, layer)
+            for experts in layer.experts:
+                replaced[experts] = partial(self._experts_forward, layer, experts)
             for group in layer.linears.values():
                 for linear in group:
                     replaced[linear] = partial(self._linear_forward, layer, linear)
@@ -252,6 +287,18 @@ class FusedLayers:
             self._projected[member] = (x, output.view(*x.shape[:-1], member.out_features))
         return self._projected.pop(linear)[1]
 
+    def _experts_forward(self, layer: _Layer, experts: Any, hidden: Tensor, *routing: Any) -> Tensor:
+        """Experts whose sum is computed later. Until then the result has no values."""
+        if not self._is_off and layer.leaves_sum and len(routing) == 2:
+            shares = dispatch.expert_shares(experts, hidden, *routing)
+            if shares is not None:
+                placeholder = torch.empty_like(hidden)
+                if self._is_verifying:  # a use of these values must not go unnoticed
+                    placeholder.fill_(torch.nan)
+                self._shares = _Shares(placeholder, placeholder._version, shares)
+                return placeholder
+        return type(experts).forward(experts, hidden, *routing)
+
     def _layer_or_family(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
         """A decoder layer, fused if it may be."""
         self._current = layer
@@ -270,7 +317,13 @@ class FusedLayers:
         output = layer.mlp(normed)
         output = output[0] if isinstance(output, tuple) else output
         next_norm = None if layer.next_norm is None else layer.next_norm[1].of(layer.next_norm[0])
-        hidden, normed = add(output, hidden, next_norm)
+        shares, self._shares = self._shares, None
+        if shares is None:
+            hidden, normed = add(output, hidden, next_norm)
+        elif shares.are_all_of(output):
+            hidden, normed = add(shares.terms, hidden, next_norm, terms=shares.terms.shape[1])
+        else:
+            raise RuntimeError("its layers use the output of the experts")
         if next_norm is not None:
             self._normed = (hidden, normed)
         return hidden
@@ -304,8 +357,7 @@ class FusedLayers:
         for group in layer.linears.values():
             for linear in group:
                 replaced[linear] = partial(self._linear_forward, layer, linear)
-        for writes in (True, False):
-            layer.writes_in_attention = writes
+        for layer.writes_in_attention, layer.leaves_sum in itertools.product((True, False), repeat=2):
             try:
                 with _forwards(replaced), self._replayed(layer):
                     result = self._layer_forward(layer, *args, **kwargs)
@@ -314,8 +366,7 @@ class FusedLayers:
                 raise
             except Exception:  # noqa: BLE001 - family code in a form that it does not expect
                 layer.is_fused = False
-            self._normed = self._rotation = None
-            self._projected.clear()
+            self._forget()
             if layer.is_fused:
                 return expected
         layer.linears = {}
