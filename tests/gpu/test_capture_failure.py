@@ -92,7 +92,7 @@ def test_a_user_generates_and_quantizes_again(tmp_path: Path) -> None:
     decoder = Decoder(model, 1, 64)
     prefill_tokens = decoder.prefill(ids).tolist()
     decoder.prepare(compile_layers=False)
-    assert decoder.execution == "CUDA graph"
+    assert decoder.execution == "fused layers in a CUDA graph"
     assert [row[0] for row in (prefill_tokens, *decoder.decode(11))] == expected
     torch.manual_seed(0)
     assert model.generate(ids, max_new_tokens=4, do_sample=True, pad_token_id=0).shape == (1, 28)

@@ -55,7 +55,7 @@ def decoded(decoder: Decoder, ids: torch.Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
-def test_graphs_and_compiled_layers_give_the_eager_tokens(model, batch):
+def test_graphs_of_fused_and_compiled_layers_give_the_eager_tokens(model, batch):
     """They also equal those of Transformers' generate in float32."""
     ids = prompt(batch)
     new = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -67,7 +67,7 @@ def test_graphs_and_compiled_layers_give_the_eager_tokens(model, batch):
         decoder.prefill(ids)
         decoder.prepare(compile_layers=compile_layers)
         assert not decoder.fallbacks, decoder.reasons
-        assert decoder.execution == ("compiled layers in a CUDA graph" if compile_layers else "CUDA graph")
+        assert decoder.execution == f"{'compiled' if compile_layers else 'fused'} layers in a CUDA graph"
         for prompt_ids in (prompt(batch, 7), ids):
             tokens = decoded(decoder, prompt_ids)
         assert tokens == expected

@@ -57,7 +57,7 @@ def test_a_sum_and_its_norm_in_one_launch(terms, device):
     total, same = norms.add(x, residual, None, terms)
     assert total is same
     if terms:
-        torch.testing.assert_close(norms.sum_terms(x, residual.dtype), summed[:, 0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(norms.sum_shares(x, residual.dtype), summed[:, 0], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("normalized", [False, True])

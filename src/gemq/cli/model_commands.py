@@ -57,7 +57,9 @@ def generate(
     compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="On a GPU: compile the layers after the first token; worthwhile only for long texts."
+            "--compile",
+            help="On a GPU: compile the layers after the first token, in place of fused kernels. For models whose "
+            "layers cannot be fused, and long texts.",
         ),
     ] = False,
     dtype: ComputeDtype = "auto",
@@ -116,8 +118,9 @@ def bench(
     prefill: Annotated[str | None, typer.Option(help="Prompt lengths (default 128,512,2048; CPU: 128).")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded per run (default 128; CPU: 16).")] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers (on a GPU).")
-    ] = True,
+        bool,
+        typer.Option("--compile/--no-compile", help="Compile the decoder layers in place of fused kernels (on a GPU)."),
+    ] = False,
     dtype: ComputeDtype = "auto",
     device: Device = "auto",
     gpu_memory: ModelGpuMemory = None,

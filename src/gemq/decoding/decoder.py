@@ -3,11 +3,11 @@
 The model is called as it is. No class is patched. Transformers fills a static cache with the prompt in one eager call.
 A decode step then reads its token and position from buffers, writes keys and values at that position, chooses the next
 token on the device, and increments the position. A CUDA graph of the step can therefore be replayed without any input
-from the host. Before the capture the decoder layers may be compiled (``decoding.regional_compile``), which fuses the
-many small kernels between the packed ones.
+from the host. Before the capture, the many small kernels between the packed ones are fused (``decoding.fused_layers``).
+Layers may be compiled instead (``decoding.regional_compile``), which takes longer.
 
 All of this relies on interfaces that change. Whatever a model or a driver does not support is left out and counted:
-first the compiled layers, then the graph. If even the static cache fails, ``Unsupported`` is raised and the caller
+first fused or compiled layers, then the graph. If even the static cache fails, ``Unsupported`` is raised and the caller
 decodes without one. Supports causal language models of Transformers with full or sliding attention.
 """
 
@@ -17,7 +17,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +82,11 @@ class Decoder:
         temperature: 0 chooses the most likely token; otherwise tokens are sampled from the whole distribution
 
     Attributes:
-        execution: of a step: ``compiled layers in a CUDA graph``, ``compiled layers``, ``CUDA graph`` or ``eager``
+        execution: of a step: ``fused layers`` or ``compiled layers``, alone or ``in a CUDA graph``; ``CUDA graph``; or
+            ``eager``
         fallbacks: counts of accelerations that were left out, by the keys of ``FALLBACKS``
         reasons: the first error of each fallback, in one line
-        seconds: duration of ``warm_up`` (the first eager step), ``compile`` and ``capture``
+        seconds: duration of ``warm_up`` (the first eager step), ``fuse``, ``compile`` and ``capture``
 
     Raises:
         Unsupported: the model cannot be decoded with a step of fixed shapes.
@@ -126,7 +127,8 @@ class Decoder:
             for layer in self._cache.layers:
                 layer.cumulative_length.zero_()  # old keys and values are masked until they are overwritten
             cache = cache_argument(self.model, self._cache)
-            output = self.model(input_ids=ids, use_cache=True, **cache, **last_logits_argument(self.model))
+            with nullcontext() if self._fused is None else self._fused.active(is_prompt=True):
+                output = self.model(input_ids=ids, use_cache=True, **cache, **last_logits_argument(self.model))
             self._token.copy_(self._choose(output.logits[:, -1]))
             self._position.fill_(ids.shape[1])
             return self._token[:, 0].clone()
@@ -156,8 +158,11 @@ class Decoder:
                 return
         if has_kernels:
             self._try(self._fuse_layers, "layers_not_fused")
+        is_fused = self._fused is not None and self._fused.count > 0
+        if is_fused:
+            self.execution = "fused layers"
         if cuda and self._try(self._capture, "step_not_captured"):
-            self.execution = "CUDA graph"
+            self.execution = "fused layers in a CUDA graph" if is_fused else "CUDA graph"
 
     def _prepare_eager_step(self) -> None:
         """Selects the attention of a step, and runs one step to load and compile the packed kernels without Dynamo."""
@@ -184,7 +189,7 @@ class Decoder:
             raise
         self.seconds["fuse"] = time.perf_counter() - start
         if self._fused.count < len(layers):
-            raise RuntimeError(f"{len(layers) - self._fused.count} of {len(layers)}")
+            raise RuntimeError(f"{len(layers) - self._fused.count} of {len(layers)} layers are of another form")
 
     def step(self) -> Tensor:
         """Decodes one token of each sequence on the device.

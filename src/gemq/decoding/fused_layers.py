@@ -11,84 +11,28 @@ fused. Where results differ, the layer stays as it is.
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemq.decoding.layer_parts import LayerParts, Rotation, Shares, find_parts, fused_linears, is_close, linear_groups
 from gemq.decoding.static_cache import StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
-from gemq.kernels.decode.attention import NewToken, attend_and_write, can_write
+from gemq.kernels import dispatch
+from gemq.kernels.decode.attention import attend_and_write, can_write
 from gemq.kernels.decode.launch import launch_linears
-from gemq.kernels.decode.linear_fusion import MAX_LINEARS
 from gemq.kernels.decode.norms import add, rms_norm
 from gemq.kernels.decode.norms import usable as norm_usable
-from gemq.kernels.decode.packed_arguments import FusedLinears
 from gemq.kernels.dispatch import MAX_DECODE_TOKENS
 from gemq.kernels.modules import PackedExperts, PackedLinear
-from gemq.models.cache_names import cache_name
-from gemq.models.fused_norms import NormKind, norm_kind, replaced_rotary, rotary_function
+from gemq.models.fused_norms import NormKind, RotaryFunction, fused_rotary, norm_kind, replaced_rotary, rotary_function
 from gemq.models.fused_routers import RouterKind, fused_route, router_kind
 from gemq.models.structure import is_norm
-
-MAX_DIFFERENCE = {torch.float32: 2e-3, torch.float16: 0.03, torch.bfloat16: 0.06}
-"""Largest relative difference of what a layer adds to its input. Another rounding in an early operation moves all
-later ones, and experts' codes are multiplied in fixed point."""
-
-
-@dataclass
-class _Rotation:
-    """Query and key that the attention kernel is to rotate, and the value for the cache.
-
-    Attributes:
-        query: [B, H, 1, D], or None if any query will do
-        key: [B, N, 1, D]
-        cos: [1 or B, 1, D], or None without rotation
-        sin: [1 or B, 1, D], or None without rotation
-        value: [B, N, 1, D], known when the cache is updated
-    """
-
-    query: Tensor | None
-    key: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
-    value: Tensor | None = None
-
-    def new_token(self) -> NewToken:
-        """Return what the attention kernel takes."""
-        assert self.value is not None
-        cos, sin = (None if angle is None else angle[:, 0] for angle in (self.cos, self.sin))
-        return NewToken(self.key[:, :, 0], self.value[:, :, 0], cos, sin)
-
-
-@dataclass
-class _Layer:
-    """A decoder layer with its parts.
-
-    Attributes:
-        module: the layer
-        norms: modules before attention and before the MLP, with their kinds
-        attention: the module that takes the cache
-        mlp: the other module
-        next_norm: the norm that follows the layer
-        is_fused: whether the layer runs as ``_layer_forward``
-        writes_in_attention: whether its attention kernel rotates and writes the cache
-        linears: for each linear that comes first among those of one input, all of them
-    """
-
-    module: nn.Module
-    norms: tuple[tuple[Any, NormKind], tuple[Any, NormKind]]
-    attention: nn.Module
-    mlp: nn.Module
-    next_norm: tuple[Any, NormKind] | None = None
-    is_fused: bool = False
-    writes_in_attention: bool = False
-    linears: dict[PackedLinear, list[PackedLinear]] = field(default_factory=dict)
 
 
 class FusedLayers:
@@ -96,53 +40,48 @@ class FusedLayers:
 
     Args:
         layers: decoder layers, in order
-        after: modules that may follow the last layer, among them its norm
+        outer_modules: modules outside the layers, among them the last norm
         device: of the model
 
     Attributes:
         count: layers that are fused
     """
 
-    def __init__(self, layers: Sequence[nn.Module], after: Sequence[nn.Module], device: torch.device) -> None:
-        self._modules = list(layers)
+    def __init__(self, layers: Sequence[nn.Module], outer_modules: Sequence[nn.Module], device: torch.device) -> None:
         self._norms: dict[nn.Module, NormKind] = {}
         self._routers: dict[nn.Module, RouterKind] = {}
         kinds: dict[Any, Any] = {}
-        for module in [m for root in (*layers, *after) for m in root.modules() if "forward" not in vars(m)]:
+        for module in (module for root in (*layers, *outer_modules) for module in root.modules()):
+            if "forward" in vars(module):  # another program has changed it
+                continue
             if is_norm(module):
                 kind = norm_kind(module, device, kinds)
                 if kind is not None:
                     self._norms[module] = kind
             elif (route := router_kind(module, device, kinds)) is not None:
                 self._routers[module] = route
-        self._layers = {layer: parts for layer in layers if (parts := self._parts(layer)) is not None}
-        following = [*layers[1:], *after[:1]]
-        for layer, next_module in zip(layers, following, strict=False):
+        self._layers: dict[nn.Module, LayerParts] = {}
+        for layer in layers:
+            layer_parts = find_parts(layer, self._norms)
+            if layer_parts is not None:
+                self._layers[layer] = layer_parts
+        last_norms = [module for module in outer_modules if module in self._norms]
+        for layer, next_module in zip(layers, [*layers[1:], *last_norms[:1]], strict=False):
             self._connect(layer, next_module)
-        self._current: _Layer | None = None
-        self._is_verifying = False
+        self._current: LayerParts | None = None
+        self._rotary_functions: dict[RotaryFunction, RotaryFunction | None] = {}
+        self._is_verifying = self._is_prompt = False
         self._is_off = False  # whether everything runs as in the family's code
         self._normed: tuple[Tensor, Tensor] | None = None  # a layer's output, and its norm
-        self._rotation: _Rotation | None = None
+        self._rotation: Rotation | None = None
         self._projected: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of linears that others computed
+        self._shares: Shares | None = None
         self._routing: list[tuple[Tensor, ...]] = []  # index and weights of the experts, to run a layer twice
 
     @property
     def count(self) -> int:
         """Number of fused layers."""
         return sum(layer.is_fused for layer in self._layers.values())
-
-    def _parts(self, layer: nn.Module) -> _Layer | None:
-        """Return the parts of a layer, or None if it has others than two norms, attention and MLP."""
-        children = list(layer.children())
-        norms = [(child, self._norms[child]) for child in children if child in self._norms]
-        others = [child for child in children if not is_norm(child) and next(child.parameters(), None) is not None]
-        others += [c for c in children if c not in others and not is_norm(c) and next(c.buffers(), None) is not None]
-        attentions = [c for c in others if cache_name(inspect.signature(c.forward).parameters) is not None]
-        if len(norms) != 2 or len(others) != 2 or len(attentions) != 1:
-            return None
-        mlp = next(child for child in others if child is not attentions[0])
-        return _Layer(layer, (norms[0], norms[1]), attentions[0], mlp)
 
     def _connect(self, layer: nn.Module, following: nn.Module) -> None:
         """Remember the norm after a layer: the first one of the next layer, or that after all layers."""
@@ -153,13 +92,22 @@ class FusedLayers:
         elif following in self._norms:
             self._layers[layer].next_norm = (following, self._norms[following])
 
+    def _forget(self) -> None:
+        """Drops what a step left over that was interrupted."""
+        self._normed = self._rotation = self._shares = None
+        self._projected.clear()
+
     # Contexts
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Runs modules fused while the context is active."""
-        self._normed = self._rotation = None
-        self._projected.clear()
+    def active(self, is_prompt: bool = False) -> Iterator[None]:
+        """Runs modules fused while the context is active.
+
+        Args:
+            is_prompt: whether the model runs on prompts, whose keys and values the family's code writes
+        """
+        self._forget()
+        self._is_prompt = is_prompt
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         for norm, kind in self._norms.items():
             replaced[norm] = partial(self._norm_forward, norm, kind)
@@ -168,6 +116,8 @@ class FusedLayers:
         for layer in self._layers.values():
             replaced[layer.module] = partial(self._layer_or_family, layer)
             replaced[layer.attention] = partial(self._attention_forward, layer)
+            for experts in layer.experts:
+                replaced[experts] = partial(self._experts_forward, layer, experts)
             for group in layer.linears.values():
                 for linear in group:
                     replaced[linear] = partial(self._linear_forward, layer, linear)
@@ -193,10 +143,10 @@ class FusedLayers:
 
     def leaves_write(self, key: Tensor, value: Tensor) -> bool:
         """Whether the attention kernel will write a key and value into the cache. Called when the cache is updated."""
-        if self._current is None or not self._current.writes_in_attention or self._is_off:
+        if self._current is None or not self._current.writes_in_attention or self._is_off or self._is_prompt:
             return False
         if self._rotation is None:
-            self._rotation = _Rotation(None, key, None, None)
+            self._rotation = Rotation(None, key, None, None)
         elif self._rotation.key is not key:
             raise RuntimeError("its attention changes rotated keys")
         self._rotation.value = value
@@ -221,24 +171,29 @@ class FusedLayers:
             return type(router).forward(router, x, *args, **kwargs)
         return fused_route(router, kind, x)
 
-    def _attention_forward(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
-        """Attention, in which calls of the family's rotary function are left to the kernel."""
+    def _attention_forward(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
+        """Attention, in which the family's rotary function is a kernel, or left to the attention kernel."""
         module: Any = layer.attention
-        original = None if self._is_off or not layer.writes_in_attention else rotary_function(module)
-        if original is None:
+        original = None if self._is_off else rotary_function(module)
+        replacement: RotaryFunction | None = None
+        if original is not None and self._is_prompt:
+            replacement = fused_rotary(original, self._rotary_functions)
+        elif original is not None and layer.writes_in_attention:
+            replacement = self._leave_rotation
+        if replacement is None:
             return type(module).forward(module, *args, **kwargs)
         self._rotation = None
-        with replaced_rotary(type(module), self._leave_rotation):
+        with replaced_rotary(type(module), replacement):
             return type(module).forward(module, *args, **kwargs)
 
     def _leave_rotation(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the family's rotary function: returns query and key as they are."""
         if args or kwargs or cos.dim() != 3:
             raise RuntimeError("its rotary positions have options")
-        self._rotation = _Rotation(query, key, cos, sin)
+        self._rotation = Rotation(query, key, cos, sin)
         return query, key
 
-    def _linear_forward(self, layer: _Layer, linear: Any, x: Tensor) -> Tensor:
+    def _linear_forward(self, layer: LayerParts, linear: Any, x: Tensor) -> Tensor:
         """A linear that is computed together with others of the same input."""
         result = self._projected.pop(linear, None)
         if result is not None and result[0] is x:
@@ -246,13 +201,25 @@ class FusedLayers:
         group = layer.linears.get(linear)
         if self._is_off or group is None or x.numel() // x.shape[-1] > MAX_DECODE_TOKENS:
             return type(linear).forward(linear, x)
-        joint = launch_linears(x.reshape(-1, x.shape[-1]).contiguous(), _fused_linears(group))
+        joint = launch_linears(x.reshape(-1, x.shape[-1]).contiguous(), fused_linears(group))
         outputs = joint.split([member.out_features for member in group], 1)
         for member, output in zip(group, outputs, strict=True):
             self._projected[member] = (x, output.view(*x.shape[:-1], member.out_features))
         return self._projected.pop(linear)[1]
 
-    def _layer_or_family(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
+    def _experts_forward(self, layer: LayerParts, experts: Any, hidden: Tensor, *routing: Any) -> Tensor:
+        """Experts whose sum is computed later. Until then the result has no values."""
+        if not self._is_off and layer.leaves_sum and len(routing) == 2:
+            shares = dispatch.expert_shares(experts, hidden, *routing)
+            if shares is not None:
+                placeholder = torch.empty_like(hidden)
+                if self._is_verifying:  # a use of these values must not go unnoticed
+                    placeholder.fill_(torch.nan)
+                self._shares = Shares(placeholder, placeholder._version, shares)
+                return placeholder
+        return type(experts).forward(experts, hidden, *routing)
+
+    def _layer_or_family(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """A decoder layer, fused if it may be."""
         self._current = layer
         if self._is_verifying:
@@ -261,7 +228,7 @@ class FusedLayers:
             return self._layer_forward(layer, *args, **kwargs)
         return type(layer.module).forward(layer.module, *args, **kwargs)
 
-    def _layer_forward(self, layer: _Layer, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def _layer_forward(self, layer: LayerParts, hidden: Tensor, **kwargs: Any) -> Tensor:
         """A decoder layer: attention and MLP, each after a norm and added to its input."""
         (first, _), (second, second_kind) = layer.norms
         attended = layer.attention(first(hidden), **kwargs)
@@ -270,7 +237,13 @@ class FusedLayers:
         output = layer.mlp(normed)
         output = output[0] if isinstance(output, tuple) else output
         next_norm = None if layer.next_norm is None else layer.next_norm[1].of(layer.next_norm[0])
-        hidden, normed = add(output, hidden, next_norm)
+        shares, self._shares = self._shares, None
+        if shares is None:
+            hidden, normed = add(output, hidden, next_norm)
+        elif shares.are_all_of(output):
+            hidden, normed = add(shares.terms, hidden, next_norm, terms=shares.terms.shape[1])
+        else:
+            raise RuntimeError("its layers use the output of the experts")
         if next_norm is not None:
             self._normed = (hidden, normed)
         return hidden
@@ -289,7 +262,7 @@ class FusedLayers:
         finally:
             self._is_verifying = False
 
-    def _compare(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
+    def _compare(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """Runs a layer as the family does, and then fused. Accepts the most that gives the same result."""
         self._is_off = True
         try:
@@ -299,30 +272,28 @@ class FusedLayers:
             self._is_off = False
         if not isinstance(expected, Tensor) or len(args) != 1:
             return expected
-        layer.linears = _groups(linears)
+        layer.linears = linear_groups(linears)
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         for group in layer.linears.values():
             for linear in group:
                 replaced[linear] = partial(self._linear_forward, layer, linear)
-        for writes in (True, False):
-            layer.writes_in_attention = writes
+        for layer.writes_in_attention, layer.leaves_sum in itertools.product((True, False), repeat=2):
             try:
                 with _forwards(replaced), self._replayed(layer):
                     result = self._layer_forward(layer, *args, **kwargs)
-                layer.is_fused = _is_close(result, expected, args[0])
+                layer.is_fused = is_close(result, expected, args[0])
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # noqa: BLE001 - family code in a form that it does not expect
                 layer.is_fused = False
-            self._normed = self._rotation = None
-            self._projected.clear()
+            self._forget()
             if layer.is_fused:
                 return expected
         layer.linears = {}
         return expected
 
     @contextmanager
-    def _recorded(self, layer: _Layer) -> Iterator[list[tuple[PackedLinear, Tensor]]]:
+    def _recorded(self, layer: LayerParts) -> Iterator[list[tuple[PackedLinear, Tensor]]]:
         """Records the inputs of packed linears, and the routing of the experts."""
         linears: list[tuple[PackedLinear, Tensor]] = []
         routing: list[tuple[Tensor, ...]] = []
@@ -342,7 +313,7 @@ class FusedLayers:
         self._routing = routing
 
     @contextmanager
-    def _replayed(self, layer: _Layer) -> Iterator[None]:
+    def _replayed(self, layer: LayerParts) -> Iterator[None]:
         """Passes the recorded routing to the experts: the choice between equal logits may differ."""
         routing = list(self._routing)
         handles = []
@@ -375,46 +346,14 @@ class _FusedCache(StepCache):
 @contextmanager
 def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replaces the ``forward`` of modules while the context is active."""
-    before = {module: vars(module).get("forward") for module in replaced}
+    originals = {module: vars(module).get("forward") for module in replaced}
     for module, forward in replaced.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, original in before.items():
+        for module, original in originals.items():
             if original is None:
                 del module.forward
             else:
                 module.forward = original
-
-
-def _groups(calls: Sequence[tuple[PackedLinear, Tensor]]) -> dict[PackedLinear, list[PackedLinear]]:
-    """Returns linears of one input that can share a launch, by the one that is called first."""
-    by_input: dict[Any, list[PackedLinear]] = {}
-    for linear, x in calls:
-        key = (id(x), linear.levels, linear.group_size, linear.bias is None)
-        by_input.setdefault(key, []).append(linear)
-    groups = {}
-    for linears in by_input.values():
-        for start in range(0, len(linears), MAX_LINEARS):
-            group = linears[start : start + MAX_LINEARS]
-            if len(set(group)) == len(group) > 1:
-                groups[group[0]] = group
-    return groups
-
-
-def _fused_linears(group: Sequence[PackedLinear]) -> FusedLinears:
-    """Returns the arguments of a launch."""
-    first = group[0]
-    biases = [linear.bias for linear in group if linear.bias is not None]
-    tensors = zip(*((linear.codes, linear.scales, linear.offsets) for linear in group), strict=True)
-    codes, scales, offsets = (list(parts) for parts in tensors)
-    return FusedLinears(codes, scales, offsets, biases, first.levels, first.group_size)
-
-
-def _is_close(result: Tensor, expected: Tensor, hidden: Tensor) -> bool:
-    """Whether a layer adds the same to its input."""
-    if result.shape != expected.shape or result.dtype != expected.dtype:
-        return False
-    change = (expected.float() - hidden.float()).norm()
-    return bool((result.float() - expected.float()).norm() <= MAX_DIFFERENCE[result.dtype] * change)

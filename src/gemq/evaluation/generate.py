@@ -56,8 +56,8 @@ def generate(
         seed: seed of the sampling
         raw: do not apply the chat template
         stream: print the text while it is written
-        compile_layers: on a GPU, compile the decoder layers after the first token. This takes seconds and makes the
-            steps after it faster
+        compile_layers: on a GPU, compile the decoder layers after the first token in place of fused kernels. This takes
+            seconds, and is faster for models whose layers cannot be fused
 
     Returns:
         The new text, without the prompt.

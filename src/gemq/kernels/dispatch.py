@@ -89,6 +89,21 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     return forward(module, hidden, top_k_index, top_k_weights)
 
 
+def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
+    """Return the terms of the sum that ``experts_forward`` returns, float32 [T, S, H], for up to 16 tokens.
+
+    Returns None where the sum is not one of equal terms, for more tokens, and for experts in host memory. No gradients,
+    no fallbacks.
+    """
+    if "fetch_table" in module._buffers:
+        return None
+    kernel = _choose(hidden, hidden.shape[0], isinstance(module.down_proj, TrellisMatrices))
+    if kernel is reference or hidden.shape[0] > MAX_DECODE_TOKENS:
+        return None
+    shares: Tensor | None = kernel.expert_shares(module, hidden, top_k_index, top_k_weights)
+    return shares
+
+
 def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     """Run a packed linear: [..., columns] -> [..., rows]. Differentiable in x and the bias."""
     if not mode and cpu_int4.covers(module, x):

@@ -157,22 +157,32 @@ def use_fused_rotary(model: nn.Module) -> int:
     Returns:
         The number of modules that were changed.
     """
-    from gemq.kernels.training.rotary import rotary, usable  # triton is not installed with torch for CPUs
-
-    fused_functions: dict[RotaryFunction, RotaryFunction | None] = {}
+    functions: dict[RotaryFunction, RotaryFunction | None] = {}
     count = 0
     for module in model.modules():
         original = rotary_function(module)
-        if original is None:
-            continue
-        if original not in fused_functions:
-            is_equal = _is_plain_rotary(original)
-            fused_functions[original] = _fuse_rotary(original, rotary, usable) if is_equal else None
-        fused = fused_functions[original]
+        fused = None if original is None else fused_rotary(original, functions)
         if fused is not None:
             module.forward = MethodType(_forward_with_rotary(type(module), fused), module)
             count += 1
     return count
+
+
+def fused_rotary(
+    original: RotaryFunction, functions: dict[RotaryFunction, RotaryFunction | None]
+) -> RotaryFunction | None:
+    """Returns a function that calls the kernel in place of a family's rotary function, or None if that differs.
+
+    Args:
+        original: the family's function
+        functions: results of earlier calls, which this one extends
+    """
+    from gemq.kernels.training.rotary import rotary, usable  # triton is not installed with torch for CPUs
+
+    if original not in functions:
+        is_equal = _is_plain_rotary(original)
+        functions[original] = _fuse_rotary(original, rotary, usable) if is_equal else None
+    return functions[original]
 
 
 def _fuse_rotary(

@@ -123,13 +123,13 @@ def add(x: Tensor, residual: Tensor | None, norm: NormWeight | None, terms: int 
     return total, out
 
 
-def sum_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over the second axis of x, float32 [T, terms, H], rounded once: [T, H]."""
-    tokens, terms, size = x.shape
-    total = torch.empty(tokens, size, dtype=dtype, device=x.device)
-    if size > MAX_SIZE:
-        return x.sum(1).to(dtype)
-    _launch(x.view(-1, 1, size), None, None, total, total, heads=1, terms=terms)
+def sum_shares(shares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over the second axis of shares, float32 [T, S, H], rounded once: [T, H]."""
+    tokens, terms, size = shares.shape
+    if torch.compiler.is_compiling() or size > MAX_SIZE:  # a compiler fuses the sum with what follows
+        return shares.sum(1).to(dtype)
+    total = torch.empty(tokens, size, dtype=dtype, device=shares.device)
+    _launch(shares.view(-1, 1, size), None, None, total, total, heads=1, terms=terms)
     return total
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
+from gemq.kernels.decode.norms import sum_shares
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import down_splits, widths_for
 from gemq.kernels.fetch import wait_for_down
@@ -213,7 +214,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     """As ``reference.experts_forward``, for 1 to 16 tokens in float16, bfloat16 or float32."""
     shares = expert_shares(module, hidden, top_k_index, top_k_weights)
     if shares is not None:
-        return shares.sum(1).to(hidden.dtype)
+        return sum_shares(shares, hidden.dtype)
     up, down = _projections(module, share_kernels=False)
     y = decode_up(hidden, top_k_index, up.tensors, up.sizes)
     y = transformers_private.expert_activation(module)(y)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.activation import Activation, activation_of
+from gemq.kernels.decode.norms import sum_shares
 from gemq.kernels.fetch import wait_for_down
 from gemq.kernels.trellis.launch import Slots, TrellisArguments, launch_rotation, launch_rows
 from gemq.kernels.trellis.tuning import num_splits
@@ -123,15 +124,23 @@ def _result_shape(x: Tensor, index: Tensor, w: TrellisArguments) -> Tensor:
     return x.new_empty(tokens, slots * splits, w.rows, dtype=torch.float32)
 
 
+def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
+    """As ``decode.operators.expert_shares``."""
+    activation = activation_of(module)
+    if activation is None or getattr(module, "has_post_expert_norm", False):
+        return None
+    up, down = TrellisArguments.from_experts(module)
+    tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
+    return trellis_experts(hidden, top_k_index, top_k_weights, *tensors, activation.numbers())
+
+
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, for 1 to 16 tokens in float16, bfloat16 or float32."""
-    activation = activation_of(module)
+    shares = expert_shares(module, hidden, top_k_index, top_k_weights)
+    if shares is not None:
+        return sum_shares(shares, hidden.dtype)
     has_norm = getattr(module, "has_post_expert_norm", False)
     up, down = TrellisArguments.from_experts(module)
-    if activation is not None and not has_norm:
-        tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
-        terms = trellis_experts(hidden, top_k_index, top_k_weights, *tensors, activation.numbers())
-        return terms.sum(1).to(hidden.dtype)
 
     def sum_terms(terms: Tensor) -> Tensor:
         """Add the splits of each slot."""
