@@ -34,6 +34,7 @@ RUNS: dict[str, list[str]] = {
     "generate": ["out", "-p", "Once upon a time", "--max-new-tokens", "4"],
     "bench": ["out", "--new-tokens", "2", "--prefill", "16"],
     "inspect": ["out", "--verify"],
+    "report": ["out", "--reference", MODEL, "--max-windows", "1", "--seq-len", "32", "-q"],
     "demo": ["--help"],
     "serve": ["out"],
 }

@@ -55,7 +55,7 @@ def test_config_says_what_is_quantized(finished: Finished):
 
 def test_report_fills_page_and_card(finished: Finished, out: Path):
     text, job = builtin_texts()[0], read_record(out)
-    flags = ("--text", text, "--seq-len", 64, "--max-windows", 2)
+    flags = ("--text", text, "--seq-len", 64, "--max-windows", 2, "--bench", "--device", "cpu")
     ran = gemq("report", out, "--reference", finished.model, *flags)
     assert ran.code == 0, ran.err
     assert "Written" in ran.out
@@ -66,6 +66,9 @@ def test_report_fills_page_and_card(finished: Finished, out: Path):
     evaluation = record["evaluation"]
     assert list(evaluation["texts"]) == [text.stem]
     assert (evaluation["reference"], evaluation["seq_len"]) == (finished.model.name, 64)
+    speed = record["speed"]["decode"][0]["tokens_per_second"]["p50"]
+    assert f"| decode, batch 1 | {speed:,.1f} |" in (out / "README.md").read_text()
+    assert record["checkpoint"]["memory"] == job["checkpoint"]["memory"]
     assert f"| {evaluation['mean_kl']:.4f} | {evaluation['kl_p99']:.3f} |" in (out / "README.md").read_text()
     assert f"{evaluation['mean_kl']:.4f}" in (out / "report.html").read_text()
     page = (out / "report.html").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers.utils import hub
 
 import gemq
 from support.cli import Finished
+from support.entry_points import write_entry_points
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -123,15 +125,17 @@ metric_list: [{metric: acc}]
 
 
 def test_lm_eval(finished, tmp_path):
-    """A task from a local file, through lm-eval's own command line with gemq imported first."""
+    """A task from a local file, through lm-eval's own command line, which does not import gemq itself."""
     pytest.importorskip("lm_eval")
     rows = [("The function returns a", [" value", " banana"]), ("if (x == 0)", [" return", " elephant"])]
     data = tmp_path / "sentences.jsonl"
     data.write_text("".join(json.dumps({"start": s, "choices": c, "answer": 0}) + "\n" for s, c in rows))
     (tmp_path / "sentences.yaml").write_text(TASK.replace("DATA", str(data)))
-    code = "import gemq; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    code = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     flags = ["run", "--model", "hf", "--model_args", f"pretrained={finished.out},dtype=float32", "--device", "cpu"]
     flags += ["--tasks", "sentences", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "results")]
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True, cwd=tmp_path)
+    search = [str(Path(gemq.__file__).parents[1]), str(write_entry_points(tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True, cwd=tmp_path, env=environment)
     [results] = Path(tmp_path / "results").rglob("*.json")
     assert json.loads(results.read_text())["results"]["sentences"]["acc,none"] == 1.0

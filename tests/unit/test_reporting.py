@@ -35,6 +35,7 @@ def measured(**changes: Any) -> dict[str, Any]:
         "windows": 2,
         "perplexity": 12.345,
         "perplexity_stderr": 0.5,
+        "reference_perplexity": 11.75,
         "mean_kl": 0.0514,
         "mean_kl_stderr": 0.0031,
         "kl_p99": 0.91,
@@ -93,7 +94,7 @@ def make_record(text: str = "a < b & c") -> dict[str, Any]:
         bits_nominal=2.0,
         bits_stored=2.125,
         model_type="olmoe",
-        cache_bytes_per_token=1024,
+        memory=[{"context": 4096, "cache_bytes": 2_000_000, "working_bytes": 700_000_000}],
     )
     evaluation = {**measured(tokens=2044), "texts": {text: measured()}, "layers": [0.957], "fallbacks": [text]}
     evaluation |= {"reference": "org/model", "seq_len": 512, "dtype": "float32", "device": "cpu"}
@@ -162,6 +163,8 @@ def test_figures_of_the_page_equal_its_record():
         "3 experts saw no calibration token",
         "1.50 GB",
         "1,234.5",
+        filesize.decimal(3_500_000 + 2_000_000 + 700_000_000, precision=2),  # in use at 4,096 tokens
+        "full precision 11.750",
         "0.6250 ±0.0125",
     ]
     assert not [figure for figure in figures if figure not in text]
@@ -204,7 +207,7 @@ def test_a_section_without_data_says_which_command_fills_it(section):
     commands = {
         "job": "gemq quantize",
         "evaluation": "gemq report OUT --reference org/model",
-        "speed": "gemq bench OUT",
+        "speed": "gemq report OUT --bench",
     }
     assert commands[section] in Page(render_page(record)).text
     assert model_card(record, {})
@@ -252,7 +255,10 @@ def test_the_card_has_what_the_hub_reads():
         "pipeline_tag": "text-generation",
         "tags": ["gemq", "moe", "quantized"],
     }
-    assert "| 0.0514 | 0.910 | 2.420 | 91.3 % |" in card
+    assert "| 12.345 | 11.750 | 0.0514 | 0.910 | 2.420 | 91.3 % |" in card
+    assert "| memory on a GPU with 4,096 tokens | 705.50 MB" in card
+    assert "| this model | 3 | 3 |" in card  # loops
+    assert "| decode, batch 1 | 1,234.5 |" in card
     assert "| 120 | acc | 0.6250 ±0.0125 |" in card
     local = make_record()
     local["model"]["base_model"] = None
@@ -311,7 +317,7 @@ def test_any_number_of_widths_gets_colors_in_order():
         bits_nominal=3.0,
         bits_stored=3.1,
         model_type="x",
-        cache_bytes_per_token=None,
+        memory=[],
     )
     colors = width_colors(layers_of_section(section))
     assert list(colors) == [1, 1.6, 2, 3, 4, 8]

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 
 import gemq
 from gemq.runtime.weights_notice import NOTICE, WEIGHTS_KEY
+from support.entry_points import write_entry_points
 from support.packed_checkpoints import olmoe_config, write_packed
 from support.tokenizer import save_tokenizer
 
@@ -45,19 +45,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def installed(path: Path) -> Path:
-    """Writes what an installer writes of gemq beside its code: the entry points of pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = path / f"gemq-{gemq.__version__}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: gemq\nVersion: {gemq.__version__}\n")
-    lines = []
-    for group, entries in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return path
-
-
 def run_python(code: str, *paths: Path, search: Path | None = None, autoload: bool = True) -> str:
     """Runs a program that does not import gemq itself. Returns what it prints."""
     directories = [ROOT / "src", *([search] if search else [])]
@@ -84,7 +71,7 @@ torch.set_num_threads(1)
 assert "gemq" in sys.modules
 {LOGITS}{PIPELINE}
 """
-    logits, text = run_python(code, packed, search=installed(tmp_path)).splitlines()
+    logits, text = run_python(code, packed, search=write_entry_points(tmp_path)).splitlines()
     assert float(logits) == expected
     assert text.startswith("'a b")
 

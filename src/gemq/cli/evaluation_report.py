@@ -26,6 +26,8 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
     table.add_row("all", *_evaluation_cells(values, has_reference), style="bold")
     console.print(table)
     console.print(f"{values['tokens']:,} tokens in {values['windows']} windows; ± is the standard error over windows.")
+    if has_reference:
+        console.print(f"Perplexity of the reference: {values['reference_perplexity']:.3f}")
     if values["layers"]:
         by_layer = " ".join(f"{share:.3f}" for share in values["layers"])
         console.print(f"Routing agreement {values['routing_agreement']:.1%}, by layer: {by_layer}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gemq.cli.console import make_console, quiet_libraries
+from gemq.cli.console import make_console, make_monitor, quiet_libraries
 from gemq.cli.evaluation_flags import EvaluationFlags
 from gemq.cli.flags import Quiet, with_flags
 from gemq.cli.startup import importing
@@ -27,11 +27,15 @@ def report(
         list[Path] | None,
         typer.Option(help="JSON file that gemq eval or gemq bench wrote, taken instead of measuring; may be repeated."),
     ] = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also measure the speed of decoding and prefill, as gemq bench does.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write report.html into a checkpoint, and measurements into it and into the model card.
 
-    With --reference, --text, --generate or --tasks the checkpoint is evaluated as gemq eval does. Other sections stay.
+    With --reference, --text, --generate or --tasks the checkpoint is evaluated as gemq eval does. With --bench its
+    speed is measured as gemq bench does. Other sections stay.
     """
     values = [_read_results(path) for path in results or []]
     quiet_libraries()
@@ -49,6 +53,8 @@ def report(
         if not quiet:
             print_evaluation(make_console(), measured)
         values.append(measured)
+    if bench:
+        values.append(_measure_speed(checkpoint, flags, quiet))
     page, has_card = update_report(
         checkpoint, values, reference=flags.reference, trust_remote_code=flags.trust_remote_code
     )
@@ -57,6 +63,23 @@ def report(
         console.print(f"Written: {page}", soft_wrap=True)
         if values and not has_card:
             console.print("README.md has no place for measurements, and stays as it is.", style="yellow")
+
+
+def _measure_speed(checkpoint: Path, flags: EvaluationFlags, quiet: bool) -> dict[str, Any]:
+    """Return what ``gemq bench`` measures of a checkpoint by default, and print it."""
+    with importing():
+        from gemq.cli.report import print_bench
+        from gemq.evaluation.bench import bench_path
+
+    speed = bench_path(
+        str(checkpoint),
+        device=flags.device,
+        trust_remote_code=flags.trust_remote_code,
+        monitor=make_monitor(quiet),
+    )
+    if not quiet:
+        print_bench(make_console(), speed)
+    return speed
 
 
 def _read_results(path: Path) -> dict[str, Any]:

@@ -194,6 +194,7 @@ def evaluate_paths(
         - ``expert_bits_nominal``, ``expert_bits_stored``: mean bits per expert weight without and with scales and
           offsets, None for a model that is not packed
         - ``reference``, ``seq_len``, ``dtype``, ``device``: how it was measured
+        - ``built_in_texts``: whether the texts are those that come with gemq
         - ``windows``, ``tokens``: number of windows and of scored tokens
         - ``perplexity``, ``perplexity_stderr``: of the model
         - ``texts``: windows, tokens and all metrics of each text, by the stem of its file
@@ -203,6 +204,7 @@ def evaluate_paths(
 
         With a reference also, and by text too:
 
+        - ``reference_perplexity``: of the reference
         - ``mean_kl``, ``mean_kl_stderr``: KL(reference || model) in nats per token
         - ``kl_p99``, ``kl_p999``: the KL that 99 % and 99.9 % of the tokens stay below, exact
         - ``top1_agreement``, ``top1_agreement_stderr``: share of tokens whose most likely next token is the same
@@ -275,6 +277,7 @@ def evaluate_paths(
         "expert_bits_nominal": contents.expert_bits_nominal if contents else None,
         "expert_bits_stored": contents.expert_bits_stored if contents else None,
         "reference": reference,
+        "built_in_texts": not texts,
         "seq_len": seq_len,
         "dtype": dtype,
         "device": target.type,

@@ -33,16 +33,18 @@ KL_QUANTILES = {"kl_p99": 0.99, "kl_p999": 0.999}
 class WindowMetrics:
     """Metrics of every window, float64 except ``token_kl``. Values of a window are means over its scored tokens.
 
-    Without a reference the last three are None.
+    Without a reference the last four are None.
 
     Attributes:
         nll: negative log likelihood in nats, [N]
+        reference_nll: the same of the reference, [N]
         token_kl: KL(reference || model) of each scored token in nats, float32 [N, S - 1]
         top1: share of tokens whose most likely next token is the reference's, [N]
         routing: share of the reference's chosen experts that the model chose as well, over all tokens, [N, L]
     """
 
     nll: Tensor
+    reference_nll: Tensor | None = None
     token_kl: Tensor | None = None
     top1: Tensor | None = None
     routing: Tensor | None = None
@@ -56,13 +58,15 @@ class WindowMetrics:
         """
         num_windows = int(selected.sum())
         nll, error = _mean_and_stderr(self.nll[selected])
-        perplexity = math.exp(min(nll, MAX_LOG_PERPLEXITY))
+        perplexity = _perplexity(nll)
         values: dict[str, Any] = {
             "windows": num_windows,
             "tokens": num_windows * scored_tokens,
             "perplexity": perplexity,
             "perplexity_stderr": None if error is None else perplexity * error,
         }
+        if self.reference_nll is not None:
+            values["reference_perplexity"] = _perplexity(self.reference_nll[selected].mean().item())
         if self.token_kl is not None and self.top1 is not None and self.routing is not None:
             token_kl = self.token_kl[selected]
             values["mean_kl"], values["mean_kl_stderr"] = _mean_and_stderr(token_kl.double().mean(1))
@@ -72,6 +76,11 @@ class WindowMetrics:
             routing = self.routing[selected]
             values["routing_agreement"] = routing.mean().item() if routing.shape[1] else None
         return values
+
+
+def _perplexity(nll: float) -> float:
+    """Returns the perplexity of a mean negative log likelihood in nats."""
+    return math.exp(min(nll, MAX_LOG_PERPLEXITY))
 
 
 def _mean_and_stderr(values: Tensor) -> tuple[float, float | None]:
@@ -121,15 +130,17 @@ def compare(
 
 
 class _Score(NamedTuple):
-    """Scores of one window. The last two are empty and 0 without a reference.
+    """Scores of one window. The last three are 0 and empty without a reference.
 
     Attributes:
         nll: mean negative log likelihood
+        reference_nll: the same of the reference
         top1: share of tokens whose most likely next token is the reference's
         token_kl: KL of each scored token, float32 [S - 1] on the CPU
     """
 
     nll: float
+    reference_nll: float
     top1: float
     token_kl: Tensor
 
@@ -146,7 +157,7 @@ def _score_batch(logits: Tensor, reference: Tensor | None, ids: Tensor) -> list[
 
 def _score_window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> _Score:
     """Scores the window ``ids`` [S] from the logits [S, V] of the model and of the reference."""
-    nll = top1 = 0.0
+    nll = reference_nll = top1 = 0.0
     token_kl = [torch.empty(0)]
     scored = len(ids) - 1
     for rows in position_chunks(scored):
@@ -155,9 +166,10 @@ def _score_window(logits: Tensor, reference: Tensor | None, ids: Tensor) -> _Sco
         nll -= log_q.gather(1, next_tokens).sum().item()
         if reference is not None:
             log_p = reference[rows].float().log_softmax(-1)
+            reference_nll -= log_p.gather(1, next_tokens).sum().item()
             token_kl.append(_token_kl(log_p, log_q))
             top1 += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    return _Score(nll / scored, top1 / scored, torch.cat(token_kl))
+    return _Score(nll / scored, reference_nll / scored, top1 / scored, torch.cat(token_kl))
 
 
 def window_kl(logits: Tensor, reference: Tensor, positions: slice) -> Tensor:
@@ -204,7 +216,8 @@ def _collect_metrics(scores: Sequence[_Score], agreements: Sequence[Sequence[flo
     nll = torch.tensor([score.nll for score in scores], dtype=torch.float64)
     if agreements is None:
         return WindowMetrics(nll)
+    reference_nll = torch.tensor([score.reference_nll for score in scores], dtype=torch.float64)
     token_kl = torch.stack([score.token_kl for score in scores])
     top1 = torch.tensor([score.top1 for score in scores], dtype=torch.float64)
     routing = torch.tensor(agreements, dtype=torch.float64).view(len(scores), -1)
-    return WindowMetrics(nll, token_kl, top1, routing)
+    return WindowMetrics(nll, reference_nll, token_kl, top1, routing)

@@ -22,16 +22,15 @@ from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.calibration.sources import SELF
 from gemq.checkpoint.contents import widths_by_expert
 from gemq.checkpoint.format import PackedFormat
-from gemq.models.config_values import cache_bytes
 from gemq.models.source import pick_dtype
 from gemq.pipeline.context import Job
 from gemq.pipeline.size_curve import curve_points
 from gemq.recipe import BUDGETS, DEFAULT_BITS, Recipe
 from gemq.reporting.card import CARD, model_card, source_metadata
+from gemq.reporting.memory import memory_rows
 from gemq.reporting.page import render_page
 from gemq.reporting.record import PAGE, checkpoint_section, hub_id, layers_of_section
 from gemq.reporting.svg import widths_picture
-from gemq.reporting.update import CACHE_ITEMSIZE
 
 REPORT_STEP_BITS = 0.25
 """Distance between two budgets of the size curve in a report."""
@@ -109,6 +108,7 @@ def make_record(
         curve: what ``curve_of_job`` returned, if the job has scores.
     """
     config = job.source.config()
+    bits_nominal = result["expert_bits_nominal"]
     layers = []
     layer_bits = [bits for widths, bits in zip(result["allocation"], result["layer_bits"], strict=True) if widths]
     for (path, projections), bits in zip(packed_format.experts.items(), layer_bits, strict=True):
@@ -119,10 +119,12 @@ def make_record(
         linears=Counter(str(width) for width in packed_format.linears.values()),
         group_size=packed_format.group_size,
         stored_bytes=result["stored_bytes"],
-        bits_nominal=result["expert_bits_nominal"],
+        bits_nominal=bits_nominal,
         bits_stored=result["expert_bits_stored"],
         model_type=config.model_type,
-        cache_bytes_per_token=cache_bytes(config.get_text_config(), 1, CACHE_ITEMSIZE),
+        memory=memory_rows(
+            job.source.skeleton(), codes=packed_format.codes, group_size=packed_format.group_size, bits=bits_nominal
+        ),
     )
     base_model = hub_id(job.source.path)
     facts = {key: value for key, value in result.items() if key not in PRIVATE_RESULTS}

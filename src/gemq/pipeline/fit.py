@@ -127,9 +127,11 @@ def fit(
         low = ladder.candidate_widths[0].bits
         total = serving.total_bytes(low, context, batch)
         cache_text = gigabytes(serving.cache_bytes(context, batch))
+        working_text = gigabytes(serving.working_bytes(low, context, batch))
         raise UserError(
             f"no budget fits into {gigabytes(memory)} with {context:,} tokens of context: at {low:g} bits weights take "
-            f"{gigabytes(serving.weight_bytes(low))}, the cache {cache_text}; give at least {flag} {gigabytes(total)}"
+            f"{gigabytes(serving.weight_bytes(low))}, the cache {cache_text}, CUDA and work space {working_text}; "
+            f"give at least {flag} {gigabytes(total)}"
         )
     cache = serving.cache
     return Fit(

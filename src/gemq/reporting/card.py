@@ -110,7 +110,7 @@ def update_card(checkpoint: Path, record: Mapping[str, Any]) -> bool:
 
 def _measurements(record: Mapping[str, Any]) -> str:
     """Return the Markdown between the markers."""
-    return _render("measurements.md.j2", evaluation=record["evaluation"], reference=_reference(record)).strip()
+    return _render("measurements.md.j2", **record, reference=_reference(record)).strip()
 
 
 def _reference(record: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ def checkpoint_section(
     bits_nominal: float,
     bits_stored: float,
     model_type: str,
-    cache_bytes_per_token: int | None,
+    memory: Sequence[Mapping[str, int]],
 ) -> dict[str, Any]:
     """Return what a report says of the checkpoint itself.
 
@@ -63,7 +63,7 @@ def checkpoint_section(
         bits_nominal: mean bits per expert weight, without scales and offsets
         bits_stored: the same with scales and offsets
         model_type: of the configuration
-        cache_bytes_per_token: bytes of the keys and values of a token in 16 bits; None: unknown
+        memory: what ``memory_rows`` returned
     """
     names = layer_names([path for path, _, _ in layers])
     rows = []
@@ -79,11 +79,11 @@ def checkpoint_section(
         "stored_bytes": stored_bytes,
         "expert_bits_nominal": bits_nominal,
         "expert_bits_stored": bits_stored,
-        "cache_bytes_per_token": cache_bytes_per_token,
+        "memory": list(memory),
     }
 
 
-def section_of_contents(contents: Contents, cache_bytes_per_token: int | None) -> dict[str, Any]:
+def section_of_contents(contents: Contents, memory: Sequence[Mapping[str, int]]) -> dict[str, Any]:
     """Return what a report says of a checkpoint on disk."""
     return checkpoint_section(
         contents.layers,
@@ -94,7 +94,7 @@ def section_of_contents(contents: Contents, cache_bytes_per_token: int | None) -
         bits_nominal=contents.expert_bits_nominal,
         bits_stored=contents.expert_bits_stored,
         model_type=contents.model_type,
-        cache_bytes_per_token=cache_bytes_per_token,
+        memory=memory,
     )
 
 

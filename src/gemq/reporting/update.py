@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 
 import gemq
 from gemq.checkpoint.contents import Contents, inspect_checkpoint
-from gemq.checkpoint.skeleton import read_config
+from gemq.checkpoint.skeleton import build_skeleton, read_config
+from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.errors import UserError
-from gemq.models.config_values import cache_bytes
 from gemq.reporting.card import update_card
+from gemq.reporting.memory import memory_rows
 from gemq.reporting.page import write_page
 from gemq.reporting.record import evaluation_section, hub_id, public_name, read_record, section_of_contents
-
-CACHE_ITEMSIZE = 2
-"""Bytes of a number in the cache of keys and values, of which the report says how much memory it takes."""
 
 EVALUATION_KEYS = {"model", "stored_bytes", "texts", "tokens", "windows", "perplexity", "fallbacks"}
 """Keys that results of ``gemq eval`` have."""
@@ -57,8 +55,11 @@ def update_report(
     contents = inspect_checkpoint(checkpoint)
     record = read_record(checkpoint) or _empty_record(contents)
     config = read_config(checkpoint, trust_remote_code=trust_remote_code)
-    cache_per_token = cache_bytes(config.get_text_config(), 1, CACHE_ITEMSIZE)
-    record["checkpoint"] = section_of_contents(contents, cache_per_token)
+    skeleton = build_skeleton(config, StoredCheckpoint.open(checkpoint), trust_remote_code=trust_remote_code)
+    memory = memory_rows(
+        skeleton, codes=contents.codes, group_size=contents.group_size, bits=contents.expert_bits_nominal
+    )
+    record["checkpoint"] = section_of_contents(contents, memory)
     base_model = record["model"]["base_model"] or (hub_id(reference) if reference else None)
     record["model"] = {**record["model"], "base_model": base_model}
     for values in results:
