@@ -10,17 +10,18 @@ import torch
 
 from gemq.allocation.interpolation import interpolate
 from gemq.allocation.problem import Budget, Problem, allocate
-from gemq.calibration.activations import Activations
+from gemq.calibration.activations import Activations, layer_hessians
 from gemq.calibration.windows import Windows
 from gemq.distillation.trellis_student import TrellisStudentExperts
 from gemq.errors import UserError
 from gemq.layers.candidates import LayerCandidates, build_candidates
+from gemq.layers.output_hessians import OutputHessians
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.reconstruction import assemble_layer, layer_overrides, reconstruct_layer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.trellis_experts import TrainableRows, TrellisBatch
 from gemq.models.equalization import Equalization, NormFold, RowFold
-from gemq.models.experts import expert_weight
+from gemq.models.experts import expert_weight, record_experts_calls
 from gemq.models.replay import Replay
 from gemq.models.structure import find_structure
 from gemq.pipeline import codes_stage
@@ -183,3 +184,32 @@ def test_a_job_gets_trellis_codes_where_it_can(replay):
     assert Recipe(widths=(1.5, 2)).codes == "trellis"
     replay.structure.layers[0].experts.matrices[1].__dict__["columns"] = 40
     assert choice(replay, [norm, down]).reason == "16 does not divide 32 x 40"
+
+
+def test_output_hessians_against_jacobians(replay):
+    """With gradients that do not depend on the token, they are what backpropagation gives."""
+    experts = replay.structure.layers[0].experts
+    module = replay.model.get_submodule(experts.path)
+    first, down = experts.matrices
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(down.rows, down.rows, generator=generator)
+    gradients = factor @ factor.T
+    activations = Activations.start(replay, windows(), 72, 0)  # one micro-batch
+    moments, _ = layer_hessians(replay, 0, activations, [], slice(0, 2), with_outputs=False, with_slopes=True)
+    hessians = OutputHessians(module, experts, slice(0, 2), gradients, moments.slopes, 0.0)
+    assert torch.equal(hessians.hessians(down.name, slice(1, 2)), gradients.unsqueeze(0))
+
+    with record_experts_calls(module) as calls:
+        replay.run(0, activations.hidden[0], activations.calls[0][0])
+    token, slot = torch.where(calls[0].top_k_index == 1)
+    weight_first, weight_down = (expert_weight(module, matrix.name)[1] for matrix in experts.matrices)
+
+    def output(pre_activation: torch.Tensor) -> torch.Tensor:
+        gate, up = pre_activation.chunk(2)
+        return weight_down @ (torch.nn.functional.silu(gate) * up)
+
+    expected = torch.zeros(first.rows, first.rows)
+    for row, routing in zip(calls[0].hidden[token], calls[0].top_k_weights[token, slot], strict=True):
+        jacobian = torch.autograd.functional.jacobian(output, weight_first @ row) * routing
+        expected += jacobian.T @ gradients @ jacobian / len(token)
+    torch.testing.assert_close(hessians.hessians(first.name, slice(1, 2))[0], expected, rtol=1e-3, atol=1e-6)

@@ -394,4 +394,6 @@ def refit_rows_both(weight: Tensor, restored: Tensor, hessian: Tensor, output_he
     pull = (FIT_PULL * diagonal.mean(1, keepdim=True)).clamp_min(1e-30)
     right = (output_hessian @ (weight @ product.mT)).diagonal(dim1=1, dim2=2) + pull
     diagonal.add_(pull)
-    return torch.linalg.solve(system, right)
+    factor, info = torch.linalg.cholesky_ex(system)
+    factors = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    return torch.where((info == 0).unsqueeze(1), factors, refit_rows(weight, restored, hessian))
