@@ -28,6 +28,8 @@ EVAL_KEYS = {
     "expert_bits_nominal",
     "expert_bits_stored",
     "reference",
+    "reference_perplexity",
+    "built_in_texts",
     "seq_len",
     "dtype",
     "device",
@@ -46,7 +48,15 @@ EVAL_KEYS = {
     "layers",
     "fallbacks",
 }
-COMPARED = {"mean_kl", "mean_kl_stderr", "kl_p99", "kl_p999", "top1_agreement", "top1_agreement_stderr"}
+COMPARED = {
+    "mean_kl",
+    "mean_kl_stderr",
+    "kl_p99",
+    "kl_p999",
+    "top1_agreement",
+    "top1_agreement_stderr",
+    "reference_perplexity",
+}
 COMPARED |= {"routing_agreement"}
 TEXT_KEYS = {"windows", "tokens", "perplexity", "perplexity_stderr", *COMPARED}
 
@@ -197,6 +207,7 @@ def test_eval_of_the_reference_itself(finished: Finished, tmp_path):
     assert "perplexity" in ran.out  # a file leaves the table on the terminal
     assert values["mean_kl"] == values["kl_p999"] == 0
     assert values["top1_agreement"] == values["routing_agreement"] == 1
+    assert values["reference_perplexity"] == values["perplexity"]
     assert values["expert_bits_stored"] is None
     assert list(values["texts"]) == [text.stem]
     alone = ok("eval", finished.model, *arguments, "--json", "-").json

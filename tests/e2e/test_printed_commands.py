@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import typer
 from gemq.assets import builtin_texts
 from gemq.cli import app
 from support.cli import BUILTIN_TOKENS, Finished, gemq, make_tiny_model
+from support.entry_points import write_entry_points
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("quantize", "budget", "transformers", "serve", "evaluate", "report", "several-gpus", "troubleshooting")
@@ -159,11 +161,18 @@ def _help(command: str) -> str:
 # Model card and documents
 
 
-def test_the_code_of_a_model_card_runs_as_printed(finished: Finished):
+def test_the_code_of_a_model_card_runs_as_printed(finished: Finished, tmp_path: Path):
     card = (finished.out / "README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     check = "\nimport torch\nassert model(torch.tensor([tokenizer.encode('Once')])).logits.isfinite().all()\n"
-    ran = subprocess.run([sys.executable, "-c", code + check], cwd=finished.out, capture_output=True, text=True)
+    search = [str(ROOT / "src"), str(write_entry_points(tmp_path))]
+    ran = subprocess.run(
+        [sys.executable, "-c", code + check],
+        cwd=finished.out,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     assert "one bit-width per expert" not in card
 
@@ -242,6 +251,7 @@ def test_documented_python_runs_as_printed(documents_directory):
     for name, code in documented("python"):
         if name != "serve.md" and "lm_eval" not in code:
             code = code.replace('device="cuda"', 'device="cpu"')
+            code = code.replace(', gpu_memory="8GB"', "")  # which bounds a GPU
             code = code.replace(
                 "gemq.Recipe(bits=2.0)", 'gemq.Recipe(bits=2.0, effort="low", num_windows=2, seq_len=16)'
             )

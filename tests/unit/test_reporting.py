@@ -80,7 +80,7 @@ def make_record(text: str = "a < b & c") -> dict[str, Any]:
         "guard": {**verdict, "is_uniform": False, "tried": [verdict]},
         "spilled_bytes": {"disk": 0},
         "stages": {"candidates": {"seconds": 12.5, "peak_gpu_bytes": 0, "peak_host_bytes": 1_500_000_000}},
-        "recipe": {"bits": 2.0, "calibration": ["self", text]},
+        "recipe": {"bits": 2.0, "effort": "medium", "calibration": ["self", text]},
         "curve": {"points": [point, smaller], "random_cost": 0.7, "random_bytes": 3_500_000},
         "device": "a CPU",
         "versions": {"torch": "2.13.0"},
