@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gemq.models.fused_norms import plain_rotary
 
 pytest.importorskip("triton")
-from gemq.kernels.decode import attention, norms, router
+from gemq.kernels.decode import attention, choice, norms, router
 
 torch.set_num_threads(1)
 
@@ -98,3 +98,13 @@ def test_attention_that_writes_the_cache(heads, groups, length, position, has_an
     torch.testing.assert_close(result, expected, rtol=4e-3, atol=4e-3)
     torch.testing.assert_close(keys, expected_keys, rtol=8e-3, atol=1e-2)
     assert torch.equal(values, expected_values)
+
+
+def test_the_first_of_the_largest_logits_is_chosen(device):
+    logits = random(3, 2500, device=device)
+    logits[0, 1030] = logits[0, 2040] = 9
+    logits[2, 2499] = 9
+    token, position = (torch.zeros(shape, dtype=torch.long, device=device) for shape in ((3, 1), (1,)))
+    choice.advance(logits, token, position)
+    assert token[:, 0].tolist() == [1030, int(logits[1].argmax()), 2499]
+    assert position.item() == 1

@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq.decoding.layer_parts import LayerParts, Rotation, Shares, find_parts, fused_linears, is_close, linear_groups
+from gemq.decoding.layer_parts import (
+    LayerParts,
+    Rotation,
+    Shares,
+    angle_table,
+    embeds_positions,
+    find_parts,
+    fused_linears,
+    is_close,
+    linear_groups,
+)
 from gemq.decoding.static_cache import StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
 from gemq.kernels import dispatch
@@ -42,12 +52,21 @@ class FusedLayers:
         layers: decoder layers, in order
         outer_modules: modules outside the layers, among them the last norm
         device: of the model
+        position: of the step, int64 [1]
+        num_positions: upper bound of positions
 
     Attributes:
         count: layers that are fused
     """
 
-    def __init__(self, layers: Sequence[nn.Module], outer_modules: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        outer_modules: Sequence[nn.Module],
+        device: torch.device,
+        position: Tensor,
+        num_positions: int,
+    ) -> None:
         self._norms: dict[nn.Module, NormKind] = {}
         self._routers: dict[nn.Module, RouterKind] = {}
         kinds: dict[Any, Any] = {}
@@ -68,6 +87,9 @@ class FusedLayers:
         last_norms = [module for module in outer_modules if module in self._norms]
         for layer, next_module in zip(layers, [*layers[1:], *last_norms[:1]], strict=False):
             self._connect(layer, next_module)
+        self._embeddings = [module for module in outer_modules if embeds_positions(module)]
+        self._position, self._num_positions = position, num_positions
+        self._angles: dict[Any, Tensor | None] = {}  # cosines and sines of all positions, [positions, 2, D]
         self._current: LayerParts | None = None
         self._rotary_functions: dict[RotaryFunction, RotaryFunction | None] = {}
         self._is_verifying = self._is_prompt = False
@@ -113,6 +135,8 @@ class FusedLayers:
             replaced[norm] = partial(self._norm_forward, norm, kind)
         for router, route in self._routers.items():
             replaced[router] = partial(self._router_forward, router, route)
+        for embedding in self._embeddings:
+            replaced[embedding] = partial(self._embedding_forward, embedding)
         for layer in self._layers.values():
             replaced[layer.module] = partial(self._layer_or_family, layer)
             replaced[layer.attention] = partial(self._attention_forward, layer)
@@ -170,6 +194,22 @@ class FusedLayers:
         if self._is_off or args or kwargs or x.dtype != router.weight.dtype:
             return type(router).forward(router, x, *args, **kwargs)
         return fused_route(router, kind, x)
+
+    def _embedding_forward(self, embedding: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Rotary angles of the step's position, from a table that the family's code has computed."""
+        family_forward = type(embedding).forward
+        positions = kwargs.get("position_ids", args[0] if args else None)
+        if self._is_prompt or not isinstance(positions, Tensor):
+            return family_forward(embedding, x, *args, **kwargs)
+        options = (*args[1:], *(value for name, value in kwargs.items() if name != "position_ids"))
+        key = (embedding, x.dtype, options)
+        if key not in self._angles:
+            self._angles[key] = angle_table(family_forward, embedding, x, self._num_positions, args, kwargs)
+        table = self._angles[key]
+        if table is None:
+            return family_forward(embedding, x, *args, **kwargs)
+        cos, sin = table.index_select(0, self._position).unbind(1)
+        return cos[None], sin[None]
 
     def _attention_forward(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """Attention, in which the family's rotary function is a kernel, or left to the attention kernel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -120,6 +120,37 @@ def find_parts(layer: nn.Module, norms: Mapping[nn.Module, NormKind]) -> LayerPa
 def _has_tensors(module: nn.Module) -> bool:
     """Whether a module has parameters or buffers."""
     return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
+
+
+def embeds_positions(module: nn.Module) -> bool:
+    """Whether a module computes rotary angles from positions."""
+    return "position_ids" in inspect.signature(type(module).forward).parameters
+
+
+def angle_table(
+    forward: Callable[..., Any], module: nn.Module, x: Tensor, count: int, args: Sequence[Any], kwargs: Any
+) -> Tensor | None:
+    """Returns cosines and sines of the first positions, or None if a module returns something else.
+
+    Args:
+        forward: of the module's class
+        module: computes rotary angles
+        x: hidden states, whose dtype the angles have
+        count: number of positions
+        args: of the call after x
+        kwargs: of the call
+
+    Returns:
+        [count, 2, D]
+    """
+    positions = torch.arange(count, device=x.device)[None]
+    if "position_ids" in kwargs:
+        angles = forward(module, x, *args, **{**kwargs, "position_ids": positions})
+    else:
+        angles = forward(module, x, positions, *args[1:], **kwargs)
+    if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].dim() != 3:
+        return None
+    return torch.stack([angle[0] for angle in angles], 1)
 
 
 def linear_groups(calls: Sequence[tuple[PackedLinear, Tensor]]) -> dict[PackedLinear, list[PackedLinear]]:
