@@ -25,7 +25,7 @@ def kernels(monkeypatch):
 
 
 def decode(decoder: Decoder, ids: torch.Tensor) -> list[list[int]]:
-    return [decoder.prefill(ids).tolist(), *decoder.decode(3)]
+    return [decoder.prefill(ids).tolist(), *decoder.decode(2)]
 
 
 def family_and_fused(model, ids: torch.Tensor) -> tuple[list[list[int]], list[list[int]], Decoder]:
