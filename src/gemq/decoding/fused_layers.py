@@ -30,6 +30,7 @@ from gemq.decoding.layer_parts import (
     fused_linears,
     is_close,
     linear_groups,
+    replaced_forwards,
 )
 from gemq.decoding.static_cache import StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
@@ -145,7 +146,7 @@ class FusedLayers:
             for group in layer.linears.values():
                 for linear in group:
                     replaced[linear] = partial(self._linear_forward, layer, linear)
-        with _forwards(replaced):
+        with replaced_forwards(replaced):
             yield
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -262,11 +263,14 @@ class FusedLayers:
     def _layer_or_family(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """A decoder layer, fused if it may be."""
         self._current = layer
-        if self._is_verifying:
-            return self._compare(layer, *args, **kwargs)
-        if layer.is_fused and not self._is_off and len(args) == 1:
-            return self._layer_forward(layer, *args, **kwargs)
-        return type(layer.module).forward(layer.module, *args, **kwargs)
+        try:
+            if self._is_verifying:
+                return self._compare(layer, *args, **kwargs)
+            if layer.is_fused and len(args) == 1:
+                return self._layer_forward(layer, *args, **kwargs)
+            return type(layer.module).forward(layer.module, *args, **kwargs)
+        finally:
+            self._current = None  # layers of other forms write the cache themselves
 
     def _layer_forward(self, layer: LayerParts, hidden: Tensor, **kwargs: Any) -> Tensor:
         """A decoder layer: attention and MLP, each after a norm and added to its input."""
@@ -319,7 +323,7 @@ class FusedLayers:
                 replaced[linear] = partial(self._linear_forward, layer, linear)
         for layer.writes_in_attention, layer.leaves_sum in itertools.product((True, False), repeat=2):
             try:
-                with _forwards(replaced), self._replayed(layer):
+                with replaced_forwards(replaced), self._replayed(layer):
                     result = self._layer_forward(layer, *args, **kwargs)
                 layer.is_fused = is_close(result, expected, args[0])
             except torch.OutOfMemoryError:
@@ -381,19 +385,3 @@ class _FusedCache(StepCache):
             layer: Any = self.layers[layer_idx]
             return layer.keys, layer.values
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-@contextmanager
-def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replaces the ``forward`` of modules while the context is active."""
-    originals = {module: vars(module).get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, original in originals.items():
-            if original is None:
-                del module.forward
-            else:
-                module.forward = original
