@@ -348,7 +348,9 @@ def step(
     weight = None if norm is None else norms.NormWeight(torch.empty(hidden, dtype=dtype), 1e-6, norm)
     if weight is not None:
         norms.rms_norm(x, weight)
-        norms.rms_norm(x.view(1, 1, -1, 64), norms.NormWeight(torch.empty(64, dtype=dtype), 1e-6, weight.rounds_twice))
+        heads = norms.NormWeight(torch.empty(64, dtype=dtype), 1e-6, weight.rounds_twice)
+        norms.rms_norm(x.view(1, 1, -1, 64), heads)
+        norms.two_norms(x[0], norms.SliceNorm(0, 512, heads), norms.SliceNorm(1024, 256, heads))
     if residual or weight is not None:
         summed = torch.empty(1, terms, hidden) if terms else x
         norms.add(summed, x if residual else None, weight, terms)

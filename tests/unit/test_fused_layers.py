@@ -79,6 +79,7 @@ def test_packed_layers(tmp_path, monkeypatch):
         assert layer.is_fused
         assert layer.leaves_sum
         assert [len(group) for group in layer.linears.values()] == [3]
+        assert len(layer.linear_norms) == 2
 
 
 def test_a_layer_of_another_form_stays_as_it_is():

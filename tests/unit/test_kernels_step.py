@@ -42,6 +42,19 @@ def test_a_norm_is_that_of_torch(shape, rounds_twice, device):
     torch.testing.assert_close(norms.rms_norm(x, norm), expected_norm(x, norm), rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "second_size"), [(96, 48), (24, 24)])
+def test_norms_of_two_slices_are_those_of_torch(size, second_size, device):
+    """Of whole projections, and of heads."""
+    x = random(3, 300, device=device)
+    kinds = [norms.NormWeight(random(n, device=device, seed=n), 1e-5, True) for n in (size, second_size)]
+    slices = [
+        norms.SliceNorm(start, columns, norm) for start, columns, norm in zip((16, 200), (96, 48), kinds, strict=True)
+    ]
+    for result, span in zip(norms.two_norms(x, *slices), slices, strict=True):
+        rows = x[:, span.start : span.start + span.columns].reshape(3, -1, len(span.norm.weight))
+        torch.testing.assert_close(result, expected_norm(rows, span.norm).view(3, -1), rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("terms", [0, 6])
 def test_a_sum_and_its_norm_in_one_launch(terms, device):
     """Sums are those of torch to the bit: experts are summed in float32 and rounded, then comes the residual."""

@@ -30,17 +30,20 @@ from gemq.decoding.layer_parts import (
     fused_linears,
     is_close,
     linear_groups,
+    norms_of_linears,
+    recorded_calls,
     replaced_forwards,
+    replayed_routing,
 )
 from gemq.decoding.static_cache import StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
 from gemq.kernels import dispatch
 from gemq.kernels.decode.attention import attend_and_write, can_write
 from gemq.kernels.decode.launch import launch_linears
-from gemq.kernels.decode.norms import add, rms_norm
+from gemq.kernels.decode.norms import SliceNorm, add, rms_norm, two_norms
 from gemq.kernels.decode.norms import usable as norm_usable
 from gemq.kernels.dispatch import MAX_DECODE_TOKENS
-from gemq.kernels.modules import PackedExperts, PackedLinear
+from gemq.kernels.modules import PackedLinear
 from gemq.models.fused_norms import NormKind, RotaryFunction, fused_rotary, norm_kind, replaced_rotary, rotary_function
 from gemq.models.fused_routers import RouterKind, fused_route, router_kind
 from gemq.models.structure import is_norm
@@ -99,7 +102,7 @@ class FusedLayers:
         self._rotation: Rotation | None = None
         self._projected: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of linears that others computed
         self._shares: Shares | None = None
-        self._routing: list[tuple[Tensor, ...]] = []  # index and weights of the experts, to run a layer twice
+        self._prenormed: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of norms after such linears
 
     @property
     def count(self) -> int:
@@ -119,6 +122,7 @@ class FusedLayers:
         """Drops what a step left over that was interrupted."""
         self._normed = self._rotation = self._shares = None
         self._projected.clear()
+        self._prenormed.clear()
 
     # Contexts
 
@@ -182,6 +186,9 @@ class FusedLayers:
     def _norm_forward(self, norm: Any, kind: NormKind, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A norm, which the layer before may have computed already."""
         normed, self._normed = self._normed, None
+        prenormed = self._prenormed.pop(norm, None)
+        if prenormed is not None and prenormed[0].data_ptr() == x.data_ptr() and prenormed[0].numel() == x.numel():
+            return prenormed[1].view(x.shape)
         if not self._is_off and not args and not kwargs:
             if normed is not None and normed[0] is x:
                 return normed[1]
@@ -246,7 +253,25 @@ class FusedLayers:
         outputs = joint.split([member.out_features for member in group], 1)
         for member, output in zip(group, outputs, strict=True):
             self._projected[member] = (x, output.view(*x.shape[:-1], member.out_features))
+        self._normalize_slices(layer, group, joint)
         return self._projected.pop(linear)[1]
+
+    def _normalize_slices(self, layer: LayerParts, group: Sequence[PackedLinear], joint: Tensor) -> None:
+        """Computes the norms of two linears' outputs in one launch, where there are two of one kind."""
+        slices: list[tuple[Any, SliceNorm]] = []
+        start = 0
+        for linear in group:
+            norm = layer.linear_norms.get(linear)
+            if norm is not None:
+                weight = self._norms[norm].of(norm)
+                if linear.out_features % len(weight.weight) == 0 and weight.weight.dtype == joint.dtype:
+                    slices.append((norm, SliceNorm(start, linear.out_features, weight)))
+            start += linear.out_features
+        if len(slices) != 2 or slices[0][1].norm.rounds_twice != slices[1][1].norm.rounds_twice:
+            return
+        results = two_norms(joint, slices[0][1], slices[1][1])
+        for (norm, span), result in zip(slices, results, strict=True):
+            self._prenormed[norm] = (joint[:, span.start : span.start + span.columns], result)
 
     def _experts_forward(self, layer: LayerParts, experts: Any, hidden: Tensor, *routing: Any) -> Tensor:
         """Experts whose sum is computed later. Until then the result has no values."""
@@ -310,20 +335,20 @@ class FusedLayers:
         """Runs a layer as the family does, and then fused. Accepts the most that gives the same result."""
         self._is_off = True
         try:
-            with self._recorded(layer) as linears:
+            with recorded_calls(layer, self._norms) as calls:
                 expected = type(layer.module).forward(layer.module, *args, **kwargs)
         finally:
             self._is_off = False
         if not isinstance(expected, Tensor) or len(args) != 1:
             return expected
-        layer.linears = linear_groups(linears)
+        layer.linears, layer.linear_norms = linear_groups(calls), norms_of_linears(calls)
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         for group in layer.linears.values():
             for linear in group:
                 replaced[linear] = partial(self._linear_forward, layer, linear)
         for layer.writes_in_attention, layer.leaves_sum in itertools.product((True, False), repeat=2):
             try:
-                with replaced_forwards(replaced), self._replayed(layer):
+                with replaced_forwards(replaced), replayed_routing(layer, calls):
                     result = self._layer_forward(layer, *args, **kwargs)
                 layer.is_fused = is_close(result, expected, args[0])
             except torch.OutOfMemoryError:
@@ -333,43 +358,8 @@ class FusedLayers:
             self._forget()
             if layer.is_fused:
                 return expected
-        layer.linears = {}
+        layer.linears, layer.linear_norms = {}, {}
         return expected
-
-    @contextmanager
-    def _recorded(self, layer: LayerParts) -> Iterator[list[tuple[PackedLinear, Tensor]]]:
-        """Records the inputs of packed linears, and the routing of the experts."""
-        linears: list[tuple[PackedLinear, Tensor]] = []
-        routing: list[tuple[Tensor, ...]] = []
-        handles = []
-        for module in layer.module.modules():
-            if isinstance(module, PackedLinear):
-                record = lambda linear, inputs: linears.append((linear, inputs[0]))
-                handles.append(module.register_forward_pre_hook(record))
-            elif isinstance(module, PackedExperts):
-                record = lambda _, inputs: routing.append(inputs[1:])
-                handles.append(module.register_forward_pre_hook(record))
-        try:
-            yield linears
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._routing = routing
-
-    @contextmanager
-    def _replayed(self, layer: LayerParts) -> Iterator[None]:
-        """Passes the recorded routing to the experts: the choice between equal logits may differ."""
-        routing = list(self._routing)
-        handles = []
-        for module in layer.module.modules():
-            if isinstance(module, PackedExperts):
-                replay = lambda _, inputs: (inputs[0], *routing.pop(0)) if routing else None
-                handles.append(module.register_forward_pre_hook(replay))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _FusedCache(StepCache):

@@ -83,6 +83,7 @@ class LayerParts:
         writes_in_attention: whether its attention kernel rotates and writes the cache
         leaves_sum: whether the sum over experts is left to the kernel that adds it to the layer's input
         linears: for each linear that comes first among those of one input, all of them
+        linear_norms: norms of the outputs of linears, by linear
     """
 
     module: nn.Module
@@ -94,6 +95,7 @@ class LayerParts:
     writes_in_attention: bool = False
     leaves_sum: bool = False
     linears: dict[PackedLinear, list[PackedLinear]] = field(default_factory=dict)
+    linear_norms: dict[PackedLinear, Any] = field(default_factory=dict)
 
     @property
     def experts(self) -> list[PackedExperts]:
@@ -154,10 +156,71 @@ def angle_table(
     return torch.stack([angle[0] for angle in angles], 1)
 
 
-def linear_groups(calls: Sequence[tuple[PackedLinear, Tensor]]) -> dict[PackedLinear, list[PackedLinear]]:
+class LayerCalls(NamedTuple):
+    """What modules of a layer were called with.
+
+    Attributes:
+        linears: packed linears, with input and output
+        norms: norms inside attention, with their input
+        routing: index and weights of experts
+    """
+
+    linears: list[tuple[PackedLinear, Tensor, Tensor]]
+    norms: list[tuple[nn.Module, Tensor]]
+    routing: list[tuple[Tensor, ...]]
+
+
+@contextmanager
+def recorded_calls(layer: LayerParts, norms: Mapping[nn.Module, NormKind]) -> Iterator[LayerCalls]:
+    """Records calls of a layer's modules. ``norms``: those that kernels compute."""
+    calls = LayerCalls([], [], [])
+    handles = []
+    for module in layer.module.modules():
+        if isinstance(module, PackedLinear):
+            record = lambda linear, inputs, output: calls.linears.append((linear, inputs[0], output))
+            handles.append(module.register_forward_hook(record))
+        elif isinstance(module, PackedExperts):
+            handles.append(module.register_forward_pre_hook(lambda _, inputs: calls.routing.append(inputs[1:])))
+        elif module in norms:
+            record_norm = lambda norm, inputs: calls.norms.append((norm, inputs[0]))
+            handles.append(module.register_forward_pre_hook(record_norm))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed_routing(layer: LayerParts, calls: LayerCalls) -> Iterator[None]:
+    """Passes the recorded routing to the experts: the choice between equal logits may differ."""
+    routing = list(calls.routing)
+    handles = []
+    for module in layer.module.modules():
+        if isinstance(module, PackedExperts):
+            replay = lambda _, inputs: (inputs[0], *routing.pop(0)) if routing else None
+            handles.append(module.register_forward_pre_hook(replay))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norms_of_linears(calls: LayerCalls) -> dict[PackedLinear, Any]:
+    """Returns norms whose input is the whole output of a linear, in any shape, by linear."""
+    norms = {}
+    for norm, x in calls.norms:
+        for linear, _, output in calls.linears:
+            if x.data_ptr() == output.data_ptr() and x.numel() == output.numel():
+                norms[linear] = norm
+    return norms
+
+
+def linear_groups(calls: LayerCalls) -> dict[PackedLinear, list[PackedLinear]]:
     """Returns linears of one input that can share a launch, by the one that is called first."""
     by_input: dict[Any, list[PackedLinear]] = {}
-    for linear, x in calls:
+    for linear, x, _ in calls.linears:
         key = (id(x), linear.levels, linear.group_size, linear.bias is None)
         by_input.setdefault(key, []).append(linear)
     groups = {}
