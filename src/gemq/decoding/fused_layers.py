@@ -302,10 +302,13 @@ class FusedLayers:
         (first, _), (second, second_kind) = layer.norms
         attended = layer.attention(first(hidden), **kwargs)
         attended = attended[0] if isinstance(attended, tuple) else attended
-        hidden, normed = add(attended, hidden, second_kind.of(second))
+        second_weight = second_kind.of(second)
+        next_norm = None if layer.next_norm is None else layer.next_norm[1].of(layer.next_norm[0])
+        if not norm_usable(hidden, second_weight) or (next_norm is not None and not norm_usable(hidden, next_norm)):
+            raise RuntimeError("its norms have another dtype, or are too large")
+        hidden, normed = add(attended, hidden, second_weight)
         output = layer.mlp(normed)
         output = output[0] if isinstance(output, tuple) else output
-        next_norm = None if layer.next_norm is None else layer.next_norm[1].of(layer.next_norm[0])
         shares, self._shares = self._shares, None
         if shares is None:
             hidden, normed = add(output, hidden, next_norm)
