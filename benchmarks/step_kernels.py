@@ -1,6 +1,6 @@
 """Which kernels does a decode step run, and how long do they take? CUDA only, prints tables.
 
-    python benchmarks/step_kernels.py decode [--shape olmoe-1b-7b-2.0] [--batch 1 4 16] [--compiled 1]
+    python benchmarks/step_kernels.py decode [--shape olmoe-1b-7b-2.0] [--batch 1 4 16] [--compiled 1] [--weights bf16]
     python benchmarks/step_kernels.py prefill [--shape ...] [--tokens 2048] [--weights packed bf16 bf16-compiled]
     python benchmarks/step_kernels.py start [--shape ...]
 
@@ -67,9 +67,13 @@ def random_ids(model: Any, batch: int, tokens: int) -> torch.Tensor:
 def decode(args: argparse.Namespace) -> None:
     """Print the kernels of a step for each batch, and tokens/s."""
     from gemq.decoding.decoder import Decoder
-    from shapes import SHAPES, packed_model
+    from gemq.models.experts import use_fast_experts
+    from shapes import SHAPES, dense_model, packed_model
 
-    model = packed_model(SHAPES[args.shape], "cuda")
+    is_packed = "packed" in args.weights
+    model = (packed_model if is_packed else dense_model)(SHAPES[args.shape], "cuda")
+    if not is_packed:
+        use_fast_experts(model)
     for compiled in (False, True):
         for batch in args.compiled if compiled else args.batch:
             decoder = Decoder(model, batch, PROMPT + STEPS + 1)
@@ -86,7 +90,8 @@ def decode(args: argparse.Namespace) -> None:
                 seconds.append((time.perf_counter() - began) / STEPS)
             step = statistics.median(seconds[1:])
             decoder.prefill(ids)
-            title = f"{args.shape} batch {batch}, {decoder.execution}, {batch / step:.0f} tokens/s, {decoder.seconds}"
+            title = f"{args.shape} {'packed' if is_packed else 'bf16'}, batch {batch}, {decoder.execution}, "
+            title += f"{batch / step:.0f} tokens/s, {decoder.seconds}"
             print_kernels(title, 1e6 * step, kernel_times(decoder.step, 16), args.lines)
             for reason in decoder.reasons.values():
                 print("  left out:", reason)

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from gemq.kernels import fetch
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
-from gemq.kernels.decode import attention, bit_fields, launch, norms, packed_arguments, router, tuning
+from gemq.kernels.decode import attention, bit_fields, choice, launch, norms, packed_arguments, router, tuning
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
 from gemq.kernels.trellis import dense_kernel, rotation
@@ -342,16 +342,20 @@ def step(
     experts: Any,
     normalized: bool,
 ) -> None:
-    """Launch norms and a router of a decode step."""
+    """Launch norms, a router and the choice of a token of a decode step."""
     count, top_k = experts
     x = torch.empty(1, 1, hidden, dtype=dtype)
     weight = None if norm is None else norms.NormWeight(torch.empty(hidden, dtype=dtype), 1e-6, norm)
     if weight is not None:
         norms.rms_norm(x, weight)
-        norms.rms_norm(x.view(1, 1, -1, 64), norms.NormWeight(torch.empty(64, dtype=dtype), 1e-6, weight.rounds_twice))
+        heads = norms.NormWeight(torch.empty(64, dtype=dtype), 1e-6, weight.rounds_twice)
+        norms.rms_norm(x.view(1, 1, -1, 64), heads)
+        norms.two_norms(x[0], norms.SliceNorm(0, 512, heads), norms.SliceNorm(1024, 256, heads))
     if residual or weight is not None:
         summed = torch.empty(1, terms, hidden) if terms else x
         norms.add(summed, x if residual else None, weight, terms)
+    position = torch.empty(1, dtype=torch.int64)
+    choice.advance(torch.empty(1, 50304, dtype=dtype), position, position)
     router.route(x, torch.empty(count, hidden, dtype=dtype), top_k, normalized, dtype)
 
 

@@ -25,7 +25,7 @@ def kernels(monkeypatch):
 
 
 def decode(decoder: Decoder, ids: torch.Tensor) -> list[list[int]]:
-    return [decoder.prefill(ids).tolist(), *decoder.decode(3)]
+    return [decoder.prefill(ids).tolist(), *decoder.decode(2)]
 
 
 def family_and_fused(model, ids: torch.Tensor) -> tuple[list[list[int]], list[list[int]], Decoder]:
@@ -79,6 +79,7 @@ def test_packed_layers(tmp_path, monkeypatch):
         assert layer.is_fused
         assert layer.leaves_sum
         assert [len(group) for group in layer.linears.values()] == [3]
+        assert len(layer.linear_norms) == 2
 
 
 def test_a_layer_of_another_form_stays_as_it_is():

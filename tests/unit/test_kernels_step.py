@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gemq.models.fused_norms import plain_rotary
 
 pytest.importorskip("triton")
-from gemq.kernels.decode import attention, norms, router
+from gemq.kernels.decode import attention, choice, norms, router
 
 torch.set_num_threads(1)
 
@@ -40,6 +40,19 @@ def test_a_norm_is_that_of_torch(shape, rounds_twice, device):
         x = joint[..., 100:196].view(3, 1, 4, 24)
     norm = norms.NormWeight(random(x.shape[-1], device=device, seed=1), 1e-5, rounds_twice)
     torch.testing.assert_close(norms.rms_norm(x, norm), expected_norm(x, norm), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "second_size"), [(96, 48), (24, 24)])
+def test_norms_of_two_slices_are_those_of_torch(size, second_size, device):
+    """Of whole projections, and of heads."""
+    x = random(3, 300, device=device)
+    kinds = [norms.NormWeight(random(n, device=device, seed=n), 1e-5, True) for n in (size, second_size)]
+    slices = [
+        norms.SliceNorm(start, columns, norm) for start, columns, norm in zip((16, 200), (96, 48), kinds, strict=True)
+    ]
+    for result, span in zip(norms.two_norms(x, *slices), slices, strict=True):
+        rows = x[:, span.start : span.start + span.columns].reshape(3, -1, len(span.norm.weight))
+        torch.testing.assert_close(result, expected_norm(rows, span.norm).view(3, -1), rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("terms", [0, 6])
@@ -73,7 +86,7 @@ def test_a_router_is_that_of_torch(tokens, hidden, normalized, device):
     torch.testing.assert_close(scores, top)
 
 
-@pytest.mark.parametrize(("heads", "groups", "length", "position"), [(4, 4, 64, 0), (6, 2, 576, 300), (2, 1, 576, 575)])
+@pytest.mark.parametrize(("heads", "groups", "length", "position"), [(4, 4, 64, 0), (6, 2, 192, 100), (2, 1, 192, 191)])
 @pytest.mark.parametrize("has_angles", [True, False])
 def test_attention_that_writes_the_cache(heads, groups, length, position, has_angles, device):
     """As rotating, writing and attending one after the other."""
@@ -89,7 +102,7 @@ def test_attention_that_writes_the_cache(heads, groups, length, position, has_an
         expected_query, expected_key = (plain_rotary(x[:, :, None], cos, sin)[:, :, 0] for x in (query, key))
     expected_keys, expected_values = keys.clone(), values.clone()
     expected_keys[:, :, position], expected_values[:, :, position] = expected_key, value
-    bounds = torch.tensor([max(0, position - 200), position + 1], dtype=torch.int32, device=device)
+    bounds = torch.tensor([max(0, position - 90), position + 1], dtype=torch.int32, device=device)
     expected = attention.decode_attention(expected_query, expected_keys, expected_values, bounds, 0.25)
     keys[:, :, position], values[:, :, position] = torch.nan, torch.nan  # must not be read
     new = attention.NewToken(key, value, *angles)
@@ -98,3 +111,13 @@ def test_attention_that_writes_the_cache(heads, groups, length, position, has_an
     torch.testing.assert_close(result, expected, rtol=4e-3, atol=4e-3)
     torch.testing.assert_close(keys, expected_keys, rtol=8e-3, atol=1e-2)
     assert torch.equal(values, expected_values)
+
+
+def test_the_first_of_the_largest_logits_is_chosen(device):
+    logits = random(3, 2500, device=device)
+    logits[0, 1030] = logits[0, 2040] = 9
+    logits[2, 2499] = 9
+    token, position = (torch.zeros(shape, dtype=torch.long, device=device) for shape in ((3, 1), (1,)))
+    choice.advance(logits, token, position)
+    assert token[:, 0].tolist() == [1030, int(logits[1].argmax()), 2499]
+    assert position.item() == 1

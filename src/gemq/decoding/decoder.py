@@ -17,7 +17,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from gemq.decoding import step_attention
 from gemq.decoding.regional_compile import LayerCompiler
 from gemq.decoding.static_cache import (
     ALL_LAYERS,
+    PromptCache,
     StepCache,
     Unsupported,
     as_unsupported,
@@ -97,6 +98,7 @@ class Decoder:
         self.batch = batch
         self.temperature = temperature
         self.length = math.ceil(length / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        self._num_positions = length
         self.device: torch.device = single_device(model)
         self.execution = "eager"
         self.fallbacks: Counter[str] = Counter()
@@ -126,9 +128,14 @@ class Decoder:
         with as_unsupported():
             for layer in self._cache.layers:
                 layer.cumulative_length.zero_()  # old keys and values are masked until they are overwritten
-            cache = cache_argument(self.model, self._cache)
-            with nullcontext() if self._fused is None else self._fused.active(is_prompt=True):
-                output = self.model(input_ids=ids, use_cache=True, **cache, **last_logits_argument(self.model))
+            arguments = last_logits_argument(self.model)
+            if self._fused is None:
+                arguments |= cache_argument(self.model, self._cache)
+                output = self.model(input_ids=ids, use_cache=True, **arguments)
+            else:
+                arguments |= cache_argument(self.model, PromptCache(layers=self._cache.layers))
+                with self._fused.active(is_prompt=True):
+                    output = self.model(input_ids=ids, use_cache=True, **arguments)
             self._token.copy_(self._choose(output.logits[:, -1]))
             self._position.fill_(ids.shape[1])
             return self._token[:, 0].clone()
@@ -181,7 +188,8 @@ class Decoder:
 
         start = time.perf_counter()
         layers = decoder_layers(self.model, len(self._cache.layers))
-        self._fused = FusedLayers(layers, modules_around_layers(self.model), self.device)
+        positions = (self._position, self._num_positions)
+        self._fused = FusedLayers(layers, modules_around_layers(self.model), self.device, *positions)
         try:
             self._fused.verify(self._warm_up)
         except BaseException:
@@ -244,7 +252,12 @@ class Decoder:
                 use_cache=True,
                 **cache_argument(self.model, cache),
             ).logits[:, -1]
-        self._advance(self._token, self._position, self._choose, logits)
+        if self._fused is not None and self.temperature == 0:
+            from gemq.kernels.decode.choice import advance  # triton is not installed with torch for CPUs
+
+            advance(logits, self._token, self._position)
+        else:
+            self._advance(self._token, self._position, self._choose, logits)
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Chooses the next tokens: logits [batch, V] -> [batch, 1]."""

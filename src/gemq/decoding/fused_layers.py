@@ -20,16 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq.decoding.layer_parts import LayerParts, Rotation, Shares, find_parts, fused_linears, is_close, linear_groups
+from gemq.decoding.layer_parts import (
+    LayerParts,
+    Rotation,
+    Shares,
+    angle_table,
+    embeds_positions,
+    find_parts,
+    fused_linears,
+    is_close,
+    linear_groups,
+    norms_of_linears,
+    recorded_calls,
+    replaced_forwards,
+    replayed_routing,
+)
 from gemq.decoding.static_cache import StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
 from gemq.kernels import dispatch
 from gemq.kernels.decode.attention import attend_and_write, can_write
 from gemq.kernels.decode.launch import launch_linears
-from gemq.kernels.decode.norms import add, rms_norm
+from gemq.kernels.decode.norms import SliceNorm, add, rms_norm, two_norms
 from gemq.kernels.decode.norms import usable as norm_usable
 from gemq.kernels.dispatch import MAX_DECODE_TOKENS
-from gemq.kernels.modules import PackedExperts, PackedLinear
+from gemq.kernels.modules import PackedLinear
 from gemq.models.fused_norms import NormKind, RotaryFunction, fused_rotary, norm_kind, replaced_rotary, rotary_function
 from gemq.models.fused_routers import RouterKind, fused_route, router_kind
 from gemq.models.structure import is_norm
@@ -42,12 +56,21 @@ class FusedLayers:
         layers: decoder layers, in order
         outer_modules: modules outside the layers, among them the last norm
         device: of the model
+        position: of the step, int64 [1]
+        num_positions: upper bound of positions
 
     Attributes:
         count: layers that are fused
     """
 
-    def __init__(self, layers: Sequence[nn.Module], outer_modules: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        outer_modules: Sequence[nn.Module],
+        device: torch.device,
+        position: Tensor,
+        num_positions: int,
+    ) -> None:
         self._norms: dict[nn.Module, NormKind] = {}
         self._routers: dict[nn.Module, RouterKind] = {}
         kinds: dict[Any, Any] = {}
@@ -68,6 +91,9 @@ class FusedLayers:
         last_norms = [module for module in outer_modules if module in self._norms]
         for layer, next_module in zip(layers, [*layers[1:], *last_norms[:1]], strict=False):
             self._connect(layer, next_module)
+        self._embeddings = [module for module in outer_modules if embeds_positions(module)]
+        self._position, self._num_positions = position, num_positions
+        self._angles: dict[Any, Tensor | None] = {}  # cosines and sines of all positions, [positions, 2, D]
         self._current: LayerParts | None = None
         self._rotary_functions: dict[RotaryFunction, RotaryFunction | None] = {}
         self._is_verifying = self._is_prompt = False
@@ -76,7 +102,7 @@ class FusedLayers:
         self._rotation: Rotation | None = None
         self._projected: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of linears that others computed
         self._shares: Shares | None = None
-        self._routing: list[tuple[Tensor, ...]] = []  # index and weights of the experts, to run a layer twice
+        self._prenormed: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of norms after such linears
 
     @property
     def count(self) -> int:
@@ -96,6 +122,7 @@ class FusedLayers:
         """Drops what a step left over that was interrupted."""
         self._normed = self._rotation = self._shares = None
         self._projected.clear()
+        self._prenormed.clear()
 
     # Contexts
 
@@ -113,6 +140,8 @@ class FusedLayers:
             replaced[norm] = partial(self._norm_forward, norm, kind)
         for router, route in self._routers.items():
             replaced[router] = partial(self._router_forward, router, route)
+        for embedding in self._embeddings:
+            replaced[embedding] = partial(self._embedding_forward, embedding)
         for layer in self._layers.values():
             replaced[layer.module] = partial(self._layer_or_family, layer)
             replaced[layer.attention] = partial(self._attention_forward, layer)
@@ -121,7 +150,7 @@ class FusedLayers:
             for group in layer.linears.values():
                 for linear in group:
                     replaced[linear] = partial(self._linear_forward, layer, linear)
-        with _forwards(replaced):
+        with replaced_forwards(replaced):
             yield
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +186,9 @@ class FusedLayers:
     def _norm_forward(self, norm: Any, kind: NormKind, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A norm, which the layer before may have computed already."""
         normed, self._normed = self._normed, None
+        prenormed = self._prenormed.pop(norm, None)
+        if prenormed is not None and prenormed[0].data_ptr() == x.data_ptr() and prenormed[0].numel() == x.numel():
+            return prenormed[1].view(x.shape)
         if not self._is_off and not args and not kwargs:
             if normed is not None and normed[0] is x:
                 return normed[1]
@@ -170,6 +202,22 @@ class FusedLayers:
         if self._is_off or args or kwargs or x.dtype != router.weight.dtype:
             return type(router).forward(router, x, *args, **kwargs)
         return fused_route(router, kind, x)
+
+    def _embedding_forward(self, embedding: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Rotary angles of the step's position, from a table that the family's code has computed."""
+        family_forward = type(embedding).forward
+        positions = kwargs.get("position_ids", args[0] if args else None)
+        if self._is_prompt or not isinstance(positions, Tensor):
+            return family_forward(embedding, x, *args, **kwargs)
+        options = (*args[1:], *(value for name, value in kwargs.items() if name != "position_ids"))
+        key = (embedding, x.dtype, options)
+        if key not in self._angles:
+            self._angles[key] = angle_table(family_forward, embedding, x, self._num_positions, args, kwargs)
+        table = self._angles[key]
+        if table is None:
+            return family_forward(embedding, x, *args, **kwargs)
+        cos, sin = table.index_select(0, self._position).unbind(1)
+        return cos[None], sin[None]
 
     def _attention_forward(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """Attention, in which the family's rotary function is a kernel, or left to the attention kernel."""
@@ -205,7 +253,25 @@ class FusedLayers:
         outputs = joint.split([member.out_features for member in group], 1)
         for member, output in zip(group, outputs, strict=True):
             self._projected[member] = (x, output.view(*x.shape[:-1], member.out_features))
+        self._normalize_slices(layer, group, joint)
         return self._projected.pop(linear)[1]
+
+    def _normalize_slices(self, layer: LayerParts, group: Sequence[PackedLinear], joint: Tensor) -> None:
+        """Computes the norms of two linears' outputs in one launch, where there are two of one kind."""
+        slices: list[tuple[Any, SliceNorm]] = []
+        start = 0
+        for linear in group:
+            norm = layer.linear_norms.get(linear)
+            if norm is not None:
+                weight = self._norms[norm].of(norm)
+                if linear.out_features % len(weight.weight) == 0 and weight.weight.dtype == joint.dtype:
+                    slices.append((norm, SliceNorm(start, linear.out_features, weight)))
+            start += linear.out_features
+        if len(slices) != 2 or slices[0][1].norm.rounds_twice != slices[1][1].norm.rounds_twice:
+            return
+        results = two_norms(joint, slices[0][1], slices[1][1])
+        for (norm, span), result in zip(slices, results, strict=True):
+            self._prenormed[norm] = (joint[:, span.start : span.start + span.columns], result)
 
     def _experts_forward(self, layer: LayerParts, experts: Any, hidden: Tensor, *routing: Any) -> Tensor:
         """Experts whose sum is computed later. Until then the result has no values."""
@@ -222,21 +288,27 @@ class FusedLayers:
     def _layer_or_family(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """A decoder layer, fused if it may be."""
         self._current = layer
-        if self._is_verifying:
-            return self._compare(layer, *args, **kwargs)
-        if layer.is_fused and not self._is_off and len(args) == 1:
-            return self._layer_forward(layer, *args, **kwargs)
-        return type(layer.module).forward(layer.module, *args, **kwargs)
+        try:
+            if self._is_verifying:
+                return self._compare(layer, *args, **kwargs)
+            if layer.is_fused and len(args) == 1:
+                return self._layer_forward(layer, *args, **kwargs)
+            return type(layer.module).forward(layer.module, *args, **kwargs)
+        finally:
+            self._current = None  # layers of other forms write the cache themselves
 
     def _layer_forward(self, layer: LayerParts, hidden: Tensor, **kwargs: Any) -> Tensor:
         """A decoder layer: attention and MLP, each after a norm and added to its input."""
         (first, _), (second, second_kind) = layer.norms
         attended = layer.attention(first(hidden), **kwargs)
         attended = attended[0] if isinstance(attended, tuple) else attended
-        hidden, normed = add(attended, hidden, second_kind.of(second))
+        second_weight = second_kind.of(second)
+        next_norm = None if layer.next_norm is None else layer.next_norm[1].of(layer.next_norm[0])
+        if not norm_usable(hidden, second_weight) or (next_norm is not None and not norm_usable(hidden, next_norm)):
+            raise RuntimeError("its norms have another dtype, or are too large")
+        hidden, normed = add(attended, hidden, second_weight)
         output = layer.mlp(normed)
         output = output[0] if isinstance(output, tuple) else output
-        next_norm = None if layer.next_norm is None else layer.next_norm[1].of(layer.next_norm[0])
         shares, self._shares = self._shares, None
         if shares is None:
             hidden, normed = add(output, hidden, next_norm)
@@ -266,20 +338,20 @@ class FusedLayers:
         """Runs a layer as the family does, and then fused. Accepts the most that gives the same result."""
         self._is_off = True
         try:
-            with self._recorded(layer) as linears:
+            with recorded_calls(layer, self._norms) as calls:
                 expected = type(layer.module).forward(layer.module, *args, **kwargs)
         finally:
             self._is_off = False
         if not isinstance(expected, Tensor) or len(args) != 1:
             return expected
-        layer.linears = linear_groups(linears)
+        layer.linears, layer.linear_norms = linear_groups(calls), norms_of_linears(calls)
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         for group in layer.linears.values():
             for linear in group:
                 replaced[linear] = partial(self._linear_forward, layer, linear)
         for layer.writes_in_attention, layer.leaves_sum in itertools.product((True, False), repeat=2):
             try:
-                with _forwards(replaced), self._replayed(layer):
+                with replaced_forwards(replaced), replayed_routing(layer, calls):
                     result = self._layer_forward(layer, *args, **kwargs)
                 layer.is_fused = is_close(result, expected, args[0])
             except torch.OutOfMemoryError:
@@ -289,43 +361,8 @@ class FusedLayers:
             self._forget()
             if layer.is_fused:
                 return expected
-        layer.linears = {}
+        layer.linears, layer.linear_norms = {}, {}
         return expected
-
-    @contextmanager
-    def _recorded(self, layer: LayerParts) -> Iterator[list[tuple[PackedLinear, Tensor]]]:
-        """Records the inputs of packed linears, and the routing of the experts."""
-        linears: list[tuple[PackedLinear, Tensor]] = []
-        routing: list[tuple[Tensor, ...]] = []
-        handles = []
-        for module in layer.module.modules():
-            if isinstance(module, PackedLinear):
-                record = lambda linear, inputs: linears.append((linear, inputs[0]))
-                handles.append(module.register_forward_pre_hook(record))
-            elif isinstance(module, PackedExperts):
-                record = lambda _, inputs: routing.append(inputs[1:])
-                handles.append(module.register_forward_pre_hook(record))
-        try:
-            yield linears
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._routing = routing
-
-    @contextmanager
-    def _replayed(self, layer: LayerParts) -> Iterator[None]:
-        """Passes the recorded routing to the experts: the choice between equal logits may differ."""
-        routing = list(self._routing)
-        handles = []
-        for module in layer.module.modules():
-            if isinstance(module, PackedExperts):
-                replay = lambda _, inputs: (inputs[0], *routing.pop(0)) if routing else None
-                handles.append(module.register_forward_pre_hook(replay))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _FusedCache(StepCache):
@@ -341,19 +378,3 @@ class _FusedCache(StepCache):
             layer: Any = self.layers[layer_idx]
             return layer.keys, layer.values
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-@contextmanager
-def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replaces the ``forward`` of modules while the context is active."""
-    originals = {module: vars(module).get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, original in originals.items():
-            if original is None:
-                del module.forward
-            else:
-                module.forward = original

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ class LayerParts:
         writes_in_attention: whether its attention kernel rotates and writes the cache
         leaves_sum: whether the sum over experts is left to the kernel that adds it to the layer's input
         linears: for each linear that comes first among those of one input, all of them
+        linear_norms: norms of the outputs of linears, by linear
     """
 
     module: nn.Module
@@ -93,6 +95,7 @@ class LayerParts:
     writes_in_attention: bool = False
     leaves_sum: bool = False
     linears: dict[PackedLinear, list[PackedLinear]] = field(default_factory=dict)
+    linear_norms: dict[PackedLinear, Any] = field(default_factory=dict)
 
     @property
     def experts(self) -> list[PackedExperts]:
@@ -122,10 +125,102 @@ def _has_tensors(module: nn.Module) -> bool:
     return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
 
 
-def linear_groups(calls: Sequence[tuple[PackedLinear, Tensor]]) -> dict[PackedLinear, list[PackedLinear]]:
+def embeds_positions(module: nn.Module) -> bool:
+    """Whether a module computes rotary angles from positions."""
+    return "position_ids" in inspect.signature(type(module).forward).parameters
+
+
+def angle_table(
+    forward: Callable[..., Any], module: nn.Module, x: Tensor, count: int, args: Sequence[Any], kwargs: Any
+) -> Tensor | None:
+    """Returns cosines and sines of the first positions, or None if a module returns something else.
+
+    Args:
+        forward: of the module's class
+        module: computes rotary angles
+        x: hidden states, whose dtype the angles have
+        count: number of positions
+        args: of the call after x
+        kwargs: of the call
+
+    Returns:
+        [count, 2, D]
+    """
+    positions = torch.arange(count, device=x.device)[None]
+    if "position_ids" in kwargs:
+        angles = forward(module, x, *args, **{**kwargs, "position_ids": positions})
+    else:
+        angles = forward(module, x, positions, *args[1:], **kwargs)
+    if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].dim() != 3:
+        return None
+    return torch.stack([angle[0] for angle in angles], 1)
+
+
+class LayerCalls(NamedTuple):
+    """What modules of a layer were called with.
+
+    Attributes:
+        linears: packed linears, with input and output
+        norms: norms inside attention, with their input
+        routing: index and weights of experts
+    """
+
+    linears: list[tuple[PackedLinear, Tensor, Tensor]]
+    norms: list[tuple[nn.Module, Tensor]]
+    routing: list[tuple[Tensor, ...]]
+
+
+@contextmanager
+def recorded_calls(layer: LayerParts, norms: Mapping[nn.Module, NormKind]) -> Iterator[LayerCalls]:
+    """Records calls of a layer's modules. ``norms``: those that kernels compute."""
+    calls = LayerCalls([], [], [])
+    handles = []
+    for module in layer.module.modules():
+        if isinstance(module, PackedLinear):
+            record = lambda linear, inputs, output: calls.linears.append((linear, inputs[0], output))
+            handles.append(module.register_forward_hook(record))
+        elif isinstance(module, PackedExperts):
+            handles.append(module.register_forward_pre_hook(lambda _, inputs: calls.routing.append(inputs[1:])))
+        elif module in norms:
+            record_norm = lambda norm, inputs: calls.norms.append((norm, inputs[0]))
+            handles.append(module.register_forward_pre_hook(record_norm))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed_routing(layer: LayerParts, calls: LayerCalls) -> Iterator[None]:
+    """Passes the recorded routing to the experts: the choice between equal logits may differ."""
+    routing = list(calls.routing)
+    handles = []
+    for module in layer.module.modules():
+        if isinstance(module, PackedExperts):
+            replay = lambda _, inputs: (inputs[0], *routing.pop(0)) if routing else None
+            handles.append(module.register_forward_pre_hook(replay))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norms_of_linears(calls: LayerCalls) -> dict[PackedLinear, Any]:
+    """Returns norms whose input is the whole output of a linear, in any shape, by linear."""
+    norms = {}
+    for norm, x in calls.norms:
+        for linear, _, output in calls.linears:
+            if x.data_ptr() == output.data_ptr() and x.numel() == output.numel():
+                norms[linear] = norm
+    return norms
+
+
+def linear_groups(calls: LayerCalls) -> dict[PackedLinear, list[PackedLinear]]:
     """Returns linears of one input that can share a launch, by the one that is called first."""
     by_input: dict[Any, list[PackedLinear]] = {}
-    for linear, x in calls:
+    for linear, x, _ in calls.linears:
         key = (id(x), linear.levels, linear.group_size, linear.bias is None)
         by_input.setdefault(key, []).append(linear)
     groups = {}
@@ -152,3 +247,19 @@ def is_close(result: Tensor, expected: Tensor, hidden: Tensor) -> bool:
         return False
     change = (expected.float() - hidden.float()).norm()
     return bool((result.float() - expected.float()).norm() <= MAX_DIFFERENCE[result.dtype] * change)
+
+
+@contextmanager
+def replaced_forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replaces the ``forward`` of modules while the context is active."""
+    originals = {module: vars(module).get("forward") for module in replaced}
+    for module, forward in replaced.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in originals.items():
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original

@@ -127,6 +127,21 @@ class StepCache(Cache):
         return layer.keys, layer.values
 
 
+class PromptCache(Cache):
+    """View of a static cache for prompts: writes keys and values from the first position on.
+
+    ``StaticLayer`` writes at any position, by an index, which takes several times as long.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Writes keys and values of the prompts. Returns all keys and values of the layer."""
+        layer: Any = self.layers[layer_idx]
+        tokens = key_states.shape[2]
+        layer.keys[:, :, :tokens].copy_(key_states)
+        layer.values[:, :, :tokens].copy_(value_states)
+        return layer.keys, layer.values
+
+
 def last_logits_argument(model: Any) -> dict[str, int]:
     """Returns the argument that restricts the logits to the last position, where the family has one."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

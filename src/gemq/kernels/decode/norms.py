@@ -87,6 +87,98 @@ def _norm_kernel(
         tl.store(out + row * SIZE + column, (value * factor).to(dtype), mask=inside)
 
 
+@triton.jit
+def _two_norms_kernel(
+    x: Pointer,  # [tokens, ...]
+    weight: Pointer,  # [SIZE]
+    second_weight: Pointer,  # [SECOND_SIZE]
+    out: Pointer,  # [tokens, HEADS * SIZE + ...]
+    eps: Scalar,
+    second_eps: Scalar,
+    token_stride: Scalar,
+    second_start: Scalar,  # column of x
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SECOND_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,  # the larger size, rounded up
+    COLUMNS: tl.constexpr,  # of out
+    ROUNDS_TWICE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid [tokens, heads of both]."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_second = head >= HEADS
+    size = tl.where(is_second, SECOND_SIZE, SIZE)
+    head = tl.where(is_second, head - HEADS, head)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    if is_second:
+        factor = tl.load(second_weight + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x += token * token_stride + tl.where(is_second, second_start, 0) + head * size + column
+    value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / size + tl.where(is_second, second_eps, eps))
+    dtype = out.dtype.element_ty
+    if ROUNDS_TWICE:
+        value = value.to(dtype).to(tl.float32)
+    out += token * COLUMNS + tl.where(is_second, HEADS * SIZE, 0) + head * size + column
+    tl.store(out, (value * factor).to(dtype), mask=inside)
+
+
+class SliceNorm(NamedTuple):
+    """A norm of columns of a tensor.
+
+    Attributes:
+        start: first column
+        columns: number of columns, a multiple of the norm's size: each block of this size is normalized
+        norm: of a block
+    """
+
+    start: int
+    columns: int
+    norm: NormWeight
+
+
+def two_norms(x: Tensor, first: SliceNorm, second: SliceNorm) -> tuple[Tensor, Tensor]:
+    """Normalize two ranges of the columns of x [tokens, columns]: queries and keys of a joint projection.
+
+    Returns:
+        [tokens, columns of the range] for both, rows contiguous.
+    """
+    size, second_size = len(first.norm.weight), len(second.norm.weight)
+    heads, columns = first.columns // size, first.columns + second.columns
+    out = torch.empty(len(x), columns, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(max(size, second_size))
+    pdl = launch.supports_pdl(x.device)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    with launch.device_of(x):
+        _two_norms_kernel[(len(x), heads + second.columns // second_size)](
+            x[:, first.start :],
+            first.norm.weight,
+            second.norm.weight,
+            out,
+            first.norm.eps,
+            second.norm.eps,
+            x.stride(0),
+            second.start - first.start,
+            HEADS=heads,
+            SIZE=size,
+            SECOND_SIZE=second_size,
+            BLOCK=block,
+            COLUMNS=columns,
+            ROUNDS_TWICE=first.norm.rounds_twice,
+            PDL=pdl,
+            num_warps=_num_warps(block),
+            **options,
+        )
+    normed, second_normed = out.split([first.columns, second.columns], 1)
+    return normed, second_normed
+
+
 def usable(x: Tensor, norm: NormWeight) -> bool:
     """Whether ``rms_norm`` supports a row's size and dtype."""
     return x.dtype == norm.weight.dtype and x.shape[-1] == len(norm.weight) <= MAX_SIZE and x.stride(-1) == 1
@@ -133,6 +225,11 @@ def sum_shares(shares: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
+def _num_warps(block: int) -> int:
+    """Return the warps of a program for a row of ``block`` elements."""
+    return max(1, min(8, block // ELEMENTS_PER_WARP))
+
+
 def _is_viewable(x: Tensor, heads: int) -> bool:
     """Whether [.., heads, size] is a view with one stride for all leading axes."""
     leading = [(n, s) for n, s in zip(x.shape[: -2 if heads > 1 else -1], x.stride(), strict=False) if n > 1]
@@ -168,6 +265,6 @@ def _launch(
             HAS_NORM=norm is not None,
             ROUNDS_TWICE=norm is not None and norm.rounds_twice,
             PDL=pdl,
-            num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
+            num_warps=_num_warps(block),
             **options,
         )
