@@ -44,8 +44,9 @@ demo: $(VENV)/.ready
 	$(BIN)/gemq demo -o demo-out
 
 # One thread a process: two processes share two cores, and waiting threads would only get into each other's way.
+# SKIP: files to leave out.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not vllm" $(SKIP:%=--ignore=%)
 
 # Files of tests/unit that take a few seconds at most. Together they take about 55 s of CPU time.
 QUICK = accuracy_report allocate config_values cpu_kernels curve data digests display docs evaluate experts gptq grid \
@@ -56,7 +57,10 @@ QUICK = accuracy_report allocate config_values cpu_kernels curve data digests di
 quick: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(QUICK:%=tests/unit/test_%.py)
 
-# What also runs on older supported releases of Transformers, or the part of it in the files TESTS.
+# What also runs on older supported releases of Transformers, or the part of it in the files TESTS. Other files are not
+# even imported.
+TESTS ?= $(shell grep -l mark.sample tests/*/test_*.py)
+
 test-sample: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm" $(TESTS)
 

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-SHARED = ("finished", "killer", "progressive_job", "trellis_job")
+SHARED = ("finished", "kill_server", "progressive_job", "trellis_job")
 """Fixtures that take long."""
 
 pytest.register_assert_rewrite("support")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gemq.assets import builtin_texts
 from support.cli import make_tiny_model
-from support.killer import Killer
+from support.killer import Killer, KillServer
 
 RECIPE = {
     "effort": "low",
@@ -83,7 +83,8 @@ def main() -> None:
     draw = random.Random(args.seed)
     model = make_tiny_model(args.directory / "model")
     ended: Counter[str] = Counter()
-    with contextlib.closing(Killer(model, args.directory, RECIPE)) as killer:
+    with contextlib.closing(KillServer()) as server:
+        killer = Killer(server, model, args.directory, RECIPE)
         shutil.rmtree(args.directory / "timed")
         shutil.rmtree(args.directory / "timed.work")
         needed = sum(f.stat().st_size for f in (args.directory / "expected.work").rglob("*") if f.is_file())

@@ -11,7 +11,6 @@ from support.cli import Finished, gemq
 FAST = ("--prefill", "8,16", "--new-tokens", 3)
 
 
-@pytest.mark.sample
 def test_bench(finished: Finished, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "figures.json"

@@ -486,7 +486,7 @@ def test_stderr_of_a_real_process_holds_one_line(cwd, tiny_model, tmp_path):
 def test_ctrl_c(cwd, tmp_path):
     """Interrupted during a stage: exit code 1, a line that says how to go on, and going on works."""
     # enough layers for the job to be running when the signal arrives
-    model = make_tiny_model(tmp_path / "model", num_hidden_layers=16)
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=6)
     Path("quick.yaml").write_text("effort: low\nnum_windows: 4\nseq_len: 16\nguard: false\n")
     job = ["quantize", str(model), "-o", "x", "--recipe", "quick.yaml"]
     with open("log", "w") as log:

@@ -47,7 +47,7 @@ def smallest_limit(*arguments: object) -> str:
     return ran.err.split()[-1]
 
 
-@pytest.mark.parametrize("what", ["packed", "plain", "packed with reference", "plain with reference"])
+@pytest.mark.parametrize("what", ["plain", "packed with reference"])
 def test_the_least_bound_gives_the_figures_of_whole_models(what, model, packed):
     name, compared = packed if "packed" in what else model, "reference" in what
     arguments = [name, *(["--reference", model] if compared else [])]

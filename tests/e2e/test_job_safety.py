@@ -22,7 +22,7 @@ from gemq.layers.training import Optimizer
 from gemq.pipeline.job_record import read_job
 from gemq.pipeline.quantize import export, quantize
 from gemq.recipe import Recipe
-from support.cli import Ran, contents, gemq, make_tiny_model
+from support.cli import Ran, Scene, contents, few_guard_windows, gemq, make_tiny_model
 
 LOW = ("--effort", "low", "--num-windows", "4", "--seq-len", "32", "--device", "cpu")
 
@@ -36,17 +36,33 @@ def line(ran: Ran, *words: str) -> None:
         assert word in ran.err, ran.err
 
 
+@pytest.fixture(scope="module")
+def finished_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    def make(path: Path) -> None:
+        shutil.copytree(tiny_model, path / "m1")
+        (path / "a").mkdir()
+        (path / "b").mkdir()
+        shutil.copy(builtin_texts()[0], path / "a" / "my.txt")
+        with pytest.MonkeyPatch.context() as patch:
+            few_guard_windows(patch)
+            patch.chdir(path / "a")
+            ran = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "-q")
+        assert ran.code == 0, ran.err
+
+    return Scene(tmp_path_factory.mktemp("finished"), make)
+
+
 @pytest.fixture
-def job(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Directory a/ with a finished job: my.txt, out, out.work; the model is in m1/. The current directory is a/."""
-    shutil.copytree(tiny_model, tmp_path / "m1")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    shutil.copy(builtin_texts()[0], tmp_path / "a" / "my.txt")
-    monkeypatch.chdir(tmp_path / "a")
-    ran = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "-q")
-    assert ran.code == 0, ran.err
-    return tmp_path / "a"
+def base(finished_job: Scene) -> Path:
+    """Directory with a model in m1/, an empty b/, and a/ with a finished job: my.txt, out, out.work."""
+    return finished_job.restored()
+
+
+@pytest.fixture
+def job(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory a/, which is the current one."""
+    monkeypatch.chdir(base / "a")
+    return base / "a"
 
 
 # A work directory from somebody else
@@ -68,11 +84,11 @@ class ForeignForCausalLM: pass
 
 @pytest.mark.parametrize("claims_trust", [True, False])
 @pytest.mark.parametrize("flags", [("-o", "x", "--bits", "2"), ("--curve",)])
-def test_no_file_of_a_work_directory_lets_code_run(job, tmp_path, flags, claims_trust):
-    executed = tmp_path / "executed"
-    model = job / "out.work" / "model"
+def test_no_file_of_a_work_directory_lets_code_run(job, base, tmp_path, flags, claims_trust):
+    executed = base / "executed"
+    model = job / "out.work" / tmp_path.name  # Python imports a file once
     model.mkdir()
-    shutil.copy(tmp_path / "m1" / "model.safetensors", model)
+    shutil.copy(base / "m1" / "model.safetensors", model)
     (model / "config.json").write_text(json.dumps(CONFIG))
     (model / "foreign.py").write_text(CODE.format(place=str(executed)))
     record = read_job(job / "out.work")
@@ -94,14 +110,14 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_link_in_a_work_directory_is_refused_by_every_command(job, tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
+def test_a_link_in_a_work_directory_is_refused_by_every_command(job, base):
+    (base / "thesis.txt").write_text("mine")
     (job / "out.work" / ".lock").unlink()
-    (job / "out.work" / ".lock").symlink_to(tmp_path / "thesis.txt")
+    (job / "out.work" / ".lock").symlink_to(base / "thesis.txt")
     for arguments in (("-o", "x", "--bits", "2"), ("--curve",)):
         line(gemq("export", "out.work", *arguments), ".lock", "link")
     line(gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", "my.txt", "--resume"), ".lock", "link")
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (base / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -182,30 +198,30 @@ def test_two_jobs_with_one_output(job):
 # Texts and models that are no longer where they were
 
 
-def test_export_needs_no_calibration_text(job, tmp_path, monkeypatch):
+def test_export_needs_no_calibration_text(job, base, monkeypatch):
     def exported(name: str, *flags: object) -> None:
-        ran = gemq("export", job / "out.work", "-o", tmp_path / name, "--bits", "1.5", "-q", *flags)
+        ran = gemq("export", job / "out.work", "-o", base / name, "--bits", "1.5", "-q", *flags)
         assert ran.code == 0, ran.err
 
     exported("here")
-    monkeypatch.chdir(tmp_path / "b")
+    monkeypatch.chdir(base / "b")
     exported("elsewhere")
-    (tmp_path / "b" / "my.txt").write_text("other words " * 500)
+    (base / "b" / "my.txt").write_text("other words " * 500)
     exported("beside another my.txt", "--reconstruct")
     (job / "my.txt").unlink()
     exported("gone", "--reconstruct")
-    assert contents(tmp_path / "here") == contents(tmp_path / "elsewhere")
-    assert contents(tmp_path / "beside another my.txt") == contents(tmp_path / "gone")
+    assert contents(base / "here") == contents(base / "elsewhere")
+    assert contents(base / "beside another my.txt") == contents(base / "gone")
 
 
-def test_a_text_that_is_still_needed_is_the_recorded_one(job, tmp_path, monkeypatch):
+def test_a_text_that_is_still_needed_is_the_recorded_one(job, base, monkeypatch):
     shutil.rmtree(job / "out.work" / "guard-windows")
     expected = contents(job / "out")
-    monkeypatch.chdir(tmp_path / "b")
-    (tmp_path / "b" / "my.txt").write_text("other words " * 500)
+    monkeypatch.chdir(base / "b")
+    (base / "b" / "my.txt").write_text("other words " * 500)
     ran = gemq("export", job / "out.work", "-o", "x", "--bits", "2", "--reconstruct", "-q")
     assert ran.code == 0, ran.err
-    assert contents(tmp_path / "b" / "x") == expected
+    assert contents(base / "b" / "x") == expected
     shutil.rmtree(job / "out.work" / "guard-windows")
     (job / "my.txt").write_text("other words " * 500)
     line(
@@ -217,20 +233,20 @@ def test_a_text_that_is_still_needed_is_the_recorded_one(job, tmp_path, monkeypa
     assert gemq("export", job / "out.work", "-o", "y", "--bits", "2", "-q").code == 0
 
 
-def test_the_same_text_by_another_path(job, tmp_path):
+def test_the_same_text_by_another_path(job, base):
     resumed = gemq("quantize", "../m1", "-o", "out", *LOW, "--calibration", job / "my.txt", "--resume", "-q")
     assert resumed.code == 0, resumed.err
 
 
-def test_a_model_that_was_moved(job, tmp_path):
-    shutil.move(tmp_path / "m1", tmp_path / "m2")
+def test_a_model_that_was_moved(job, base):
+    shutil.move(base / "m1", base / "m2")
     line(gemq("export", "out.work", "-o", "x", "--bits", "1.5"), "is gone", "--model")
     line(gemq("export", "out.work", "--curve"), "is gone", "--model")
     assert gemq("export", "out.work", "-o", "x", "--bits", "1.5", "--model", "../m2", "-q").code == 0
     assert gemq("export", "out.work", "--curve", "--model", "../m2", "-q").code == 0
-    different_model = make_tiny_model(tmp_path / "m3", seed=1, num_hidden_layers=3)
+    different_model = make_tiny_model(base / "m3", seed=1, num_hidden_layers=3)
     line(gemq("export", "out.work", "--curve", "--model", different_model), "is not the model")
-    line(gemq("export", "out.work", "-o", "y", "--model", make_tiny_model(tmp_path / "m4", seed=1)), "is not the model")
+    line(gemq("export", "out.work", "-o", "y", "--model", make_tiny_model(base / "m4", seed=1)), "is not the model")
     assert gemq("quantize", "../m2", "-o", "out", *LOW, "--calibration", "my.txt", "--resume", "-q").code == 0
     assert gemq("export", "out.work", "-o", "z", "--bits", "1.5", "-q").code == 0  # which knows its new place
     assert contents(job / "x") == contents(job / "z")

@@ -21,8 +21,8 @@ from gemq.assets import builtin_texts
 from gemq.models import file_hashes
 from gemq.models.source import Source
 from gemq.pipeline.workdir import WorkDir
-from support.cli import Finished, contents, gemq, least_bytes, make_tiny_model
-from support.killer import Killer
+from support.cli import Finished, Scene, contents, few_guard_windows, gemq, least_bytes, make_tiny_model
+from support.killer import Killer, KillServer
 
 TINY = {"effort": "low", "num_windows": 4, "seq_len": 8, "micro_batch_tokens": 16}
 TRAINED = {
@@ -36,20 +36,24 @@ TRAINED = {
 FLAGS = ("--effort", "low", "--num-windows", "4", "--seq-len", "8", "--quiet")
 
 
+@pytest.fixture(scope="session")
+def kill_server() -> Iterator[KillServer]:
+    with contextlib.closing(KillServer()) as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Killer]:
-    with contextlib.closing(Killer(tiny_model, tmp_path_factory.mktemp("kills"), TINY)) as killer:
-        yield killer
+def killer(kill_server: KillServer, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Killer:
+    return Killer(kill_server, tiny_model, tmp_path_factory.mktemp("kills"), TINY)
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
-    with contextlib.closing(Killer(tiny_model, tmp_path, TRAINED)) as killer:
-        yield killer
+def trainer(kill_server: KillServer, tmp_path: Path, tiny_model: Path) -> Killer:
+    return Killer(kill_server, tiny_model, tmp_path, TRAINED)
 
 
 @pytest.fixture
-def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
+def bounded(kill_server: KillServer, tmp_path: Path, tiny_model: Path) -> Killer:
     """Every layer is read anew when it is needed, and activations lie in files."""
     recipe = {
         **TINY,
@@ -58,16 +62,12 @@ def bounded(tmp_path: Path, tiny_model: Path) -> Iterator[Killer]:
         "reconstruction_epochs": 1,
         "distill_epochs": 1,
     }
-    with contextlib.closing(Killer(tiny_model, tmp_path, recipe, least_bytes(tiny_model, recipe))) as killer:
-        yield killer
+    return Killer(kill_server, tiny_model, tmp_path, recipe, least_bytes(tiny_model, recipe))
 
 
-@pytest.mark.parametrize(
-    ("kind", "times"),
-    [pytest.param("killer", 3, marks=pytest.mark.xdist_group("killer")), ("trainer", 4), ("bounded", 2)],
-)
-def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, times: int):
-    """Some kills on the way to each result; with training and without."""
+@pytest.mark.parametrize(("kind", "times"), [("killer", 1), ("trainer", 2), ("bounded", 1)])
+def test_killed_at_random_moments(request: pytest.FixtureRequest, kill_server, kind: str, times: int):
+    """With training and without. ``many_kills.py`` has a hundred."""
     killer: Killer = request.getfixturevalue(kind)
     seed = time.time_ns()
     draw = random.Random(seed)
@@ -85,21 +85,19 @@ def test_killed_at_random_moments(request: pytest.FixtureRequest, kind: str, tim
         rounds += 1
 
 
-@pytest.mark.parametrize("offset", range(4))
-def test_killed_at_every_write(killer: Killer, offset: int):
-    """With every file that a job writes cut in half; when it goes on, before that file's rename, when it is whole
-    under its passing name. Flushes change nothing that a killed process could leave; the last one is behind the last
-    rename."""
-    names = killer.expected["calls"]
-    calls = [n for n, name in enumerate(names, start=1) if name.startswith(("write_", "save_"))]
-    assert len(calls) > 15
-    for call in calls[offset::4]:
-        name = f"call-{call}"
-        halved = killer.run(name, resume=False, call=call, half=True)
-        assert halved["code"] == -signal.SIGKILL, (call, halved)
-        renamed = killer.run(name, resume=True, rename=halved["path"])
-        assert renamed["code"] == -signal.SIGKILL, (call, renamed)
-        killer.finish(name, f"call {call} of {len(names)}: {names[call - 1]} {halved['path']}")
+def test_killed_at_every_write(killer: Killer):
+    """One job, killed twice at every file that it writes: with the file cut in half, and before the whole file is
+    renamed. Flushes change nothing that a killed process could leave; the last one is behind the last rename."""
+    writes = [name for name in killer.expected["calls"] if name.startswith(("write_", "save_"))]
+    assert len(writes) > 15
+    halved: list[str] = []
+    while (ended := killer.run("writes", resume=bool(halved), spared=halved))["code"] != 0:
+        assert ended["code"] == -signal.SIGKILL, (halved, ended)
+        halved.append(ended["path"])
+        renamed = killer.run("writes", resume=True, rename=ended["path"])
+        assert renamed["code"] == -signal.SIGKILL, (halved, renamed)
+    assert len(halved) == len(writes)
+    killer.finish("writes", f"killed at {halved}")
 
 
 def test_killed_right_after_the_output_appeared(killer: Killer):
@@ -113,34 +111,44 @@ def test_killed_right_after_the_output_appeared(killer: Killer):
 # One process
 
 
+@pytest.fixture(scope="module")
+def ended_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    def make(path: Path) -> None:
+        shutil.copytree(tiny_model, path / "model")
+        shutil.copy(builtin_texts()[0], path / "calib.txt")
+        with pytest.MonkeyPatch.context() as patch:
+            few_guard_windows(patch)
+            assert gemq(*arguments_in(path)).code == 0
+
+    return Scene(tmp_path_factory.mktemp("ended"), make)
+
+
+def arguments_in(path: Path) -> tuple[object, ...]:
+    return ("quantize", path / "model", "-o", path / "out", *FLAGS, "--calibration", path / "calib.txt")
+
+
 @pytest.fixture
-def job(tiny_model: Path, tmp_path: Path) -> tuple[object, ...]:
-    """The arguments of a job that has ended well, in ``tmp_path``."""
-    shutil.copytree(tiny_model, tmp_path / "model")
-    shutil.copy(builtin_texts()[0], tmp_path / "calib.txt")
-    arguments = (
-        "quantize",
-        tmp_path / "model",
-        "-o",
-        tmp_path / "out",
-        *FLAGS,
-        "--calibration",
-        tmp_path / "calib.txt",
-    )
-    assert gemq(*arguments).code == 0
-    return arguments
+def base(ended_job: Scene) -> Path:
+    """A directory with a job that has ended well: model, calib.txt, out, out.work."""
+    return ended_job.restored()
 
 
-def test_resume_of_a_finished_job(job, tmp_path):
-    mtimes = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
-    ran = gemq(*job, "--resume", "--json", tmp_path / "figures.json")
+@pytest.fixture
+def job(base: Path) -> tuple[object, ...]:
+    """The arguments of that job."""
+    return arguments_in(base)
+
+
+def test_resume_of_a_finished_job(job, base):
+    mtimes = {f: f.stat().st_mtime_ns for f in (base / "out").iterdir()}
+    ran = gemq(*job, "--resume", "--json", base / "figures.json")
     assert ran.code == 0
     loud = gemq(*(a for a in job if a != "--quiet"), "--resume")
     assert loud.code == 0
     assert "was complete already" in loud.out
     assert "Saved" not in loud.out
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == mtimes
-    assert json.loads((tmp_path / "figures.json").read_text())["complete_before"] is True
+    assert {f: f.stat().st_mtime_ns for f in (base / "out").iterdir()} == mtimes
+    assert json.loads((base / "figures.json").read_text())["complete_before"] is True
 
 
 def refused(job: tuple[object, ...], *words: str) -> None:
@@ -169,8 +177,8 @@ def test_another_recipe_is_refused(job, flags, words):
     assert gemq(*job, "--resume").code == 0  # and did no harm
 
 
-def test_a_changed_model_is_refused(job, tmp_path):
-    make_tiny_model(tmp_path / "model", seed=1)
+def test_a_changed_model_is_refused(job, base):
+    make_tiny_model(base / "model", seed=1)
     refused(job, "another model", "has changed")
 
 
@@ -200,33 +208,33 @@ def test_files_that_have_not_changed_are_not_read_again(tiny_model, tmp_path, mo
     assert model.fingerprint(files)[0] == model.fingerprint()[0]
 
 
-def test_another_model_is_refused(job, tmp_path):
-    other_model = make_tiny_model(tmp_path / "other", seed=1)
+def test_another_model_is_refused(job, base):
+    other_model = make_tiny_model(base / "other", seed=1)
     refused((job[0], other_model, *job[2:]), "another model")
 
 
-def test_a_changed_calibration_text_is_refused(job, tmp_path):
-    with open(tmp_path / "calib.txt", "a") as file:
+def test_a_changed_calibration_text_is_refused(job, base):
+    with open(base / "calib.txt", "a") as file:
         file.write("One more line.\n")
     refused(job, "another calibration text", "has changed")
 
 
-def test_a_changed_stage_is_named(job, tmp_path):
+def test_a_changed_stage_is_named(job, base):
     """Should a stage's inputs differ although the job's do not, such as after an upgrade of gemq."""
-    stage = tmp_path / "out.work" / "candidates" / "stage.json"
+    stage = base / "out.work" / "candidates" / "stage.json"
     stage.write_text(json.dumps({**json.loads(stage.read_text()), "dampening": 0.5}))
     refused(job, "dampening", "0.5", "now 0.01")
 
 
-def test_another_output_from_the_same_work_directory(job, tmp_path):
+def test_another_output_from_the_same_work_directory(job, base):
     """Deleted outputs are written again, elsewhere too, and nothing is computed for it."""
-    expected = contents(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
+    expected = contents(base / "out")
+    shutil.rmtree(base / "out")
     assert gemq(*job, "--resume").code == 0
-    assert contents(tmp_path / "out") == expected
-    elsewhere = ["quantize", job[1], "-o", tmp_path / "new", *job[4:], "--work", tmp_path / "out.work", "--resume"]
+    assert contents(base / "out") == expected
+    elsewhere = ["quantize", job[1], "-o", base / "new", *job[4:], "--work", base / "out.work", "--resume"]
     ran = gemq(*elsewhere, "--json", "-")
-    assert contents(tmp_path / "new") == expected
+    assert contents(base / "new") == expected
     assert not {"candidates", "scores", "reconstruct", "calibration windows"} & ran.json["stages"].keys()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ distill_epochs: 1
 """
 
 
-def launched(*arguments: object, ranks: int = 2, program: tuple[object, ...] = ("-m", "gemq")) -> subprocess.Popen[str]:
+def launched(*arguments: object) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node 2 -m gemq ARGUMENTS`` on the CPU."""
     run = [
         sys.executable,
@@ -36,8 +37,9 @@ def launched(*arguments: object, ranks: int = 2, program: tuple[object, ...] = (
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        ranks,
-        *program,
+        2,
+        "-m",
+        "gemq",
         *arguments,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -104,44 +106,69 @@ def test_two_ranks_give_the_bytes_of_one_even_if_one_is_killed(tiny_model, tmp_p
 
 
 AS_ON_A_GPU = """
+import json, os, signal, socket, sys
+import transformers.models.olmoe.modeling_olmoe
+import gemq.pipeline.quantize
 from gemq.__main__ import main
 from gemq.runtime import ranks
+
 ranks.Ranks.max_batches_per_forward = property(lambda self: 3)
 ranks.Ranks.shards_windows = property(lambda self: self.count > 1)
 ranks.MIN_FORWARDS = 1
-main()
+
+def run(count, arguments):  # what torchrun would set, in processes that have imported everything
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+    os.environ |= {"WORLD_SIZE": f"{count}", "LOCAL_WORLD_SIZE": f"{count}"}
+    running, codes = set(), []
+    for rank in range(count):
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        running.add(os.fork())
+        if 0 in running:
+            sys.argv = ["gemq", *arguments]
+            main()
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:
+            for child in running:
+                os.kill(child, signal.SIGTERM)
+    return codes
+
+print(json.dumps([run(count, arguments) for count, arguments in json.loads(sys.argv[1])]))
 """
 
 
 def test_two_ranks_that_divide_the_work_as_on_gpus(tiny_model, tmp_path):
-    """The bytes of one up to distillation, where each trains on windows of its own."""
-    script = tmp_path / "as_on_a_gpu.py"
-    script.write_text(AS_ON_A_GPU)
+    """The bytes of one up to distillation, where each trains on windows of its own. A mistake is told once."""
     (tmp_path / "r.yaml").write_text(RECIPE)
-    keys = ("--bits", 2, "--recipe", tmp_path / "r.yaml", "--device", "cpu", "-q")
+    keys = ["--bits", "2", "--recipe", tmp_path / "r.yaml", "--device", "cpu", "-q"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    names = {"out1": 1, "out2": 2, "mine": 2}
+    jobs = [[count, ["quantize", tiny_model, "-o", tmp_path / name, *keys]] for name, count in names.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", AS_ON_A_GPU, json.dumps(jobs, default=str)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    single, pair, refused = json.loads(ran.stdout)
+    assert single == [0], ran.stderr
+    assert pair == [0, 0], ran.stderr
+    assert all(refused)
+    assert len(ours(ran.stderr)) == 1, ran.stderr
+    assert "exists" in ours(ran.stderr)[0]
+
     works, distilled = [], []
-    for ranks in (1, 2):
-        out = tmp_path / f"out{ranks}"
-        process = launched("quantize", tiny_model, "-o", out, *keys, ranks=ranks, program=(script,))
-        stderr = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, stderr
-        (last,) = out.with_name(f"{out.name}.work").glob("distilled-*/distilled.safetensors")
+    for name in ("out1", "out2"):
+        (last,) = (tmp_path / f"{name}.work").glob("distilled-*/distilled.safetensors")
         distilled.append(load_file(last))
-        last.rename(tmp_path / f"distilled{ranks}.safetensors")
-        works.append(contents(out.with_name(f"{out.name}.work")))
+        last.rename(tmp_path / f"distilled-{name}.safetensors")
+        works.append(contents(tmp_path / f"{name}.work"))
     assert works[0] == works[1]
     tensors_1, tensors_2 = distilled
     assert all(result["notes"][1] < result["notes"][0] for result in distilled)
     for name, tensor in tensors_1.items():  # moved by 5e-3
         if name != "notes":
             torch.testing.assert_close(tensors_2[name], tensor, rtol=0, atol=1e-5)
-
-
-def test_a_mistake_is_told_once(tiny_model, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    process = launched("quantize", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
-    assert len(ours(stderr)) == 1, stderr
-    assert "exists" in ours(stderr)[0]

@@ -20,12 +20,12 @@ RUN = Path(__file__).with_name("run.py")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cases are forks with bounds on memory and time")
 
 
-@pytest.mark.parametrize(("kind", "count", "jobs"), [("packed", 8, 2), ("source", 3, 1), ("work", 5, 1)])
-def test_no_case_fails(kind, count, jobs):
-    command = [sys.executable, RUN, f"--{kind}", str(count), "--jobs", str(jobs)]
+def test_no_case_fails():
+    command = [sys.executable, RUN, "--packed", "8", "--source", "3", "--work", "5", "--jobs", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kind}: {count} cases" in done.stdout
+    for cases in ("packed: 8 cases", "source: 3 cases", "work: 5 cases"):
+        assert cases in done.stdout
 
 
 # The harness itself

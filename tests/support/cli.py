@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def make_tiny_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     return add_tokenizer(path, values["vocab_size"])
 
 
+def write_first_layers(path: Path, layers: int) -> Path:
+    """The first layers of the built-in model with its tokenizer: trained weights, and a part of the time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(builtin_model(), num_hidden_layers=layers).save_pretrained(path)
+    AutoTokenizer.from_pretrained(builtin_model()).save_pretrained(path)
+    return path
+
+
 def add_tokenizer(path: Path, vocabulary: int = BUILTIN_TOKENS) -> Path:
     """The built-in tokenizer, or the first so many of its tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -102,6 +112,21 @@ def add_tokenizer(path: Path, vocabulary: int = BUILTIN_TOKENS) -> Path:
         values["model"] |= {"vocab": tokens, "merges": merges}
         (path / "tokenizer.json").write_text(json.dumps(values))
     return path
+
+
+class Scene:
+    """A directory that every test gets as it was when it was made, at the same path, which records name."""
+
+    def __init__(self, base: Path, make: Callable[[Path], None]):
+        self.path, self._saved = base / "scene", base / "saved"
+        self.path.mkdir()
+        make(self.path)
+        shutil.copytree(self.path, self._saved)
+
+    def restored(self) -> Path:
+        """Puts every file back, with its time, and returns the directory."""
+        shutil.rmtree(self.path)
+        return Path(shutil.copytree(self._saved, self.path))
 
 
 def least_bytes(model: Path, recipe: dict[str, Any]) -> int:

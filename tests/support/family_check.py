@@ -114,7 +114,8 @@ def check(model_type: str, folder: Path, family: str = "") -> Outcome:
     weights, unpacked, config = read_packed(out)
     _check_coverage(model, Source(source).skeleton(), weights, outcome)
     loaded = gemq.load(out, dtype=torch.float32)
-    _check_equalization(model, source, folder, loaded, weights)
+    reference, _ = Source(source).load(torch.device("cpu"), torch.float32)
+    _check_equalization(model, reference, folder, loaded, weights)
     twin = _load_twin(model, folder / "twin", weights, unpacked, config)
     ids = torch.randint(3, 256, (2, 20), generator=generator)
     with torch.no_grad():
@@ -125,12 +126,12 @@ def check(model_type: str, folder: Path, family: str = "") -> Outcome:
     written, expected = (m.generate(ids[:1], max_new_tokens=4, do_sample=False) for m in (loaded, twin))
     assert torch.equal(written, expected), "writes other tokens than the twin"
     assert written.shape[1] > ids.shape[1]
-    _check_commands(loaded, Source(source), ids, written[0, ids.shape[1] :].tolist())
+    _check_commands(loaded, reference, Source(source).tokenizer, ids, written[0, ids.shape[1] :].tolist())
     outcome.seconds = round(time.perf_counter() - begin, 2)
     return outcome
 
 
-def _check_commands(loaded: Any, source: Source, ids: torch.Tensor, written: list[int]) -> None:
+def _check_commands(loaded: Any, reference: Any, tokenizer: Any, ids: torch.Tensor, written: list[int]) -> None:
     """What ``generate``, ``eval --reference`` and calibration on the model's own text do with a family."""
     try:
         decoder = Decoder(loaded, 1, ids.shape[1] + len(written))
@@ -140,13 +141,12 @@ def _check_commands(loaded: Any, source: Source, ids: torch.Tensor, written: lis
     else:
         assert [token for (token,) in steps] == written, "gemq generate writes other tokens than model.generate"
     windows = concat_sources([ids], ["text"], [ids.numel()])
-    reference, _ = source.load(torch.device("cpu"), torch.float32)
     structure = find_structure(reference)
     values = evaluate(loaded, windows, reference=reference, structure=structure)
     assert values["mean_kl"] > 0, "eval --reference finds no difference"
     assert len(values["layers"]) == len(structure.moe_layers)
     for model in (reference, loaded):
-        (generated,) = generate_windows(model, source.tokenizer, WindowPlan(2, 0), seq_len=6).tokens
+        (generated,) = generate_windows(model, tokenizer, WindowPlan(2, 0), seq_len=6).tokens
         assert generated.shape == (2, 6)
 
 
@@ -176,16 +176,17 @@ def _check_coverage(model: Any, skeleton: Any, weights: dict[str, torch.Tensor],
     assert not [n for n in weights for _, x in structure.moe_layers if n.startswith(f"{x.router}.")]
 
 
-def _check_equalization(model: Any, source: Path, folder: Path, loaded: Any, weights: dict[str, torch.Tensor]) -> None:
+def _check_equalization(
+    model: Any, reference: Any, folder: Path, loaded: Any, weights: dict[str, torch.Tensor]
+) -> None:
     """The equalized model computes the same to the bit, and has the weights of a rescaled model.
 
     What is not packed is as it is in the equalized model.
     """
     ids = torch.arange(40).view(2, 20)
-    exact, _ = Source(source).load(torch.device("cpu"), torch.float32)
     state = loaded.state_dict()
-    with equalized_model(source) as (equalized, folds), torch.no_grad():
-        expected = exact(input_ids=ids, use_cache=False).logits
+    with equalized_model(folder / "source") as (equalized, folds), torch.no_grad():
+        expected = reference(input_ids=ids, use_cache=False).logits
         assert torch.equal(equalized(input_ids=ids, use_cache=False).logits, expected), "equalization changes logits"
         tensors = {name: tensor.clone() for name, tensor in equalized.state_dict().items()}
     for name, tensor in tensors.items():

@@ -5,7 +5,8 @@ Everything is imported once and nothing computed, so that a child starts at once
 A request holds the arguments of ``gemq.pipeline.quantize.quantize`` and how to die:
 ``delay``: after so many seconds, by the parent's ``signal`` (SIGKILL if it is not given)
 ``host_memory``: bytes that the job may hold
-``call``:  at the n-th write (see ``Writes``), by its own SIGKILL, ``half``: with half of that write done
+``call``:  at the n-th write (see ``Writes``), by its own SIGKILL
+``spared``: half through the first file that it writes and that is not among these, by its own SIGKILL
 ``rename``: before this file is renamed, or the directory that holds it, by its own SIGKILL
 The answer holds ``code`` (0 done, 2 refused, or minus the signal that ended the job), ``error``, ``complete_before``
 and ``calls``, the names of all writes; of a job that was killed ``code`` and ``path``, what it was about to write or
@@ -40,6 +41,8 @@ WRITES = (
     *((module, "save_file") for module in (safetensors.torch, gemq.checkpoint.save)),
     *((Path, name) for name in ("write_text", "write_bytes")),
 )
+CONTENT = ("save_file", "write_text", "write_bytes")
+"""Writes that fill a file."""
 
 
 class Writes:
@@ -47,7 +50,7 @@ class Writes:
 
     def __init__(self, request: dict[str, Any], answer: int):
         self.calls: list[str] = []
-        self.fatal, self.half, self.rename = request.get("call"), request.get("half", False), request.get("rename")
+        self.fatal, self.spared, self.rename = request.get("call"), request.get("spared"), request.get("rename")
         self.answer = answer
         for owner, name in WRITES:
             setattr(owner, name, self._watched(getattr(owner, name), name))
@@ -57,10 +60,11 @@ class Writes:
             self.calls.append(name)
             path = next((a for a in arguments if isinstance(a, Path)), None)
             renamed = self.rename and name in ("replace", "rename") and Path(self.rename).is_relative_to(path)
-            if renamed or len(self.calls) == self.fatal:
-                if self.half:
-                    real(*arguments, **options)
-                    os.truncate(path, path.stat().st_size // 2)
+            halved = self.spared is not None and name in CONTENT and str(path) not in self.spared
+            if halved:
+                real(*arguments, **options)
+                os.truncate(path, path.stat().st_size // 2)
+            if halved or renamed or len(self.calls) == self.fatal:
                 os.write(self.answer, json.dumps({"code": -signal.SIGKILL, "path": str(path)}).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments, **options)

@@ -14,11 +14,10 @@ from typing import Any
 from support.cli import contents
 
 
-class Killer:
-    """Jobs in children that can be killed: see ``kill_server.py``."""
+class KillServer:
+    """The process that starts jobs and kills them: see ``kill_server.py``."""
 
-    def __init__(self, model: Path, base: Path, recipe: dict[str, Any], host_memory: int | None = None):
-        self.model, self.base, self.recipe, self.host_memory = model, base, recipe, host_memory
+    def __init__(self) -> None:
         search_path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "support.kill_server"],
@@ -27,6 +26,26 @@ class Killer:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search_path)},
         )
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+class Killer:
+    """A job that can be killed, and what it writes if it is left alone."""
+
+    def __init__(
+        self, server: KillServer, model: Path, base: Path, recipe: dict[str, Any], host_memory: int | None = None
+    ):
+        self.server, self.model, self.base, self.recipe, self.host_memory = server, model, base, recipe, host_memory
         self.expected = self.run("expected", resume=False)
         assert self.expected["code"] == 0, self.expected
         begin, again = time.perf_counter(), self.run("timed", resume=False)
@@ -38,11 +57,7 @@ class Killer:
     def run(self, name: str, *, resume: bool, **death: Any) -> dict[str, Any]:
         out, work = str(self.base / name), str(self.base / f"{name}.work")
         request = {"model": str(self.model), "recipe": self.recipe, "out": out, "work": work, "resume": resume}
-        request |= {"host_memory": self.host_memory}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps({**request, **death}), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        return self.server.answer({**request, "host_memory": self.host_memory, **death})
 
     def finish(self, name: str, why: str) -> dict[str, Any]:
         """Resumes to the end, compares every byte, and removes it all."""
@@ -56,11 +71,6 @@ class Killer:
         shutil.rmtree(work)
         shutil.rmtree(self.base / name)
         return done
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
 
 
 def assert_same_work(a: Path, b: Path, why: str) -> None:

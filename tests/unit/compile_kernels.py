@@ -150,18 +150,20 @@ def empty_bytes() -> torch.Tensor:
     return torch.empty(64, dtype=torch.uint8)
 
 
-def tiles() -> list[tuple[torch.dtype, matmul.TileConfig]]:
-    """Return the dtypes with each tile that ``matmul`` chooses for them."""
-    return [
-        (dtype, config)
-        for dtype in (BF16, FP16, FP32)
-        for config in sorted({matmul.config_for(count, 1, dtype) for count in range(1, 1000)})
-    ]
+def tiles(config_for: Callable[[int, int, torch.dtype], Any]) -> list[tuple[Any, bool]]:
+    """Return the tiles that ``config_for`` chooses, and whether a tile is one of float32.
+
+    Both types of 16 bits have the same tiles.
+    """
+    chosen = [{config_for(count, 1, dtype) for count in range(1, 1000)} for dtype in (BF16, FP16, FP32)]
+    assert chosen[0] == chosen[1]
+    return [*((config, False) for config in sorted(chosen[0])), *((config, True) for config in sorted(chosen[2]))]
 
 
 FAILED_ONCE = {
     "arch": 90,
-    "tile": (BF16, matmul.TileConfig(128, 64, 128, 4, 2)),
+    "tile": (matmul.TileConfig(128, 64, 128, 4, 2), False),
+    "dtype": BF16,
     "widths": unpack.levels_mask(LOW),
     "group": 128,
     "groups": 1,
@@ -173,7 +175,8 @@ FAILED_ONCE = {
 
 GROUPED: Axes = {
     "arch": ARCHITECTURES,
-    "tile": tiles(),
+    "tile": tiles(matmul.config_for),
+    "dtype": [BF16, FP16],
     "widths": [unpack.levels_mask(LOW), unpack.levels_mask([256])],
     "group": [128, 256, 64, 32, 16],
     "groups": [1, 2],
@@ -183,9 +186,12 @@ GROUPED: Axes = {
 }
 
 
-def grouped(tile: Any, widths: int, group: int, groups: int, product: str, bias: bool, index: torch.dtype) -> None:
+def grouped(
+    tile: Any, dtype: torch.dtype, widths: int, group: int, groups: int, product: str, bias: bool, index: torch.dtype
+) -> None:
     """Launch the grouped products and the sum over experts."""
-    dtype, config = tile
+    config, in_float32 = tile
+    dtype = FP32 if in_float32 else dtype
     columns, rows, experts, top_k = groups * group, 512, 8, 4
     table = torch.empty(experts, 3, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
@@ -202,7 +208,8 @@ def grouped(tile: Any, widths: int, group: int, groups: int, product: str, bias:
 
 LINEAR: Axes = {
     "arch": ARCHITECTURES,
-    "tile": tiles(),
+    "tile": tiles(matmul.config_for),
+    "dtype": [BF16, FP16],
     "levels": unpack.ALL_LEVELS,
     "group": [128, 64, 32, 16],
     "groups": [1, 2],
@@ -210,9 +217,10 @@ LINEAR: Axes = {
 }
 
 
-def grouped_linear(tile: Any, levels: int, group: int, groups: int, bias: bool) -> None:
+def grouped_linear(tile: Any, dtype: torch.dtype, levels: int, group: int, groups: int, bias: bool) -> None:
     """Launch the grouped product and the dequantization of a single matrix."""
-    dtype, config = tile
+    config, in_float32 = tile
+    dtype = FP32 if in_float32 else dtype
     rows = 512
     biases = torch.empty(rows, dtype=dtype) if bias else None
     w = dequantize.PackedWeights(
@@ -371,9 +379,8 @@ def fetch_experts(tokens: int, index: torch.dtype) -> None:
 
 TRELLIS_GROUPED: Axes = {
     "arch": ARCHITECTURES,
-    "tile": [
-        (d, c) for d in (BF16, FP16, FP32) for c in sorted({trellis_matmul.config_for(n, 1, d) for n in range(1, 1000)})
-    ],
+    "tile": tiles(trellis_matmul.config_for),
+    "dtype": [BF16, FP16],
     "columns": [2048, 80],
     "product": [*ACTIVATIONS, "down"],
     "state_bits": [12, 16],
@@ -382,9 +389,12 @@ TRELLIS_GROUPED: Axes = {
 }
 
 
-def trellis_grouped(tile: Any, columns: int, product: str, state_bits: int, bias: bool, index: torch.dtype) -> None:
+def trellis_grouped(
+    tile: Any, dtype: torch.dtype, columns: int, product: str, state_bits: int, bias: bool, index: torch.dtype
+) -> None:
     """Launch the grouped products of trellis experts."""
-    dtype, config = tile
+    config, in_float32 = tile
+    dtype = FP32 if in_float32 else dtype
     rows, experts, top_k = 512, 8, 4
     table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows, dtype=torch.uint8)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import accuracy_report
@@ -100,13 +98,20 @@ def test_report_shows_how_many_times_kl_is_that_of_the_model_without_outliers(tm
     ]
 
 
+def append_numbers(file: Path, column: str) -> None:
+    for i in range(50):
+        append(file, {column: i})
+
+
 def test_processes_append_to_one_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
-    code = "import sys, record, pathlib\nfor i in range(50): record.append(pathlib.Path(sys.argv[1]), {sys.argv[2]: i})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", code, str(file)]
-    processes = [subprocess.Popen([*command, f"column {i}"], env=environment) for i in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=append_numbers, args=(file, f"column {i}")) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     rows = read(file)
     for i in range(3):
         cells = [cells[f"column {i}"] for cells in rows if cells[f"column {i}"]]

@@ -28,13 +28,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.sample
 @pytest.mark.parametrize("model_type", WORK)
 def test_goes_the_whole_way(model_type, tmp_path: Path):
     assert check(model_type, tmp_path).status == "works"
 
 
-@pytest.mark.sample
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_is_refused_before_anything_is_written(model_type, tmp_path: Path):
     outcome = check(model_type, tmp_path)
@@ -42,7 +40,6 @@ def test_is_refused_before_anything_is_written(model_type, tmp_path: Path):
     assert re.search(REFUSED[model_type], outcome.reason)
 
 
-@pytest.mark.sample
 def test_every_decorated_family_is_on_the_list():
     types_by_family = families()
     assert {"mixtral", "gpt_oss", "llama4", "dbrx", "qwen3_vl_moe", "switch_transformers"} <= types_by_family.keys()

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gemq
-from gemq.assets import builtin_model
 from gemq.kernels import dispatch
 from gemq.recipe import Recipe
+from support.cli import write_first_layers
 from support.packed_cases import few_programs
 
 pytest.importorskip("triton", reason="torch for CPUs comes without it")
@@ -28,9 +27,7 @@ LAYERS = 2
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("packed")
-    model, out = base / "model", base / "out"
-    AutoModelForCausalLM.from_pretrained(builtin_model(), num_hidden_layers=LAYERS).save_pretrained(model)
-    AutoTokenizer.from_pretrained(builtin_model()).save_pretrained(model)
+    model, out = write_first_layers(base / "model", LAYERS), base / "out"
     quick = {"effort": "low", "num_windows": 2, "seq_len": 32, "quantizer": "rtn", "reconstruct": False, "guard": False}
     recipe = Recipe.from_dict({**quick, "bits": 2.0, "calibration": [str(Path(__file__))]})
     gemq.quantize(str(model), recipe, out=out, device="cpu")

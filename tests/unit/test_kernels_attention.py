@@ -71,7 +71,7 @@ def test_a_fake_step_has_the_shape_of_a_real_one(device):
     torch.library.opcheck(attention.decode_attention, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 def test_a_decoder_uses_the_kernel(family, device, monkeypatch):
     """Tokens equal those of Transformers' attention, also with shared keys and values and with sliding windows."""
     model = tiny(family).to(device)
@@ -85,7 +85,7 @@ def test_a_decoder_uses_the_kernel(family, device, monkeypatch):
             decoder.prefill(ids)
             decoder.prepare(compile_layers=True, backend="eager")
             assert decoder._uses_decode_attention == use_kernel
-            steps.append([decoder.prefill(ids).tolist(), *decoder.decode(5)])
+            steps.append([decoder.prefill(ids).tolist(), *decoder.decode(3)])
     assert steps[0] == steps[1]
     assert model.config._attn_implementation == "sdpa"
 

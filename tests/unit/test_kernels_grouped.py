@@ -91,7 +91,7 @@ def assert_errors(y, plain, truth):
     assert error <= slack * plain_error + 1e-6, f"relative error {error:.2e}, reference {plain_error:.2e}"
 
 
-@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("group", [16, 64, 256])
 def test_dequantize_equals_the_reference(group):
     matrices = random_matrices(9, 2 * group, MIXED, group)
     for dtype in (FP32, FP16):
@@ -104,7 +104,7 @@ def test_dequantize_equals_the_reference(group):
                 torch.testing.assert_close(dense[e], expected, rtol=2**-10, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", [16, 64, 256])
+@pytest.mark.parametrize("group", [16, 256])
 def test_weights_and_gradients_of_grids_equal_the_reference(group):
     matrices = random_matrices(70, 2 * group, MIXED, group)
     packed = [matrices.matrix(e) for e in range(len(MIXED))]
@@ -171,7 +171,7 @@ def test_mixed_widths(tokens, dtype):
     assert_close_to_truth(module, *routed(tokens, 7, 3 if tokens < 300 else 1, 128, dtype, seed=tokens))
 
 
-@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("group", [16, 64, 256])
 def test_group_sizes_and_odd_rows(group):
     """80 inner rows do not fill a tile. The group sizes of the two products differ."""
     hidden = max(group, 64)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import gemq
-from gemq.assets import builtin_model, builtin_texts
+from gemq.assets import builtin_texts
 from gemq.pipeline.quantize import Result, export, quantize
 from gemq.recipe import Recipe
+from support.cli import write_first_layers
 
 torch.set_num_threads(1)
 KEYS = {"effort": "low", "num_windows": 6, "seq_len": 32, "guard": False}
@@ -19,12 +20,13 @@ KEYS = {"effort": "low", "num_windows": 6, "seq_len": 32, "guard": False}
 
 def job(folder: Path, **keys: object) -> Result:
     recipe = Recipe.from_dict({**KEYS, "calibration": [str(builtin_texts()[0])], **keys})
-    return quantize(str(builtin_model()), recipe, out=folder / "out", work=folder / "work")
+    return quantize(str(folder / "model"), recipe, out=folder / "out", work=folder / "work")
 
 
 @pytest.fixture(scope="module")
 def progressive_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("progressive")
+    write_first_layers(folder / "model", 2)
     return folder, job(folder, progressive=[2.5, 2.0], distill_epochs=1)
 
 
@@ -60,7 +62,7 @@ def test_a_second_run_computes_nothing(progressive_job):
     recipe = Recipe.from_dict(
         {**KEYS, "calibration": [str(builtin_texts()[0])], "progressive": [2.5, 2.0], "distill_epochs": 1}
     )
-    again = quantize(str(builtin_model()), recipe, out=folder / "out", work=folder / "work", resume=True)
+    again = quantize(str(folder / "model"), recipe, out=folder / "out", work=folder / "work", resume=True)
     assert again.complete_before
     assert again.allocation == result.allocation
     assert again.stages.keys() == {"load", "allocate"}

@@ -343,12 +343,14 @@ def quantize_ldlq_both(
         decoded = (decode(rings, width_eighths, table) / OUTPUT_LDLQ_GAIN).view_as(target)
         error = torch.linalg.solve_triangular(triangle, block - decoded, upper=True, left=False)
         row_triangle = row_triangles[row_slice].flatten(0, 1)
-        both = torch.linalg.solve_triangular(row_triangle, error - pull, upper=False)
+        tile_error = torch.linalg.solve_triangular(row_triangle, error - pull, upper=False)
         words[:, row, column] = rings.view(stop - first, experts, width_eighths).transpose(0, 1)
         tile_shape = (stop - first, experts, TILE_SIDE, TILE_SIDE)
         value_tiles[row, column] = decoded.view(tile_shape)
         row_errors.unflatten(3, (column_blocks, TILE_SIDE))[row, :, :, column] = error.view(tile_shape)
-        both_errors.unflatten(2, (row_blocks, TILE_SIDE))[column_blocks - 1 - column, :, row] = both.view(tile_shape)
+        both_errors.unflatten(2, (row_blocks, TILE_SIDE))[column_blocks - 1 - column, :, row] = tile_error.view(
+            tile_shape
+        )
     return words, values
 
 

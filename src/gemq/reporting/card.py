@@ -7,12 +7,13 @@ them in later and leaves everything else as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from rich import filesize
 
 from gemq.allocation.guard import describe
@@ -120,12 +121,17 @@ def _reference(record: Mapping[str, Any]) -> str:
 
 def _render(name: str, **values: Any) -> str:
     """Return a template with its values filled in."""
+    return _template(name).render(**values)
+
+
+@cache
+def _template(name: str) -> Template:
+    """Return a compiled template."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"size": lambda count: filesize.decimal(int(count), precision=2), "cell": _cell}
-    template = files(__package__).joinpath(name).read_text(encoding="utf-8")
-    return environment.from_string(template).render(**values)
+    return environment.from_string(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
 def _cell(text: object) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
 from rich import filesize
 
@@ -63,19 +64,11 @@ def write_page(checkpoint: Path, record: Mapping[str, Any]) -> Path:
 
 def render_page(record: Mapping[str, Any]) -> str:
     """Return the HTML of a report. See ``reporting.record`` for its keys."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "size": lambda count: filesize.decimal(int(count), precision=2),
-        "number": lambda value, form: NO_VALUE if value is None else format(value, form),
-        "percent": _percent,
-        "printable": lambda text: printable(str(text)),
-        "duration": _duration,
-    }
     script = _text("page.js")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     checkpoint, job = record["checkpoint"], record["job"]
     layers = layers_of_section(checkpoint)
-    html: str = environment.from_string(_text("page.html.j2")).render(
+    html: str = _template().render(
         **record,
         title=title(record),
         style=Markup(_text("page.css")),
@@ -96,6 +89,20 @@ def render_page(record: Mapping[str, Any]) -> str:
         fallbacks=_fallbacks(record),
     )
     return html
+
+
+@cache
+def _template() -> Template:
+    """Return the compiled template of the page. Compiling it takes longer than filling it in."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "size": lambda count: filesize.decimal(int(count), precision=2),
+        "number": lambda value, form: NO_VALUE if value is None else format(value, form),
+        "percent": _percent,
+        "printable": lambda text: printable(str(text)),
+        "duration": _duration,
+    }
+    return environment.from_string(_text("page.html.j2"))
 
 
 def title(record: Mapping[str, Any]) -> str:

@@ -188,8 +188,8 @@ def _rows_times_vectors(
             added = ()
             for i in tl.static_range(SETS * DIGITS // 2):
                 column = group * GROUP + (step * 32 + q * 8)
-                place = i % (DIGITS // 2) * 2 * (GROUPS * GROUP)
-                b = _load_digits(digits[2 * i // DIGITS] + (place + column), is_group, EVEN, PORTABLE)
+                digit_offset = i % (DIGITS // 2) * 2 * (GROUPS * GROUP)
+                b = _load_digits(digits[2 * i // DIGITS] + (digit_offset + column), is_group, EVEN, PORTABLE)
                 c = (sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
                 for k in tl.static_range(4):
                     a0, a1, a2, a3 = a_upper[2 * k], a_lower[2 * k], a_upper[2 * k + 1], a_lower[2 * k + 1]

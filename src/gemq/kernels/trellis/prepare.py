@@ -174,6 +174,6 @@ def rotate_kernel(
         # digits from -128 to 127, the lowest first
         digit = ((numbers + 128) & 255) - 128
         numbers = (numbers - digit) >> 8
-        place = vector * DIGITS + (DIGITS - 1 - i)
+        digit_row = vector * DIGITS + (DIGITS - 1 - i)
         tl.store(head + (DIGITS - 1 - i), tl.sum(digit, 1) * -_MEAN, mask=is_group)
-        tl.store(digits + place * (GROUPS * GROUP) + column, digit.to(tl.int8), mask=is_group[:, None])
+        tl.store(digits + digit_row * (GROUPS * GROUP) + column, digit.to(tl.int8), mask=is_group[:, None])
