@@ -80,7 +80,7 @@ def make_record(text: str = "a < b & c") -> dict[str, Any]:
         "guard": {**verdict, "is_uniform": False, "tried": [verdict]},
         "spilled_bytes": {"disk": 0},
         "stages": {"candidates": {"seconds": 12.5, "peak_gpu_bytes": 0, "peak_host_bytes": 1_500_000_000}},
-        "recipe": {"bits": 2.0, "effort": "medium", "calibration": ["self", text]},
+        "recipe": {"bits": 2.0, "effort": "medium", "calibration": ["self", text], "reconstruct": True},
         "curve": {"points": [point, smaller], "random_cost": 0.7, "random_bytes": 3_500_000},
         "device": "a CPU",
         "versions": {"torch": "2.13.0"},
@@ -158,6 +158,7 @@ def test_figures_of_the_page_equal_its_record():
         f"{evaluation['kl_p999']:.3f}",
         f"{evaluation['top1_agreement']:.1%}".replace("%", " %"),
         "3 of 1",  # loops
+        "1.6 counts as 1.625",
         "KL 0.3 against uniform's 0.4 on 24 held-out windows: kept",
         "1 of 6 experts saw fewer calibration tokens than 10 % of their layer's mean",
         "3 experts saw no calibration token",
@@ -257,12 +258,32 @@ def test_the_card_has_what_the_hub_reads():
     }
     assert "| 12.345 | 11.750 | 0.0514 | 0.910 | 2.420 | 91.3 % |" in card
     assert "| memory on a GPU with 4,096 tokens | 705.50 MB" in card
+    assert "| longest context | 4,096 tokens |" in card
+    assert "pip install ." in card
     assert "| this model | 3 | 3 |" in card  # loops
     assert "| decode, batch 1 | 1,234.5 |" in card
     assert "| 120 | acc | 0.6250 ±0.0125 |" in card
     local = make_record()
     local["model"]["base_model"] = None
     assert not {"base_model", "base_model_relation"} & front_matter(model_card(local, {})).keys()
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_a_job_that_trained_nothing_says_what_reconstruction_did(reconstruct):
+    record = make_record()
+    record["job"] |= {"gains": {}, "recipe": {**record["job"]["recipe"], "reconstruct": reconstruct}}
+    sentence = "quantized each layer again" if reconstruct else "ssembled from the candidates, and nothing trained"
+    assert sentence in model_card(record, {})
+    assert sentence in Page(render_page(record)).text
+
+
+def test_a_card_names_what_its_command_reads():
+    record = make_record()
+    text = "the original model, recipe.yaml and the calibration text that recipe.yaml names, and chooses the widths"
+    assert text in model_card(record, {})
+    record["job"]["method"] = "from a file"
+    record["job"]["recipe"]["calibration"] = ["self"]
+    assert "It reads the original model, recipe.yaml and allocation.json." in model_card(record, {})
 
 
 def test_metadata_is_copied_from_the_card_of_the_original(tmp_path):

@@ -19,6 +19,7 @@ from rich import filesize
 from gemq.allocation.guard import describe
 from gemq.errors import UserError
 from gemq.reporting.page import title
+from gemq.reporting.sentences import LOOP_RULE, repeating_inputs, untrained
 from gemq.runtime.display import printable
 from gemq.runtime.files import read_input, write_text
 
@@ -81,6 +82,8 @@ def model_card(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
         source=source,
         reference=_reference(record),
         guard=describe(job["guard"]) if job else "",
+        untrained=untrained(job) if job else "",
+        repeating_inputs=repeating_inputs(job) if job else "",
         measurements=_measurements(record),
         begin=BEGIN,
         end=END,
@@ -111,7 +114,7 @@ def update_card(checkpoint: Path, record: Mapping[str, Any]) -> bool:
 
 def _measurements(record: Mapping[str, Any]) -> str:
     """Return the Markdown between the markers."""
-    return _render("measurements.md.j2", **record, reference=_reference(record)).strip()
+    return _render("measurements.md.j2", **record, reference=_reference(record), loop_rule=LOOP_RULE).strip()
 
 
 def _reference(record: Mapping[str, Any]) -> str:

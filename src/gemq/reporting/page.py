@@ -23,6 +23,7 @@ from rich import filesize
 from gemq.allocation.guard import describe
 from gemq.reporting.fallback_texts import FALLBACKS
 from gemq.reporting.record import PAGE, RECORD_ID, damaged_page, layers_of_section, record_text
+from gemq.reporting.sentences import LOOP_RULE, repeating_inputs, untrained, width_unit
 from gemq.reporting.svg import (
     CHART_HEIGHT,
     CHART_WIDTH,
@@ -84,6 +85,10 @@ def render_page(record: Mapping[str, Any]) -> str:
         chart_size=(CHART_WIDTH, CHART_HEIGHT),
         guard=_sentence(describe(job["guard"])) if job else "",
         gains=_gains(job) if job else [],
+        untrained=_sentence(untrained(job)) if job else "",
+        repeating_inputs=repeating_inputs(job) if job else "",
+        loop_rule=LOOP_RULE,
+        width_unit=width_unit(layers),
         tokens=_tokens(job, layers),
         recipe_text=yaml.safe_dump(job["recipe"], sort_keys=False, allow_unicode=True) if job else "",
         fallbacks=_fallbacks(record),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from gemq.reporting.sentences import width_unit
 from gemq.reporting.widths import MATRICES, LayerWidths, text_color, width_colors
 
 FONT = "font-family='system-ui,sans-serif' font-size='12'"
@@ -98,7 +99,7 @@ def widths_picture(layers: Sequence[LayerWidths]) -> str:
             f"<text x='{x + 18}' y='{y:g}' text-anchor='middle' style='fill:{text_color(color)}'>{bits:g}</text>"
         )
     y += LINE
-    content.append(f"<text x='{LEFT}' y='{y:g}'>bits of a code</text>")
+    content.append(f"<text x='{LEFT}' y='{y:g}'>{width_unit(layers)}</text>")
     return standalone("".join(content), width, y + LINE / 2, "Widths of all experts by layer")
 
 
