@@ -1,6 +1,6 @@
 """A bound of GPU memory: the same tokens as without it.
 
-Run with ``python -m pytest tests/gpu/test_offload.py -m gpu``.
+Run with ``python -m pytest tests/gpu/test_offloaded_experts.py -m gpu``.
 """
 
 from __future__ import annotations
