@@ -84,5 +84,8 @@ def use_decode_attention(config: Any, function: Callable[..., Any] = attend) -> 
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, function)
-    with transformers_private.select_attention(config, NAME):
-        yield
+    try:
+        with transformers_private.select_attention(config, NAME):
+            yield
+    finally:
+        AttentionInterface.register(NAME, attend)  # a bound method would keep its model in memory
