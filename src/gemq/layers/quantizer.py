@@ -26,8 +26,8 @@ CHUNK_BYTES = 4 << 30
 TRELLIS_COPIES = 6
 """Float32 copies of the weights that error feedback of trellis codes works with."""
 
-OUTPUT_COPIES = 6
-"""Float32 tensors as large as the Hessian of the outputs that its use takes: itself, factors and the fit of rows."""
+OUTPUT_COPIES = 8
+"""Float32 tensors as large as the Hessians of the outputs that their use takes: factors, and the fit of rows."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distill
 from gemq.distillation.settings import Distillation
 from gemq.kernels.training.differentiable_dequantize import MAX_CHUNK_WEIGHTS
+from gemq.layers.quantizer import OUTPUT_COPIES
 from gemq.layers.reconstruction import QuantizedLayer, Targets, assemble_layer, layer_overrides, reconstruct_layer
 from gemq.models.replay import Replay
 from gemq.pipeline.candidates_stage import CandidateFiles
@@ -313,11 +314,11 @@ def _reconstruction_bytes(memory: LayerMemory) -> int:
     """Bytes for one layer: collecting Hessians, GPTQ, installing the dequantized weights, and training."""
     if memory.layer.experts is None:
         return memory.dense_hessians + memory.dense_quantization
-    hessians = memory.dense_hessians + memory.expert_hessians + memory.mean_hessians
-    quantizing = hessians + memory.expert_quantization(1)
+    hessians = memory.dense_hessians + memory.expert_hessians + memory.mean_hessians + memory.slope_moments
+    quantizing = hessians + memory.expert_quantization(1, OUTPUT_COPIES)
     weight_bytes = memory.expert_weights * memory.dtype.itemsize
     installing = memory.expert_weights + 2 * weight_bytes + 4 * memory.largest_matrices // 8
-    peak = max(memory.collecting_hessians, quantizing, installing)
+    peak = max(memory.collecting_hessians + memory.slope_moments, quantizing, installing)
     if memory.recipe.reconstruction_epochs:
         weights = memory.expert_weights + memory.linear_weights
         training = weights * memory.layer_trained_bytes + memory.routed_pairs(backward=True)

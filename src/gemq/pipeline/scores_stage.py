@@ -243,4 +243,5 @@ def _layer_bytes(memory: LayerMemory) -> int:
         return 0
     weights = len(memory.recipe.candidate_widths) * memory.expert_weights * memory.dtype.itemsize
     pairs = max(memory.routed_pairs(backward=True), memory.forward_pairs)
-    return weights + max(pairs, 3 * memory.largest_matrices)
+    moments = 12 * memory.experts.matrices[1].rows ** 2 if memory.recipe.codes == "trellis" else 0
+    return weights + moments + max(pairs, 3 * memory.largest_matrices)

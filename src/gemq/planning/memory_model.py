@@ -119,6 +119,13 @@ class LayerMemory:
         return self.experts.count * self.mean_hessians
 
     @property
+    def slope_moments(self) -> int:
+        """Moments of the derivatives at the outputs of all experts' first matrix, which trellis codes take."""
+        if self.recipe.codes != "trellis":
+            return 0
+        return 4 * (self.experts.count + 1) * self.experts.matrices[0].rows ** 2
+
+    @property
     def forward_pairs(self) -> int:
         """A forward pass of the experts, of as many micro-batches as are run at the same time."""
         return self.routed_pairs(backward=False) * Ranks(device=self.device).max_batches_per_forward
@@ -140,21 +147,30 @@ class LayerMemory:
             pair_bytes = max(2 * pair_bytes, pair_bytes + 5 * 4 * up.columns)
         return self.recipe.micro_batch_tokens * self.experts_per_token * pair_bytes
 
-    def expert_chunk(self, widths: int) -> int:
-        """Hessians, factors and errors of the experts that are quantized at the same time, at ``widths`` widths."""
+    def expert_chunk(self, widths: int, output_copies: int = 0) -> int:
+        """Hessians, factors and errors of the experts that are quantized at the same time, at ``widths`` widths.
+
+        Args:
+            widths: number of widths, or of copies of the weights.
+            output_copies: tensors as large as the Hessians of the outputs.
+        """
         largest = 0
         for m in self.experts.matrices:
-            expert_bytes = 4 * m.columns * (3 * m.columns + widths * m.rows)
+            output_numbers = output_copies * m.rows**2
+            expert_bytes = 4 * (m.columns * (3 * m.columns + widths * m.rows) + output_numbers)
             count = max(1, min(self.experts.count, CHUNK_BYTES // expert_bytes))
-            hessian_bytes = 3 * m.columns**2
-            error_bytes = m.columns**2 + widths * m.rows * m.columns
-            largest = max(largest, 4 * count * max(hessian_bytes, error_bytes))
+            hessian_numbers = 3 * m.columns**2
+            error_numbers = m.columns**2 + widths * m.rows * m.columns
+            largest = max(largest, 4 * count * (max(hessian_numbers, error_numbers) + output_numbers))
         return largest
 
-    def expert_quantization(self, widths: int) -> int:
-        """Codes and grids of all experts at ``widths`` widths, while they are computed or joined from chunks."""
+    def expert_quantization(self, widths: int, output_copies: int = 0) -> int:
+        """Codes and grids of all experts at ``widths`` widths, while they are computed or joined from chunks.
+
+        ``output_copies`` counts with trellis codes alone.
+        """
         if self.recipe.codes == "trellis":
-            return self.trellis_quantization(widths)
+            return self.trellis_quantization(widths, output_copies)
         matrix_codes = []
         for m in self.experts.matrices:
             groups = m.columns // group_size_for(m.columns, self.recipe.group_size)
@@ -162,12 +178,12 @@ class LayerMemory:
             matrix_codes.append(widths * self.experts.count * m.rows * row_bytes)
         return sum(matrix_codes) + max(self.expert_chunk(widths), *matrix_codes)
 
-    def trellis_quantization(self, widths: int) -> int:
+    def trellis_quantization(self, widths: int, output_copies: int = 0) -> int:
         """Trellis codes of all experts at ``widths`` widths, weights in use, and the experts of one batch."""
         stored = self.expert_weights * widths * MAX_EIGHTHS // 64
         search = SEARCH_BYTES if self.on_gpu else CPU_SEARCH_BYTES
         in_use = self.expert_weights * self.dtype.itemsize
-        return stored + in_use + search + 3 * self.expert_chunk(TRELLIS_COPIES) // 2
+        return stored + in_use + search + 3 * self.expert_chunk(TRELLIS_COPIES, output_copies) // 2
 
 
 @dataclass(frozen=True)
