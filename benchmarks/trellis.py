@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.quant import trellis
+from gemq.quant import trellis, trellis_feedback
 from gemq.quant.gptq import gptq
 from gemq.quant.grid import Quantized, dequantize
 from gemq.quant.hessian import factorize
@@ -210,7 +210,7 @@ def time_matrices(args: argparse.Namespace) -> None:
         table = trellis.byte_sum_table(state_bits).to(DEVICE)
         for bits in args.bits:
             eighths = TrellisWidth.read(bits).eighths
-            quantize = lambda eighths=eighths, table=table: trellis.quantize_ldlq(
+            quantize = lambda eighths=eighths, table=table: trellis_feedback.quantize_ldlq(
                 weight, upper, eighths, table, search()
             )
             per_weight = seconds(quantize, 1) / weight.numel()

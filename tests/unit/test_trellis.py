@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemq.errors import UserError
-from gemq.quant import trellis, trellis_kernel
+from gemq.quant import trellis, trellis_feedback, trellis_kernel
 from gemq.quant.gptq import gptq
 from gemq.quant.grid import dequantize
 from gemq.quant.hessian import factorize
@@ -163,12 +163,12 @@ def test_feedback_between_rows_lowers_the_error_of_the_outputs(monkeypatch):
 
 
 def test_feedback_between_rows_without_interaction_is_that_between_columns(monkeypatch):
-    monkeypatch.setattr(trellis, "OUTPUT_LDLQ_GAIN", trellis.LDLQ_GAIN)
+    monkeypatch.setattr(trellis_feedback, "OUTPUT_LDLQ_GAIN", trellis_feedback.LDLQ_GAIN)
     weight, hessian = problem(experts=2, rows=48, columns=64)
     upper, table = factorize(hessian.float(), DAMPENING).upper, trellis.byte_sum_table(8)
-    words, values = trellis.quantize_ldlq(weight, upper, 13, table)
+    words, values = trellis_feedback.quantize_ldlq(weight, upper, 13, table)
     identity = torch.eye(48).expand(2, -1, -1)
-    both_words, both_values = trellis.quantize_ldlq_both(weight, upper, identity, 13, table)
+    both_words, both_values = trellis_feedback.quantize_ldlq_both(weight, upper, identity, 13, table)
     assert torch.equal(both_words, words)
     assert torch.equal(both_values, values)
 
@@ -196,4 +196,6 @@ def test_a_matrix_without_weights_stays_zero():
 
 def test_matrices_that_tiles_do_not_fit():
     with pytest.raises(UserError, match="24 x 32 weights cannot be cut into tiles"):
-        trellis.quantize_ldlq(torch.zeros(1, 24, 32), torch.eye(32).unsqueeze(0), 16, trellis.byte_sum_table(8))
+        trellis_feedback.quantize_ldlq(
+            torch.zeros(1, 24, 32), torch.eye(32).unsqueeze(0), 16, trellis.byte_sum_table(8)
+        )

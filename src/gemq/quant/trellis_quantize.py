@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemq.quant import trellis
+from gemq.quant import trellis, trellis_feedback
 from gemq.quant.grid import nearest_scales
 from gemq.quant.hessian import factorize
 from gemq.quant.rotation import rotate, rotate_hessian
@@ -87,19 +87,21 @@ def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
     scales = nearest_scales(weight.square().mean(2).sqrt())
     scaled = weight / scales.unsqueeze(2)
     if outputs is None:
-        words, values = trellis.quantize_ldlq(scaled, problem.upper, width.eighths, table, search)
+        words, values = trellis_feedback.quantize_ldlq(scaled, problem.upper, width.eighths, table, search)
         values *= scales.unsqueeze(2)
-        refit = trellis.refit_rows(weight, values, problem.hessian)
-        gain = trellis.LDLQ_GAIN
+        refit = trellis_feedback.refit_rows(weight, values, problem.hessian)
+        gain = trellis_feedback.LDLQ_GAIN
     else:
         outputs = outputs.float()
         units = outputs * scales.unsqueeze(2) * scales.unsqueeze(1)
         output_upper = factorize(units, OUTPUT_DAMPENING).upper
-        words, values = trellis.quantize_ldlq_both(scaled, problem.upper, output_upper, width.eighths, table, search)
+        words, values = trellis_feedback.quantize_ldlq_both(
+            scaled, problem.upper, output_upper, width.eighths, table, search
+        )
         values *= scales.unsqueeze(2)
-        refit = trellis.refit_rows_both(weight, values, problem.hessian, outputs)
+        refit = trellis_feedback.refit_rows_both(weight, values, problem.hessian, outputs)
         refit = refit.clamp(1 / LARGEST_REFIT, LARGEST_REFIT)
-        gain = trellis.OUTPUT_LDLQ_GAIN
+        gain = trellis_feedback.OUTPUT_LDLQ_GAIN
     # rings decode to values of the table, which are larger by the gain
     return TrellisMatrix.pack(words, scales * refit / gain, width, trellis.STATE_BITS)
 
