@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemq.assets import builtin_model
+from gemq.decoding import step_attention
 from gemq.decoding.decoder import Decoder, Unsupported
 from gemq.decoding.regional_compile import MAX_LAYER_KINDS, LayerCompiler
 from gemq.evaluation.generate import generate, warn_once
-from support.families import FAMILIES, TOY, tiny, tokens
+from support.families import FAMILIES, TOY, tiny, tiny_config, tokens
 
 torch.set_num_threads(1)
 NEW = 20
@@ -158,3 +160,11 @@ def test_generate_leaves_penalties_to_transformers_and_says_so_once(builtin, mon
     assert plain not in texts
     assert capsys.readouterr().out == 2 * (texts.pop() + "\n")
     assert [record.getMessage().count("repetition_penalty") for record in caplog.records] == [1]
+
+
+def test_attention_of_a_step_does_not_keep_its_owner_in_memory():
+    """The table of Transformers lives as long as the process, and fused layers hold a model."""
+    config = tiny_config("olmoe")
+    with step_attention.use_decode_attention(config, lambda *_: None):
+        assert ALL_ATTENTION_FUNCTIONS[step_attention.NAME] is not step_attention.attend
+    assert ALL_ATTENTION_FUNCTIONS[step_attention.NAME] is step_attention.attend
