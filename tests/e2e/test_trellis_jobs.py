@@ -157,6 +157,20 @@ def test_exports(trellis_job: Finished, work, tmp_path):
         assert planned[str(bits)] == tensor_bytes(tmp_path / f"u{bits}")
 
 
+def test_missing_gradients_are_computed_again(trellis_job: Finished, work, tmp_path):
+    for pattern in (
+        "scores-*/gradients-000.safetensors",
+        "reconstructed-*/layer-000.safetensors",
+        "distilled-*/*.safetensors",
+    ):
+        for file in work.glob(pattern):
+            file.unlink()
+    ok("export", work, "-o", tmp_path / "out", "--reconstruct", "-q")
+    tensors = "model.safetensors"
+    assert (tmp_path / "out" / tensors).read_bytes() == (trellis_job.out / tensors).read_bytes()
+    assert len(list(work.glob("scores-*/gradients-000.safetensors"))) == 1
+
+
 def test_an_allocation_file_has_fine_widths_if_the_model_is_reconstructed(work, tmp_path):
     allocation = [[[2.125, 1], 2, 2, 1.875], [1, 1, 2, [3, 2.5]]]
     file = tmp_path / "mine.json"

@@ -15,6 +15,7 @@ that get separate widths: 2 for its matrices, or 1 for the whole expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from gemq.calibration.activations import Activations
 from gemq.calibration.input_recorder import cat_rows
+from gemq.errors import NotFiniteError
 from gemq.models.experts import (
     ExpertsCall,
     RoutedPairs,
@@ -93,10 +95,15 @@ class LayerScores:
         """Sums the moments of gradients of all ranks: float32 [H, H], scaled to a mean of one on the diagonal.
 
         Sums of float32 in float64 are exact, and therefore the same for any number of ranks.
+
+        Raises:
+            NotFiniteError: a gradient is not finite.
         """
         ranks.all_reduce(self.gradients)
         mean = self.gradients.diagonal().mean()
-        return (self.gradients / torch.where(mean > 0, mean, torch.ones_like(mean))).float()
+        if not math.isfinite(mean.item()):
+            raise NotFiniteError("the gradients of the loss overflow: try --dtype float32")
+        return self.gradients.div_(torch.where(mean > 0, mean, torch.ones_like(mean))).float()
 
     def total(self, ranks: Ranks, batches: int) -> tuple[Tensor, Tensor]:
         """Sums costs and tokens over the micro-batches of all ranks, in their order, as a job with one rank does.

@@ -14,6 +14,8 @@ Shapes: E experts of this rank, R rows, H hidden size, I inputs of D.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,15 @@ from torch import Tensor
 from gemq.models.experts import expert_weight, unit_of_row
 from gemq.models.structure import Experts
 from gemq.quant.hessian import HessianAccumulator
+
+
+def is_practical(experts: Experts) -> bool:
+    """Whether the Hessians of the first matrix's outputs take no more memory than those of the inputs.
+
+    They take four times the memory of the Hessians of D's inputs. Wide experts, such as Mixtral's, do without.
+    """
+    first, down = experts.matrices
+    return first.rows**2 <= first.columns**2 + down.columns**2
 
 
 class OutputHessians:
@@ -32,7 +43,7 @@ class OutputHessians:
         experts: Experts,
         local_experts: slice,
         gradients: Tensor,
-        slopes: HessianAccumulator,
+        slopes: HessianAccumulator | None,
         shrinkage: float,
     ):
         """
@@ -41,7 +52,8 @@ class OutputHessians:
             experts: Its description.
             local_experts: The experts of this rank.
             gradients: [H, H] float32, G.
-            slopes: Second moments of s of each expert of this rank, as of ``LayerHessians.slopes``.
+            slopes: Second moments of s of each expert of this rank, as of ``LayerHessians.slopes``. None: the first
+                matrix has no Hessians.
             shrinkage: Weight of the mean over experts in the moments of one expert.
         """
         first, down = experts.matrices
@@ -50,11 +62,18 @@ class OutputHessians:
         self._slopes, self._shrinkage = slopes, shrinkage
         self._unit = unit_of_row(module, first.rows).to(gradients.device)
 
+    def for_matrix(self, name: str) -> Callable[[slice], Tensor] | None:
+        """Return what makes the Hessians of one matrix for a range of this rank's experts; None if there are none."""
+        if name == self._first_name and self._slopes is None:
+            return None
+        return partial(self.hessians, name)
+
     def hessians(self, name: str, chunk: slice) -> Tensor:
         """Return the Hessians [E, R, R] float32 of one matrix, for a range of this rank's experts."""
-        down = self._down[chunk].float()
         if name != self._first_name:
-            return self._gradients.expand(len(down), -1, -1)
+            return self._gradients.expand(len(self._down[chunk]), -1, -1)
+        assert self._slopes is not None
+        down = self._down[chunk].float()
         by_unit = down.mT @ self._gradients @ down
         rows = self._unit.view(1, -1, 1).expand(len(down), -1, by_unit.shape[2])
         by_row = by_unit.gather(1, rows)

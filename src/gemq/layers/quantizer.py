@@ -159,16 +159,16 @@ class Quantizer:
         matrices: dict[int, TrellisMatrix] = {}
         num_retries = 0
         for chunk in _expert_chunks(weight, TRELLIS_COPIES, OUTPUT_COPIES if output_hessians else 0):
-            inputs = hessians.hessians(self.shrinkage, chunk)
             outputs = output_hessians(chunk) if output_hessians else None
-            problem = rotated_problem(weight[chunk], inputs, self.dampening, outputs)
+            # Hessians of inputs have no name here, so that they are freed once they are rotated.
+            problem = rotated_problem(weight[chunk], hessians.hessians(self.shrinkage, chunk), self.dampening, outputs)
             for width in sorted(set(widths[chunk])):
                 experts = [index for index in range(len(problem.weight)) if widths[chunk.start + index] == width]
                 batch = trellis_quantize(problem.select(experts), width)
                 for position, index in enumerate(experts):
                     matrices[chunk.start + index] = batch.select(position)
             num_retries += problem.retries
-            del problem, inputs, outputs  # frees as much memory as the next chunk needs
+            del problem, outputs  # frees as much memory as the next chunk needs
         return [matrices[index] for index in range(len(weight))], num_retries
 
     @staticmethod

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from gemq.calibration.activations import Activations, LayerHessians, layer_hessi
 from gemq.layers.candidates import LayerCandidates
 from gemq.layers.layer_training import LayerTrainer, QuantizedParameter
 from gemq.layers.linears import QuantizedLinears, install_linears, linear_parameters, quantize_linears
-from gemq.layers.output_hessians import OutputHessians
+from gemq.layers.output_hessians import OutputHessians, is_practical
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.layers.training import Training, as_parameter
@@ -249,7 +248,7 @@ class _LayerReconstruction:
             linears,
             experts,
             with_outputs=False,
-            with_slopes=experts is not None and self.gradients is not None,
+            with_slopes=self._uses_slopes(experts),
         )
         width = self.scheme.dense_width
         with_soft_codes = self.targets is not None
@@ -258,13 +257,20 @@ class _LayerReconstruction:
         self.linears.update(quantized)
         return moments
 
+    def _uses_slopes(self, local_experts: slice | None) -> bool:
+        """Whether the Hessians of the outputs of the experts' first matrix are computed."""
+        experts = self.layer.experts
+        return (
+            self.gradients is not None and local_experts is not None and experts is not None and is_practical(experts)
+        )
+
     def _quantize_experts(self, experts: Experts, local_experts: slice, moments: LayerHessians) -> None:
         """Quantize both matrices of this rank's experts."""
         module = self.replay.model.get_submodule(experts.path)
         widths_by_name = self.scheme.matrix_widths(self.layer)
         retries = 0
         output_hessians = None
-        if self.gradients is not None and moments.slopes is not None:
+        if self.gradients is not None:
             shrinkage = self.quantizer.shrinkage
             output_hessians = OutputHessians(module, experts, local_experts, self.gradients, moments.slopes, shrinkage)
         assert moments.experts is not None
@@ -273,7 +279,7 @@ class _LayerReconstruction:
             name = f"{experts.path}.{matrix.name}"
             widths = widths_by_name[matrix.name][local_experts]
             if with_trellis := trellis_widths(widths):
-                hessians = None if output_hessians is None else partial(output_hessians.hessians, matrix.name)
+                hessians = None if output_hessians is None else output_hessians.for_matrix(matrix.name)
                 matrices, matrix_retries = self.quantizer.quantize_trellis_mixed(
                     weight, matrix_hessians, with_trellis, hessians
                 )

@@ -23,6 +23,7 @@ from gemq.models.source import Source, calibration_seq_len, configured_types, pi
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.allocation_stage import shape_problem, with_all_widths
 from gemq.pipeline.codes_stage import expected_recipe
+from gemq.pipeline.scores_stage import gradient_bytes
 from gemq.pipeline.stage_costs import Footprint, check_bounds
 from gemq.recipe import DEFAULT_BITS, Recipe
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
@@ -143,7 +144,10 @@ def check_job(
         check_free_space(out, checked.stored_bytes)
     if new:
         check_writable(work)
-        check_free_space(work, candidate_bytes(checked.structure, checked.recipe))
+        needed = candidate_bytes(checked.structure, checked.recipe)
+        if checked.recipe.codes != "affine":
+            needed += gradient_bytes(checked.structure) * max(1, len(recipe.progressive))
+        check_free_space(work, needed)
         check_tokens(checked, recipe, work, memory, dtype)
 
 

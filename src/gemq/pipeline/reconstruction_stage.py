@@ -18,9 +18,11 @@ from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distill
 from gemq.distillation.settings import Distillation
 from gemq.kernels.training.differentiable_dequantize import MAX_CHUNK_WEIGHTS
+from gemq.layers.output_hessians import is_practical
 from gemq.layers.quantizer import OUTPUT_COPIES
 from gemq.layers.reconstruction import QuantizedLayer, Targets, assemble_layer, layer_overrides, reconstruct_layer
 from gemq.models.replay import Replay
+from gemq.models.structure import Structure
 from gemq.pipeline.candidates_stage import CandidateFiles
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
@@ -141,7 +143,7 @@ def run_reconstruction(
             _distill(job, replay, stored_dtypes, windows, stage, distillation_stage, widths, teacher)
     distilled = _load_distilled(distillation_stage) if job.recipe.distill_epochs else Distilled()
     model = ReconstructedModel(stage, layer_count, distilled, inputs)
-    _summarize(job, model)
+    _summarize(job, replay.structure, model)
     return model
 
 
@@ -250,7 +252,7 @@ def _load_distilled(stage: Stage) -> Distilled:
     return Distilled(tensors, tuned, loss_before, loss_after)
 
 
-def _summarize(job: Job, model: ReconstructedModel) -> None:
+def _summarize(job: Job, structure: Structure, model: ReconstructedModel) -> None:
     """Collects the trained parameters and gains of all layers in ``model``, and counts fallbacks."""
     recipe = job.recipe
     retries = not_improved = 0
@@ -266,6 +268,10 @@ def _summarize(job: Job, model: ReconstructedModel) -> None:
     distilled = model.distilled
     model.tuned.update(distilled.tuned)
     job.count_fallback("hessians_damped_more", retries)
+    if recipe.codes == "trellis":
+        experts = [layer.experts for layer in structure.layers if layer.experts is not None]
+        wide = sum(layer.count for layer in experts if not is_practical(layer))
+        job.count_fallback("rows_without_feedback", wide)
     job.fallbacks["layers_not_improved_by_training"] = not_improved
     if recipe.reconstruction_epochs:
         model.gains.update(reconstruction_before=error_before, reconstruction_after=error_after)
@@ -318,7 +324,8 @@ def _reconstruction_bytes(memory: LayerMemory) -> int:
     quantizing = hessians + memory.expert_quantization(1, OUTPUT_COPIES)
     weight_bytes = memory.expert_weights * memory.dtype.itemsize
     installing = memory.expert_weights + 2 * weight_bytes + 4 * memory.largest_matrices // 8
-    peak = max(memory.collecting_hessians + memory.slope_moments, quantizing, installing)
+    collecting = memory.collecting_hessians + memory.slope_moments + memory.slope_pairs
+    peak = max(collecting, quantizing, installing)
     if memory.recipe.reconstruction_epochs:
         weights = memory.expert_weights + memory.linear_weights
         training = weights * memory.layer_trained_bytes + memory.routed_pairs(backward=True)

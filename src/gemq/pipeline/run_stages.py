@@ -34,7 +34,7 @@ from gemq.pipeline.load_stage import run_load
 from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, original_bytes, read_allocation
 from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_layers, run_reconstruction
 from gemq.pipeline.save_stage import SAVE, is_complete, make_packed_format, run_save
-from gemq.pipeline.scores_stage import FULL_PRECISION, run_scores
+from gemq.pipeline.scores_stage import FULL_PRECISION, run_gradients, run_scores, stage_name
 from gemq.pipeline.sensitivity_stage import run_sensitivity
 from gemq.pipeline.stage_costs import JobStages, stage_rounds, stage_seconds
 from gemq.pipeline.windows_stage import Calibration, begin_reading, run_windows
@@ -155,7 +155,7 @@ class _Prepared:
         job, windows = self.job, self.calibration.windows
         scores = None
         if job.recipe.codes == "trellis":
-            scores = costs.scores if costs else run_scores(job, self.replay, windows, self.candidates)
+            scores = costs.scores if costs else run_gradients(job, self.replay, windows)
         return run_reconstruction(job, self.replay, self.stored_dtypes, windows, allocation, scores)
 
 
@@ -192,7 +192,10 @@ def run_stages(
     costs = _compute_costs(prepared) if stages.scores else None
     problem = prepared.problem(costs)
     allocation, verdict = _run_allocation(prepared, problem, costs, unquantized_bytes, allocation_file)
-    packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct)
+    gradients = None
+    if recipe.codes == "trellis" and stages.reconstruct:
+        gradients = costs.scores.directory.name if costs else stage_name(job, calibration.windows)
+    packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct, gradients)
     if key is not None:
         ranks.run_on_first(lambda: record_result(job.work.path, key, packed_format.fingerprint))
     complete_before = ranks.run_on_first(lambda: is_complete(out, packed_format))

@@ -31,9 +31,17 @@ SAVE = "save"
 
 
 def make_packed_format(
-    job: Job, structure: Structure, windows: Windows, allocation: Allocation, reconstructed: bool
+    job: Job,
+    structure: Structure,
+    windows: Windows,
+    allocation: Allocation,
+    reconstructed: bool,
+    gradients: str | None = None,
 ) -> PackedFormat:
-    """The format of the checkpoint, with a fingerprint of everything that it is made from."""
+    """The format of the checkpoint, with a fingerprint of everything that it is made from.
+
+    ``gradients``: directory of the gradients that reconstruction uses, if any.
+    """
     experts = {}
     for i, layer in structure.moe_layers:
         experts[layer.experts.path] = matrix_widths(layer, allocation.by_layer[i])
@@ -41,6 +49,8 @@ def make_packed_format(
     if (dense_width := job.recipe.dense_width) is not None:
         linears = {linear.path: dense_width for layer in structure.layers for linear in layer.linears}
     inputs = distillation_inputs(job, windows) if reconstructed else candidate_inputs(job, windows)
+    if gradients is not None:
+        inputs["gradients"] = gradients
     fingerprint = digest({**inputs, "allocation": allocation.by_layer, "reconstructed": reconstructed})
     state_bits = trellis.STATE_BITS if job.recipe.codes == TRELLIS else 0
     return PackedFormat(experts, linears, job.recipe.group_size, fingerprint, state_bits)

@@ -16,7 +16,7 @@ from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.models.experts import ExpertsCall
 from gemq.models.replay import Replay
-from gemq.models.structure import Experts
+from gemq.models.structure import Experts, Structure
 from gemq.pipeline.candidates_stage import CandidateFiles
 from gemq.pipeline.context import Job
 from gemq.pipeline.records import digest
@@ -33,6 +33,12 @@ SCORES = "scores"
 
 LayerGradients = Iterator[tuple[int, ExpertsCall | None, Tensor | None]]
 """Micro-batches of a layer: the number, the call of the experts, and the gradient [T, H] at their output."""
+
+
+def gradient_bytes(structure: Structure) -> int:
+    """Bytes of the moments of gradients of all layers."""
+    layers = [layer.experts for _, layer in structure.moe_layers]
+    return sum(4 * experts.matrices[1].rows ** 2 for experts in layers if experts is not None)
 
 
 def gradients_file(layer: int) -> str:
@@ -68,9 +74,33 @@ def run_scores(
 
     Weight errors are always relative to the full-precision weights of ``replay``, also around another ``model``.
     """
-    inputs = {**score_inputs(job, windows), "around": model.fingerprint}
-    stage = job.work.stage(f"{SCORES}-{digest(inputs)[:8]}", inputs)
-    missing = {i for i, _ in replay.structure.moe_layers if not stage.has(layer_file(i))}
+    return _run(job, replay, windows, candidates, model)
+
+
+def run_gradients(job: Job, replay: Replay, windows: Windows) -> Stage:
+    """Computes the moments of gradients alone, for a job whose widths need no scores."""
+    return _run(job, replay, windows, None, FULL_PRECISION)
+
+
+def stage_name(job: Job, windows: Windows, model: ScoredModel = FULL_PRECISION) -> str:
+    """Name of the stage's directory."""
+    return f"{SCORES}-{digest(_inputs(job, windows, model))[:8]}"
+
+
+def _inputs(job: Job, windows: Windows, model: ScoredModel) -> dict[str, Any]:
+    """What the results depend on."""
+    return {**score_inputs(job, windows), "around": model.fingerprint}
+
+
+def _run(job: Job, replay: Replay, windows: Windows, candidates: CandidateFiles | None, model: ScoredModel) -> Stage:
+    """Scores with the candidates; without them, computes moments of gradients alone."""
+    stage = job.work.stage(stage_name(job, windows, model), _inputs(job, windows, model))
+    with_gradients = job.recipe.codes == "trellis"
+    missing = set()
+    for i, _ in replay.structure.moe_layers:
+        has_scores = candidates is None or stage.has(layer_file(i))
+        if not has_scores or (with_gradients and not stage.has(gradients_file(i))):
+            missing.add(i)
     if not missing:
         return stage
     activations = job.start_activations(replay, windows.subsample(job.recipe.score_tokens))
@@ -82,15 +112,20 @@ def run_scores(
                 for _ in micro_batches:  # passes the gradients on
                     pass
                 continue
-            weights = [candidates.expert_weights(i, width) for width in job.recipe.candidate_widths]
-            outputs = experts.matrices[1].rows if job.recipe.codes == "trellis" else 0
+            outputs = experts.matrices[1].rows if with_gradients else 0
             scores = LayerScores(len(windows.names), experts.count, job.device, outputs)
-            _score_layer(replay, experts, activations, micro_batches, weights, scores, job.recipe)
-            costs, tokens = scores.total(replay.ranks, activations.total)
-            if outputs:  # before the scores, whose file tells that the layer is complete
+            if candidates is None:
+                for _, _, gradient in micro_batches:
+                    assert gradient is not None
+                    scores.add_gradients(gradient)
+            else:
+                weights = [candidates.expert_weights(i, width) for width in job.recipe.candidate_widths]
+                _score_layer(replay, experts, activations, micro_batches, weights, scores, job.recipe)
+                del weights  # not while the next layer's are read
+                costs, tokens = scores.total(replay.ranks, activations.total)
+                stage.save_tensors(layer_file(i), {"costs": costs, "tokens": tokens})
+            if with_gradients:
                 stage.save_tensors(gradients_file(i), {"gradients": scores.total_gradients(replay.ranks)})
-            stage.save_tensors(layer_file(i), {"costs": costs, "tokens": tokens})
-            del weights  # not while the next layer's are read
     return stage
 
 
@@ -221,14 +256,18 @@ def reverse_order(layers: int, segment: int) -> list[tuple[int, bool]]:
 # Costs
 
 
-def scores_work(workload: Workload) -> Work:
-    """Work of the stage: forward, forward again, backward, and every routed pair exactly and at each width."""
+def scores_work(workload: Workload, with_costs: bool = True) -> Work:
+    """Work of the stage: forward, forward again, backward, and every routed pair exactly and at each width.
+
+    ``with_costs``: False: of ``run_gradients``.
+    """
     tokens = min(workload.tokens, workload.recipe.score_tokens or workload.tokens)
     batches = tokens / workload.micro_batch_tokens
     work = workload.head(tokens) * 3  # forward, backward, and drawing labels
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens) + workload.forward(layer, tokens, batches) * 2
-        work += workload.experts(layer, tokens, batches) * (1 + workload.widths)
+        if with_costs:
+            work += workload.experts(layer, tokens, batches) * (1 + workload.widths)
     return work
 
 

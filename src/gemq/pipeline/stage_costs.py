@@ -90,8 +90,10 @@ def stage_work(workload: Workload, stages: JobStages) -> dict[str, Work]:
     }
     if stages.scores and recipe.rescale:
         work[SENSITIVITY] = sensitivity_work(workload)
-    if stages.scores or (stages.reconstruct and recipe.codes == "trellis"):
+    if stages.scores:
         work[SCORES] = scores_work(workload) * steps
+    elif stages.reconstruct and recipe.codes == "trellis":
+        work[SCORES] = scores_work(workload, with_costs=False)
     if stages.guard:
         work[GUARD_WINDOWS] = windows_work(workload, guard_windows)
         work[GUARD] = guard_work(workload)

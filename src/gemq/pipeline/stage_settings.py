@@ -129,7 +129,8 @@ def score_inputs(job: Job, windows: Windows) -> dict[str, Any]:
 
 def reconstruction_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What reconstructed layers depend on, apart from the allocation."""
-    return {**_quantizer_inputs(job, windows), **_training_inputs(job.recipe, job.recipe.reconstruction_epochs)}
+    inputs = {**_quantizer_inputs(job, windows), **_training_inputs(job.recipe, job.recipe.reconstruction_epochs)}
+    return {**inputs, "output_feedback": True} if job.recipe.codes == "trellis" else inputs
 
 
 def distillation_inputs(job: Job, windows: Windows) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _quantizer_inputs(job: Job, windows: Windows) -> dict[str, Any]:
         **_values(job.recipe, QUANTIZER_KEYS),
     }
     if job.recipe.codes == "trellis":
-        inputs |= {"state_bits": trellis.STATE_BITS, "output_feedback": True}
+        inputs["state_bits"] = trellis.STATE_BITS
     return inputs
 
 

@@ -14,6 +14,7 @@ import torch
 
 from gemq.allocation.divergence import POSITIONS_PER_CHUNK
 from gemq.errors import UserError
+from gemq.layers.output_hessians import is_practical
 from gemq.layers.quantizer import CHUNK_BYTES, TRELLIS_COPIES
 from gemq.models.config_values import experts_per_token, layer_configs
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
@@ -121,9 +122,19 @@ class LayerMemory:
     @property
     def slope_moments(self) -> int:
         """Moments of the derivatives at the outputs of all experts' first matrix, which trellis codes take."""
-        if self.recipe.codes != "trellis":
+        if self.recipe.codes != "trellis" or not is_practical(self.experts):
             return 0
         return 4 * (self.experts.count + 1) * self.experts.matrices[0].rows ** 2
+
+    @property
+    def slope_pairs(self) -> int:
+        """Derivatives of a forward pass of the experts."""
+        if not self.slope_moments:
+            return 0
+        first, down = self.experts.matrices
+        pairs = self.recipe.micro_batch_tokens * self.experts_per_token
+        pair_bytes = (3 * first.rows + 2 * down.columns) * self.dtype.itemsize
+        return pairs * pair_bytes * Ranks(device=self.device).max_batches_per_forward
 
     @property
     def forward_pairs(self) -> int:
@@ -155,8 +166,9 @@ class LayerMemory:
             output_copies: tensors as large as the Hessians of the outputs.
         """
         largest = 0
-        for m in self.experts.matrices:
-            output_numbers = output_copies * m.rows**2
+        for index, m in enumerate(self.experts.matrices):
+            with_outputs = index == 1 or is_practical(self.experts)
+            output_numbers = output_copies * m.rows**2 if with_outputs else 0
             expert_bytes = 4 * (m.columns * (3 * m.columns + widths * m.rows) + output_numbers)
             count = max(1, min(self.experts.count, CHUNK_BYTES // expert_bytes))
             hessian_numbers = 3 * m.columns**2

@@ -187,7 +187,7 @@ def refit_rows_both(weight: Tensor, restored: Tensor, hessian: Tensor, output_he
     system = output_hessian * (product @ restored.mT)
     diagonal = system.diagonal(dim1=1, dim2=2)
     pull = (FIT_PULL * diagonal.mean(1, keepdim=True)).clamp_min(1e-30)
-    right = (output_hessian @ (weight @ product.mT)).diagonal(dim1=1, dim2=2) + pull
+    right = (output_hessian * (product @ weight.mT)).sum(2) + pull
     diagonal.add_(pull)
     factor, info = torch.linalg.cholesky_ex(system)
     factors = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)

@@ -18,10 +18,22 @@ from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
 
 OUTPUT_DAMPENING = 0.05
-"""Share of the mean of an output Hessian's diagonal that is added to its diagonal. From 0.01 to 0.2 all is alike."""
+"""Share of the mean of an output Hessian's diagonal that is added to it. Values from 0.01 to 0.2 measure alike."""
 
 LARGEST_REFIT = 2.0
 """Most by which the fit to both Hessians changes the scale of a row."""
+
+
+class OutputFactor(NamedTuple):
+    """Hessians of the outputs of matrices.
+
+    Attributes:
+        hessian: [E, R, R] float32.
+        upper: [E, R, R] float32, factor of ``hessian`` in units of the rows' scales, see ``hessian.factorize``.
+    """
+
+    hessian: Tensor
+    upper: Tensor
 
 
 class RotatedProblem(NamedTuple):
@@ -31,22 +43,27 @@ class RotatedProblem(NamedTuple):
         weight: [E, R, C] float32.
         hessian: [E, C, C] float32.
         upper: [E, C, C] float32, see ``hessian.factorize``.
-        output_hessian: [E, R, R] float32, Hessians of the outputs; None for error feedback between columns alone.
+        scales: [E, R] float32, the root mean square of each row, rounded as scales are stored.
+        outputs: Hessians of the outputs and their factor; None for error feedback between columns alone.
         retries: Number of Hessians that needed more dampening.
     """
 
     weight: Tensor
     hessian: Tensor
     upper: Tensor
-    output_hessian: Tensor | None
+    scales: Tensor
+    outputs: OutputFactor | None
     retries: int
 
     def select(self, experts: list[int]) -> RotatedProblem:
         """Return the problem of some of the matrices, without their retries."""
         if len(experts) == len(self.weight):
-            return RotatedProblem(self.weight, self.hessian, self.upper, self.output_hessian, 0)
-        outputs = None if self.output_hessian is None else self.output_hessian[experts]
-        return RotatedProblem(self.weight[experts], self.hessian[experts], self.upper[experts], outputs, 0)
+            return RotatedProblem(self.weight, self.hessian, self.upper, self.scales, self.outputs, 0)
+        outputs = None
+        if self.outputs is not None:
+            outputs = OutputFactor(self.outputs.hessian[experts], self.outputs.upper[experts])
+        inputs = (self.weight[experts], self.hessian[experts], self.upper[experts])
+        return RotatedProblem(*inputs, self.scales[experts], outputs, 0)
 
 
 def rotated_problem(
@@ -62,7 +79,14 @@ def rotated_problem(
     """
     hessian = rotate_hessian(hessian.float())  # under the same name, which frees the original
     factor = factorize(hessian, dampening)
-    return RotatedProblem(rotate(weight.float()), hessian, factor.upper, output_hessian, factor.retries)
+    weight = rotate(weight.float())
+    scales = nearest_scales(weight.square().mean(2).sqrt())
+    if output_hessian is None:
+        return RotatedProblem(weight, hessian, factor.upper, scales, None, factor.retries)
+    in_units = output_hessian.float() * scales.unsqueeze(2) * scales.unsqueeze(1)
+    output_factor = factorize(in_units, OUTPUT_DAMPENING)
+    outputs = OutputFactor(output_hessian.float(), output_factor.upper)
+    return RotatedProblem(weight, hessian, factor.upper, scales, outputs, factor.retries + output_factor.retries)
 
 
 def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
@@ -81,10 +105,9 @@ def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
     Raises:
         UserError: 16 does not divide R or C.
     """
-    weight, outputs = problem.weight, problem.output_hessian
+    weight, scales, outputs = problem.weight, problem.scales, problem.outputs
     table = trellis.byte_sum_table(trellis.STATE_BITS).to(weight.device)
     search = _search(weight.device)
-    scales = nearest_scales(weight.square().mean(2).sqrt())
     scaled = weight / scales.unsqueeze(2)
     if outputs is None:
         words, values = trellis_feedback.quantize_ldlq(scaled, problem.upper, width.eighths, table, search)
@@ -92,14 +115,11 @@ def quantize(problem: RotatedProblem, width: TrellisWidth) -> TrellisMatrix:
         refit = trellis_feedback.refit_rows(weight, values, problem.hessian)
         gain = trellis_feedback.LDLQ_GAIN
     else:
-        outputs = outputs.float()
-        units = outputs * scales.unsqueeze(2) * scales.unsqueeze(1)
-        output_upper = factorize(units, OUTPUT_DAMPENING).upper
         words, values = trellis_feedback.quantize_ldlq_both(
-            scaled, problem.upper, output_upper, width.eighths, table, search
+            scaled, problem.upper, outputs.upper, width.eighths, table, search
         )
         values *= scales.unsqueeze(2)
-        refit = trellis_feedback.refit_rows_both(weight, values, problem.hessian, outputs)
+        refit = trellis_feedback.refit_rows_both(weight, values, problem.hessian, outputs.hessian)
         refit = refit.clamp(1 / LARGEST_REFIT, LARGEST_REFIT)
         gain = trellis_feedback.OUTPUT_LDLQ_GAIN
     # rings decode to values of the table, which are larger by the gain

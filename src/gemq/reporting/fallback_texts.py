@@ -9,6 +9,7 @@ FALLBACKS = {
     "inputs_not_equalized": "inputs of matrices keep their outlier channels: nothing before them can take up scales",
     "experts_without_tokens": "experts saw no calibration token: they got their layer's mean statistics",
     "experts_with_few_tokens": "experts saw fewer calibration tokens than they have inputs: more windows would help",
+    "rows_without_feedback": "experts are wide: errors are not fed back between the rows of gate and up",
     "hessians_damped_more": "Hessians were singular and got more dampening",
     "candidates_not_improved_by_training": (
         "experts at a width, or dense linears, were no better after training on held-out windows: GPTQ's codes kept"
