@@ -19,6 +19,7 @@ from gemq.kernels.modules import PackedExperts, PackedLinear
 from gemq.models.cache_names import cache_name
 from gemq.models.fused_norms import NormKind
 from gemq.models.structure import is_norm
+from gemq.runtime.compat import torch_private
 
 MAX_DIFFERENCE = {torch.float32: 2e-3, torch.float16: 0.03, torch.bfloat16: 0.06}
 """Largest relative difference of what a layer adds to its input. Another rounding in an early operation moves all
@@ -66,7 +67,7 @@ class Shares(NamedTuple):
     def are_all_of(self, output: Tensor) -> bool:
         """Whether an output of the layer's MLP is the placeholder in any shape, unchanged."""
         is_same = output.data_ptr() == self.placeholder.data_ptr() and output.numel() == self.placeholder.numel()
-        return is_same and output.is_contiguous() and output._version == self.version
+        return is_same and output.is_contiguous() and torch_private.write_count(output) == self.version
 
 
 @dataclass

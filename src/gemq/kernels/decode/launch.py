@@ -114,7 +114,7 @@ def launch_down(
     groups = columns // down.group_size
     dtype = h.dtype if weights is None else torch.float32
     if config is None and vectors_cover(h.dtype, columns, down.group_size, down.levels):
-        config = vector_config(tokens * slots, groups, is_down=True)._replace(pdl=pdl)
+        config = vector_config(tokens * slots, groups, is_down=True, pdl=pdl)
     if isinstance(config, VectorConfig):
         splits = 1 if weights is None else down_splits(h.dtype, columns, down.group_size, down.levels)
         out = torch.empty(tokens, slots * splits, down.rows, dtype=dtype, device=h.device)

@@ -65,13 +65,13 @@ class TensorCoreConfig(NamedTuple):
 LaunchConfig = VectorConfig | TensorCoreConfig
 
 
-def vector_config(pairs: int, groups: int, is_down: bool = False) -> VectorConfig:
-    """Return the options for ``pairs`` of token and expert and rows of ``groups``."""
+def vector_config(pairs: int, groups: int, is_down: bool = False, pdl: bool = True) -> VectorConfig:
+    """Return the options for ``pairs`` of token and expert and rows of ``groups``. ``pdl`` as in ``VectorConfig``."""
     if pairs >= 32:
-        return VectorConfig(64, num_warps=4 if is_down else 8)
+        return VectorConfig(64, num_warps=4 if is_down else 8, pdl=pdl)
     if groups >= 32 and not is_down:  # long rows take more registers
-        return VectorConfig(16, num_warps=4, columns_per_lane=64)
-    return VectorConfig(32, num_warps=4)
+        return VectorConfig(16, num_warps=4, columns_per_lane=64, pdl=pdl)
+    return VectorConfig(32, num_warps=4, pdl=pdl)
 
 
 def linear_vector_config(tokens: int) -> VectorConfig:
