@@ -10,6 +10,7 @@ import pytest
 
 import gemq as library
 from gemq.assets import builtin_texts
+from gemq.errors import UserError
 from gemq.reporting.record import read_record
 from support.cli import Finished, contents, gemq
 
@@ -74,6 +75,26 @@ def test_report_fills_page_and_card(finished: Finished, out: Path):
     page = (out / "report.html").read_bytes()
     assert gemq("report", out, "-q").code == 0  # nothing new
     assert (out / "report.html").read_bytes() == page
+
+
+def test_an_evaluation_outlives_a_bench_that_fails(out: Path, monkeypatch):
+    """The bench gets the flags that it shares with the evaluation."""
+    received: dict[str, object] = {}
+
+    def fail(path: str, **options: object) -> None:
+        received.update(options)
+        raise UserError("no room")
+
+    monkeypatch.setattr("gemq.evaluation.bench.bench_path", fail)
+    flags = ("--text", builtin_texts()[0], "--seq-len", 64, "--max-windows", 2, "--device", "cpu")
+    ran = gemq("report", out, *flags, "--bench", "--dtype", "bfloat16")
+    assert (ran.code, received["dtype"]) == (2, "bfloat16"), ran.err
+    assert "no room" in ran.err
+    record = read_record(out)
+    assert record is not None
+    assert record["evaluation"]["dtype"] == "bfloat16"
+    gemq("report", out, "--bench", "--gpu-memory", "8GB")
+    assert (received["dtype"], received["gpu_memory"]) == ("auto", 8_000_000_000)
 
 
 def test_a_checkpoint_without_page_and_new_keys_gets_a_page(out: Path):

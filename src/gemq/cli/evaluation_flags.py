@@ -47,7 +47,9 @@ class EvaluationFlags:
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples in each prompt of a task (default: as each task defines).")
     ] = None
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "float32"
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or auto (default: float32; auto for --bench of gemq report).")
+    ] = None
     device: Device = "auto"
     gpu_memory: GpuMemory = None
     host_memory: HostMemory = None
@@ -97,7 +99,7 @@ class EvaluationFlags:
             task_directories=self.task_path or (),
             task_limit=self.task_limit,
             num_fewshot=self.num_fewshot,
-            dtype=self.dtype,
+            dtype=self.dtype or "float32",
             device=self.device,
             gpu_memory=parse_memory("--gpu-memory", self.gpu_memory),
             host_memory=parse_memory("--host-memory", self.host_memory),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from gemq.cli.console import make_console, make_monitor, quiet_libraries
 from gemq.cli.evaluation_flags import EvaluationFlags
-from gemq.cli.flags import Quiet, with_flags
+from gemq.cli.flags import Quiet, parse_memory, with_flags
 from gemq.cli.startup import importing
 from gemq.errors import UserError
 from gemq.runtime.files import check_writable, read_input
@@ -38,12 +39,12 @@ def report(
     speed is measured as gemq bench does. Other sections stay.
     """
     values = [_read_results(path) for path in results or []]
+    gpu_memory = parse_memory("--gpu-memory", flags.gpu_memory)
     quiet_libraries()
     with importing():
         from gemq.checkpoint.contents import inspect_checkpoint
         from gemq.cli.evaluation_report import print_evaluation
         from gemq.reporting.record import PAGE, read_record
-        from gemq.reporting.update import update_report
 
     inspect_checkpoint(checkpoint)
     check_writable(checkpoint / PAGE)  # what cannot be reported is refused before it is evaluated
@@ -53,19 +54,28 @@ def report(
         if not quiet:
             print_evaluation(make_console(), measured)
         values.append(measured)
-    if bench:
-        values.append(_measure_speed(checkpoint, flags, quiet))
+    if values or not bench:
+        _write(checkpoint, values, flags, quiet)
+    if bench:  # an evaluation is written by then, in case this fails
+        _write(checkpoint, [_measure_speed(checkpoint, flags, gpu_memory, quiet)], flags, quiet)
+
+
+def _write(checkpoint: Path, values: Sequence[dict[str, Any]], flags: EvaluationFlags, quiet: bool) -> None:
+    """Write measurements into the page and the model card, and print where they are."""
+    from gemq.reporting.update import update_report
+
     page, has_card = update_report(
         checkpoint, values, reference=flags.reference, trust_remote_code=flags.trust_remote_code
     )
-    if not quiet:
-        console = make_console()
-        console.print(f"Written: {page}", soft_wrap=True)
-        if values and not has_card:
-            console.print("README.md has no place for measurements, and stays as it is.", style="yellow")
+    if quiet:
+        return
+    console = make_console()
+    console.print(f"Written: {page}", soft_wrap=True)
+    if values and not has_card:
+        console.print("README.md has no place for measurements, and stays as it is.", style="yellow")
 
 
-def _measure_speed(checkpoint: Path, flags: EvaluationFlags, quiet: bool) -> dict[str, Any]:
+def _measure_speed(checkpoint: Path, flags: EvaluationFlags, gpu_memory: int | None, quiet: bool) -> dict[str, Any]:
     """Return what ``gemq bench`` measures of a checkpoint by default, and print it."""
     with importing():
         from gemq.cli.report import print_bench
@@ -73,7 +83,9 @@ def _measure_speed(checkpoint: Path, flags: EvaluationFlags, quiet: bool) -> dic
 
     speed = bench_path(
         str(checkpoint),
+        dtype=flags.dtype or "auto",
         device=flags.device,
+        gpu_memory=gpu_memory,
         trust_remote_code=flags.trust_remote_code,
         monitor=make_monitor(quiet),
     )
