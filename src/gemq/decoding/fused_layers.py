@@ -42,6 +42,7 @@ from gemq.kernels.decode.attention import attend_and_write, can_write
 from gemq.kernels.decode.launch import launch_linears
 from gemq.kernels.decode.norms import SliceNorm, add, rms_norm, two_norms
 from gemq.kernels.decode.norms import usable as norm_usable
+from gemq.kernels.decode.router import usable as route_usable
 from gemq.kernels.dispatch import MAX_DECODE_TOKENS
 from gemq.kernels.modules import PackedLinear
 from gemq.models.fused_norms import NormKind, RotaryFunction, fused_rotary, norm_kind, replaced_rotary, rotary_function
@@ -97,7 +98,7 @@ class FusedLayers:
         self._current: LayerParts | None = None
         self._rotary_functions: dict[RotaryFunction, RotaryFunction | None] = {}
         self._is_verifying = self._is_prompt = False
-        self._is_off = False  # whether everything runs as in the family's code
+        self._uses_family_code = False
         self._normed: tuple[Tensor, Tensor] | None = None  # a layer's output, and its norm
         self._rotation: Rotation | None = None
         self._projected: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of linears that others computed
@@ -118,7 +119,7 @@ class FusedLayers:
         elif following in self._norms:
             self._layers[layer].next_norm = (following, self._norms[following])
 
-    def _forget(self) -> None:
+    def _drop_step_state(self) -> None:
         """Drops what a step left over that was interrupted."""
         self._normed = self._rotation = self._shares = None
         self._projected.clear()
@@ -133,7 +134,7 @@ class FusedLayers:
         Args:
             is_prompt: whether the model runs on prompts, whose keys and values the family's code writes
         """
-        self._forget()
+        self._drop_step_state()
         self._is_prompt = is_prompt
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         for norm, kind in self._norms.items():
@@ -172,7 +173,7 @@ class FusedLayers:
 
     def leaves_write(self, key: Tensor, value: Tensor) -> bool:
         """Whether the attention kernel will write a key and value into the cache. Called when the cache is updated."""
-        if self._current is None or not self._current.writes_in_attention or self._is_off or self._is_prompt:
+        if self._current is None or not self._current.writes_in_attention or self._uses_family_code or self._is_prompt:
             return False
         if self._rotation is None:
             self._rotation = Rotation(None, key, None, None)
@@ -189,7 +190,7 @@ class FusedLayers:
         prenormed = self._prenormed.pop(norm, None)
         if prenormed is not None and prenormed[0].data_ptr() == x.data_ptr() and prenormed[0].numel() == x.numel():
             return prenormed[1].view(x.shape)
-        if not self._is_off and not args and not kwargs:
+        if not self._uses_family_code and not args and not kwargs:
             if normed is not None and normed[0] is x:
                 return normed[1]
             weight = kind.of(norm)
@@ -199,7 +200,7 @@ class FusedLayers:
 
     def _router_forward(self, router: Any, kind: RouterKind, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A router in two kernels."""
-        if self._is_off or args or kwargs or x.dtype != router.weight.dtype:
+        if self._uses_family_code or args or kwargs or not route_usable(x, router.weight):
             return type(router).forward(router, x, *args, **kwargs)
         return fused_route(router, kind, x)
 
@@ -222,7 +223,7 @@ class FusedLayers:
     def _attention_forward(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """Attention, in which the family's rotary function is a kernel, or left to the attention kernel."""
         module: Any = layer.attention
-        original = None if self._is_off else rotary_function(module)
+        original = None if self._uses_family_code else rotary_function(module)
         replacement: RotaryFunction | None = None
         if original is not None and self._is_prompt:
             replacement = fused_rotary(original, self._rotary_functions)
@@ -247,7 +248,7 @@ class FusedLayers:
         if result is not None and result[0] is x:
             return result[1]
         group = layer.linears.get(linear)
-        if self._is_off or group is None or x.numel() // x.shape[-1] > MAX_DECODE_TOKENS:
+        if self._uses_family_code or group is None or x.numel() // x.shape[-1] > MAX_DECODE_TOKENS:
             return type(linear).forward(linear, x)
         joint = launch_linears(x.reshape(-1, x.shape[-1]).contiguous(), fused_linears(group))
         outputs = joint.split([member.out_features for member in group], 1)
@@ -275,7 +276,7 @@ class FusedLayers:
 
     def _experts_forward(self, layer: LayerParts, experts: Any, hidden: Tensor, *routing: Any) -> Tensor:
         """Experts whose sum is computed later. Until then the result has no values."""
-        if not self._is_off and layer.leaves_sum and len(routing) == 2:
+        if not self._uses_family_code and layer.leaves_sum and len(routing) == 2:
             shares = dispatch.expert_shares(experts, hidden, *routing)
             if shares is not None:
                 placeholder = torch.empty_like(hidden)
@@ -336,12 +337,12 @@ class FusedLayers:
 
     def _compare(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
         """Runs a layer as the family does, and then fused. Accepts the most that gives the same result."""
-        self._is_off = True
+        self._uses_family_code = True
         try:
             with recorded_calls(layer, self._norms) as calls:
                 expected = type(layer.module).forward(layer.module, *args, **kwargs)
         finally:
-            self._is_off = False
+            self._uses_family_code = False
         if not isinstance(expected, Tensor) or len(args) != 1:
             return expected
         layer.linears, layer.linear_norms = linear_groups(calls), norms_of_linears(calls)
@@ -358,7 +359,7 @@ class FusedLayers:
                 raise
             except Exception:  # noqa: BLE001 - family code in a form that it does not expect
                 layer.is_fused = False
-            self._forget()
+            self._drop_step_state()
             if layer.is_fused:
                 return expected
         layer.linears, layer.linear_norms = {}, {}
