@@ -42,7 +42,7 @@ def device(request, monkeypatch):
         pytest.skip("kernels run on the GPU where there is one, else in the interpreter")
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
-        monkeypatch.setattr(launch, "product_config", lambda *sizes: ProductConfig(tile_rows=32, num_warps=4))
+        monkeypatch.setattr(launch, "product_config", lambda: ProductConfig(tile_rows=32, num_warps=4))
     return request.param
 
 

@@ -221,7 +221,7 @@ def _both_rows(starts: Tiles, DIGITS: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def rows_kernel(
     digits: Pointer,  # [X, D, G * 128] int8
     heads: Pointer,  # [X, G, 2 D] int32

@@ -207,7 +207,7 @@ def launch_rows(
     tokens, top_k = slots.chosen.shape
     pairs = tokens * top_k
     vectors, num_digits, _ = x.digits.shape
-    config = config or product_config(pairs, w.table.shape[0])
+    config = config or product_config()
     splits = splits or num_splits(pairs, w.rows, w.columns)
     out = torch.empty(tokens, top_k * splits, w.rows, dtype=torch.float32, device=x.digits.device)
     count = pairs if slots.table is None else len(slots.table)

@@ -32,8 +32,8 @@ class ProductConfig(NamedTuple):
     pdl: bool = True
 
 
-def product_config(pairs: int, experts: int) -> ProductConfig:
-    """Return the launch options for pairs of token and expert."""
+def product_config() -> ProductConfig:
+    """Return the launch options of ``launch.launch_rows``."""
     return ProductConfig(tile_rows=2, num_warps=4)
 
 
