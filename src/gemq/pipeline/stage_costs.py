@@ -146,7 +146,10 @@ class Footprint(ModelMemory):
     """Device memory that a job computes with, apart from layers and activations that are kept."""
 
     def peak_bytes_by_stage(self, training_bytes: int) -> dict[str, int]:
-        """The most bytes that each stage takes; stages that are absent take less.
+        """The most bytes that each stage takes, of those that quantize, score or train.
+
+        Scores and reconstruction count even where a job has none. Sensitivity and the guard are left out: they only run
+        the model forward, with each expert at one width at a time, and scores take about as much or more.
 
         Args:
             training_bytes: for the state of experts that are trained at the same time.

@@ -1,4 +1,4 @@
-"""Memory that a checkpoint takes on a GPU beside its weights, for the report and the model card."""
+"""Memory that a checkpoint needs on a GPU in addition to its weights, for the report and the model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONTEXTS = (4096, 32768)
 
 
 def memory_rows(model: Any, *, codes: str, group_size: int, bits: float) -> list[dict[str, int]]:
-    """Return what one sequence takes on a GPU beside the weights, for a few lengths of context. An estimate.
+    """Return what one sequence needs on a GPU in addition to the weights, for a few lengths of context. An estimate.
 
     Args:
         model: full-precision model, on the meta device
