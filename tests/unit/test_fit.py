@@ -15,11 +15,11 @@ from gemq.assets import builtin_model
 from gemq.cli.fit_report import print_fit
 from gemq.models.auto_class import auto_class
 from gemq.models.cache_names import cache_argument
+from gemq.models.cache_size import cache_size
 from gemq.models.structure import find_structure
 from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.fit import fit, fitting_recipe
 from gemq.pipeline.preflight import check_allocation
-from gemq.planning.cache_size import cache_size
 from gemq.planning.serving_memory import ServingMemory
 from gemq.quant.widths import TrellisWidth, Width
 from gemq.recipe import Recipe

@@ -11,6 +11,8 @@ import torch
 
 import gemq
 from gemq.checkpoint.bounded_load import expert_usage, fit_into
+from gemq.checkpoint.skeleton import build_skeleton, read_config
+from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.errors import UserError
 from gemq.kernels import dispatch
 from gemq.kernels.offload import choose_residents, expert_code_bytes, offload_experts
@@ -154,8 +156,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(checkpoint: Path, bound: int) -> tuple[Any, Any]:
     """Load a model, and fit it into a bound as if the CPU were a GPU."""
     model: Any = gemq.load(checkpoint, dtype="float32")
-    modules = [model.get_submodule(f"model.layers.{layer}.mlp.experts") for layer in range(2)]
-    return model, fit_into(model, checkpoint, modules, bound, 32, CPU)
+    stored = StoredCheckpoint.open(checkpoint)
+    modules: Any = [model.get_submodule(path) for path in stored.format.experts]
+    skeleton = build_skeleton(read_config(checkpoint), stored)
+    return model, fit_into(model, skeleton, checkpoint, modules, bound, 32, CPU)
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ import torch
 from gemq.errors import UserError, short_repr
 from gemq.kernels.modules import PackedExperts
 from gemq.kernels.offload import Residency, expert_code_bytes, offload_experts
-from gemq.models.config_values import cache_bytes, experts_per_token
+from gemq.models.cache_size import cache_size
+from gemq.models.config_values import experts_per_token
 from gemq.models.source import max_seq_len
+from gemq.models.structure import find_structure
 from gemq.recipe_values import parse_size
 from gemq.runtime.fallbacks import record
 from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES, gigabytes
@@ -60,7 +62,13 @@ def memory_bound(gpu_memory: int | str, device: torch.device) -> int:
 
 
 def fit_into(
-    model: Any, directory: Path, modules: Sequence[PackedExperts], bound: int, context: int | None, device: torch.device
+    model: Any,
+    skeleton: Any,
+    directory: Path,
+    modules: Sequence[PackedExperts],
+    bound: int,
+    context: int | None,
+    device: torch.device,
 ) -> Residency:
     """Move a model to the GPU so that it takes at most ``bound`` bytes there.
 
@@ -68,6 +76,7 @@ def fit_into(
 
     Args:
         model: a packed model on the CPU
+        skeleton: the same model in full precision on the meta device, which the cache is measured with
         directory: of the checkpoint
         modules: the packed experts of all layers
         bound: bytes
@@ -83,7 +92,8 @@ def fit_into(
     longest = max_seq_len(model.config)
     context = min(DEFAULT_CONTEXT, longest) if context is None else min(context, longest)
     sizes = [expert_code_bytes(module) for module in modules]
-    cache = cache_bytes(model.config.get_text_config(), context, model.dtype.itemsize)
+    size = cache_size(skeleton, find_structure(skeleton), model.dtype)
+    cache = size.unbounded_bytes(context)  # a static cache keeps all tokens
     remainder = bytes_without_codes(model, modules) + working_bytes(model, modules, context)
     largest_layer = max(sum(layer_sizes) for layer_sizes in sizes)
     needed = remainder + cache + largest_layer

@@ -25,7 +25,7 @@ from gemq.checkpoint.bounded_load import fit_into, memory_bound
 from gemq.checkpoint.format import ABOUT_KEYS, QUANT_METHOD, PackedFormat, ProjectionWidths, fields_of
 from gemq.checkpoint.model_shapes import matrix_shapes, unpacked_tensors
 from gemq.checkpoint.names import stored_names
-from gemq.checkpoint.skeleton import read_config, remove_checksums, user_errors
+from gemq.checkpoint.skeleton import build_skeleton, read_config, remove_checksums, user_errors
 from gemq.checkpoint.stored import BackgroundDataCheck, StoredCheckpoint, check_no_adapter
 from gemq.checkpoint.verification import verify_packed, verify_unpacked
 from gemq.errors import UserError, short_repr
@@ -107,7 +107,9 @@ def load(
     model.config.return_dict = True  # gemq reads outputs by name
     if bound is not None:
         modules: Any = [model.get_submodule(path) for path in stored.format.experts]
-        model.gemq_residency = fit_into(model, directory, modules, bound, context, torch.device(device))
+        skeleton = build_skeleton(config, stored, trust_remote_code=kwargs["trust_remote_code"])
+        target = torch.device(device)
+        model.gemq_residency = fit_into(model, skeleton, directory, modules, bound, context, target)
     return model.eval()
 
 

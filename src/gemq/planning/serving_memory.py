@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from gemq.models.byte_sizes import linear_bytes, unquantized_bytes
+from gemq.models.cache_size import CacheSize, cache_size
 from gemq.models.config_values import experts_per_token
 from gemq.models.source import configured_types, max_seq_len
 from gemq.models.structure import Layer, Structure
-from gemq.planning.cache_size import CacheSize, cache_size
 from gemq.planning.expert_sizes import experts_at
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
