@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,29 @@ def test_kernels_give_the_same_outputs_with_experts_in_host_memory(kind, monkeyp
         assert 4 in residency.residents[0]
         assert 2 not in residency.residents[0]
         assert torch.equal(dispatch.experts_forward(layers[0], hidden, index, weights), expected)
+
+
+@torch.no_grad()
+def test_the_reference_serves_experts_in_host_memory_if_fetching_fails(monkeypatch):
+    pytest.importorskip("support.interpreted")
+    from gemq.kernels import fetch
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, HIDDEN, generator=generator)
+    index, weights = torch.tensor([[4, 2]]), torch.rand(1, SLOTS, generator=generator)
+    expected = dispatch.experts_forward(affine_layer(0), hidden, index, weights)
+    layers, _ = two_layers("affine")
+    monkeypatch.setattr(dispatch, "_choose", lambda *_: importlib.import_module("gemq.kernels.decode.operators"))
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "fallbacks", type(dispatch.fallbacks)())
+    monkeypatch.setattr(fetch, "fetch_codes", broken)
+    with pytest.warns(UserWarning, match=r"PassManager::run failed.*slow reference"):
+        result = dispatch.experts_forward(layers[0], hidden, index, weights)
+    assert torch.equal(result, expected)
+    assert list(dispatch.fallbacks.values()) == [1]
 
 
 def test_training_is_refused(monkeypatch):

@@ -78,10 +78,6 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     if "fetch_table" in module._buffers:
         if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
             raise UserError("a model with experts in host memory cannot be trained: load it without gpu_memory")
-        from gemq.kernels.fetch import fetch_codes
-
-        overlap = hidden.shape[0] <= MAX_OVERLAPPED_TOKENS
-        top_k_index = fetch_codes(top_k_index, module.fetch_table, module.down_proj.codes, overlap)
     if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
         from gemq.kernels.training.autograd import experts_with_grad
 
@@ -146,8 +142,20 @@ def _load(name: str) -> ModuleType | None:
     return _loaded[name]
 
 
+def _run(kernel: ModuleType, operation: str, module: Any, x: Tensor, *routing: Tensor) -> Tensor:
+    """Run ``kernel.operation``. Codes in host memory are fetched first."""
+    if "fetch_table" in module._buffers:
+        from gemq.kernels.fetch import fetch_codes
+
+        index, weights = routing
+        overlap = x.shape[0] <= MAX_OVERLAPPED_TOKENS
+        routing = fetch_codes(index, module.fetch_table, module.down_proj.codes, overlap), weights
+    result: Tensor = getattr(kernel, operation)(module, x, *routing)
+    return result
+
+
 def _run_or_fall_back(kernel: ModuleType, operation: str, module: Any, x: Tensor, *routing: Tensor) -> Tensor:
-    """Run ``kernel.operation``, or the reference if the kernel fails to compile or launch.
+    """Run ``kernel.operation``, or the reference if the kernel, or the one that fetches, fails to compile or launch.
 
     Errors of the device are always raised, since nothing else would run after them. All errors are raised if
     ``GEMQ_KERNELS`` is set, and inside ``torch.compile``, where the caller runs the layer uncompiled instead.
@@ -159,13 +167,12 @@ def _run_or_fall_back(kernel: ModuleType, operation: str, module: Any, x: Tensor
         x: its input
         routing: expert indices and weights, for experts
     """
-    forward = getattr(kernel, operation)
     if mode or torch.compiler.is_compiling():
-        return forward(module, x, *routing)
+        return _run(kernel, operation, module, x, *routing)
     key = (kernel.__name__, operation, x.dtype, *module.kernel_sizes())
     if key not in _failed:
         try:
-            return forward(module, x, *routing)
+            return _run(kernel, operation, module, x, *routing)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # noqa: BLE001 - the exception types of Triton differ between its versions
