@@ -22,16 +22,17 @@ from gemq.models.source import max_seq_len
 from gemq.models.structure import find_structure
 from gemq.recipe_values import parse_size
 from gemq.runtime.fallbacks import record
-from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES, gigabytes
+from gemq.runtime.memory import (
+    CONTEXT_BYTES,
+    DEFAULT_CONTEXT,
+    LIBRARY_BYTES,
+    MAX_PREFILL_TOKENS,
+    STREAMS,
+    gigabytes,
+)
 
-DEFAULT_CONTEXT = 8192
-"""Tokens of a text that has to fit if none are given, or the model's maximum if that is less."""
-
-MAX_PREFILL_TOKENS = 8192
-"""Tokens of a prompt that temporary tensors are counted for."""
-
-STREAMS = 10
-"""Tensors [tokens, hidden size] alive in a layer: the residual, norms, queries, keys and values."""
+ATTENTION_STREAMS = 6
+"""Further tensors [tokens, hidden size] alive in a layer: queries, keys and values, and copies of them."""
 
 ALLOCATION_FILE = "allocation.json"
 
@@ -129,7 +130,7 @@ def working_bytes(model: Any, modules: Sequence[PackedExperts], context: int) ->
     for module in modules:
         hidden, inner = module.down_proj.rows, module.down_proj.columns
         pairs = experts_per_token(config) * (2 * inner + hidden)  # the activations, rotated, and their outputs
-        numbers = max(numbers, STREAMS * hidden + pairs)
+        numbers = max(numbers, (STREAMS + ATTENTION_STREAMS) * hidden + pairs)
     return CONTEXT_BYTES + LIBRARY_BYTES + tokens * numbers * model.dtype.itemsize
 
 

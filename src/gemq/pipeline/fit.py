@@ -18,10 +18,7 @@ from gemq.planning.expert_sizes import experts_at
 from gemq.planning.serving_memory import ServingMemory
 from gemq.recipe import Recipe
 from gemq.recipe_values import MAX_SIZE_BYTES
-from gemq.runtime.memory import gigabytes
-
-DEFAULT_CONTEXT = 8192
-"""Tokens of a sequence if none are requested, or the model's maximum if that is less."""
+from gemq.runtime.memory import DEFAULT_CONTEXT, gigabytes
 
 TABLE_BUDGETS = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Budgets in bits that are compared."""

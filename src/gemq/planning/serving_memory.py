@@ -24,16 +24,10 @@ from gemq.models.structure import Layer, Structure
 from gemq.planning.expert_sizes import experts_at
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
-from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES
+from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES, MAX_PREFILL_TOKENS, STREAMS
 
 COMMUNICATION_BYTES = 300_000_000
 """Buffers of NCCL on each of several GPUs."""
-
-MAX_PREFILL_TOKENS = 8192
-"""Tokens of prompts that are read at once. Longer prompts are counted as read in pieces, as vLLM does."""
-
-STREAMS = 4
-"""Tensors [n, H] alive while experts compute: embeddings, the residual, its norm and the input of the experts."""
 
 ROTATED, GATED = 3, 3
 """Copies of queries, keys and values while rotary factors are applied; and of a dense layer's intermediate state."""
