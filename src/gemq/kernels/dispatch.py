@@ -75,10 +75,9 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     if kernel is reference:
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
     forward = partial(_run_or_fall_back, kernel, "experts_forward")
-    if "fetch_table" in module._buffers:
-        if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
-            raise UserError("a model with experts in host memory cannot be trained: load it without gpu_memory")
     if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
+        if "fetch_table" in module._buffers:
+            raise UserError("a model with experts in host memory cannot be trained: load it without gpu_memory")
         from gemq.kernels.training.autograd import experts_with_grad
 
         return experts_with_grad(forward, module, hidden, top_k_index, top_k_weights)
