@@ -189,6 +189,11 @@ def test_a_norm_that_raises_something_is_none_to_take_over(kind, monkeypatch):
 # Where they are shown
 
 
+def test_the_largest_texts_of_bench_are_a_batch_or_a_prompt():
+    assert bench.BenchConfig((1, 16), (2048,), 128, compiled=False).largest_texts() == (16, 128 + 128 + 1)
+    assert bench.BenchConfig((1, 4), (2048,), 128, compiled=False).largest_texts() == (1, 2048 + 1)
+
+
 def test_bench_shows_them(monkeypatch):
     fallbacks.record("rotary_not_fused", TypeError("changed"))
     values = bench.bench(tiny("olmoe"), bench.BenchConfig((), (), 2, compiled=False))

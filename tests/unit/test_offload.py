@@ -183,7 +183,7 @@ def fit(checkpoint: Path, bound: int) -> tuple[Any, Any]:
     stored = StoredCheckpoint.open(checkpoint)
     modules: Any = [model.get_submodule(path) for path in stored.format.experts]
     skeleton = build_skeleton(read_config(checkpoint), stored)
-    return model, fit_into(model, skeleton, checkpoint, modules, bound, 32, CPU)
+    return model, fit_into(model, skeleton, checkpoint, modules, bound, 32, 1, CPU)
 
 
 @torch.no_grad()
@@ -221,6 +221,7 @@ def test_usage_is_read_from_the_allocation(checkpoint, tmp_path):
             r"--gpu-memory \(gpu_memory\) bounds a GPU and the model is loaded on cpu: leave it out",
         ),
         ({"gpu_memory": "much"}, "gpu_memory: 'much' is not a size: write it like 12GB or 800MB"),
+        ({"context": 4096}, "context and batch say what is to fit into gpu_memory: give gpu_memory too"),
         ({"gpu_memory": 0}, "gpu_memory cannot be 0: give bytes, or a text such as 8GB"),
     ],
 )

@@ -69,6 +69,7 @@ def fit_into(
     modules: Sequence[PackedExperts],
     bound: int,
     context: int | None,
+    batch: int,
     device: torch.device,
 ) -> Residency:
     """Move a model to the GPU so that it takes at most ``bound`` bytes there.
@@ -82,6 +83,7 @@ def fit_into(
         modules: the packed experts of all layers
         bound: bytes
         context: tokens of a text, prompt and answer, that has to fit
+        batch: texts at the same time
         device: the GPU
 
     Returns:
@@ -94,15 +96,15 @@ def fit_into(
     context = min(DEFAULT_CONTEXT, longest) if context is None else min(context, longest)
     sizes = [expert_code_bytes(module) for module in modules]
     size = cache_size(skeleton, find_structure(skeleton), model.dtype)
-    cache = size.unbounded_bytes(context)  # a static cache keeps all tokens
-    remainder = bytes_without_codes(model, modules) + working_bytes(model, modules, context)
+    cache = batch * size.unbounded_bytes(context)  # a static cache keeps all tokens
+    remainder = bytes_without_codes(model, modules) + working_bytes(model, modules, batch * context)
     largest_layer = max(sum(layer_sizes) for layer_sizes in sizes)
     needed = remainder + cache + largest_layer
     if needed > bound:
         raise UserError(
             f"--gpu-memory {gigabytes(bound)} is too small: one layer's experts take {gigabytes(largest_layer)}, the "
-            f"cache of {context:,} tokens {gigabytes(cache)}, everything else {gigabytes(remainder)}; give at least "
-            f"{gigabytes(needed)}"
+            f"cache of {batch * context:,} tokens {gigabytes(cache)}, everything else {gigabytes(remainder)}; give at "
+            f"least {gigabytes(needed)}"
         )
     usage = expert_usage(directory, [len(layer_sizes) for layer_sizes in sizes])
     model.requires_grad_(False)
@@ -122,10 +124,10 @@ def bytes_without_codes(model: Any, modules: Sequence[PackedExperts]) -> int:
     return sum(tensor.nbytes for key, tensor in tensors.items() if key not in codes)
 
 
-def working_bytes(model: Any, modules: Sequence[PackedExperts], context: int) -> int:
-    """Return what CUDA takes, and the bytes of temporary tensors while a prompt of ``context`` tokens is read."""
+def working_bytes(model: Any, modules: Sequence[PackedExperts], tokens: int) -> int:
+    """Return what CUDA takes, and the bytes of temporary tensors while prompts of ``tokens`` tokens are read."""
     config = model.config.get_text_config()
-    tokens = min(context, MAX_PREFILL_TOKENS)
+    tokens = min(tokens, MAX_PREFILL_TOKENS)
     numbers = 0
     for module in modules:
         hidden, inner = module.down_proj.rows, module.down_proj.columns

@@ -54,6 +54,7 @@ def load(
     *,
     gpu_memory: int | str | None = None,
     context: int | None = None,
+    batch: int | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the model of a packed checkpoint.
@@ -66,6 +67,7 @@ def load(
             host memory, and the GPU reads those that the router chooses. Such a model cannot be trained
         context: tokens of prompt and answer that are to fit into ``gpu_memory``; 8192 by default, or the model's
             maximum if that is less
+        batch: texts at the same time that are to fit into ``gpu_memory``; 1 by default
         kwargs: passed to ``from_pretrained`` (``revision``, ``device_map``, ``trust_remote_code`` ...)
 
     Returns:
@@ -82,6 +84,8 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: use device='cpu'")
+    if gpu_memory is None and (context is not None or batch is not None):
+        raise UserError("context and batch say what is to fit into gpu_memory: give gpu_memory too, or leave them out")
     bound = None if gpu_memory is None else memory_bound(gpu_memory, torch.device(device))
     if bound is not None and "device_map" in kwargs:
         raise UserError("gpu_memory is for one GPU: give device='cuda' without device_map")
@@ -109,7 +113,7 @@ def load(
         modules: Any = [model.get_submodule(path) for path in stored.format.experts]
         skeleton = build_skeleton(config, stored, trust_remote_code=kwargs["trust_remote_code"])
         target = torch.device(device)
-        model.gemq_residency = fit_into(model, skeleton, directory, modules, bound, context, target)
+        model.gemq_residency = fit_into(model, skeleton, directory, modules, bound, context, batch or 1, target)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ is needed.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from gemq.evaluation.evaluate import open_model
 from gemq.evaluation.weight_traffic import bytes_per_step, copy_bandwidth, synchronize
 from gemq.models.experts import use_fast_experts
 from gemq.models.source import max_seq_len
+from gemq.runtime.device import pick_device
 from gemq.runtime.fallbacks import pop_messages
 from gemq.runtime.progress import Monitor
 
@@ -56,6 +58,11 @@ class BenchConfig:
             return cls((1, 4, 16), (128, 512, 2048), 128, compiled=False)
         return cls((1,), (128,), 16, compiled=False)
 
+    def largest_texts(self) -> tuple[int, int]:
+        """Returns the batch size and the tokens of each text, prompt and answer, that take the largest cache."""
+        decoded = (max(self.batches, default=1), PROMPT_TOKENS + self.new_tokens + 1)
+        return max(decoded, (1, max(self.prefills, default=0) + 1), key=math.prod)
+
 
 def bench_path(
     path: str,
@@ -82,26 +89,24 @@ def bench_path(
     if new_tokens is not None and new_tokens < 2:
         raise UserError(f"--new-tokens cannot be {new_tokens}: the minimum is 2")
     monitor = monitor or Monitor()
+    defaults = BenchConfig.default(pick_device(device))
+    batches, new_tokens = batches or defaults.batches, new_tokens or defaults.new_tokens
+    planned = BenchConfig(batches, prefills or defaults.prefills, new_tokens, compiled)
+    batch, context = planned.largest_texts()
     start = time.perf_counter()
     with monitor.stage("load", 1) as tick:
-        loaded = open_model(path, dtype, device, trust_remote_code, gpu_memory)
+        loaded = open_model(path, dtype, device, trust_remote_code, gpu_memory, context, batch)
         model = loaded.model
         if loaded.contents is None:
             use_fast_experts(model)
         synchronize(model.device)
         tick()
     load_seconds = time.perf_counter() - start
-    defaults = BenchConfig.default(model.device)
     longest = max_seq_len(model.config)
     if prefills and max(prefills) > longest:
         raise UserError(f"--prefill {max(prefills)} is longer than the model takes: give at most {longest}")
     default_prefills = [length for length in defaults.prefills if length <= longest] or [longest]
-    config = BenchConfig(
-        batches or defaults.batches,
-        prefills or default_prefills,
-        new_tokens or defaults.new_tokens,
-        compiled and model.device.type == "cuda",
-    )
+    config = BenchConfig(batches, prefills or default_prefills, new_tokens, compiled and model.device.type == "cuda")
     first_token_seconds = time_first_token(model)
     values = bench(model, config, monitor)
     return {

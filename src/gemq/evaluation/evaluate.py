@@ -107,6 +107,7 @@ def open_model(
     trust_remote_code: bool = False,
     gpu_memory: int | None = None,
     context: int | None = None,
+    batch: int = 1,
 ) -> LoadedModel:
     """Loads a packed checkpoint or any Transformers model.
 
@@ -115,7 +116,8 @@ def open_model(
         dtype: ``float32``, ``bfloat16``, or ``auto`` for the one in the configuration
         device: ``cpu``, ``cuda``, or ``auto``
         gpu_memory: upper bound of GPU memory in bytes, for a packed checkpoint
-        context: tokens of a text that are to fit into ``gpu_memory``
+        context: tokens of a text that are to fit into ``gpu_memory``; not used without it
+        batch: texts at the same time that are to fit into ``gpu_memory``
 
     Raises:
         UserError: the model cannot be loaded.
@@ -126,14 +128,10 @@ def open_model(
     if is_packed(source.path):
         contents = inspect_checkpoint(source.path)
         load_dtype: Any = DTYPES.get(dtype, "auto")
-        model = load(
-            source.path,
-            device=str(target),
-            dtype=load_dtype,
-            gpu_memory=gpu_memory,
-            context=context,
-            trust_remote_code=trust_remote_code,
-        )
+        limits: Any = {}
+        if gpu_memory is not None:
+            limits = {"gpu_memory": gpu_memory, "context": context, "batch": batch}
+        model = load(source.path, device=str(target), dtype=load_dtype, trust_remote_code=trust_remote_code, **limits)
         return LoadedModel(model, source, contents, contents.stored_bytes)
     if gpu_memory is not None:
         raise UserError(f"--gpu-memory is for packed checkpoints and {path} is none: leave it out")
