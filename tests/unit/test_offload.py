@@ -20,6 +20,7 @@ from gemq.kernels.offload import choose_residents, expert_code_bytes, offload_ex
 from gemq.quant.widths import Width
 from gemq.recipe_values import parse_size
 from gemq.runtime.fallbacks import pop_messages
+from support.families import tiny_config
 from support.packed_cases import Experts, random_routing
 from support.packed_checkpoints import write_packed
 
@@ -90,10 +91,13 @@ def two_layers(kind: str) -> tuple[list[Any], Any]:
     return layers, residency
 
 
+@pytest.mark.parametrize("chunk_bytes", [1 << 28, 128], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("pairs", [[[5, 0], [2, 6]], [[-1, 3]], [[e % 7] for e in range(40)]])
-def test_the_codes_of_chosen_experts_are_fetched(pairs, monkeypatch):
+def test_the_codes_of_chosen_experts_are_fetched(pairs, chunk_bytes, monkeypatch):
     pytest.importorskip("support.interpreted")
-    from gemq.kernels import fetch
+    from gemq.kernels import fetch, offload
+
+    monkeypatch.setattr(offload, "MAX_CHUNK_BYTES", chunk_bytes)
 
     monkeypatch.setattr(fetch, "MATRIX_PROGRAMS", 2)
     monkeypatch.setattr(fetch, "BLOCK_UNITS", 16)
@@ -202,6 +206,12 @@ def test_the_smallest_bound_that_the_message_names_gives_the_same_logits(checkpo
     with pytest.raises(RuntimeError, match="load the model again"):
         copy.deepcopy(model)
     assert fit(checkpoint, 2 * smallest)[1].resident_share == 1
+
+
+def test_a_latent_cache_is_counted_as_it_is_stored(tmp_path):
+    out = write_packed(tmp_path / "out", tiny_config("deepseek_v2"))
+    with pytest.raises(UserError, match=r"the cache of 32 tokens 0\.01MB"):  # full keys and values take 0.05
+        fit(out, 1_000_000)
 
 
 def test_usage_is_read_from_the_allocation(checkpoint, tmp_path):

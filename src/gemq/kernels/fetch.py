@@ -31,7 +31,7 @@ MAX_SEARCHED_PAIRS = 1024
 @triton.jit(do_not_specialize=["pairs", "first_projection"])
 def _fetch_kernel(
     index: Pointer,  # [P] int
-    fetch_table: Pointer,  # [E, projections, 3] int64: address, first unit in the pool, units (0: resident)
+    fetch_table: Pointer,  # [E, projections x pieces, 3] int64: address, first unit in the pool, units (0: resident)
     pool: Pointer,
     out: Pointer,  # [P] a copy of index, or index itself
     pairs: Scalar,
@@ -102,9 +102,10 @@ def fetch_codes(index: Tensor, fetch_table: Tensor, pool: Tensor, overlap: bool)
 
     Args:
         index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
-        fetch_table: [E, projections, 3] int64: address in host memory, first unit of 16 bytes in the pool, and units
+        fetch_table: [E, projections x pieces, 3] int64: address in host memory, first unit of 16 bytes in the pool, and
+            units; 0 units where an expert is resident or has fewer pieces
         pool: uint8
-        overlap: whether the down projections, the last ones, may arrive later. ``wait_for_down`` waits for them
+        overlap: whether the last pieces, of down projections, may arrive later. ``wait_for_down`` waits for them
 
     Returns:
         A copy of ``index``.

@@ -39,7 +39,7 @@ class PackedMatrices(nn.Module):
         scales: uint8, [experts, rows, groups] flat
         offsets: uint8, [experts, rows, groups] flat
         table: [experts, 3] int64: levels of the width (2, 3, 4, 8, 16, 256), first byte in codes, first byte in scales
-        host_codes: codes of offloaded experts, in host memory
+        host_codes: codes of offloaded experts, in host memory, in one piece or several
     """
 
     codes: Tensor
@@ -58,7 +58,7 @@ class PackedMatrices(nn.Module):
         device = matrices[0].codes.device
         scales_per_expert = self.rows * self.groups
 
-        self.host_codes: dict[int, Tensor] = {}
+        self.host_codes: dict[int, list[Tensor]] = {}
         self._starts: list[int] = []
         table: list[list[int]] = []
         end = 0
@@ -84,7 +84,7 @@ class PackedMatrices(nn.Module):
         """Return the bytes of one expert's codes."""
         return self.rows * self.groups * self.widths[expert].group_bytes(self.group_size)
 
-    def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, Tensor]) -> None:
+    def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, list[Tensor]]) -> None:
         """Read codes from other memory from now on.
 
         Args:
@@ -96,10 +96,11 @@ class PackedMatrices(nn.Module):
         self.table[:, 1] = torch.tensor(starts)
 
     def matrix(self, expert: int) -> PackedMatrix:
-        """Return views of one expert's tensors, in the layout of the checkpoint."""
+        """Return views of one expert's tensors, in the layout of the checkpoint. Codes in several pieces are copied."""
         groups = self.rows * self.groups
+        pieces = self.host_codes.get(expert, [self.codes])
         start = 0 if expert in self.host_codes else self._starts[expert]
-        codes = self.host_codes.get(expert, self.codes)[start : start + self.code_bytes(expert)]
+        codes = (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[start : start + self.code_bytes(expert)]
         grid_slice = slice(expert * groups, (expert + 1) * groups)
         return PackedMatrix(
             codes.view(self.rows, -1),

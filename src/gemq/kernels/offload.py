@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemq.errors import UserError
 from gemq.kernels.modules import PackedExperts
+from gemq.runtime.memory import gigabytes, pinned_bytes
 
 PLACE_ALIGNMENT = 128
 """Codes start at a multiple of this many bytes, in the pool and in host memory: a request of the bus."""
@@ -27,7 +28,7 @@ COPY_UNIT = 16
 """Bytes that fetch tables count in: what a thread copies at a time."""
 
 MAX_CHUNK_BYTES = 1 << 28
-"""Size of allocations of pinned memory. PyTorch rounds them up to a power of two."""
+"""Largest allocation of pinned memory. PyTorch rounds them up to a power of two."""
 
 
 @dataclass(frozen=True)
@@ -105,31 +106,34 @@ def choose_residents(
 
 
 class PinnedMemory:
-    """Hands out pieces of pinned host memory.
+    """Pinned host memory.
 
     Args:
-        total: bytes of all pieces
+        total: bytes that will be allocated
         is_pinned: whether to pin it, which needs a GPU
     """
 
     def __init__(self, total: int, is_pinned: bool) -> None:
         self._chunk: Tensor | None = None
-        self._remaining = total
+        self._total = self._remaining = total
         self._is_pinned = is_pinned
         self._end = 0
 
-    def take(self, count: int) -> Tensor:
-        """Return ``count`` bytes. Raises UserError if the system has none."""
+    def allocate(self, count: int) -> list[Tensor]:
+        """Return ``count`` bytes in pieces of at most MAX_CHUNK_BYTES. Raises UserError if the system has none."""
+        return [self._piece(min(count - start, MAX_CHUNK_BYTES)) for start in range(0, count, MAX_CHUNK_BYTES)]
+
+    def _piece(self, count: int) -> Tensor:
+        """Return ``count`` bytes, at most MAX_CHUNK_BYTES, of the current allocation or of a new one."""
         count = padded(count)
         if self._chunk is None or self._end + count > self._chunk.numel():
-            chunk_bytes = max(count, min(self._remaining, MAX_CHUNK_BYTES))
+            chunk_bytes = pinned_bytes(max(count, min(self._remaining, MAX_CHUNK_BYTES)))
             try:
-                self._chunk = torch.empty(
-                    1 << (chunk_bytes - 1).bit_length(), dtype=torch.uint8, pin_memory=self._is_pinned
-                )
+                self._chunk = torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
             except RuntimeError as error:
                 raise UserError(
-                    f"{self._remaining / 1e9:.1f} GB more of host memory cannot be pinned: free some, or raise "
+                    f"{gigabytes(chunk_bytes)} of host memory cannot be pinned (experts without room on the GPU still "
+                    f"need {gigabytes(self._remaining)} of {gigabytes(self._total)}): free some, or raise "
                     "--gpu-memory (gpu_memory)"
                 ) from error
             self._end = 0
@@ -193,10 +197,12 @@ def _offload_layer(
         The bytes of the pool that are used now.
     """
     projections = module.packed_projections()
-    fetch_table = torch.zeros(module.down_proj.num_experts, len(projections), 3, dtype=torch.int64)
+    largest = max(matrices.code_bytes(e) for matrices in projections.values() for e in range(matrices.num_experts))
+    max_pieces = -(-largest // MAX_CHUNK_BYTES)
+    fetch_table = torch.zeros(module.down_proj.num_experts, len(projections) * max_pieces, 3, dtype=torch.int64)
     for number, matrices in enumerate(projections.values()):
         starts: list[int] = []
-        host_codes: dict[int, Tensor] = {}
+        host_codes: dict[int, list[Tensor]] = {}
         for expert in range(matrices.num_experts):
             codes = matrices.matrix(expert).codes.flatten()
             if expert in residents:
@@ -205,11 +211,13 @@ def _offload_layer(
                 end += padded(codes.numel())
                 continue
             starts.append(staging)
-            host_codes[expert] = host.take(codes.numel())
-            host_codes[expert][: codes.numel()].copy_(codes)
-            units = -(-codes.numel() // COPY_UNIT)
-            fetch_table[expert, number] = torch.tensor([host_codes[expert].data_ptr(), staging // COPY_UNIT, units])
-            staging += padded(codes.numel())
+            host_codes[expert] = host.allocate(codes.numel())
+            sources = codes.split(MAX_CHUNK_BYTES)
+            for row, (piece, source) in enumerate(zip(host_codes[expert], sources, strict=True), number * max_pieces):
+                piece[: source.numel()].copy_(source)
+                units = -(-source.numel() // COPY_UNIT)
+                fetch_table[expert, row] = torch.tensor([piece.data_ptr(), staging // COPY_UNIT, units])
+                staging += padded(source.numel())
         matrices.place_codes(pool, starts, host_codes)
     module.register_buffer("fetch_table", fetch_table.to(pool.device), persistent=False)
     return end

@@ -24,7 +24,7 @@ class TrellisMatrices(nn.Module):
         scales: [experts, rows] uint8
         table: [experts, 2] int32: the width in eighths of a bit, and the first byte in codes divided by ALIGNMENT
         state_bits: bits of a state
-        host_codes: codes of offloaded experts, in host memory
+        host_codes: codes of offloaded experts, in host memory, in one piece or several
     """
 
     codes: Tensor
@@ -39,7 +39,7 @@ class TrellisMatrices(nn.Module):
         self.rows, self.columns = matrices[0].scales.shape[-1], matrices[0].columns
         device = matrices[0].codes.device
 
-        self.host_codes: dict[int, Tensor] = {}
+        self.host_codes: dict[int, list[Tensor]] = {}
         self._starts: list[int] = []
         end = 0
         for matrix in matrices:
@@ -66,7 +66,7 @@ class TrellisMatrices(nn.Module):
         """Return the bytes of one expert's codes."""
         return self.rows * self.columns * self.widths[expert].eighths // 64
 
-    def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, Tensor]) -> None:
+    def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, list[Tensor]]) -> None:
         """Read codes from other memory from now on. Arguments as for ``PackedMatrices.place_codes``."""
         self.codes, self.host_codes, self._starts = pool, host_codes, starts
         if pool.numel() // ALIGNMENT >= 1 << 31:
@@ -74,9 +74,10 @@ class TrellisMatrices(nn.Module):
         self.table[:, 1] = torch.tensor(starts) // ALIGNMENT
 
     def matrix(self, expert: int) -> TrellisMatrix:
-        """Return views of one expert's tensors, in the layout of the checkpoint."""
+        """Return views of one expert's tensors, in the layout of the checkpoint. Codes in several pieces are copied."""
+        pieces = self.host_codes.get(expert, [self.codes])
         start = 0 if expert in self.host_codes else self._starts[expert]
-        codes = self.host_codes.get(expert, self.codes)[start : start + self.code_bytes(expert)]
+        codes = (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[start : start + self.code_bytes(expert)]
         return TrellisMatrix(codes.view(self.rows // 16, -1), self.scales[expert], self.widths[expert], self.state_bits)
 
     def set_matrix(self, expert: int, matrix: TrellisMatrix) -> None:
