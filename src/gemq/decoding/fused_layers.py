@@ -48,6 +48,7 @@ from gemq.kernels.modules import PackedLinear
 from gemq.models.fused_norms import NormKind, RotaryFunction, fused_rotary, norm_kind, replaced_rotary, rotary_function
 from gemq.models.fused_routers import RouterKind, fused_route, router_kind
 from gemq.models.structure import is_norm
+from gemq.runtime.compat import torch_private
 
 
 class FusedLayers:
@@ -282,7 +283,7 @@ class FusedLayers:
                 placeholder = torch.empty_like(hidden)
                 if self._is_verifying:  # a use of these values must not go unnoticed
                     placeholder.fill_(torch.nan)
-                self._shares = Shares(placeholder, placeholder._version, shares)
+                self._shares = Shares(placeholder, torch_private.write_count(placeholder), shares)
                 return placeholder
         return type(experts).forward(experts, hidden, *routing)
 

@@ -76,7 +76,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
     forward = partial(_run_or_fall_back, kernel, "experts_forward")
     if torch.is_grad_enabled() and _needs_grad(module, hidden, top_k_weights):
-        if "fetch_table" in module._buffers:
+        if hasattr(module, "fetch_table"):
             raise UserError("a model with experts in host memory cannot be trained: load it without gpu_memory")
         from gemq.kernels.training.autograd import experts_with_grad
 
@@ -90,7 +90,7 @@ def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, to
     Returns None where the sum is not one of equal terms, for more tokens, and for experts in host memory. No gradients,
     no fallbacks.
     """
-    if "fetch_table" in module._buffers:
+    if hasattr(module, "fetch_table"):
         return None
     kernel = _choose(hidden, hidden.shape[0], isinstance(module.down_proj, TrellisMatrices))
     if kernel is reference or hidden.shape[0] > MAX_DECODE_TOKENS:
@@ -143,7 +143,7 @@ def _load(name: str) -> ModuleType | None:
 
 def _run(kernel: ModuleType, operation: str, module: Any, x: Tensor, *routing: Tensor) -> Tensor:
     """Run ``kernel.operation``. Codes in host memory are fetched first."""
-    if "fetch_table" in module._buffers:
+    if hasattr(module, "fetch_table"):
         from gemq.kernels.fetch import fetch_codes
 
         index, weights = routing
