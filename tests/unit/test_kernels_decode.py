@@ -45,7 +45,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(dispatch, "mode", "triton")
     if request.param == "cpu":  # a program costs the interpreter about as much however large its tiles are
         monkeypatch.setattr(launch, "tensor_core_config", few_programs)
-        monkeypatch.setattr(launch, "vector_config", lambda pairs, groups, is_down=False: tuning.VectorConfig(64, 4))
+        monkeypatch.setattr(launch, "vector_config", lambda *_, pdl=True, **__: tuning.VectorConfig(64, 4, pdl=pdl))
         monkeypatch.setattr(launch, "linear_vector_config", lambda tokens: tuning.VectorConfig(64, 4))
     return request.param
 

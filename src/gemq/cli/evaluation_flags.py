@@ -48,7 +48,7 @@ class EvaluationFlags:
         int | None, typer.Option(help="Examples in each prompt of a task (default: as each task defines).")
     ] = None
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or auto (default: float32; auto for --bench of gemq report).")
+        str | None, typer.Option(help="float32, bfloat16 or auto (default: float32, but auto to measure speed).")
     ] = None
     device: Device = "auto"
     gpu_memory: GpuMemory = None
