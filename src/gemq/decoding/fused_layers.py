@@ -32,7 +32,6 @@ from gemq.decoding.layer_parts import (
     linear_groups,
     norms_of_linears,
     recorded_calls,
-    replaced_forwards,
     replayed_routing,
 )
 from gemq.decoding.static_cache import StepCache
@@ -47,6 +46,7 @@ from gemq.kernels.dispatch import MAX_DECODE_TOKENS
 from gemq.kernels.modules import PackedLinear
 from gemq.models.fused_norms import NormKind, RotaryFunction, fused_rotary, norm_kind, replaced_rotary, rotary_function
 from gemq.models.fused_routers import RouterKind, fused_route, router_kind
+from gemq.models.module_forwards import replaced_forwards
 from gemq.models.structure import is_norm
 from gemq.runtime.compat import torch_private
 

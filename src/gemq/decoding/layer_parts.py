@@ -248,19 +248,3 @@ def is_close(result: Tensor, expected: Tensor, hidden: Tensor) -> bool:
         return False
     change = (expected.float() - hidden.float()).norm()
     return bool((result.float() - expected.float()).norm() <= MAX_DIFFERENCE[result.dtype] * change)
-
-
-@contextmanager
-def replaced_forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replaces the ``forward`` of modules while the context is active."""
-    originals = {module: vars(module).get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, original in originals.items():
-            if original is None:
-                del module.forward
-            else:
-                module.forward = original

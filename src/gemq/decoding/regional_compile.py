@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.models.cache_names import cache_name
+from gemq.models.module_forwards import replaced_forwards
 from gemq.runtime.compat import torch_private
 
 MAX_LAYER_KINDS = 6
@@ -73,16 +74,13 @@ class LayerCompiler:
             Exception: of any type, from the first call of a module that cannot be compiled.
         """
         _mark_differing_sizes(layers)
+        replaced: dict[nn.Module, Callable[..., Any]] = {}
         for layer, cache in zip(layers, caches, strict=True):
-            layer.forward = partial(self._call_layer, layer, cache)
+            replaced[layer] = partial(self._call_layer, layer, cache)
         for module in modules:
-            module.forward = partial(self._module_forward, module)
-        try:
-            with torch_private.dynamo_settings(MAX_RECOMPILATIONS):
-                yield
-        finally:
-            for module in (*layers, *modules):
-                del module.forward
+            replaced[module] = partial(self._module_forward, module)
+        with replaced_forwards(replaced), torch_private.dynamo_settings(MAX_RECOMPILATIONS):
+            yield
 
     def compile_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles a function of tensors for fixed shapes."""

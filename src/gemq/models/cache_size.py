@@ -7,7 +7,7 @@ attention, sliding windows and linear attention are counted as the installed Tra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemq.models.cache_names import cache_argument
 from gemq.models.config_values import layer_configs
+from gemq.models.module_forwards import replaced_forwards
 from gemq.models.structure import Structure
 
 SHORT_TOKENS, LONG_TOKENS = 32, 512
@@ -122,17 +123,10 @@ def _new_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-@contextmanager
-def _without_experts(model: Any, structure: Structure) -> Iterator[None]:
+def _without_experts(model: Any, structure: Structure) -> AbstractContextManager[None]:
     """Replaces the experts, whose code depends on the values of the routing, by functions that only keep the shape."""
     modules = [model.get_submodule(layer.experts.path) for _, layer in structure.moe_layers]
-    for module in modules:
-        module.forward = lambda hidden_states, *_, **__: torch.empty_like(hidden_states)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return replaced_forwards(dict.fromkeys(modules, lambda hidden_states, *_, **__: torch.empty_like(hidden_states)))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

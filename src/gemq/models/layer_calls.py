@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemq.models.module_forwards import replaced_forwards
+
 MAX_SHARED_TENSORS = 8
 """Tensors of one shape and type that later ones are compared with. Each comparison waits for the device."""
 
@@ -34,7 +36,7 @@ class HiddenStatesChanged(Exception):
 
 
 @contextmanager
-def replaced_forwards(
+def replaced_layers(
     layers: Sequence[nn.Module], function: Callable[[Tensor, Call], Tensor], tuple_size: int
 ) -> Iterator[None]:
     """Replaces the forward of every layer. The layers stay in the model, with the attributes that it reads.
@@ -62,17 +64,8 @@ def replaced_forwards(
             return output
         return (output, *(ExtraOutput(index) for index in range(1, tuple_size)))
 
-    # a forward may be set on the instance, as accelerate's hooks are
-    instance_forwards: list[Any] = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = forward
-    try:
+    with replaced_forwards(dict.fromkeys(layers, forward)):
         yield
-    finally:
-        for layer, instance_forward in zip(layers, instance_forwards, strict=True):
-            del layer.forward
-            if instance_forward is not None:
-                layer.forward = instance_forward
 
 
 class SharedTensors:

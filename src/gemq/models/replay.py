@@ -25,7 +25,7 @@ from gemq.errors import NotFiniteError, UserError
 from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts
 from gemq.models.experts_adapter import as_adopted
 from gemq.models.layer_cache import LayerCache
-from gemq.models.layer_calls import Call, ExtraOutput, HiddenStatesChanged, SharedTensors, replaced_forwards
+from gemq.models.layer_calls import Call, ExtraOutput, HiddenStatesChanged, SharedTensors, replaced_layers
 from gemq.models.structure import Structure
 from gemq.runtime.activation_store import HiddenStates
 from gemq.runtime.memory import MemoryBudget
@@ -217,7 +217,7 @@ class Replay:
                 raise _AllCaptured
             return hidden
 
-        with replaced_forwards(self.layers, capture, self._tuple_size):
+        with replaced_layers(self.layers, capture, self._tuple_size):
             try:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             except _AllCaptured:
@@ -317,7 +317,7 @@ class Replay:
             num_calls += 1
             return hidden if num_calls == len(self.layers) else layer_input
 
-        with replaced_forwards(self.layers, last_output, self._tuple_size):
+        with replaced_layers(self.layers, last_output, self._tuple_size):
             inputs = {"input_ids": ids.to(self.device), "use_cache": False}
             return functional_call(self.model, overrides or {}, (), inputs).logits
 
