@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.kernels import dispatch
+from gemq.kernels.expert_codes import ExpertCodes
 from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
 from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant.grid import dequantize
@@ -30,19 +31,17 @@ ALIGNMENT = 16
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class PackedMatrices(nn.Module):
+class PackedMatrices(ExpertCodes):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
     Attributes:
-        codes: uint8, the experts' codes in order, each [rows, groups * group_bytes] and aligned; the pool of all layers
-            if experts are offloaded (``kernels.offload``)
+        codes: as in ``ExpertCodes``. Those of an expert are [rows, groups * group_bytes]
         scales: uint8, [experts, rows, groups] flat
         offsets: uint8, [experts, rows, groups] flat
         table: [experts, 3] int64: levels of the width (2, 3, 4, 8, 16, 256), first byte in codes, first byte in scales
-        host_codes: codes of offloaded experts, in host memory, in one piece or several
     """
 
-    codes: Tensor
+    widths: tuple[Width, ...]
     scales: Tensor
     offsets: Tensor
     table: Tensor
@@ -58,8 +57,6 @@ class PackedMatrices(nn.Module):
         device = matrices[0].codes.device
         scales_per_expert = self.rows * self.groups
 
-        self.host_codes: dict[int, list[Tensor]] = {}
-        self._starts: list[int] = []
         table: list[list[int]] = []
         end = 0
         for expert, width in enumerate(self.widths):
@@ -75,35 +72,21 @@ class PackedMatrices(nn.Module):
         for expert, matrix in enumerate(matrices):
             self.set_matrix(expert, matrix)
 
-    @property
-    def num_experts(self) -> int:
-        """Number of experts."""
-        return len(self.widths)
-
     def code_bytes(self, expert: int) -> int:
         """Return the bytes of one expert's codes."""
         return self.rows * self.groups * self.widths[expert].group_bytes(self.group_size)
 
     def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, list[Tensor]]) -> None:
-        """Read codes from other memory from now on.
-
-        Args:
-            pool: uint8, what kernels read
-            starts: first byte in it of each expert's codes
-            host_codes: codes of experts that are copied there only while their layer runs
-        """
-        self.codes, self.host_codes, self._starts = pool, host_codes, starts
+        """As in ``ExpertCodes``."""
+        super().place_codes(pool, starts, host_codes)
         self.table[:, 1] = torch.tensor(starts)
 
     def matrix(self, expert: int) -> PackedMatrix:
         """Return views of one expert's tensors, in the layout of the checkpoint. Codes in several pieces are copied."""
         groups = self.rows * self.groups
-        pieces = self.host_codes.get(expert, [self.codes])
-        start = 0 if expert in self.host_codes else self._starts[expert]
-        codes = (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[start : start + self.code_bytes(expert)]
         grid_slice = slice(expert * groups, (expert + 1) * groups)
         return PackedMatrix(
-            codes.view(self.rows, -1),
+            self.stored_codes(expert).view(self.rows, -1),
             self.scales[grid_slice].view(self.rows, self.groups),
             self.offsets[grid_slice].view(self.rows, self.groups),
             self.widths[expert],

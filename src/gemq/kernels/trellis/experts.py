@@ -7,27 +7,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gemq.kernels.expert_codes import ExpertCodes
 from gemq.quant.trellis_matrix import TrellisMatrix
+from gemq.quant.widths import TrellisWidth
 
 ALIGNMENT = 16
 """Each expert's codes start at a multiple of this many bytes, and the table counts in this unit."""
 
 
-class TrellisMatrices(nn.Module):
+class TrellisMatrices(ExpertCodes):
     """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
 
     Attributes:
-        codes: uint8, the experts' codes in order, each [rows / 16, columns / 16 * 4 * eighths] and aligned; the pool of
-            all layers if experts are offloaded (``kernels.offload``)
+        codes: as in ``ExpertCodes``. Those of an expert are [rows / 16, columns / 16 * 4 * eighths]
         scales: [experts, rows] uint8
         table: [experts, 2] int32: the width in eighths of a bit, and the first byte in codes divided by ALIGNMENT
         state_bits: bits of a state
-        host_codes: codes of offloaded experts, in host memory, in one piece or several
     """
 
-    codes: Tensor
+    widths: tuple[TrellisWidth, ...]
     scales: Tensor
     table: Tensor
 
@@ -39,8 +39,6 @@ class TrellisMatrices(nn.Module):
         self.rows, self.columns = matrices[0].scales.shape[-1], matrices[0].columns
         device = matrices[0].codes.device
 
-        self.host_codes: dict[int, list[Tensor]] = {}
-        self._starts: list[int] = []
         end = 0
         for matrix in matrices:
             self._starts.append(end)
@@ -53,11 +51,6 @@ class TrellisMatrices(nn.Module):
         for expert, matrix in enumerate(matrices):
             self.set_matrix(expert, matrix)
 
-    @property
-    def num_experts(self) -> int:
-        """Number of experts."""
-        return len(self.widths)
-
     def kernel_sizes(self) -> tuple[Any, ...]:
         """Return the sizes that kernels are compiled for."""
         return (self.rows, self.columns, self.state_bits)
@@ -67,18 +60,16 @@ class TrellisMatrices(nn.Module):
         return self.rows * self.columns * self.widths[expert].eighths // 64
 
     def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, list[Tensor]]) -> None:
-        """Read codes from other memory from now on. Arguments as for ``PackedMatrices.place_codes``."""
-        self.codes, self.host_codes, self._starts = pool, host_codes, starts
+        """As in ``ExpertCodes``."""
+        super().place_codes(pool, starts, host_codes)
         if pool.numel() // ALIGNMENT >= 1 << 31:
             self.table = self.table.long()
         self.table[:, 1] = torch.tensor(starts) // ALIGNMENT
 
     def matrix(self, expert: int) -> TrellisMatrix:
         """Return views of one expert's tensors, in the layout of the checkpoint. Codes in several pieces are copied."""
-        pieces = self.host_codes.get(expert, [self.codes])
-        start = 0 if expert in self.host_codes else self._starts[expert]
-        codes = (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[start : start + self.code_bytes(expert)]
-        return TrellisMatrix(codes.view(self.rows // 16, -1), self.scales[expert], self.widths[expert], self.state_bits)
+        codes = self.stored_codes(expert).view(self.rows // 16, -1)
+        return TrellisMatrix(codes, self.scales[expert], self.widths[expert], self.state_bits)
 
     def set_matrix(self, expert: int, matrix: TrellisMatrix) -> None:
         """Copy one expert's tensors into the buffers. Raises ValueError if a shape or dtype differs."""
