@@ -22,32 +22,6 @@ from support.cli import SMALL, Finished, contents, gemq, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-EVAL_KEYS = {
-    "model",
-    "stored_bytes",
-    "expert_bits_nominal",
-    "expert_bits_stored",
-    "reference",
-    "reference_perplexity",
-    "built_in_texts",
-    "seq_len",
-    "dtype",
-    "device",
-    "windows",
-    "tokens",
-    "perplexity",
-    "perplexity_stderr",
-    "mean_kl",
-    "mean_kl_stderr",
-    "kl_p99",
-    "kl_p999",
-    "top1_agreement",
-    "top1_agreement_stderr",
-    "routing_agreement",
-    "texts",
-    "layers",
-    "fallbacks",
-}
 COMPARED = {
     "mean_kl",
     "mean_kl_stderr",
@@ -56,8 +30,27 @@ COMPARED = {
     "top1_agreement",
     "top1_agreement_stderr",
     "reference_perplexity",
+    "routing_agreement",
 }
-COMPARED |= {"routing_agreement"}
+EVAL_KEYS = {
+    "model",
+    "stored_bytes",
+    "expert_bits_nominal",
+    "expert_bits_stored",
+    "reference",
+    "built_in_texts",
+    "seq_len",
+    "dtype",
+    "device",
+    "windows",
+    "tokens",
+    "perplexity",
+    "perplexity_stderr",
+    "texts",
+    "layers",
+    "fallbacks",
+    *COMPARED,
+}
 TEXT_KEYS = {"windows", "tokens", "perplexity", "perplexity_stderr", *COMPARED}
 
 

@@ -269,8 +269,7 @@ def _summarize(job: Job, structure: Structure, model: ReconstructedModel) -> Non
     model.tuned.update(distilled.tuned)
     job.count_fallback("hessians_damped_more", retries)
     if recipe.codes == "trellis":
-        experts = [layer.experts for layer in structure.layers if layer.experts is not None]
-        wide = sum(layer.count for layer in experts if not is_practical(layer))
+        wide = sum(layer.experts.count for _, layer in structure.moe_layers if not is_practical(layer.experts))
         job.count_fallback("rows_without_feedback", wide)
     job.fallbacks["layers_not_improved_by_training"] = not_improved
     if recipe.reconstruction_epochs:

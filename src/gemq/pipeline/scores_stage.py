@@ -37,8 +37,7 @@ LayerGradients = Iterator[tuple[int, ExpertsCall | None, Tensor | None]]
 
 def gradient_bytes(structure: Structure) -> int:
     """Bytes of the moments of gradients of all layers."""
-    layers = [layer.experts for _, layer in structure.moe_layers]
-    return sum(4 * experts.matrices[1].rows ** 2 for experts in layers if experts is not None)
+    return sum(4 * layer.experts.matrices[1].rows ** 2 for _, layer in structure.moe_layers)
 
 
 def gradients_file(layer: int) -> str:

@@ -75,7 +75,7 @@ def rotated_problem(
         weight: [E, R, C], any float dtype.
         hessian: [E, C, C], of the inputs of each matrix.
         dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
-        output_hessian: [E, R, R], second moments of the gradient at the outputs of each matrix, if they are known.
+        output_hessian: [E, R, R] float32, second moments of the gradient at the outputs, if they are known.
     """
     hessian = rotate_hessian(hessian.float())  # under the same name, which frees the original
     factor = factorize(hessian, dampening)
@@ -83,9 +83,9 @@ def rotated_problem(
     scales = nearest_scales(weight.square().mean(2).sqrt())
     if output_hessian is None:
         return RotatedProblem(weight, hessian, factor.upper, scales, None, factor.retries)
-    in_units = output_hessian.float() * scales.unsqueeze(2) * scales.unsqueeze(1)
+    in_units = output_hessian * scales.unsqueeze(2) * scales.unsqueeze(1)
     output_factor = factorize(in_units, OUTPUT_DAMPENING)
-    outputs = OutputFactor(output_hessian.float(), output_factor.upper)
+    outputs = OutputFactor(output_hessian, output_factor.upper)
     return RotatedProblem(weight, hessian, factor.upper, scales, outputs, factor.retries + output_factor.retries)
 
 
