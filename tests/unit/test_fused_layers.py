@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gemq
+from gemq.calibration.generation_steps import Stepper
 from gemq.decoding import fused_layers
 from gemq.decoding.decoder import Decoder
 from gemq.kernels import dispatch, reference
@@ -48,6 +49,16 @@ def test_unpacked_layers(family):
     assert all(layer.is_fused and layer.writes_in_attention for layer in layers)
     assert len(decoder._fused._routers) == len(layers)
     assert all("forward" not in vars(module) for module in model.modules())  # nothing stays behind
+
+
+def test_texts_are_written_from_the_logits_of_every_step():
+    """Calibration windows and texts of an evaluation are drawn from logits, which a fused step must hand over as well."""
+    model = tiny("olmoe").to(DEVICE)
+    ids = tokens(2, 4).to(DEVICE)
+    fused, plain = (Stepper(model, 64, static=static).begin(2) for static in (True, False))
+    assert fused._fused.count == len(model.model.layers)
+    for step in range(4):
+        torch.testing.assert_close(fused(ids[:, step : step + 1]), plain(ids[:, step : step + 1]), atol=1e-4, rtol=1e-4)
 
 
 def plain_linears(x, linears):

@@ -96,6 +96,11 @@ class _StaticStep(Decoder):
         assert self._logits is not None
         return self._logits
 
+    def _finish_step(self, logits: Tensor) -> None:
+        """Stores the logits and moves on. The caller writes the next tokens."""
+        self._choose(logits)
+        self._position.add_(1)
+
     def _choose(self, logits: Tensor) -> Tensor:
         """Stores the logits in a buffer that a CUDA graph writes to. Returns the token buffer as it is."""
         if self._logits is None:

@@ -252,6 +252,10 @@ class Decoder:
                 use_cache=True,
                 **cache_argument(self.model, cache),
             ).logits[:, -1]
+        self._finish_step(logits)
+
+    def _finish_step(self, logits: Tensor) -> None:
+        """Writes the next tokens and the next position into the buffers. Logits are [batch, V]."""
         if self._fused is not None and self.temperature == 0:
             from gemq.kernels.decode.choice import advance  # triton is not installed with torch for CPUs
 
