@@ -8,7 +8,8 @@ from typing import Any
 from gemq.recipe import BUILT_IN
 
 FINISH_KEYS = (
-    *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "reconstruct", "guard"),
+    *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "guard"),
+    *("reconstruct", "compensate"),
     *("score_form", "score_labels", "score_tokens", "rescale"),
     *("reconstruction_epochs", "distill_epochs", "distill_loss", "distill_parameters"),
 )
@@ -37,8 +38,11 @@ def uniform(bits: float, **keys: Any) -> dict[str, Any]:
     return {"allocate": "uniform", "bits": bits, **keys}
 
 
-PLAIN = {"effort": "low"}
+LOW = {"effort": "low"}
 """Keys of experiments that train nothing."""
+
+PLAIN = {**LOW, "compensate": False}
+"""Keys of sequential GPTQ."""
 
 SCORE_KEYS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -68,7 +72,7 @@ SETS: dict[str, list[Experiment]] = {
         Experiment("plain random 2.0", {"allocate": "random", "bits": 2, **PLAIN}),
         Experiment("plain random 1.5", {"allocate": "random", "bits": 1.5, **PLAIN}),
         Experiment("plain random 2.5", {"allocate": "random", "bits": 2.5, **PLAIN}),
-        Experiment("low 2.0", {"bits": 2, **PLAIN}),
+        Experiment("low 2.0", {"bits": 2, **LOW}),
     ],
     "main": [
         Experiment("gemq 2.0", {"bits": 2}),

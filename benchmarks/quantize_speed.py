@@ -21,6 +21,7 @@ import torch
 
 from gemq.allocation.scores import pair_costs, reverse_layer
 from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.expert_hessians import InputHessians
 from gemq.calibration.windows import Windows
 from gemq.layers.candidates import build_candidates
 from gemq.layers.quantizer import Quantizer
@@ -173,10 +174,13 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
+    def input_hessians(self) -> InputHessians:
+        """Empty Hessians of all experts."""
+        return InputHessians(self.experts, slice(0, self.experts.count), self.device)
+
     def moments(self) -> None:
         """A layer forward with the second moments of everything; limit by the products alone, half of each."""
-        all_experts = slice(0, self.experts.count)
-        run = lambda: layer_hessians(self.replay, 0, self.activations, self.layer.linears, all_experts)
+        run = lambda: layer_hessians(self.replay, 0, self.activations, self.layer.linears, [self.input_hessians()])
         run()
         scale = TRAIN_TOKENS / (len(self.activations.ids) * self.activations.ids[0].numel())
         first, down = self.experts.matrices
@@ -185,9 +189,9 @@ class Bench:
         self.row("moments", self.seconds(run) * scale, operations, 0.0)
 
     def gptq(self) -> None:
-        moments, _ = layer_hessians(self.replay, 0, self.activations, [], slice(0, self.experts.count))
-        assert moments.experts is not None
-        pairs = list(zip(self.experts.matrices, moments.experts, strict=True))
+        inputs = self.input_hessians()
+        layer_hessians(self.replay, 0, self.activations, [], [inputs])
+        pairs = list(zip(self.experts.matrices, inputs.by_matrix(), strict=True))
         for widths in ((Width.TWO_BIT,), (Width.ONE_BIT, Width.TWO_BIT, Width.THREE_BIT), WIDTHS):
 
             def run(widths: tuple[Width, ...] = widths) -> None:

@@ -76,6 +76,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "rescale": False,
         "allocate_by": "expert",
         "layer_rule": True,
+        "compensate": False,
         "progressive": [3.0, 2.5, 2.0],
         "guard": False,
         "distill_epochs": 1,
@@ -186,6 +187,8 @@ class Recipe:
     # Reconstruction
     reconstruct: bool = True
     """Quantize again at the chosen widths, layer by layer, on the activations of the preceding quantized layers."""
+    compensate: bool = True
+    """Let an expert's down projection make up for the quantization of its gate and up. Needs ``reconstruct``."""
 
     # Training
     candidate_epochs: int = FROM_EFFORT

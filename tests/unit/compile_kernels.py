@@ -454,7 +454,9 @@ def training(dtype: torch.dtype, hidden: int, group: int) -> None:
         torch.empty(1, 4, rows, 64, dtype=dtype)
     )
     if dtype != FP32:
-        gram_kernel.add(torch.empty(experts, hidden, hidden), x, torch.empty(experts, dtype=torch.int64))
+        sums, ends = torch.empty(experts, hidden, hidden), torch.empty(experts, dtype=torch.int64)
+        gram_kernel.add(sums, x, ends)
+        gram_kernel.add_products(sums, x, x, ends)
     columns, widths = 2 * group, 3
     upper, highest = torch.empty(experts, columns, columns), torch.empty(widths, experts)
     for soft_codes in (None, torch.empty(widths, experts, rows, columns, dtype=torch.int16)):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.expert_hessians import InputHessians
 from gemq.calibration.input_recorder import RecordedExpertCalls
 from gemq.calibration.windows import Windows
 from gemq.errors import UserError
 from gemq.models.replay import Replay
-from gemq.models.structure import Layer, find_structure
+from gemq.models.structure import find_structure
 from gemq.runtime.ranks import Ranks
 from support.families import FAMILIES, MAIN_FAMILIES, TOY, tiny, tokens
 
@@ -75,19 +76,19 @@ def test_moments_are_those_of_the_whole_model(family):
         handle.remove()
 
     for i, layer in enumerate(structure.layers):
-        moments, outputs = layer_hessians(replay, i, activations, layer.linears, all_experts(layer))
-        assert set(moments.linears) == {x.path for x in layer.linears}
+        expert_hessians = input_hessians(replay, i)
+        moments, outputs = layer_hessians(replay, i, activations, layer.linears, expert_hessians)
+        assert set(moments.by_path) == {x.path for x in layer.linears}
         for linear in layer.linears:
             x = seen[linear.path].reshape(-1, linear.columns).double()
-            moment = moments.linears[linear.path]
+            moment = moments.by_path[linear.path]
             assert moment.counts.tolist() == [70]
             close(moment.sums[0], x.T @ x)
         if layer.experts:
-            assert moments.experts is not None
             hidden, index, weights = calls[layer.experts.path]
             if index.is_floating_point():
                 index = weights
-            gate_up_moments, down_moments = moments.experts
+            gate_up_moments, down_moments = expert_hessians[0].by_matrix()
             assert (
                 gate_up_moments.counts.tolist()
                 == down_moments.counts.tolist()
@@ -99,8 +100,6 @@ def test_moments_are_those_of_the_whole_model(family):
                 close(gate_up_moments.sums[e], x.double().T @ x.double())
                 h = inner(module, e, x).double()
                 close(down_moments.sums[e], h.T @ h)
-        else:
-            assert moments.experts is None
         inputs = [x.clone() for x in activations.hidden]
         activations.advance(replay, i)
         assert all(torch.equal(a, b) for a, b in zip(activations.hidden, outputs, strict=True))
@@ -122,9 +121,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-9)
 
 
-def all_experts(layer: Layer) -> slice | None:
-    """All experts of a layer."""
-    return slice(0, layer.experts.count) if layer.experts else None
+def input_hessians(replay: Replay, index: int, expert_slice: slice | None = None) -> list[InputHessians]:
+    """Of all experts of a layer, if it has any, or of some."""
+    experts = replay.structure.layers[index].experts
+    if experts is None:
+        return []
+    return [InputHessians(experts, expert_slice or slice(0, experts.count), replay.device)]
 
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
@@ -135,12 +137,16 @@ def test_recorded_inputs_are_the_same_if_a_layer_stops_after_them(family):
     for i in range(index):
         activations.advance(replay, i)
     attention = [x for x in layer.linears if x.kind == "attention"]
-    for linears, expert_slice in ((attention, None), (layer.linears, all_experts(layer)), ([], slice(1, 3))):
-        full_moments, _ = layer_hessians(replay, index, activations, linears, expert_slice)
-        moments, outputs = layer_hessians(replay, index, activations, linears, expert_slice, with_outputs=False)
+    for linears, expert_slice in ((attention, None), (layer.linears, slice(0, 4)), ([], slice(1, 3))):
+        experts, full_experts = (
+            [] if expert_slice is None else input_hessians(replay, index, expert_slice) for _ in range(2)
+        )
+        full_moments, _ = layer_hessians(replay, index, activations, linears, full_experts)
+        moments, outputs = layer_hessians(replay, index, activations, linears, experts, with_outputs=False)
         assert not len(outputs)
-        pairs = [(full_moments.linears[x.path], moments.linears[x.path]) for x in linears]
-        pairs += zip(full_moments.experts or (), moments.experts or (), strict=True)
+        pairs = [(full_moments.by_path[x.path], moments.by_path[x.path]) for x in linears]
+        for full, single in zip(full_experts, experts, strict=True):
+            pairs += zip(full.by_matrix(), single.by_matrix(), strict=True)
         for a, b in pairs:
             assert torch.equal(a.sums, b.sums)
             assert torch.equal(a.counts, b.counts)
@@ -166,10 +172,10 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
             activations.advance(replay, i)
             activations.advance_all(replay, i, states)
         recorded_calls = RecordedExpertCalls(replay.memory)
-        moments, outputs = layer_hessians(replay, index, activations, layer.linears, all_experts(layer), recorded_calls)
+        experts = input_hessians(replay, index)
+        moments, outputs = layer_hessians(replay, index, activations, layer.linears, experts, recorded_calls)
         activations.advance_all(replay, index, states)
-        assert moments.experts is not None
-        sums = [m.sums for m in (*moments.linears.values(), *moments.experts)]
+        sums = [m.sums for m in (*moments.by_path.values(), *experts[0].by_matrix())]
         calls = [t for call in recorded_calls for t in (call.hidden, call.top_k_weights)]
         results.append([*sums, *outputs, *states[0], *states[1], *calls])
         assert len(outputs) == len(recorded_calls) == 7
@@ -179,24 +185,23 @@ def test_micro_batches_in_one_forward(family, monkeypatch):
 
 def test_moments_of_some_experts_equal_theirs_among_all():
     replay, activations = start("olmoe", 10)
-    four_experts, _ = layer_hessians(replay, 0, activations, [], slice(0, 4))
-    two_experts, _ = layer_hessians(replay, 0, activations, [], slice(1, 3))
-    assert four_experts.experts is not None
-    assert two_experts.experts is not None
-    for a, b in zip(four_experts.experts, two_experts.experts, strict=True):
+    four_experts, two_experts = (
+        input_hessians(replay, 0, expert_slice)[0] for expert_slice in (slice(0, 4), slice(1, 3))
+    )
+    layer_hessians(replay, 0, activations, [], [four_experts, two_experts])
+    for a, b in zip(four_experts.by_matrix(), two_experts.by_matrix(), strict=True):
         assert torch.equal(a.sums[1:3], b.sums)
         assert torch.equal(a.counts[1:3], b.counts)
 
 
 def test_query_key_and_value_share_one_moment():
     replay, activations = start("olmoe")
-    moments, _ = layer_hessians(replay, 0, activations, replay.structure.layers[0].linears, None)
-    q, k, v, o = (moments.linears[f"model.layers.0.self_attn.{x}_proj"] for x in "qkvo")
+    moments, _ = layer_hessians(replay, 0, activations, replay.structure.layers[0].linears, [])
+    q, k, v, o = (moments.by_path[f"model.layers.0.self_attn.{x}_proj"] for x in "qkvo")
     assert q is k
     assert k is v
     assert o is not q
     assert q.counts.tolist() == [70]  # added once, not three times
-    assert moments.experts is None
 
 
 def test_two_branches_of_one_linear_are_both_counted():
@@ -213,10 +218,10 @@ def test_two_branches_of_one_linear_are_both_counted():
 
     linears = replay.structure.layers[0].linears
     replay.layers[0] = Twice(replay.layers[0])
-    moments, _ = layer_hessians(replay, 0, activations, linears, all_experts(replay.structure.layers[0]))
-    assert all(moments.linears[x.path].counts.tolist() == [140] for x in linears)
-    assert moments.experts is not None
-    assert int(moments.experts[0].counts.sum()) == 280
+    experts = input_hessians(replay, 0)
+    moments, _ = layer_hessians(replay, 0, activations, linears, experts)
+    assert all(moments.by_path[x.path].counts.tolist() == [140] for x in linears)
+    assert int(experts[0].first.counts.sum()) == 280
 
 
 def test_a_layer_that_overwrites_what_a_linear_received_is_refused():
@@ -229,18 +234,18 @@ def test_a_layer_that_overwrites_what_a_linear_received_is_refused():
 
     handle = replay.model.get_submodule(linears[0].path).register_forward_hook(spoil)
     with pytest.raises(UserError, match="overwrites what one of its linears has received"):
-        layer_hessians(replay, 0, activations, linears, None)
+        layer_hessians(replay, 0, activations, linears, [])
     handle.remove()
 
 
 def test_only_requested_inputs_are_recorded():
     replay, activations = start("qwen2_moe")
     shared = [x for x in replay.structure.layers[0].linears if x.kind == "shared"]
-    moments, _ = layer_hessians(replay, 0, activations, shared, None)
-    assert set(moments.linears) == {x.path for x in shared}
+    moments, _ = layer_hessians(replay, 0, activations, shared, [])
+    assert set(moments.by_path) == {x.path for x in shared}
     recorded_calls = RecordedExpertCalls(replay.memory)
-    moments, _ = layer_hessians(replay, 0, activations, [], all_experts(replay.structure.layers[0]), recorded_calls)
-    assert moments.linears == {}
+    moments, _ = layer_hessians(replay, 0, activations, [], input_hessians(replay, 0), recorded_calls)
+    assert moments.by_path == {}
     assert len(recorded_calls) == len(activations.ids)
 
 
@@ -253,9 +258,9 @@ def test_micro_batches_change_sums_only_in_rounding(family):
         index = replay.structure.moe_layers[0][0]
         for i in range(index):
             activations.advance(replay, i)
-        moments, _ = layer_hessians(replay, index, activations, [], all_experts(replay.structure.layers[index]))
-        assert moments.experts is not None
-        results.append(moments.experts)
+        experts = input_hessians(replay, index)
+        layer_hessians(replay, index, activations, [], experts)
+        results.append(experts[0].by_matrix())
     for small_batches, single_batch in zip(*results, strict=True):
         assert torch.equal(small_batches.counts, single_batch.counts)
         close(small_batches.sums, single_batch.sums.double())
@@ -264,5 +269,5 @@ def test_micro_batches_change_sums_only_in_rounding(family):
 def test_hooks_are_gone_afterwards():
     replay, activations = start("mixtral")
     layer = replay.structure.layers[0]
-    layer_hessians(replay, 0, activations, layer.linears, all_experts(layer))
+    layer_hessians(replay, 0, activations, layer.linears, input_hessians(replay, 0))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in replay.model.modules())

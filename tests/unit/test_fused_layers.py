@@ -52,7 +52,7 @@ def test_unpacked_layers(family):
 
 
 def test_texts_are_written_from_the_logits_of_every_step():
-    """Calibration windows and texts of an evaluation are drawn from logits, which a fused step must hand over as well."""
+    """Calibration windows and texts of an evaluation are drawn from logits, which a fused step hands over as well."""
     model = tiny("olmoe").to(DEVICE)
     ids = tokens(2, 4).to(DEVICE)
     fused, plain = (Stepper(model, 64, static=static).begin(2) for static in (True, False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from gemq.allocation.interpolation import interpolate
 from gemq.allocation.problem import Budget, Problem, allocate
 from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.expert_hessians import InputHessians
 from gemq.calibration.windows import Windows
 from gemq.distillation.trellis_student import TrellisStudentExperts
 from gemq.errors import UserError
@@ -79,7 +81,8 @@ def test_reconstruction_at_widths_between_the_candidates(replay):
     widths = [tuple(map(TrellisWidth.read, pair)) for pair in ((1.625, 2), (3.125, 2))]
     activations = Activations.start(replay, windows(), 24, 0)
     exact_candidates = candidates_of(replay)
-    quantized = reconstruct_layer(replay, 0, activations, QUANTIZER, widths, None)
+    quantizer = dataclasses.replace(QUANTIZER, compensates=False)
+    quantized = reconstruct_layer(replay, 0, activations, quantizer, widths, None)
     path = layer.experts.path
     for expert, pair in enumerate(widths):
         for matrix, width in zip(layer.experts.matrices, pair, strict=True):
@@ -195,8 +198,9 @@ def test_output_hessians_against_jacobians(replay):
     factor = torch.randn(down.rows, down.rows, generator=generator)
     gradients = factor @ factor.T
     activations = Activations.start(replay, windows(), 72, 0)  # one micro-batch
-    moments, _ = layer_hessians(replay, 0, activations, [], slice(0, 2), with_outputs=False, with_slopes=True)
-    hessians = OutputHessians(module, experts, slice(0, 2), gradients, moments.slopes, 0.0)
+    inputs = InputHessians(experts, slice(0, 2), replay.device, with_down=False, with_slopes=True)
+    layer_hessians(replay, 0, activations, [], [inputs], with_outputs=False)
+    hessians = OutputHessians(module, experts, slice(0, 2), gradients, inputs.slopes, 0.0)
     assert torch.equal(hessians.hessians(down.name, slice(1, 2)), gradients.unsqueeze(0))
 
     with record_experts_calls(module) as calls:

@@ -11,11 +11,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemq.calibration.expert_hessians import ExpertHessians
 from gemq.calibration.input_recorder import (
     InputRecorder,
     RecordedExpertCalls,
@@ -25,15 +25,8 @@ from gemq.calibration.input_recorder import (
     split_rows,
 )
 from gemq.calibration.windows import Windows
-from gemq.models.experts import (
-    ExpertsCall,
-    apply_first,
-    apply_first_with_slopes,
-    expert_weight,
-    route_local_call,
-)
 from gemq.models.replay import Call, Replay
-from gemq.models.structure import Experts, Linear
+from gemq.models.structure import Linear
 from gemq.quant.hessian import HessianAccumulator
 from gemq.runtime.activation_store import ActivationStore
 from gemq.runtime.ranks import MAX_EXCHANGE_BYTES, SINGLE, Ranks
@@ -192,80 +185,30 @@ class Activations:
 
 
 @dataclass
-class LayerHessians:
-    """Hessian accumulators of one layer.
+class LinearHessians:
+    """Hessians of the inputs of the dense linears of one layer.
 
     Attributes:
-        linears: by module path. Linears that receive the same tensor share one object.
-        experts: of the two matrices of the experts on this rank; None if no experts were requested.
-        slopes: second moments of the derivatives of the second matrix's inputs by the first matrix's outputs, times
-            routing weights; None if they were not requested.
+        by_path: by module path. Linears that receive the same tensor share one object.
     """
 
-    linears: dict[str, HessianAccumulator]
-    experts: tuple[HessianAccumulator, HessianAccumulator] | None
-    slopes: HessianAccumulator | None = None
+    by_path: dict[str, HessianAccumulator] = field(default_factory=dict)
 
-    @classmethod
-    def empty(
-        cls, experts: Experts | None, expert_slice: slice | None, device: torch.device, with_slopes: bool = False
-    ) -> LayerHessians:
-        """Accumulators without inputs, for the experts of ``expert_slice``, if any."""
-        if experts is None or expert_slice is None:
-            return cls({}, None)
-        count = expert_slice.stop - expert_slice.start
-        gate_up, down = experts.matrices
-        slopes = HessianAccumulator(count, gate_up.rows, device) if with_slopes else None
-        inputs = (HessianAccumulator(count, gate_up.columns, device), HessianAccumulator(count, down.columns, device))
-        return cls({}, inputs, slopes)
-
-    def add_linears(self, linears: Sequence[Linear], recorded: RecordedInputs) -> None:
+    def add(self, linears: Sequence[Linear], recorded: RecordedInputs) -> None:
         """Adds the recorded inputs of ``linears``."""
         for linear, first_index, rows in zip(linears, recorded.first_linear, recorded.rows, strict=True):
             if rows is not None:
-                if linear.path not in self.linears:
-                    self.linears[linear.path] = HessianAccumulator(1, linear.columns, rows.device)
+                if linear.path not in self.by_path:
+                    self.by_path[linear.path] = HessianAccumulator(1, linear.columns, rows.device)
                 ends = torch.full((1,), len(rows), device=rows.device)
-                self.linears[linear.path].add(rows, ends)
+                self.by_path[linear.path].add(rows, ends)
             elif first_index >= 0:
-                self.linears[linear.path] = self.linears[linears[first_index].path]
+                self.by_path[linear.path] = self.by_path[linears[first_index].path]
 
-    def add_experts(self, module: Any, experts: Experts, expert_slice: slice, call: ExpertsCall) -> None:
-        """Adds the inputs of both matrices of some experts.
-
-        Args:
-            module: the experts module.
-            experts: its description.
-            expert_slice: the experts on this rank, with a start and a stop.
-            call: the recorded call of the module.
-        """
-        assert self.experts is not None
-        first_moments, down_moments = self.experts
-        name = experts.matrices[0].name
-        weight = expert_weight(module, name)[expert_slice]
-        routed = route_local_call(call, expert_slice, weight)
-        x = call.hidden.index_select(0, routed.token)
-        first_moments.add(x, routed.ends)
-        if self.slopes is None:
-            down_moments.add(apply_first(module, name, weight, x, routed), routed.ends)
-            return
-        h, slopes = apply_first_with_slopes(module, name, weight, x, routed)
-        down_moments.add(h, routed.ends)
-        self.slopes.add(slopes * routed.weight.unsqueeze(1).to(slopes.dtype), routed.ends)
-
-    def finish(self, ranks: Ranks) -> None:
-        """Call after the last inputs were added.
-
-        Args:
-            ranks: the processes among which the layer's experts are divided.
-        """
-        unique = {id(moments): moments for moments in self.linears.values()}
-        for moments in unique.values():
-            moments.finish()
-        for moments in self.experts or ():
-            moments.finish(ranks)
-        if self.slopes is not None:
-            self.slopes.finish(ranks)
+    def finish(self) -> None:
+        """Call after the last inputs were added."""
+        for hessians in {id(hessians): hessians for hessians in self.by_path.values()}.values():
+            hessians.finish()
 
 
 @torch.no_grad()
@@ -274,11 +217,10 @@ def layer_hessians(
     index: int,
     activations: Activations,
     linears: Sequence[Linear],
-    expert_slice: slice | None,
+    expert_hessians: Sequence[ExpertHessians],
     expert_calls: RecordedExpertCalls | None = None,
     with_outputs: bool = True,
-    with_slopes: bool = False,
-) -> tuple[LayerHessians, ActivationStore]:
+) -> tuple[LinearHessians, ActivationStore]:
     """Runs layer ``index`` on this rank's micro-batches and accumulates Hessians over those of all ranks.
 
     Ranks exchange the inputs of linears and experts. Each rank adds all of them up in the order of the micro-batches,
@@ -289,20 +231,19 @@ def layer_hessians(
         index: of the layer.
         activations: its inputs.
         linears: the linears whose Hessians to accumulate, on every rank.
-        expert_slice: this rank's experts, with a start and a stop; None: no experts.
+        expert_hessians: accumulate those of this rank's experts; empty: no experts.
         expert_calls: receives the calls of the experts module, one per micro-batch, for training.
         with_outputs: False: returns no outputs, and runs the layer no further than to the last recorded module.
-        with_slopes: accumulate ``LayerHessians.slopes`` of the experts.
 
     Returns:
-        The Hessians, and the layer's outputs [B, S, H] per micro-batch of this rank.
+        The Hessians of the linears, and the layer's outputs [B, S, H] per micro-batch of this rank.
     """
-    experts = replay.structure.layers[index].experts if expert_slice is not None else None
+    experts = replay.structure.layers[index].experts if expert_hessians else None
     module = replay.model.get_submodule(experts.path) if experts else None
-    moments = LayerHessians.empty(experts, expert_slice, replay.device, with_slopes)
+    hessians = LinearHessians()
     outputs = ActivationStore(replay.memory)
     if not linears and module is None and not with_outputs:
-        return moments, outputs
+        return hessians, outputs
 
     recorder = InputRecorder(replay.model, linears, module)
     expected_counts: list[int] | None = None
@@ -320,16 +261,19 @@ def layer_hessians(
                     expected_counts = recorder.call_counts()  # the first forward pass ran to its end
             recordings.append(recorder.recorded())
         for recorded in all_gather_recordings(replay.ranks, recordings):
-            moments.add_linears(linears, recorded)
+            hessians.add(linears, recorded)
             token_counts = list(itertools.islice(all_token_counts, activations.batches_per_forward))
             call = recorded.experts_call
-            if call is not None and experts and expert_slice is not None:
-                moments.add_experts(module, experts, expert_slice, call)
+            if call is not None:
+                for accumulator in expert_hessians:
+                    accumulator.add(module, call)
                 if expert_calls is not None:
                     expert_calls.extend(call, token_counts)
-    has_all_experts = experts is None or expert_slice == slice(0, experts.count)
-    moments.finish(SINGLE if has_all_experts else replay.ranks)
-    return moments, outputs
+    hessians.finish()
+    for accumulator in expert_hessians:
+        has_all_experts = experts is None or accumulator.expert_slice == slice(0, experts.count)
+        accumulator.finish(SINGLE if has_all_experts else replay.ranks)
+    return hessians, outputs
 
 
 def _run_group(

@@ -8,7 +8,7 @@ Shapes: E experts, W widths, R rows, C columns. ``quant.packing`` describes pack
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.expert_hessians import InputHessians
 from gemq.calibration.input_recorder import RecordedExpertCalls
 from gemq.layers.candidate_training import CandidateTrainer, ExpertInputs, expert_chunks, train_state_sizes
 from gemq.layers.layer_training import LayerResult, LayerTrainer
@@ -121,17 +122,21 @@ def build_candidates(
     with_trellis = trellis_widths(widths)
     if with_trellis:
         training = None
-    all_experts = slice(0, experts.count) if experts is not None else None
     calls = RecordedExpertCalls(replay.memory) if training is not None and experts is not None else None
     trains_linears = linear_training is not None
-    moments, outputs = layer_hessians(
-        replay, index, activations, linears, all_experts, calls, with_outputs or trains_linears
+    expert_hessians = None if experts is None else InputHessians(experts, slice(0, experts.count), replay.device)
+    accumulators = [] if expert_hessians is None else [expert_hessians]
+    linear_hessians, outputs = layer_hessians(
+        replay, index, activations, linears, accumulators, calls, with_outputs or trains_linears
     )
-    quantized = quantize_linears(replay, linears, moments, quantizer, dense_width, with_soft_codes=trains_linears)
+    quantized = quantize_linears(
+        replay, linears, linear_hessians, quantizer, dense_width, with_soft_codes=trains_linears
+    )
     candidates = LayerCandidates(quantized.packed, retries=quantized.retries, small=quantized.small)
+    input_hessians = [] if expert_hessians is None else expert_hessians.by_matrix()
     if training is not None:  # training needs the memory of the Hessians
-        for expert_hessians in moments.experts or ():
-            expert_hessians.offload(lambda sums: ActivationStore(replay.memory, sums))
+        for hessians in input_hessians:
+            hessians.offload(lambda sums: ActivationStore(replay.memory, sums))
     if linear_training is not None and linears:
         parameters = linear_parameters(linears, quantized)
         max_batches = max(2, LINEAR_TOKENS // activations.ids[0].numel())
@@ -139,14 +144,14 @@ def build_candidates(
             replay, index, activations, outputs, parameters, linear_training, {}, max_batches=max_batches
         )
         _pack_trained_linears(trainer.run(), candidates)
-    if experts is not None and moments.experts is not None:
+    if experts is not None:
         module = replay.model.get_submodule(experts.path)
         if with_trellis:
-            _build_trellis_candidates(module, experts, moments.experts, quantizer, with_trellis, candidates)
+            _build_trellis_candidates(module, experts, input_hessians, quantizer, with_trellis, candidates)
             return candidates, outputs
         inputs = ExpertInputs(module, experts, calls) if calls is not None else None
         builder = _ExpertCandidates(
-            module, experts, moments.experts, inputs, quantizer, affine_widths(widths), training, index
+            module, experts, input_hessians, inputs, quantizer, affine_widths(widths), training, index
         )
         builder.build(candidates)
     return candidates, outputs
@@ -165,7 +170,7 @@ def _pack_trained_linears(result: LayerResult, candidates: LayerCandidates) -> N
 def _build_trellis_candidates(
     module: Any,
     experts: Experts,
-    hessians: tuple[HessianAccumulator, HessianAccumulator],
+    hessians: Sequence[HessianAccumulator],
     quantizer: Quantizer,
     widths: tuple[TrellisWidth, ...],
     candidates: LayerCandidates,
@@ -199,7 +204,7 @@ class _ExpertCandidates:
 
     module: Any
     experts: Experts
-    hessians: tuple[HessianAccumulator, HessianAccumulator]
+    hessians: Sequence[HessianAccumulator]
     inputs: ExpertInputs | None
     quantizer: Quantizer
     widths: tuple[Width, ...]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibration.activations import LayerHessians
+from gemq.calibration.activations import LinearHessians
 from gemq.errors import UserError
 from gemq.layers.layer_training import QuantizedParameter
 from gemq.layers.quantizer import Quantizer
@@ -51,7 +51,7 @@ class QuantizedLinears:
 def quantize_linears(
     replay: Replay,
     linears: Sequence[Linear],
-    moments: LayerHessians,
+    hessians: LinearHessians,
     quantizer: Quantizer,
     width: Width | None,
     with_soft_codes: bool = False,
@@ -61,7 +61,7 @@ def quantize_linears(
     Args:
         replay: The model, and the ranks that share the work.
         linears: Linears of one layer.
-        moments: Hessians of their inputs.
+        hessians: Of their inputs.
         quantizer: Settings.
         width: Width of all of them. None leaves them unquantized.
         with_soft_codes: Also return the codes before rounding, from which training starts.
@@ -72,22 +72,22 @@ def quantize_linears(
         return result
     for linear in linears:
         result.small += below_scales(_weight(replay, linear).unsqueeze(0))
-    for index, batch in enumerate(_linears_by_input(linears, moments, replay.device)):
+    for index, batch in enumerate(_linears_by_input(linears, hessians, replay.device)):
         if index % ranks.count == ranks.rank:
             quantized = _quantize_batch(
-                replay, batch, moments.linears[batch[0].path], quantizer, width, with_soft_codes
+                replay, batch, hessians.by_path[batch[0].path], quantizer, width, with_soft_codes
             )
             result.update(quantized)
     return _all_gather(ranks, linears, width, result)
 
 
-def _linears_by_input(linears: Sequence[Linear], moments: LayerHessians, device: torch.device) -> list[list[Linear]]:
+def _linears_by_input(linears: Sequence[Linear], hessians: LinearHessians, device: torch.device) -> list[list[Linear]]:
     """Group linears that receive the same tensor: those that share a Hessian."""
     batches: dict[int, list[Linear]] = {}
     for linear in linears:
-        if linear.path not in moments.linears:  # in a branch that no calibration token reached
-            moments.linears[linear.path] = HessianAccumulator(1, linear.columns, device)
-        batches.setdefault(id(moments.linears[linear.path]), []).append(linear)
+        if linear.path not in hessians.by_path:  # in a branch that no calibration token reached
+            hessians.by_path[linear.path] = HessianAccumulator(1, linear.columns, device)
+        batches.setdefault(id(hessians.by_path[linear.path]), []).append(linear)
     return list(batches.values())
 
 

@@ -52,7 +52,7 @@ class OutputHessians:
             experts: Its description.
             local_experts: The experts of this rank.
             gradients: [H, H] float32, G.
-            slopes: Second moments of s of each expert of this rank, as of ``LayerHessians.slopes``. None: the first
+            slopes: Second moments of s of each expert of this rank, as of ``InputHessians.slopes``. None: the first
                 matrix has no Hessians.
             shrinkage: Weight of the mean over experts in the moments of one expert.
         """

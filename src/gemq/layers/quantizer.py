@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemq.quant.compensation import ChangeAccumulator, compensate
 from gemq.quant.gptq import gptq, gptq_mixed, round_to_nearest
 from gemq.quant.grid import Quantized
 from gemq.quant.hessian import HessianAccumulator, factorize
@@ -26,6 +27,13 @@ CHUNK_BYTES = 4 << 30
 TRELLIS_COPIES = 6
 """Float32 copies of the weights that error feedback of trellis codes works with."""
 
+PRIOR_ROWS = 4
+"""Rows without change that count for each column in ``Quantizer.compensate``. A change that is estimated from n rows of
+C columns has a random part of C / n, and a quarter of the change can be made up for."""
+
+COMPENSATION_COPIES = 4
+"""Float32 copies of the weights that ``Quantizer.compensate`` works with."""
+
 OUTPUT_COPIES = 8
 """Float32 tensors as large as the Hessians of the outputs that their use takes: factors, and the fit of rows."""
 
@@ -39,12 +47,14 @@ class Quantizer:
         group_size: Group size of the recipe. ``group`` returns that of a matrix.
         dampening: Share of the mean of a Hessian's diagonal that is added to its diagonal.
         shrinkage: Weight of the layer's mean Hessian in an expert's Hessian (see ``HessianAccumulator.hessians``).
+        compensates: Whether down projections make up for the quantization of the matrix before them.
     """
 
     method: str
     group_size: int
     dampening: float
     shrinkage: float
+    compensates: bool = True
 
     def quantize_all(
         self,
@@ -170,6 +180,32 @@ class Quantizer:
             num_retries += problem.retries
             del problem, outputs  # frees as much memory as the next chunk needs
         return [matrices[index] for index in range(len(weight))], num_retries
+
+    def compensate(
+        self, weight: Tensor, hessians: HessianAccumulator, changes: ChangeAccumulator, first_expert: int
+    ) -> Tensor:
+        """Return the weights that make up for a change of their inputs: see ``quant.compensation``.
+
+        Few tokens change a matrix little: the sums of changes are divided by the number of rows of the Hessians, to
+        which ``shrinkage`` adds rows of other matrices, and by further rows for each column.
+
+        Args:
+            weight: [E, R, C].
+            hessians: Of the changed inputs, possibly of more experts than those of ``weight``.
+            changes: Of the inputs of these experts.
+            first_expert: Index in ``hessians`` of the first expert of ``weight``.
+
+        Returns:
+            [E, R, C], dtype of ``weight``.
+        """
+        result = torch.empty_like(weight)
+        for chunk in _expert_chunks(weight, COMPENSATION_COPIES):
+            experts = slice(chunk.start + first_expert, chunk.stop + first_expert)
+            num_rows = hessians.num_rows(self.shrinkage, experts) + PRIOR_ROWS * weight.shape[2]
+            change = changes.sums[chunk] / num_rows
+            hessian = hessians.hessians(self.shrinkage, experts)
+            result[chunk] = compensate(weight[chunk], hessian, change, self.dampening)
+        return result
 
     @staticmethod
     def _round_mixed(weight: Tensor, widths: Sequence[Width], group: int) -> Quantized:

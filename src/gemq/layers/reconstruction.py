@@ -12,22 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.calibration.activations import Activations, LayerHessians, layer_hessians
+from gemq.calibration.activations import Activations, layer_hessians
+from gemq.calibration.expert_hessians import ExpertHessians
 from gemq.layers.candidates import LayerCandidates
+from gemq.layers.expert_reconstruction import ExpertReconstruction
 from gemq.layers.layer_training import LayerTrainer, QuantizedParameter
 from gemq.layers.linears import QuantizedLinears, install_linears, linear_parameters, quantize_linears
-from gemq.layers.output_hessians import OutputHessians, is_practical
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.scheme import QuantizationScheme, matrix_widths
 from gemq.layers.training import Training, as_parameter
 from gemq.layers.trellis_experts import TrellisBatch, dequantize_experts
-from gemq.models.expert_parallel import can_shard_windows, gather_experts, local_expert_slice
-from gemq.models.experts import expert_weight
+from gemq.models.expert_parallel import can_shard_windows, gather_experts
 from gemq.models.replay import Replay
 from gemq.models.structure import Experts, Layer, Linear, Matrix
 from gemq.quant.grid import Quantized, dequantize, dequantize_each
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import ExpertWidths, Width, affine_widths, trellis_widths
 from gemq.runtime.activation_store import ActivationStore
@@ -176,17 +175,27 @@ class _LayerReconstruction:
         """Quantize the linears of attention and install them in the model."""
         attention = [linear for linear in self.scheme.linears(self.layer) if linear.kind == "attention"]
         if attention:
-            self._quantize_linears(attention, None)
+            self._quantize_linears(attention, [])
 
     def quantize_other_matrices(self) -> None:
         """Quantize all other linears and install them, and quantize this rank's experts."""
         others = [linear for linear in self.scheme.linears(self.layer) if linear.kind != "attention"]
-        experts = self.layer.experts
-        local_experts = None if experts is None else local_expert_slice(self.replay.model, experts, self.replay.ranks)
-        moments = self._quantize_linears(others, local_experts)
-        self.result.retries = self.linears.retries
-        if experts is not None and local_experts is not None:
-            self._quantize_experts(experts, local_experts, moments)
+        if self.layer.experts is None:
+            self._quantize_linears(others, [])
+            self.result.retries = self.linears.retries
+            return
+        experts = ExpertReconstruction(
+            self.replay,
+            self.index,
+            self.activations,
+            self.quantizer,
+            self.scheme,
+            self.gradients,
+            with_soft_codes=self.targets is not None,
+        )
+        self._quantize_linears(others, [experts.inputs])
+        self.parameters += experts.quantize()
+        self.result.retries = self.linears.retries + experts.retries
 
     def train(self) -> None:
         """Train all quantized matrices, router and norms towards the targets, if there are any.
@@ -231,72 +240,21 @@ class _LayerReconstruction:
             for matrix in self.layer.experts.matrices:
                 self._pack_experts(self.layer.experts, matrix, grids[f"{self.layer.experts.path}.{matrix.name}"])
 
-    def _quantize_linears(self, linears: Sequence[Linear], experts: slice | None) -> LayerHessians:
-        """Quantize and install dense linears. Also returns the Hessians of experts.
+    def _quantize_linears(self, linears: Sequence[Linear], expert_hessians: Sequence[ExpertHessians]) -> None:
+        """Quantize and install dense linears.
 
         Args:
             linears: The dense linears.
-            experts: Range of experts, if Hessians of experts are computed in the same forward pass.
-
-        Returns:
-            All Hessians.
+            expert_hessians: Accumulate Hessians of experts in the same forward pass.
         """
-        moments, _ = layer_hessians(
-            self.replay,
-            self.index,
-            self.activations,
-            linears,
-            experts,
-            with_outputs=False,
-            with_slopes=self._uses_slopes(experts),
+        hessians, _ = layer_hessians(
+            self.replay, self.index, self.activations, linears, expert_hessians, with_outputs=False
         )
         width = self.scheme.dense_width
         with_soft_codes = self.targets is not None
-        quantized = quantize_linears(self.replay, linears, moments, self.quantizer, width, with_soft_codes)
+        quantized = quantize_linears(self.replay, linears, hessians, self.quantizer, width, with_soft_codes)
         install_linears(self.replay.model, linears, quantized.packed)
         self.linears.update(quantized)
-        return moments
-
-    def _uses_slopes(self, local_experts: slice | None) -> bool:
-        """Whether the Hessians of the outputs of the experts' first matrix are computed."""
-        experts = self.layer.experts
-        return (
-            self.gradients is not None and local_experts is not None and experts is not None and is_practical(experts)
-        )
-
-    def _quantize_experts(self, experts: Experts, local_experts: slice, moments: LayerHessians) -> None:
-        """Quantize both matrices of this rank's experts."""
-        module = self.replay.model.get_submodule(experts.path)
-        widths_by_name = self.scheme.matrix_widths(self.layer)
-        retries = 0
-        output_hessians = None
-        if self.gradients is not None:
-            shrinkage = self.quantizer.shrinkage
-            output_hessians = OutputHessians(module, experts, local_experts, self.gradients, moments.slopes, shrinkage)
-        assert moments.experts is not None
-        for matrix, matrix_hessians in zip(experts.matrices, moments.experts, strict=True):
-            weight = expert_weight(module, matrix.name)[local_experts]
-            name = f"{experts.path}.{matrix.name}"
-            widths = widths_by_name[matrix.name][local_experts]
-            if with_trellis := trellis_widths(widths):
-                hessians = None if output_hessians is None else output_hessians.for_matrix(matrix.name)
-                matrices, matrix_retries = self.quantizer.quantize_trellis_mixed(
-                    weight, matrix_hessians, with_trellis, hessians
-                )
-                batch = TrellisBatch.of(matrices, weight.dtype)
-                self.parameters.append(QuantizedParameter(name, widths, batch, None))
-                retries += matrix_retries
-                continue
-            soft_codes = None
-            if self.targets is not None:
-                soft_codes = weight.new_empty(weight.shape, dtype=soft_code_dtype(weight.device, weight.dtype))
-            q, matrix_retries = self.quantizer.quantize_mixed(
-                weight, matrix_hessians, affine_widths(widths), soft_codes
-            )
-            self.parameters.append(QuantizedParameter(name, widths, q, soft_codes))
-            retries += matrix_retries
-        holds_all_experts = local_experts.stop - local_experts.start == experts.count
-        self.result.retries += retries if holds_all_experts else self.replay.ranks.all_reduce_int(retries)
 
     def _gather_grids(self, parameter: QuantizedParameter) -> Quantized | TrellisBatch:
         """Return the codes of a parameter on every rank: experts are concatenated, a linear comes from rank 0."""

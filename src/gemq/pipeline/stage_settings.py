@@ -41,7 +41,13 @@ SCORE_KEYS = ("score_form", "score_labels", "score_weights", "score_tokens", "al
 
 def quantizer_settings(recipe: Recipe) -> Quantizer:
     """How matrices are quantized."""
-    return Quantizer(recipe.quantizer, recipe.group_size, recipe.dampening, recipe.hessian_shrinkage)
+    return Quantizer(
+        recipe.quantizer,
+        recipe.group_size,
+        recipe.dampening,
+        recipe.hessian_shrinkage,
+        compensates=recipe.compensate and recipe.quantizer != "rtn",
+    )
 
 
 def layer_scheme(recipe: Recipe, widths: Sequence[ExpertWidths]) -> QuantizationScheme:
@@ -129,7 +135,11 @@ def score_inputs(job: Job, windows: Windows) -> dict[str, Any]:
 
 def reconstruction_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     """What reconstructed layers depend on, apart from the allocation."""
-    inputs = {**_quantizer_inputs(job, windows), **_training_inputs(job.recipe, job.recipe.reconstruction_epochs)}
+    inputs = {
+        **_quantizer_inputs(job, windows),
+        **_training_inputs(job.recipe, job.recipe.reconstruction_epochs),
+        "compensate": job.recipe.compensate,
+    }
     return {**inputs, "output_feedback": True} if job.recipe.codes == "trellis" else inputs
 
 

@@ -1,8 +1,9 @@
-"""Sums of x x^T on a GPU: one launch for the rows of all matrices, on tensor cores.
+"""Sums of x x^T, or of y x^T, on a GPU: one launch for the rows of all matrices, on tensor cores.
 
 Products of 16-bit numbers are exact in float32, in which they are accumulated, so that nothing is lost against
-converting the rows first. A sum is symmetric: only tiles on and above the diagonal are computed, and ``mirror`` fills
-in the others. The reference is the loop in ``hessian.HessianAccumulator.add``.
+converting the rows first. A sum of x x^T is symmetric: only tiles on and above the diagonal are computed, and
+``mirror`` fills in the others. The references are the loops in ``hessian.HessianAccumulator.add`` and
+``compensation.ChangeAccumulator.add``.
 
 Shapes: E matrices, C columns, P rows sorted by matrix.
 """
@@ -18,21 +19,29 @@ TILE, STEP = 128, 64
 
 
 @triton.jit
-def _gram_kernel(
+def _product_kernel(
+    y,  # [P, C]
     x,  # [P, C]
     ends,  # [E] int32 or int64
     sums,  # [E, C, C] float32
     columns,
+    SYMMETRIC: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Compute tile t of matrix e in program (t, e). Tiles (i, j <= i) are counted row by row and stored at (j, i)."""
+    """Compute tile t of matrix e in program (t, e).
+
+    Tiles are counted row by row. With SYMMETRIC only tiles (i, j <= i) are counted, and stored at (j, i).
+    """
     tile, matrix = tl.program_id(0), tl.program_id(1)
-    # invert t = i * (i + 1) / 2 + j, and correct the rounding of the root
-    i = ((tl.sqrt((8 * tile + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
-    j = tile - i * (i + 1) // 2
+    if SYMMETRIC:
+        # invert t = i * (i + 1) / 2 + j, and correct the rounding of the root
+        i = ((tl.sqrt((8 * tile + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+        i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+        i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+        j = tile - i * (i + 1) // 2
+    else:
+        i, j = tile % tl.cdiv(columns, TILE), tile // tl.cdiv(columns, TILE)
     start = tl.load(ends + matrix - 1, mask=matrix > 0, other=0)
     end = tl.load(ends + matrix)
     if start == end:
@@ -41,10 +50,10 @@ def _gram_kernel(
     total = tl.zeros([TILE, TILE], tl.float32)
     for step_start in tl.range(start, end, STEP):
         row = step_start + tl.arange(0, STEP)
-        row_pointer = x + row[:, None].to(tl.int64) * columns
+        offset = row[:, None].to(tl.int64) * columns
         row_mask = row[:, None] < end
-        a = tl.load(row_pointer + left[None, :], mask=row_mask & (left[None, :] < columns), other=0.0)
-        b = tl.load(row_pointer + right[None, :], mask=row_mask & (right[None, :] < columns), other=0.0)
+        a = tl.load(y + offset + left[None, :], mask=row_mask & (left[None, :] < columns), other=0.0)
+        b = tl.load(x + offset + right[None, :], mask=row_mask & (right[None, :] < columns), other=0.0)
         total = tl.dot(tl.trans(a), b, total)
     target = sums + (matrix.to(tl.int64) * columns + left[:, None]) * columns + right[None, :]
     mask = (left[:, None] < columns) & (right[None, :] < columns)
@@ -59,11 +68,36 @@ def add(sums: Tensor, rows: Tensor, ends: Tensor) -> None:
         rows: [P, C], sorted by matrix.
         ends: [E] int32 or int64 on the device, end of each matrix's rows.
     """
-    experts, columns, _ = sums.shape
-    tiles = triton.cdiv(columns, TILE)
-    if len(rows):
-        _gram_kernel[(tiles * (tiles + 1) // 2, experts)](
-            rows.contiguous(), ends, sums, columns, TILE=TILE, STEP=STEP, num_warps=4, num_stages=3
+    tiles = triton.cdiv(sums.shape[1], TILE)
+    _launch(sums, rows, rows, ends, tiles * (tiles + 1) // 2, is_symmetric=True)
+
+
+def add_products(sums: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
+    """Add y x^T of rows to ``sums``.
+
+    Args:
+        sums: [E, C, C] float32.
+        left: [P, C], rows y sorted by matrix.
+        right: [P, C], rows x of the same dtype.
+        ends: [E] int32 or int64 on the device, end of each matrix's rows.
+    """
+    _launch(sums, left, right, ends, triton.cdiv(sums.shape[1], TILE) ** 2, is_symmetric=False)
+
+
+def _launch(sums: Tensor, left: Tensor, right: Tensor, ends: Tensor, tiles: int, *, is_symmetric: bool) -> None:
+    """Run the kernel on ``tiles`` tiles of each matrix."""
+    if len(right):
+        _product_kernel[(tiles, len(sums))](
+            left.contiguous(),
+            right.contiguous(),
+            ends,
+            sums,
+            sums.shape[1],
+            SYMMETRIC=is_symmetric,
+            TILE=TILE,
+            STEP=STEP,
+            num_warps=4,
+            num_stages=3,
         )
 
 

@@ -111,16 +111,24 @@ class HessianAccumulator:
         if not self._num_rows:
             identity = torch.eye(len(self._mean), device=self.counts.device)
             return identity.expand(len(indices), -1, -1).clone()
-        extra_rows = shrinkage * self._num_rows / self._num_matrices
-        counts = self.counts[experts].view(-1, 1, 1)
-        extra_rows = torch.where(counts > 0, extra_rows, torch.ones_like(extra_rows))
+        extra_rows = self._extra_rows(shrinkage, experts)
         result = extra_rows * self._mean
         if self._offloaded is None:
             result += self.sums[experts]
         else:
             for hessian, index in zip(result, indices, strict=True):
                 hessian += self._offloaded[index]
-        return result.div_(counts + extra_rows)
+        return result.div_(self.num_rows(shrinkage, experts))
+
+    def num_rows(self, shrinkage: float, experts: slice = slice(None)) -> Tensor:
+        """Return what ``hessians`` divides its sums by, at least one: [E, 1, 1] float32."""
+        return (self.counts[experts].view(-1, 1, 1) + self._extra_rows(shrinkage, experts)).clamp_min(1)
+
+    def _extra_rows(self, shrinkage: float, experts: slice) -> Tensor:
+        """Return how many rows of the mean are added to each matrix, [E, 1, 1]: one where it has none itself."""
+        extra_rows = shrinkage * self._num_rows / self._num_matrices
+        counts = self.counts[experts].view(-1, 1, 1)
+        return torch.where(counts > 0, extra_rows, torch.ones_like(extra_rows))
 
 
 class Factor(NamedTuple):
