@@ -411,17 +411,16 @@ TRELLIS_DENSE: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "columns": [2048, 96, 80],
-    "rotated": [False, True],
 }
 
 
-def trellis_dense(dtype: torch.dtype, columns: int, rotated: bool) -> None:
+def trellis_dense(dtype: torch.dtype, columns: int) -> None:
     """Launch dense decoding and the gradients of scales."""
     rows, experts = 512, 8
     table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows)
-    dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, rotated, dtype)
+    dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, dtype)
     gradient = torch.empty(experts, rows, columns, dtype=dtype)
-    dense_kernel.scale_gradients(gradient, empty_bytes(), table, 12, rotated)
+    dense_kernel.scale_gradients(gradient, empty_bytes(), table, 12)
 
 
 TRAINING: Axes = {

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gemq.kernels.trellis.dense import trellis_weight
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.layers.reconstruction import QuantizedLayer
-from gemq.layers.trellis_experts import TrainableScales, flat_codes, row_scales
+from gemq.layers.trellis_experts import TrainableScales, row_scales
 from gemq.models.structure import Experts, Matrix
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TrellisWidth
@@ -34,16 +35,16 @@ class TrellisStudentExperts:
         matrices = []
         for name, width in zip(self.names, widths, strict=True):
             matrices.append(TrellisMatrix.from_tensors(quantized.tensors, name, width))
-        self.codes = flat_codes(matrices)
+        self.packed = TrellisMatrices(matrices)
         self.grids = TrainableScales(row_scales(matrices))
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights [E, R, C], differentiable in the scales."""
-        return trellis_weight(self.codes, self.grids.scales(), dtype=dtype)
+        return trellis_weight(self.packed, self.grids.scales(), dtype=dtype)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, for offloading."""
-        return [self.codes.codes, self.codes.table, self.grids.base, *self.grids.grids()]
+        return [*self.packed.buffers(), self.grids.base, *self.grids.grids()]
 
     def result(self) -> dict[str, Tensor]:
         """Return encoded scales by their names in a checkpoint, on the CPU."""
