@@ -363,6 +363,14 @@ class Recipe:
         return tuple(width for width in ALL_TRELLIS_WIDTHS if low <= width.bits <= high)
 
     @property
+    def has_output_feedback(self) -> bool:
+        """Whether reconstruction feeds errors back between rows: with trellis codes.
+
+        This takes the second moments of the gradients at the experts' output.
+        """
+        return self.codes == "trellis"
+
+    @property
     def has_budget(self) -> bool:
         """Whether a budget was chosen. Without one it is ``DEFAULT_BITS``."""
         return bool(self.progressive) or any(getattr(self, key) is not None for key in BUDGETS)

@@ -268,7 +268,7 @@ def _summarize(job: Job, structure: Structure, model: ReconstructedModel) -> Non
     distilled = model.distilled
     model.tuned.update(distilled.tuned)
     job.count_fallback("hessians_damped_more", retries)
-    if recipe.codes == "trellis":
+    if recipe.has_output_feedback:
         wide = sum(layer.experts.count for _, layer in structure.moe_layers if not is_practical(layer.experts))
         job.count_fallback("rows_without_feedback", wide)
     job.fallbacks["layers_not_improved_by_training"] = not_improved

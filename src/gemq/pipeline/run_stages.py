@@ -146,15 +146,20 @@ class _Prepared:
         windows = self.calibration.windows
         return make_problem(self.replay.structure, self.job.recipe, windows, self.candidates, costs, leave_out)
 
-    def reconstruct(self, allocation: Allocation, costs: Costs | None) -> ReconstructedModel:
-        """The model reconstructed at the widths of an allocation.
+    def gradients_directory(self, costs: Costs | None) -> str | None:
+        """Name of the directory with the gradients that reconstruction uses, of scores if there are any.
 
-        Trellis codes need the gradients that were computed for scores. Where nothing else needs them, they are computed
-        now.
+        None if nothing is reconstructed, or without gradients.
         """
+        if not self.stages.reconstruct or not self.job.recipe.has_output_feedback:
+            return None
+        return costs.scores.directory.name if costs else stage_name(self.job, self.calibration.windows)
+
+    def reconstruct(self, allocation: Allocation, costs: Costs | None) -> ReconstructedModel:
+        """The model reconstructed at the widths of an allocation. Computes gradients if there are no scores."""
         job, windows = self.job, self.calibration.windows
         scores = None
-        if job.recipe.codes == "trellis":
+        if self.gradients_directory(costs) is not None:
             scores = costs.scores if costs else run_gradients(job, self.replay, windows)
         return run_reconstruction(job, self.replay, self.stored_dtypes, windows, allocation, scores)
 
@@ -192,9 +197,7 @@ def run_stages(
     costs = _compute_costs(prepared) if stages.scores else None
     problem = prepared.problem(costs)
     allocation, verdict = _run_allocation(prepared, problem, costs, unquantized_bytes, allocation_file)
-    gradients = None
-    if recipe.codes == "trellis" and stages.reconstruct:
-        gradients = costs.scores.directory.name if costs else stage_name(job, calibration.windows)
+    gradients = prepared.gradients_directory(costs)
     packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct, gradients)
     if key is not None:
         ranks.run_on_first(lambda: record_result(job.work.path, key, packed_format.fingerprint))

@@ -94,7 +94,7 @@ def _inputs(job: Job, windows: Windows, model: ScoredModel) -> dict[str, Any]:
 def _run(job: Job, replay: Replay, windows: Windows, candidates: CandidateFiles | None, model: ScoredModel) -> Stage:
     """Scores with the candidates; without them, computes moments of gradients alone."""
     stage = job.work.stage(stage_name(job, windows, model), _inputs(job, windows, model))
-    with_gradients = job.recipe.codes == "trellis"
+    with_gradients = job.recipe.has_output_feedback
     missing = set()
     for i, _ in replay.structure.moe_layers:
         has_scores = candidates is None or stage.has(layer_file(i))
@@ -281,5 +281,5 @@ def _layer_bytes(memory: LayerMemory) -> int:
         return 0
     weights = len(memory.recipe.candidate_widths) * memory.expert_weights * memory.dtype.itemsize
     pairs = max(memory.routed_pairs(backward=True), memory.forward_pairs)
-    moments = 12 * memory.experts.matrices[1].rows ** 2 if memory.recipe.codes == "trellis" else 0
+    moments = 12 * memory.experts.matrices[1].rows ** 2 if memory.recipe.has_output_feedback else 0
     return weights + moments + max(pairs, 3 * memory.largest_matrices)

@@ -121,8 +121,8 @@ class LayerMemory:
 
     @property
     def slope_moments(self) -> int:
-        """Moments of the derivatives at the outputs of all experts' first matrix, which trellis codes take."""
-        if self.recipe.codes != "trellis" or not is_practical(self.experts):
+        """Moments of the derivatives at the outputs of all experts' first matrix, for feedback between rows."""
+        if not self.recipe.has_output_feedback or not is_practical(self.experts):
             return 0
         return 4 * (self.experts.count + 1) * self.experts.matrices[0].rows ** 2
 
