@@ -23,8 +23,9 @@ from gemq.calibration.generation_steps import Step, Stepper
 from gemq.calibration.sources import SELF
 from gemq.calibration.vocabulary import Vocabulary
 from gemq.calibration.windows import Windows
+from gemq.models.cache_size import estimated_cache
 from gemq.models.chat_template import ChatOpening, chat_opening, has_template
-from gemq.models.config_values import cache_bytes, layer_configs
+from gemq.models.config_values import layer_configs
 from gemq.runtime.ranks import SINGLE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
@@ -349,7 +350,8 @@ def batch_size(config: Any, seq_len: int) -> int:
     """
     bytes_per_window = len(layer_configs(config)) * config.hidden_size * seq_len * 2 * 4
     rows = SMALL_CACHE_BYTES // bytes_per_window
-    large_model_rows = min(LARGE_MODEL_BATCH_SIZE, CACHE_BYTES // cache_bytes(config, seq_len, 4))
+    cache_bytes = estimated_cache(config, torch.float32).sequence_bytes(seq_len)
+    large_model_rows = min(LARGE_MODEL_BATCH_SIZE, CACHE_BYTES // cache_bytes)
     return max(1, min(MAX_BATCH_SIZE, max(rows, large_model_rows)))
 
 

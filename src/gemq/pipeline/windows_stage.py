@@ -22,7 +22,7 @@ from gemq.calibration.self_generation import (
 )
 from gemq.calibration.sources import SELF, calibration_windows
 from gemq.calibration.windows import Windows
-from gemq.models.config_values import cache_bytes
+from gemq.models.cache_size import estimated_cache
 from gemq.models.replay import Replay
 from gemq.pipeline.context import Job
 from gemq.pipeline.stage_settings import window_inputs
@@ -78,7 +78,7 @@ class WindowWriter:
         self._width: Width | None = None
         config = replay.model.config.get_text_config()
         self._batch_size = batch_size(config, job.seq_len)
-        self._cache_bytes = cache_bytes(config, job.seq_len, replay.model.dtype.itemsize)
+        self._cache_bytes = estimated_cache(config, replay.model.dtype).sequence_bytes(job.seq_len)
 
     def write(self, *plans: WindowPlan) -> list[Tensor]:
         """Writes the windows of each plan: int64 [count, window] on the CPU."""
@@ -272,7 +272,8 @@ def windows_work(workload: Workload, count: int) -> Work:
     on_gpu = workload.device.type == "cuda"
     if on_gpu:
         free_bytes = workload.memory - weight_bytes
-        batch = gpu_batch_size(count, batch, free_bytes // cache_bytes(config, seq_len, workload.dtype.itemsize))
+        cache_bytes = estimated_cache(config, workload.dtype).sequence_bytes(seq_len)
+        batch = gpu_batch_size(count, batch, free_bytes // cache_bytes)
     tokens, steps = count * seq_len, seq_len * -(-count // batch)
     work = workload.head(tokens) + Work(bytes=steps * weight_bytes * workload.costs.weight_reads)
     for layer in workload.structure.layers:
