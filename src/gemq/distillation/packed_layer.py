@@ -49,7 +49,7 @@ class PackedExperts:
             widths: Width of each expert.
         """
         self.matrix, self.widths = matrix, widths
-        self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
+        self.names = experts.stored_names(matrix)
         packed = []
         for name, width in zip(self.names, self.widths, strict=True):
             packed.append(PackedMatrix.from_tensors(quantized.tensors, name, width))

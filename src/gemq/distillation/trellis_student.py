@@ -31,7 +31,7 @@ class TrellisStudentExperts:
             widths: Width of each expert.
         """
         self.matrix = matrix
-        self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
+        self.names = experts.stored_names(matrix)
         matrices = []
         for name, width in zip(self.names, widths, strict=True):
             matrices.append(TrellisMatrix.from_tensors(quantized.tensors, name, width))

@@ -31,11 +31,11 @@ from gemq.evaluation.model_files import (
     check_memory,
     max_tokens_per_batch,
     predict_all,
-    stored_bytes,
 )
 from gemq.evaluation.predictions import WholeModel
 from gemq.evaluation.scoring import compare
 from gemq.evaluation.tasks import Tasks
+from gemq.models.byte_sizes import parameter_bytes
 from gemq.models.experts import use_fast_experts
 from gemq.models.source import DTYPES, Source, max_seq_len
 from gemq.models.structure import Structure, find_structure
@@ -136,7 +136,7 @@ def open_model(
     if gpu_memory is not None:
         raise UserError(f"--gpu-memory is for packed checkpoints and {path} is none: leave it out")
     model, stored_dtypes = source.load(target, DTYPES.get(dtype))
-    return LoadedModel(model, source, None, stored_bytes(model, stored_dtypes))
+    return LoadedModel(model, source, None, parameter_bytes(model, stored_dtypes))
 
 
 def evaluate_paths(

@@ -67,6 +67,10 @@ class Experts:
         """Number of weights of one expert."""
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
+    def stored_names(self, matrix: Matrix) -> list[str]:
+        """Names in a checkpoint of one of the two matrices of every expert."""
+        return [f"{self.path}.{expert}.{matrix.name}" for expert in range(self.count)]
+
 
 @dataclass(frozen=True)
 class Linear:

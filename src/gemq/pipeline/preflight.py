@@ -260,11 +260,6 @@ def fixed_bytes(model: Any, structure: Structure, recipe: Recipe, stored_dtypes:
     return unquantized_bytes(model, structure, recipe, stored_dtypes) + linear_bytes(structure, recipe)
 
 
-def original_bytes(model: Any, stored_dtypes: dict[str, torch.dtype]) -> int:
-    """Bytes of the full-precision model's parameters. ``stored_dtypes``: the type of each parameter in its file."""
-    return sum(parameter.numel() * stored_dtypes[name].itemsize for name, parameter in model.named_parameters())
-
-
 def _size(count: float, round_up: bool = False) -> str:
     """Bytes as --size takes them. ``round_up``: never less than they are."""
     unit, scale = next((unit, scale) for unit, scale in SIZE_UNITS if count >= scale or unit == "B")

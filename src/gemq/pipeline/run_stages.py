@@ -21,7 +21,7 @@ import torch
 from gemq.allocation.guard import soften, with_unsoftened_cost
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat
-from gemq.models.byte_sizes import quantized_share
+from gemq.models.byte_sizes import parameter_bytes, quantized_share
 from gemq.models.replay import Replay
 from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve, with_all_widths
 from gemq.pipeline.candidates_stage import CandidateFiles, count_candidate_fallbacks, run_candidates
@@ -31,7 +31,7 @@ from gemq.pipeline.context import Job
 from gemq.pipeline.guard_stage import guard_plans, run_guard
 from gemq.pipeline.job_record import record_result
 from gemq.pipeline.load_stage import run_load
-from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, original_bytes, read_allocation
+from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, read_allocation
 from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_layers, run_reconstruction
 from gemq.pipeline.save_stage import SAVE, is_complete, make_packed_format, run_save
 from gemq.pipeline.scores_stage import FULL_PRECISION, run_gradients, run_scores, stage_name
@@ -214,7 +214,7 @@ def run_stages(
         layer_bits=list(allocation.layer_bits),
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, recipe),
-        original_bytes=original_bytes(replay.model, stored_dtypes),
+        original_bytes=parameter_bytes(replay.model, stored_dtypes),
         stored_bytes=unquantized_bytes + allocation.stored_bytes,
         expert_bits_nominal=allocation.nominal_bits,
         expert_bits_stored=allocation.stored_bits,

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
-from rich import filesize
 
 from gemq.allocation.guard import describe
 from gemq.reporting.fallback_texts import FALLBACKS
@@ -34,7 +33,7 @@ from gemq.reporting.svg import (
     size_curve_chart,
 )
 from gemq.reporting.widths import MATRICES, LayerWidths, text_color, width_colors, width_counts
-from gemq.runtime.display import printable
+from gemq.runtime.display import printable, size_text
 from gemq.runtime.files import write_text
 
 MAX_LABELS = 16
@@ -101,7 +100,7 @@ def _template() -> Template:
     """Return the compiled template of the page. Compiling it takes longer than filling it in."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "size": lambda count: filesize.decimal(int(count), precision=2),
+        "size": size_text,
         "number": lambda value, form: NO_VALUE if value is None else format(value, form),
         "percent": _percent,
         "printable": lambda text: printable(str(text)),
