@@ -1,6 +1,6 @@
 """The allocation program: which width does each matrix of each expert get? (GEMQ, arXiv:2605.23078)
 
-Minimise ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if requested, to
+Minimize ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if requested, to
 the paper's layer rule: every layer has a row (an expert, or one of its matrices) at each of the two highest widths.
 ``allocation.knapsack`` solves it. Another constraint belongs there too: an infinite cost is rejected, and a large
 finite one only makes a choice unlikely.

@@ -39,7 +39,7 @@ GPU_BATCHES_PER_FORWARD, MIN_FORWARDS = 4, 16
 """Micro-batches in one forward of a layer on a GPU, as long as at least ``MIN_FORWARDS`` forwards remain to divide."""
 
 MAX_EXCHANGE_BYTES = 1 << 29
-"""Upper bound for one all-gather. Larger exchanges amortise launch and synchronisation."""
+"""Upper bound for one all-gather. Larger exchanges amortize launch and synchronization."""
 
 
 def batches_per_forward(total: int, limit: int) -> int:

@@ -1,6 +1,6 @@
 """Values of trellis codes from the words of a ring (Triton device functions).
 
-Eight neighbouring weights, a period, add ``eighths`` bits to the ring. Period p of a tile is half p % 2 of row p // 2.
+Eight neighboring weights, a period, add ``eighths`` bits to the ring. Period p of a tile is half p % 2 of row p // 2.
 Its last state ends where the window of the period ends, and the other states end ``end_distance`` bits earlier. All
 states lie in the last 32 bits of the window if the width is at most ``narrow_eighths``, and in its 64 bits always. So a
 period takes two or three words, one or two funnel shifts, and one shift per weight, whatever the width is: ``eighths``
