@@ -93,9 +93,9 @@ class Task:
             for stage in ("ttir", "ttgir", "llir"):
                 module = stages[stage](module, metadata)
                 if stage == "ttgir" and self.has_fixed_layout:
-                    launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+                    launch.check_vector_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
                 if stage == "ttgir":
-                    trellis_launch.check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+                    trellis_launch.check_fragment_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
         except Exception as error:  # noqa: BLE001 - any error of Triton is a finding
             return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
         return {**result, "shared": metadata["shared"]}

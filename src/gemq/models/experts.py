@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
+from gemq.kernels.expert_inputs import first_matrix_name, identity_experts_output, routing_from_batched_rows
 from gemq.models import grouped
 from gemq.models.expert_parallel import ExpertSharding, sharding_of
 from gemq.models.expert_routing import RoutedPairs, route, route_local, route_without_sync
-from gemq.models.structure import first_matrix_name
 from gemq.runtime.compat import transformers_private
 
 PAIRWISE_IMPLEMENTATION = "gemq_calibration"

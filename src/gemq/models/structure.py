@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gemq.errors import UserError
+from gemq.kernels.expert_inputs import first_matrix_name
 from gemq.models.architecture_checks import (
     SHARED,
     refuse_other_architectures,
@@ -212,11 +213,6 @@ def _read_linears(
         else:
             linears.append(Linear(linear_path, rows, columns, _linear_kind(name, linear_path, experts)))
     return tuple(linears)
-
-
-def first_matrix_name(module: Any) -> str:
-    """Returns the name of an experts module's first matrix."""
-    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def is_experts(module: nn.Module) -> bool:
