@@ -233,14 +233,8 @@ def evaluate_paths(
     model = str(model)
     reference = None if reference is None else str(reference)
     target = pick_device(device)
-    subject = ModelFiles.open(model, dtype, trust_remote_code)
-    _check_window(subject, seq_len)
-    models = [subject]
-    reference_files = None
-    if reference is not None:
-        reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
-        _check_comparable(subject, reference_files)
-        models = [reference_files, subject]
+    models = _open_models(model, reference, seq_len, dtype, trust_remote_code)
+    subject, reference_files = models[-1], models[0] if len(models) > 1 else None
 
     rows: dict[str, RowStats] = {}
     windows = eval_windows(
@@ -288,6 +282,22 @@ def evaluate_paths(
         values["tasks"] = task_values
     values["fallbacks"] = (check.fallbacks if check else []) + pop_messages()
     return properties | values
+
+
+def _open_models(
+    model: str, reference: str | None, seq_len: int, dtype: str, trust_remote_code: bool
+) -> list[ModelFiles]:
+    """Opens the reference, if there is one, and then the evaluated model. Raises UserError if they do not go together.
+
+    Arguments as of ``evaluate_paths``.
+    """
+    subject = ModelFiles.open(model, dtype, trust_remote_code)
+    _check_window(subject, seq_len)
+    if reference is None:
+        return [subject]
+    reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
+    _check_comparable(subject, reference_files)
+    return [reference_files, subject]
 
 
 def _run_tasks(
