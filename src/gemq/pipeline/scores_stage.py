@@ -31,6 +31,9 @@ from gemq.runtime.progress import Tick
 SCORES = "scores"
 """Name of the stage: of its directories, and in progress bars and the summary."""
 
+MOMENT_BYTES = 8 + 4
+"""Bytes of a number of a layer's moments of gradients: the sum in float64, and that of a micro-batch in float32."""
+
 LayerGradients = Iterator[tuple[int, ExpertsCall | None, Tensor | None]]
 """Micro-batches of a layer: the number, the call of the experts, and the gradient [T, H] at their output."""
 
@@ -281,5 +284,7 @@ def _layer_bytes(memory: LayerMemory) -> int:
         return 0
     weights = len(memory.recipe.candidate_widths) * memory.expert_weights * memory.dtype.itemsize
     pairs = max(memory.routed_pairs(backward=True), memory.forward_pairs)
-    moments = 12 * memory.experts.matrices[1].rows ** 2 if memory.recipe.has_output_feedback else 0
+    moments = 0
+    if memory.recipe.has_output_feedback:
+        moments = MOMENT_BYTES * memory.experts.matrices[1].rows ** 2
     return weights + moments + max(pairs, 3 * memory.largest_matrices)

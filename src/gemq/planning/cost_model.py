@@ -21,6 +21,9 @@ from gemq.runtime.ranks import GPU_BATCHES_PER_FORWARD, batches_per_forward
 DENSE_PASSES, EXPERT_PASSES = 45, 9
 """Elementwise reads and writes: of a token's hidden state in a layer, and of a pair's hidden and intermediate state."""
 
+OPTIMIZER_CALLS = 100
+"""Operations that a step of the optimizer launches."""
+
 LOGIT_BYTES = 24
 """Read and written for each logit by a softmax and a loss."""
 
@@ -218,4 +221,4 @@ class Workload:
 
     def train(self, weights: float, steps: float) -> Work:
         """Steps of the optimizer on ``weights`` quantized weights."""
-        return Work(bytes=weights * steps * self.costs.train_bytes, calls=100 * steps)
+        return Work(bytes=weights * steps * self.costs.train_bytes, calls=OPTIMIZER_CALLS * steps)

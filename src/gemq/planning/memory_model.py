@@ -106,7 +106,11 @@ class LayerMemory:
     @property
     def dense_quantization(self) -> int:
         """GPTQ of the largest dense linear: Hessian, factors, weights and errors."""
-        sizes = [16 * linear.columns**2 + 8 * linear.columns * linear.rows for linear in self.layer.linears]
+        sizes = []
+        for linear in self.layer.linears:
+            hessians = 4 * linear.columns**2  # Hessian, dampened copy, its factor and the inverse
+            weights = 2 * linear.columns * linear.rows  # weights and errors
+            sizes.append(4 * (hessians + weights))
         return max(sizes, default=0)
 
     @property
@@ -292,8 +296,8 @@ def forward_bytes(
     hidden = int(text.hidden_size)
     configs = layer_configs(text)
     widest = max(int(getattr(config, "intermediate_size", 0) or 0) for config in configs)
-    largest_matrix = 4 * hidden * hidden
-    numbers = tokens * max(8 * hidden, 3 * widest)
+    largest_matrix = 4 * hidden * hidden  # where the linears are not known: a dense layer of usual proportions
+    numbers = tokens * max(8 * hidden, 3 * widest)  # of attention, or of a dense layer: gate, up and their product
     for layer in structure.layers if structure else ():
         for linear in layer.linears:
             largest_matrix = max(largest_matrix, linear.rows * linear.columns)
