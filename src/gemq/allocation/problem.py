@@ -30,6 +30,7 @@ from gemq.allocation.baselines import frequency_costs, layerwise_choice, random_
 from gemq.allocation.knapsack import Floats, Ints, cheapest, select, solve
 from gemq.errors import UserError, short_repr
 from gemq.quant.widths import AnyWidth, ExpertWidths, TrellisWidth, Width, plain_widths
+from gemq.runtime.integers import ceil_div
 
 Kind = Literal["bits", "stored_bits", "bytes"]
 METHODS = ("global", "layerwise", "frequency", "uniform", "random")
@@ -323,7 +324,7 @@ def smallest_budget(problem: Problem, kind: Kind, method: str = "global", *, lay
     if method == "layerwise":  # each layer needs a share that suffices for it
         smallest = 0
         for rows, weights in problem.layer_weights:
-            smallest = max(smallest, -(-int(needed[rows].sum()) * total // weights))
+            smallest = max(smallest, ceil_div(int(needed[rows].sum()) * total, weights))
     if kind == "bytes":
         return Budget(kind, smallest)
     per_weight = Fraction(smallest, 8 * total) if kind == "bits" else Fraction(8 * smallest, total)

@@ -26,7 +26,7 @@ from gemq.evaluation.predictions import Predictions, StreamedModel, WholeModel
 from gemq.models.byte_sizes import parameter_bytes
 from gemq.models.config_values import embedding_rows
 from gemq.models.experts import use_fast_experts
-from gemq.models.layer_cache import LayerCache
+from gemq.models.layer_cache import LayerCache, reserved_layer_bytes
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK, Replay
 from gemq.models.source import DTYPES, Source
 from gemq.models.structure import Structure, find_structure
@@ -116,8 +116,7 @@ class ModelFiles:
     def running_bytes(self) -> int:
         """Bytes of parameters on the device while the model runs."""
         outside_bytes, layer_bytes = self._bytes
-        two_largest_layers = sum(sorted(layer_bytes)[-2:])
-        return outside_bytes + two_largest_layers
+        return outside_bytes + reserved_layer_bytes(layer_bytes)
 
     @property
     def bytes_for_logits(self) -> int:

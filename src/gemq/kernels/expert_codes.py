@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gemq.quant.stored_matrix import StoredMatrix, dequantize_matrix, stored_matrix
 from gemq.quant.widths import AnyWidth
+from gemq.runtime.integers import round_up
 
 ALIGNMENT = 16
 """Each expert's codes start at a multiple of this many bytes: the widest load of a GPU thread."""
@@ -101,5 +102,5 @@ class ExpertCodes(nn.Module):
         end = 0
         for expert in range(self.num_experts):
             self._starts.append(end)
-            end += -(-self.code_bytes(expert) // ALIGNMENT) * ALIGNMENT
+            end += round_up(self.code_bytes(expert), ALIGNMENT)
         self.register_buffer("codes", torch.zeros(end, dtype=torch.uint8, device=device), persistent=False)

@@ -19,6 +19,7 @@ from gemq.models.cache_names import cache_argument
 from gemq.models.config_values import layer_configs
 from gemq.models.module_forwards import replaced_forwards
 from gemq.models.structure import Structure
+from gemq.runtime.integers import ceil_div
 
 SHORT_TOKENS, LONG_TOKENS = 32, 512
 """Tokens between two measured texts: of short ones, shorter than sliding windows, and of longer ones beyond them, where
@@ -141,7 +142,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _share(tensor: Tensor, gpus: int) -> float:
     """The share of a cache tensor [batch, heads or channels, ...] that one of ``gpus`` GPUs holds."""
     heads = tensor.shape[1] if tensor.dim() > 1 else 1
-    return -(-heads // gpus) / heads if heads else 1.0
+    return ceil_div(heads, gpus) / heads if heads else 1.0
 
 
 def estimated_cache(config: Any, dtype: torch.dtype, gpus: int = 1, num_layers: int | None = None) -> CacheSize:
@@ -171,4 +172,4 @@ def _key_numbers(config: Any, gpus: int) -> int:
         return config.hidden_size
     queries = getattr(config, "num_attention_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return head_dim * -(-heads // gpus)
+    return head_dim * ceil_div(heads, gpus)

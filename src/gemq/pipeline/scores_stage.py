@@ -26,6 +26,7 @@ from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.progress import Tick
 
 SCORES = "scores"
@@ -231,7 +232,7 @@ def segment_length(layers: int, state_bytes: int, available_bytes: int) -> int:
 
     def kept_states(length: int) -> int:
         """Most states at the same time: the segments' inputs, one segment's layers, the current one, the gradients."""
-        segments = -(-layers // length)
+        segments = ceil_div(layers, length)
         return segments + (length - 1) + 2
 
     for length in range(1, layers + 1):

@@ -29,6 +29,7 @@ from gemq.pipeline.stage_settings import window_inputs
 from gemq.pipeline.workdir import Stage
 from gemq.planning.cost_model import Work, Workload
 from gemq.quant.widths import Width
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.progress import Tick
 
 CALIBRATION_WINDOWS = "calibration windows"
@@ -201,7 +202,7 @@ def _draw_calibration(
     }
     stage.save_json(ROWS_FILE, {name: read.to_dict() for name, read in rows.items()})
     missing_tokens = max(0, recipe.total_tokens - windows.tokens.numel())
-    added = -(-missing_tokens // job.seq_len)
+    added = ceil_div(missing_tokens, job.seq_len)
     if added:
         # Another seed than the source ``self`` has, or these windows would repeat the source's.
         plans = [WindowPlan(added, recipe.seed + 1, added_window_openings(windows))]
@@ -274,7 +275,7 @@ def windows_work(workload: Workload, count: int) -> Work:
         free_bytes = workload.memory - weight_bytes
         cache_bytes = estimated_cache(config, workload.dtype).sequence_bytes(seq_len)
         batch = gpu_batch_size(count, batch, free_bytes // cache_bytes)
-    tokens, steps = count * seq_len, seq_len * -(-count // batch)
+    tokens, steps = count * seq_len, seq_len * ceil_div(count, batch)
     work = workload.head(tokens) + Work(bytes=steps * weight_bytes * workload.costs.weight_reads)
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens, steps)

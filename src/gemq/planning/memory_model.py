@@ -17,6 +17,7 @@ from gemq.errors import UserError
 from gemq.layers.output_hessians import is_practical
 from gemq.layers.quantizer import CHUNK_BYTES, TRELLIS_COPIES
 from gemq.models.config_values import experts_per_token, layer_configs
+from gemq.models.layer_cache import reserved_layer_bytes
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
 from gemq.models.source import calibration_seq_len
 from gemq.models.structure import Experts, Layer, Structure
@@ -276,7 +277,7 @@ def tensor_bytes(model: Any, structure: Structure | None, dtype: torch.dtype) ->
 def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
     """What a job holds on the device throughout: two layers, and embeddings, norms and head."""
     outside, layers = tensor_bytes(model, structure, dtype)
-    return outside + sum(sorted(layers)[-2:])
+    return outside + reserved_layer_bytes(layers)
 
 
 def forward_bytes(

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from gemq.errors import UserError, short_repr
+from gemq.runtime.integers import ceil_div
 
 SMALLEST_GROUP = 16
 """Smallest group size."""
@@ -102,7 +103,7 @@ class Width(Enum):
     def group_bytes(self, group_size: int) -> int:
         """Return the bytes that the codes of one group take on disk and in memory."""
         if self is Width.TERNARY:
-            return -(-group_size // CODES_PER_TERNARY_BYTE)
+            return ceil_div(group_size, CODES_PER_TERNARY_BYTE)
         return group_size * int(self.value) // 8
 
     def group_size(self, group_bytes: int) -> int:

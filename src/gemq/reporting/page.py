@@ -35,6 +35,7 @@ from gemq.reporting.svg import (
 from gemq.reporting.widths import MATRICES, LayerWidths, text_color, width_colors, width_counts
 from gemq.runtime.display import printable, size_text
 from gemq.runtime.files import write_text
+from gemq.runtime.integers import ceil_div
 
 MAX_LABELS = 16
 """Most rows of a map that get a label."""
@@ -124,7 +125,7 @@ def _maps(layers: list[LayerWidths]) -> list[dict[str, Any]]:
     colors = width_colors(layers)
     columns = max(len(layer.widths[0]) for layer in layers)
     labels = []
-    for index in labeled_indices(len(layers), -(-len(layers) // MAX_LABELS)):
+    for index in labeled_indices(len(layers), ceil_div(len(layers), MAX_LABELS)):
         labels.append((f"{(index + 0.5) / len(layers):.2%}", layers[index].name))
     maps = []
     for matrix, name in enumerate(MATRICES):

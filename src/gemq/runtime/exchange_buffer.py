@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemq.runtime.integers import round_up
+
 ALIGNMENT = 16
 """Tensors that share an exchange begin at multiples of this many bytes."""
 
@@ -33,6 +35,6 @@ def buffer_offsets(layouts: Sequence[TensorLayout | None]) -> list[int]:
     """Return where each tensor begins in a buffer that holds all of them, and the size of the buffer, in bytes."""
     offsets = [0]
     for layout in layouts:
-        blocks = 0 if layout is None else -(-layout.bytes // ALIGNMENT)
-        offsets.append(offsets[-1] + blocks * ALIGNMENT)
+        tensor_bytes = 0 if layout is None else layout.bytes
+        offsets.append(offsets[-1] + round_up(tensor_bytes, ALIGNMENT))
     return offsets

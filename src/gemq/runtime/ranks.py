@@ -27,6 +27,7 @@ from torch import Tensor
 from gemq.errors import UserError
 from gemq.runtime.device import pick_device
 from gemq.runtime.exchange_buffer import TensorLayout, buffer_offsets
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.processes import RankLostError, ranks_started
 
 TIMEOUT = timedelta(hours=12)
@@ -258,7 +259,7 @@ class Ranks:
         batches_per_round = self.batches_per_forward(total) * self.count
         batch_bytes = self.run_on_first(lambda: local[0].nbytes)
         rounds = MAX_EXCHANGE_BYTES // max(1, batch_bytes * batches_per_round)
-        total_rounds = -(-total // batches_per_round)
+        total_rounds = ceil_div(total, batches_per_round)
         return max(1, min(rounds, total_rounds)) * batches_per_round
 
     def run_on_first(self, run: Callable[[], Any]) -> Any:
