@@ -21,7 +21,7 @@ from gemq.cli.fit_report import print_fit
 from gemq.quant.widths import AnyWidth, ExpertWidths
 from gemq.reporting.fallback_texts import FALLBACKS
 from gemq.reporting.record import PAGE
-from gemq.runtime.display import size_text, styled
+from gemq.runtime.display import duration_text, size_text, styled
 from gemq.runtime.tested_versions import untested_transformers
 
 if TYPE_CHECKING:
@@ -224,9 +224,9 @@ def print_plan(console: Console, plan: Plan) -> None:
     stages.add_column("stage")
     stages.add_column("time", justify="right")
     for name, seconds in plan.seconds.items():
-        stages.add_row(name, _duration(seconds))
+        stages.add_row(name, duration_text(seconds))
     stages.add_section()
-    stages.add_row("all", _duration(sum(plan.seconds.values())), style="bold")
+    stages.add_row("all", duration_text(sum(plan.seconds.values())), style="bold")
     console.print(stages)
     _print_job(console, plan)
     if plan.fit is not None:
@@ -374,10 +374,3 @@ def _rate(bytes_per_second: float) -> str:
 def _count(parameters: int) -> str:
     """Format as ``5.7 M`` or ``12.3 k``."""
     return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:,.1f} k"
-
-
-def _duration(seconds: float) -> str:
-    """Format as ``30 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -33,7 +33,7 @@ from gemq.reporting.svg import (
     size_curve_chart,
 )
 from gemq.reporting.widths import MATRICES, LayerWidths, text_color, width_colors, width_counts
-from gemq.runtime.display import printable, size_text
+from gemq.runtime.display import duration_text, printable, size_text
 from gemq.runtime.files import write_text
 from gemq.runtime.integers import ceil_div
 
@@ -105,7 +105,7 @@ def _template() -> Template:
         "number": lambda value, form: NO_VALUE if value is None else format(value, form),
         "percent": _percent,
         "printable": lambda text: printable(str(text)),
-        "duration": _duration,
+        "duration": lambda seconds: duration_text(seconds, 1),
     }
     return environment.from_string(_text("page.html.j2"))
 
@@ -212,10 +212,3 @@ def _percent(value: float | None, digits: int = 1) -> str:
 def _sentence(text: str) -> str:
     """Return a text that begins with a capital letter."""
     return text[:1].upper() + text[1:]
-
-
-def _duration(seconds: float) -> str:
-    """Return ``4.2 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

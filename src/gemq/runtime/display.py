@@ -28,6 +28,13 @@ def size_text(count: float) -> str:
     return filesize.decimal(int(count), precision=2)
 
 
+def duration_text(seconds: float, decimals: int = 0) -> str:
+    """Return ``30 s``, ``12 min`` or ``3.5 h``. ``decimals``: of seconds."""
+    if seconds < 120:
+        return f"{seconds:.{decimals}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class SafeConsole(Console):
     """A console that shows every string literally, without escapes or markup, in tables and titles too.
 

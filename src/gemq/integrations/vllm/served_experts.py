@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint.format import tile_bytes
 from gemq.kernels import dispatch
 from gemq.kernels.expert_codes import ExpertCodes
 from gemq.kernels.modules import PackedExperts, PackedMatrices, make_packed
@@ -142,7 +141,7 @@ def empty_matrices(widths: Sequence[AnyWidth], rows: int, groups: int, group_siz
         tiles = groups * group_size // TILE_SIDE
         trellis = []
         for trellis_width in trellis_widths(widths):
-            codes = zeros(rows // TILE_SIDE, tiles * tile_bytes(trellis_width))
+            codes = zeros(rows // TILE_SIDE, tiles * trellis_width.tile_bytes)
             trellis.append(TrellisMatrix(codes, zeros(rows), trellis_width, state_bits))
         return TrellisMatrices(trellis)
     grid = zeros(rows, groups)

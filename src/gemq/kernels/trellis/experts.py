@@ -48,7 +48,7 @@ class TrellisMatrices(ExpertCodes):
 
     def code_bytes(self, expert: int) -> int:
         """As in ``ExpertCodes``."""
-        return self.rows * self.columns * self.widths[expert].eighths // 64
+        return self.widths[expert].code_bytes(self.rows, self.columns)
 
     def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, list[Tensor]]) -> None:
         """As in ``ExpertCodes``."""
