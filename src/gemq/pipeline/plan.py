@@ -27,7 +27,8 @@ from gemq.pipeline.stage_costs import Footprint, JobStages, check_bounds, stage_
 from gemq.planning.cost_model import Workload
 from gemq.planning.expert_sizes import bits_at, experts_at
 from gemq.planning.memory_model import held_bytes, staging_bytes
-from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import DEFAULT_BITS
 from gemq.runtime.device import pick_device
 from gemq.runtime.memory import MemoryBudget
 

@@ -25,7 +25,8 @@ from gemq.pipeline.allocation_stage import shape_problem, with_all_widths
 from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.scores_stage import gradient_bytes
 from gemq.pipeline.stage_costs import Footprint, check_bounds
-from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import DEFAULT_BITS
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
 from gemq.runtime.memory import MemoryBudget, gigabytes
 
