@@ -216,13 +216,12 @@ def dequantized(matrices: Any) -> Tensor:
 
     from gemq.kernels.grouped.dequantize import dequantize
     from gemq.kernels.grouped.operators import packed_experts
-    from gemq.kernels.trellis.dense import FlatCodes, trellis_weight
+    from gemq.kernels.trellis.dense import trellis_weight
     from gemq.kernels.trellis.experts import TrellisMatrices
     from gemq.quant.grid import decode_scales
 
     if isinstance(matrices, TrellisMatrices):
-        flat = FlatCodes(matrices.codes, matrices.table, matrices.columns, matrices.state_bits)
-        return trellis_weight(flat, decode_scales(matrices.scales), dtype=torch.bfloat16)
+        return trellis_weight(matrices, decode_scales(matrices.scales), dtype=torch.bfloat16)
     w = packed_experts(matrices, None)
     return dequantize(w, matrices.columns, torch.bfloat16)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import gemq
-from gemq.recipe import BUILT_IN, EFFORTS, FROM_EFFORT, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import BUILT_IN, EFFORTS, FROM_EFFORT
 from gemq.recipe_values import CHOICES
 
 MARKER = "<!-- The rest is written by docs/generate.py: change the docstrings, then run make docs. -->"

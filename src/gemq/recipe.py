@@ -8,7 +8,6 @@ stages.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,75 +16,32 @@ from pathlib import Path
 from typing import Any
 
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import ALL_TRELLIS_WIDTHS, SMALLEST_GROUP, AnyWidth, TrellisWidth, Width
+from gemq.quant.widths import ALL_TRELLIS_WIDTHS, SMALLEST_GROUP, AnyWidth, Width
+from gemq.recipe_defaults import (
+    BUDGETS,
+    BUILT_IN,
+    DEFAULT_BITS,
+    DEFAULT_WIDTHS,
+    EFFORTS,
+    FROM_EFFORT,
+    TUNABLE,
+    WIDE_BUDGETS,
+)
 from gemq.recipe_values import (
     CHOICES,
     DENSE_BITS,
-    INTEGER_RANGES,
     MAX_GROUP_SIZE,
     MAX_SIZE_BYTES,
-    NON_NEGATIVE_KEYS,
     UNQUANTIZED_BITS,
-    check_integer,
-    check_number,
+    check_numbers,
     convert,
+    convert_keys,
+    plain_value,
     read_keys,
+    read_widths,
+    steps_to,
 )
 from gemq.recipe_values import parse_size as parse_size
-
-DEFAULT_BITS = 2.0
-"""The budget of a recipe without one."""
-
-DEFAULT_WIDTHS: dict[str, tuple[AnyWidth, ...]] = {
-    "affine": (Width.ONE_BIT, Width.TERNARY, Width.TWO_BIT, Width.THREE_BIT, Width.FOUR_BIT),
-    "trellis": tuple(map(TrellisWidth.read, (1, 1.5, 2, 2.5, 3, 4))),
-}
-"""The candidate widths of a recipe without any, by kind of codes."""
-
-WIDE_BUDGETS = {"affine": 2.5, "trellis": 2.2}
-"""Only budgets above this many bits, and budgets in bytes, have the last of the default widths."""
-
-FROM_EFFORT = -1
-"""Marks an integer that the effort sets."""
-
-BUDGETS = ("bits", "stored_bits", "size")
-"""Keys of the budget. A recipe has at most one of them."""
-
-TUNABLE = ("routers", "norms", "grids")
-"""Kinds of parameters that distillation can train."""
-
-EFFORTS: dict[str, dict[str, int]] = {
-    "low": {"total_tokens": 0, "candidate_epochs": 0, "reconstruction_epochs": 0, "distill_epochs": 0},
-    "medium": {"total_tokens": 1_048_576, "candidate_epochs": 1, "reconstruction_epochs": 1, "distill_epochs": 1},
-    "high": {"total_tokens": 1_572_864, "candidate_epochs": 2, "reconstruction_epochs": 2, "distill_epochs": 2},
-}
-"""Values of keys that a recipe leaves to the effort. ``docs/accuracy.md`` has the measurements behind them."""
-
-BUILT_IN: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "effort": "low",
-        "codes": "affine",
-        "equalize": False,
-        "widths": [1, 2, 3],
-        "hessian_shrinkage": 0.0,
-        "score_weights": "rtn",
-        "score_form": "elementwise",
-        "score_labels": "data",
-        "smoothing": 0.0,
-        "rescale": False,
-        "allocate_by": "expert",
-        "layer_rule": True,
-        "compensate": False,
-        "progressive": [3.0, 2.5, 2.0],
-        "guard": False,
-        "distill_epochs": 1,
-        "distill_loss": "next_token",
-        "distill_parameters": ["routers"],
-        "lr_tuned": 1e-4,
-    },
-}
-"""Recipes by name. ``paper`` is GEMQ as published (arXiv:2605.23078)."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +189,7 @@ class Recipe:
         self._check_widths()
         if not self.calibration:
             raise UserError("calibration names no source: give a text file, a data set id or self")
-        self._check_numbers()
+        check_numbers(self)
         if self.codes == "trellis" and "rtn" in (self.quantizer, self.score_weights):
             raise UserError("trellis codes have no rtn: choose quantizer gptq and score_weights candidates")
         if self.quantizer == "rtn" and (self.candidate_epochs or self.reconstruction_epochs):
@@ -258,7 +214,9 @@ class Recipe:
         if self.widths is not None:
             if not self.widths:
                 raise UserError("widths is empty: name at least one, such as 2")
-            self._set("widths", tuple(sorted(set(self._read_widths(self.widths)))))
+            codes, widths = read_widths(self.widths, self.codes)
+            self._set("codes", codes)
+            self._set("widths", tuple(sorted(set(widths))))
         is_power_of_two = self.group_size & (self.group_size - 1) == 0
         if not SMALLEST_GROUP <= self.group_size <= MAX_GROUP_SIZE or not is_power_of_two:
             raise UserError(
@@ -268,34 +226,6 @@ class Recipe:
             raise UserError(
                 f"dense_bits cannot be {short_repr(self.dense_bits)}: choose 2, 3, 4, 8, or 16 for unquantized"
             )
-
-    def _read_widths(self, widths: tuple[Any, ...]) -> list[AnyWidth]:
-        """Reads the candidate widths. Widths that only trellis codes have decide on these codes."""
-        if self.codes == "trellis":
-            return [TrellisWidth.read(width) for width in widths]
-        try:
-            return [Width.read(getattr(width, "value", width)) for width in widths]
-        except UserError as error:
-            if self.codes == "affine":
-                raise
-            affine_error = error
-        try:
-            trellis_widths: list[AnyWidth] = [TrellisWidth.read(width) for width in widths]
-        except UserError:
-            raise affine_error from None
-        self._set("codes", "trellis")
-        return trellis_widths
-
-    def _check_numbers(self) -> None:
-        """Raises UserError for numbers out of range."""
-        for name in INTEGER_RANGES:
-            check_integer(name, getattr(self, name))
-        for name in NON_NEGATIVE_KEYS:
-            check_number(name, getattr(self, name))
-        if self.seq_len is not None and self.seq_len < 2:
-            raise UserError(f"seq_len cannot be {short_repr(self.seq_len)}: a window has at least 2 tokens")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction must be a share from 0 up and below 1 (it is {self.val_fraction})")
 
     def _check_progressive(self) -> None:
         """Checks a progressive schedule, whose last budget becomes ``bits``."""
@@ -363,6 +293,14 @@ class Recipe:
         return tuple(width for width in ALL_TRELLIS_WIDTHS if low <= width.bits <= high)
 
     @property
+    def has_output_feedback(self) -> bool:
+        """Whether reconstruction feeds errors back between rows: with trellis codes.
+
+        This takes the second moments of the gradients at the experts' output.
+        """
+        return self.codes == "trellis"
+
+    @property
     def has_budget(self) -> bool:
         """Whether a budget was chosen. Without one it is ``DEFAULT_BITS``."""
         return bool(self.progressive) or any(getattr(self, key) is not None for key in BUDGETS)
@@ -402,7 +340,7 @@ class Recipe:
         Raises:
             UserError: a key is unknown, or a value cannot be used.
         """
-        changes = _clean(changes, origin="changes")
+        changes = _converted(changes, origin="changes")
         if "effort" in changes:
             for name, value in EFFORTS[self.effort].items():
                 if getattr(self, name) == value:
@@ -414,7 +352,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {field.name: plain_value(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -427,7 +365,7 @@ class Recipe:
         Raises:
             UserError: a key is unknown, or a value cannot be used.
         """
-        return cls(**_clean(values, origin))
+        return cls(**_converted(values, origin))
 
     @classmethod
     def from_yaml(cls, path: str | Path, flags: dict[str, Any] | None = None) -> Recipe:
@@ -441,45 +379,15 @@ class Recipe:
             UserError: the file cannot be read, a key is unknown, or a value cannot be used.
         """
         built_in = BUILT_IN.get(str(path))
-        values = _clean(read_keys(path, BUILT_IN) if built_in is None else built_in, origin=str(path))
+        values = _converted(read_keys(path, BUILT_IN) if built_in is None else built_in, origin=str(path))
         flags = flags or {}
         if any(name in flags for name in BUDGETS):
             values = {name: value for name, value in values.items() if name not in BUDGETS}
             if values.get("progressive"):
-                values["progressive"] = steps_to(_clean(flags, "flag").get("bits"), values["progressive"])
-        return cls(**{**values, **_clean(flags, origin="flag")})
+                values["progressive"] = steps_to(_converted(flags, "flag").get("bits"), values["progressive"])
+        return cls(**{**values, **_converted(flags, origin="flag")})
 
 
-def _plain(value: Any) -> Any:
-    """A field's value as JSON and YAML contain it."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value.value if isinstance(value, Width | TrellisWidth) else value
-
-
-def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:
-    """A progressive schedule with another last budget: the ``steps`` above ``bits``, then ``bits``.
-
-    Empty without a budget in bits, or without steps above it.
-    """
-    if bits is None:
-        return ()
-    above = tuple(step for step in steps if step > bits)
-    return (*above, bits) if above else ()
-
-
-def _clean(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Converts values to the types of the recipe's fields. Raises UserError for unknown keys and wrong types.
-
-    ``origin`` says where the values were written: a file, or ``flag``.
-    """
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
-    clean: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key)[:80], fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "docs/recipe.md lists the keys"
-            raise UserError(f"{origin}: unknown key {short_repr(key)}: {hint}")
-        where = "--" + key.replace("_", "-") if origin == "flag" else origin
-        clean[key] = convert(key, value, str(fields[key].type), where)
-    return clean
+def _converted(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Converts values to the types of the recipe's fields, see ``convert_keys``."""
+    return convert_keys(values, {field.name: str(field.type) for field in dataclasses.fields(Recipe)}, origin)

@@ -5,6 +5,7 @@ Must not import torch.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from gemq.errors import UserError, short_repr
-from gemq.quant.widths import Width
+from gemq.quant.widths import AnyWidth, TrellisWidth, Width
 from gemq.runtime.files import read_input
 
 MAX_YAML_BYTES = 1 << 17
@@ -182,6 +183,56 @@ def convert(key: str, value: Any, annotation: str, origin: str) -> Any:
         raise UserError(f"{origin}: {key} cannot be {short_repr(value)}: it takes {expected}") from error
 
 
+def convert_keys(values: dict[str, Any], types: dict[str, str], origin: str) -> dict[str, Any]:
+    """Converts values to the types of their fields.
+
+    Args:
+        values: as they were written, by key.
+        types: annotation of each field, by key.
+        origin: where the values were written, for messages: a file, or ``flag``.
+
+    Raises:
+        UserError: a key is unknown, or a value has another type.
+    """
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(str(key)[:80], types, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "docs/recipe.md lists the keys"
+            raise UserError(f"{origin}: unknown key {short_repr(key)}: {hint}")
+        where = "--" + key.replace("_", "-") if origin == "flag" else origin
+        converted[key] = convert(key, value, types[key], where)
+    return converted
+
+
+def read_widths(widths: Iterable[Any], codes: str) -> tuple[str, list[AnyWidth]]:
+    """Reads candidate widths. Widths that only trellis codes have decide on these codes.
+
+    Args:
+        widths: numbers, or texts of them.
+        codes: ``auto``, ``affine`` or ``trellis``.
+
+    Returns:
+        The codes, and the widths in their order.
+
+    Raises:
+        UserError: there is no such width of these codes.
+    """
+    widths = list(widths)
+    if codes == "trellis":
+        return codes, [TrellisWidth.read(width) for width in widths]
+    try:
+        return codes, [Width.read(getattr(width, "value", width)) for width in widths]
+    except UserError as error:
+        if codes == "affine":
+            raise
+        affine_error = error
+    try:
+        return "trellis", [TrellisWidth.read(width) for width in widths]
+    except UserError:
+        raise affine_error from None
+
+
 def check_integer(name: str, value: int) -> None:
     """Raises UserError for an integer outside its range."""
     low, high = INTEGER_RANGES[name]
@@ -197,6 +248,36 @@ def check_number(name: str, value: float) -> None:
         raise UserError(f"{name} must be a number from 0 up (it is {value})")
     if value > MAX_NUMBER:
         raise UserError(f"{name} cannot be {value:g}: the maximum is {MAX_NUMBER:g}")
+
+
+def check_numbers(recipe: Any) -> None:
+    """Raises UserError for numbers of a recipe that are out of range."""
+    for name in INTEGER_RANGES:
+        check_integer(name, getattr(recipe, name))
+    for name in NON_NEGATIVE_KEYS:
+        check_number(name, getattr(recipe, name))
+    if recipe.seq_len is not None and recipe.seq_len < 2:
+        raise UserError(f"seq_len cannot be {short_repr(recipe.seq_len)}: a window has at least 2 tokens")
+    if not 0 <= recipe.val_fraction < 1:
+        raise UserError(f"val_fraction must be a share from 0 up and below 1 (it is {recipe.val_fraction})")
+
+
+def plain_value(value: Any) -> Any:
+    """A field's value as JSON and YAML contain it."""
+    if isinstance(value, tuple):
+        return [plain_value(item) for item in value]
+    return value.value if isinstance(value, Width | TrellisWidth) else value
+
+
+def steps_to(bits: float | None, steps: tuple[float, ...]) -> tuple[float, ...]:
+    """A progressive schedule with another last budget: the ``steps`` above ``bits``, then ``bits``.
+
+    Empty without a budget in bits, or without steps above it.
+    """
+    if bits is None:
+        return ()
+    above = tuple(step for step in steps if step > bits)
+    return (*above, bits) if above else ()
 
 
 def _boolean(value: Any) -> bool:

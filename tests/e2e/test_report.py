@@ -95,6 +95,8 @@ def test_an_evaluation_outlives_a_bench_that_fails(out: Path, monkeypatch):
     assert record["evaluation"]["dtype"] == "bfloat16"
     gemq("report", out, "--bench", "--gpu-memory", "8GB")
     assert (received["dtype"], received["gpu_memory"]) == ("auto", 8_000_000_000)
+    ran = gemq("report", out, "--bench", "--host-memory", "8GB")
+    assert (ran.code, "--host-memory bounds an evaluation: leave it out" in ran.err) == (2, True)
 
 
 def test_a_checkpoint_without_page_and_new_keys_gets_a_page(out: Path):

@@ -93,9 +93,9 @@ class Task:
             for stage in ("ttir", "ttgir", "llir"):
                 module = stages[stage](module, metadata)
                 if stage == "ttgir" and self.has_fixed_layout:
-                    launch._check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+                    launch.check_vector_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
                 if stage == "ttgir":
-                    trellis_launch.check_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
+                    trellis_launch.check_fragment_layout(SimpleNamespace(hash=object(), asm={"ttgir": str(module)}))
         except Exception as error:  # noqa: BLE001 - any error of Triton is a finding
             return {**result, "error": f"{type(error).__name__}: {error}"[:300]}
         return {**result, "shared": metadata["shared"]}
@@ -411,17 +411,16 @@ TRELLIS_DENSE: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
     "columns": [2048, 96, 80],
-    "rotated": [False, True],
 }
 
 
-def trellis_dense(dtype: torch.dtype, columns: int, rotated: bool) -> None:
+def trellis_dense(dtype: torch.dtype, columns: int) -> None:
     """Launch dense decoding and the gradients of scales."""
     rows, experts = 512, 8
     table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows)
-    dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, rotated, dtype)
+    dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, dtype)
     gradient = torch.empty(experts, rows, columns, dtype=dtype)
-    dense_kernel.scale_gradients(gradient, empty_bytes(), table, 12, rotated)
+    dense_kernel.scale_gradients(gradient, empty_bytes(), table, 12)
 
 
 TRAINING: Axes = {

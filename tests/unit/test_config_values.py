@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, OlmoeConfig, Ph
 from gemq.calibration.generation_steps import Stepper
 from gemq.calibration.self_generation import batch_size
 from gemq.decoding.decoder import Decoder, Unsupported
-from gemq.models.config_values import cache_bytes, embedding_rows, experts_per_token, layer_configs, rotary_limit
+from gemq.models.cache_size import estimated_cache
+from gemq.models.config_values import embedding_rows, experts_per_token, layer_configs, rotary_limit
 from support.families import tiny_config, tokens
 
 torch.set_num_threads(1)
@@ -52,14 +53,15 @@ def test_a_cache_has_the_sum_of_its_layers():
     sizes = [(x.num_key_value_heads or x.num_attention_heads) * x.head_dim for x in layer_configs(config)]
     assert len(sizes) == config.num_hidden_layers
     assert len(set(sizes)) > 1
-    assert cache_bytes(config, 10, 2) == sum(sizes) * 10 * 2 * 2
+    assert estimated_cache(config, torch.bfloat16).sequence_bytes(10) == sum(sizes) * 10 * 2 * 2
     assert batch_size(config, 10) >= 1
 
 
 def test_layers_without_values_of_their_own_are_all_alike():
     config = tiny_config("olmoe")
     assert layer_configs(config) == [config] * config.num_hidden_layers
-    assert cache_bytes(config, 10, 2) == 3 * config.num_key_value_heads * 16 * 10 * 2 * 2
+    token_bytes = 3 * config.num_key_value_heads * 16 * 2 * 2
+    assert estimated_cache(config, torch.bfloat16).sequence_bytes(10) == 10 * token_bytes
     assert len(layer_configs(types.SimpleNamespace())) == 1
 
 
@@ -67,7 +69,7 @@ def test_what_varies_by_layer_is_read_by_layer():
     config = OlmoeConfig(num_hidden_layers=3, num_experts_per_tok=2, sliding_window=None)
     config.per_layer_config = {1: {"num_experts_per_tok": 6, "num_key_value_heads": 4}}
     assert experts_per_token(config) == 6
-    assert cache_bytes(config, 1, 1) == 2 * (16 * 128 + 4 * 128 + 16 * 128)
+    assert estimated_cache(config, torch.uint8).sequence_bytes(1) == 2 * (16 * 128 + 4 * 128 + 16 * 128)
 
 
 def test_a_window_of_a_layers_own_is_nothing_for_one_mask():

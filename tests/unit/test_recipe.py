@@ -14,7 +14,8 @@ import yaml
 
 from gemq import UserError
 from gemq.quant.widths import Width, group_size_for
-from gemq.recipe import EFFORTS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import EFFORTS
 from gemq.recipe_values import CHOICES, parse_size
 
 

@@ -11,8 +11,8 @@ import torch
 from gemq.calibration.activations import Activations
 from gemq.calibration.windows import Windows
 from gemq.distillation.distill import distill
-from gemq.distillation.packed_layer import PackedExperts
 from gemq.distillation.settings import Distillation
+from gemq.distillation.student_matrices import AffineStudentMatrix
 from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.reconstruction import QuantizedLayer, Targets, reconstruct_layer
@@ -274,7 +274,7 @@ def test_packed_experts_mean_what_their_codes_say():
     assert experts is not None
     widths = [THREE_WIDTHS[e % 3] for e in range(experts.count)]
     original = copy.deepcopy(layers[0].tensors)
-    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths)
+    packed = AffineStudentMatrix(layers[0], experts, experts.matrices[0], widths)
     module = replay.model.get_submodule(experts.path)  # holds what reconstruct_layer installed
     torch.testing.assert_close(packed.weight(), getattr(module, experts.matrices[0].name), rtol=0, atol=0)
     assert all(torch.equal(original[name], tensor) for name, tensor in packed.result().items())
@@ -286,7 +286,7 @@ def test_packed_experts_gradients_are_those_of_the_formula(monkeypatch):
     experts = replay.structure.layers[0].experts
     assert experts is not None
     widths = [THREE_WIDTHS[e % 3] for e in range(experts.count)]
-    packed = PackedExperts(layers[0], experts, experts.matrices[0], widths)
+    packed = AffineStudentMatrix(layers[0], experts, experts.matrices[0], widths)
     all_codes = torch.zeros(packed.weight().shape, dtype=torch.uint8)
     for experts_index, codes in packed.codes.unpacked_chunks(all_codes.shape[-1]):
         all_codes[experts_index] = codes

@@ -183,8 +183,8 @@ def test_packed_tiles_are_in_rows_of_tiles():
     assert torch.equal(matrix.values()[16:, 32:], tile)
     expected = rotate_back(matrix.values()) * scales.unsqueeze(1)
     assert torch.equal(matrix.dequantize(), expected)
-    stacked = TrellisMatrix.stack([matrix, matrix])
-    assert torch.equal(stacked.dequantize()[1], expected)
+    batch = matrix.map(lambda tensor: torch.stack([tensor, tensor]))
+    assert torch.equal(batch.dequantize()[1], expected)
     assert torch.equal(TrellisMatrix.from_tensors(matrix.named("m"), "m", TrellisWidth(20), 12).codes, matrix.codes)
 
 

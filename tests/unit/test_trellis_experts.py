@@ -14,7 +14,7 @@ from gemq.allocation.problem import Budget, Problem, allocate
 from gemq.calibration.activations import Activations, layer_hessians
 from gemq.calibration.expert_hessians import InputHessians
 from gemq.calibration.windows import Windows
-from gemq.distillation.trellis_student import TrellisStudentExperts
+from gemq.distillation.student_matrices import TrellisStudentMatrix
 from gemq.errors import UserError
 from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.output_hessians import OutputHessians
@@ -126,7 +126,7 @@ def test_a_student_has_the_weights_of_its_layer(replay):
     widths = [(TrellisWidth(8), TrellisWidth(16)), (TrellisWidth(32), TrellisWidth(8))]
     quantized = assemble_layer(candidates_of(replay), layer, widths)
     matrix = layer.experts.matrices[1]
-    student = TrellisStudentExperts(quantized, layer.experts, matrix, [TrellisWidth(16), TrellisWidth(8)])
+    student = TrellisStudentMatrix(quantized, layer.experts, matrix, [TrellisWidth(16), TrellisWidth(8)])
     overrides = layer_overrides(replay.model, layer, quantized, QuantizationScheme(widths, None))
     torch.testing.assert_close(student.weight(), overrides[f"{layer.experts.path}.down_proj"])
     student.weight().sum().backward()

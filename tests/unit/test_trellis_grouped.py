@@ -15,7 +15,7 @@ from torch import nn
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.trellis import grouped
-from gemq.kernels.trellis.dense import FlatCodes, decode_dense, trellis_weight
+from gemq.kernels.trellis.dense import dequantize_expert, trellis_weight
 from gemq.kernels.trellis.dense_kernel import dense, scale_gradients
 from gemq.kernels.trellis.launch import TrellisArguments
 from support.packed_cases import exact_experts, random_routing, silu_gate
@@ -122,30 +122,28 @@ def test_a_graph_follows_the_routing(generator):
         assert torch.equal(result, dispatch.experts_forward(module, hidden, index, weights))
 
 
-@pytest.mark.parametrize(("columns", "rotated"), [(128, True), (48, True), (48, False)])
-def test_dense_matrices_and_gradients_of_scales(columns, rotated, generator):
+@pytest.mark.parametrize("columns", [128, 48])
+def test_dense_matrices_and_gradients_of_scales(columns, generator):
     packed = random_trellis(48, columns, WIDTHS, 12, generator).to(DEVICE)
-    matrices = [packed.matrix(expert) for expert in range(len(WIDTHS))]
-    flat = FlatCodes(packed.codes, packed.table, columns, 12)
     scales = torch.rand(len(WIDTHS), 48, generator=generator).to(DEVICE)
-    unscaled = torch.stack([matrix.unscaled() if rotated else matrix.values() for matrix in matrices])
+    unscaled = torch.stack([packed.matrix(expert).unscaled() for expert in range(len(WIDTHS))])
     expected = unscaled * scales[..., None]
-    weights = dense(flat.codes, flat.table, scales, 48, columns, 12, rotated, FP32)
+    weights = dense(packed.codes, packed.table, scales, 48, columns, 12, FP32)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
     gradient = torch.randn(unscaled.shape, generator=generator).to(DEVICE)
     expected_gradient = (gradient * unscaled).sum(-1)
-    gradients = scale_gradients(gradient, flat.codes, flat.table, 12, rotated)
+    gradients = scale_gradients(gradient, packed.codes, packed.table, 12)
     torch.testing.assert_close(gradients, expected_gradient, rtol=1e-4, atol=1e-3)
 
     scales.requires_grad_()
-    weights = trellis_weight(flat, scales, rotated)
+    weights = trellis_weight(packed, scales)
     torch.testing.assert_close(weights.detach(), expected, rtol=1e-5, atol=1e-5)
     weights.backward(gradient)
     torch.testing.assert_close(scales.grad, expected_gradient, rtol=1e-4, atol=1e-3)
 
 
-def test_values_of_chosen_matrices(generator):
-    matrices = random_trellis(16, 32, WIDTHS, 12, generator).to(DEVICE)
-    chosen = decode_dense(matrices.codes, matrices.table[[2, 0]], 16, 32, 12, FP16)
-    expected = torch.stack([matrices.matrix(2).values(), matrices.matrix(0).values()])
-    torch.testing.assert_close(chosen.float(), expected, rtol=2**-10, atol=1e-5)
+def test_one_expert_is_dequantized_as_the_module_does(generator):
+    packed = random_trellis(16, 32, WIDTHS, 12, generator).to(DEVICE)
+    for expert in (2, 4):
+        weights = dequantize_expert(packed, expert, FP16)
+        torch.testing.assert_close(weights, packed.dequantize(expert, FP16), rtol=2**-10, atol=1e-5)

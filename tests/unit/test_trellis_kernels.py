@@ -19,15 +19,15 @@ from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
 from gemq.kernels.trellis import launch, operators
 from gemq.kernels.trellis.fragments import repeat_asm
+from gemq.kernels.trellis.operands import period_values
 from gemq.kernels.trellis.tuning import ProductConfig
 from gemq.kernels.trellis.values import (
-    PERIODS,
-    centered_sum,
-    end_distance,
-    load_window,
+    byte_total,
+    half_windows,
     narrow_eighths,
+    period_products,
     period_words,
-    state,
+    state_shifts,
     sum_asm,
 )
 from gemq.quant import trellis
@@ -70,16 +70,18 @@ def check_experts(module, tokens, slots, dtype, device, generator, unused=False)
 
 
 @triton.jit
-def decode_kernel(words, out, eighths, STATE_BITS: tl.constexpr, NARROW: tl.constexpr, PORTABLE: tl.constexpr):
-    """Decode the tile of each program: [256] float32."""
-    period = tl.arange(0, PERIODS)
+def decode_kernel(words, values, sums, eighths, STATE_BITS: tl.constexpr, NARROW: tl.constexpr, PORTABLE: tl.constexpr):
+    """Decode the tile of each program as for many tokens and as for few: [256] float32 each."""
+    period = tl.arange(0, 32)
     ring = words.to(tl.pointer_type(tl.uint32)) + tl.program_id(0) * eighths
     word, previous, before_previous, shift = period_words(period, eighths)
-    high, low = load_window(ring + word, ring + previous, ring + before_previous, shift, NARROW, PORTABLE)
+    last, middle, first = tl.load(ring + word), tl.load(ring + previous), tl.load(ring + before_previous)
+    tile = period_values(last, middle, first, shift, eighths, STATE_BITS)
+    tl.store(values + tl.program_id(0) * 256 + tl.arange(0, 256), tl.reshape(tl.permute(tile, (0, 3, 2, 1)), (256,)))
+    windows = half_windows(last, middle, first, shift, eighths, NARROW, PORTABLE)
+    products = period_products(windows, state_shifts(eighths, STATE_BITS, NARROW, 3), STATE_BITS, 3)
     for i in tl.static_range(8):
-        states = state(high, low, end_distance(i, eighths), STATE_BITS, NARROW, PORTABLE)
-        weight = tl.program_id(0) * 256 + period * 8 + i
-        tl.store(out + weight, centered_sum(states, PORTABLE))
+        tl.store(sums + tl.program_id(0) * 256 + period * 8 + i, byte_total(products[i]).to(tl.float32))
 
 
 @pytest.mark.parametrize(("state_bits", "widths"), [(8, (9, 26)), (12, (8, 22, 23, 32)), (16, (16, 31))])
@@ -87,11 +89,12 @@ def test_widths_decode_as_in_the_reference(state_bits, widths, device):
     table = trellis.byte_sum_table(state_bits)
     for eighths in range(8, 33) if device == "cuda" else widths:
         words = torch.randint(-(2**31), 2**31, (2, eighths), dtype=torch.int64).to(torch.int32)
-        out = torch.empty(2, 256, device=device)
+        values, sums = torch.empty(2, 2, 256, device=device)
         narrow = eighths <= narrow_eighths(state_bits)
-        decode_kernel[(2,)](words.to(device), out, eighths, state_bits, narrow, device == "cpu", num_warps=1)
+        decode_kernel[(2,)](words.to(device), values, sums, eighths, state_bits, narrow, device == "cpu", num_warps=1)
+        assert torch.equal(values, sums - trellis.BYTES_MEAN)
         expected = trellis.decode(words, eighths, table)
-        torch.testing.assert_close(out.cpu() / trellis.BYTES_DEVIATION, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(values.cpu() / trellis.BYTES_DEVIATION, expected, rtol=1e-6, atol=0)
     assert narrow_eighths(12) == 22
 
 

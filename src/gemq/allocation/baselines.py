@@ -1,4 +1,4 @@
-"""Baselines of the allocation that ignore costs: uniform and random widths within a limit.
+"""Simpler allocations within a limit, for comparison: uniform, random, layerwise and by frequency.
 
 Shapes: N rows, W candidate widths. A *choice* is int64 [N], indices into the widths.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemq.allocation.knapsack import Ints, select
+from gemq.allocation.knapsack import Floats, Ints, select, solve
 from gemq.quant.widths import Width
 
 if TYPE_CHECKING:
@@ -87,3 +87,28 @@ def _step_within_limit(choice: Ints, candidates: list[int], amounts: Ints, limit
                 choice[i] = candidates[position]
                 unspent -= step
     return choice
+
+
+def layerwise_choice(problem: Problem, amounts: Ints, limit: int, layer_rule: bool, gap: float) -> Ints:
+    """Solves each layer on its own. Layers share the limit in proportion to their weights.
+
+    Args:
+        problem: its rows and costs.
+        amounts: int64 [N, W].
+        limit: for the sum of the chosen amounts.
+        layer_rule: as in ``allocation.problem.allocate``.
+        gap: requested relative gap between the cost of a layer and its optimum.
+    """
+    choice = np.zeros(len(problem.layer), np.int64)
+    total = int(problem.weights.sum())
+    for rows, weights in problem.layer_weights:
+        rule = [slice(0, rows.stop - rows.start)] if layer_rule else []
+        choice[rows], _ = solve(problem.costs[rows], amounts[rows], limit * weights // total, rule, gap)
+    return choice
+
+
+def frequency_costs(problem: Problem) -> Floats:
+    """[N, W]: an expert's fraction of its layer's tokens, so that layers weigh equally, times 4^-bits."""
+    tokens = np.bincount(problem.layer, weights=problem.counts)[problem.layer]
+    errors = 4.0 ** -np.array([width.bits for width in problem.widths])
+    return (problem.counts / np.maximum(tokens, 1))[:, None] * errors

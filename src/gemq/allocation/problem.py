@@ -1,6 +1,6 @@
 """The allocation program: which width does each matrix of each expert get? (GEMQ, arXiv:2605.23078)
 
-Minimise ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if requested, to
+Minimize ``sum c[i,w] x[i,w]`` over one-hot binaries x, subject to ``sum a[i,w] x[i,w] <= limit`` and, if requested, to
 the paper's layer rule: every layer has a row (an expert, or one of its matrices) at each of the two highest widths.
 ``allocation.knapsack`` solves it. Another constraint belongs there too: an infinite cost is rejected, and a large
 finite one only makes a choice unlikely.
@@ -25,13 +25,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gemq.allocation.baselines import random_choice, uniform_choice
+from gemq.allocation.allocation_file import read_choice
+from gemq.allocation.baselines import frequency_costs, layerwise_choice, random_choice, uniform_choice
 from gemq.allocation.knapsack import Floats, Ints, cheapest, select, solve
 from gemq.errors import UserError, short_repr
 from gemq.quant.widths import AnyWidth, ExpertWidths, TrellisWidth, Width, plain_widths
+from gemq.runtime.integers import ceil_div
 
 Kind = Literal["bits", "stored_bits", "bytes"]
-TWO_WIDTHS_HINT = ", or give two in brackets: that of gate and up, that of down"
 METHODS = ("global", "layerwise", "frequency", "uniform", "random")
 
 
@@ -101,6 +102,11 @@ class Problem:
         """The rows of each layer as slices, an empty one for a dense layer."""
         edges = np.searchsorted(self.layer, np.arange(self.layers + 1)).tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+    @property
+    def layer_weights(self) -> list[tuple[slice, int]]:
+        """The rows of each layer with experts, and the number of their weights."""
+        return [(rows, int(self.weights[rows].sum())) for rows in self.by_layer if rows.stop > rows.start]
 
     @property
     def width_names(self) -> str:
@@ -219,7 +225,7 @@ class Allocation:
                 f"{origin}: unknown key {short_repr(unknown[0])}: the keys are budget, method, widths and tokens"
             )
         budget = _read_budget(data.get("budget"), origin)
-        choice = _read_widths(data["widths"], problem, origin)
+        choice = read_choice(data["widths"], problem, origin)
         return _make_allocation(problem, budget, str(data.get("method", "file")), choice)
 
 
@@ -276,9 +282,9 @@ def allocate(
     elif method == "random":
         choice = random_choice(problem, amounts, limit, seed)
     elif method == "layerwise":
-        choice = _layerwise(problem, amounts, limit, bool(rule), gap)
+        choice = layerwise_choice(problem, amounts, limit, bool(rule), gap)
     elif method == "frequency":
-        choice, _ = solve(_frequency_costs(problem), amounts, limit, rule, gap)
+        choice, _ = solve(frequency_costs(problem), amounts, limit, rule, gap)
     else:
         choice, proven_gap = solve(problem.costs, amounts, limit, rule, gap)
         return _make_allocation(problem, budget, method, choice, proven_gap)
@@ -317,8 +323,8 @@ def smallest_budget(problem: Problem, kind: Kind, method: str = "global", *, lay
     smallest, total = int(needed.sum()), int(problem.weights.sum())
     if method == "layerwise":  # each layer needs a share that suffices for it
         smallest = 0
-        for rows, weights in _layer_weights(problem):
-            smallest = max(smallest, -(-int(needed[rows].sum()) * total // weights))
+        for rows, weights in problem.layer_weights:
+            smallest = max(smallest, ceil_div(int(needed[rows].sum()) * total, weights))
     if kind == "bytes":
         return Budget(kind, smallest)
     per_weight = Fraction(smallest, 8 * total) if kind == "bits" else Fraction(8 * smallest, total)
@@ -346,11 +352,6 @@ def _rule_layers(problem: Problem, layer_rule: bool) -> list[slice]:
     return [rows for rows in problem.by_layer if rows.stop > rows.start]
 
 
-def _layer_weights(problem: Problem) -> list[tuple[slice, int]]:
-    """The rows of each layer with experts, and the number of their weights."""
-    return [(rows, int(problem.weights[rows].sum())) for rows in problem.by_layer if rows.stop > rows.start]
-
-
 def _make_allocation(
     problem: Problem, budget: Budget | None, method: str, choice: Ints, gap: float | None = None
 ) -> Allocation:
@@ -375,23 +376,6 @@ def _make_allocation(
     )
 
 
-def _layerwise(problem: Problem, amounts: Ints, limit: int, layer_rule: bool, gap: float) -> Ints:
-    """Solves each layer on its own. Layers share the limit in proportion to their weights."""
-    choice = np.zeros(len(problem.layer), np.int64)
-    total = int(problem.weights.sum())
-    for rows, weights in _layer_weights(problem):
-        rule = [slice(0, rows.stop - rows.start)] if layer_rule else []
-        choice[rows], _ = solve(problem.costs[rows], amounts[rows], limit * weights // total, rule, gap)
-    return choice
-
-
-def _frequency_costs(problem: Problem) -> Floats:
-    """[N, W]: an expert's fraction of its layer's tokens, so that layers weigh equally, times 4^-bits."""
-    tokens = np.bincount(problem.layer, weights=problem.counts)[problem.layer]
-    errors = 4.0 ** -np.array([width.bits for width in problem.widths])
-    return (problem.counts / np.maximum(tokens, 1))[:, None] * errors
-
-
 def _read_budget(value: Any, origin: str) -> Budget | None:
     """The budget of a user's file."""
     if value is None:
@@ -401,34 +385,3 @@ def _read_budget(value: Any, origin: str) -> Budget | None:
         return Budget(kind, float(amount))
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f'{origin}: budget cannot be {short_repr(value)}: write {{"bits": 2.0}}') from error
-
-
-def _read_widths(layers: list[Any], problem: Problem, origin: str) -> Ints:
-    """The choice of a user's file. Raises UserError, which names the layer."""
-    if len(layers) != problem.layers:
-        count = f"{len(layers)} layers, the model {problem.layers}"
-        raise UserError(f"{origin} has {count}: give each a list, [] for a dense one")
-    choice: list[int] = []
-    for index, (values, rows) in enumerate(zip(layers, problem.by_layer, strict=True)):
-        experts = (rows.stop - rows.start) // problem.units_per_expert
-        if not isinstance(values, list) or len(values) != experts:
-            actual = f"{len(values)} widths" if isinstance(values, list) else short_repr(values)
-            raise UserError(f"{origin}: layer {index} has {experts} experts, not {actual}: give one for each")
-        for expert, value in enumerate(values):
-            try:
-                choice += _read_expert(value, problem)
-            except ValueError as error:  # not a width (UserError), or not one of the candidates
-                raise UserError(
-                    f"{origin}: layer {index}, expert {expert} cannot have width {short_repr(value)}: "
-                    f"choose from {problem.width_names}{TWO_WIDTHS_HINT if problem.units_per_expert > 1 else ''}"
-                ) from error
-    return np.array(choice, np.int64)
-
-
-def _read_expert(value: Any, problem: Problem) -> list[int]:
-    """The choice of one expert's rows from a width or a list of widths. Raises ValueError."""
-    widths = value if isinstance(value, list) else [value] * problem.units_per_expert
-    if len(widths) != problem.units_per_expert:
-        raise ValueError
-    read = problem.widths[0].read
-    return [problem.widths.index(read(width)) for width in widths]

@@ -23,8 +23,10 @@ from gemq.calibration.generation_steps import Step, Stepper
 from gemq.calibration.sources import SELF
 from gemq.calibration.vocabulary import Vocabulary
 from gemq.calibration.windows import Windows
+from gemq.models.cache_size import estimated_cache
 from gemq.models.chat_template import ChatOpening, chat_opening, has_template
-from gemq.models.config_values import cache_bytes, layer_configs
+from gemq.models.config_values import layer_configs
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.ranks import SINGLE, Ranks
 
 SMALL_CACHE_BYTES, CACHE_BYTES = 4_000_000_000, 16_000_000_000
@@ -349,14 +351,15 @@ def batch_size(config: Any, seq_len: int) -> int:
     """
     bytes_per_window = len(layer_configs(config)) * config.hidden_size * seq_len * 2 * 4
     rows = SMALL_CACHE_BYTES // bytes_per_window
-    large_model_rows = min(LARGE_MODEL_BATCH_SIZE, CACHE_BYTES // cache_bytes(config, seq_len, 4))
+    cache_bytes = estimated_cache(config, torch.float32).sequence_bytes(seq_len)
+    large_model_rows = min(LARGE_MODEL_BATCH_SIZE, CACHE_BYTES // cache_bytes)
     return max(1, min(MAX_BATCH_SIZE, max(rows, large_model_rows)))
 
 
 def even_batch_size(count: int, max_size: int) -> int:
     """The size of equal batches of ``count`` windows, as few batches as ``max_size`` allows."""
-    num_batches = max(1, -(-count // max(1, max_size)))
-    return max(1, -(-count // num_batches))
+    num_batches = max(1, ceil_div(count, max(1, max_size)))
+    return max(1, ceil_div(count, num_batches))
 
 
 def gpu_batch_size(count: int, min_size: int, max_size: int) -> int:
@@ -370,4 +373,4 @@ def gpu_batch_size(count: int, min_size: int, max_size: int) -> int:
         min_size: lower bound of the result.
         max_size: windows that fit into memory.
     """
-    return max(min_size, min(max_size, -(-count // 2)))
+    return max(min_size, min(max_size, ceil_div(count, 2)))

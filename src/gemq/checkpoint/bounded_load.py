@@ -16,23 +16,14 @@ import torch
 from gemq.errors import UserError, short_repr
 from gemq.kernels.modules import PackedExperts
 from gemq.kernels.offload import Residency, expert_code_bytes, offload_experts
+from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.models.cache_size import cache_size
-from gemq.models.config_values import experts_per_token
+from gemq.models.prefill_memory import prefill_bytes
 from gemq.models.source import max_seq_len
 from gemq.models.structure import find_structure
 from gemq.recipe_values import parse_size
 from gemq.runtime.fallbacks import record
-from gemq.runtime.memory import (
-    CONTEXT_BYTES,
-    DEFAULT_CONTEXT,
-    LIBRARY_BYTES,
-    MAX_PREFILL_TOKENS,
-    STREAMS,
-    gigabytes,
-)
-
-ATTENTION_STREAMS = 6
-"""Further tensors [tokens, hidden size] alive in a layer: queries, keys and values, and copies of them."""
+from gemq.runtime.memory import CONTEXT_BYTES, DEFAULT_CONTEXT, LIBRARY_BYTES, gigabytes
 
 ALLOCATION_FILE = "allocation.json"
 
@@ -95,9 +86,11 @@ def fit_into(
     longest = max_seq_len(model.config)
     context = min(DEFAULT_CONTEXT, longest) if context is None else min(context, longest)
     sizes = [expert_code_bytes(module) for module in modules]
-    size = cache_size(skeleton, find_structure(skeleton), model.dtype)
-    cache = batch * size.unbounded_bytes(context)  # a static cache keeps all tokens
-    remainder = bytes_without_codes(model, modules) + working_bytes(model, modules, batch * context)
+    structure, dtype = find_structure(skeleton), model.dtype
+    cache = batch * cache_size(skeleton, structure, dtype).unbounded_bytes(context)  # a static cache keeps all tokens
+    config, has_trellis = model.config.get_text_config(), isinstance(modules[0].down_proj, TrellisMatrices)
+    prefill = prefill_bytes(structure, config, dtype, batch * context, batch, has_trellis=has_trellis)
+    remainder = CONTEXT_BYTES + LIBRARY_BYTES + bytes_without_codes(model, modules) + prefill
     largest_layer = max(sum(layer_sizes) for layer_sizes in sizes)
     needed = remainder + cache + largest_layer
     if needed > bound:
@@ -122,18 +115,6 @@ def bytes_without_codes(model: Any, modules: Sequence[PackedExperts]) -> int:
         codes.update(id(matrices.codes) for matrices in module.packed_projections().values())
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for key, tensor in tensors.items() if key not in codes)
-
-
-def working_bytes(model: Any, modules: Sequence[PackedExperts], tokens: int) -> int:
-    """Return what CUDA takes, and the bytes of temporary tensors while prompts of ``tokens`` tokens are read."""
-    config = model.config.get_text_config()
-    tokens = min(tokens, MAX_PREFILL_TOKENS)
-    numbers = 0
-    for module in modules:
-        hidden, inner = module.down_proj.rows, module.down_proj.columns
-        pairs = experts_per_token(config) * (2 * inner + hidden)  # the activations, rotated, and their outputs
-        numbers = max(numbers, (STREAMS + ATTENTION_STREAMS) * hidden + pairs)
-    return CONTEXT_BYTES + LIBRARY_BYTES + tokens * numbers * model.dtype.itemsize
 
 
 def expert_usage(directory: Path, counts: Sequence[int]) -> list[list[float]]:

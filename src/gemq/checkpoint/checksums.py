@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -176,28 +177,40 @@ def _tasks(tensors: Mapping[str, StoredTensor]) -> Iterator[list[tuple[str, Stor
 def _hash_tensors(task: Sequence[tuple[str, StoredTensor]]) -> dict[str, str]:
     """Returns the digests of consecutive tensors of one file. Headers are checked to leave no gaps between tensors."""
     path = task[0][1].file
-    buffer = memoryview(bytearray(READ_BYTES))
-    unread = buffer[:0]
     digests = {}
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(task[0][1].start)
+            reader = _ChunkReader(path, file)
             for name, stored in task:
                 digest = xxh3_64()
-                remaining = stored.spec.bytes
-                while remaining:
-                    if not unread:
-                        unread = buffer[: file.readinto(buffer)]
-                        if not unread:
-                            raise UserError(f"{path} became shorter while it was read: copy the checkpoint again")
-                    chunk = unread[:remaining]
+                for chunk in reader.read(stored.spec.bytes):
                     digest.update(chunk)
-                    remaining -= len(chunk)
-                    unread = unread[len(chunk) :]
                 digests[name] = digest.hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): copy the checkpoint again") from error
     return digests
+
+
+class _ChunkReader:
+    """Reads a file in blocks of ``READ_BYTES``, which may hold the bytes of several tensors."""
+
+    def __init__(self, path: Path, file: FileIO):
+        self._path, self._file = path, file
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._unread = self._buffer[:0]
+
+    def read(self, count: int) -> Iterator[memoryview]:
+        """Yields the next ``count`` bytes in chunks, each valid until the next one. Raises UserError at the end."""
+        while count:
+            if not self._unread:
+                self._unread = self._buffer[: self._file.readinto(self._buffer)]
+            if not self._unread:
+                raise UserError(f"{self._path} became shorter while it was read: copy the checkpoint again")
+            chunk = self._unread[:count]
+            self._unread = self._unread[len(chunk) :]
+            count -= len(chunk)
+            yield chunk
 
 
 def _damaged(reason: str) -> UserError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemq.checkpoint.format import PackedFormat, PackedTensor, ProjectionWidths, Shapes, tile_bytes
+from gemq.checkpoint.format import PackedFormat, PackedTensor, ProjectionWidths, Shapes
 from gemq.checkpoint.stored import StoredCheckpoint
 from gemq.checkpoint.verification import surplus_names
 from gemq.errors import UserError
@@ -187,7 +187,7 @@ def _matrix_shape(matrix: PackedTensor, specs: Mapping[str, TensorSpec], group_s
     if codes is None or scales is None or len(codes.shape) != 2:
         return None
     if isinstance(matrix.width, TrellisWidth):
-        columns = codes.shape[1] // tile_bytes(matrix.width) * TILE_SIDE
+        columns = codes.shape[1] // matrix.width.tile_bytes * TILE_SIDE
         return codes.shape[0] * TILE_SIDE, columns
     if len(scales.shape) != 2:
         return None

@@ -50,9 +50,6 @@ PACKED_FIELDS = ("codes", "scales", "offsets")
 TRELLIS_FIELDS = ("codes", "scales")
 """Suffixes of the two tensors of a matrix with trellis codes."""
 
-WORD_BYTES = 4
-"""A tile of trellis codes has a word for each eighth of a bit of its width."""
-
 FEWEST_STATE_BITS, MOST_STATE_BITS = 8, 16
 
 PROJECTIONS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
@@ -239,11 +236,6 @@ def fields_of(width: AnyWidth) -> tuple[str, ...]:
     return TRELLIS_FIELDS if isinstance(width, TrellisWidth) else PACKED_FIELDS
 
 
-def tile_bytes(width: TrellisWidth) -> int:
-    """Returns the bytes of a tile of trellis codes."""
-    return WORD_BYTES * width.eighths
-
-
 def _trellis_shapes(name: str, width: TrellisWidth, rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
     """Returns the shapes of codes and scales of a matrix with trellis codes. Raises UserError if it cannot have any."""
     if rows % TILE_SIDE or columns % TILE_SIDE:
@@ -251,7 +243,7 @@ def _trellis_shapes(name: str, width: TrellisWidth, rows: int, columns: int) -> 
             f"{name} is [{rows}, {columns}] and has trellis codes, which need multiples of {TILE_SIDE}: "
             "quantize the model again with affine codes"
         )
-    code_shape = (rows // TILE_SIDE, columns // TILE_SIDE * tile_bytes(width))
+    code_shape = (rows // TILE_SIDE, columns // TILE_SIDE * width.tile_bytes)
     return code_shape, (rows,)
 
 

@@ -15,13 +15,12 @@ from gemq.errors import UserError
 from gemq.models.auto_class import auto_class
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.size_limits import bounded_construction
+from gemq.runtime.fallbacks import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gemq.checkpoint.stored import StoredCheckpoint
-
-MAX_MESSAGE_LENGTH = 240
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -71,11 +70,5 @@ def user_errors(directory: Path, action: str) -> Iterator[None]:
                 "(trust_remote_code=True)"
             ) from error
         raise UserError(
-            f"cannot {action} {directory} ({_describe(error)}): if its files were damaged or edited, copy them again"
+            f"cannot {action} {directory} ({first_line(error)}): if its files were damaged or edited, copy them again"
         ) from error
-
-
-def _describe(error: Exception) -> str:
-    """Returns the type of an exception and the beginning of its message, in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:MAX_MESSAGE_LENGTH]}" if text else type(error).__name__

@@ -46,14 +46,14 @@ def small_files(folder: Path) -> dict[str, Path]:
 def _candidates(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yields the entries of a folder to copy, with their paths in the output, and the folders among them."""
     for path in sorted(folder.iterdir()):
-        if path.name in FOLDERS:
+        is_folder = path.name in FOLDERS
+        if is_folder or _is_small_file(path):
             yield path.name, path
-            if path.is_dir() and not _is_link_out(path, folder):
-                for file in sorted(path.iterdir()):
-                    if _is_small_file(file):
-                        yield f"{path.name}/{file.name}", file
-        elif _is_small_file(path):
-            yield path.name, path
+        if not is_folder or not path.is_dir() or _is_link_out(path, folder):
+            continue
+        for file in sorted(path.iterdir()):
+            if _is_small_file(file):
+                yield f"{path.name}/{file.name}", file
 
 
 def _is_small_file(path: Path) -> bool:

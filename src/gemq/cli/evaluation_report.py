@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import filesize
 from rich.console import Console
 from rich.table import Table
+
+from gemq.runtime.display import size_text
 
 ROLES = ("reference", "model")
 """The two models of a generation check, in the order of columns."""
@@ -34,7 +35,7 @@ def print_evaluation(console: Console, values: dict[str, Any]) -> None:
     if values["stored_bytes"]:
         bits = values["expert_bits_stored"]
         stored_bits = f", {bits:.3f} stored bits per expert weight" if bits else ""
-        console.print(f"{filesize.decimal(values['stored_bytes'], precision=2)}{stored_bits}")
+        console.print(f"{size_text(values['stored_bytes'])}{stored_bits}")
     for name, rows in values.get("rows", {}).items():
         empty_rows = f", {rows['empty_rows']} rows without text left out" if rows["empty_rows"] else ""
         console.print(f"{name}: text of its rows is from column {', '.join(rows['columns'])}{empty_rows}")

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from gemq.cli.fit_report import print_fit
 from gemq.quant.widths import AnyWidth, ExpertWidths
 from gemq.reporting.fallback_texts import FALLBACKS
 from gemq.reporting.record import PAGE
-from gemq.runtime.display import styled
+from gemq.runtime.display import duration_text, size_text, styled
 from gemq.runtime.tested_versions import untested_transformers
 
 if TYPE_CHECKING:
@@ -48,9 +47,11 @@ def print_result(console: Console, result: Result) -> None:
     print_stages(console, result.stages)
     for tier, count in result.spilled_bytes.items():
         if count:
-            console.print(f"Memory was short: up to {_size(count)} of activations and packed layers were in {tier}.")
+            console.print(
+                f"Memory was short: up to {size_text(count)} of activations and packed layers were in {tier}."
+            )
     _print_fallbacks(console, result.fallbacks)
-    console.print(f"Work directory, which may be deleted: {result.work} ({_size(result.work_bytes)})")
+    console.print(f"Work directory, which may be deleted: {result.work} ({size_text(result.work_bytes)})")
     _print_next_commands(console, result)
 
 
@@ -59,7 +60,7 @@ def _print_sizes(console: Console, result: Result) -> None:
     share = result.stored_bytes / result.original_bytes
     console.print(
         styled(
-            (f"{_size(result.original_bytes)} -> {_size(result.stored_bytes)}", "bold"),
+            (f"{size_text(result.original_bytes)} -> {size_text(result.stored_bytes)}", "bold"),
             f" ({share:.1%}), {result.quantized_share:.1%} of the parameters quantized; expert weights: "
             f"{result.expert_bits_nominal:.3f} bits, {result.expert_bits_stored:.3f} stored with scales and offsets "
             f"(budget {result.budget}, allocation {result.method})",
@@ -202,8 +203,8 @@ def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
     for name, cost in stages.items():
         cells = [name, f"{cost['seconds']:.1f}"]
         if with_gpu:
-            cells.append(_size(cost["peak_gpu_bytes"]))
-        table.add_row(*cells, _size(cost["peak_host_bytes"]))
+            cells.append(size_text(cost["peak_gpu_bytes"]))
+        table.add_row(*cells, size_text(cost["peak_host_bytes"]))
     table.add_section()
     total_seconds = sum(cost["seconds"] for cost in stages.values())
     table.add_row("all", f"{total_seconds:.1f}", style="bold")
@@ -213,26 +214,26 @@ def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
 def print_plan(console: Console, plan: Plan) -> None:
     """Print the summary of ``plan``."""
     _print_parameters(console, plan)
-    sizes = Table(title=f"Checkpoint size (now {_size(plan.original_bytes)})", title_justify="left")
+    sizes = Table(title=f"Checkpoint size (now {size_text(plan.original_bytes)})", title_justify="left")
     sizes.add_column("bits per expert weight", justify="right")
     sizes.add_column("size", justify="right")
     for bits, size in plan.sizes.items():
-        sizes.add_row(bits, _size(size))
+        sizes.add_row(bits, size_text(size))
     console.print(sizes)
     stages = Table(title=f"Expected time on {plan.device}", title_justify="left")
     stages.add_column("stage")
     stages.add_column("time", justify="right")
     for name, seconds in plan.seconds.items():
-        stages.add_row(name, _duration(seconds))
+        stages.add_row(name, duration_text(seconds))
     stages.add_section()
-    stages.add_row("all", _duration(sum(plan.seconds.values())), style="bold")
+    stages.add_row("all", duration_text(sum(plan.seconds.values())), style="bold")
     console.print(stages)
     _print_job(console, plan)
     if plan.fit is not None:
         print_fit(console, plan.fit)
     if plan.least_bytes > plan.available_bytes:
         console.print(
-            f"This machine has {_size(plan.available_bytes)} of it: quantize would refuse here.", style="yellow"
+            f"This machine has {size_text(plan.available_bytes)} of it: quantize would refuse here.", style="yellow"
         )
     linears = plan.linears_not_quantized
     if linears:
@@ -258,9 +259,9 @@ def _print_parameters(console: Console, plan: Plan) -> None:
 def _print_job(console: Console, plan: Plan) -> None:
     """Print budget, calibration, and the disk and memory that the job takes."""
     minimum, fastest, host = (
-        _size(plan.least_bytes),
-        _size(plan.quickest_bytes),
-        _size(plan.host_bytes),
+        size_text(plan.least_bytes),
+        size_text(plan.quickest_bytes),
+        size_text(plan.host_bytes),
     )
     if plan.device == "cpu":
         memory = f"at least {minimum} of memory (--host-memory), {fastest} to be fastest, plus {host} for libraries"
@@ -270,7 +271,7 @@ def _print_job(console: Console, plan: Plan) -> None:
     bits_of_budget = "" if plan.budget == f"{bits} bits" else f" ({bits} bits per expert weight)"
     console.print(
         f"Job: budget {plan.budget}{bits_of_budget}, {plan.tokens:,} tokens of calibration in windows of "
-        f"{plan.seq_len}. Estimates: {_size(plan.work_bytes)} of disk for the work directory; {memory}. "
+        f"{plan.seq_len}. Estimates: {size_text(plan.work_bytes)} of disk for the work directory; {memory}. "
         "Times are estimated from counted operations and a measurement of a second; reading and writing files is not "
         "included."
     )
@@ -283,15 +284,15 @@ def _print_job(console: Console, plan: Plan) -> None:
 
 def print_curve(console: Console, curve: Curve, files: list[Path]) -> None:
     """Print the summary of ``export --curve``: a row per budget. Costs are shares of uniform's at the smallest."""
-    table = Table(title=f"Budgets ({curve.method}; now {_size(curve.original_bytes)})", title_justify="left")
+    table = Table(title=f"Budgets ({curve.method}; now {size_text(curve.original_bytes)})", title_justify="left")
     for column in ("bits", "stored bits", "experts", "checkpoint", "predicted cost", "uniform's"):
         table.add_column(column, justify="right")
     for point in curve.points:
         table.add_row(
             f"{point.bits:g}",
             f"{point.stored_bits:.3f}",
-            _size(point.expert_bytes),
-            _size(point.stored_bytes),
+            size_text(point.expert_bytes),
+            size_text(point.stored_bytes),
             f"{point.predicted_cost / curve.unit:.3g}",
             f"{point.uniform_cost / curve.unit:.3g}",
         )
@@ -312,8 +313,8 @@ def print_contents(console: Console, contents: Contents) -> None:
     groups = f"groups of {contents.group_size}"
     console.print(f"{contents.path} ({contents.model_type}, {trellis}{groups})", soft_wrap=True)
     console.print(
-        f"{_size(contents.stored_bytes)} = experts {_size(contents.expert_bytes)} + "
-        f"linears {_size(contents.linear_bytes)} + other {_size(contents.other_bytes)}"
+        f"{size_text(contents.stored_bytes)} = experts {size_text(contents.expert_bytes)} + "
+        f"linears {size_text(contents.linear_bytes)} + other {size_text(contents.other_bytes)}"
     )
     console.print(
         f"Expert weights: {contents.expert_bits_nominal:.3f} bits, {contents.expert_bits_stored:.3f} stored. "
@@ -325,7 +326,7 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
     """Print the summary of ``bench``."""
     threads = f", {values['threads']} threads" if values["threads"] else ""
     console.print(
-        f"{values['model']} on {values['device']}{threads}, {values['dtype']}, {_size(values['stored_bytes'])}; "
+        f"{values['model']} on {values['device']}{threads}, {values['dtype']}, {size_text(values['stored_bytes'])}; "
         f"the device copies {_rate(values['copy_bytes_per_second'])}"
     )
     decode = Table(title=f"Decode, {values['new_tokens']} tokens, median of runs", title_justify="left")
@@ -335,7 +336,7 @@ def print_bench(console: Console, values: dict[str, Any]) -> None:
         traffic = ["-", "-", "-"]
         if "bytes_per_step" in row:
             traffic = [
-                _size(row["bytes_per_step"]),
+                size_text(row["bytes_per_step"]),
                 _rate(row["bytes_per_second"]),
                 f"{row['share_of_copy']:.1%}",
             ]
@@ -373,15 +374,3 @@ def _rate(bytes_per_second: float) -> str:
 def _count(parameters: int) -> str:
     """Format as ``5.7 M`` or ``12.3 k``."""
     return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:,.1f} k"
-
-
-def _size(count: float) -> str:
-    """Format bytes as ``12.34 MB``."""
-    return filesize.decimal(int(count), precision=2)
-
-
-def _duration(seconds: float) -> str:
-    """Format as ``30 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -40,6 +40,10 @@ def report(
     """
     values = [_read_results(path) for path in results or []]
     gpu_memory = parse_memory("--gpu-memory", flags.gpu_memory)
+    if flags.host_memory is not None and not flags.names_a_measurement:
+        raise UserError(
+            "--host-memory bounds an evaluation: leave it out, or add --reference, --text, --generate or --tasks"
+        )
     quiet_libraries()
     with importing():
         from gemq.checkpoint.contents import inspect_checkpoint

@@ -8,7 +8,7 @@ Shapes: B windows, S tokens, H hidden size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,70 +16,23 @@ import torch
 from torch import Tensor
 
 from gemq.distillation.settings import Distillation
-from gemq.distillation.trellis_student import TrellisStudentExperts
-from gemq.kernels.training.differentiable_dequantize import copy_codes, dequantize_weights
+from gemq.distillation.student_matrices import AffineStudentMatrix, StudentMatrix, TrellisStudentMatrix
+from gemq.kernels.training.differentiable_dequantize import copy_codes
 from gemq.layers.gradient_sync import set_gradients
 from gemq.layers.reconstruction import QuantizedLayer
 from gemq.layers.scheme import QuantizationScheme
 from gemq.layers.training import all_finite, as_parameter, expert_overrides, tunable_names
 from gemq.models.replay import Call, Replay
-from gemq.models.structure import Experts, Layer, Matrix
-from gemq.quant.gptq import max_codes
-from gemq.quant.grid import Quantized, encode
+from gemq.models.structure import Layer
 from gemq.quant.packing import PackedMatrix
-from gemq.quant.trainable import TrainableMatrices, rounded_to
-from gemq.quant.widths import Width, affine_widths, trellis_widths
+from gemq.quant.trainable import rounded_to
+from gemq.quant.widths import affine_widths, trellis_widths
 from gemq.runtime.cuda_graph import CudaGraphReplay
 from gemq.runtime.memory import OffloadedTensors
 from gemq.runtime.ranks import Ranks
 
 STATE_BYTES = 12
 """Bytes of a trained number that are allocated after the first step: gradient and Adam's moments, float32."""
-
-
-class PackedExperts:
-    """One matrix of a layer's experts, packed, with trainable scales and offsets."""
-
-    def __init__(self, quantized: QuantizedLayer, experts: Experts, matrix: Matrix, widths: Sequence[Width]):
-        """
-        Args:
-            quantized: The layer as it is stored.
-            experts: Structure of its experts.
-            matrix: Which of their matrices.
-            widths: Width of each expert.
-        """
-        self.matrix, self.widths = matrix, widths
-        self.names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
-        packed = []
-        for name, width in zip(self.names, self.widths, strict=True):
-            packed.append(PackedMatrix.from_tensors(quantized.tensors, name, width))
-        self.codes = copy_codes(packed)
-        grids = [one_matrix.grids() for one_matrix in packed]
-        scales = torch.stack([expert_scales for expert_scales, _ in grids])
-        offsets = torch.stack([expert_offsets for _, expert_offsets in grids])
-        # the codes stay packed in ``codes``: ``TrainableMatrices`` only trains scales and offsets here
-        q = Quantized(packed[0].codes, scales, offsets)
-        self.grids = TrainableMatrices(q, max_codes(self.widths, scales.device), None)
-
-    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weights [E, rows, columns], differentiable in scales and offsets."""
-        scales, offsets = self.grids.grid()
-        return dequantize_weights(scales, offsets, self.codes, dtype)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors, for offloading."""
-        grids = self.grids
-        return [*self.codes.offloadable_tensors(), grids.base_scale, grids.base_offset, grids.max_code, *grids.grids()]
-
-    def result(self) -> dict[str, Tensor]:
-        """Return encoded scales and offsets by their names in a checkpoint, on the CPU."""
-        q = self.grids.result()
-        scale_bytes, offset_bytes = encode(q.scales, q.offsets, self.grids.max_code)
-        tensors = {}
-        for index, name in enumerate(self.names):
-            tensors[f"{name}.scales"] = scale_bytes[index].to("cpu", copy=True)
-            tensors[f"{name}.offsets"] = offset_bytes[index].to("cpu", copy=True)
-        return tensors
 
 
 class TunedParameters:
@@ -159,19 +112,17 @@ class PackedLayer:
         self.offloaded = OffloadedTensors(replay.memory, self._offloadable_tensors, STATE_BYTES * num_trained)
 
     @staticmethod
-    def _pack_experts(
-        layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme
-    ) -> list[PackedExperts | TrellisStudentExperts]:
+    def _pack_experts(layer: Layer, quantized: QuantizedLayer, scheme: QuantizationScheme) -> list[StudentMatrix]:
         """Return the matrices of the experts; none for a dense layer."""
         if layer.experts is None:
             return []
-        matrices: list[PackedExperts | TrellisStudentExperts] = []
+        matrices: list[StudentMatrix] = []
         for matrix in layer.experts.matrices:
             widths = scheme.matrix_widths(layer)[matrix.name]
             if with_trellis := trellis_widths(widths):
-                matrices.append(TrellisStudentExperts(quantized, layer.experts, matrix, with_trellis))
+                matrices.append(TrellisStudentMatrix(quantized, layer.experts, matrix, with_trellis))
             else:
-                matrices.append(PackedExperts(quantized, layer.experts, matrix, affine_widths(widths)))
+                matrices.append(AffineStudentMatrix(quantized, layer.experts, matrix, affine_widths(widths)))
         return matrices
 
     @staticmethod

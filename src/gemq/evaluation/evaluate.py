@@ -31,11 +31,11 @@ from gemq.evaluation.model_files import (
     check_memory,
     max_tokens_per_batch,
     predict_all,
-    stored_bytes,
 )
 from gemq.evaluation.predictions import WholeModel
 from gemq.evaluation.scoring import compare
 from gemq.evaluation.tasks import Tasks
+from gemq.models.byte_sizes import parameter_bytes
 from gemq.models.experts import use_fast_experts
 from gemq.models.source import DTYPES, Source, max_seq_len
 from gemq.models.structure import Structure, find_structure
@@ -136,7 +136,7 @@ def open_model(
     if gpu_memory is not None:
         raise UserError(f"--gpu-memory is for packed checkpoints and {path} is none: leave it out")
     model, stored_dtypes = source.load(target, DTYPES.get(dtype))
-    return LoadedModel(model, source, None, stored_bytes(model, stored_dtypes))
+    return LoadedModel(model, source, None, parameter_bytes(model, stored_dtypes))
 
 
 def evaluate_paths(
@@ -233,14 +233,8 @@ def evaluate_paths(
     model = str(model)
     reference = None if reference is None else str(reference)
     target = pick_device(device)
-    subject = ModelFiles.open(model, dtype, trust_remote_code)
-    _check_window(subject, seq_len)
-    models = [subject]
-    reference_files = None
-    if reference is not None:
-        reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
-        _check_comparable(subject, reference_files)
-        models = [reference_files, subject]
+    models = _open_models(model, reference, seq_len, dtype, trust_remote_code)
+    subject, reference_files = models[-1], models[0] if len(models) > 1 else None
 
     rows: dict[str, RowStats] = {}
     windows = eval_windows(
@@ -288,6 +282,22 @@ def evaluate_paths(
         values["tasks"] = task_values
     values["fallbacks"] = (check.fallbacks if check else []) + pop_messages()
     return properties | values
+
+
+def _open_models(
+    model: str, reference: str | None, seq_len: int, dtype: str, trust_remote_code: bool
+) -> list[ModelFiles]:
+    """Opens the reference, if there is one, and then the evaluated model. Raises UserError if they do not go together.
+
+    Arguments as of ``evaluate_paths``.
+    """
+    subject = ModelFiles.open(model, dtype, trust_remote_code)
+    _check_window(subject, seq_len)
+    if reference is None:
+        return [subject]
+    reference_files = ModelFiles.open(reference, dtype, trust_remote_code)
+    _check_comparable(subject, reference_files)
+    return [reference_files, subject]
 
 
 def _run_tasks(

@@ -26,7 +26,7 @@ from gemq.evaluation.continuations import MODES, Continuation, Prompts, WrittenT
 from gemq.evaluation.model_files import ModelFiles
 from gemq.evaluation.predictions import Predictions
 from gemq.evaluation.scoring import window_kl
-from gemq.models.config_values import cache_bytes
+from gemq.models.cache_size import estimated_cache
 from gemq.models.source import max_seq_len
 from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.progress import Monitor, Tick
@@ -115,7 +115,7 @@ class GenerationCheck:
         prompt_tokens = self.num_texts * self.prompts.longest
         working_bytes = files.working_bytes(prompt_tokens, self.prompts.longest, memory.device)
         cache_len = math.ceil(self.seq_len / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        bytes_per_text = cache_bytes(files.config.get_text_config(), cache_len, files.dtype.itemsize)
+        bytes_per_text = estimated_cache(files.config.get_text_config(), files.dtype).sequence_bytes(cache_len)
         free_bytes = memory.on_device.available - files.complete_bytes - working_bytes
         max_rows = min(self.num_texts, free_bytes // bytes_per_text)
         min_rows = min(self.num_texts, MIN_ROWS)

@@ -8,7 +8,7 @@ Shapes: B windows in a batch, S tokens in a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,9 +23,10 @@ from gemq.checkpoint.format import is_packed
 from gemq.checkpoint.load import load
 from gemq.errors import UserError
 from gemq.evaluation.predictions import Predictions, StreamedModel, WholeModel
+from gemq.models.byte_sizes import parameter_bytes
 from gemq.models.config_values import embedding_rows
 from gemq.models.experts import use_fast_experts
-from gemq.models.layer_cache import LayerCache
+from gemq.models.layer_cache import LayerCache, reserved_layer_bytes
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK, Replay
 from gemq.models.source import DTYPES, Source
 from gemq.models.structure import Structure, find_structure
@@ -115,8 +116,7 @@ class ModelFiles:
     def running_bytes(self) -> int:
         """Bytes of parameters on the device while the model runs."""
         outside_bytes, layer_bytes = self._bytes
-        two_largest_layers = sum(sorted(layer_bytes)[-2:])
-        return outside_bytes + two_largest_layers
+        return outside_bytes + reserved_layer_bytes(layer_bytes)
 
     @property
     def bytes_for_logits(self) -> int:
@@ -199,7 +199,7 @@ class ModelFiles:
                 file_bytes = self.contents.stored_bytes
             else:
                 model, stored_dtypes = self.source.load(memory.device, self.dtype)
-                file_bytes = stored_bytes(model, stored_dtypes)
+                file_bytes = parameter_bytes(model, stored_dtypes)
             tick()
         return model, file_bytes
 
@@ -214,7 +214,7 @@ class ModelFiles:
             ids = torch.arange(VERIFIED_TOKENS, device=memory.device).unsqueeze(0) % self.vocabulary
             replay.verify(ids)
             tick()
-        return _Layers(replay, layer_cache, staging, stored_bytes(model, reader.types))
+        return _Layers(replay, layer_cache, staging, parameter_bytes(model, reader.types))
 
 
 @dataclass(frozen=True)
@@ -248,16 +248,6 @@ def check_dtype(name: str) -> None:
 def _compute_dtype(name: str, config: Any) -> torch.dtype:
     """Returns the dtype of that name; for ``auto`` the one in the configuration."""
     return DTYPES.get(name) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-
-
-def stored_bytes(model: PreTrainedModel, stored_dtypes: Mapping[str, torch.dtype]) -> int:
-    """Returns the size of a model's parameters in its files.
-
-    Args:
-        model: the loaded model
-        stored_dtypes: dtype of each parameter in the files
-    """
-    return sum(parameter.numel() * stored_dtypes[name].itemsize for name, parameter in model.named_parameters())
 
 
 def max_tokens_per_batch(models: Sequence[ModelFiles], limit: int) -> int:

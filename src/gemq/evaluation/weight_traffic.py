@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gemq.decoding.decoder import Decoder
-from gemq.kernels.modules import PackedExperts, PackedMatrices
-from gemq.kernels.trellis.experts import TrellisMatrices
+from gemq.kernels.expert_codes import ExpertCodes
+from gemq.kernels.modules import PackedExperts
 from gemq.models.experts import expert_count, record_experts_calls
 from gemq.models.structure import is_experts
 
@@ -53,7 +53,7 @@ def expert_bytes(experts: Any) -> list[int]:
     unpacked_bytes = sum(parameter.nbytes for parameter in stacked) // count
     sizes = [unpacked_bytes] * count
     for matrices in experts.children():
-        if isinstance(matrices, PackedMatrices | TrellisMatrices):
+        if isinstance(matrices, ExpertCodes):
             for expert in range(count):
                 sizes[expert] += matrices.matrix(expert).nbytes
     return sizes

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from gemq.errors import UserError
 from gemq.kernels import cpu_int4, fallbacks, reference
 from gemq.kernels.trellis.experts import TrellisMatrices
+from gemq.runtime.fallbacks import first_line
 
 if TYPE_CHECKING:
     from gemq.kernels.modules import PackedExperts, PackedLinear
@@ -175,7 +176,7 @@ def _run_or_fall_back(kernel: ModuleType, operation: str, module: Any, x: Tensor
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # noqa: BLE001 - the exception types of Triton differ between its versions
-            _failed[key] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+            _failed[key] = first_line(error)
     fallback = _fall_back(f"a kernel for {x.dtype} failed ({_failed[key]})")
     return getattr(fallback, operation)(module, x, *routing)
 

@@ -1,9 +1,22 @@
-"""Routing of experts modules that are not called with an index and a weight per slot. Pure functions on tensors."""
+"""What differs between the experts modules of families: the first matrix, biases, and how they are called."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def first_matrix_name(module: Any) -> str:
+    """Return the name of an experts module's first matrix."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def projections_with_bias(module: Any) -> list[tuple[Any, Tensor | None]]:
+    """Return gate and up (or up alone), and down, each with its bias [E, rows] or None."""
+    names = (first_matrix_name(module), "down_proj")
+    return [(getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None) for name in names]
 
 
 def routing_from_batched_rows(rows: Tensor, experts: int) -> tuple[Tensor, Tensor]:

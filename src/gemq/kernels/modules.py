@@ -9,8 +9,7 @@ module is recognized by the attributes that its forward uses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,20 +18,16 @@ from torch import Tensor, nn
 from gemq.kernels import dispatch
 from gemq.kernels.expert_codes import ExpertCodes
 from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
-from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant.grid import dequantize
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.widths import Width
 from gemq.runtime.compat import torch_private
 
-ALIGNMENT = 16
-"""Each expert's codes start at a multiple of this many bytes: the widest load of a GPU thread."""
-
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class PackedMatrices(ExpertCodes):
-    """The same projection of all experts of a layer, [rows, columns] each, in flat buffers.
+    """The affine codes of a projection, in flat buffers.
 
     Attributes:
         codes: as in ``ExpertCodes``. Those of an expert are [rows, groups * group_bytes]
@@ -42,7 +37,6 @@ class PackedMatrices(ExpertCodes):
     """
 
     widths: tuple[Width, ...]
-    scales: Tensor
     offsets: Tensor
     table: Tensor
 
@@ -57,14 +51,10 @@ class PackedMatrices(ExpertCodes):
         device = matrices[0].codes.device
         scales_per_expert = self.rows * self.groups
 
+        self._allocate_codes(device)
         table: list[list[int]] = []
-        end = 0
-        for expert, width in enumerate(self.widths):
-            self._starts.append(end)
-            table.append([width.levels, end, expert * scales_per_expert])
-            code_bytes = scales_per_expert * width.group_bytes(self.group_size)
-            end += -(-code_bytes // ALIGNMENT) * ALIGNMENT
-        self.register_buffer("codes", torch.zeros(end, dtype=torch.uint8, device=device), persistent=False)
+        for expert, (width, start) in enumerate(zip(self.widths, self._starts, strict=True)):
+            table.append([width.levels, start, expert * scales_per_expert])
         for name in ("scales", "offsets"):
             flat = torch.empty(self.num_experts * scales_per_expert, dtype=torch.uint8, device=device)
             self.register_buffer(name, flat, persistent=False)
@@ -73,7 +63,7 @@ class PackedMatrices(ExpertCodes):
             self.set_matrix(expert, matrix)
 
     def code_bytes(self, expert: int) -> int:
-        """Return the bytes of one expert's codes."""
+        """As in ``ExpertCodes``."""
         return self.rows * self.groups * self.widths[expert].group_bytes(self.group_size)
 
     def place_codes(self, pool: Tensor, starts: list[int], host_codes: dict[int, list[Tensor]]) -> None:
@@ -82,7 +72,7 @@ class PackedMatrices(ExpertCodes):
         self.table[:, 1] = torch.tensor(starts)
 
     def matrix(self, expert: int) -> PackedMatrix:
-        """Return views of one expert's tensors, in the layout of the checkpoint. Codes in several pieces are copied."""
+        """As in ``ExpertCodes``."""
         groups = self.rows * self.groups
         grid_slice = slice(expert * groups, (expert + 1) * groups)
         return PackedMatrix(
@@ -92,27 +82,8 @@ class PackedMatrices(ExpertCodes):
             self.widths[expert],
         )
 
-    def set_matrix(self, expert: int, matrix: PackedMatrix) -> None:
-        """Copy one expert's tensors into the buffers. Raises ValueError if a shape or dtype differs."""
-        for target, source in zip(self.matrix(expert).tensors(), matrix.tensors(), strict=True):
-            if target.shape != source.shape or target.dtype != source.dtype:
-                raise ValueError(
-                    f"expert {expert}: {source.dtype} {list(source.shape)}, not {target.dtype} {list(target.shape)}"
-                )
-            target.copy_(source)
-
-    def set_tensors(self, expert: int, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Copy one expert's tensors, by their names in a checkpoint. Raises ValueError if a shape or dtype differs."""
-        self.set_matrix(expert, PackedMatrix.from_tensors(tensors, prefix, self.widths[expert]))
-
-    def dequantize(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """Return the weights of one expert: [rows, columns] in ``dtype``."""
-        matrix = self.matrix(expert)
-        matrix = replace(matrix, codes=matrix.codes.to(matrix.scales.device))
-        return dequantize(matrix.unpack(), dtype)
-
-    def kernel_sizes(self) -> tuple[Any, ...]:
-        """Return the sizes that kernels are compiled for."""
+    def kernel_sizes(self) -> tuple[int, ...]:
+        """As in ``ExpertCodes``."""
         return (self.rows, self.columns, self.group_size, *self.levels)
 
     def extra_repr(self) -> str:
@@ -124,8 +95,8 @@ class PackedMatrices(ExpertCodes):
 class PackedExperts(nn.Module):
     """Mixin that packs the projections of a family's experts class.
 
-    All projections have affine codes (PackedMatrices) or all have trellis codes (TrellisMatrices). Activation, clamps
-    and biases remain those of the family.
+    All projections have affine codes (PackedMatrices) or all have trellis codes (``trellis.experts.TrellisMatrices``).
+    Activation, clamps and biases remain those of the family.
     """
 
     has_gate: bool
@@ -157,10 +128,10 @@ class PackedExperts(nn.Module):
         """Return the sizes that kernels are compiled for. Modules with equal sizes share kernels."""
         return tuple(matrices.kernel_sizes() for matrices in self.packed_projections().values())
 
-    def packed_projections(self) -> dict[str, PackedMatrices | TrellisMatrices]:
+    def packed_projections(self) -> dict[str, ExpertCodes]:
         """Return the packed projections by name."""
         modules = ((name, self._modules.get(name)) for name in PROJECTIONS)
-        return {name: module for name, module in modules if isinstance(module, PackedMatrices | TrellisMatrices)}
+        return {name: module for name, module in modules if isinstance(module, ExpertCodes)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Add each expert's tensors under their names in a checkpoint."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemq.errors import UserError
 from gemq.kernels.modules import PackedExperts
+from gemq.runtime.integers import ceil_div, round_up
 from gemq.runtime.memory import gigabytes, pinned_bytes
 
 PLACE_ALIGNMENT = 128
@@ -55,7 +56,7 @@ class Residency:
 
 def padded(count: int) -> int:
     """Return ``count`` bytes, rounded up to PLACE_ALIGNMENT."""
-    return -(-count // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+    return round_up(count, PLACE_ALIGNMENT)
 
 
 def expert_code_bytes(module: PackedExperts) -> list[int]:
@@ -198,7 +199,7 @@ def _offload_layer(
     """
     projections = module.packed_projections()
     largest = max(matrices.code_bytes(e) for matrices in projections.values() for e in range(matrices.num_experts))
-    max_pieces = -(-largest // MAX_CHUNK_BYTES)
+    max_pieces = ceil_div(largest, MAX_CHUNK_BYTES)
     fetch_table = torch.zeros(module.down_proj.num_experts, len(projections) * max_pieces, 3, dtype=torch.int64)
     for number, matrices in enumerate(projections.values()):
         starts: list[int] = []
@@ -215,7 +216,7 @@ def _offload_layer(
             sources = codes.split(MAX_CHUNK_BYTES)
             for row, (piece, source) in enumerate(zip(host_codes[expert], sources, strict=True), number * max_pieces):
                 piece[: source.numel()].copy_(source)
-                units = -(-source.numel() // COPY_UNIT)
+                units = ceil_div(source.numel(), COPY_UNIT)
                 fetch_table[expert, row] = torch.tensor([piece.data_ptr(), staging // COPY_UNIT, units])
                 staging += padded(source.numel())
         matrices.place_codes(pool, starts, host_codes)

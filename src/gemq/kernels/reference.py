@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gemq.kernels.expert_inputs import first_matrix_name
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def experts_forward(
         [T, H] in hidden's dtype.
     """
     product = product or partial(_expert_product, module)
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_name = first_matrix_name(module)
     up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
     chosen = top_k_index.T  # [K, T]: the row order of eager's products
     out = torch.zeros_like(hidden)

@@ -25,6 +25,7 @@ from gemq.quant.grid import Quantized, dequantize_each
 from gemq.quant.trainable import epochs
 from gemq.quant.trainable_gpu import trainable
 from gemq.quant.widths import Width
+from gemq.runtime.integers import ceil_div
 
 TRAIN_BYTES = tuple((6 << 30) >> halvings for halvings in range(5))
 """Memory on a GPU for the state of the experts that are trained together. The first value that fits is used. With less
@@ -47,8 +48,8 @@ def expert_chunks(experts: Experts, num_widths: int, state_bytes: int) -> Iterat
     """Yield even slices of a layer's experts whose training state at all widths fits into ``state_bytes``."""
     bytes_per_expert = experts.weights_per_expert * num_widths * BYTES_PER_WEIGHT
     max_size = max(1, min(experts.count, state_bytes // bytes_per_expert))
-    num_chunks = -(-experts.count // max_size)
-    size = -(-experts.count // num_chunks)
+    num_chunks = ceil_div(experts.count, max_size)
+    size = ceil_div(experts.count, num_chunks)
     for start in range(0, experts.count, size):
         yield slice(start, min(start + size, experts.count))
 

@@ -119,8 +119,8 @@ def build_candidates(
     layer = replay.structure.layers[index]
     experts = layer.experts
     linears = quantized_linears(layer, dense_width)
-    with_trellis = trellis_widths(widths)
-    if with_trellis:
+    widths_with_trellis = trellis_widths(widths)
+    if widths_with_trellis:
         training = None
     calls = RecordedExpertCalls(replay.memory) if training is not None and experts is not None else None
     trains_linears = linear_training is not None
@@ -146,8 +146,8 @@ def build_candidates(
         _pack_trained_linears(trainer.run(), candidates)
     if experts is not None:
         module = replay.model.get_submodule(experts.path)
-        if with_trellis:
-            _build_trellis_candidates(module, experts, input_hessians, quantizer, with_trellis, candidates)
+        if widths_with_trellis:
+            _build_trellis_candidates(module, experts, input_hessians, quantizer, widths_with_trellis, candidates)
             return candidates, outputs
         inputs = ExpertInputs(module, experts, calls) if calls is not None else None
         builder = _ExpertCandidates(
@@ -182,8 +182,7 @@ def _build_trellis_candidates(
         batches, retries = quantizer.quantize_trellis(weight, matrix_hessians, widths)
         candidates.experts[matrix.name] = dict(zip(widths, batches, strict=True))
         candidates.retries += retries
-        matrix_names = [f"{experts.path}.{expert}.{matrix.name}" for expert in range(experts.count)]
-        refuse_clipped(matrix_names, batches)
+        refuse_clipped(experts.stored_names(matrix), batches)
     candidates.counts = hessians[0].counts.cpu()
 
 
@@ -220,13 +219,12 @@ class _ExpertCandidates:
                 packed = [PackedMatrix.pack(q.select(i), width) for i, width in enumerate(self.widths)]
                 chunks_by_name[matrix.name].append(packed)
             del grids, q  # frees as much memory as the next chunk needs
-        for name, chunks in chunks_by_name.items():
+        for matrix in self.experts.matrices:
             packed_by_width: dict[AnyWidth, StoredMatrix] = {}
             for i, width in enumerate(self.widths):
-                packed_by_width[width] = PackedMatrix.cat([chunk[i] for chunk in chunks])
-            candidates.experts[name] = packed_by_width
-            matrix_names = [f"{self.experts.path}.{expert}.{name}" for expert in range(self.experts.count)]
-            refuse_clipped(matrix_names, packed_by_width.values())
+                packed_by_width[width] = PackedMatrix.cat([chunk[i] for chunk in chunks_by_name[matrix.name]])
+            candidates.experts[matrix.name] = packed_by_width
+            refuse_clipped(self.experts.stored_names(matrix), packed_by_width.values())
         candidates.counts = self.hessians[0].counts.cpu()
 
     def _chunks(self) -> Iterable[slice]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemq.kernels.trellis.dense import FlatCodes, trellis_weight
+from gemq.kernels.trellis.dense import trellis_weight
 from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant import trellis
 from gemq.quant.grid import decode_scales, encode_scales
@@ -45,7 +45,7 @@ class TrellisBatch:
         """Collect single matrices."""
         codes = tuple(matrix.codes for matrix in matrices)
         scales = row_scales(matrices)
-        unscaled = trellis_weight(flat_codes(matrices), torch.ones_like(scales), dtype=dtype)
+        unscaled = trellis_weight(TrellisMatrices(matrices), torch.ones_like(scales), dtype=dtype)
         return cls(codes, tuple(matrix.width for matrix in matrices), unscaled, scales)
 
     def weight(self) -> Tensor:
@@ -74,12 +74,6 @@ class TrellisBatch:
         return TrellisMatrix(codes, encode_scales(self.scales[index]), self.widths[index], trellis.STATE_BITS)
 
 
-def flat_codes(matrices: Sequence[TrellisMatrix]) -> FlatCodes:
-    """Copy the codes of single matrices of one shape into one buffer."""
-    packed = TrellisMatrices(matrices)
-    return FlatCodes(packed.codes, packed.table, packed.columns, packed.state_bits)
-
-
 def row_scales(matrices: Sequence[TrellisMatrix]) -> Tensor:
     """Return the row scales of single matrices: [E, R] float32."""
     return torch.stack([matrix.row_scales() for matrix in matrices])
@@ -88,7 +82,7 @@ def row_scales(matrices: Sequence[TrellisMatrix]) -> Tensor:
 @torch.no_grad()
 def dequantize_experts(matrices: Sequence[TrellisMatrix], dtype: torch.dtype) -> Tensor:
     """Dequantize single matrices of one shape and any widths: [E, R, C] in ``dtype``."""
-    return trellis_weight(flat_codes(matrices), row_scales(matrices), dtype=dtype)
+    return trellis_weight(TrellisMatrices(matrices), row_scales(matrices), dtype=dtype)
 
 
 def scaled(unscaled: Tensor, scales: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,16 @@ def count_smaller_rotations(structure: Structure, recipe: Recipe) -> int:
         smaller = [matrix for matrix in layer.experts.matrices if block_side(matrix.columns) < ROTATION_SIDE]
         count += len(smaller) * layer.experts.count
     return count
+
+
+def parameter_bytes(model: Any, stored_dtypes: Mapping[str, torch.dtype]) -> int:
+    """Returns the bytes of a full-precision model's parameters in its files.
+
+    Args:
+        model: the model, which may be on the meta device
+        stored_dtypes: stored types by parameter name
+    """
+    return sum(parameter.numel() * stored_dtypes[name].itemsize for name, parameter in model.named_parameters())
 
 
 def quantized_share(structure: Structure, recipe: Recipe) -> float:

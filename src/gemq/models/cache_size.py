@@ -1,7 +1,8 @@
 """Bytes of the cache that a model keeps of a text, from its own code: keys, values, latents and recurrent states.
 
 The model runs on the meta device on a few lengths, and the tensors of its cache are counted. So grouped heads, latent
-attention, sliding windows and linear attention are counted as the installed Transformers stores them.
+attention, sliding windows and linear attention are counted as the installed Transformers stores them. Where that is not
+possible, or only a configuration is at hand, the cache is estimated from the configuration.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gemq.models.cache_names import cache_argument
 from gemq.models.config_values import layer_configs
 from gemq.models.module_forwards import replaced_forwards
 from gemq.models.structure import Structure
+from gemq.runtime.integers import ceil_div
 
 SHORT_TOKENS, LONG_TOKENS = 32, 512
 """Tokens between two measured texts: of short ones, shorter than sliding windows, and of longer ones beyond them, where
@@ -26,9 +28,6 @@ some families store a compressed token for a hundred or more.
 
 MAX_WINDOW = 1 << 17
 """Longer windows count as unlimited."""
-
-HEADS_KEYS = ("num_key_value_heads", "num_attention_heads")
-"""Keys of a configuration for the heads that have keys, the first that is set."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ def cache_size(model: Any, structure: Structure, dtype: torch.dtype, gpus: int =
         if longest:
             long = _line(model, structure, dtype, gpus, longest + LONG_TOKENS, longest + 2 * LONG_TOKENS)
     except Exception:  # noqa: BLE001 - model code raises all kinds of errors on the meta device
-        return _estimated(model, structure, dtype, gpus)
+        return estimated_cache(model.config.get_text_config(), dtype, gpus, len(structure.layers))
     if not any(fixed or slope for fixed, slope in short):
-        return _estimated(model, structure, dtype, gpus)
+        return estimated_cache(model.config.get_text_config(), dtype, gpus, len(structure.layers))
     windowed_layers = sum(window > 0 for window in windows)
     return CacheSize(tuple(zip(short, long, strict=True)), windowed_layers=windowed_layers)
 
@@ -143,19 +142,34 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _share(tensor: Tensor, gpus: int) -> float:
     """The share of a cache tensor [batch, heads or channels, ...] that one of ``gpus`` GPUs holds."""
     heads = tensor.shape[1] if tensor.dim() > 1 else 1
-    return -(-heads // gpus) / heads if heads else 1.0
+    return ceil_div(heads, gpus) / heads if heads else 1.0
 
 
-def _estimated(model: Any, structure: Structure, dtype: torch.dtype, gpus: int) -> CacheSize:
-    """The cache of full attention, from the configuration alone."""
-    text = model.config.get_text_config()
-    configs = layer_configs(text)
+def estimated_cache(config: Any, dtype: torch.dtype, gpus: int = 1, num_layers: int | None = None) -> CacheSize:
+    """The cache of full attention in all layers, from the configuration of the language model alone.
+
+    Does not depend on the model's code, so that batches that are chosen by it are the same with every release.
+
+    Args:
+        config: of the language model.
+        dtype: of keys and values.
+        gpus: number of GPUs that share the heads.
+        num_layers: None: as many as the configuration says.
+    """
+    configs = layer_configs(config)
     lines = []
-    for index in range(len(structure.layers)):
-        config = configs[min(index, len(configs) - 1)]
-        queries = int(getattr(config, "num_attention_heads", None) or 1)
-        heads = next((int(value) for key in HEADS_KEYS if (value := getattr(config, key, None))), 1)
-        head_dim = int(getattr(config, "head_dim", None) or text.hidden_size // queries)
-        line = (0.0, 2.0 * dtype.itemsize * head_dim * -(-heads // gpus))
+    for index in range(num_layers or len(configs)):
+        line = (0.0, 2.0 * dtype.itemsize * _key_numbers(configs[min(index, len(configs) - 1)], gpus))
         lines.append((line, line))
     return CacheSize(tuple(lines), estimated_layers=len(lines))
+
+
+def _key_numbers(config: Any, gpus: int) -> int:
+    """Numbers in the key of a token in one layer, on one of ``gpus`` GPUs. Its value has as many."""
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    has_latent_cache = isinstance(getattr(config, "kv_lora_rank", None), int)
+    if not heads or has_latent_cache:  # sizes of heads say nothing about a latent cache
+        return config.hidden_size
+    queries = getattr(config, "num_attention_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return head_dim * ceil_div(heads, gpus)

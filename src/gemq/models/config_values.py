@@ -1,4 +1,4 @@
-"""Values of a configuration that families store in different ways: layers, experts, caches, positions and tokens."""
+"""Values of a configuration that families store in different ways: layers, experts, positions and tokens."""
 
 from __future__ import annotations
 
@@ -38,22 +38,6 @@ def experts_per_token(text: Any) -> int:
         values = [getattr(config, key, None) for key in EXPERTS_PER_TOKEN_KEYS]
         counts.append(next((value for value in values if isinstance(value, int)), DEFAULT_EXPERTS_PER_TOKEN))
     return max(counts, default=DEFAULT_EXPERTS_PER_TOKEN)
-
-
-def cache_bytes(config: Any, seq_len: int, itemsize: int) -> int:
-    """Bytes of one window's keys and values in all layers, in a dtype of ``itemsize`` bytes."""
-    return sum(_cache_width(layer) for layer in layer_configs(config)) * seq_len * 2 * itemsize
-
-
-def _cache_width(config: Any) -> int:
-    """Numbers that a layer stores for the key of a token; its value takes as many."""
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and heads:
-        head_dim = config.hidden_size // config.num_attention_heads
-    # with a latent cache, the sizes of heads say nothing about what is stored
-    has_latent_cache = isinstance(getattr(config, "kv_lora_rank", None), int)
-    return heads * head_dim if heads and head_dim and not has_latent_cache else config.hidden_size
 
 
 def rotary_limit(config: Any) -> int | None:

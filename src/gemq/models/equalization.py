@@ -1,7 +1,7 @@
 """Equalization: powers of two that make the channels of a layer's weights alike, without changing its function.
 
 Large models have channels whose activations are hundreds of times those of others, and weights that are smaller by as
-much. In a quantized matrix such a column gets the scale of its neighbours, and its codes round to zero. So column j of
+much. In a quantized matrix such a column gets the scale of its neighbors, and its codes round to zero. So column j of
 the matrices that read an input is multiplied by 2^e[j], with
 
     e[j] = round(level - log2(rms(W[:, j]))),    level: near the usual size of trained weights

@@ -11,7 +11,7 @@ I intermediate size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemq.errors import UserError
-from gemq.kernels.expert_inputs import identity_experts_output, routing_from_batched_rows
+from gemq.kernels.expert_inputs import first_matrix_name, identity_experts_output, routing_from_batched_rows
 from gemq.models import grouped
 from gemq.models.expert_parallel import ExpertSharding, sharding_of
 from gemq.models.expert_routing import RoutedPairs, route, route_local, route_without_sync
-from gemq.models.structure import first_matrix_name
 from gemq.runtime.compat import transformers_private
 
 PAIRWISE_IMPLEMENTATION = "gemq_calibration"
@@ -38,9 +36,6 @@ MAX_ALL_PAIRS_BYTES = 1 << 28
 
 SCALE_PROBE = 2.0**10
 """Factor with which ``scales_with_up`` tests an activation."""
-
-MAX_ARITHMETIC_ERROR = 2e-2
-"""Allowed relative difference from the module's own class. Other orders of sums, and bfloat16, stay below 4e-3."""
 
 
 @dataclass
@@ -354,55 +349,6 @@ def all_pairs_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_we
     if getattr(module, "passes_on", False):
         output = output + identity_experts_output(hidden, top_k_index, top_k_weights, num_experts)
     return output.to(hidden.dtype)
-
-
-@contextmanager
-def _class_forward(module: Any) -> Iterator[None]:
-    """Makes an experts module run the forward of its class, whichever implementation is selected."""
-    config = getattr(module, "config", None)
-    # without a config the family offers no choice of implementations
-    with nullcontext() if config is None else transformers_private.select_experts(config, "eager"):
-        yield
-
-
-def check_arithmetic(model: Any, paths: Sequence[str], ids: Tensor) -> None:
-    """Compares ``experts_forward`` with the computation of the model's own class, on inputs of one forward pass.
-
-    A clamp or a gate that this module does not implement shows up here.
-
-    Args:
-        model: the model
-        paths: of its experts modules
-        ids: token ids [B, S] int64, on the model's device
-
-    Raises:
-        UserError: they differ
-    """
-    modules = [model.get_submodule(path) for path in paths]
-    with ExitStack() as stack:
-        recordings = [stack.enter_context(record_experts_calls(module)) for module in modules]
-        model(input_ids=ids, use_cache=False)
-    for path, module, calls in zip(paths, modules, recordings, strict=True):
-        for call in calls:
-            difference = _arithmetic_error(module, call)
-            if not difference < MAX_ARITHMETIC_ERROR:
-                raise UserError(
-                    f"cannot quantize {path} ({type(module).__name__}): it computes something else than gemq "
-                    f"understands (relative difference {difference:.2g}); this family is not supported yet"
-                )
-
-
-@torch.no_grad()
-def _arithmetic_error(module: Any, call: ExpertsCall) -> float:
-    """Returns the relative difference between ``experts_forward`` and the module's own class for a call."""
-    output = experts_forward(module, call.hidden, call.top_k_index, call.top_k_weights).float()
-    with _class_forward(module):
-        if getattr(module, "batched_rows", False):
-            expected = module(call.hidden)
-        else:
-            expected = module(call.hidden, call.top_k_index, call.top_k_weights)
-    expected = expected.reshape(output.shape).float()
-    return float((output - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def use_experts_forward(model: Any) -> None:

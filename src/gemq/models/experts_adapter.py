@@ -1,7 +1,7 @@
 """Adapts experts modules without Transformers' experts interface, by setting the attributes of that interface.
 
 A few families hold the same fused 3-D weights and compute the same function without the interface's decorator. This is
-verified before use: ``models.experts.check_arithmetic`` compares it with the module's own forward.
+verified before use: ``models.arithmetic_check`` compares it with the module's own forward.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ layers (embeddings, norms, head) is on the device all the time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,11 @@ from gemq.models.layer_loader import LayerLoader, LayerSlot
 from gemq.models.reader import LayerReader
 from gemq.models.structure import Structure
 from gemq.runtime.memory import MemoryBudget
+
+
+def reserved_layer_bytes(sizes: Iterable[int]) -> int:
+    """Returns the bytes that are reserved for the current and the next layer, from the bytes of each layer."""
+    return sum(sorted(sizes)[-2:])
 
 
 class LayerCache:
@@ -61,7 +66,7 @@ class LayerCache:
     @property
     def _reserved_bytes(self) -> int:
         """Bytes of the current and the next layer, at most."""
-        return sum(sorted(slot.nbytes for slot in self._slots)[-2:])
+        return reserved_layer_bytes(slot.nbytes for slot in self._slots)
 
     @property
     def least_bytes(self) -> int:

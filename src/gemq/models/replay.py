@@ -22,12 +22,14 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemq.errors import NotFiniteError, UserError
-from gemq.models.experts import check_arithmetic, use_experts_forward, use_fast_experts
+from gemq.models.arithmetic_check import check_arithmetic
+from gemq.models.experts import use_experts_forward, use_fast_experts
 from gemq.models.experts_adapter import as_adopted
 from gemq.models.layer_cache import LayerCache
 from gemq.models.layer_calls import Call, ExtraOutput, HiddenStatesChanged, SharedTensors, replaced_layers
 from gemq.models.structure import Structure
 from gemq.runtime.activation_store import HiddenStates
+from gemq.runtime.fallbacks import first_line
 from gemq.runtime.memory import MemoryBudget
 from gemq.runtime.ranks import SINGLE, Ranks
 
@@ -111,7 +113,7 @@ class Replay:
             except HiddenStatesChanged as error:
                 reason = reason or f"before layer {error.args[0]}"
             except _MODEL_ERRORS as error:  # such as unpacking a tensor where the layer returns a tuple
-                reason = reason or _first_line(error)
+                reason = reason or first_line(error)
         raise UserError(
             f"{type(self.model).__name__} does more between its decoder layers than passing hidden states on "
             f"({reason}): gemq cannot replay it; this family is not supported yet"
@@ -377,7 +379,7 @@ class Replay:
             raise
         except _MODEL_ERRORS as error:
             raise UserError(
-                f"{type(self.model).__name__}'s layers cannot be run on their own ({_first_line(error)}): "
+                f"{type(self.model).__name__}'s layers cannot be run on their own ({first_line(error)}): "
                 "they share state; this family is not supported yet"
             ) from error
         return self.logits(ids, hidden).float()
@@ -393,10 +395,5 @@ class Replay:
         except (AttributeError, TypeError) as error:
             raise UserError(
                 f"Transformers {transformers.__version__} cannot run {type(self.model).__name__} on text alone "
-                f"({_first_line(error)}): install another release of Transformers"
+                f"({first_line(error)}): install another release of Transformers"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Returns an error's type and message, cut to one short line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

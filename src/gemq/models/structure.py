@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gemq.errors import UserError
+from gemq.kernels.expert_inputs import first_matrix_name
 from gemq.models.architecture_checks import (
     SHARED,
     refuse_other_architectures,
@@ -66,6 +67,10 @@ class Experts:
     def weights_per_expert(self) -> int:
         """Number of weights of one expert."""
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
+
+    def stored_names(self, matrix: Matrix) -> list[str]:
+        """Names in a checkpoint of one of the two matrices of every expert."""
+        return [f"{self.path}.{expert}.{matrix.name}" for expert in range(self.count)]
 
 
 @dataclass(frozen=True)
@@ -208,11 +213,6 @@ def _read_linears(
         else:
             linears.append(Linear(linear_path, rows, columns, _linear_kind(name, linear_path, experts)))
     return tuple(linears)
-
-
-def first_matrix_name(module: Any) -> str:
-    """Returns the name of an experts module's first matrix."""
-    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -25,7 +25,8 @@ from gemq.checkpoint.format import PackedFormat
 from gemq.models.source import pick_dtype
 from gemq.pipeline.context import Job
 from gemq.pipeline.size_curve import curve_points
-from gemq.recipe import BUDGETS, DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import BUDGETS, DEFAULT_BITS
 from gemq.reporting.card import CARD, model_card, source_metadata
 from gemq.reporting.memory import memory_rows
 from gemq.reporting.page import render_page

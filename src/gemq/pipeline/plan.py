@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
-from gemq.models.byte_sizes import candidate_bytes, quantized_share
+from gemq.models.byte_sizes import candidate_bytes, parameter_bytes, quantized_share
 from gemq.models.source import Source, configured_types, pick_dtype
 from gemq.models.structure import find_structure
 from gemq.pipeline.candidates_stage import CANDIDATES
 from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.fit import Fit, fit
-from gemq.pipeline.preflight import Checked, check_model, original_bytes
+from gemq.pipeline.preflight import Checked, check_model
 from gemq.pipeline.reconstruction_stage import DISTILL, RECONSTRUCTION
 from gemq.pipeline.scores_stage import SCORES
 from gemq.pipeline.stage_costs import Footprint, JobStages, check_bounds, stage_seconds
 from gemq.planning.cost_model import Workload
 from gemq.planning.expert_sizes import bits_at, experts_at
 from gemq.planning.memory_model import held_bytes, staging_bytes
-from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import DEFAULT_BITS
 from gemq.runtime.device import pick_device
 from gemq.runtime.memory import MemoryBudget
 
@@ -197,7 +198,7 @@ def _plan(
         moe_layers=len(structure.moe_layers),
         layers=len(structure.layers),
         experts=sum(layer.experts.count for _, layer in structure.moe_layers),
-        original_bytes=original_bytes(model, configured_types(model)),
+        original_bytes=parameter_bytes(model, configured_types(model)),
         sizes=sizes,
         budget=recipe.budget_text if allocation is None else f"of {allocation}",
         bits=bits,

@@ -25,7 +25,8 @@ from gemq.pipeline.allocation_stage import shape_problem, with_all_widths
 from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.scores_stage import gradient_bytes
 from gemq.pipeline.stage_costs import Footprint, check_bounds
-from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import DEFAULT_BITS
 from gemq.runtime.files import check_free_space, check_writable, free_space, read_input
 from gemq.runtime.memory import MemoryBudget, gigabytes
 
@@ -258,11 +259,6 @@ def read_allocation_file(path: Path) -> str:
 def fixed_bytes(model: Any, structure: Structure, recipe: Recipe, stored_dtypes: dict[str, torch.dtype]) -> int:
     """Bytes of the checkpoint's tensors outside the experts. ``stored_dtypes``: type of each parameter in its file."""
     return unquantized_bytes(model, structure, recipe, stored_dtypes) + linear_bytes(structure, recipe)
-
-
-def original_bytes(model: Any, stored_dtypes: dict[str, torch.dtype]) -> int:
-    """Bytes of the full-precision model's parameters. ``stored_dtypes``: the type of each parameter in its file."""
-    return sum(parameter.numel() * stored_dtypes[name].itemsize for name, parameter in model.named_parameters())
 
 
 def _size(count: float, round_up: bool = False) -> str:

@@ -49,6 +49,9 @@ DISTILLED_FILE = "distilled.safetensors"
 PARAMETER_PREFIX = "tuned:"
 """Of the names of routers and norms in that file."""
 
+DEQUANTIZING_BYTES = 20
+"""Bytes a weight of the temporary tensors while distillation dequantizes a chunk of weights."""
+
 
 @dataclass
 class ReconstructedModel:
@@ -268,7 +271,7 @@ def _summarize(job: Job, structure: Structure, model: ReconstructedModel) -> Non
     distilled = model.distilled
     model.tuned.update(distilled.tuned)
     job.count_fallback("hessians_damped_more", retries)
-    if recipe.codes == "trellis":
+    if recipe.has_output_feedback:
         wide = sum(layer.experts.count for _, layer in structure.moe_layers if not is_practical(layer.experts))
         job.count_fallback("rows_without_feedback", wide)
     job.fallbacks["layers_not_improved_by_training"] = not_improved
@@ -322,6 +325,7 @@ def _reconstruction_bytes(memory: LayerMemory) -> int:
     hessians = memory.dense_hessians + memory.expert_hessians + memory.mean_hessians + memory.slope_moments
     quantizing = hessians + memory.expert_quantization(1, OUTPUT_COPIES)
     weight_bytes = memory.expert_weights * memory.dtype.itemsize
+    # codes of a byte, weights in the model and their replacements, and chunks in float32
     installing = memory.expert_weights + 2 * weight_bytes + 4 * memory.largest_matrices // 8
     collecting = memory.collecting_hessians + memory.slope_moments + memory.slope_pairs
     peak = max(collecting, quantizing, installing)
@@ -339,5 +343,5 @@ def _distillation_bytes(memory: LayerMemory) -> int:
     if memory.layer.experts is None:
         return 0
     weights = 2 * memory.expert_weights * memory.dtype.itemsize
-    dequantizing = 20 * min(MAX_CHUNK_WEIGHTS, memory.largest_matrices)
+    dequantizing = DEQUANTIZING_BYTES * min(MAX_CHUNK_WEIGHTS, memory.largest_matrices)
     return weights + memory.routed_pairs(backward=True) + dequantizing

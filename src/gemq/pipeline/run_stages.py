@@ -21,7 +21,7 @@ import torch
 from gemq.allocation.guard import soften, with_unsoftened_cost
 from gemq.allocation.problem import Allocation, Budget, Problem, allocate
 from gemq.checkpoint.format import PackedFormat
-from gemq.models.byte_sizes import quantized_share
+from gemq.models.byte_sizes import parameter_bytes, quantized_share
 from gemq.models.replay import Replay
 from gemq.pipeline.allocation_stage import ALLOCATE, Costs, make_problem, solve, with_all_widths
 from gemq.pipeline.candidates_stage import CandidateFiles, count_candidate_fallbacks, run_candidates
@@ -31,7 +31,7 @@ from gemq.pipeline.context import Job
 from gemq.pipeline.guard_stage import guard_plans, run_guard
 from gemq.pipeline.job_record import record_result
 from gemq.pipeline.load_stage import run_load
-from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, original_bytes, read_allocation
+from gemq.pipeline.preflight import check_allocation, expert_budget, fixed_bytes, read_allocation
 from gemq.pipeline.reconstruction_stage import ReconstructedModel, assembled_layers, run_reconstruction
 from gemq.pipeline.save_stage import SAVE, is_complete, make_packed_format, run_save
 from gemq.pipeline.scores_stage import FULL_PRECISION, run_gradients, run_scores, stage_name
@@ -146,15 +146,20 @@ class _Prepared:
         windows = self.calibration.windows
         return make_problem(self.replay.structure, self.job.recipe, windows, self.candidates, costs, leave_out)
 
-    def reconstruct(self, allocation: Allocation, costs: Costs | None) -> ReconstructedModel:
-        """The model reconstructed at the widths of an allocation.
+    def gradients_directory(self, costs: Costs | None) -> str | None:
+        """Name of the directory with the gradients that reconstruction uses, of scores if there are any.
 
-        Trellis codes need the gradients that were computed for scores. Where nothing else needs them, they are computed
-        now.
+        None if nothing is reconstructed, or without gradients.
         """
+        if not self.stages.reconstruct or not self.job.recipe.has_output_feedback:
+            return None
+        return costs.scores.directory.name if costs else stage_name(self.job, self.calibration.windows)
+
+    def reconstruct(self, allocation: Allocation, costs: Costs | None) -> ReconstructedModel:
+        """The model reconstructed at the widths of an allocation. Computes gradients if there are no scores."""
         job, windows = self.job, self.calibration.windows
         scores = None
-        if job.recipe.codes == "trellis":
+        if self.gradients_directory(costs) is not None:
             scores = costs.scores if costs else run_gradients(job, self.replay, windows)
         return run_reconstruction(job, self.replay, self.stored_dtypes, windows, allocation, scores)
 
@@ -192,9 +197,7 @@ def run_stages(
     costs = _compute_costs(prepared) if stages.scores else None
     problem = prepared.problem(costs)
     allocation, verdict = _run_allocation(prepared, problem, costs, unquantized_bytes, allocation_file)
-    gradients = None
-    if recipe.codes == "trellis" and stages.reconstruct:
-        gradients = costs.scores.directory.name if costs else stage_name(job, calibration.windows)
+    gradients = prepared.gradients_directory(costs)
     packed_format = make_packed_format(job, structure, calibration.windows, allocation, stages.reconstruct, gradients)
     if key is not None:
         ranks.run_on_first(lambda: record_result(job.work.path, key, packed_format.fingerprint))
@@ -211,7 +214,7 @@ def run_stages(
         layer_bits=list(allocation.layer_bits),
         parameters=structure.parameters,
         quantized_share=quantized_share(structure, recipe),
-        original_bytes=original_bytes(replay.model, stored_dtypes),
+        original_bytes=parameter_bytes(replay.model, stored_dtypes),
         stored_bytes=unquantized_bytes + allocation.stored_bytes,
         expert_bits_nominal=allocation.nominal_bits,
         expert_bits_stored=allocation.stored_bits,

@@ -26,10 +26,14 @@ from gemq.planning.cost_model import Work, Workload
 from gemq.planning.memory_model import LayerMemory, ModelMemory
 from gemq.recipe import Recipe
 from gemq.runtime.activation_store import ActivationStore
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.progress import Tick
 
 SCORES = "scores"
 """Name of the stage: of its directories, and in progress bars and the summary."""
+
+MOMENT_BYTES = 8 + 4
+"""Bytes of a number of a layer's moments of gradients: the sum in float64, and that of a micro-batch in float32."""
 
 LayerGradients = Iterator[tuple[int, ExpertsCall | None, Tensor | None]]
 """Micro-batches of a layer: the number, the call of the experts, and the gradient [T, H] at their output."""
@@ -94,7 +98,7 @@ def _inputs(job: Job, windows: Windows, model: ScoredModel) -> dict[str, Any]:
 def _run(job: Job, replay: Replay, windows: Windows, candidates: CandidateFiles | None, model: ScoredModel) -> Stage:
     """Scores with the candidates; without them, computes moments of gradients alone."""
     stage = job.work.stage(stage_name(job, windows, model), _inputs(job, windows, model))
-    with_gradients = job.recipe.codes == "trellis"
+    with_gradients = job.recipe.has_output_feedback
     missing = set()
     for i, _ in replay.structure.moe_layers:
         has_scores = candidates is None or stage.has(layer_file(i))
@@ -228,7 +232,7 @@ def segment_length(layers: int, state_bytes: int, available_bytes: int) -> int:
 
     def kept_states(length: int) -> int:
         """Most states at the same time: the segments' inputs, one segment's layers, the current one, the gradients."""
-        segments = -(-layers // length)
+        segments = ceil_div(layers, length)
         return segments + (length - 1) + 2
 
     for length in range(1, layers + 1):
@@ -281,5 +285,7 @@ def _layer_bytes(memory: LayerMemory) -> int:
         return 0
     weights = len(memory.recipe.candidate_widths) * memory.expert_weights * memory.dtype.itemsize
     pairs = max(memory.routed_pairs(backward=True), memory.forward_pairs)
-    moments = 12 * memory.experts.matrices[1].rows ** 2 if memory.recipe.codes == "trellis" else 0
+    moments = 0
+    if memory.recipe.has_output_feedback:
+        moments = MOMENT_BYTES * memory.experts.matrices[1].rows ** 2
     return weights + moments + max(pairs, 3 * memory.largest_matrices)

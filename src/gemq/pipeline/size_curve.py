@@ -18,11 +18,12 @@ import numpy as np
 
 from gemq.allocation.problem import Budget, Problem, allocate, smallest_budget
 from gemq.errors import UserError
+from gemq.models.byte_sizes import parameter_bytes
 from gemq.models.source import Source, configured_types
 from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.allocation_stage import Costs, layer_costs, shape_problem
 from gemq.pipeline.job_record import check_config, recorded_job
-from gemq.pipeline.preflight import fixed_bytes, original_bytes
+from gemq.pipeline.preflight import fixed_bytes
 from gemq.pipeline.scores_stage import SCORES
 from gemq.pipeline.sensitivity_stage import SENSITIVITY
 from gemq.pipeline.workdir import Stage, WorkDir, layer_file
@@ -114,7 +115,7 @@ def size_curve(
     stored_dtypes = configured_types(skeleton)
     fixed = fixed_bytes(skeleton, structure, recipe, stored_dtypes)
     points = curve_points(problem, recipe, fixed, method, step)
-    return Curve(str(source.path), method, original_bytes(skeleton, stored_dtypes), tuple(points))
+    return Curve(str(source.path), method, parameter_bytes(skeleton, stored_dtypes), tuple(points))
 
 
 def curve_points(problem: Problem, recipe: Recipe, fixed: int, method: str, step: float) -> list[CurvePoint]:

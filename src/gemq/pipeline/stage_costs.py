@@ -92,7 +92,7 @@ def stage_work(workload: Workload, stages: JobStages) -> dict[str, Work]:
         work[SENSITIVITY] = sensitivity_work(workload)
     if stages.scores:
         work[SCORES] = scores_work(workload) * steps
-    elif stages.reconstruct and recipe.codes == "trellis":
+    elif stages.reconstruct and recipe.has_output_feedback:
         work[SCORES] = scores_work(workload, with_costs=False)
     if stages.guard:
         work[GUARD_WINDOWS] = windows_work(workload, guard_windows)

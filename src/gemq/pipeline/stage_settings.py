@@ -140,7 +140,7 @@ def reconstruction_inputs(job: Job, windows: Windows) -> dict[str, Any]:
         **_training_inputs(job.recipe, job.recipe.reconstruction_epochs),
         "compensate": job.recipe.compensate,
     }
-    return {**inputs, "output_feedback": True} if job.recipe.codes == "trellis" else inputs
+    return {**inputs, "output_feedback": True} if job.recipe.has_output_feedback else inputs
 
 
 def distillation_inputs(job: Job, windows: Windows) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from gemq.calibration.self_generation import (
 )
 from gemq.calibration.sources import SELF, calibration_windows
 from gemq.calibration.windows import Windows
-from gemq.models.config_values import cache_bytes
+from gemq.models.cache_size import estimated_cache
 from gemq.models.replay import Replay
 from gemq.pipeline.context import Job
 from gemq.pipeline.stage_settings import window_inputs
 from gemq.pipeline.workdir import Stage
 from gemq.planning.cost_model import Work, Workload
 from gemq.quant.widths import Width
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.progress import Tick
 
 CALIBRATION_WINDOWS = "calibration windows"
@@ -78,7 +79,7 @@ class WindowWriter:
         self._width: Width | None = None
         config = replay.model.config.get_text_config()
         self._batch_size = batch_size(config, job.seq_len)
-        self._cache_bytes = cache_bytes(config, job.seq_len, replay.model.dtype.itemsize)
+        self._cache_bytes = estimated_cache(config, replay.model.dtype).sequence_bytes(job.seq_len)
 
     def write(self, *plans: WindowPlan) -> list[Tensor]:
         """Writes the windows of each plan: int64 [count, window] on the CPU."""
@@ -201,7 +202,7 @@ def _draw_calibration(
     }
     stage.save_json(ROWS_FILE, {name: read.to_dict() for name, read in rows.items()})
     missing_tokens = max(0, recipe.total_tokens - windows.tokens.numel())
-    added = -(-missing_tokens // job.seq_len)
+    added = ceil_div(missing_tokens, job.seq_len)
     if added:
         # Another seed than the source ``self`` has, or these windows would repeat the source's.
         plans = [WindowPlan(added, recipe.seed + 1, added_window_openings(windows))]
@@ -272,8 +273,9 @@ def windows_work(workload: Workload, count: int) -> Work:
     on_gpu = workload.device.type == "cuda"
     if on_gpu:
         free_bytes = workload.memory - weight_bytes
-        batch = gpu_batch_size(count, batch, free_bytes // cache_bytes(config, seq_len, workload.dtype.itemsize))
-    tokens, steps = count * seq_len, seq_len * -(-count // batch)
+        cache_bytes = estimated_cache(config, workload.dtype).sequence_bytes(seq_len)
+        batch = gpu_batch_size(count, batch, free_bytes // cache_bytes)
+    tokens, steps = count * seq_len, seq_len * ceil_div(count, batch)
     work = workload.head(tokens) + Work(bytes=steps * weight_bytes * workload.costs.weight_reads)
     for layer in workload.structure.layers:
         work += workload.forward(layer, tokens, steps)

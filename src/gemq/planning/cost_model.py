@@ -16,10 +16,14 @@ from gemq.models.config_values import experts_per_token
 from gemq.models.structure import Layer, Structure
 from gemq.recipe import Recipe
 from gemq.runtime.device import Rates
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.ranks import GPU_BATCHES_PER_FORWARD, batches_per_forward
 
 DENSE_PASSES, EXPERT_PASSES = 45, 9
 """Elementwise reads and writes: of a token's hidden state in a layer, and of a pair's hidden and intermediate state."""
+
+OPTIMIZER_CALLS = 100
+"""Operations that a step of the optimizer launches."""
 
 LOGIT_BYTES = 24
 """Read and written for each logit by a softmax and a loss."""
@@ -133,7 +137,8 @@ class Workload:
     @property
     def added_windows(self) -> int:
         """Calibration windows that the effort adds to those of the sources."""
-        return -(-max(0, self.recipe.total_tokens - self.recipe.num_windows * self.seq_len) // self.seq_len)
+        missing_tokens = self.recipe.total_tokens - self.recipe.num_windows * self.seq_len
+        return ceil_div(max(0, missing_tokens), self.seq_len)
 
     @property
     def tokens(self) -> int:
@@ -148,7 +153,7 @@ class Workload:
     @property
     def batches(self) -> int:
         """Micro-batches of calibration."""
-        return -(-self.tokens // self.micro_batch_tokens)
+        return ceil_div(self.tokens, self.micro_batch_tokens)
 
     def training_steps(self, epochs: int) -> int:
         """Steps of training on the calibration tokens that are not held out, one micro-batch each."""
@@ -218,4 +223,4 @@ class Workload:
 
     def train(self, weights: float, steps: float) -> Work:
         """Steps of the optimizer on ``weights`` quantized weights."""
-        return Work(bytes=weights * steps * self.costs.train_bytes, calls=100 * steps)
+        return Work(bytes=weights * steps * self.costs.train_bytes, calls=OPTIMIZER_CALLS * steps)

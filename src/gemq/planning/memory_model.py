@@ -17,6 +17,7 @@ from gemq.errors import UserError
 from gemq.layers.output_hessians import is_practical
 from gemq.layers.quantizer import CHUNK_BYTES, TRELLIS_COPIES
 from gemq.models.config_values import experts_per_token, layer_configs
+from gemq.models.layer_cache import reserved_layer_bytes
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
 from gemq.models.source import calibration_seq_len
 from gemq.models.structure import Experts, Layer, Structure
@@ -106,7 +107,11 @@ class LayerMemory:
     @property
     def dense_quantization(self) -> int:
         """GPTQ of the largest dense linear: Hessian, factors, weights and errors."""
-        sizes = [16 * linear.columns**2 + 8 * linear.columns * linear.rows for linear in self.layer.linears]
+        sizes = []
+        for linear in self.layer.linears:
+            hessians = 4 * linear.columns**2  # Hessian, dampened copy, its factor and the inverse
+            weights = 2 * linear.columns * linear.rows  # weights and errors
+            sizes.append(4 * (hessians + weights))
         return max(sizes, default=0)
 
     @property
@@ -121,8 +126,8 @@ class LayerMemory:
 
     @property
     def slope_moments(self) -> int:
-        """Moments of the derivatives at the outputs of all experts' first matrix, which trellis codes take."""
-        if self.recipe.codes != "trellis" or not is_practical(self.experts):
+        """Moments of the derivatives at the outputs of all experts' first matrix, for feedback between rows."""
+        if not self.recipe.has_output_feedback or not is_practical(self.experts):
             return 0
         return 4 * (self.experts.count + 1) * self.experts.matrices[0].rows ** 2
 
@@ -272,7 +277,7 @@ def tensor_bytes(model: Any, structure: Structure | None, dtype: torch.dtype) ->
 def held_bytes(model: Any, structure: Structure, dtype: torch.dtype) -> int:
     """What a job holds on the device throughout: two layers, and embeddings, norms and head."""
     outside, layers = tensor_bytes(model, structure, dtype)
-    return outside + sum(sorted(layers)[-2:])
+    return outside + reserved_layer_bytes(layers)
 
 
 def forward_bytes(
@@ -292,8 +297,8 @@ def forward_bytes(
     hidden = int(text.hidden_size)
     configs = layer_configs(text)
     widest = max(int(getattr(config, "intermediate_size", 0) or 0) for config in configs)
-    largest_matrix = 4 * hidden * hidden
-    numbers = tokens * max(8 * hidden, 3 * widest)
+    largest_matrix = 4 * hidden * hidden  # where the linears are not known: a dense layer of usual proportions
+    numbers = tokens * max(8 * hidden, 3 * widest)  # of attention, or of a dense layer: gate, up and their product
     for layer in structure.layers if structure else ():
         for linear in layer.linears:
             largest_matrix = max(largest_matrix, linear.rows * linear.columns)

@@ -2,8 +2,6 @@
 
 Counted for gemq's own decode loop and for Transformers. vLLM stores the same weights and cache, and has buffers of its
 own. With several GPUs (tensor parallel) all figures are those of one of them.
-
-Formulas have: n tokens that are read at once, H hidden size, I intermediate size of an expert, K experts per token.
 """
 
 from __future__ import annotations
@@ -18,19 +16,16 @@ import torch
 
 from gemq.models.byte_sizes import linear_bytes, unquantized_bytes
 from gemq.models.cache_size import CacheSize, cache_size
-from gemq.models.config_values import experts_per_token
+from gemq.models.prefill_memory import prefill_bytes
 from gemq.models.source import configured_types, max_seq_len
-from gemq.models.structure import Layer, Structure
+from gemq.models.structure import Structure
 from gemq.planning.expert_sizes import experts_at
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
-from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES, MAX_PREFILL_TOKENS, STREAMS
+from gemq.runtime.memory import CONTEXT_BYTES, LIBRARY_BYTES
 
 COMMUNICATION_BYTES = 300_000_000
 """Buffers of NCCL on each of several GPUs."""
-
-ROTATED, GATED = 3, 3
-"""Copies of queries, keys and values while rotary factors are applied; and of a dense layer's intermediate state."""
 
 STEPS_PER_BIT = 100
 """The largest budget is rounded down to a hundredth of a bit."""
@@ -88,17 +83,6 @@ class ServingMemory:
         """Bytes of the cache of ``batch`` sequences of ``context`` tokens."""
         return batch * self.cache.sequence_bytes(context)
 
-    def prefill_bytes(self, tokens: int, batch: int) -> int:
-        """Bytes of temporary tensors while prompts are read.
-
-        Args:
-            tokens: that are read at once, of all prompts.
-            batch: sequences, each of which gets logits of its last token.
-        """
-        layer_bytes = max(self._layer_bytes(layer, tokens) for layer in self.structure.layers)
-        logit_bytes = batch * int(self.text_config.vocab_size) * (self.dtype.itemsize + 2 * 4)
-        return max(layer_bytes, logit_bytes)
-
     def loading_bytes(self, bits: float) -> int:
         """Bytes in addition to the weights while they are loaded: a layer's experts once more, to join them."""
         shares = [layer.experts.count * layer.experts.weights_per_expert for _, layer in self.structure.moe_layers]
@@ -112,7 +96,15 @@ class ServingMemory:
 
     def working_bytes(self, bits: float, context: int, batch: int) -> int:
         """Bytes in addition to weights and cache for ``batch`` sequences of ``context`` tokens."""
-        prefill = self.prefill_bytes(min(context * batch, MAX_PREFILL_TOKENS), batch)
+        prefill = prefill_bytes(
+            self.structure,
+            self.text_config,
+            self.dtype,
+            context * batch,
+            batch,
+            has_trellis=self.recipe.codes == "trellis",
+            gpus=self.gpus,
+        )
         loading = self.loading_bytes(bits) - self.cache_bytes(context, batch)  # the cache is allocated after it
         return self.fixed_bytes + max(prefill, loading)
 
@@ -137,20 +129,6 @@ class ServingMemory:
     def longest_fitting_context(self, bits: float, memory: int, batch: int) -> int:
         """Tokens of each of ``batch`` sequences that fit into ``memory`` at a budget of ``bits``; 0 if none do."""
         return _last(lambda tokens: self.total_bytes(bits, tokens, batch) <= memory, self.longest_context)
-
-    def _layer_bytes(self, layer: Layer, tokens: int) -> int:
-        """Bytes of a layer's temporary tensors for ``tokens`` tokens, in the widest of its parts."""
-        hidden = int(self.text_config.hidden_size)
-        attention = sum(linear.rows for linear in layer.linears if linear.kind == "attention") // self.gpus
-        widest = max((linear.rows for linear in layer.linears if linear.kind != "attention"), default=0) // self.gpus
-        largest_linear = max((linear.rows * linear.columns for linear in layer.linears), default=0) // self.gpus
-        numbers = tokens * max(ROTATED * attention, GATED * widest + hidden) + largest_linear  # which is unpacked
-        if layer.experts is not None:
-            pairs = tokens * experts_per_token(self.text_config)
-            intermediate = layer.experts.matrices[1].columns // self.gpus
-            copies = 2 if self.recipe.codes == "trellis" else 1  # trellis codes multiply a rotated copy
-            numbers = max(numbers, pairs * (copies * intermediate + hidden))  # the outputs of both matrices
-        return self.dtype.itemsize * (tokens * STREAMS * hidden + numbers)
 
     def _vocabulary_bytes(self) -> int:
         """Bytes of embeddings and head, which several GPUs share."""

@@ -126,7 +126,7 @@ def fit_grid(w: Tensor, max_code: Tensor, importance: Tensor | None) -> tuple[Te
     """Fit a scale and an offset to each group of weights.
 
     Starts from the smallest and the largest weight, then alternates rounding with a weighted least-squares fit of the
-    line through (code, weight) pairs. With two levels this is k-means with two free centres.
+    line through (code, weight) pairs. With two levels this is k-means with two free centers.
 
     Args:
         w: [..., G].

@@ -1,7 +1,7 @@
 """Trellis codes: tiles of 256 weights whose codes overlap in a ring of bits. Plain PyTorch reference.
 
 A tile is a ring of 256 * b bits, where b is the width. The state of weight t is the L bits of the ring that end at bit
-floor((t + 1) * b), and its value is a function of that state. Neighbours share most of their bits, so each weight has
+floor((t + 1) * b), and its value is a function of that state. Neighbors share most of their bits, so each weight has
 2^L values to choose from while it adds only b bits. The Viterbi algorithm finds the best ring (bitshift trellis and
 tail-biting: Tseng et al., "QTIP", arXiv:2406.11235, sections 3.1 and 3.2). The width is any multiple of 1/8 bit from 1
 to 4. It enters the decoder as a number, so that one decoder serves all widths.
@@ -117,7 +117,7 @@ def unpack(words: Tensor, width_eighths: int, state_bits: int) -> Tensor:
     shift = WORD_BITS - 1 - last_bit % WORD_BITS
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     low, high = unsigned[..., word], unsigned[..., (word - 1) % count]
-    # the funnel shift of a GPU: 64 bits of two neighbouring words, shifted right
+    # the funnel shift of a GPU: 64 bits of two neighboring words, shifted right
     return (((high << WORD_BITS) | low) >> shift) & ((1 << state_bits) - 1)
 
 

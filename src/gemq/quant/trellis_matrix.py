@@ -67,13 +67,6 @@ class TrellisMatrix:
         codes = torch.cat([batch.codes for batch in batches])
         return cls(codes, torch.cat([batch.scales for batch in batches]), batches[0].width, batches[0].state_bits)
 
-    @classmethod
-    def stack(cls, matrices: Sequence[TrellisMatrix]) -> TrellisMatrix:
-        """Stack single matrices of one width into a batch."""
-        codes = torch.stack([matrix.codes for matrix in matrices])
-        scales = torch.stack([matrix.scales for matrix in matrices])
-        return cls(codes, scales, matrices[0].width, matrices[0].state_bits)
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

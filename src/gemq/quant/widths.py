@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from gemq.errors import UserError, short_repr
+from gemq.runtime.integers import ceil_div
 
 SMALLEST_GROUP = 16
 """Smallest group size."""
@@ -102,7 +103,7 @@ class Width(Enum):
     def group_bytes(self, group_size: int) -> int:
         """Return the bytes that the codes of one group take on disk and in memory."""
         if self is Width.TERNARY:
-            return -(-group_size // CODES_PER_TERNARY_BYTE)
+            return ceil_div(group_size, CODES_PER_TERNARY_BYTE)
         return group_size * int(self.value) // 8
 
     def group_size(self, group_bytes: int) -> int:
@@ -175,9 +176,18 @@ class TrellisWidth:
         """Bits per weight that budgets count, without scales."""
         return self.eighths / 8
 
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile's codes: as many words of 32 bits as the width has eighths of a bit."""
+        return 4 * self.eighths
+
     def matrix_bytes(self, rows: int, columns: int, group_size: int = 0) -> int:
         """Return the bytes of one matrix: codes, and one byte for the scale of a row. There are no groups."""
-        return rows * columns * self.eighths // 64 + rows
+        return self.code_bytes(rows, columns) + rows
+
+    def code_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of the codes of one matrix."""
+        return rows * columns * self.eighths // 64
 
 
 ALL_TRELLIS_WIDTHS = tuple(TrellisWidth(eighths) for eighths in range(MIN_EIGHTHS, MAX_EIGHTHS + 1))

@@ -14,13 +14,12 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined, Template
-from rich import filesize
 
 from gemq.allocation.guard import describe
 from gemq.errors import UserError
 from gemq.reporting.page import title
 from gemq.reporting.sentences import LOOP_RULE, repeating_inputs, untrained
-from gemq.runtime.display import printable
+from gemq.runtime.display import printable, size_text
 from gemq.runtime.files import read_input, write_text
 
 CARD = "README.md"
@@ -133,7 +132,7 @@ def _template(name: str) -> Template:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"size": lambda count: filesize.decimal(int(count), precision=2), "cell": _cell}
+    environment.filters |= {"size": size_text, "cell": _cell}
     return environment.from_string(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
-from rich import filesize
 
 from gemq.allocation.guard import describe
 from gemq.reporting.fallback_texts import FALLBACKS
@@ -34,8 +33,9 @@ from gemq.reporting.svg import (
     size_curve_chart,
 )
 from gemq.reporting.widths import MATRICES, LayerWidths, text_color, width_colors, width_counts
-from gemq.runtime.display import printable
+from gemq.runtime.display import duration_text, printable, size_text
 from gemq.runtime.files import write_text
+from gemq.runtime.integers import ceil_div
 
 MAX_LABELS = 16
 """Most rows of a map that get a label."""
@@ -101,11 +101,11 @@ def _template() -> Template:
     """Return the compiled template of the page. Compiling it takes longer than filling it in."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "size": lambda count: filesize.decimal(int(count), precision=2),
+        "size": size_text,
         "number": lambda value, form: NO_VALUE if value is None else format(value, form),
         "percent": _percent,
         "printable": lambda text: printable(str(text)),
-        "duration": _duration,
+        "duration": lambda seconds: duration_text(seconds, 1),
     }
     return environment.from_string(_text("page.html.j2"))
 
@@ -125,7 +125,7 @@ def _maps(layers: list[LayerWidths]) -> list[dict[str, Any]]:
     colors = width_colors(layers)
     columns = max(len(layer.widths[0]) for layer in layers)
     labels = []
-    for index in labeled_indices(len(layers), -(-len(layers) // MAX_LABELS)):
+    for index in labeled_indices(len(layers), ceil_div(len(layers), MAX_LABELS)):
         labels.append((f"{(index + 0.5) / len(layers):.2%}", layers[index].name))
     maps = []
     for matrix, name in enumerate(MATRICES):
@@ -212,10 +212,3 @@ def _percent(value: float | None, digits: int = 1) -> str:
 def _sentence(text: str) -> str:
     """Return a text that begins with a capital letter."""
     return text[:1].upper() + text[1:]
-
-
-def _duration(seconds: float) -> str:
-    """Return ``4.2 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

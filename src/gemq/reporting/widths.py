@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 PALETTE = ("#fde725", "#a5db36", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#433e85", "#482878")
 """Colors from the fewest to the most bits: viridis without its darkest end, for dark pages. Its order shows in print
@@ -31,25 +31,6 @@ class LayerWidths(NamedTuple):
     name: str
     widths: tuple[list[float], list[float]]
     bits: float
-
-
-def layers_from(
-    allocation: Sequence[Sequence[Any]], layer_bits: Sequence[float], names: Sequence[str]
-) -> list[LayerWidths]:
-    """Return the layers that have experts.
-
-    Args:
-        allocation: by layer and expert one number, or two for gate and up and for down, as ``plain_widths`` returns
-        layer_bits: mean nominal bits of each layer
-        names: name of each layer
-    """
-    layers = []
-    for name, experts, bits in zip(names, allocation, layer_bits, strict=True):
-        if experts:
-            pairs = [expert if isinstance(expert, list) else [expert, expert] for expert in experts]
-            gate_up, down = ([float(pair[matrix]) for pair in pairs] for matrix in (0, 1))
-            layers.append(LayerWidths(name, (gate_up, down), float(bits)))
-    return layers
 
 
 def layer_names(paths: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rich import filesize
 from rich.console import Console
 from rich.text import Text
 
@@ -20,6 +21,18 @@ def printable(text: str) -> str:
 def shortened(text: str, max_length: int = 2_000) -> str:
     """Return ``text`` without its middle if it is longer than ``max_length`` characters."""
     return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"
+
+
+def size_text(count: float) -> str:
+    """Return bytes as ``12.34 MB``."""
+    return filesize.decimal(int(count), precision=2)
+
+
+def duration_text(seconds: float, decimals: int = 0) -> str:
+    """Return ``30 s``, ``12 min`` or ``3.5 h``. ``decimals``: of seconds."""
+    if seconds < 120:
+        return f"{seconds:.{decimals}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class SafeConsole(Console):

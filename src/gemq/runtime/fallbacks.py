@@ -71,5 +71,5 @@ def pop_messages() -> list[str]:
 
 def first_line(error: BaseException) -> str:
     """Format type and message of an error in one line of at most 300 printable characters."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    line = " ".join(f"{type(error).__name__}: {error}".split())[:300].removesuffix(":")
     return "".join(character if character.isprintable() else "?" for character in line)

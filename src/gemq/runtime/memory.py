@@ -41,12 +41,6 @@ LIBRARY_BYTES = 100_000_000
 DEFAULT_CONTEXT = 8192
 """Tokens of a text that has to fit if none are given, or the model's maximum if that is less."""
 
-MAX_PREFILL_TOKENS = 8192
-"""Tokens of prompts that are counted as read at once."""
-
-STREAMS = 4
-"""Tensors [tokens, hidden size] alive while experts compute: embeddings, the residual, its norm and their input."""
-
 SPILL_PREFIX = ".spilled-"
 """Prefix of the files that hold what does not fit into memory. A job removes those that a killed job left."""
 

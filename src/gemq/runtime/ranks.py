@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from gemq.errors import UserError
 from gemq.runtime.device import pick_device
+from gemq.runtime.exchange_buffer import TensorLayout, buffer_offsets
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.processes import RankLostError, ranks_started
 
 TIMEOUT = timedelta(hours=12)
@@ -38,32 +40,12 @@ GPU_BATCHES_PER_FORWARD, MIN_FORWARDS = 4, 16
 """Micro-batches in one forward of a layer on a GPU, as long as at least ``MIN_FORWARDS`` forwards remain to divide."""
 
 MAX_EXCHANGE_BYTES = 1 << 29
-"""Upper bound for one all-gather. Larger exchanges amortise launch and synchronisation."""
-
-ALIGNMENT = 16
-"""Tensors that share an exchange begin at multiples of this many bytes."""
+"""Upper bound for one all-gather. Larger exchanges amortize launch and synchronization."""
 
 
 def batches_per_forward(total: int, limit: int) -> int:
     """Return how many of ``total`` micro-batches share a forward: at most ``limit``, and leaving ``MIN_FORWARDS``."""
     return max(1, min(limit, total // MIN_FORWARDS))
-
-
-class _TensorLayout(NamedTuple):
-    """Shape and dtype of a tensor that another rank holds."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    bytes: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _TensorLayout:
-        """Return the layout of ``tensor``."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.nbytes)
-
-    def view(self, buffer: Tensor, start: int) -> Tensor:
-        """Return the tensor whose bytes begin at ``start`` of ``buffer`` (uint8)."""
-        return buffer[start : start + self.bytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -187,7 +169,7 @@ class Ranks:
         if self.rank == source:
             assert tensor is not None
             tensor = tensor.detach().to(self.device).contiguous()
-            layout = _TensorLayout.of(tensor)
+            layout = TensorLayout.of(tensor)
         layout = self._broadcast_object(layout, source)
         if self.rank != source:
             tensor = torch.empty(layout.shape, dtype=layout.dtype, device=self.device)
@@ -223,17 +205,17 @@ class Ranks:
         if self.count == 1:
             return [(list(tensors), list(integers))]
         contiguous = [None if t is None else t.detach().to(self.device).contiguous() for t in tensors]
-        layouts = [None if t is None else _TensorLayout.of(t) for t in contiguous]
+        layouts = [None if t is None else TensorLayout.of(t) for t in contiguous]
         headers = self._all_gather_object((layouts, list(integers)))
-        size = max(_offsets(rank_layouts)[-1] for rank_layouts, _ in headers)
+        size = max(buffer_offsets(rank_layouts)[-1] for rank_layouts, _ in headers)
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for tensor, start in zip(contiguous, _offsets(layouts), strict=False):
+        for tensor, start in zip(contiguous, buffer_offsets(layouts), strict=False):
             if tensor is not None:
                 buffer[start : start + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
         buffers = self.all_gather(buffer).chunk(self.count) if size else [buffer] * self.count
         results = []
         for rank_buffer, (rank_layouts, rank_integers) in zip(buffers, headers, strict=True):
-            starts = _offsets(rank_layouts)[:-1]
+            starts = buffer_offsets(rank_layouts)[:-1]
             rank_tensors = [
                 None if layout is None else layout.view(rank_buffer, start)
                 for layout, start in zip(rank_layouts, starts, strict=True)
@@ -277,7 +259,7 @@ class Ranks:
         batches_per_round = self.batches_per_forward(total) * self.count
         batch_bytes = self.run_on_first(lambda: local[0].nbytes)
         rounds = MAX_EXCHANGE_BYTES // max(1, batch_bytes * batches_per_round)
-        total_rounds = -(-total // batches_per_round)
+        total_rounds = ceil_div(total, batches_per_round)
         return max(1, min(rounds, total_rounds)) * batches_per_round
 
     def run_on_first(self, run: Callable[[], Any]) -> Any:
@@ -349,15 +331,6 @@ def _collective(name: str, old_name: str) -> Callable[..., object]:
     """Return a collective by its name since torch 2.13, which deprecates ``old_name``."""
     function: Callable[..., object] = getattr(dist, name, None) or getattr(dist, old_name)
     return function
-
-
-def _offsets(layouts: Sequence[_TensorLayout | None]) -> list[int]:
-    """Return where each tensor begins in a buffer that holds all of them, and the size of the buffer, in bytes."""
-    offsets = [0]
-    for layout in layouts:
-        blocks = 0 if layout is None else -(-layout.bytes // ALIGNMENT)
-        offsets.append(offsets[-1] + blocks * ALIGNMENT)
-    return offsets
 
 
 def start_ranks(device: str) -> Ranks:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemq.errors import UserError
+from gemq.runtime.integers import round_up
 from gemq.runtime.safetensors_files import tensor_entries
 
 BUFFER_BYTES, MAX_READ_BYTES = 64 << 20, 4 << 20
@@ -188,7 +189,7 @@ def _fit_into_buffers(reads: Sequence[_Read]) -> Iterator[list[tuple[int, _Read]
             yield batch
             batch, end = [], 0
         batch.append((end, read))
-        end += -(-len(read.target) // ALIGNMENT) * ALIGNMENT
+        end += round_up(len(read.target), ALIGNMENT)
     if batch:
         yield batch
 

@@ -18,7 +18,6 @@ from gemq.checkpoint.format import PackedFormat
 from gemq.errors import UserError
 from gemq.integrations.vllm import ops
 from gemq.integrations.vllm.served_experts import (
-    ExpertMatrices,
     ExpertsShare,
     ServedExperts,
     empty_matrices,
@@ -30,6 +29,7 @@ from gemq.integrations.vllm.served_experts import (
 )
 from gemq.integrations.vllm.split import divided_groups, groups_of_rank
 from gemq.kernels.activation import activation_of
+from gemq.kernels.expert_codes import ExpertCodes
 from gemq.quant.stored_matrix import StoredMatrix, concatenate
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         group_counts = divided_groups(reader.format, reader.shapes) if size > 1 else ()
         return groups_of_rank(name, intermediate_size, group_size, rank, size, group_counts)
 
-    def _empty_matrices(self, hidden_size: int, intermediate_size: int) -> dict[str, ExpertMatrices]:
+    def _empty_matrices(self, hidden_size: int, intermediate_size: int) -> dict[str, ExpertCodes]:
         """Return empty packed matrices of the rank's experts by projection."""
-        matrices: dict[str, ExpertMatrices] = {}
+        matrices: dict[str, ExpertCodes] = {}
         for projection, widths in self._format.experts[self._path].items():
             columns = intermediate_size if projection == "down_proj" else hidden_size
             group_size = self._format.block_side(f"{self._path}.{projection}", columns)

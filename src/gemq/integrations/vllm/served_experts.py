@@ -12,15 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint.format import tile_bytes
 from gemq.kernels import dispatch
+from gemq.kernels.expert_codes import ExpertCodes
 from gemq.kernels.modules import PackedExperts, PackedMatrices, make_packed
 from gemq.kernels.trellis.experts import TrellisMatrices
 from gemq.quant.packing import PackedMatrix
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TILE_SIDE, AnyWidth, affine_widths, trellis_widths
 
-ExpertMatrices = PackedMatrices | TrellisMatrices
 """The same projection of all experts of a rank."""
 
 
@@ -106,7 +105,7 @@ def rank_rows(has_gate: bool, is_concatenated: bool, intermediate_size: int, sta
     return [slice(2 * start, 2 * stop)]
 
 
-def packed_family_experts(skeleton: nn.Module, matrices: Mapping[str, ExpertMatrices]) -> PackedExperts:
+def packed_family_experts(skeleton: nn.Module, matrices: Mapping[str, ExpertCodes]) -> PackedExperts:
     """Return packed experts with the arithmetic of the family: activation, clamps, biases, norms.
 
     Args:
@@ -124,9 +123,7 @@ def packed_family_experts(skeleton: nn.Module, matrices: Mapping[str, ExpertMatr
     return experts
 
 
-def empty_matrices(
-    widths: Sequence[AnyWidth], rows: int, groups: int, group_size: int, state_bits: int
-) -> ExpertMatrices:
+def empty_matrices(widths: Sequence[AnyWidth], rows: int, groups: int, group_size: int, state_bits: int) -> ExpertCodes:
     """Return packed matrices of zeros, [rows, groups * group_size] each, on the default device.
 
     Args:
@@ -144,7 +141,7 @@ def empty_matrices(
         tiles = groups * group_size // TILE_SIDE
         trellis = []
         for trellis_width in trellis_widths(widths):
-            codes = zeros(rows // TILE_SIDE, tiles * tile_bytes(trellis_width))
+            codes = zeros(rows // TILE_SIDE, tiles * trellis_width.tile_bytes)
             trellis.append(TrellisMatrix(codes, zeros(rows), trellis_width, state_bits))
         return TrellisMatrices(trellis)
     grid = zeros(rows, groups)

@@ -1,6 +1,6 @@
 """Conversion of a vector of 16-bit floats to fixed point, in words for ``dots`` (Triton device functions).
 
-Legend: L lanes. A lane is a thread that computes a part of a row. Neighbouring lanes share the STEP_GROUPS groups of a
+Legend: L lanes. A lane is a thread that computes a part of a row. Neighboring lanes share the STEP_GROUPS groups of a
 step, and have an equal part of a group each.
 
 Each group gets 16 bits, scaled by its largest value. The error is 2^-16 of that value, while the floats have an error

@@ -6,7 +6,6 @@ share their kernels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -32,9 +31,7 @@ from gemq.kernels.decode.tuning import (
     vector_config,
     vectors_cover,
 )
-
-_checked_kernels: set[str] = set()
-"""Hashes of compiled kernels that have passed ``_check_layout``."""
+from gemq.kernels.layout_check import check_layout
 
 
 def launch_up(
@@ -161,7 +158,7 @@ def launch_linears(x: Tensor, w: FusedLinears, config: LaunchConfig | None = Non
                 LEVELS=w.levels,
                 **_vector_constants(x, w.group_size, [w.levels], 1, config),
             )
-        _check_layout(kernel)
+        check_vector_layout(kernel)
         return out
     config = config or tensor_core_config(rows, columns // w.group_size, 1, x.dtype)
     with device_of(x):
@@ -212,7 +209,7 @@ def _launch_vectors(
             SPLITS=splits,
             **_vector_constants(x, w.group_size, w.levels, splits, config),
         )
-    _check_layout(kernel)
+    check_vector_layout(kernel)
 
 
 def _vector_constants(
@@ -292,25 +289,11 @@ def supports_pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _check_layout(kernel: Any) -> None:
-    """Check that the words lie in registers in the order that the assembly in ``dots`` expects.
+def check_vector_layout(kernel: Any) -> None:
+    """Check that the words of the last axis lie next to each other in the registers of one thread, see ``dots``."""
+    check_layout(kernel, r"dp4a.* -> tensor<(?:\d+x)*(\d+)", _has_neighboring_words)
 
-    The assembly needs the words of the last axis next to each other in the registers of one thread. Triton does not
-    guarantee this layout, but has used it so far.
 
-    Raises:
-        RuntimeError: if the layout differs
-    """
-    if kernel is None or kernel.hash in _checked_kernels:  # the interpreter returns None
-        return
-    text = kernel.asm["ttgir"]
-    for words, name in re.findall(r"elementwise_inline_asm .*dp4a.* -> tensor<(?:\d+x)*(\d+)xi32, (#\w+)>", text):
-        layout = re.search(rf"^{name} = (.*)$", text, re.MULTILINE)
-        assert layout, name
-        is_expected = f"sizePerThread = [1, 1, {words}]" in layout[1] and "order = [2" in layout[1]
-        if words != "1" and not is_expected:
-            raise RuntimeError(
-                f"Triton {triton.__version__} distributes words to threads in an order that gemq's kernels do not "
-                "support: set GEMQ_KERNELS=reference, or install triton 3.6"
-            )
-    _checked_kernels.add(kernel.hash)
+def _has_neighboring_words(words: int, layout: str) -> bool:
+    """Whether a layout gives all words of the last axis to one thread."""
+    return words == 1 or (f"sizePerThread = [1, 1, {words}]" in layout and "order = [2" in layout)

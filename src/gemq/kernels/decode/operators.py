@@ -23,6 +23,7 @@ from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
 from gemq.kernels.decode.norms import sum_shares
 from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
 from gemq.kernels.decode.tuning import down_splits, widths_for
+from gemq.kernels.expert_inputs import projections_with_bias
 from gemq.kernels.fetch import wait_for_down
 from gemq.runtime.compat import transformers_private
 
@@ -185,11 +186,8 @@ def _projections(module: PackedExperts, share_kernels: bool) -> tuple[ExpertMatr
     Args:
         share_kernels: whether kernels are compiled for the common widths instead of those that occur
     """
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
     projections = []
-    for name in (up_name, "down_proj"):
-        matrices = getattr(module, name)
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    for matrices, bias in projections_with_bias(module):
         levels = widths_for(matrices.levels, matrices.group_size) if share_kernels else matrices.levels
         projections.append(ExpertMatrices.from_module(matrices, bias, levels))
     up, down = projections

@@ -1,6 +1,6 @@
 """Triton kernels for single vectors of 16-bit floats through packed weights, without tensor cores.
 
-Legend: T tokens, K experts per token, E experts, L lanes (neighbouring threads that share the groups of a step, see
+Legend: T tokens, K experts per token, E experts, L lanes (neighboring threads that share the groups of a step, see
 ``fixed_point``), M rows of a program, S splits (programs that share a row).
 
 One program computes M rows of one matrix for one vector: of a pair of token and expert, or a row of x with a linear. It

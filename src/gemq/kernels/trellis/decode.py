@@ -138,7 +138,7 @@ def _rows_times_vectors(
     """Return the sums of rows g and g + 8 with vector q of each set in thread 4 g + q: a tuple of 2 B [32, J, R]."""
     R: tl.constexpr = row_bytes.shape[2]
     SETS: tl.constexpr = len(digits)
-    # Triton gives neighbouring elements of the first axis to neighbouring threads.
+    # Triton gives neighboring elements of the first axis to neighboring threads.
     thread = tl.arange(0, 32)[:, None, None]
     warp = tl.arange(0, J)[None, :, None]
     g, q = thread // 4, thread % 4

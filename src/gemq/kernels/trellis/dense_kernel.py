@@ -17,7 +17,6 @@ from gemq.kernels.trellis.rotation import sign_block
 from gemq.kernels.trellis.values import VALUE_UNIT
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant.rotation import block_side
-from gemq.quant.widths import ROTATION_SIDE
 
 BLOCK_ROWS = 64
 """Rows of one program."""
@@ -32,25 +31,18 @@ def _unscaled(
     eighths: Scalar,
     block: Tile,
     STATE_BITS: tl.constexpr,
-    ROTATE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Return a block of Q B / factor, or of Q / factor: [R, COLUMNS] float32."""
+    """Return a block of weights before row scales, divided by ``_factor``: [R, COLUMNS] float32."""
     values = decode_block(words, row, first_column, columns, eighths, STATE_BITS, COLUMNS)
-    if ROTATE:
-        values = tl.dot(values.to(block.dtype), block, input_precision="ieee")
-    return values
+    return tl.dot(values.to(block.dtype), block, input_precision="ieee")
 
 
 @triton.jit
-def _rotation_block(ROTATE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the signs of a block of the rotation, if it is needed."""
-    if ROTATE:
-        number = tl.arange(0, COLUMNS)
-        block = sign_block(number[:, None], number[None, :], COLUMNS).to(tl.float32 if PORTABLE else tl.float16)
-    else:
-        block = 0
-    return block
+def _rotation_block(COLUMNS: tl.constexpr):
+    """Return the signs of a block of the rotation."""
+    number = tl.arange(0, COLUMNS)
+    return sign_block(number[:, None], number[None, :], COLUMNS).to(tl.float32 if PORTABLE else tl.float16)
 
 
 @triton.jit
@@ -63,8 +55,6 @@ def _dense_kernel(
     columns: Scalar,
     factor: Scalar,
     STATE_BITS: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROTATE: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -76,12 +66,10 @@ def _dense_kernel(
     eighths = tl.load(table + 2 * expert).to(tl.int32)
     words = codes.to(tl.pointer_type(tl.uint32)) + tl.load(table + 2 * expert + 1).to(tl.int64) * 4
     out_row = expert * num_rows + row
-    scale = tl.full([ROWS], factor, tl.float32)
-    if SCALED:
-        scale *= tl.load(scales + out_row).to(tl.float32)
-    block = _rotation_block(ROTATE, COLUMNS)
+    scale = factor * tl.load(scales + out_row).to(tl.float32)
+    block = _rotation_block(COLUMNS)
     for first_column in range(0, columns, COLUMNS):
-        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, ROTATE, COLUMNS)
+        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, COLUMNS)
         column = first_column + tl.arange(0, COLUMNS)
         weights = (values * scale[:, None]).to(out.dtype.element_ty)
         target = out + out_row[:, None] * columns + column[None, :]
@@ -98,7 +86,6 @@ def _scale_gradients_kernel(
     columns: Scalar,
     factor: Scalar,
     STATE_BITS: tl.constexpr,
-    ROTATE: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -110,10 +97,10 @@ def _scale_gradients_kernel(
     eighths = tl.load(table + 2 * expert).to(tl.int32)
     words = codes.to(tl.pointer_type(tl.uint32)) + tl.load(table + 2 * expert + 1).to(tl.int64) * 4
     scale_index = expert * num_rows + row
-    block = _rotation_block(ROTATE, COLUMNS)
+    block = _rotation_block(COLUMNS)
     total = tl.zeros([ROWS], tl.float32)
     for first_column in range(0, columns, COLUMNS):
-        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, ROTATE, COLUMNS)
+        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, COLUMNS)
         column = first_column + tl.arange(0, COLUMNS)
         source = gradient + scale_index[:, None] * columns + column[None, :]
         grad = tl.load(source, mask=inside[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
@@ -121,20 +108,18 @@ def _scale_gradients_kernel(
     tl.store(grad_scales + scale_index, total * factor, mask=inside)
 
 
-def _block_columns(columns: int, rotated: bool) -> tuple[int, float]:
-    """Return the columns of a block, and the factor of its integers."""
-    side = block_side(columns)
-    return (side, VALUE_UNIT.value * side**-0.5) if rotated else (ROTATION_SIDE, VALUE_UNIT.value)
+def _factor(side: int) -> float:
+    """Return what the integers of a rotated block of ``side`` columns are multiplied by."""
+    return VALUE_UNIT.value * side**-0.5
 
 
 def dense(
     codes: Tensor,
     table: Tensor,
-    scales: Tensor | None,
+    scales: Tensor,
     rows: int,
     columns: int,
     state_bits: int,
-    rotated: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return dense matrices, [E, rows, columns] in ``dtype``, rounded once.
@@ -142,37 +127,34 @@ def dense(
     Args:
         codes: uint8, as in ``launch.TrellisArguments``
         table: [E, 2]
-        scales: [E, rows] of any float type, contiguous, or None for ones
+        scales: [E, rows] of any float type, contiguous
         rows: rows of a matrix
         columns: columns of a matrix
         state_bits: bits of a state
-        rotated: whether to return Q B instead of Q, times scales
         dtype: dtype of the result
     """
     experts = len(table)
     out = torch.empty(experts, rows, columns, dtype=dtype, device=codes.device)
-    block_columns, factor = _block_columns(columns, rotated)
+    side = block_side(columns)
     if experts:
         with device_of(codes):
             _dense_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
                 codes,
-                codes if scales is None else scales,
+                scales,
                 table,
                 out,
                 rows,
                 columns,
-                factor,
+                _factor(side),
                 STATE_BITS=state_bits,
-                SCALED=scales is not None,
-                ROTATE=rotated,
-                COLUMNS=block_columns,
+                COLUMNS=side,
                 ROWS=BLOCK_ROWS,
                 num_warps=4,
             )
     return out
 
 
-def scale_gradients(gradient: Tensor, codes: Tensor, table: Tensor, state_bits: int, rotated: bool) -> Tensor:
+def scale_gradients(gradient: Tensor, codes: Tensor, table: Tensor, state_bits: int) -> Tensor:
     """Return the gradients of the scales, [E, rows] float32, from those of the matrices ``dense`` returns.
 
     Args:
@@ -180,11 +162,10 @@ def scale_gradients(gradient: Tensor, codes: Tensor, table: Tensor, state_bits: 
         codes: uint8, as for ``dense``
         table: [E, 2]
         state_bits: bits of a state
-        rotated: as for ``dense``
     """
     experts, rows, columns = gradient.shape
     grad_scales = torch.empty(experts, rows, dtype=torch.float32, device=gradient.device)
-    block_columns, factor = _block_columns(columns, rotated)
+    side = block_side(columns)
     if experts:
         with device_of(codes):
             _scale_gradients_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
@@ -194,10 +175,9 @@ def scale_gradients(gradient: Tensor, codes: Tensor, table: Tensor, state_bits: 
                 grad_scales,
                 rows,
                 columns,
-                factor,
+                _factor(side),
                 STATE_BITS=state_bits,
-                ROTATE=rotated,
-                COLUMNS=block_columns,
+                COLUMNS=side,
                 ROWS=BLOCK_ROWS,
                 num_warps=4,
             )

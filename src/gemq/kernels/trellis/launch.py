@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
 from gemq.kernels.decode import bit_fields, launch
+from gemq.kernels.expert_inputs import projections_with_bias
+from gemq.kernels.layout_check import check_layout
 from gemq.kernels.trellis import prepare
 from gemq.kernels.trellis.decode import rows_kernel
 from gemq.kernels.trellis.tuning import (
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from gemq.kernels.trellis.experts import TrellisMatrices
 
 GROUP, VECTORS = int(prepare.GROUP), int(prepare.VECTORS)
-
-_checked_kernels: set[str] = set()
-"""Hashes of compiled kernels that have passed ``_check_layout``."""
 
 
 class TrellisArguments(NamedTuple):
@@ -65,11 +63,8 @@ class TrellisArguments(NamedTuple):
     @classmethod
     def from_experts(cls, module: PackedExperts) -> tuple[TrellisArguments, TrellisArguments]:
         """Return gate and up (or up alone), and down, each with its bias."""
-        up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
-        down_bias = module.down_proj_bias if module.has_bias else None
-        up = cls.from_module(getattr(module, up_name), up_bias)
-        return up, cls.from_module(module.down_proj, down_bias)
+        up, down = [cls.from_module(matrices, bias) for matrices, bias in projections_with_bias(module)]
+        return up, down
 
     @classmethod
     def from_lists(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> TrellisArguments:
@@ -242,7 +237,7 @@ def launch_rows(
             **_pdl_constants(out.device, config.pdl),
             num_warps=config.num_warps,
         )
-    check_layout(kernel)
+    check_fragment_layout(kernel)
     return out
 
 
@@ -252,25 +247,13 @@ def _pdl_constants(device: torch.device, is_wanted: bool = True) -> dict[str, An
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-def check_layout(kernel: Any) -> None:
-    """Check that element i of the first axis lies in thread i of a warp, as the assembly in ``fragments`` expects.
+def check_fragment_layout(kernel: Any) -> None:
+    """Check that element i of the first axis lies in thread i of a warp, as the assembly in ``fragments`` expects."""
+    check_layout(kernel, r"mma\.sync.* -> tensor<32x\d+x(\d+)", _is_by_thread)
 
-    Triton does not guarantee this layout, but has used it so far.
 
-    Raises:
-        RuntimeError: if the layout differs
-    """
-    if kernel is None or kernel.hash in _checked_kernels:  # the interpreter returns None
-        return
-    text = kernel.asm["ttgir"]
-    for name in set(re.findall(r"elementwise_inline_asm .*mma\.sync.* -> tensor<32x\d+x\d+xi32, (#\w+)>", text)):
-        layout = re.search(rf"^{name} = (.*)$", text, re.MULTILINE)
-        assert layout, name
-        is_blocked = "threadsPerWarp = [32, 1, 1]" in layout[1]
-        is_linear = "lane = [[1, 0, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0], [16, 0, 0]]" in layout[1]
-        if not is_blocked and not is_linear:
-            raise RuntimeError(
-                f"Triton {triton.__version__} distributes weights to threads in an order that gemq's kernels do not "
-                "support: set GEMQ_KERNELS=reference, or install triton 3.6"
-            )
-    _checked_kernels.add(kernel.hash)
+def _is_by_thread(_: int, layout: str) -> bool:
+    """Whether a layout gives the elements of the first axis to the threads of a warp, in order."""
+    is_blocked = "threadsPerWarp = [32, 1, 1]" in layout
+    is_linear = "lane = [[1, 0, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0], [16, 0, 0]]" in layout
+    return is_blocked or is_linear

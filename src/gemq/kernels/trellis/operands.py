@@ -26,7 +26,7 @@ def reaches_first_word(eighths: Scalar, STATE_BITS: tl.constexpr):
 @triton.jit
 def _value(high: Tile, low: Tile, eighths: Scalar, i: tl.constexpr, STATE_BITS: tl.constexpr):
     """Return the value of weight i of each period, in units of VALUE_UNIT."""
-    return centered_sum(state(high, low, end_distance(i, eighths), STATE_BITS, False, PORTABLE), PORTABLE)
+    return centered_sum(state(high, low, end_distance(i, eighths), STATE_BITS, PORTABLE), PORTABLE)
 
 
 @triton.jit

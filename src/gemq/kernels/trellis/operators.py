@@ -1,6 +1,7 @@
 """Experts with trellis codes for a few tokens on a GPU, as operators of ``torch.library``.
 
-Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size, S splits of a row.
+Legend: T tokens, K experts per token, E experts, H hidden size, I intermediate size, S splits of a row. A pair is one
+token and one of its K experts. ``launch.Slots`` groups pairs by expert.
 
 As in ``kernels.decode.operators``, the operators take plain tensors and numbers, do not wait for the device and decide
 nothing from values on it. A layer takes four launches: rotation of the tokens, gate and up, activation and rotation,
@@ -43,7 +44,7 @@ def trellis_experts(
 
     Args:
         hidden: [T, H]
-        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused pairs
         weights: [T, K] routing weights
         up_tensors: ``TrellisArguments.tensors`` of gate and up, or of up alone
         up_sizes: ``TrellisArguments.sizes`` of these
@@ -52,7 +53,7 @@ def trellis_experts(
         activation: the fields of an ``Activation``
 
     Returns:
-        [T, K * S, H] float32: each slot's weighted output in S terms of a sum, zero in unused slots.
+        [T, K * S, H] float32: each pair's weighted output in S terms of a sum, zero for unused pairs.
     """
     up = TrellisArguments.from_lists(up_tensors, up_sizes)
     down = TrellisArguments.from_lists(down_tensors, down_sizes)
@@ -89,14 +90,14 @@ def trellis_rows(
     """Compute one of the two products alone.
 
     Args:
-        x: [T, columns], or [T, K, columns] with an input for each slot
+        x: [T, columns], or [T, K, columns] with an input for each pair
         index: [T, K] experts
         weights: [T, K] routing weights, or None
         tensors: ``TrellisArguments.tensors``
         sizes: ``TrellisArguments.sizes``
 
     Returns:
-        [T, K * S, rows] float32: terms of a sum for each slot. Unused slots are zero with weights, and not written
+        [T, K * S, rows] float32: terms of a sum for each pair. Unused pairs are zero with weights, and not written
         without.
     """
     w = TrellisArguments.from_lists(tensors, sizes)
@@ -119,9 +120,9 @@ def _(x: Tensor, index: Tensor, weights: Tensor | None, tensors: Sequence[Tensor
 
 def _result_shape(x: Tensor, index: Tensor, w: TrellisArguments) -> Tensor:
     """Return an empty result of ``launch_rows``."""
-    tokens, slots = index.shape
-    splits = num_splits(tokens * slots, w.rows, w.columns)
-    return x.new_empty(tokens, slots * splits, w.rows, dtype=torch.float32)
+    tokens, top_k = index.shape
+    splits = num_splits(tokens * top_k, w.rows, w.columns)
+    return x.new_empty(tokens, top_k * splits, w.rows, dtype=torch.float32)
 
 
 def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
@@ -143,7 +144,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     up, down = TrellisArguments.from_experts(module)
 
     def sum_terms(terms: Tensor) -> Tensor:
-        """Add the splits of each slot."""
+        """Add the splits of each pair."""
         return terms.unflatten(1, (top_k_index.shape[1], -1)).sum(2).to(hidden.dtype)
 
     y = sum_terms(trellis_rows(hidden, top_k_index, None, up.tensors, up.sizes))

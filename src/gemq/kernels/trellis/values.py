@@ -1,10 +1,10 @@
 """Values of trellis codes from the words of a ring (Triton device functions).
 
-Eight neighbouring weights, a period, add ``eighths`` bits to the ring. A period is half a row of a tile. Its last state
-ends where the window of the period ends, and the other states end ``end_distance`` bits earlier. All states lie in the
-last 32 bits of the window if the width is at most ``narrow_eighths``, and in its 64 bits always. So a period takes two
-or three words, one or two funnel shifts, and one shift per weight, whatever the width is: ``eighths`` is a number that
-the compiler does not know.
+Eight neighboring weights, a period, add ``eighths`` bits to the ring. Period p of a tile is half p % 2 of row p // 2.
+Its last state ends where the window of the period ends, and the other states end ``end_distance`` bits earlier. All
+states lie in the last 32 bits of the window if the width is at most ``narrow_eighths``, and in its 64 bits always. So a
+period takes two or three words, one or two funnel shifts, and one shift per weight, whatever the width is: ``eighths``
+is a number that the compiler does not know.
 
 A value is a sum of four bytes. Added to the bit pattern of a suitable float, the sum becomes that float's mantissa, so
 no integer is converted.
@@ -18,12 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemq.kernels.triton_types import Pointer, Scalar, Tile, Tiles
+from gemq.kernels.triton_types import Scalar, Tile, Tiles
 from gemq.quant import trellis
 from gemq.quant.widths import MAX_EIGHTHS
-
-PERIODS = tl.constexpr(trellis.TILE_WEIGHTS // trellis.PERIOD)
-"""Periods of a tile. Period p is half p % 2 of row p // 2."""
 
 MEAN = tl.constexpr(float(trellis.BYTES_MEAN))
 VALUE_UNIT = tl.constexpr(1.0 / trellis.BYTES_DEVIATION)
@@ -71,49 +68,15 @@ def period_words(period: Tile, eighths: Scalar):
 
 
 @triton.jit
-def load_window(
-    last: Pointer,
-    previous: Pointer,
-    before_previous: Pointer,
-    shift: Tile,
-    NARROW: tl.constexpr,
-    PORTABLE: tl.constexpr,
-):
-    """Load the windows of periods.
-
-    Args:
-        last: the last word of each window, uint32 pointers
-        previous: the word before it in the ring
-        before_previous: the word before that
-        shift: bits of the last word that follow the window
-        NARROW: whether the width is at most ``narrow_eighths``
-
-    Returns:
-        The upper and the lower 32 bits, uint32. If NARROW, the upper ones are not valid.
-    """
-    last_word, middle_word = tl.load(last), tl.load(previous)
-    low = funnel(middle_word, last_word, shift, PORTABLE)
-    high = low
-    if not NARROW:
-        high = funnel(tl.load(before_previous), middle_word, shift, PORTABLE)
-    return high, low
-
-
-@triton.jit
 def end_distance(i: tl.constexpr, eighths: Scalar):
     """Return how many bits before the end of its window the state of weight ``i`` of a period ends."""
     return eighths - (((i + 1) * eighths) >> 3)
 
 
 @triton.jit
-def state(
-    high: Tile, low: Tile, distance: Scalar, STATE_BITS: tl.constexpr, NARROW: tl.constexpr, PORTABLE: tl.constexpr
-):
-    """Return the states (uint32) that end ``distance`` bits before the ends of windows."""
-    if NARROW:
-        shifted = low >> distance.to(tl.uint32)
-    else:
-        shifted = funnel(high, low, tl.broadcast_to(distance, low.shape), PORTABLE)
+def state(high: Tile, low: Tile, distance: Scalar, STATE_BITS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Return the states (uint32) that end ``distance`` bits before the ends of windows of 64 bits."""
+    shifted = funnel(high, low, tl.broadcast_to(distance, low.shape), PORTABLE)
     return shifted & ((1 << STATE_BITS) - 1)
 
 
