@@ -206,10 +206,10 @@ class FusedLayers:
         return fused_route(router, kind, x)
 
     def _embedding_forward(self, embedding: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Rotary angles of the step's position, from a table that the family's code has computed."""
+        """Rotary angles of the step or of prompts, from a table that the family's code has computed."""
         family_forward = type(embedding).forward
         positions = kwargs.get("position_ids", args[0] if args else None)
-        if self._is_prompt or not isinstance(positions, Tensor):
+        if not isinstance(positions, Tensor) or positions.shape[-1] > self._num_positions:
             return family_forward(embedding, x, *args, **kwargs)
         options = (*args[1:], *(value for name, value in kwargs.items() if name != "position_ids"))
         key = (embedding, x.dtype, options)
@@ -218,7 +218,8 @@ class FusedLayers:
         table = self._angles[key]
         if table is None:
             return family_forward(embedding, x, *args, **kwargs)
-        cos, sin = table.index_select(0, self._position).unbind(1)
+        table = table[: positions.shape[-1]] if self._is_prompt else table.index_select(0, self._position)
+        cos, sin = table.unbind(1)
         return cos[None], sin[None]
 
     def _attention_forward(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:

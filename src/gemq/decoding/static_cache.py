@@ -130,8 +130,13 @@ class StepCache(Cache):
 class PromptCache(Cache):
     """View of a static cache for prompts: writes keys and values from the first position on.
 
-    ``StaticLayer`` writes at any position, by an index, which takes several times as long.
+    ``StaticLayer`` writes at any position, by an index, which takes several times as long. Its length is a tensor for
+    which the host would wait, and that cannot be captured.
     """
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns 0: old keys and values are masked until they are overwritten."""
+        return 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Writes keys and values of the prompts. Returns all keys and values of the layer."""
@@ -142,9 +147,14 @@ class PromptCache(Cache):
         return layer.keys, layer.values
 
 
-def last_logits_argument(model: Any) -> dict[str, int]:
-    """Returns the argument that restricts the logits to the last position, where the family has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits_argument(model: Any, positions: int | Tensor = 1) -> dict[str, Any]:
+    """Returns the argument that restricts logits, where the family has one.
+
+    Args:
+        model: a causal language model
+        positions: number of last positions, or their indices
+    """
+    return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def decoder_layers(model: Any, count: int) -> list[nn.Module]:

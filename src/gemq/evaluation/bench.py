@@ -242,7 +242,7 @@ def time_prefill(model: Any, length: int) -> dict[str, Any]:
     try:
         decoder = Decoder(model, 1, length + 1)
         decoder.prefill(ids)
-        decoder.prepare(compile_layers=False)  # prompts after the first one run fused
+        decoder.prepare(compile_layers=False)  # later prompts run fused, and in a CUDA graph
         forward = lambda: decoder.prefill(ids)
     except Unsupported:
         forward = lambda: model(input_ids=ids)
