@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gemq.models.fused_norms import plain_rotary
 
 pytest.importorskip("triton")
-from gemq.kernels.decode import attention, choice, norms, router
+from gemq.kernels.decode import attention, cache_write, choice, norms, router
 
 torch.set_num_threads(1)
 
@@ -111,6 +111,17 @@ def test_attention_that_writes_the_cache(heads, groups, length, position, has_an
     torch.testing.assert_close(result, expected, rtol=4e-3, atol=4e-3)
     torch.testing.assert_close(keys, expected_keys, rtol=8e-3, atol=1e-2)
     assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize(("size", "value_size"), [(40, 40), (48, 32)])
+def test_prompts_are_written_at_the_start_of_the_cache(size, value_size, device):
+    """Also values of another size than keys. What lies behind the prompts stays."""
+    key, value = (random(2, 130, 3, n, device=device, seed=n).transpose(1, 2) for n in (size, value_size))
+    keys, values = (random(2, 3, 192, n, device=device, seed=n + 1) for n in (size, value_size))
+    expected = [torch.cat([new, old[:, :, 130:]], 2) for new, old in ((key, keys), (value, values))]
+    cache_write.write_prompts(key, value, keys, values)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
 
 
 def test_the_first_of_the_largest_logits_is_chosen(device):

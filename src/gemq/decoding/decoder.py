@@ -18,7 +18,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -158,13 +158,19 @@ class Decoder:
             Logits of the last token, [batch, V].
         """
         cache = self._cache
-        if all(layer.is_initialized for layer in cache.layers):
-            cache = PromptCache(layers=cache.layers)
+        is_written = all(layer.is_initialized for layer in cache.layers)
+        if is_written:
+            cache = (PromptCache if self._fused is None else self._fused.prompt_cache)(cache.layers)
         else:
             for layer in cache.layers:
                 layer.cumulative_length.zero_()
         arguments = last_logits_argument(self.model, 1 if last is None else last)
-        with nullcontext() if self._fused is None else self._fused.active(is_prompt=True):
+        with ExitStack() as stack:
+            if self._fused is not None:
+                stack.enter_context(self._fused.active(is_prompt=True))
+            is_causal = step_attention.sees_all_before(self._windows, ids.shape[1])
+            if is_written and is_causal and self._uses_decode_attention:
+                stack.enter_context(step_attention.use_attention(self._config, step_attention.attend_causally))
             output = self.model(input_ids=ids, use_cache=True, **arguments, **cache_argument(self.model, cache))
         logits: Tensor = output.logits
         if last is not None and not arguments:
@@ -274,7 +280,7 @@ class Decoder:
                 stack.enter_context(self._fused.active())
                 attend = self._fused.attend
             if self._uses_decode_attention:
-                stack.enter_context(step_attention.use_decode_attention(self._config, attend))
+                stack.enter_context(step_attention.use_attention(self._config, attend))
                 cache = cache if self._fused is None else self._fused.cache(cache)
             logits = self.model(
                 input_ids=self._token,

@@ -34,10 +34,11 @@ from gemq.decoding.layer_parts import (
     recorded_calls,
     replayed_routing,
 )
-from gemq.decoding.static_cache import StepCache
+from gemq.decoding.static_cache import PromptCache, StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
 from gemq.kernels import dispatch
 from gemq.kernels.decode.attention import attend_and_write, can_write
+from gemq.kernels.decode.cache_write import write_prompts
 from gemq.kernels.decode.launch import launch_linears
 from gemq.kernels.decode.norms import SliceNorm, add, rms_norm, two_norms
 from gemq.kernels.decode.norms import usable as norm_usable
@@ -171,6 +172,10 @@ class FusedLayers:
     def cache(self, cache: StepCache) -> StepCache:
         """Returns the cache of a step whose layers write in the attention kernel."""
         return _FusedCache(cache, self)
+
+    def prompt_cache(self, layers: Sequence[Any]) -> PromptCache:
+        """Returns the cache of prompts, whose layers write in one launch. ``layers``: of the static cache."""
+        return PromptCache(layers, write_prompts)
 
     def leaves_write(self, key: Tensor, value: Tensor) -> bool:
         """Whether the attention kernel will write a key and value into the cache. Called when the cache is updated."""

@@ -7,7 +7,7 @@ and the caller decodes without a static cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,24 +127,45 @@ class StepCache(Cache):
         return layer.keys, layer.values
 
 
+def copy_prompts(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Writes keys and values of prompts [B, N, S, D] at the first positions of a layer's [B, N, L, D]."""
+    tokens = key.shape[2]
+    keys[:, :, :tokens].copy_(key)
+    values[:, :, :tokens].copy_(value)
+
+
 class PromptCache(Cache):
     """View of a static cache for prompts: writes keys and values from the first position on.
 
     ``StaticLayer`` writes at any position, by an index, which takes several times as long. Its length is a tensor for
-    which the host would wait, and that cannot be captured.
+    which the host would wait, and that cannot be captured. It also returns positions after the prompts, for which
+    attention needs a mask.
+
+    Args:
+        layers: of the static cache, initialized
+        write: does what ``copy_prompts`` does
     """
 
+    def __init__(
+        self, layers: Sequence[Any], write: Callable[[Tensor, Tensor, Tensor, Tensor], None] = copy_prompts
+    ) -> None:
+        super().__init__(layers=list(layers))
+        self._write = write
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns 0: old keys and values are masked until they are overwritten."""
+        """Returns 0: no tokens come before the prompts."""
         return 0
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns the number of keys that ``update`` returns, and the position of the first one."""
+        return query_length, 0
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Writes keys and values of the prompts. Returns all keys and values of the layer."""
+        """Writes keys and values of the prompts. Returns them as they lie in the cache."""
         layer: Any = self.layers[layer_idx]
         tokens = key_states.shape[2]
-        layer.keys[:, :, :tokens].copy_(key_states)
-        layer.values[:, :, :tokens].copy_(value_states)
-        return layer.keys, layer.values
+        self._write(key_states, value_states, layer.keys, layer.values)
+        return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
 
 
 def last_logits_argument(model: Any, positions: int | Tensor = 1) -> dict[str, Any]:
