@@ -113,12 +113,12 @@ def test_attention_that_writes_the_cache(heads, groups, length, position, has_an
     assert torch.equal(values, expected_values)
 
 
-@pytest.mark.parametrize(("size", "value_size"), [(40, 40), (48, 32)])
-def test_prompts_are_written_at_the_start_of_the_cache(size, value_size, device):
-    """Also values of another size than keys. What lies behind the prompts stays."""
-    key, value = (random(2, 130, 3, n, device=device, seed=n).transpose(1, 2) for n in (size, value_size))
-    keys, values = (random(2, 3, 192, n, device=device, seed=n + 1) for n in (size, value_size))
+def test_prompts_are_written_at_the_start_of_the_cache(device):
+    """What lies behind the prompts stays."""
+    key, value = (random(2, 130, 3, 40, device=device, seed=seed).transpose(1, 2) for seed in (0, 1))
+    keys, values = (random(2, 3, 192, 40, device=device, seed=seed) for seed in (2, 3))
     expected = [torch.cat([new, old[:, :, 130:]], 2) for new, old in ((key, keys), (value, values))]
+    assert cache_write.usable(key, value, keys, values)
     cache_write.write_prompts(key, value, keys, values)
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemq.calibration.generation_steps import Stepper
 from gemq.decoding import prompt_graphs
 from gemq.decoding.decoder import Decoder
 from gemq.decoding.prompt_graphs import MAX_GRAPHS, PromptGraphs
@@ -68,6 +69,20 @@ def test_prompts_in_graphs_give_the_tokens_of_eager_ones(family, monkeypatch):
     assert not decoder.fallbacks, decoder.reasons
     counts = {size: prompt.graph.count for size, prompt in decoder._prompt_graphs._graphs.items()}
     assert counts == {32: 3, 60: 1}  # the first prompts of these lengths ran without
+
+
+def test_texts_are_written_from_the_logits_of_prompts_in_graphs(monkeypatch):
+    monkeypatch.setattr(PromptGraphs, "_record", record)
+    model = tiny("olmoe")
+    captured, plain = (Stepper(model, 60, static=static) for static in (True, False))
+    step: Any = captured.begin(2)
+    step._graph = Replayed(torch.no_grad()(step._step))
+    for seed in range(3):
+        prompts, newest = tokens(2, 20, seed=seed), tokens(2, 1, seed=seed)
+        step, expected = captured.begin(2), plain.begin(2)
+        torch.testing.assert_close(step(prompts), expected(prompts), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(step(newest), expected(newest), atol=1e-4, rtol=1e-4)
+    assert step._prompt_graphs.is_captured(20)
 
 
 def test_a_decoder_with_graphs_is_freed_when_its_last_user_is(monkeypatch):

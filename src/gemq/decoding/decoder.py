@@ -158,9 +158,9 @@ class Decoder:
             Logits of the last token, [batch, V].
         """
         cache = self._cache
-        is_written = all(layer.is_initialized for layer in cache.layers)
-        if is_written:
-            cache = (PromptCache if self._fused is None else self._fused.prompt_cache)(cache.layers)
+        is_initialized = all(layer.is_initialized for layer in cache.layers)
+        if is_initialized:
+            cache = (PromptCache if self._fused is None else self._fused.prompt_cache)(layers=cache.layers)
         else:
             for layer in cache.layers:
                 layer.cumulative_length.zero_()
@@ -169,7 +169,7 @@ class Decoder:
             if self._fused is not None:
                 stack.enter_context(self._fused.active(is_prompt=True))
             is_causal = step_attention.sees_all_before(self._windows, ids.shape[1])
-            if is_written and is_causal and self._uses_decode_attention:
+            if is_initialized and is_causal and self._uses_decode_attention:
                 stack.enter_context(step_attention.use_attention(self._config, step_attention.attend_causally))
             output = self.model(input_ids=ids, use_cache=True, **arguments, **cache_argument(self.model, cache))
         logits: Tensor = output.logits
@@ -317,13 +317,13 @@ class Decoder:
 
     def _additive_masks(self) -> Any:
         """Returns additive masks, [batch, 1, 1, length]."""
-        is_written = self._cache_positions <= self._position
+        is_initialized = self._cache_positions <= self._position
         lowest = torch.finfo(self.model.dtype).min
         masks = {}
         for layer_type, window in self._windows.items():
-            is_visible = is_written
+            is_visible = is_initialized
             if window is not None:
-                is_visible = is_written & (self._cache_positions > self._position - window)
+                is_visible = is_initialized & (self._cache_positions > self._position - window)
             mask = torch.zeros(self.length, dtype=self.model.dtype, device=self.device)
             mask.masked_fill_(~is_visible, lowest)
             masks[layer_type] = mask.expand(self.batch, 1, 1, self.length)

@@ -37,8 +37,8 @@ from gemq.decoding.layer_parts import (
 from gemq.decoding.static_cache import PromptCache, StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
 from gemq.kernels import dispatch
+from gemq.kernels.decode import cache_write
 from gemq.kernels.decode.attention import attend_and_write, can_write
-from gemq.kernels.decode.cache_write import write_prompts
 from gemq.kernels.decode.launch import launch_linears
 from gemq.kernels.decode.norms import SliceNorm, add, rms_norm, two_norms
 from gemq.kernels.decode.norms import usable as norm_usable
@@ -173,9 +173,9 @@ class FusedLayers:
         """Returns the cache of a step whose layers write in the attention kernel."""
         return _FusedCache(cache, self)
 
-    def prompt_cache(self, layers: Sequence[Any]) -> PromptCache:
+    def prompt_cache(self, layers: list[Any]) -> PromptCache:
         """Returns the cache of prompts, whose layers write in one launch. ``layers``: of the static cache."""
-        return PromptCache(layers, write_prompts)
+        return _FusedPromptCache(layers=layers)
 
     def leaves_write(self, key: Tensor, value: Tensor) -> bool:
         """Whether the attention kernel will write a key and value into the cache. Called when the cache is updated."""
@@ -386,3 +386,14 @@ class _FusedCache(StepCache):
             layer: Any = self.layers[layer_idx]
             return layer.keys, layer.values
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _FusedPromptCache(PromptCache):
+    """A cache of prompts that writes keys and values in one launch."""
+
+    def _write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes at the first positions."""
+        if cache_write.usable(key, value, keys, values):
+            cache_write.write_prompts(key, value, keys, values)
+        else:
+            super()._write(key, value, keys, values)

@@ -7,7 +7,7 @@ and the caller decodes without a static cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,30 +127,13 @@ class StepCache(Cache):
         return layer.keys, layer.values
 
 
-def copy_prompts(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Writes keys and values of prompts [B, N, S, D] at the first positions of a layer's [B, N, L, D]."""
-    tokens = key.shape[2]
-    keys[:, :, :tokens].copy_(key)
-    values[:, :, :tokens].copy_(value)
-
-
 class PromptCache(Cache):
     """View of a static cache for prompts: writes keys and values from the first position on.
 
     ``StaticLayer`` writes at any position, by an index, which takes several times as long. Its length is a tensor for
     which the host would wait, and that cannot be captured. It also returns positions after the prompts, for which
     attention needs a mask.
-
-    Args:
-        layers: of the static cache, initialized
-        write: does what ``copy_prompts`` does
     """
-
-    def __init__(
-        self, layers: Sequence[Any], write: Callable[[Tensor, Tensor, Tensor, Tensor], None] = copy_prompts
-    ) -> None:
-        super().__init__(layers=list(layers))
-        self._write = write
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns 0: no tokens come before the prompts."""
@@ -166,6 +149,11 @@ class PromptCache(Cache):
         tokens = key_states.shape[2]
         self._write(key_states, value_states, layer.keys, layer.values)
         return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+
+    def _write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes keys and values [B, N, S, D] at the first positions of a layer's [B, N, L, D]."""
+        keys[:, :, : key.shape[2]].copy_(key)
+        values[:, :, : value.shape[2]].copy_(value)
 
 
 def last_logits_argument(model: Any, positions: int | Tensor = 1) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The write of prompts' keys and values into a cache, in one launch.
+"""Writes keys and values of prompts into a cache, in one launch.
 
 Legend: B prompts, N key-value heads of size D, S tokens, L positions of the cache.
 """
@@ -30,6 +30,7 @@ def _copy_rows(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Copies ROWS tokens of a head."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     sequence = tl.program_id(1).to(tl.int64)
@@ -89,10 +90,23 @@ def _write_kernel(
         )
 
 
+def usable(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether ``write_prompts`` supports these shapes, dtypes and strides. A launch has at most 65,535 sequences."""
+    return (
+        key.shape == value.shape
+        and keys.shape == values.shape
+        and key.stride(-1) == value.stride(-1) == 1
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and key.dtype == value.dtype == keys.dtype == values.dtype
+        and key.shape[0] * key.shape[1] < 65536
+    )
+
+
 def write_prompts(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
     """Write keys and values of prompts at the first positions of a cache.
 
-    Two copies of PyTorch take three times as long where heads of a token lie next to each other.
+    Copies of PyTorch move 1.5 of an H200's 4.8 TB/s where the heads of a token lie next to each other.
 
     Args:
         key: [B, N, S, D]
@@ -101,10 +115,6 @@ def write_prompts(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> N
         values: [B, N, L, D], written
     """
     batch, heads, tokens, size = key.shape
-    if not _usable(key, value, keys, values):
-        keys[:, :, :tokens].copy_(key)
-        values[:, :, :tokens].copy_(value)
-        return
     block = triton.next_power_of_2(size)
     rows = max(1, BLOCK_ELEMENTS // block)
     with launch.device_of(key):
@@ -122,16 +132,3 @@ def write_prompts(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> N
             BLOCK=block,
             ROWS=rows,
         )
-
-
-def _usable(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel supports these shapes, dtypes and strides. A launch has at most 65,535 sequences."""
-    return (
-        key.shape == value.shape
-        and keys.shape == values.shape
-        and key.stride(-1) == value.stride(-1) == 1
-        and keys.is_contiguous()
-        and values.is_contiguous()
-        and key.dtype == value.dtype == keys.dtype == values.dtype
-        and key.shape[0] * key.shape[1] < 65536
-    )
