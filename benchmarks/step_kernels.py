@@ -144,6 +144,7 @@ def _compiled_layers(decoder: Any) -> Any:
         def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             """Write keys and values."""
             layer: Any = self.layers[0]
+            layer.cumulative_length.zero_()
             return layer.update(key_states, value_states, *args, **kwargs)
 
     caches = [PromptCache([layer], decoder._position) for layer in decoder._cache.layers]

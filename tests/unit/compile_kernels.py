@@ -29,7 +29,17 @@ from triton.runtime.jit import JITFunction
 
 from gemq.kernels import fetch
 from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
-from gemq.kernels.decode import attention, bit_fields, choice, launch, norms, packed_arguments, router, tuning
+from gemq.kernels.decode import (
+    attention,
+    bit_fields,
+    cache_write,
+    choice,
+    launch,
+    norms,
+    packed_arguments,
+    router,
+    tuning,
+)
 from gemq.kernels.grouped import dequantize, matmul, routing, unpack
 from gemq.kernels.training import expert_ops, rotary
 from gemq.kernels.trellis import dense_kernel, rotation
@@ -317,9 +327,11 @@ ATTENTION: Axes = {
 
 
 def decode_attention(dtype: torch.dtype, length: int, head: int, heads: Any, write: str) -> None:
-    """Launch the attention of a decode step."""
+    """Launch the attention of a decode step, and the write of prompts into its cache."""
     queries, groups = heads
     cache = torch.empty(1, groups, length, head, dtype=dtype)
+    prompts = torch.empty(1, length, groups, head, dtype=dtype).transpose(1, 2)
+    cache_write.write_prompts(prompts, prompts, cache, cache)
     query, bounds = torch.empty(1, queries, head, dtype=dtype), torch.empty(2, dtype=torch.int32)
     if not write:
         attention.decode_attention(query, cache, cache, bounds, 1.0)

@@ -165,6 +165,6 @@ def test_generate_leaves_penalties_to_transformers_and_says_so_once(builtin, mon
 def test_attention_of_a_step_does_not_keep_its_owner_in_memory():
     """The table of Transformers lives as long as the process, and fused layers hold a model."""
     config = tiny_config("olmoe")
-    with step_attention.use_decode_attention(config, lambda *_: None):
+    with step_attention.use_attention(config, lambda *_: None):
         assert ALL_ATTENTION_FUNCTIONS[step_attention.NAME] is not step_attention.attend
     assert ALL_ATTENTION_FUNCTIONS[step_attention.NAME] is step_attention.attend

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from gemq.decoding import step_attention
 from gemq.decoding.decoder import Decoder
 from gemq.kernels import dispatch
-from support.families import tiny, tokens
+from support.families import random_model, tiny, tiny_config, tokens
 
 pytest.importorskip("triton")
 from gemq.kernels.decode import attention
@@ -88,6 +89,24 @@ def test_a_decoder_uses_the_kernel(family, device, monkeypatch):
             steps.append([decoder.prefill(ids).tolist(), *decoder.decode(3)])
     assert steps[0] == steps[1]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_prompts_take_no_mask_unless_a_window_is_shorter(device, monkeypatch):
+    """Attention takes twice as long with a mask, and Transformers 5.17 makes one in every CUDA graph."""
+    model = random_model(tiny_config("mixtral", sliding_window=8)).to(device)
+    masks = []
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    decoder = Decoder(model, 1, 40)
+    decoder.prefill(tokens(1, 3).to(device))
+    decoder._prepare_eager_step()
+    record = lambda *args, **kwargs: masks.append(make_mask(*args, **kwargs)) or masks[-1]
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", record)
+    for length, mask_count in ((8, 0), (9, 1)):
+        ids = tokens(1, length).to(device)
+        first = decoder.prefill(ids)
+        assert len(masks) == mask_count
+        assert torch.equal(first, model(input_ids=ids).logits[:, -1].argmax(-1))
+        masks.clear()
 
 
 def test_unsupported_attention_is_left_to_transformers(device, monkeypatch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gemq.models.fused_norms import plain_rotary
 
 pytest.importorskip("triton")
-from gemq.kernels.decode import attention, choice, norms, router
+from gemq.kernels.decode import attention, cache_write, choice, norms, router
 
 torch.set_num_threads(1)
 
@@ -111,6 +111,17 @@ def test_attention_that_writes_the_cache(heads, groups, length, position, has_an
     torch.testing.assert_close(result, expected, rtol=4e-3, atol=4e-3)
     torch.testing.assert_close(keys, expected_keys, rtol=8e-3, atol=1e-2)
     assert torch.equal(values, expected_values)
+
+
+def test_prompts_are_written_at_the_start_of_the_cache(device):
+    """What lies behind the prompts stays."""
+    key, value = (random(2, 130, 3, 40, device=device, seed=seed).transpose(1, 2) for seed in (0, 1))
+    keys, values = (random(2, 3, 192, 40, device=device, seed=seed) for seed in (2, 3))
+    expected = [torch.cat([new, old[:, :, 130:]], 2) for new, old in ((key, keys), (value, values))]
+    assert cache_write.usable(key, value, keys, values)
+    cache_write.write_prompts(key, value, keys, values)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
 
 
 def test_the_first_of_the_largest_logits_is_chosen(device):

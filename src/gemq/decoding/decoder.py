@@ -1,10 +1,11 @@
 """Decoding with a static cache: one step of fixed shapes, captured in a CUDA graph and replayed.
 
-The model is called as it is. No class is patched. Transformers fills a static cache with the prompt in one eager call.
+The model is called as it is. No class is patched. Transformers fills a static cache with the prompt in one call.
 A decode step then reads its token and position from buffers, writes keys and values at that position, chooses the next
 token on the device, and increments the position. A CUDA graph of the step can therefore be replayed without any input
 from the host. Before the capture, the many small kernels between the packed ones are fused (``decoding.fused_layers``).
-Layers may be compiled instead (``decoding.regional_compile``), which takes longer.
+Layers may be compiled instead (``decoding.regional_compile``), which takes longer. Prompts of a length that
+came before are replayed as well (``decoding.prompt_graphs``).
 
 All of this relies on interfaces that change. Whatever a model or a driver does not support is left out and counted:
 first fused or compiled layers, then the graph. If even the static cache fails, ``Unsupported`` is raised and the caller
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gemq.decoding import step_attention
+from gemq.decoding.prompt_graphs import PromptGraphs
 from gemq.decoding.regional_compile import LayerCompiler
 from gemq.decoding.static_cache import (
     ALL_LAYERS,
@@ -40,6 +42,7 @@ from gemq.decoding.static_cache import (
     single_device,
     static_cache,
 )
+from gemq.decoding.step_operations import advance, argmax, visible_ranges
 from gemq.kernels import dispatch
 from gemq.kernels.decode.linear_fusion import merge_linears
 from gemq.models.cache_names import cache_argument
@@ -54,9 +57,6 @@ __all__ = ["FALLBACKS", "Decoder", "Unsupported"]
 LENGTH_MULTIPLE = 64
 """Cache lengths are rounded up to a multiple of this, since attention kernels need aligned masks."""
 
-MAX_ARGMAX_CHUNKS = 64
-"""Upper bound for the number of chunks of the vocabulary in ``_argmax``."""
-
 MAX_STEPS_IN_FLIGHT = 4
 """Steps that the GPU may be ahead of the token that the host reads, so that the GPU never waits for the host."""
 
@@ -64,6 +64,7 @@ FALLBACKS = {
     "attention_by_transformers": "a decode step's attention goes through the whole cache under a mask",
     "layers_not_fused": "some decoder layers run the small kernels of Transformers one by one",
     "layers_not_compiled": "decoder layers could not be compiled: their small kernels run one by one",
+    "prompts_not_captured": "prompts could not be captured in a CUDA graph: they are launched kernel by kernel",
     "step_not_captured": "the decode step could not be captured in a CUDA graph: it is launched kernel by kernel",
     "decoded_by_transformers": "this model needs model.generate of Transformers, which runs without a CUDA graph",
 }
@@ -115,10 +116,11 @@ class Decoder:
         self._step_cache = StepCache(self._cache.layers, self._position)
         self._uses_decode_attention = False
         # Compiled versions replace these two functions while ``_compiled_parts`` is active.
-        self._visible_ranges = _visible_ranges
-        self._advance = _advance
+        self._visible_ranges = visible_ranges
+        self._advance = advance
         self._fused: FusedLayers | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._prompt_graphs: PromptGraphs | None = PromptGraphs(batch, length)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
@@ -126,19 +128,54 @@ class Decoder:
         if ids.shape[0] != self.batch or not 0 < ids.shape[1] <= self.length:
             raise ValueError(f"prompts are {list(ids.shape)}, not [{self.batch}, 1 .. {self.length}]")
         with as_unsupported():
-            for layer in self._cache.layers:
-                layer.cumulative_length.zero_()  # old keys and values are masked until they are overwritten
-            arguments = last_logits_argument(self.model)
-            if self._fused is None:
-                arguments |= cache_argument(self.model, self._cache)
-                output = self.model(input_ids=ids, use_cache=True, **arguments)
-            else:
-                arguments |= cache_argument(self.model, PromptCache(layers=self._cache.layers))
-                with self._fused.active(is_prompt=True):
-                    output = self.model(input_ids=ids, use_cache=True, **arguments)
-            self._token.copy_(self._choose(output.logits[:, -1]))
+            logits = self._replayed_logits(ids)
+            if logits is None:
+                logits = self._prompt_logits(ids)
+            self._token.copy_(self._choose(logits))
             self._position.fill_(ids.shape[1])
             return self._token[:, 0].clone()
+
+    def _replayed_logits(self, ids: Tensor) -> Tensor | None:
+        """Runs prompts in a CUDA graph, captured at the second prompt of a length. Returns None without a graph."""
+        graphs, length = self._prompt_graphs, ids.shape[1]
+        if graphs is None or not graphs.comes_again(length) or self._graph is None:
+            return None
+        if not graphs.is_captured(length):
+            capture_prompt = partial(graphs.capture, self._prompt_logits, length, self.device)
+            if not self._try(capture_prompt, "prompts_not_captured"):
+                self._prompt_graphs = None  # frees the memory of the others
+                return None
+        return graphs.replay(ids)
+
+    def _prompt_logits(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
+        """Writes the keys and values of prompts, from the first position on.
+
+        Args:
+            ids: prompts [batch, S]
+            last: position of the last token, int64 [1]; None: S - 1
+
+        Returns:
+            Logits of the last token, [batch, V].
+        """
+        cache = self._cache
+        is_initialized = all(layer.is_initialized for layer in cache.layers)
+        if is_initialized:
+            cache = (PromptCache if self._fused is None else self._fused.prompt_cache)(layers=cache.layers)
+        else:
+            for layer in cache.layers:
+                layer.cumulative_length.zero_()
+        arguments = last_logits_argument(self.model, 1 if last is None else last)
+        with ExitStack() as stack:
+            if self._fused is not None:
+                stack.enter_context(self._fused.active(is_prompt=True))
+            is_causal = step_attention.sees_all_before(self._windows, ids.shape[1])
+            if is_initialized and is_causal and self._uses_decode_attention:
+                stack.enter_context(step_attention.use_attention(self._config, step_attention.attend_causally))
+            output = self.model(input_ids=ids, use_cache=True, **arguments, **cache_argument(self.model, cache))
+        logits: Tensor = output.logits
+        if last is not None and not arguments:
+            logits = logits.index_select(1, last)
+        return logits[:, -1]
 
     @torch.no_grad()
     def prepare(self, *, compile_layers: bool = True, backend: str = "inductor") -> None:
@@ -243,7 +280,7 @@ class Decoder:
                 stack.enter_context(self._fused.active())
                 attend = self._fused.attend
             if self._uses_decode_attention:
-                stack.enter_context(step_attention.use_decode_attention(self._config, attend))
+                stack.enter_context(step_attention.use_attention(self._config, attend))
                 cache = cache if self._fused is None else self._fused.cache(cache)
             logits = self.model(
                 input_ids=self._token,
@@ -257,9 +294,9 @@ class Decoder:
     def _finish_step(self, logits: Tensor) -> None:
         """Writes the next tokens and the next position into the buffers. Logits are [batch, V]."""
         if self._fused is not None and self.temperature == 0:
-            from gemq.kernels.decode.choice import advance  # triton is not installed with torch for CPUs
+            from gemq.kernels.decode import choice  # triton is not installed with torch for CPUs
 
-            advance(logits, self._token, self._position)
+            choice.advance(logits, self._token, self._position)
         else:
             self._advance(self._token, self._position, self._choose, logits)
 
@@ -270,7 +307,7 @@ class Decoder:
             probabilities = (logits.float() / self.temperature).softmax(-1)
             exponential = torch.empty_like(probabilities).exponential_()
             return (probabilities / exponential).argmax(-1, keepdim=True)
-        return _argmax(logits)
+        return argmax(logits)
 
     def _attention_mask(self) -> Any:
         """Returns the attention mask of a step in the form that the model takes: by layer type, or a single one."""
@@ -280,13 +317,13 @@ class Decoder:
 
     def _additive_masks(self) -> Any:
         """Returns additive masks, [batch, 1, 1, length]."""
-        is_written = self._cache_positions <= self._position
+        is_initialized = self._cache_positions <= self._position
         lowest = torch.finfo(self.model.dtype).min
         masks = {}
         for layer_type, window in self._windows.items():
-            is_visible = is_written
+            is_visible = is_initialized
             if window is not None:
-                is_visible = is_written & (self._cache_positions > self._position - window)
+                is_visible = is_initialized & (self._cache_positions > self._position - window)
             mask = torch.zeros(self.length, dtype=self.model.dtype, device=self.device)
             mask.masked_fill_(~is_visible, lowest)
             masks[layer_type] = mask.expand(self.batch, 1, 1, self.length)
@@ -324,15 +361,15 @@ class Decoder:
             return
         layer_caches = [StepCache([layer], self._position) for layer in self._cache.layers]
         layers = decoder_layers(self.model, len(layer_caches))
-        self._visible_ranges = compiler.compile_function(_visible_ranges)
+        self._visible_ranges = compiler.compile_function(visible_ranges)
         if self.temperature == 0:  # Inductor draws other random numbers than torch
-            self._advance = compiler.compile_function(_advance)
+            self._advance = compiler.compile_function(advance)
         try:
             with compiler.compiled(layers, layer_caches, modules_around_layers(self.model)):
                 yield
         finally:
-            self._visible_ranges = _visible_ranges
-            self._advance = _advance
+            self._visible_ranges = visible_ranges
+            self._advance = advance
 
     def _try(self, run: Callable[[], None], fallback: str) -> bool:
         """Runs a function that may fail. Returns whether it succeeded.
@@ -352,39 +389,3 @@ class Decoder:
             self._position.copy_(position)
             return False
         return True
-
-
-def _advance(token: Tensor, position: Tensor, choose: Callable[[Tensor], Tensor], logits: Tensor) -> None:
-    """Writes the next token and position into the buffers."""
-    token.copy_(choose(logits))
-    position.add_(1)
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """Returns the argmax of logits [batch, V] as [batch, 1].
-
-    Reduces chunks of a row first, which occupies more of a GPU than one reduction per row.
-    """
-    num_chunks = math.gcd(logits.shape[1], MAX_ARGMAX_CHUNKS)
-    chunk_size = logits.shape[1] // num_chunks
-    values, indices = logits.view(logits.shape[0], num_chunks, -1).max(-1)
-    chunk = values.argmax(-1, keepdim=True)
-    return chunk * chunk_size + indices.gather(-1, chunk)
-
-
-def _visible_ranges(position: Tensor, windows: dict[str, int | None]) -> Any:
-    """Returns the first visible position and the end of the visible positions, as ``step_attention`` takes them.
-
-    Args:
-        position: of the step, int64 [1]
-        windows: sliding windows, see ``attention_windows``
-
-    Returns:
-        int32 [1, 1, 1, 2], in the form of ``Decoder._additive_masks``.
-    """
-    end = position.to(torch.int32) + 1
-    ranges = {}
-    for layer_type, window in windows.items():
-        start = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
-        ranges[layer_type] = torch.cat([start, end]).view(1, 1, 1, 2)
-    return ranges.get(ALL_LAYERS, ranges)

@@ -34,9 +34,10 @@ from gemq.decoding.layer_parts import (
     recorded_calls,
     replayed_routing,
 )
-from gemq.decoding.static_cache import StepCache
+from gemq.decoding.static_cache import PromptCache, StepCache
 from gemq.decoding.step_attention import attend as attend_in_cache
 from gemq.kernels import dispatch
+from gemq.kernels.decode import cache_write
 from gemq.kernels.decode.attention import attend_and_write, can_write
 from gemq.kernels.decode.launch import launch_linears
 from gemq.kernels.decode.norms import SliceNorm, add, rms_norm, two_norms
@@ -172,6 +173,10 @@ class FusedLayers:
         """Returns the cache of a step whose layers write in the attention kernel."""
         return _FusedCache(cache, self)
 
+    def prompt_cache(self, layers: list[Any]) -> PromptCache:
+        """Returns the cache of prompts, whose layers write in one launch. ``layers``: of the static cache."""
+        return _FusedPromptCache(layers=layers)
+
     def leaves_write(self, key: Tensor, value: Tensor) -> bool:
         """Whether the attention kernel will write a key and value into the cache. Called when the cache is updated."""
         if self._current is None or not self._current.writes_in_attention or self._uses_family_code or self._is_prompt:
@@ -206,10 +211,10 @@ class FusedLayers:
         return fused_route(router, kind, x)
 
     def _embedding_forward(self, embedding: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Rotary angles of the step's position, from a table that the family's code has computed."""
+        """Rotary angles of the step or of prompts, from a table that the family's code has computed."""
         family_forward = type(embedding).forward
         positions = kwargs.get("position_ids", args[0] if args else None)
-        if self._is_prompt or not isinstance(positions, Tensor):
+        if not isinstance(positions, Tensor) or positions.shape[-1] > self._num_positions:
             return family_forward(embedding, x, *args, **kwargs)
         options = (*args[1:], *(value for name, value in kwargs.items() if name != "position_ids"))
         key = (embedding, x.dtype, options)
@@ -218,7 +223,8 @@ class FusedLayers:
         table = self._angles[key]
         if table is None:
             return family_forward(embedding, x, *args, **kwargs)
-        cos, sin = table.index_select(0, self._position).unbind(1)
+        table = table[: positions.shape[-1]] if self._is_prompt else table.index_select(0, self._position)
+        cos, sin = table.unbind(1)
         return cos[None], sin[None]
 
     def _attention_forward(self, layer: LayerParts, *args: Any, **kwargs: Any) -> Any:
@@ -380,3 +386,14 @@ class _FusedCache(StepCache):
             layer: Any = self.layers[layer_idx]
             return layer.keys, layer.values
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _FusedPromptCache(PromptCache):
+    """A cache of prompts that writes keys and values in one launch."""
+
+    def _write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes at the first positions."""
+        if cache_write.usable(key, value, keys, values):
+            cache_write.write_prompts(key, value, keys, values)
+        else:
+            super()._write(key, value, keys, values)

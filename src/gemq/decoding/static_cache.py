@@ -130,21 +130,40 @@ class StepCache(Cache):
 class PromptCache(Cache):
     """View of a static cache for prompts: writes keys and values from the first position on.
 
-    ``StaticLayer`` writes at any position, by an index, which takes several times as long.
+    ``StaticLayer`` writes at any position, by an index, which takes several times as long. Its length is a tensor for
+    which the host would wait, and that cannot be captured. It also returns positions after the prompts, for which
+    attention needs a mask.
     """
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns 0: no tokens come before the prompts."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns the number of keys that ``update`` returns, and the position of the first one."""
+        return query_length, 0
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Writes keys and values of the prompts. Returns all keys and values of the layer."""
+        """Writes keys and values of the prompts. Returns them as they lie in the cache."""
         layer: Any = self.layers[layer_idx]
         tokens = key_states.shape[2]
-        layer.keys[:, :, :tokens].copy_(key_states)
-        layer.values[:, :, :tokens].copy_(value_states)
-        return layer.keys, layer.values
+        self._write(key_states, value_states, layer.keys, layer.values)
+        return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+
+    def _write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes keys and values [B, N, S, D] at the first positions of a layer's [B, N, L, D]."""
+        keys[:, :, : key.shape[2]].copy_(key)
+        values[:, :, : value.shape[2]].copy_(value)
 
 
-def last_logits_argument(model: Any) -> dict[str, int]:
-    """Returns the argument that restricts the logits to the last position, where the family has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits_argument(model: Any, positions: int | Tensor = 1) -> dict[str, Any]:
+    """Returns the argument that restricts logits, where the family has one.
+
+    Args:
+        model: a causal language model
+        positions: number of last positions, or their indices
+    """
+    return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def decoder_layers(model: Any, count: int) -> list[nn.Module]:

@@ -1,13 +1,16 @@
-"""Attention of a decode step by gemq's kernel, registered with the attention interface of Transformers.
+"""Attention of a decode step by gemq's kernel, and of prompts, registered with the interface of Transformers.
 
 ``sdpa`` of Transformers reads the whole static cache under a mask, and copies keys and values where heads share them.
 The kernel reads only the visible positions. The model receives their range in place of a mask, and Transformers passes
 it on to the attention of each layer as it would a mask.
+
+Prompts take ``sdpa`` without a mask, whose causal kernels take half the time. Transformers makes masks for its own
+implementations only, some of its releases even for causal attention if it is captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -77,9 +80,26 @@ def attend(
     return output[:, None], None
 
 
+def attend_causally(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """Attention of prompts over themselves by ``sdpa_attention_forward`` in Transformers, with its signature."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def sees_all_before(windows: Mapping[str, int | None], tokens: int) -> bool:
+    """Whether each of a prompt's ``tokens`` attends to all before it. ``windows``: see ``attention_windows``."""
+    return all(window is None or tokens <= window for window in windows.values())
+
+
 @contextmanager
-def use_decode_attention(config: Any, function: Callable[..., Any] = attend) -> Iterator[None]:
-    """Selects ``attend`` or another ``function`` for the model with this ``config`` while the context is active."""
+def use_attention(config: Any, function: Callable[..., Any] = attend) -> Iterator[None]:
+    """Selects ``attend`` or another ``function`` for the model with this ``config`` while the context is active.
+
+    The model makes no masks then.
+    """
     # Imported here, so that a change of this interface only disables the kernel.
     from transformers import AttentionInterface
 

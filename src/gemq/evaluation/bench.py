@@ -147,7 +147,9 @@ def bench(model: Any, config: BenchConfig, monitor: Monitor | None = None) -> di
             tick()
         prefill = []
         for length in config.prefills:
-            prefill.append(time_prefill(model, length))
+            row, row_reasons = time_prefill(model, length)
+            prefill.append(row)
+            reasons |= row_reasons
             tick()
     fallbacks = [f"{FALLBACKS[name]} ({reason})" for name, reason in reasons.items()]
     return {
@@ -235,19 +237,24 @@ def _generate_seconds(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
 
 
 @torch.no_grad()
-def time_prefill(model: Any, length: int) -> dict[str, Any]:
-    """Measures a prompt of ``length`` tokens up to its first new token. Returns a row of ``prefill``, see ``bench``."""
+def time_prefill(model: Any, length: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Measures a prompt of ``length`` tokens up to its first new token.
+
+    Returns:
+        A row of ``prefill`` (see ``bench``), and the reason for each of ``FALLBACKS`` that was used.
+    """
     ids = _random_ids(model, 1, length)
     forward: Callable[[], Any]
+    reasons: dict[str, str]
     try:
         decoder = Decoder(model, 1, length + 1)
         decoder.prefill(ids)
-        decoder.prepare(compile_layers=False)  # prompts after the first one run fused
-        forward = lambda: decoder.prefill(ids)
-    except Unsupported:
-        forward = lambda: model(input_ids=ids)
+        decoder.prepare(compile_layers=False)  # later prompts run fused, and in a CUDA graph
+        forward, reasons = lambda: decoder.prefill(ids), decoder.reasons
+    except Unsupported as error:
+        forward, reasons = lambda: model(input_ids=ids), {"decoded_by_transformers": str(error)}
     seconds = [_time(model.device, forward) for _ in range(1 + NUM_RUNS)]
-    return {"tokens": length, "tokens_per_second": _rate(seconds[1:], length)}
+    return {"tokens": length, "tokens_per_second": _rate(seconds[1:], length)}, reasons
 
 
 def _time(device: torch.device, function: Callable[[], Any]) -> float:
