@@ -21,7 +21,7 @@ from gemq.layers.trellis_experts import TrellisBatch
 from gemq.models.expert_parallel import local_expert_slice
 from gemq.models.experts import expert_weight
 from gemq.models.replay import Replay
-from gemq.models.structure import Matrix
+from gemq.models.structure import Experts, Matrix
 from gemq.quant.grid import dequantize_each
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.trainable_gpu import soft_code_dtype
@@ -112,11 +112,9 @@ class ExpertReconstruction:
         Returns:
             [E, H, I], and the Hessians of their inputs with quantized first matrices.
         """
-        first, down = self.experts.matrices
-        weight = self._weight(down)
+        weight = self._weight(self.experts.matrices[1])
         hidden = HiddenHessians(self.experts, self.local_experts, quantized_first)
-        max_passes = max(1, self.experts.count // self.replay.ranks.count)  # every rank has an expert for each pass
-        passes = min(max_passes, -(-(down.columns**2) // first.columns**2))
+        passes = compensation_passes(self.experts, self.replay.ranks.count)
         result = torch.empty_like(weight)
         for index in range(passes):
             start, stop = (len(weight) * end // passes for end in (index, index + 1))
@@ -153,6 +151,15 @@ class ExpertReconstruction:
         q, retries = self.quantizer.quantize_mixed(weight, hessians, affine_widths(widths), soft_codes)
         self.retries += retries
         return QuantizedParameter(name, widths, q, soft_codes)
+
+
+def compensation_passes(experts: Experts, ranks: int) -> int:
+    """Return in how many forward passes the changes of the down projections' inputs are accumulated.
+
+    A pass takes no more memory than the Hessians of the first matrices, and every rank has experts in it.
+    """
+    first, down = experts.matrices
+    return min(max(1, experts.count // ranks), -(-(down.columns**2) // first.columns**2))
 
 
 def _weights(parameter: QuantizedParameter, dtype: torch.dtype) -> Tensor:

@@ -324,11 +324,13 @@ def _reconstruction_bytes(memory: LayerMemory) -> int:
         return memory.dense_hessians + memory.dense_quantization
     hessians = memory.dense_hessians + memory.expert_hessians + memory.mean_hessians + memory.slope_moments
     quantizing = hessians + memory.expert_quantization(1, OUTPUT_COPIES)
+    if memory.recipe.compensate:  # the down projections that are quantized
+        quantizing += memory.largest_matrices * memory.dtype.itemsize
     weight_bytes = memory.expert_weights * memory.dtype.itemsize
     # codes of a byte, weights in the model and their replacements, and chunks in float32
     installing = memory.expert_weights + 2 * weight_bytes + 4 * memory.largest_matrices // 8
     collecting = memory.collecting_hessians + memory.slope_moments + memory.slope_pairs
-    peak = max(collecting, quantizing, installing)
+    peak = max(collecting, quantizing, installing, memory.compensating)
     if memory.recipe.reconstruction_epochs:
         weights = memory.expert_weights + memory.linear_weights
         training = weights * memory.layer_trained_bytes + memory.routed_pairs(backward=True)

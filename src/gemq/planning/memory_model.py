@@ -14,8 +14,9 @@ import torch
 
 from gemq.allocation.divergence import POSITIONS_PER_CHUNK
 from gemq.errors import UserError
+from gemq.layers.expert_reconstruction import compensation_passes
 from gemq.layers.output_hessians import is_practical
-from gemq.layers.quantizer import CHUNK_BYTES, TRELLIS_COPIES
+from gemq.layers.quantizer import CHUNK_BYTES, COMPENSATION_COPIES, TRELLIS_COPIES
 from gemq.models.config_values import experts_per_token, layer_configs
 from gemq.models.layer_cache import reserved_layer_bytes
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
@@ -150,6 +151,20 @@ class LayerMemory:
     def collecting_hessians(self) -> int:
         """Hessians while they are collected in a forward pass, or finished."""
         return self.dense_hessians + self.expert_hessians + max(self.forward_pairs, self.mean_hessians)
+
+    @property
+    def compensating(self) -> int:
+        """Compensation of down projections: Hessians, changes, quantized first matrices, and the new weights."""
+        if not self.recipe.compensate:
+            return 0
+        first, down = self.experts.matrices
+        count = self.experts.count
+        experts_per_pass = -(-count // compensation_passes(self.experts, 1))
+        moments = 4 * (count + experts_per_pass) * down.columns**2
+        codes = count * first.rows * first.columns  # at most a byte each
+        dense = self.expert_weights * self.dtype.itemsize
+        computing = max(2 * self.forward_pairs, self.expert_chunk(COMPENSATION_COPIES))
+        return moments + codes + dense + computing
 
     def routed_pairs(self, backward: bool) -> int:
         """A micro-batch's routed pairs on their way through the experts.
