@@ -19,7 +19,7 @@ from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
 from gemq.kernels.decode import bit_fields, tensor_core, vector_kernels
 from gemq.kernels.decode.fixed_point import num_lanes
-from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
+from gemq.kernels.decode.packed_arguments import FusedLinears, PackedArguments
 from gemq.kernels.decode.tuning import (
     MAX_VECTOR_PRODUCTS,
     LaunchConfig,
@@ -37,7 +37,7 @@ from gemq.kernels.layout_check import check_layout
 def launch_up(
     hidden: Tensor,
     index: Tensor,
-    up: ExpertMatrices,
+    up: PackedArguments,
     activation: Activation,
     config: LaunchConfig | None = None,
 ) -> Tensor:
@@ -88,7 +88,7 @@ def launch_down(
     h: Tensor,
     index: Tensor,
     weights: Tensor | None,
-    down: ExpertMatrices,
+    down: PackedArguments,
     config: LaunchConfig | None = None,
     pdl: bool = True,
 ) -> Tensor:
@@ -180,7 +180,7 @@ def _launch_vectors(
     x: Tensor,
     index: Tensor,
     weights: Tensor | None,
-    w: ExpertMatrices,
+    w: PackedArguments,
     out: Tensor,
     activation: Activation,
     config: VectorConfig,
