@@ -46,7 +46,7 @@ def decode_experts(
 
     Args:
         hidden: [T, H]
-        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused pairs
         weights: [T, K] routing weights
         up_tensors: ``PackedArguments.tensors`` of gate and up, or of up alone
         up_sizes: ``PackedArguments.sizes`` of these
@@ -55,8 +55,8 @@ def decode_experts(
         activation: the fields of an ``Activation``
 
     Returns:
-        [T, K * S, H] float32: each slot's weighted output in S terms of a sum (``tuning.down_splits``), zero in unused
-        slots.
+        [T, K * S, H] float32: each pair's weighted output in S terms of a sum (``tuning.down_splits``), zero in unused
+        pairs.
     """
     up = PackedArguments.from_lists(up_tensors, up_sizes)
     down = PackedArguments.from_lists(down_tensors, down_sizes)
@@ -95,7 +95,7 @@ def decode_up(hidden: Tensor, index: Tensor, tensors: Sequence[Tensor], sizes: S
         sizes: ``PackedArguments.sizes``
 
     Returns:
-        [T, K, rows]. Unused slots are not written.
+        [T, K, rows]. Unused pairs are not written.
     """
     up = PackedArguments.from_lists(tensors, sizes)
     return launch_up(hidden.contiguous(), index.contiguous(), up, RAW)
