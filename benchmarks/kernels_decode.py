@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gemq.kernels.activation import SILU, Activation
 from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
-from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
+from gemq.kernels.decode.packed_arguments import FusedLinears, PackedArguments
 from gemq.kernels.decode.tuning import TensorCoreConfig, VectorConfig
 from gemq.kernels.modules import PackedMatrices, PackedMatrix
 from gemq.quant.grid import encode
@@ -80,8 +80,8 @@ def random_matrix(rows: int, columns: int, width: Width) -> PackedMatrix:
 
 
 class Layer(NamedTuple):
-    up: ExpertMatrices
-    down: ExpertMatrices
+    up: PackedArguments
+    down: PackedArguments
     packed: tuple[PackedMatrices, PackedMatrices]
     bytes: Tensor  # [E] of an expert's two matrices
 
@@ -91,7 +91,7 @@ class Layer(NamedTuple):
         sizes = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
         packed = [PackedMatrices([random_matrix(*s, w) for w in widths]) for s in sizes]
         up, down = (
-            ExpertMatrices(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [w.levels for w in SHARES])
+            PackedArguments(m.codes, m.scales, m.offsets, m.table, None, m.rows, GROUP, [w.levels for w in SHARES])
             for m in packed
         )
         total = [sum(w.matrix_bytes(*s, GROUP) for s in sizes) for w in widths]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemq.cli.report import short_names
+from gemq.cli.tables import short_names
 from support.cli import Finished, gemq
 
 

@@ -260,7 +260,7 @@ def decode(dtype: torch.dtype, tokens: Any, widths: Sequence[int], size: Any, pr
     levels = tuning.widths_for(widths, group)
     table, index = torch.empty(experts, 3, dtype=torch.int64), torch.empty(count, slots, dtype=torch.int64)
     biases = torch.empty(experts, rows, dtype=dtype) if bias else None
-    matrices = packed_arguments.ExpertMatrices(
+    matrices = packed_arguments.PackedArguments(
         empty_bytes(), empty_bytes(), empty_bytes(), table, biases, rows, group, levels
     )
     launch.launch_up(torch.empty(count, columns, dtype=dtype), index, matrices, ACTIVATIONS[product])

@@ -11,7 +11,7 @@ import torch
 
 import gemq
 from gemq import UserError
-from gemq.models.configuration import suspicious_fields
+from gemq.models.config_checks import suspicious_fields
 from gemq.models.library_errors import one_line_errors, summary
 from gemq.models.source import Source
 from gemq.pipeline.plan import plan

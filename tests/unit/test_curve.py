@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from gemq.allocation.problem import Budget, Problem, allocate
-from gemq.cli.report import print_curve
+from gemq.cli.tables import print_curve
 from gemq.pipeline.size_curve import Curve, CurvePoint, uniform_cost, write_curve
 
 POINTS = (

@@ -7,7 +7,7 @@ import torch
 
 from gemq import UserError
 from gemq.evaluation.evaluate import evaluate_paths
-from gemq.models.finite import not_finite
+from gemq.models.finite_check import not_finite
 from gemq.models.source import Source
 from support.model_folders import edit_config, edit_tensors, model_folder, quantize
 

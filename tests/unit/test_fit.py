@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import DynamicCache
 
 from gemq.assets import builtin_model
-from gemq.cli.fit_report import print_fit
+from gemq.cli.fit_table import print_fit
 from gemq.models.auto_class import auto_class
 from gemq.models.cache_names import cache_argument
 from gemq.models.cache_size import cache_size

@@ -19,7 +19,7 @@ from gemq.assets import builtin_model, builtin_texts
 from gemq.calibration.activations import Activations
 from gemq.calibration.sources import Streams, calibration_windows, held_out_windows
 from gemq.calibration.windows import Windows
-from gemq.cli.report import print_result
+from gemq.cli.tables import print_result
 from gemq.layers.candidates import LayerCandidates, build_candidates
 from gemq.layers.quantizer import Quantizer
 from gemq.layers.reconstruction import assemble_layer, install_layer

@@ -13,7 +13,7 @@ from gemq.assets import builtin_model
 from gemq.calibration.rows import RowReader, RowStats, row_texts
 from gemq.calibration.sources import Streams, _is_file, _unique_names, calibration_windows, check_sources
 from gemq.calibration.windows import eval_windows
-from gemq.cli.report import print_result
+from gemq.cli.tables import print_result
 from gemq.errors import UserError
 from gemq.recipe import Recipe
 from support.families import tiny

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from gemq.assets import builtin_model
-from gemq.cli.evaluation_report import _print_tasks
+from gemq.cli.evaluation_tables import _print_tasks
 from gemq.errors import UserError
 from gemq.evaluation import tasks
 from support.cli import gemq

@@ -19,7 +19,7 @@ from gemq.checkpoint.contents import inspect_checkpoint
 from gemq.checkpoint.dense_export import write_dense_checkpoint
 from gemq.checkpoint.format import PackedFormat
 from gemq.checkpoint.reader import CheckpointReader, check_checkpoint
-from gemq.cli.report import print_contents
+from gemq.cli.tables import print_contents
 from gemq.integrations.vllm.served_experts import empty_matrices, packed_family_experts, rank_rows
 from gemq.quant.grid import decode_scales
 from gemq.quant.stored_matrix import concatenate

@@ -38,7 +38,7 @@ def evaluate(
     """Measure the perplexity of a model, and how far it is from a reference."""
     check_json_path(json_file)
     with importing():
-        from gemq.cli.evaluation_report import print_evaluation
+        from gemq.cli.evaluation_tables import print_evaluation
 
     values = flags.run(model, quiet or is_stdout(json_file))
     if not output_json(json_file, values) and not quiet:
@@ -133,7 +133,7 @@ def bench(
     batches = parse_numbers("--batch", batch)
     prefills = parse_numbers("--prefill", prefill)
     with importing():
-        from gemq.cli.report import print_bench
+        from gemq.cli.tables import print_bench
         from gemq.evaluation.bench import bench_path
 
     values = bench_path(
@@ -163,7 +163,7 @@ def inspect(
     check_json_path(json_file)
     with importing():
         from gemq.checkpoint.contents import inspect_checkpoint
-        from gemq.cli.report import print_contents
+        from gemq.cli.tables import print_contents
 
     contents = inspect_checkpoint(checkpoint, verify=verify)
     if not output_json(json_file, contents.to_dict()):

@@ -73,7 +73,7 @@ def plan(
     gpu_bytes = parse_memory("--gpu-memory", gpu_memory)
     host_bytes = parse_memory("--host-memory", host_memory)
     with importing():
-        from gemq.cli.report import print_plan
+        from gemq.cli.tables import print_plan
         from gemq.pipeline.plan import plan as make_plan
 
     result = make_plan(
@@ -138,7 +138,7 @@ def quantize(
         file_hashes.start_hashing(Path(os.path.expanduser(model)))
     with importing():
         from gemq.checkpoint.outputs import default_work_directory
-        from gemq.cli.report import print_result
+        from gemq.cli.tables import print_result
         from gemq.pipeline.fit import fitting_recipe
         from gemq.pipeline.quantize import quantize as run_quantize
         from gemq.runtime.device import pick_device
@@ -245,7 +245,7 @@ def export(
     if out is None:
         raise UserError("export needs an output: add -o OUT")
     with importing():
-        from gemq.cli.report import print_result
+        from gemq.cli.tables import print_result
         from gemq.pipeline.quantize import export as run_export
 
     result = run_export(
@@ -275,7 +275,7 @@ def _export_curve(
 ) -> None:
     """Run ``gemq export --curve``."""
     with importing():
-        from gemq.cli.report import print_curve
+        from gemq.cli.tables import print_curve
         from gemq.pipeline.size_curve import size_curve, write_curve
 
     quiet_libraries()

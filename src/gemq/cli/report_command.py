@@ -47,7 +47,7 @@ def report(
     quiet_libraries()
     with importing():
         from gemq.checkpoint.contents import inspect_checkpoint
-        from gemq.cli.evaluation_report import print_evaluation
+        from gemq.cli.evaluation_tables import print_evaluation
         from gemq.reporting.record import PAGE, read_record
 
     inspect_checkpoint(checkpoint)
@@ -82,7 +82,7 @@ def _write(checkpoint: Path, values: Sequence[dict[str, Any]], flags: Evaluation
 def _measure_speed(checkpoint: Path, flags: EvaluationFlags, gpu_memory: int | None, quiet: bool) -> dict[str, Any]:
     """Return what ``gemq bench`` measures of a checkpoint by default, and print it."""
     with importing():
-        from gemq.cli.report import print_bench
+        from gemq.cli.tables import print_bench
         from gemq.evaluation.bench import bench_path
 
     speed = bench_path(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemq.assets import builtin_model
-from gemq.cli.report import print_result
+from gemq.cli.tables import print_result
 from gemq.errors import UserError
 from gemq.evaluation.evaluate import evaluate_paths, open_model
 from gemq.evaluation.generate import generate

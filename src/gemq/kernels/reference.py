@@ -77,7 +77,7 @@ def experts_forward(
     Args:
         module: packed experts of one layer
         hidden: [T, H]
-        top_k_index: [T, K] int; indices outside 0 ... E - 1 mark unused slots and are skipped
+        top_k_index: [T, K] int; indices outside 0 ... E - 1 mark unused pairs and are skipped
         top_k_weights: [T, K]
         product: replaces the product with an expert's matrix
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from gemq.errors import UserError
-from gemq.models.finite import largest_finite, not_finite
+from gemq.models.finite_check import largest_finite, not_finite
 from gemq.models.fp8 import use_block_dequantize
-from gemq.models.stored import (
+from gemq.models.stored_checks import (
     FLOATS,
     StoredTensors,
     Target,

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from gemq.errors import UserError
 from gemq.models.auto_class import auto_class
-from gemq.models.configuration import read_configuration, suspicious_fields
+from gemq.models.config_checks import read_configuration, suspicious_fields
 from gemq.models.experts import use_experts_forward
 from gemq.models.experts_adapter import adopt_experts
 from gemq.models.file_hashes import file_digests
@@ -33,7 +33,7 @@ from gemq.models.hub import download_model
 from gemq.models.library_errors import one_line_errors
 from gemq.models.reader import LayerReader, ReadOptions, loading_from
 from gemq.models.size_limits import bounded_construction, check_source_sizes
-from gemq.models.stored import FLOATS
+from gemq.models.stored_checks import FLOATS
 from gemq.models.structure import find_structure
 from gemq.runtime.compat import torch_private, transformers_private
 from gemq.runtime.safetensors_files import read_header, weight_files

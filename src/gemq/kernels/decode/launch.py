@@ -19,7 +19,7 @@ from gemq.kernels.activation import RAW, Activation
 from gemq.kernels.activation_triton import kernel_arguments
 from gemq.kernels.decode import bit_fields, tensor_core, vector_kernels
 from gemq.kernels.decode.fixed_point import num_lanes
-from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
+from gemq.kernels.decode.packed_arguments import FusedLinears, PackedArguments
 from gemq.kernels.decode.tuning import (
     MAX_VECTOR_PRODUCTS,
     LaunchConfig,
@@ -37,7 +37,7 @@ from gemq.kernels.layout_check import check_layout
 def launch_up(
     hidden: Tensor,
     index: Tensor,
-    up: ExpertMatrices,
+    up: PackedArguments,
     activation: Activation,
     config: LaunchConfig | None = None,
 ) -> Tensor:
@@ -45,24 +45,24 @@ def launch_up(
 
     Args:
         hidden: [T, H]
-        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused pairs
         up: gate and up projections, or up alone
         activation: applied to the products
         config: launch options, for benchmarks
 
     Returns:
-        [T, K, rows], or [T, K, rows / 2] if the activation is gated. Unused slots are not written.
+        [T, K, rows], or [T, K, rows / 2] if the activation is gated. Unused pairs are not written.
     """
-    tokens, slots = index.shape
+    tokens, top_k = index.shape
     columns = hidden.shape[1]
     groups = columns // up.group_size
-    out = hidden.new_empty(tokens, slots, up.rows // 2 if activation.gated else up.rows)
+    out = hidden.new_empty(tokens, top_k, up.rows // 2 if activation.gated else up.rows)
     if config is None and vectors_cover(hidden.dtype, columns, up.group_size, up.levels):
-        config = vector_config(tokens * slots, groups)
+        config = vector_config(tokens * top_k, groups)
     if isinstance(config, VectorConfig):
         _launch_vectors(hidden, index, None, up, out, activation, config)
         return out
-    max_active = min(up.num_experts, tokens * slots)
+    max_active = min(up.num_experts, tokens * top_k)
     config = config or tensor_core_config(up.rows, groups, max_active, hidden.dtype)
     numbers, constants = kernel_arguments(activation)
     with device_of(hidden):
@@ -88,7 +88,7 @@ def launch_down(
     h: Tensor,
     index: Tensor,
     weights: Tensor | None,
-    down: ExpertMatrices,
+    down: PackedArguments,
     config: LaunchConfig | None = None,
     pdl: bool = True,
 ) -> Tensor:
@@ -96,30 +96,30 @@ def launch_down(
 
     Args:
         h: [T, K, I]
-        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused pairs
         weights: [T, K] routing weights, or None
         down: down projections
         config: launch options, for benchmarks
         pdl: whether the kernel may load its codes while the previous one ends, on GPUs that support this
 
     Returns:
-        Without weights [T, K, rows] in h's dtype. With weights [T, K * S, rows] float32, each slot's weighted output
-        in S terms of a sum (``tuning.down_splits``), zero in unused slots.
+        Without weights [T, K, rows] in h's dtype. With weights [T, K * S, rows] float32, each pair's weighted output
+        in S terms of a sum (``tuning.down_splits``), zero in unused pairs.
     """
-    tokens, slots = index.shape
+    tokens, top_k = index.shape
     columns = h.shape[2]
     groups = columns // down.group_size
     dtype = h.dtype if weights is None else torch.float32
     if config is None and vectors_cover(h.dtype, columns, down.group_size, down.levels):
-        config = vector_config(tokens * slots, groups, is_down=True, pdl=pdl)
+        config = vector_config(tokens * top_k, groups, is_down=True, pdl=pdl)
     if isinstance(config, VectorConfig):
         splits = 1 if weights is None else down_splits(h.dtype, columns, down.group_size, down.levels)
-        out = torch.empty(tokens, slots * splits, down.rows, dtype=dtype, device=h.device)
+        out = torch.empty(tokens, top_k * splits, down.rows, dtype=dtype, device=h.device)
         _launch_vectors(h, index, weights, down, out, RAW, config)
         return out
-    max_active = min(down.num_experts, tokens * slots)
+    max_active = min(down.num_experts, tokens * top_k)
     config = config or tensor_core_config(down.rows, groups, max_active, h.dtype)
-    out = torch.zeros(tokens, slots, down.rows, dtype=dtype, device=h.device)
+    out = torch.zeros(tokens, top_k, down.rows, dtype=dtype, device=h.device)
     with device_of(h):
         tensor_core.experts_down_kernel[(max_active, triton.cdiv(down.rows, config.block_rows))](
             h,
@@ -180,16 +180,16 @@ def _launch_vectors(
     x: Tensor,
     index: Tensor,
     weights: Tensor | None,
-    w: ExpertMatrices,
+    w: PackedArguments,
     out: Tensor,
     activation: Activation,
     config: VectorConfig,
 ) -> None:
     """Launch the vector kernel of experts on x [T, columns], or [T, K, columns] with a row for each pair."""
-    tokens, slots = index.shape
-    splits = out.shape[1] // slots
+    tokens, top_k = index.shape
+    splits = out.shape[1] // top_k
     numbers, constants = kernel_arguments(activation)
-    grid = (tokens * slots, triton.cdiv(w.rows, config.block_rows), splits)
+    grid = (tokens * top_k, triton.cdiv(w.rows, config.block_rows), splits)
     with device_of(x):
         kernel = vector_kernels.experts_vectors_kernel[grid](
             x,
@@ -201,7 +201,7 @@ def _launch_vectors(
             w.num_experts,
             *numbers,
             **constants,
-            TOP_K=slots,
+            TOP_K=top_k,
             PER_PAIR=x.dim() == 3,
             HAS_BIAS=w.bias is not None,
             WEIGHTED=weights is not None,
@@ -249,13 +249,13 @@ def _tensor_core_constants(x: Tensor, group_size: int, config: TensorCoreConfig)
 
 def _routing_constants(index: Tensor, experts: int) -> dict[str, int | bool]:
     """Return the constants of the tensor core kernels that depend on the routing [T, K]."""
-    tokens, slots = index.shape
+    tokens, top_k = index.shape
     padded_tokens = _padded_tokens(tokens)
     return {
-        "TOP_K": slots,
-        "PADDED_PAIRS": triton.next_power_of_2(padded_tokens * slots),
+        "TOP_K": top_k,
+        "PADDED_PAIRS": triton.next_power_of_2(padded_tokens * top_k),
         "PADDED_EXPERTS": triton.next_power_of_2(experts),
-        "BY_PAIR": tokens * slots <= experts,
+        "BY_PAIR": tokens * top_k <= experts,
         "BLOCK_TOKENS": padded_tokens,
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import launch_down, launch_linears, launch_up
 from gemq.kernels.decode.norms import sum_shares
-from gemq.kernels.decode.packed_arguments import ExpertMatrices, FusedLinears
+from gemq.kernels.decode.packed_arguments import FusedLinears, PackedArguments
 from gemq.kernels.decode.tuning import down_splits, widths_for
 from gemq.kernels.expert_inputs import projections_with_bias
 from gemq.kernels.fetch import wait_for_down
@@ -46,20 +46,20 @@ def decode_experts(
 
     Args:
         hidden: [T, H]
-        index: [T, K] experts; indices outside 0 ... E - 1 mark unused slots
+        index: [T, K] experts; indices outside 0 ... E - 1 mark unused pairs
         weights: [T, K] routing weights
-        up_tensors: ``ExpertMatrices.tensors`` of gate and up, or of up alone
-        up_sizes: ``ExpertMatrices.sizes`` of these
-        down_tensors: ``ExpertMatrices.tensors`` of down
-        down_sizes: ``ExpertMatrices.sizes`` of down
+        up_tensors: ``PackedArguments.tensors`` of gate and up, or of up alone
+        up_sizes: ``PackedArguments.sizes`` of these
+        down_tensors: ``PackedArguments.tensors`` of down
+        down_sizes: ``PackedArguments.sizes`` of down
         activation: the fields of an ``Activation``
 
     Returns:
-        [T, K * S, H] float32: each slot's weighted output in S terms of a sum (``tuning.down_splits``), zero in unused
-        slots.
+        [T, K * S, H] float32: each pair's weighted output in S terms of a sum (``tuning.down_splits``), zero in unused
+        pairs.
     """
-    up = ExpertMatrices.from_lists(up_tensors, up_sizes)
-    down = ExpertMatrices.from_lists(down_tensors, down_sizes)
+    up = PackedArguments.from_lists(up_tensors, up_sizes)
+    down = PackedArguments.from_lists(down_tensors, down_sizes)
     index = index.contiguous()
     h = launch_up(hidden.contiguous(), index, up, Activation.from_numbers(activation))
     return launch_down(h, index, weights.contiguous(), down, pdl=not wait_for_down(hidden.device))
@@ -77,8 +77,8 @@ def _(
     activation: Sequence[float],
 ) -> Tensor:
     """Return the shape of ``decode_experts``."""
-    up = ExpertMatrices.from_lists(up_tensors, up_sizes)
-    down = ExpertMatrices.from_lists(down_tensors, down_sizes)
+    up = PackedArguments.from_lists(up_tensors, up_sizes)
+    down = PackedArguments.from_lists(down_tensors, down_sizes)
     inner = up.rows // 2 if Activation.from_numbers(activation).gated else up.rows
     splits = down_splits(hidden.dtype, inner, down.group_size, down.levels)
     return hidden.new_empty(index.shape[0], index.shape[1] * splits, down.rows, dtype=torch.float32)
@@ -91,20 +91,20 @@ def decode_up(hidden: Tensor, index: Tensor, tensors: Sequence[Tensor], sizes: S
     Args:
         hidden: [T, H]
         index: [T, K] experts
-        tensors: ``ExpertMatrices.tensors``
-        sizes: ``ExpertMatrices.sizes``
+        tensors: ``PackedArguments.tensors``
+        sizes: ``PackedArguments.sizes``
 
     Returns:
-        [T, K, rows]. Unused slots are not written.
+        [T, K, rows]. Unused pairs are not written.
     """
-    up = ExpertMatrices.from_lists(tensors, sizes)
+    up = PackedArguments.from_lists(tensors, sizes)
     return launch_up(hidden.contiguous(), index.contiguous(), up, RAW)
 
 
 @decode_up.register_fake
 def _(hidden: Tensor, index: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Return the shape of ``decode_up``."""
-    return hidden.new_empty(*index.shape, ExpertMatrices.from_lists(tensors, sizes).rows)
+    return hidden.new_empty(*index.shape, PackedArguments.from_lists(tensors, sizes).rows)
 
 
 @torch.library.custom_op("gemq::decode_down", mutates_args=())
@@ -117,13 +117,13 @@ def decode_down(
         h: [T, K, I]
         index: [T, K] experts
         weights: [T, K] routing weights, or None
-        tensors: ``ExpertMatrices.tensors``
-        sizes: ``ExpertMatrices.sizes``
+        tensors: ``PackedArguments.tensors``
+        sizes: ``PackedArguments.sizes``
 
     Returns:
         [T, K, rows] in h's dtype without weights; with them as ``decode_experts``.
     """
-    down = ExpertMatrices.from_lists(tensors, sizes)
+    down = PackedArguments.from_lists(tensors, sizes)
     weights = None if weights is None else weights.contiguous()
     return launch_down(h.contiguous(), index.contiguous(), weights, down, pdl=not wait_for_down(h.device))
 
@@ -131,7 +131,7 @@ def decode_down(
 @decode_down.register_fake
 def _(h: Tensor, index: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Return the shape of ``decode_down``."""
-    down = ExpertMatrices.from_lists(tensors, sizes)
+    down = PackedArguments.from_lists(tensors, sizes)
     if weights is None:
         return h.new_empty(*index.shape, down.rows)
     splits = down_splits(h.dtype, h.shape[2], down.group_size, down.levels)
@@ -180,7 +180,7 @@ def _(
     return x.new_empty(x.shape[0], sum(w.rows))
 
 
-def _projections(module: PackedExperts, share_kernels: bool) -> tuple[ExpertMatrices, ExpertMatrices]:
+def _projections(module: PackedExperts, share_kernels: bool) -> tuple[PackedArguments, PackedArguments]:
     """Return gate and up (or up alone), and down, each with its bias.
 
     Args:
@@ -189,7 +189,7 @@ def _projections(module: PackedExperts, share_kernels: bool) -> tuple[ExpertMatr
     projections = []
     for matrices, bias in projections_with_bias(module):
         levels = widths_for(matrices.levels, matrices.group_size) if share_kernels else matrices.levels
-        projections.append(ExpertMatrices.from_module(matrices, bias, levels))
+        projections.append(PackedArguments.from_module(matrices, bias, levels))
     up, down = projections
     return up, down
 

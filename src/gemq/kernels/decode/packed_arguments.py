@@ -1,7 +1,7 @@
 """Packed matrices as operators and kernels take them: plain tensors and integers.
 
 ``torch.library`` operators cannot take modules or tuples of mixed types. They take two lists instead: ``tensors`` and
-``sizes`` of ``ExpertMatrices``. ``from_lists`` restores the matrices.
+``sizes`` of ``PackedArguments``. ``from_lists`` restores the matrices.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from gemq.kernels.modules import PackedMatrices
 
 
-class ExpertMatrices(NamedTuple):
-    """One projection of all experts, as in ``modules.PackedMatrices``.
+class PackedArguments(NamedTuple):
+    """One projection of all experts as operators take it, from ``modules.PackedMatrices``: ``tensors`` and ``sizes``.
 
     Attributes:
         codes: uint8
@@ -42,7 +42,7 @@ class ExpertMatrices(NamedTuple):
     levels: Sequence[int]
 
     @classmethod
-    def from_module(cls, matrices: PackedMatrices, bias: Tensor | None, levels: Sequence[int]) -> ExpertMatrices:
+    def from_module(cls, matrices: PackedMatrices, bias: Tensor | None, levels: Sequence[int]) -> PackedArguments:
         """Return the matrices of a packed module with the bias [E, rows] of the projection."""
         return cls(
             matrices.codes,
@@ -56,7 +56,7 @@ class ExpertMatrices(NamedTuple):
         )
 
     @classmethod
-    def from_lists(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> ExpertMatrices:
+    def from_lists(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> PackedArguments:
         """Restore the matrices from ``tensors`` and ``sizes``."""
         codes, scales, offsets, table = tensors[:4]
         bias = tensors[4] if len(tensors) > 4 else None

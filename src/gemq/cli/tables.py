@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from gemq.cli.fit_report import print_fit
+from gemq.cli.fit_table import print_fit
 from gemq.quant.widths import AnyWidth, ExpertWidths
 from gemq.reporting.fallback_texts import FALLBACKS
 from gemq.reporting.record import PAGE
