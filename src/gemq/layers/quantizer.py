@@ -34,6 +34,9 @@ C columns has a random part of C / n, and a quarter of the change can be made up
 COMPENSATION_COPIES = 4
 """Float32 copies of the weights that ``Quantizer.compensate`` works with."""
 
+COMPENSATION_BYTES = 1 << 30
+"""Upper bound for Hessians, factors and weights of the experts in one batch of ``Quantizer.compensate``."""
+
 OUTPUT_COPIES = 8
 """Float32 tensors as large as the Hessians of the outputs that their use takes: factors, and the fit of rows."""
 
@@ -199,7 +202,7 @@ class Quantizer:
             [E, R, C], dtype of ``weight``.
         """
         result = torch.empty_like(weight)
-        for chunk in _expert_chunks(weight, COMPENSATION_COPIES):
+        for chunk in _expert_chunks(weight, COMPENSATION_COPIES, max_bytes=COMPENSATION_BYTES):
             experts = slice(chunk.start + first_expert, chunk.stop + first_expert)
             num_rows = hessians.num_rows(self.shrinkage, experts) + PRIOR_ROWS * weight.shape[2]
             change = changes.sums[chunk] / num_rows
@@ -220,16 +223,19 @@ class Quantizer:
         return group_size_for(columns, self.group_size)
 
 
-def _expert_chunks(weight: Tensor, num_widths: int, output_copies: int = 0) -> Iterator[slice]:
+def _expert_chunks(
+    weight: Tensor, num_widths: int, output_copies: int = 0, max_bytes: int = CHUNK_BYTES
+) -> Iterator[slice]:
     """Yield slices of the experts of ``weight`` [E, R, C] that are quantized in one batch.
 
     Args:
         weight: Of all experts.
         num_widths: Widths at which they are quantized, or copies of the weights.
         output_copies: Tensors as large as the Hessians of the outputs.
+        max_bytes: Upper bound for what a batch of several experts takes.
     """
     experts, rows, columns = weight.shape
     bytes_per_expert = 4 * columns * (3 * columns + num_widths * rows) + 4 * output_copies * rows**2
-    size = max(1, min(experts, CHUNK_BYTES // bytes_per_expert))
+    size = max(1, min(experts, max_bytes // bytes_per_expert))
     for start in range(0, experts, size):
         yield slice(start, min(start + size, experts))

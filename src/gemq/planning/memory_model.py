@@ -16,7 +16,7 @@ from gemq.allocation.divergence import POSITIONS_PER_CHUNK
 from gemq.errors import UserError
 from gemq.layers.expert_reconstruction import compensation_passes
 from gemq.layers.output_hessians import is_practical
-from gemq.layers.quantizer import CHUNK_BYTES, COMPENSATION_COPIES, TRELLIS_COPIES
+from gemq.layers.quantizer import CHUNK_BYTES, COMPENSATION_BYTES, COMPENSATION_COPIES, TRELLIS_COPIES
 from gemq.models.config_values import experts_per_token, layer_configs
 from gemq.models.layer_cache import reserved_layer_bytes
 from gemq.models.replay import MAX_LOGITS_PER_CHUNK
@@ -163,7 +163,9 @@ class LayerMemory:
         moments = 4 * (count + experts_per_pass) * down.columns**2
         codes = count * first.rows * first.columns  # at most a byte each
         dense = self.expert_weights * self.dtype.itemsize
-        computing = max(2 * self.forward_pairs, self.expert_chunk(COMPENSATION_COPIES))
+        chunk_bytes = 4 * down.columns * (3 * down.columns + COMPENSATION_COPIES * down.rows)  # of one expert
+        pairs = self.forward_pairs * 5 // 4  # inputs with both first matrices
+        computing = max(pairs, min(count * chunk_bytes, max(chunk_bytes, COMPENSATION_BYTES)))
         return moments + codes + dense + computing
 
     def routed_pairs(self, backward: bool) -> int:
