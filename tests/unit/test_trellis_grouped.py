@@ -104,7 +104,7 @@ def test_the_operator_traces(generator):
     module = TrellisExperts(32, 32, (8, 20), 12, generator).to(DEVICE)
     up, down = TrellisArguments.from_experts(module)
     tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
-    arguments = (*routed_inputs(module, 17, 1, FP32, generator), *tensors, activation_of(module).numbers())
+    arguments = (*routed_inputs(module, 17, 1, FP32, generator), *tensors, activation_of(module).numbers(), False)
     torch.library.opcheck(grouped.grouped_experts, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
