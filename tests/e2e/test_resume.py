@@ -65,14 +65,14 @@ def bounded(kill_server: KillServer, tmp_path: Path, tiny_model: Path) -> Killer
     return Killer(kill_server, tiny_model, tmp_path, recipe, least_bytes(tiny_model, recipe))
 
 
-@pytest.mark.parametrize(("kind", "times"), [("killer", 1), ("trainer", 2), ("bounded", 1)])
-def test_killed_at_random_moments(request: pytest.FixtureRequest, kill_server, kind: str, times: int):
+@pytest.mark.parametrize("kind", ["killer", "trainer", "bounded"])
+def test_killed_at_random_moments(request: pytest.FixtureRequest, kill_server, kind: str):
     """With training and without. ``many_kills.py`` has a hundred."""
     killer: Killer = request.getfixturevalue(kind)
     seed = time.time_ns()
     draw = random.Random(seed)
     kills = rounds = 0
-    while kills < times:
+    while kills == 0:
         name, attempts = f"random-{rounds}", 0
         while True:
             delay = draw.uniform(0.0, 1.1) * killer.seconds

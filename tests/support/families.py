@@ -211,6 +211,22 @@ TOY = "gemq_test_moe"
 """A family that exists nowhere else: see below."""
 FAMILIES = (*MAIN_FAMILIES, "gpt_oss", "nemotron_h")
 """Also transposed, biased and interleaved experts with attention sinks, and experts without a gate."""
+KINDS = {
+    "gpt_oss": "transposed, biased, interleaved experts",
+    "llama4_text": "experts that are given every token's row, no interface of Transformers",
+    "longcat_flash": "experts that return their input, two attentions a layer",
+    "glm_moe_dsa": "layers that hand chosen positions on to the next",
+    "inkling_text": "shared experts stacked in one weight",
+    "granitemoehybrid": "state-space layers",
+    "qwen3_vl_moe": "a language model that sees: eyes are kept",
+}
+"""Model types that work, one for everything that sets families apart."""
+REFUSED_KINDS = {
+    "jetmoe": r"layers\.0\.mlp\.input_linear \(JetMoeParallelExperts\)",
+    "switch_transformers": "no encoder-decoders",
+    "diffusion_gemma": "is an encoder-decoder model",
+}
+"""Model types that are refused, and what the refusal says."""
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

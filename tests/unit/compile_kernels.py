@@ -152,6 +152,19 @@ def covering(axes: Axes, strength: int = 2, candidates: int = 100) -> Iterator[d
         yield {name: axes[name][index] for name, index in zip(names, best, strict=True)}
 
 
+def each_value(axes: Axes) -> Iterator[dict[str, Any]]:
+    """Yield rows that have every value of every axis, in little time.
+
+    Architectures take turns. Of the other axes, all rows without a new value have the first value, which has to be one
+    that compiles quickly. Rows then repeat kernels that an axis does not affect, and a kernel is compiled once.
+    """
+    for i in range(max(map(len, axes.values()))):
+        yield {
+            name: values[i % len(values)] if name == "arch" else values[i] if i < len(values) else values[0]
+            for name, values in axes.items()
+        }
+
+
 # Launches. Only the pointers of tensors matter, so a few elements suffice.
 
 
@@ -274,7 +287,7 @@ TRELLIS_DECODE: Axes = {
     "tokens": [(1, 8, 64), (4, 2, 8), (16, 8, 64)],  # tokens, slots, experts
     "columns": [2048, 14336, 48],
     "state_bits": [12, 8, 16],
-    "product": list(ACTIVATIONS),
+    "product": ["silu", "clamped", "plain", "gelu"],
     "bias": [False, True],
 }
 
@@ -539,7 +552,8 @@ def collect(kinds: Sequence[str], strength: int) -> list[Task]:
     launch.operand = lambda x: int(precisions[x.dtype])  # as on a GPU
     launch.supports_pdl = lambda device: triton.runtime.driver.active.get_current_device() >= 90
     for function, axes in (pair for kind in kinds for pair in KINDS[kind]):
-        for row in (*covering(axes, strength), *([FAILED_ONCE] if function is grouped else [])):
+        rows = covering(axes, strength) if strength > 1 else each_value(axes)
+        for row in (*rows, *([FAILED_ONCE] if function is grouped else [])):
             values = dict(row)
             triton.runtime.driver.set_active(Device(values.pop("arch")))
             count = len(TASKS)

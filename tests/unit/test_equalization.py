@@ -13,7 +13,6 @@ from support.equalization import equalized_model, rescaled
 from support.families import tiny, tokens
 from support.model_folders import edit_tensors, model_folder, quantize
 
-pytestmark = pytest.mark.sample
 torch.set_num_threads(1)
 
 

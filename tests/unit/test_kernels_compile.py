@@ -19,11 +19,10 @@ MAX_SHARED = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory of a block in bytes, by architecture; for sm_80 that of the consumer cards of sm_86."""
 
 
-@pytest.mark.parametrize("kinds", [["grouped"], ["decode", "training", "trellis_decode", "trellis_grouped"]])
-def test_kernels_compile_and_fit_a_consumer_card(kinds: list[str]) -> None:
+def test_kernels_compile_and_fit_a_consumer_card() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
-    command = [sys.executable, str(script), "--strength", "1", "--jobs", "1", "--only", *kinds]
+    command = [sys.executable, str(script), "--strength", "1", "--jobs", "1"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-2000:]
     compiled = [json.loads(line) for line in process.stdout.splitlines()]
