@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from gemq.integrations.vllm.served_experts import ServedExperts, local_index_of
-from gemq.kernels import fallbacks, grouped_product, reference
+from gemq.kernels import fallbacks, reference
 from gemq.kernels.modules import PackedLinear
 from gemq.quant.widths import Width
 from support.packed_cases import Experts, random_linear
-from support.trellis_cases import TrellisExperts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,36 +90,6 @@ def test_experts_of_all_batch_sizes_in_graphs_that_share_memory(groups: int, bia
                 index = batch.index[:used].long()
                 expected = reference.experts_forward(module, batch.x[:used], index, batch.weights[:used])
                 assert_close(out, expected, used)
-    assert dict(fallbacks) == counted
-
-
-@pytest.mark.parametrize("codes", ["affine", "trellis"])
-def test_many_tokens_by_decoded_experts_in_a_graph(codes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if codes == "affine":
-        module = packed_experts(2, False)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        module = TrellisExperts(HIDDEN, 128, (8, 13, 16, 24) * (EXPERTS // 4), 12, generator).to("cuda")
-    served, batch, counted = ServedExperts(module, None, weights_inputs=False), Batch(4200, HIDDEN), dict(fallbacks)
-    product, products = grouped_product.product, []
-    monkeypatch.setattr(grouped_product, "product", lambda *args: products.append(1) or product(*args))
-
-    def call() -> Tensor:
-        return served(batch.x, batch.index, batch.weights)
-
-    with torch.inference_mode():
-        graph, out = captured(call, torch.cuda.graph_pool_handle())  # of padding only
-        assert len(products) == 4
-        for used in (4100, 4200):
-            batch.fill(used, used)
-            batch.index[batch.index == 3] = -1  # an expert without tokens
-            graph.replay()
-            with monkeypatch.context() as patch:
-                patch.setattr(grouped_product, "MIN_PAIRS", 1 << 30)
-                expected = call()
-            assert len(products) == 4
-            assert_close(out, expected, used)
-            assert not out[used:].any()
     assert dict(fallbacks) == counted
 
 

@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime.jit import JITFunction
 
-from gemq.kernels import decoded_experts, fetch
-from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RAW, RELU_SQUARED, SILU, Activation
+from gemq.kernels import fetch
+from gemq.kernels.activation import CLAMP_BEFORE, GELU_TANH, RELU_SQUARED, SILU, Activation
 from gemq.kernels.decode import (
     attention,
     bit_fields,
@@ -432,28 +432,6 @@ def trellis_grouped(
         trellis_matmul.matmul(x, w, config, order, top_k=top_k, activation=ACTIVATIONS[product])
 
 
-DECODED: Axes = {
-    "arch": ARCHITECTURES,
-    "columns": [2048, 80],
-    "product": [*ACTIVATIONS, "gather"],
-    "rotated": [False, True],
-    "index": [torch.int32, torch.int64],
-}
-
-
-def decoded(columns: int, product: str, rotated: bool, index: torch.dtype) -> None:
-    """Launch what surrounds the products of decoded experts."""
-    experts, top_k = 8, 4
-    chosen = torch.empty(64, top_k, dtype=index)
-    order = routing.sort_pairs(chosen, experts, decoded_experts.ROWS)
-    positions = torch.empty_like(order.order)
-    activation = ACTIVATIONS.get(product, RAW)
-    x = torch.empty(256, columns * (1 + activation.gated), dtype=BF16)
-    gathered = top_k if product == "gather" else 0
-    y = decoded_experts.operand(x, columns, order, positions, gathered, rotated, activation)
-    routing.combine(y, chosen, torch.empty(64, top_k), experts, positions)
-
-
 TRELLIS_DENSE: Axes = {
     "arch": ARCHITECTURES,
     "dtype": [BF16, FP16, FP32],
@@ -465,8 +443,7 @@ def trellis_dense(dtype: torch.dtype, columns: int) -> None:
     """Launch dense decoding and the gradients of scales."""
     rows, experts = 512, 8
     table, scales = torch.empty(experts, 2, dtype=torch.int32), torch.empty(experts, rows)
-    for rotated_inputs in (False, True):
-        dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, dtype, rotated_inputs)
+    dense_kernel.dense(empty_bytes(), table, scales, rows, columns, 12, dtype)
     gradient = torch.empty(experts, rows, columns, dtype=dtype)
     dense_kernel.scale_gradients(gradient, empty_bytes(), table, 12)
 
@@ -541,7 +518,7 @@ KINDS: dict[str, list[tuple[Callable[..., None], Axes]]] = {
         (fetch_experts, FETCH),
     ],
     "training": [(training, TRAINING)],
-    "trellis_grouped": [(trellis_grouped, TRELLIS_GROUPED), (trellis_dense, TRELLIS_DENSE), (decoded, DECODED)],
+    "trellis_grouped": [(trellis_grouped, TRELLIS_GROUPED), (trellis_dense, TRELLIS_DENSE)],
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,9 @@ from transformers import DynamicCache
 
 from gemq.assets import builtin_model
 from gemq.cli.fit_table import print_fit
-from gemq.kernels.grouped_product import MIN_PAIRS
 from gemq.models.auto_class import auto_class
 from gemq.models.cache_names import cache_argument
 from gemq.models.cache_size import cache_size
-from gemq.models.prefill_memory import prefill_bytes
 from gemq.models.structure import find_structure
 from gemq.pipeline.codes_stage import expected_recipe
 from gemq.pipeline.fit import fit, fitting_recipe
@@ -98,20 +95,6 @@ def test_weights_have_the_bytes_of_a_packed_model():
     assert serving().weight_bytes(2.0) == stored
     halves = 2 * serving(gpus=2).weight_bytes(2.0)
     assert stored < halves < 1.1 * stored  # norms and routers are on both
-
-
-def test_long_prompts_have_room_for_dense_matrices_of_a_projection():
-    up, down = SimpleNamespace(rows=128, columns=96), SimpleNamespace(rows=96, columns=64)
-    layer = SimpleNamespace(linears=[], experts=SimpleNamespace(count=8, matrices=(up, down)))
-    config = SimpleNamespace(hidden_size=96, num_experts_per_tok=2, vocab_size=10)
-    extra = []
-    for count in (MIN_PAIRS * 8 // 2 - 1, MIN_PAIRS * 8 // 2):
-        sizes = SimpleNamespace(layers=[layer]), config, torch.bfloat16, count, 1
-        with_workspace, without = (
-            prefill_bytes(*sizes, has_trellis=True, has_workspace=has_workspace) for has_workspace in (True, False)
-        )
-        extra.append(with_workspace - without)
-    assert extra == [0, 2 * 8 * 128 * 96]
 
 
 def test_the_largest_budget_is_the_last_that_fits():

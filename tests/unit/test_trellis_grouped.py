@@ -14,7 +14,7 @@ from torch import nn
 
 from gemq.kernels import dispatch, reference
 from gemq.kernels.activation import activation_of
-from gemq.kernels.trellis import grouped, operators
+from gemq.kernels.trellis import grouped
 from gemq.kernels.trellis.dense import dequantize_expert, trellis_weight
 from gemq.kernels.trellis.dense_kernel import dense, scale_gradients
 from gemq.kernels.trellis.launch import TrellisArguments
@@ -81,18 +81,6 @@ def test_experts_of_mixed_widths(tokens, dtype, hidden, inner, gate, state_bits,
     check_experts(module, tokens, 2, dtype, generator)
 
 
-def test_few_pairs_an_expert_run_on_the_kernels_for_few_tokens(generator, monkeypatch):
-    few, many = [], []
-    monkeypatch.setattr(operators, "experts_forward", lambda module, x, *_: few.append(len(x)))
-    monkeypatch.setattr(grouped, "experts_forward", lambda module, x, *_: many.append(len(x)))
-    for experts in (5, 9):
-        module = TrellisExperts(16, 16, (16,) * experts, 12, generator).to(DEVICE)
-        for tokens in (16, 20, 21, 32, 33):
-            dispatch.experts_forward(module, *routed_inputs(module, tokens, 1, FP32, generator))
-    assert few == [16, 20, 16, 20, 21, 32]
-    assert many == [21, 32, 33, 33]
-
-
 def test_an_unknown_activation_and_a_norm(generator):
     module = TrellisExperts(32, 16, (8, 20), 12, generator, lambda y: y.chunk(2, -1)[0])
     module.has_post_expert_norm, module.post_expert_norm = True, nn.RMSNorm(32)
@@ -116,7 +104,7 @@ def test_the_operator_traces(generator):
     module = TrellisExperts(32, 32, (8, 20), 12, generator).to(DEVICE)
     up, down = TrellisArguments.from_experts(module)
     tensors = (up.tensors, up.sizes, down.tensors, down.sizes)
-    arguments = (*routed_inputs(module, 17, 1, FP32, generator), *tensors, activation_of(module).numbers(), False)
+    arguments = (*routed_inputs(module, 17, 1, FP32, generator), *tensors, activation_of(module).numbers())
     torch.library.opcheck(grouped.grouped_experts, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

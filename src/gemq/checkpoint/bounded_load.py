@@ -89,9 +89,7 @@ def fit_into(
     structure, dtype = find_structure(skeleton), model.dtype
     cache = batch * cache_size(skeleton, structure, dtype).unbounded_bytes(context)  # a static cache keeps all tokens
     config, has_trellis = model.config.get_text_config(), isinstance(modules[0].down_proj, TrellisMatrices)
-    prefill = prefill_bytes(
-        structure, config, dtype, batch * context, batch, has_trellis=has_trellis, has_workspace=False
-    )
+    prefill = prefill_bytes(structure, config, dtype, batch * context, batch, has_trellis=has_trellis)
     remainder = CONTEXT_BYTES + LIBRARY_BYTES + bytes_without_codes(model, modules) + prefill
     largest_layer = max(sum(layer_sizes) for layer_sizes in sizes)
     needed = remainder + cache + largest_layer

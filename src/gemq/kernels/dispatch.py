@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 MAX_DECODE_TOKENS = 16
 """Largest number of tokens for the ``decode`` kernels, which have 16 columns at most."""
 
-MAX_TRELLIS_TOKENS, MAX_TRELLIS_PAIRS = 32, 4
-"""With trellis codes, the ``decode`` kernels also serve up to so many tokens while an expert has at most so many on
-average. On an H200 and at OLMoE's sizes they take 151 us for 32 tokens, and those of ``grouped`` 182 us."""
-
 MAX_OVERLAPPED_TOKENS = MAX_DECODE_TOKENS
 """Largest number of tokens for which codes of down projections arrive from host memory while gate and up are computed.
 Only the ``decode`` kernels wait for them."""
@@ -76,7 +72,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     is_trellis = isinstance(module.down_proj, TrellisMatrices)
     if not mode and not is_trellis and cpu_int4.covers(module, hidden):
         return cpu_int4.experts_forward(module, hidden, top_k_index, top_k_weights)
-    kernel = _choose(hidden, hidden.shape[0], is_trellis, _decode_limit(module, top_k_index.shape[1], is_trellis))
+    kernel = _choose(hidden, hidden.shape[0], is_trellis)
     if kernel is reference:
         return reference.experts_forward(module, hidden, top_k_index, top_k_weights)
     forward = partial(_run_or_fall_back, kernel, "experts_forward")
@@ -119,20 +115,14 @@ def linear_forward(module: PackedLinear, x: Tensor) -> Tensor:
     return forward(module, x)
 
 
-def _decode_limit(module: PackedExperts, top_k: int, is_trellis: bool) -> int:
-    """Return the largest number of tokens for the ``decode`` kernels."""
-    tokens = MAX_TRELLIS_PAIRS * module.down_proj.num_experts // max(1, top_k)
-    return max(MAX_DECODE_TOKENS, min(MAX_TRELLIS_TOKENS, tokens)) if is_trellis else MAX_DECODE_TOKENS
-
-
-def _choose(x: Tensor, tokens: int, is_trellis: bool = False, limit: int = MAX_DECODE_TOKENS) -> Any:
-    """Return the module that serves ``tokens`` rows on x's device and in its dtype, by ``decode`` up to ``limit``."""
+def _choose(x: Tensor, tokens: int, is_trellis: bool = False) -> Any:
+    """Return the module that serves ``tokens`` rows on x's device and in its dtype."""
     on_kernels = x.device.type == "cuda" or mode == "triton"
     if mode == "reference" or not on_kernels or tokens == 0:
         return reference
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return _fall_back(f"no kernel computes in {x.dtype}")
-    name = "decode" if tokens <= limit else "grouped"
+    name = "decode" if tokens <= MAX_DECODE_TOKENS else "grouped"
     name = f"trellis {name}" if is_trellis else name
     kernel = _loaded[name] if name in _loaded else _load(name)
     if kernel is None:

@@ -15,14 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemq.kernels.activation import SILU, Activation, activation_of
-from gemq.kernels.grouped_product import is_supported, product
 from gemq.runtime.compat import transformers_private
+
+ALIGNMENT = 8
+"""Rows and columns must be multiples of this, which is 16 bytes."""
 
 
 def usable(x: Tensor, *weights: Tensor) -> bool:
     """Returns whether ``linear`` supports rows like x [P, C] with each of these weights [E, R, C]."""
-    sizes = [size for weight in weights for size in weight.shape[1:]]
-    return all(x.dtype == weight.dtype for weight in weights) and is_supported(x.device, x.dtype, sizes)
+    return (
+        x.device.type == "cuda"
+        and all(x.dtype == weight.dtype == torch.bfloat16 for weight in weights)
+        and not any(size % ALIGNMENT for weight in weights for size in weight.shape[1:])
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -32,7 +38,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """x [P, C], weight [E, R, C], ends [E] -> [P, R]."""
         ctx.save_for_backward(x, weight, ends)
-        return product(x, weight, ends)
+        return F.grouped_mm(x, weight.mT, offs=ends)
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from gemq.kernels.grouped_product import decodes_first
 from gemq.models.config_values import experts_per_token
 from gemq.models.structure import Layer, Structure
 
@@ -32,7 +31,6 @@ def prefill_bytes(
     *,
     has_trellis: bool,
     gpus: int = 1,
-    has_workspace: bool = True,
 ) -> int:
     """Bytes of temporary tensors on each GPU: of the widest layer, or of the logits.
 
@@ -44,7 +42,6 @@ def prefill_bytes(
         batch: sequences, each of which gets logits of its last token.
         has_trellis: whether the experts have trellis codes.
         gpus: number of GPUs that share the model.
-        has_workspace: whether experts of many tokens may be decoded before they are multiplied.
     """
     tokens = min(tokens, MAX_PREFILL_TOKENS)
     hidden = int(config.hidden_size)
@@ -56,10 +53,6 @@ def prefill_bytes(
             pairs = tokens * experts_per_token(config)
             intermediate = layer.experts.matrices[1].columns // gpus
             numbers = max(numbers, pairs * (copies * intermediate + hidden))  # the outputs of both matrices
-            rows, experts = layer.experts.matrices[0].rows // gpus, layer.experts.count
-            if has_workspace and dtype == torch.bfloat16 and decodes_first(pairs, experts, hidden, rows):
-                # the input and the result of the first product, and its matrices
-                numbers = max(numbers, pairs * (hidden + rows) + experts * rows * hidden)
         largest = max(largest, tokens * STREAMS * hidden + numbers)
     logit_bytes = batch * int(config.vocab_size) * (dtype.itemsize + 2 * 4)
     return max(largest * dtype.itemsize, logit_bytes)

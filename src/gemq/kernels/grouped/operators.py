@@ -9,7 +9,6 @@ never waits for the GPU and no shape depends on data, so that a CUDA graph can c
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemq.kernels.activation import RAW, Activation, activation_of
-from gemq.kernels.decoded_experts import covers
-from gemq.kernels.decoded_experts import experts as decoded_experts
 from gemq.kernels.grouped.dequantize import PackedWeights, dequantize
 from gemq.kernels.grouped.matmul import TileConfig, config_for, matmul
 from gemq.kernels.grouped.routing import combine, sort_pairs
@@ -41,7 +38,6 @@ def experts(
     down: PackedWeights,
     activation: Activation,
     config: TileConfig | None = None,
-    in_registers: bool = False,
 ) -> Tensor:
     """Run routed experts with an activation that the kernels support.
 
@@ -53,20 +49,11 @@ def experts(
         down: down projections
         activation: applied between the products
         config: tile sizes, for benchmarks
-        in_registers: whether weights must be unpacked in registers only, without a workspace
 
     Returns:
         [T, H] in hidden's dtype.
     """
     num_experts = _num_experts(down)
-    has_bias = up.bias is not None or down.bias is not None
-    in_registers |= config is not None or has_bias
-    if not in_registers and covers(hidden, top_k_index, num_experts, up.rows, activation):
-        inner = up.rows // 2 if activation.gated else up.rows
-        decode_up = partial(dequantize, up, hidden.shape[1], hidden.dtype)
-        decode_down = partial(dequantize, down, inner, hidden.dtype)
-        routed = hidden, top_k_index, top_k_weights
-        return decoded_experts(*routed, decode_up, decode_down, activation, num_experts, rotated=False)
     config = config or config_for(top_k_index.numel(), num_experts, hidden.dtype)
     routing = sort_pairs(top_k_index, num_experts, config.block_m)
     y = matmul(hidden, up, config, routing, top_k=top_k_index.shape[1], activation=activation)
@@ -131,9 +118,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     hidden = hidden.contiguous()
     has_norm = getattr(module, "has_post_expert_norm", False)  # absent before Transformers 5.23
     if activation is not None and not has_norm:
-        # experts in host memory: GPU memory has no room for a workspace
-        in_registers = hasattr(module, "fetch_table") or torch.compiler.is_compiling()
-        return experts(hidden, top_k_index, top_k_weights, up, down, activation, in_registers=in_registers)
+        return experts(hidden, top_k_index, top_k_weights, up, down, activation)
 
     num_experts = _num_experts(down)
     config = config_for(top_k_index.numel(), num_experts, hidden.dtype)

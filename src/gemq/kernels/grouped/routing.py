@@ -107,11 +107,9 @@ def _combine_kernel(
     y: Pointer,
     index: Pointer,
     weights: Pointer,
-    positions: Pointer,
     out: Pointer,
     columns: Scalar,
     experts: Scalar,
-    SORTED: tl.constexpr,  # row of y: positions[pair], else the pair
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -125,15 +123,12 @@ def _combine_kernel(
         expert = tl.load(index + pair)
         routed = (expert >= 0) & (expert < experts)
         weight = tl.load(weights + pair).to(tl.float32)
-        row = tl.load(positions + pair, mask=routed, other=0).to(tl.int64) if SORTED else pair
-        value = tl.load(y + row * columns + column, mask=inside & routed, other=0.0).to(tl.float32)
+        value = tl.load(y + pair * columns + column, mask=inside & routed, other=0.0).to(tl.float32)
         total += tl.where(routed, weight, 0.0) * value
     tl.store(out + token * columns + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def combine(
-    y: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int, positions: Tensor | None = None
-) -> Tensor:
+def combine(y: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Tensor:
     """Return the weighted sum over each token's K pairs, computed in float32 and in the order of slots.
 
     Args:
@@ -141,7 +136,6 @@ def combine(
         top_k_index: [T, K] int
         top_k_weights: [T, K]
         experts: number of experts
-        positions: [T * K] int32, row of y of each routed pair; None if rows are in the order of pairs
 
     Returns:
         [T, H] in y's dtype.
@@ -150,15 +144,6 @@ def combine(
     out = torch.empty(tokens, y.shape[-1], dtype=y.dtype, device=y.device)
     block = min(1024, triton.next_power_of_2(y.shape[-1]))
     _combine_kernel[(tokens, triton.cdiv(y.shape[-1], block))](
-        y,
-        top_k_index.contiguous(),
-        top_k_weights.contiguous(),
-        top_k_index if positions is None else positions,
-        out,
-        y.shape[-1],
-        experts,
-        positions is not None,
-        k,
-        block,
+        y, top_k_index.contiguous(), top_k_weights.contiguous(), out, y.shape[-1], experts, k, block
     )
     return out

@@ -17,7 +17,6 @@ from gemq.kernels.trellis.rotation import sign_block
 from gemq.kernels.trellis.values import VALUE_UNIT
 from gemq.kernels.triton_types import Pointer, Scalar, Tile
 from gemq.quant.rotation import block_side
-from gemq.quant.widths import ROTATION_SIDE
 
 BLOCK_ROWS = 64
 """Rows of one program."""
@@ -56,7 +55,6 @@ def _dense_kernel(
     columns: Scalar,
     factor: Scalar,
     STATE_BITS: tl.constexpr,
-    ROTATED_INPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -69,13 +67,9 @@ def _dense_kernel(
     words = codes.to(tl.pointer_type(tl.uint32)) + tl.load(table + 2 * expert + 1).to(tl.int64) * 4
     out_row = expert * num_rows + row
     scale = factor * tl.load(scales + out_row).to(tl.float32)
-    if not ROTATED_INPUTS:
-        block = _rotation_block(COLUMNS)
+    block = _rotation_block(COLUMNS)
     for first_column in range(0, columns, COLUMNS):
-        if ROTATED_INPUTS:
-            values = decode_block(words, row, first_column, columns, eighths, STATE_BITS, COLUMNS)
-        else:
-            values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, COLUMNS)
+        values = _unscaled(words, row, first_column, columns, eighths, block, STATE_BITS, COLUMNS)
         column = first_column + tl.arange(0, COLUMNS)
         weights = (values * scale[:, None]).to(out.dtype.element_ty)
         target = out + out_row[:, None] * columns + column[None, :]
@@ -127,7 +121,6 @@ def dense(
     columns: int,
     state_bits: int,
     dtype: torch.dtype,
-    rotated_inputs: bool = False,
 ) -> Tensor:
     """Return dense matrices, [E, rows, columns] in ``dtype``, rounded once.
 
@@ -139,12 +132,10 @@ def dense(
         columns: columns of a matrix
         state_bits: bits of a state
         dtype: dtype of the result
-        rotated_inputs: whether the matrices multiply rotated inputs, and are not rotated themselves
     """
     experts = len(table)
     out = torch.empty(experts, rows, columns, dtype=dtype, device=codes.device)
     side = block_side(columns)
-    factor, block_columns = (VALUE_UNIT.value, ROTATION_SIDE) if rotated_inputs else (_factor(side), side)
     if experts:
         with device_of(codes):
             _dense_kernel[(triton.cdiv(rows, BLOCK_ROWS), experts)](
@@ -154,10 +145,9 @@ def dense(
                 out,
                 rows,
                 columns,
-                factor,
+                _factor(side),
                 STATE_BITS=state_bits,
-                ROTATED_INPUTS=rotated_inputs,
-                COLUMNS=block_columns,
+                COLUMNS=side,
                 ROWS=BLOCK_ROWS,
                 num_warps=4,
             )

@@ -11,7 +11,6 @@ graph can capture all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +18,10 @@ from torch import Tensor
 
 from gemq.kernels.activation import RAW, Activation, activation_of
 from gemq.kernels.decode.launch import device_of
-from gemq.kernels.decoded_experts import covers
-from gemq.kernels.decoded_experts import experts as decoded_experts
 from gemq.kernels.grouped.routing import Routing, combine, sort_pairs
-from gemq.kernels.trellis.dense_kernel import dense
 from gemq.kernels.trellis.launch import TrellisArguments
 from gemq.kernels.trellis.matmul import TileConfig, config_for, matmul, padded_columns
 from gemq.kernels.trellis.rotation import rotate_operand
-from gemq.quant.grid import decode_scales
 from gemq.runtime.compat import transformers_private
 
 if TYPE_CHECKING:
@@ -47,11 +42,6 @@ def product(
     return matmul(rotated, w, config, routing, top_k, scatter, activation)
 
 
-def decoded(w: TrellisArguments, dtype: torch.dtype) -> Tensor:
-    """Return dense matrices for rotated inputs: [E, rows, columns] in ``dtype``."""
-    return dense(w.codes, w.table, decode_scales(w.scales), w.rows, w.columns, w.state_bits, dtype, rotated_inputs=True)
-
-
 def experts(
     hidden: Tensor,
     top_k_index: Tensor,
@@ -60,7 +50,6 @@ def experts(
     down: TrellisArguments,
     activation: Activation,
     configs: tuple[TileConfig, TileConfig] | None = None,
-    in_registers: bool = False,
 ) -> Tensor:
     """Run routed experts with an activation that the kernels support.
 
@@ -72,18 +61,11 @@ def experts(
         down: down projections
         activation: applied between the products
         configs: tile sizes of both products with equal ``block_m``, for benchmarks
-        in_registers: whether weights must be decoded in registers only, without a workspace
 
     Returns:
         [T, H] in hidden's dtype.
     """
     num_experts = down.table.shape[0]
-    has_bias = up.bias is not None or down.bias is not None
-    in_registers |= configs is not None or has_bias
-    if not in_registers and covers(hidden, top_k_index, num_experts, up.rows, activation):
-        decode_up, decode_down = (partial(decoded, w, hidden.dtype) for w in (up, down))
-        routed = hidden, top_k_index, top_k_weights
-        return decoded_experts(*routed, decode_up, decode_down, activation, num_experts, rotated=True)
     config = config_for(top_k_index.numel(), num_experts, hidden.dtype)
     up_config, down_config = configs or (config, config)
     routing = sort_pairs(top_k_index, num_experts, up_config.block_m)
@@ -102,7 +84,6 @@ def grouped_experts(
     down_tensors: Sequence[Tensor],
     down_sizes: Sequence[int],
     activation: Sequence[float],
-    in_registers: bool,
 ) -> Tensor:
     """Run ``experts`` as an operator.
 
@@ -115,7 +96,6 @@ def grouped_experts(
         down_tensors: ``TrellisArguments.tensors`` of down
         down_sizes: ``TrellisArguments.sizes`` of down
         activation: the fields of an ``Activation``
-        in_registers: as for ``experts``
 
     Returns:
         [T, H] in hidden's dtype.
@@ -123,8 +103,7 @@ def grouped_experts(
     up = TrellisArguments.from_lists(up_tensors, up_sizes)
     down = TrellisArguments.from_lists(down_tensors, down_sizes)
     with device_of(hidden):
-        form = Activation.from_numbers(activation)
-        return experts(hidden.contiguous(), index, weights, up, down, form, in_registers=in_registers)
+        return experts(hidden.contiguous(), index, weights, up, down, Activation.from_numbers(activation))
 
 
 @grouped_experts.register_fake
@@ -137,7 +116,6 @@ def _(
     down_tensors: Sequence[Tensor],
     down_sizes: Sequence[int],
     activation: Sequence[float],
-    in_registers: bool,
 ) -> Tensor:
     """Return the shape of ``grouped_experts``."""
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -150,8 +128,7 @@ def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, 
     has_norm = getattr(module, "has_post_expert_norm", False)  # absent before Transformers 5.23
     if activation is not None and not has_norm:
         lists = (up.tensors, up.sizes, down.tensors, down.sizes, activation.numbers())
-        is_bounded = hasattr(module, "fetch_table")  # experts in host memory: GPU memory has no room for a workspace
-        return grouped_experts(hidden, top_k_index, top_k_weights, *lists, is_bounded)
+        return grouped_experts(hidden, top_k_index, top_k_weights, *lists)
 
     num_experts, top_k = down.table.shape[0], top_k_index.shape[1]
     config = config_for(top_k_index.numel(), num_experts, hidden.dtype)

@@ -136,7 +136,7 @@ def expert_shares(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, to
 
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As ``reference.experts_forward``, for few tokens in float16, bfloat16 or float32."""
+    """As ``reference.experts_forward``, for 1 to 16 tokens in float16, bfloat16 or float32."""
     shares = expert_shares(module, hidden, top_k_index, top_k_weights)
     if shares is not None:
         return sum_shares(shares, hidden.dtype)

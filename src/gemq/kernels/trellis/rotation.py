@@ -49,7 +49,7 @@ def sign_block(output: Tile, column: Tile, SIDE: tl.constexpr):
 
 
 @triton.jit
-def signed_sums(x: Tile, block: Tile):
+def _signed_sums(x: Tile, block: Tile):
     """Multiply x with a block of signs."""
     if _INTERPRETED:
         x, block = x.to(tl.float32), block.to(tl.float32)
@@ -86,9 +86,9 @@ def _rotate_kernel(
             high = tile.to(tl.bfloat16)
             middle = (tile - high.to(tl.float32)).to(tl.bfloat16)
             low = (tile - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
-            rotated = signed_sums(low, block) + signed_sums(middle, block) + signed_sums(high, block)
+            rotated = _signed_sums(low, block) + _signed_sums(middle, block) + _signed_sums(high, block)
         else:
-            rotated = signed_sums(tile, block)
+            rotated = _signed_sums(tile, block)
         rotated *= factor
         target = out + row.to(tl.int64)[:, None] * padded + column[None, :]
         tl.store(target, rotated.to(out.dtype.element_ty), mask=row_mask & (column < padded)[None, :])
