@@ -85,6 +85,8 @@ def main() -> None:
     ended: Counter[str] = Counter()
     with contextlib.closing(KillServer()) as server:
         killer = Killer(server, model, args.directory, RECIPE)
+        shutil.rmtree(args.directory / "timed")
+        shutil.rmtree(args.directory / "timed.work")
         needed = sum(f.stat().st_size for f in (args.directory / "expected.work").rglob("*") if f.is_file())
         for number in range(args.rounds):
             name, kinds = f"round-{number}", draw.sample(list(KINDS), len(KINDS))
