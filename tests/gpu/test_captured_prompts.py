@@ -1,6 +1,6 @@
 """CUDA graphs of prompts against prompts that run kernel by kernel.
 
-Run with ``python -m pytest tests/gpu/test_prompt_graphs.py -m gpu``.
+Run with ``python -m pytest tests/gpu/test_captured_prompts.py -m gpu``.
 """
 
 from __future__ import annotations
