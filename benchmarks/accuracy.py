@@ -43,7 +43,8 @@ from gemq.models.structure import Structure, find_structure
 from gemq.pipeline.job_record import read_job
 from gemq.pipeline.quantize import Result, export, quantize
 from gemq.quant.widths import ExpertWidths
-from gemq.recipe import DEFAULT_BITS, Recipe
+from gemq.recipe import Recipe
+from gemq.recipe_defaults import DEFAULT_BITS
 from gemq.runtime.progress import Monitor
 from outliers import Outliers, write_variant
 from record import RESULTS as FOLDER

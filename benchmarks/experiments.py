@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemq.recipe import BUILT_IN
+from gemq.recipe_defaults import BUILT_IN
 
 FINISH_KEYS = (
     *("bits", "stored_bits", "size", "progressive", "allocate", "layer_rule", "smoothing", "guard"),

@@ -29,6 +29,7 @@ from gemq.models.replay import Call, Replay
 from gemq.models.structure import Linear
 from gemq.quant.hessian import HessianAccumulator
 from gemq.runtime.activation_store import ActivationStore
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.ranks import MAX_EXCHANGE_BYTES, SINGLE, Ranks
 
 
@@ -296,7 +297,7 @@ def _exchange_ranges(replay: Replay, activations: Activations, num_inputs: int) 
         num_inputs: upper bound for the distinct input tensors of a forward group.
     """
     ranks, groups_per_exchange = replay.ranks, 1
-    groups_per_rank = -(-activations.total // (activations.batches_per_forward * ranks.count))
+    groups_per_rank = ceil_div(activations.total, activations.batches_per_forward * ranks.count)
     if ranks.count > 1:
         token_bytes = replay.model.config.get_text_config().hidden_size * replay.model.dtype.itemsize
         tokens = activations.all_ids[0].numel() * activations.batches_per_forward

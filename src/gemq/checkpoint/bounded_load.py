@@ -53,6 +53,11 @@ def memory_bound(gpu_memory: int | str, device: torch.device) -> int:
     return gpu_memory
 
 
+PREFILL_MARGIN = 1.25
+"""Prompts have taken up to a tenth more than their estimate, and graphs of prompts keep memory. What is left over holds
+experts, so that too small an estimate would end in a lack of memory."""
+
+
 def fit_into(
     model: Any,
     skeleton: Any,
@@ -90,6 +95,7 @@ def fit_into(
     cache = batch * cache_size(skeleton, structure, dtype).unbounded_bytes(context)  # a static cache keeps all tokens
     config, has_trellis = model.config.get_text_config(), isinstance(modules[0].down_proj, TrellisMatrices)
     prefill = prefill_bytes(structure, config, dtype, batch * context, batch, has_trellis=has_trellis)
+    prefill = int(prefill * PREFILL_MARGIN)
     remainder = CONTEXT_BYTES + LIBRARY_BYTES + bytes_without_codes(model, modules) + prefill
     largest_layer = max(sum(layer_sizes) for layer_sizes in sizes)
     needed = remainder + cache + largest_layer

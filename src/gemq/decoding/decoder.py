@@ -317,13 +317,13 @@ class Decoder:
 
     def _additive_masks(self) -> Any:
         """Returns additive masks, [batch, 1, 1, length]."""
-        is_initialized = self._cache_positions <= self._position
+        is_written = self._cache_positions <= self._position
         lowest = torch.finfo(self.model.dtype).min
         masks = {}
         for layer_type, window in self._windows.items():
-            is_visible = is_initialized
+            is_visible = is_written
             if window is not None:
-                is_visible = is_initialized & (self._cache_positions > self._position - window)
+                is_visible = is_written & (self._cache_positions > self._position - window)
             mask = torch.zeros(self.length, dtype=self.model.dtype, device=self.device)
             mask.masked_fill_(~is_visible, lowest)
             masks[layer_type] = mask.expand(self.batch, 1, 1, self.length)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemq.runtime.graph_capture import capture
+from gemq.runtime.integers import round_up
 
 MIN_TOKENS = 16
 """Shorter prompts run kernel by kernel. Lengths are rounded up to a multiple of this at least."""
@@ -102,7 +103,7 @@ class PromptGraphs:
         """Returns the length to which prompts are filled up."""
         octave = 1 << (length - 1).bit_length()
         step = max(MIN_TOKENS, octave // (2 * LENGTHS_PER_OCTAVE))
-        rounded = -(-length // step) * step
+        rounded = round_up(length, step)
         return max(length, min(rounded, self._max_length))
 
     def _record(self, run: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:

@@ -26,6 +26,7 @@ from gemq.quant.grid import dequantize_each
 from gemq.quant.hessian import HessianAccumulator
 from gemq.quant.trainable_gpu import soft_code_dtype
 from gemq.quant.widths import affine_widths, trellis_widths
+from gemq.runtime.integers import ceil_div
 
 
 class ExpertReconstruction:
@@ -159,7 +160,7 @@ def compensation_passes(experts: Experts, ranks: int) -> int:
     A pass takes no more memory than the Hessians of the first matrices, and every rank has experts in it.
     """
     first, down = experts.matrices
-    return min(max(1, experts.count // ranks), -(-(down.columns**2) // first.columns**2))
+    return min(max(1, experts.count // ranks), ceil_div(down.columns**2, first.columns**2))
 
 
 def _weights(parameter: QuantizedParameter, dtype: torch.dtype) -> Tensor:

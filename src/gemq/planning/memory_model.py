@@ -26,6 +26,7 @@ from gemq.quant.trellis import SEARCH_BYTES
 from gemq.quant.widths import MAX_EIGHTHS, group_size_for
 from gemq.recipe import Recipe
 from gemq.runtime.compat import transformers_private
+from gemq.runtime.integers import ceil_div
 from gemq.runtime.memory import MemoryBudget, gigabytes
 from gemq.runtime.ranks import Ranks
 
@@ -159,7 +160,7 @@ class LayerMemory:
             return 0
         first, down = self.experts.matrices
         count = self.experts.count
-        experts_per_pass = -(-count // compensation_passes(self.experts, 1))
+        experts_per_pass = ceil_div(count, compensation_passes(self.experts, 1))
         moments = 4 * (count + experts_per_pass) * down.columns**2
         codes = count * first.rows * first.columns  # at most a byte each
         dense = self.expert_weights * self.dtype.itemsize

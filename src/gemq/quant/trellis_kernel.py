@@ -17,7 +17,7 @@ from torch import Tensor
 from gemq.quant.trellis import PERIOD, SEARCH_BYTES, UNREACHABLE
 
 STATES_PER_THREAD = 32
-"""Costs and values of this many states take 64 registers of a thread. Four of the states are neighbours."""
+"""Costs and values of this many states take 64 registers of a thread. Four of the states are neighbors."""
 
 BACKWARD_TILES = 32
 """Tiles of a program that follows the winners."""
@@ -46,7 +46,7 @@ def _advance(cost, weight, values, winners, predecessor_mask, S: tl.constexpr, S
     """
     FOLLOWERS: tl.constexpr = 1 << STEP
     Q: tl.constexpr = S // FOLLOWERS
-    # A word of 16 bits has the winners of four neighbours, and at one or two bits of those half or a quarter of Q away.
+    # A word of 16 bits has the winners of four neighbors, and at one or two bits of those half or a quarter of Q away.
     # All of them are in the same thread.
     FAR: tl.constexpr = 4 // STEP if STEP <= 2 else 1
     WORDS: tl.constexpr = Q // FAR // 4

@@ -20,7 +20,7 @@ def capture(
     and the default generator in its capturing state, in which every later draw raises (torch 2.11).
 
     Args:
-        run: launches the work; it must have run before, so that kernels are compiled and libraries are initialised
+        run: launches the work; it must have run before, so that kernels are compiled and libraries are initialized
         device: where it is launched
         stream: the stream to capture on, a new one by default
         pool: a ``graph_pool_handle`` shared by graphs that never run at the same time, a new one by default

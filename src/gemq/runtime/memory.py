@@ -255,7 +255,7 @@ class MemoryBudget:
         return "--gpu-memory" if self.device.type == "cuda" else "--host-memory"
 
     def empty_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised tensor in host memory that a GPU can copy from and to asynchronously."""
+        """Return an uninitialized tensor in host memory that a GPU can copy from and to asynchronously."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def empty_mapped(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Path]:
@@ -335,7 +335,7 @@ class OffloadedTensors:
             path.unlink(missing_ok=True)
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
-        """Return an uninitialised tensor of the same shape and dtype in this group's tier."""
+        """Return an uninitialized tensor of the same shape and dtype in this group's tier."""
         if self.tier is MemoryTier.HOST:
             return self.memory.empty_pinned(tensor.shape, tensor.dtype)
         copy, path = self.memory.empty_mapped(tensor.shape, tensor.dtype)

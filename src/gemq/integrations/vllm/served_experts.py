@@ -20,8 +20,6 @@ from gemq.quant.packing import PackedMatrix
 from gemq.quant.trellis_matrix import TrellisMatrix
 from gemq.quant.widths import TILE_SIDE, AnyWidth, affine_widths, trellis_widths
 
-"""The same projection of all experts of a rank."""
-
 
 class ExpertsShare(NamedTuple):
     """The part of a layer's experts that a rank holds.

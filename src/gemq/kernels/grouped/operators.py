@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemq.kernels.activation import RAW, Activation, activation_of
+from gemq.kernels.expert_inputs import projections_with_bias
 from gemq.kernels.grouped.dequantize import PackedWeights, dequantize
 from gemq.kernels.grouped.matmul import TileConfig, config_for, matmul
 from gemq.kernels.grouped.routing import combine, sort_pairs
@@ -111,9 +112,7 @@ def packed_linear(module: PackedLinear) -> PackedWeights:
 
 def experts_forward(module: PackedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As ``reference.experts_forward``, in float16, bfloat16 or float32. No gradients."""
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up = packed_experts(getattr(module, up_name), getattr(module, f"{up_name}_bias") if module.has_bias else None)
-    down = packed_experts(module.down_proj, module.down_proj_bias if module.has_bias else None)
+    up, down = (packed_experts(matrices, bias) for matrices, bias in projections_with_bias(module))
     activation = activation_of(module)
     hidden = hidden.contiguous()
     has_norm = getattr(module, "has_post_expert_norm", False)  # absent before Transformers 5.23

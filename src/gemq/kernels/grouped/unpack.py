@@ -110,7 +110,7 @@ def _load_planes(
     if ALIGNED and USED % 4 == 0:
         word_pointers = (rows + START % PLANE).to(tl.pointer_type(tl.int32))
         words = tl.load(word_pointers[:, None] + tl.arange(0, USED // 4)[None, :], mask=mask[:, None], other=0)
-        # Interleaving bytes last makes neighbouring columns neighbouring registers, which pair up without moves.
+        # Interleaving bytes last makes neighboring columns neighboring registers, which pair up without moves.
         even = _interleave(
             _planes(words, 0, START // PLANE, COUNT, BITS, TOP), _planes(words, 2, START // PLANE, COUNT, BITS, TOP)
         )
