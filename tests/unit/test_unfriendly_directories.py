@@ -259,3 +259,14 @@ def test_default_work_directory():
 def test_marker_is_what_makes_a_directory_ours(tmp_path):
     with WorkDir(tmp_path / "work", resume=False):
         assert (tmp_path / "work" / MARKER).is_file()
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut leaves the old file or the new one. The folder is flushed as well, since it holds the name."""
+    path = tmp_path / "record.json"
+    acts = []
+    real_replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: acts.append(os.path.realpath(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "replace", lambda *paths: acts.append("replace") or real_replace(*paths))
+    write_text(path, "new")
+    assert acts == [str(tmp_path / ".record.json.tmp"), "replace", str(tmp_path)]
