@@ -78,8 +78,9 @@ class _StaticStep(Decoder):
         """Captures the step. Raises Unsupported if a GPU cannot."""
         self.prefill(self._token.clone())
         self.prepare(compile_layers=False)
-        if self.device.type == "cuda" and self.execution == "eager":
+        if self.device.type == "cuda" and self._graph is None:
             raise Unsupported("; ".join(self.reasons.values()))
+        self.prefill(self._token.clone())  # later prompts take another path than the first, which may fail as well
 
     def restart(self) -> None:
         """Begins new windows."""

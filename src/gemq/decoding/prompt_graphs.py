@@ -26,7 +26,7 @@ LENGTHS_PER_OCTAVE = 8
 """Rounded lengths between two powers of two from 128 on: an eighth of a prompt is added at most."""
 
 MAX_GRAPHS = 8
-"""Most graphs. They share their memory, and the one that was not used for longest is dropped first."""
+"""Upper bound for the number of graphs. They share their memory. The least recently used one is dropped."""
 
 
 class _PromptGraph(NamedTuple):

@@ -28,8 +28,8 @@ TRELLIS_COPIES = 6
 """Float32 copies of the weights that error feedback of trellis codes works with."""
 
 PRIOR_ROWS = 4
-"""Rows without change that count for each column in ``Quantizer.compensate``. A change that is estimated from n rows of
-C columns has a random part of C / n, and a quarter of the change can be made up for."""
+"""``Quantizer.compensate`` divides sums of changes over n rows of C columns by n + PRIOR_ROWS * C. An estimate from n
+rows has a relative variance of about C / n, so that experts with few tokens are changed little."""
 
 COMPENSATION_COPIES = 4
 """Float32 copies of the weights that ``Quantizer.compensate`` works with."""

@@ -18,6 +18,7 @@ from gemq.calibration.windows import Windows
 from gemq.distillation.distill import Distilled, distill
 from gemq.distillation.settings import Distillation
 from gemq.kernels.training.differentiable_dequantize import MAX_CHUNK_WEIGHTS
+from gemq.layers.expert_reconstruction import compensation_passes
 from gemq.layers.output_hessians import is_practical
 from gemq.layers.quantizer import OUTPUT_COPIES
 from gemq.layers.reconstruction import QuantizedLayer, Targets, assemble_layer, layer_overrides, reconstruct_layer
@@ -293,6 +294,8 @@ def reconstruction_work(workload: Workload) -> Work:
     work = Work()
     for layer in workload.structure.layers:
         work += workload.forward(layer, workload.tokens) * forward_passes + workload.quantize(layer, 1)
+        if recipe.compensate and layer.experts is not None:
+            work += workload.forward(layer, workload.tokens) * compensation_passes(layer.experts, 1)
         work += workload.forward(layer, steps * workload.micro_batch_tokens, steps) * 3
         work += workload.train(workload.quantized_weights(layer), steps)
     return work

@@ -138,8 +138,9 @@ def reconstruction_inputs(job: Job, windows: Windows) -> dict[str, Any]:
     inputs = {
         **_quantizer_inputs(job, windows),
         **_training_inputs(job.recipe, job.recipe.reconstruction_epochs),
-        "compensate": job.recipe.compensate,
     }
+    if quantizer_settings(job.recipe).compensates:
+        inputs["compensate"] = True
     return {**inputs, "output_feedback": True} if job.recipe.has_output_feedback else inputs
 
 

@@ -17,6 +17,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from gemq.errors import NotFiniteError
 from gemq.quant.hessian import factorize
 
 
@@ -59,8 +60,16 @@ def compensate(weight: Tensor, hessian: Tensor, change: Tensor, dampening: float
 
     Returns:
         [E, R, C], dtype of ``weight``.
+
+    Raises:
+        NotFiniteError: H or X has elements that are not finite.
     """
     upper = factorize(hessian, dampening).upper  # H^-1 = U^T U
     original = weight.float()
     correction = original @ change @ upper.mT @ upper
+    if not torch.isfinite(correction.sum()):
+        raise NotFiniteError(
+            "the model's activations overflow, so that no weights can make up for their changes: try --dtype float32, "
+            "or look for weights that are far too large"
+        )
     return (original + correction).to(weight.dtype)
