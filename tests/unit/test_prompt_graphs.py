@@ -112,7 +112,7 @@ def test_lengths_are_rounded_up_by_an_eighth_at_most():
 @pytest.mark.parametrize(("batch", "length"), [(1, 15), (1, 5000), (16, 300)])
 def test_prompts_without_use_of_a_graph_run_without(batch, length):
     graphs = PromptGraphs(batch, 8192)
-    assert [graphs.comes_again(length) for _ in range(2)] == [False, False]
+    assert [graphs.record_length(length) for _ in range(2)] == [False, False]
 
 
 def test_the_graph_that_was_not_used_for_longest_is_dropped(monkeypatch):

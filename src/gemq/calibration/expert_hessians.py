@@ -76,6 +76,8 @@ class InputHessians:
             self.slopes.add(slopes * pairs.weight.unsqueeze(1).to(slopes.dtype), pairs.ends)
         elif self.down is not None:
             h = apply_first(module, self._first_name, weight, x, pairs)
+        else:
+            return
         if self.down is not None:
             self.down.add(h, pairs.ends)
 
@@ -139,4 +141,4 @@ class HiddenChanges:
         self.changes.add(h, apply_first(module, self._first_name, weight, x, pairs) - h, pairs.ends)
 
     def finish(self, ranks: Ranks) -> None:
-        """Do nothing: sums of changes are not averaged over experts."""
+        """Does nothing: sums of changes are not averaged over experts."""

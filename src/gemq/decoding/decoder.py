@@ -138,7 +138,7 @@ class Decoder:
     def _replayed_logits(self, ids: Tensor) -> Tensor | None:
         """Runs prompts in a CUDA graph, captured at the second prompt of a length. Returns None without a graph."""
         graphs, length = self._prompt_graphs, ids.shape[1]
-        if graphs is None or not graphs.comes_again(length) or self._graph is None:
+        if graphs is None or not graphs.record_length(length) or self._graph is None:
             return None
         if not graphs.is_captured(length):
             capture_prompt = partial(graphs.capture, self._prompt_logits, length, self.device)

@@ -52,8 +52,8 @@ class PromptGraphs:
         self._graphs: dict[int, _PromptGraph] = {}  # the last one was used last
         self._stream: Any = None
 
-    def comes_again(self, length: int) -> bool:
-        """Whether a graph may serve prompts of ``length`` tokens, and such prompts came before."""
+    def record_length(self, length: int) -> bool:
+        """Records prompts of ``length`` tokens. Returns whether a graph may serve them and such prompts came before."""
         rounded = self._rounded(length)
         if length < MIN_TOKENS or rounded * self._batch > MAX_TOKENS:
             return False

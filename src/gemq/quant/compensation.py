@@ -12,13 +12,11 @@ Shapes: E matrices, R rows, C columns, P rows of inputs sorted by matrix.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from gemq.errors import NotFiniteError
-from gemq.quant.hessian import factorize
+from gemq.quant.hessian import factorize, rows_by_matrix
 
 
 class ChangeAccumulator:
@@ -44,9 +42,8 @@ class ChangeAccumulator:
 
             gram_kernel.add_products(self.sums, differences, inputs, ends)
             return
-        for index, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
-            if end > start:
-                self.sums[index].addmm_(differences[start:end].float().T, inputs[start:end].float())
+        for index, rows in rows_by_matrix(ends):
+            self.sums[index].addmm_(differences[rows].float().T, inputs[rows].float())
 
 
 def compensate(weight: Tensor, hessian: Tensor, change: Tensor, dampening: float) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: E matrices, C input columns, P rows sorted by matrix.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,13 @@ BLOCK = 128
 
 MAX_ATTEMPTS = 12
 """How often a Hessian is factorized, each time with ten times the dampening, before it is taken to be not finite."""
+
+
+def rows_by_matrix(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield the index and the rows of every matrix that has rows, from the end [E] of each matrix's rows."""
+    for index, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        if end > start:
+            yield index, slice(start, end)
 
 
 class HessianAccumulator:
@@ -55,10 +62,9 @@ class HessianAccumulator:
 
             gram_kernel.add(self.sums, rows, ends)
             return
-        for index, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
-            if end > start:
-                x = rows[start:end].float()
-                self.sums[index].addmm_(x.T, x)
+        for index, matrix_rows in rows_by_matrix(ends):
+            x = rows[matrix_rows].float()
+            self.sums[index].addmm_(x.T, x)
 
     def finish(self, ranks: Ranks = SINGLE) -> None:
         """Complete the sums after the last row was added.
